@@ -1,0 +1,41 @@
+"""Installs ttt_jax and the ``ttt`` command."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "ttt_jax" / "__init__.py").read_text())[1]
+
+setup(
+    name="ttt_jax",
+    version=version,
+    description="Language models that learn at test time: training, evaluation and comparison in JAX",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ttt_jax", "ttt_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.10.2",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12",
+        "rich>=13",
+        "tensorstore>=0.1.78",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.19"],
+        "dev": ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.11", "tensorboardX>=2.6"],
+    },
+    entry_points={"console_scripts": ["ttt = ttt_jax.cli:main"]},
+)

@@ -1,0 +1,224 @@
+"""The default config tree, and the checks that a config passes before anything is compiled.
+
+A config file is Python with ``get_config(arg="")`` that starts from :func:`default` and changes what it needs. Every
+key below can be set from the command line: ``--config.optimizer.peak_lr=1e-3``.
+"""
+
+import math
+import re
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+MIXERS = ("ttt_linear", "ttt_mlp", "attention")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: one line that names the key and what would be accepted."""
+
+
+def default() -> ml_collections.ConfigDict:
+    """Every key, with its default. ``None`` means the paper's value for the chosen mixer."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+
+    c.model = m = ml_collections.ConfigDict()
+    m.mixer = "ttt_linear"  # one of MIXERS
+    m.vocab_size = 257  # bytes and BOS
+    m.width = 768
+    m.num_layers = 12
+    m.num_heads = 12
+    m.mlp_width = 2048
+    m.tie_embeddings = True
+    m.rope_theta = 10000.0
+    m.pre_conv = config_dict.placeholder(bool)  # a convolution before each mixer. None: with the Mamba-style backbone
+    m.conv_width = 4  # of the causal convolutions of the Mamba-style backbone
+    m.norm_epsilon = 1e-6
+    m.init_stddev = 0.02
+    m.dtype = "float32"  # of the compute; parameters and inner state are float32 always. Or "bfloat16"
+    m.remat = "none"  # "block": store only the input of each block for the backward pass
+    m.ttt = t = ml_collections.ConfigDict()
+    t.backbone = "mamba"  # or "transformer"
+    t.mini_batch = 16  # b
+    t.mlp_depth = 2  # dense layers of the learner of ttt_mlp
+    t.mlp_width_factor = 4.0  # their hidden width, in head widths
+    t.base_lr = config_dict.placeholder(float)  # None: 1.0 for ttt_linear, 0.1 for ttt_mlp
+    t.base_lr_start = config_dict.placeholder(float)  # where its warm-up starts. None: base_lr, ttt_mlp base_lr / 10
+    t.remat_group = 0  # mini-batches between two stored inner states; 0 stores everything
+    t.unroll = 1  # mini-batches per iteration of the compiled loop
+
+    c.data = d = ml_collections.ConfigDict()
+    d.source = "embedded"  # the Python standard library of this interpreter, byte-level
+    d.sequence_length = 2048  # T, tokens
+    d.batch_size = 8  # sequences per optimizer step, over all devices
+
+    c.optimizer = o = ml_collections.ConfigDict()
+    o.peak_lr = 1e-3
+    o.end_lr = 1e-5
+    o.warmup = "10%"  # a duration
+    o.beta1 = 0.9
+    o.beta2 = 0.95
+    o.epsilon = 1e-8
+    o.weight_decay = 0.1
+    o.clip_norm = 1.0
+
+    c.training = r = ml_collections.ConfigDict()
+    r.duration = "1000 steps"
+    r.accumulation = 1  # micro-batches per optimizer step
+
+    c.mesh = s = ml_collections.ConfigDict()
+    s.data = -1  # devices along each axis; one of them may be -1, "the rest"
+    s.fsdp = 1
+    s.tensor = 1
+
+    c.checkpoint = k = ml_collections.ConfigDict()
+    k.every = "10%"  # a duration
+    k.keep_last = 2
+    k.milestone_every = ""  # a duration; checkpoints at its multiples are never deleted
+
+    c.log = g = ml_collections.ConfigDict()
+    g.every = "1 step"  # a duration: a record of metrics.jsonl
+    g.tensorboard = False  # needs the extra [tensorboard]
+    g.wandb_project = ""  # needs the extra [wandb]
+    return c.lock()
+
+
+def steps(config: ml_collections.ConfigDict, key: str) -> int:
+    """A duration of the config in optimizer steps, at least 1 (0 for an empty one).
+
+    Durations are strings: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``), and, for all
+    but the run itself, ``"10%"`` of the run.
+    """
+    text = str(_get(config, key)).strip()
+    if not text and key == "checkpoint.milestone_every":
+        return 0
+    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)
+    try:
+        amount = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
+    except ValueError:
+        amount = math.nan
+    unit = match[3] if match else ""
+    of_run = key == "training.duration"
+    if not amount > 0 or not math.isfinite(amount) or (unit == "%" and (of_run or amount > 100)):
+        percent = "" if of_run else ', "10%" of the run'
+        raise ConfigError(f'{key}={text!r}: expected a duration such as "300 steps", "2.5e9 tokens"{percent}')
+    if unit == "%":
+        return max(1, round(steps(config, "training.duration") * amount / 100))
+    if unit.startswith("token"):
+        amount /= config.data.batch_size * config.data.sequence_length
+    return max(1, round(amount))
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises :class:`ConfigError` for the first thing that cannot be run."""
+    m, t = config.model, config.model.ttt
+    _one_of(config, "model.mixer", MIXERS)
+    _one_of(config, "model.dtype", ("float32", "bfloat16"))
+    _one_of(config, "model.remat", ("none", "block"))
+    _one_of(config, "model.ttt.backbone", ("mamba", "transformer"))
+    for key in (
+        "model.vocab_size model.width model.num_layers model.num_heads model.mlp_width model.conv_width "
+        "model.ttt.mini_batch model.ttt.mlp_depth model.ttt.unroll data.sequence_length data.batch_size "
+        "training.accumulation checkpoint.keep_last"
+    ).split():
+        _at_least(config, key, 1)
+    _at_least(config, "model.ttt.remat_group", 0)
+    for key in (
+        "model.rope_theta model.norm_epsilon model.init_stddev model.ttt.mlp_width_factor model.ttt.base_lr "
+        "model.ttt.base_lr_start optimizer.peak_lr optimizer.epsilon optimizer.clip_norm"
+    ).split():
+        _positive(config, key)
+    for key in ("optimizer.end_lr", "optimizer.weight_decay"):
+        _at_least(config, key, 0)
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= _get(config, key) < 1:
+            raise ConfigError(f"{key}={_get(config, key)}: expected a number from 0 to below 1")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
+
+    if m.width % m.num_heads:
+        near = min((h for h in range(1, m.width + 1) if m.width % h == 0), key=lambda h: abs(h - m.num_heads))
+        raise ConfigError(
+            f"model.num_heads={m.num_heads}: does not divide model.width={m.width}; expected a divisor, such as {near}"
+        )
+    head_dim = m.width // m.num_heads
+    if head_dim % 2:
+        raise ConfigError(
+            f"model.num_heads={m.num_heads}: gives an odd head width, {head_dim}; "
+            "expected model.width / model.num_heads to be even, which rotary positions need"
+        )
+    if m.mixer == "ttt_mlp" and int(head_dim * t.mlp_width_factor) < 1:
+        raise ConfigError(f"model.ttt.mlp_width_factor={t.mlp_width_factor}: expected at least 1 / {head_dim}")
+    if config.data.batch_size % config.training.accumulation:
+        raise ConfigError(
+            f"training.accumulation={config.training.accumulation}: does not divide "
+            f"data.batch_size={config.data.batch_size}; expected a divisor"
+        )
+    for key in ("training.duration", "optimizer.warmup", "checkpoint.every", "checkpoint.milestone_every", "log.every"):
+        steps(config, key)
+    if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
+        raise ConfigError(
+            f"optimizer.warmup={config.optimizer.warmup!r}: expected less than "
+            f"training.duration={config.training.duration!r}"
+        )
+
+
+def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, with -1 resolved; raises :class:`ConfigError` where they do not fit."""
+    shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    for axis, size in shape.items():
+        if size != -1 and size < 1:
+            raise ConfigError(f"mesh.{axis}={size}: expected a positive number of devices, or -1 for the rest")
+    rest = [axis for axis, size in shape.items() if size == -1]
+    if len(rest) > 1:
+        raise ConfigError(f"mesh.{rest[1]}=-1: mesh.{rest[0]} is -1 too; expected one -1 at most")
+    known = math.prod(size for size in shape.values() if size != -1)
+    if devices % known or (not rest and known != devices):
+        axes = ", ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
+        raise ConfigError(f"{axes}: does not fit {devices} devices; expected sizes whose product is {devices}")
+    if rest:
+        shape[rest[0]] = devices // known
+    rows = shape["data"] * shape["fsdp"]
+    micro_batch = config.data.batch_size // config.training.accumulation
+    if micro_batch % rows:
+        split = f" / training.accumulation={config.training.accumulation}" if config.training.accumulation > 1 else ""
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size}{split}: not divisible by the {rows} devices of "
+            f"mesh.data x mesh.fsdp; expected a multiple of {rows * config.training.accumulation}"
+        )
+    return shape
+
+
+def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two nested dicts, with both values (None where a key is missing)."""
+    found = {}
+    for key in sorted(a.keys() | b.keys()):
+        left, right, name = a.get(key), b.get(key), f"{prefix}{key}"
+        if isinstance(left, dict) and isinstance(right, dict):
+            found.update(differing_keys(left, right, name + "."))
+        elif left != right:
+            found[name] = (left, right)
+    return found
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _one_of(config, key, accepted):
+    if _get(config, key) not in accepted:
+        raise ConfigError(f"{key}={_get(config, key)!r}: expected one of {', '.join(accepted)}")
+
+
+def _at_least(config, key, least):
+    if not _get(config, key) >= least:
+        raise ConfigError(f"{key}={_get(config, key)}: expected {least} or more")
+
+
+def _positive(config, key):
+    value = _get(config, key)
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value}: expected a positive number")

@@ -1,0 +1,272 @@
+"""Checks this package against numbers computed with the TTT authors' own code.
+
+Files are ``.npz`` in the format that ``tests/oracles/README.md`` describes: ``model_*`` (one forward and backward
+pass), ``traj_*`` (ten AdamW steps) and ``generation_*`` (prefill and decoding). What a file is, its keys tell.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ttt_jax.interop import official_jax
+from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.training import optimizer as optimizer_lib
+from ttt_jax.training.loss import mean_over_rows, token_nll
+from ttt_jax.training.step import initial_state, train_step
+
+# Largest error allowed, per kind of number; what each error is relative to is said where it is computed.
+TOLERANCE = {
+    "logits": 5e-5,
+    "nll": 5e-5,
+    "hidden": 5e-5,
+    "loss": 3e-6,
+    "accuracy": 1e-6,
+    "grad": 5e-5,
+    "grad_norm": 1e-5,
+    "statistics": 1e-4,
+    "step_loss": 5e-6,
+    "params_5": 1e-5,
+    "params_10": 1e-5,
+    "learning_rate": 1e-6,
+    "bf16_logits": 1.0,
+    "bf16_nll": 1.0,
+}
+_STATISTICS = {
+    "ssl_tgt_from_mean_mse": "target_spread",
+    "ttt_loss_mse_init": "loss_at_w0",
+    "ttt_loss_mse_step_0": "loss_before",
+    "ttt_loss_mse_step_1": "loss_after",
+}
+
+Oracle = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The largest error of each kind found in one file."""
+
+    errors: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was compared and every error is within tolerance (NaN is not)."""
+        return bool(self.errors) and all(error <= TOLERANCE[kind] for kind, error in self.errors.items())
+
+    def __str__(self) -> str:
+        return "  ".join(
+            f"{kind} {error:.1e}" + ("" if error <= TOLERANCE[kind] else f" (beyond {TOLERANCE[kind]:.0e}!)")
+            for kind, error in self.errors.items()
+        )
+
+
+def check(path: Path) -> Report | None:
+    """Compares everything one file holds; None where the file is of another format.
+
+    Raises:
+      ValueError: when parameters or config in the file have no counterpart here.
+    """
+    oracle = load(path)
+    if "config" not in oracle or oracle["config"].dtype.kind != "U":
+        return None
+    if "logits" in oracle and "input_tokens" in oracle:
+        return check_model(oracle)
+    if "learning_rate_applied" in oracle:
+        return check_trajectory(oracle)
+    if "decode_logits" in oracle:
+        return check_generation(oracle, load(path.with_name(Path(str(oracle["params_file"])).name)))
+    return None
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def params(oracle: Oracle, prefix: str = "params/") -> dict[str, Any]:
+    """The parameters (or gradients) under a prefix, as our tree."""
+    flat = {k.removeprefix(prefix): x for k, x in oracle.items() if k.startswith(prefix)}
+    return jax.tree.map(jnp.asarray, official_jax.params_to_ours(flat))
+
+
+def model(oracle: Oracle, dtype: str | None = None) -> LanguageModel:
+    """Our model for the config in a file."""
+    config = json.loads(str(oracle["config"]))
+    return language_model(official_jax.model_config(config, dtype or config["_run"]["dtype"]))
+
+
+def check_model(oracle: Oracle) -> Report:
+    """Logits, losses, hidden states, statistics and gradients of one batch.
+
+    A bfloat16 file is held against the float32 logits of the same parameters: ours must be closer to them than the
+    authors' are (errors are ratios of root mean squares).
+    """
+    if json.loads(str(oracle["config"]))["_run"]["dtype"] == "bfloat16":
+        return _check_bf16(oracle)
+    ours = _evaluate(model(oracle), oracle)
+    errors = {
+        "logits": _largest(ours["logits"], oracle["logits"]),
+        "nll": _largest(ours["nll"], oracle["nll"]),
+        "loss": _largest(ours["loss"], oracle["loss"]),
+        "accuracy": _largest(ours["accuracy"], oracle["accuracy"]),
+        "grad_norm": _relative(ours["grad_norm"], oracle["grad_norm"]),
+    }
+    gradients = {k.removeprefix("grads/"): g for k, g in oracle.items() if k.startswith("grads/")}
+    if gradients:
+        _same_keys(ours["grads"], gradients)
+        errors["grad"] = max(_largest(ours["grads"][k], g) / max(np.abs(g).max(), 1e-30) for k, g in gradients.items())
+    hidden = [oracle[f"hidden_states/{i}"] for i in range(sum(k.startswith("hidden_states/") for k in oracle))]
+    if hidden:  # embedding, outputs of all blocks but the last, final norm
+        states = ours["hidden_states"]
+        mine = [states["embedding"], *states["layers"]["h"][:-1], states["final"]]
+        errors["hidden"] = max(_largest(a, b) for a, b in zip(mine, hidden, strict=True))
+    if any(k.startswith("ttt_stats/") for k in oracle):
+        errors["statistics"] = _statistics_error(oracle, ours["statistics"]["layers"]["mixer"])
+    if "logits_with_bf16_mult" in oracle:
+        scale = jnp.asarray(oracle["ttt_lr_mult"], jnp.bfloat16).astype(jnp.float32)
+        rounded = _evaluate(model(oracle), {**oracle, "ttt_lr_mult": scale})
+        errors["logits"] = max(errors["logits"], _largest(rounded["logits"], oracle["logits_with_bf16_mult"]))
+    return Report(errors)
+
+
+def _check_bf16(oracle: Oracle) -> Report:
+    exact = _evaluate(model(oracle, "float32"), oracle)
+    ours = _evaluate(model(oracle), oracle)
+
+    def ratio(name):
+        def distance(x):
+            return float(np.sqrt(np.mean((np.asarray(x, np.float64) - exact[name]) ** 2)))
+
+        return distance(ours[name]) / distance(oracle[name])
+
+    return Report({"bf16_logits": ratio("logits"), "bf16_nll": ratio("nll")})
+
+
+def check_trajectory(oracle: Oracle) -> Report:
+    """Loss and gradient norm of ten AdamW steps, and the parameters after five and ten."""
+    config, options = json.loads(str(oracle["config"])), json.loads(str(oracle["optimizer"]))
+    schedule = optimizer_lib.learning_rate(
+        options["lr"], options["end_lr"], options["lr_warmup_steps"], options["lr_decay_steps"]
+    )
+    optimizer = optimizer_lib.adamw(
+        schedule,
+        beta1=options["b1"],
+        beta2=options["b2"],
+        epsilon=options["eps"],
+        weight_decay=options["weight_decay"],
+        clip_norm=options["clip_gradient"],
+    )
+    scales = jnp.asarray(oracle["ttt_lr_mult"])
+    accumulation = config["_run"].get("accum", 1)
+    step = jax.jit(train_step(model(oracle), optimizer, schedule, lambda i: scales[i], accumulation))
+    state = initial_state(params(oracle), optimizer)
+    errors = {"step_loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0}
+    for i in range(len(oracle["loss"])):
+        batch = {
+            "inputs": oracle["input_tokens"][i],
+            "targets": oracle["target_tokens"][i],
+            "mask": oracle["loss_masks"][i],
+        }
+        state, metrics = step(state, batch)
+        errors["step_loss"] = max(errors["step_loss"], _largest(metrics["loss"], oracle["loss"][i]))
+        errors["grad_norm"] = max(errors["grad_norm"], _relative(metrics["grad_norm"], oracle["grad_norm"][i]))
+        lr_error = _largest(metrics["learning_rate"], oracle["learning_rate_applied"][i]) / options["lr"]
+        errors["learning_rate"] = max(errors["learning_rate"], lr_error)
+        if i == 4:
+            errors["params_5"] = _params_error(oracle, state.params, "params_after_5/")
+    errors["params_10"] = _params_error(oracle, state.params, "final_params/")
+    return Report(errors)
+
+
+def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
+    """Prefill of a prompt that ends inside a mini-batch, decoding token by token, and both in one go."""
+    lm, tree = model(oracle), {"params": params(params_oracle)}
+    scale = json.loads(str(oracle["config"]))["_run"].get("ttt_lr_mult", 1.0)
+    apply = jax.jit(lambda tokens, state: lm.apply(tree, tokens, state, scale))
+    tokens, prompt = oracle["tokens"], int(oracle["prompt_len"])
+
+    def decode(state, columns):
+        logits = []
+        for column in columns.T:
+            y, state = apply(column[:, None], state)
+            logits.append(y[:, 0])
+        return np.stack(logits, axis=1)
+
+    prefill, state = apply(tokens[:, :prompt], lm.initial_state(len(tokens), tokens.shape[1]))
+    greedy = decode(state, oracle["greedy_tokens"])
+    errors = [
+        _largest(prefill, oracle["prefill_logits"]),
+        _largest(decode(state, tokens[:, prompt:]), oracle["decode_logits"]),
+        _largest(apply(tokens, None)[0], oracle["full_forward_logits_no_cache"]),
+        _largest(np.concatenate([prefill[:, -1:], greedy], axis=1), oracle["greedy_logits"]),
+    ]
+    return Report({"logits": max(errors)})
+
+
+def _evaluate(lm: LanguageModel, oracle: Oracle) -> dict[str, Any]:
+    """Everything a ``model_*`` file may hold, from our code, in one compilation."""
+    tokens, targets = jnp.asarray(oracle["input_tokens"]), jnp.asarray(oracle["target_tokens"])
+    mask, scale = jnp.asarray(oracle["loss_masks"]), jnp.asarray(oracle["ttt_lr_mult"]).reshape(-1)[0]
+
+    @jax.jit
+    def run(tree):
+        def loss_fn(tree):
+            collections = ["statistics", "hidden_states"]
+            (logits, _), extra = lm.apply({"params": tree}, tokens, None, scale, mutable=collections)
+            nll = token_nll(logits, targets)
+            accuracy = mean_over_rows((logits.argmax(-1) == targets).astype(jnp.float32), mask)
+            return mean_over_rows(nll, mask), {"logits": logits, "nll": nll, "accuracy": accuracy, **extra}
+
+        (loss, extra), grads = jax.value_and_grad(loss_fn, has_aux=True)(tree)
+        return {"loss": loss, "grads": grads, "grad_norm": optax.global_norm(grads), **extra}
+
+    result = jax.device_get(run(params(oracle)))
+    return {**result, "grads": official_jax.params_to_theirs(result["grads"])}
+
+
+def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
+    """Relative. Theirs are means of squares over d, without the half, of the last token of each mini-batch (of the
+    first for the spread of the targets)."""
+    config = json.loads(str(oracle["config"]))
+    b = config["mini_batch_size"]
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    errors = []
+    for key, theirs in oracle.items():
+        if key.startswith("ttt_stats/"):
+            _, layer, name = key.split("/")
+            token = 0 if name == "ssl_tgt_from_mean_mse" else b - 1
+            mine = 2 / head_dim * ours[_STATISTICS[name]][int(layer), token::b]
+            errors.append(_relative(mine, theirs))
+    return max(errors)
+
+
+def _params_error(oracle: Oracle, tree: Any, prefix: str) -> float:
+    mine = official_jax.params_to_theirs(tree)
+    theirs = {k.removeprefix(prefix): x for k, x in oracle.items() if k.startswith(prefix)}
+    _same_keys(mine, theirs)
+    return max(_largest(mine[k], x) for k, x in theirs.items())
+
+
+def _same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"parameters on one side only: {sorted(ours.keys() ^ theirs.keys())}")
+
+
+def _largest(ours: Any, theirs: Any) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shape {ours.shape} here, {theirs.shape} in the file")
+    return float(np.abs(ours - theirs).max())
+
+
+def _relative(ours: Any, theirs: Any) -> float:
+    size = np.maximum(np.abs(np.asarray(theirs, np.float64)), 1e-30)
+    return _largest(ours / size, theirs / size)

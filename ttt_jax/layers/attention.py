@@ -1,0 +1,80 @@
+"""Causal multi-head self-attention with rotary positions: the mixer of the Llama-style Transformer.
+
+Shapes: B batch, T tokens, S length of the cache, D width, H heads, d = D / H.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.layers import rope
+from ttt_jax.layers.projection import Projection
+
+
+class AttentionState(NamedTuple):
+    """Keys (after RoPE) and values read so far."""
+
+    keys: jax.Array  # [B, S, H, d]
+    values: jax.Array  # [B, S, H, d]
+    position: jax.Array  # tokens read so far, int32 scalar
+
+
+class Attention(nn.Module):
+    """``wo softmax(q k^T / sqrt(d)) v``, causal; softmax in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    init_stddev: float = 0.02
+    rope_theta: float = 10000.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: AttentionState | None = None, inner_lr_scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, AttentionState | None]:
+        """Attends. A state must have room for the tokens: positions past its length are not defined."""
+        del inner_lr_scale  # of mixers that learn
+        batch, tokens, width = x.shape
+
+        def project(name):
+            y = Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)(x)
+            return y.reshape(batch, tokens, self.num_heads, width // self.num_heads)
+
+        start = 0 if state is None else state.position
+        positions = start + jnp.arange(tokens)
+        q = rope.rotate(project("wq"), positions, self.rope_theta)
+        k = rope.rotate(project("wk"), positions, self.rope_theta)
+        v = project("wv")
+        if state is None:
+            y = causal_attention(q, k, v)
+        else:
+            keys = jax.lax.dynamic_update_slice_in_dim(state.keys, k, start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(state.values, v, start, axis=1)
+            visible = jnp.arange(keys.shape[1]) <= positions[:, None]  # [T, S]
+            y = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
+            state = AttentionState(keys, values, start + tokens)
+        y = y.reshape(batch, tokens, width)
+        return Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(y), state
+
+    def initial_state(self, batch: int, width: int, length: int) -> AttentionState:
+        """An empty cache for sequences of up to ``length`` tokens."""
+        empty = jnp.zeros((batch, length, self.num_heads, width // self.num_heads), self.dtype)
+        return AttentionState(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int = 512) -> jax.Array:
+    """Softmax attention of each token to itself and those before it, [B, T, H, d] to [B, T, H, d].
+
+    Queries are taken in blocks, each against the keys up to its end, so that the half of the logits that causality
+    hides is not computed and the logits of the others are never all in memory.
+    """
+    tokens = q.shape[1]
+    block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time
+
+    def attend(start: int) -> jax.Array:
+        end = min(start + block, tokens)
+        mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        return jax.nn.dot_product_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask[None, None])
+
+    return jnp.concatenate([attend(start) for start in range(0, tokens, block)], axis=1)

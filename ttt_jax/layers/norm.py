@@ -1,0 +1,20 @@
+"""RMSNorm. [..., D] to [..., D]."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + epsilon) * scale``; statistics in float32, cast to ``dtype`` before the scale."""
+
+    dtype: jnp.dtype
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)

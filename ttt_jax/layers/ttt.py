@@ -1,0 +1,180 @@
+"""The TTT layer: a mixer whose hidden state is the weights of a learner.
+
+Linear and MLP differ in the learner only. Two ways to make q, k and v (the backbones of the paper):
+
+* ``mamba``: q and k are two causal convolutions of one projection, and a gate multiplies the output;
+* ``transformer``: three projections, no convolution, no gate.
+
+    eta[t, s] = base_lr * inner_lr_scale * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
+
+Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.layers import rope
+from ttt_jax.layers.conv import CausalConv
+from ttt_jax.layers.projection import Projection
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.state import InnerState, initial_state
+
+
+class TTTState(NamedTuple):
+    """Where a TTT layer stands in its sequences."""
+
+    inner: InnerState
+    conv_q: jax.Array | None  # last inputs of the convolutions, [B, width - 1, D]; None without them
+    conv_k: jax.Array | None
+
+
+class TTT(nn.Module):
+    """One TTT layer.
+
+    Attributes:
+      learner: the inner model; its width is d.
+      base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
+      backbone: ``mamba`` or ``transformer``.
+      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`.
+    """
+
+    learner: learner_lib.Learner
+    num_heads: int
+    dtype: jnp.dtype
+    backbone: str = "mamba"
+    mini_batch: int = 16
+    base_lr: float = 1.0
+    conv_width: int = 4
+    rope_theta: float = 10000.0
+    init_stddev: float = 0.02
+    remat_group: int = 0
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: TTTState | None = None, inner_lr_scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, TTTState | None]:
+        width, position = x.shape[-1], 0 if state is None else state.inner.position
+        q, k, v, conv_q, conv_k = self._qkv(x, state)
+        positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
+        w0, norm = self._inner_parameters()
+        collect = self.is_mutable_collection("statistics")
+        result = scan.run(
+            self.learner,
+            norm,
+            w0,
+            rope.rotate(q, positions, self.rope_theta),
+            rope.rotate(k, positions, self.rope_theta),
+            v,
+            self._token_eta(x, inner_lr_scale),
+            self._position_eta(),
+            None if state is None else _started(state.inner, w0),
+            remat_group=self.remat_group,
+            unroll=self.unroll,
+            statistics=collect,
+        )
+        if collect:
+            for name, value in result.statistics._asdict().items():
+                self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
+            spread = _target_spread(k, v)
+            self.sow("statistics", "target_spread", spread, reduce_fn=lambda _, new: new)
+        z = self._post_norm()(result.z.reshape(x.shape))
+        if self.backbone == "mamba":
+            z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
+        y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
+        return y, None if state is None else TTTState(result.state, conv_q, conv_k)
+
+    def initial_state(self, batch: int, width: int, length: int) -> TTTState:
+        """The state before the first token; its size does not depend on ``length``."""
+        del length
+        zeros = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), self.learner, self.num_heads))
+        inner = initial_state(jax.tree.map(lambda w: jnp.zeros(w.shape), zeros), batch)
+        if self.backbone != "mamba":
+            return TTTState(inner, None, None)
+        conv = self._conv(None).initial_state(batch, width)
+        return TTTState(inner, conv, conv)
+
+    def _projection(self, width, name):
+        return Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)
+
+    def _conv(self, name):
+        return CausalConv(self.conv_width, self.dtype, name=name, **({"parent": None} if name is None else {}))
+
+    def _qkv(self, x, state):
+        """q, k, v [B, T, H, d] before RoPE, and the states of the convolutions."""
+        batch, tokens, width = x.shape
+        conv_q = conv_k = None
+        q, v = self._projection(width, "wq")(x), self._projection(width, "wv")(x)
+        if self.backbone == "mamba":
+            k, conv_k = self._conv("conv_k")(q, None if state is None else state.conv_k)
+            q, conv_q = self._conv("conv_q")(q, None if state is None else state.conv_q)
+        else:
+            k = self._projection(width, "wk")(x)
+        q, k, v = (y.reshape(batch, tokens, self.num_heads, width // self.num_heads) for y in (q, k, v))
+        return q, k, v, conv_q, conv_k
+
+    def _post_norm(self):
+        """LN over the full width, in float32."""
+        return nn.LayerNorm(
+            epsilon=1e-6,
+            dtype=jnp.float32,
+            use_fast_variance=False,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            name="post_norm",
+        )
+
+    def _inner_parameters(self) -> tuple[learner_lib.Weights, learner_lib.LayerNormParams]:
+        """W0 and the learner's LN, trained by the outer loop, float32 whatever the compute dtype."""
+        axes = ("num_heads", None, None)
+
+        def param(name, init, *shape):
+            return self.param(name, nn.with_logical_partitioning(init, axes), (self.num_heads, *shape))
+
+        normal, zeros, ones = nn.initializers.normal(self.init_stddev), nn.initializers.zeros, nn.initializers.ones
+        widths = self.learner.widths
+        w0 = tuple(
+            learner_lib.Dense(
+                param(f"inner_kernel_{i}", normal, n_in, n_out),
+                param(f"inner_bias_{i}", zeros, 1, n_out) if self.learner.bias else None,
+            )
+            for i, (n_in, n_out) in enumerate(pairwise(widths))
+        )
+        d = widths[-1]
+        norm = learner_lib.LayerNormParams(param("inner_norm_scale", ones, 1, d), param("inner_norm_bias", zeros, 1, d))
+        return w0, norm
+
+    def _token_eta(self, x, inner_lr_scale):
+        """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
+        init = nn.initializers.normal(self.init_stddev)
+        kernel = self.param(
+            "eta_kernel", nn.with_logical_partitioning(init, ("embed", "num_heads")), (x.shape[-1], self.num_heads)
+        )
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("num_heads",))
+        bias = self.param("eta_bias", zeros, (self.num_heads,))
+        gate = nn.sigmoid((x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32) + bias)
+        return self.base_lr * inner_lr_scale * gate / self.learner.widths[0]
+
+    def _position_eta(self):
+        """``max(0, 1/t + tau[t])``, [b]."""
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+        tau = self.param("tau", zeros, (self.mini_batch,))
+        return jnp.maximum(0.0, 1.0 / jnp.arange(1, self.mini_batch + 1) + tau)
+
+
+def _started(inner: InnerState, w0: learner_lib.Weights) -> InnerState:
+    """The state with W0 for its weights where no token has been read yet."""
+    first = inner.position == 0
+    return inner._replace(weights=jax.tree.map(lambda new, w: jnp.where(first, new, w), w0, inner.weights))
+
+
+def _target_spread(k: jax.Array, v: jax.Array) -> jax.Array:
+    """Squared distance of each token's target v - k (before RoPE) from its mean over the sequence, [T]: what the
+    self-supervised loss would be if the learner knew nothing but the mean."""
+    target = (v - k).astype(jnp.float32)
+    return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1).mean((0, 2))

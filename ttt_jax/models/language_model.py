@@ -1,0 +1,80 @@
+"""Tokens to logits: embedding, a scanned stack of blocks, final norm, head.
+
+Shapes: B batch, T tokens, V vocabulary, D width, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.layers.norm import RMSNorm
+from ttt_jax.models.block import Block
+
+
+class LanguageModel(nn.Module):
+    """A decoder. ``make_block`` builds one of its L equal blocks; their parameters are stacked, [L, ...], and the
+    stack is one scan, so that compile time does not grow with depth.
+
+    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, the self-supervised losses of TTT
+    layers, [L, T]; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with ``embedding`` and ``final``.
+    """
+
+    make_block: Callable[..., Block]
+    vocab_size: int
+    width: int
+    num_layers: int
+    dtype: jnp.dtype
+    tie_embeddings: bool = True
+    init_stddev: float = 0.02
+    norm_epsilon: float = 1e-6
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, state: Any = None, inner_lr_scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, T, V], float32, and the state after the tokens.
+
+        Args:
+          tokens: [B, T], integers below V.
+          state: None to read whole sequences; else where the last piece ended, or :meth:`initial_state`.
+          inner_lr_scale: multiplies the inner learning rate of TTT layers (its warm-up).
+        """
+        normal = nn.initializers.normal(self.init_stddev)
+        embedding = self.param(
+            "embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")), (self.vocab_size, self.width)
+        )
+        h = jnp.asarray(embedding, self.dtype)[tokens]
+        self._record("embedding", h)
+        stack = nn.scan(
+            nn.remat(_read, prevent_cse=False) if self.remat else _read,
+            variable_axes={"params": 0, "statistics": 0, "hidden_states": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        h, state = stack(self.make_block(name="layers"), h, state, inner_lr_scale)
+        h = RMSNorm(self.dtype, self.norm_epsilon, name="final_norm")(h)
+        self._record("final", h)
+        if self.tie_embeddings:
+            head = embedding.T
+        else:
+            axes = ("embed", "vocab")
+            head = self.param("head", nn.with_logical_partitioning(normal, axes), (self.width, self.vocab_size))
+        return jnp.matmul(h, head.astype(self.dtype), preferred_element_type=jnp.float32), state
+
+    def initial_state(self, batch: int, length: int) -> Any:
+        """The state before the first token of ``batch`` sequences of at most ``length`` tokens."""
+        one = self.make_block(parent=None).initial_state(batch, self.width, length)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
+
+    def _record(self, name, value):
+        self.sow("hidden_states", name, value, reduce_fn=lambda _, new: new)
+
+
+def _read(block: Block, h: jax.Array, state: Any, inner_lr_scale: jax.Array | float) -> tuple[jax.Array, Any]:
+    return block(h, state, inner_lr_scale)

@@ -1,0 +1,1 @@
+"""Devices: the mesh, and which array lies where on it."""

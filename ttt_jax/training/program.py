@@ -1,0 +1,107 @@
+"""From a config to the one compiled step of a run, and the arrays it works on."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ttt_jax import config as config_lib
+from ttt_jax.models import build
+from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.parallel import sharding
+from ttt_jax.training import optimizer as optimizer_lib
+from ttt_jax.training.step import TrainState, initial_state, train_step
+
+
+class Program(NamedTuple):
+    """What a config describes, laid out on a mesh, before anything is compiled or allocated."""
+
+    config: ml_collections.ConfigDict
+    model: LanguageModel
+    optimizer: optax.GradientTransformation
+    learning_rate: optimizer_lib.Schedule
+    inner_lr_scale: optimizer_lib.Schedule
+    state_sharding: Any
+    batch_sharding: NamedSharding
+    abstract_state: TrainState  # shapes, dtypes and shardings
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, drawn from ``config.seed``; the same on every mesh."""
+        return jax.jit(self._init, out_shardings=self.state_sharding)(jax.random.key(self.config.seed))
+
+    def _init(self, key: jax.Array) -> TrainState:
+        return nn.meta.unbox(_boxed_initial_state(self.model, self.optimizer, key))
+
+    def compiled_step(self) -> jax.stages.Compiled:
+        """``(state, batch) -> (state, metrics)``, compiled for the shapes of the config; the state is donated."""
+        step = train_step(
+            self.model, self.optimizer, self.learning_rate, self.inner_lr_scale, self.config.training.accumulation
+        )
+        data = self.config.data
+        shape = (data.batch_size, data.sequence_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
+            for name, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("mask", jnp.float32))
+        }
+        replicated = NamedSharding(self.batch_sharding.mesh, PartitionSpec())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_sharding, replicated))
+        return jitted.lower(self.abstract_state, batch).compile()
+
+
+def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
+    """Builds the program of a validated config.
+
+    Raises:
+      ConfigError: where parameters do not fit the mesh.
+    """
+    model = build.language_model(config.model)
+    warmup = config_lib.steps(config, "optimizer.warmup")
+    o = config.optimizer
+    learning_rate = optimizer_lib.learning_rate(
+        o.peak_lr, o.end_lr, warmup, config_lib.steps(config, "training.duration")
+    )
+    optimizer = optimizer_lib.adamw(
+        learning_rate,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        epsilon=o.epsilon,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+    rules = sharding.ShardingRules()
+    boxed = jax.eval_shape(lambda: _boxed_initial_state(model, optimizer, jax.random.key(0)))
+    state_sharding = sharding.state_sharding(boxed, mesh, rules)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), state_sharding
+    )
+    return Program(
+        config,
+        model,
+        optimizer,
+        learning_rate,
+        _inner_lr_scale(config.model, warmup),
+        state_sharding,
+        sharding.batch_sharding(mesh, rules),
+        abstract,
+    )
+
+
+def _boxed_initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The first state, its parameters (and their moments) in boxes that carry logical axis names."""
+    params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return initial_state(params, optimizer)
+
+
+def _inner_lr_scale(model: ml_collections.ConfigDict, warmup: int) -> optimizer_lib.Schedule:
+    """The warm-up of the inner learning rate: of TTT-MLP from a tenth, unless the config says otherwise."""
+    if model.mixer == "attention":
+        return lambda step: jnp.ones(())
+    peak = build.base_lr(model)
+    start = model.ttt.base_lr_start
+    if start is None:
+        start = peak / 10 if model.mixer == "ttt_mlp" else peak
+    return optimizer_lib.inner_lr_scale(start, peak, warmup)
