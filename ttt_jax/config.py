@@ -13,75 +13,72 @@ from ml_collections import config_dict
 
 MIXERS = ("ttt_linear", "ttt_mlp", "attention")
 
+# Key, default and meaning of everything that can be configured. A type for a default means None, until set.
+KEYS: tuple[tuple[str, Any, str], ...] = (
+    ("seed", 0, "of the initial parameters and of the order of the data"),
+    ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp or attention"),
+    ("model.vocab_size", 257, "at least that of the data; 257 is bytes and BOS"),
+    ("model.width", 768, "D"),
+    ("model.num_layers", 12, "blocks"),
+    ("model.num_heads", 12, "H; divides the width"),
+    ("model.mlp_width", 2048, "hidden width of the feed-forward layers"),
+    ("model.tie_embeddings", True, "the head is the transposed embedding"),
+    ("model.rope_theta", 10000.0, "base of the rotary positions"),
+    ("model.pre_conv", bool, "a convolution before each mixer; unset: where the backbone is mamba"),
+    ("model.conv_width", 4, "tokens that the causal convolutions see"),
+    ("model.norm_epsilon", 1e-6, "of RMSNorm"),
+    ("model.init_stddev", 0.02, "of initial kernels, embedding and inner W0"),
+    ("model.dtype", "float32", "of the compute, or bfloat16; parameters and inner state are float32 always"),
+    ("model.remat", "none", "block: keep only the input of each block for the backward pass"),
+    ("model.ttt.backbone", "mamba", "mamba: convolutions and gate; transformer: neither"),
+    ("model.ttt.mini_batch", 16, "b, tokens per inner gradient step"),
+    ("model.ttt.mlp_depth", 2, "dense layers of the learner of ttt_mlp"),
+    ("model.ttt.mlp_width_factor", 4.0, "their hidden width, in head widths"),
+    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0 for ttt_linear, 0.1 for ttt_mlp"),
+    ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
+    ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
+    ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
+    ("data.source", "embedded", "embedded: the Python standard library of this interpreter, byte by byte"),
+    ("data.sequence_length", 2048, "T, tokens"),
+    ("data.batch_size", 8, "sequences per optimizer step, over all devices"),
+    ("optimizer.peak_lr", 1e-3, "AdamW learning rate after the warm-up"),
+    ("optimizer.end_lr", 1e-5, "where its cosine ends"),
+    ("optimizer.warmup", "10%", "a duration; also of the inner learning rate"),
+    ("optimizer.beta1", 0.9, ""),
+    ("optimizer.beta2", 0.95, ""),
+    ("optimizer.epsilon", 1e-8, ""),
+    ("optimizer.weight_decay", 0.1, "on every parameter"),
+    ("optimizer.clip_norm", 1.0, "largest global norm of the gradient"),
+    ("training.duration", "1000 steps", 'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run'),
+    ("training.accumulation", 1, "micro-batches per optimizer step"),
+    ("mesh.data", -1, "devices along the axis that splits batches; -1 is the rest"),
+    ("mesh.fsdp", 1, "devices along the axis that splits batches and parameters"),
+    ("mesh.tensor", 1, "devices along the axis that splits heads and feed-forward layers"),
+    ("checkpoint.every", "10%", "a duration"),
+    ("checkpoint.keep_last", 2, "how many of the newest checkpoints are kept"),
+    ("checkpoint.milestone_every", "", "a duration; checkpoints at its multiples are kept for good"),
+    ("log.every", "1 step", "a duration: one record of metrics.jsonl"),
+    ("log.tensorboard", False, "also write TensorBoard files; needs the extra [tensorboard]"),
+    ("log.wandb_project", "", "also log to this Weights & Biases project; needs the extra [wandb]"),
+)
+
 
 class ConfigError(ValueError):
     """A config that cannot be run: one line that names the key and what would be accepted."""
 
 
 def default() -> ml_collections.ConfigDict:
-    """Every key, with its default. ``None`` means the paper's value for the chosen mixer."""
-    c = ml_collections.ConfigDict()
-    c.seed = 0
-
-    c.model = m = ml_collections.ConfigDict()
-    m.mixer = "ttt_linear"  # one of MIXERS
-    m.vocab_size = 257  # bytes and BOS
-    m.width = 768
-    m.num_layers = 12
-    m.num_heads = 12
-    m.mlp_width = 2048
-    m.tie_embeddings = True
-    m.rope_theta = 10000.0
-    m.pre_conv = config_dict.placeholder(bool)  # a convolution before each mixer. None: with the Mamba-style backbone
-    m.conv_width = 4  # of the causal convolutions of the Mamba-style backbone
-    m.norm_epsilon = 1e-6
-    m.init_stddev = 0.02
-    m.dtype = "float32"  # of the compute; parameters and inner state are float32 always. Or "bfloat16"
-    m.remat = "none"  # "block": store only the input of each block for the backward pass
-    m.ttt = t = ml_collections.ConfigDict()
-    t.backbone = "mamba"  # or "transformer"
-    t.mini_batch = 16  # b
-    t.mlp_depth = 2  # dense layers of the learner of ttt_mlp
-    t.mlp_width_factor = 4.0  # their hidden width, in head widths
-    t.base_lr = config_dict.placeholder(float)  # None: 1.0 for ttt_linear, 0.1 for ttt_mlp
-    t.base_lr_start = config_dict.placeholder(float)  # where its warm-up starts. None: base_lr, ttt_mlp base_lr / 10
-    t.remat_group = 0  # mini-batches between two stored inner states; 0 stores everything
-    t.unroll = 1  # mini-batches per iteration of the compiled loop
-
-    c.data = d = ml_collections.ConfigDict()
-    d.source = "embedded"  # the Python standard library of this interpreter, byte-level
-    d.sequence_length = 2048  # T, tokens
-    d.batch_size = 8  # sequences per optimizer step, over all devices
-
-    c.optimizer = o = ml_collections.ConfigDict()
-    o.peak_lr = 1e-3
-    o.end_lr = 1e-5
-    o.warmup = "10%"  # a duration
-    o.beta1 = 0.9
-    o.beta2 = 0.95
-    o.epsilon = 1e-8
-    o.weight_decay = 0.1
-    o.clip_norm = 1.0
-
-    c.training = r = ml_collections.ConfigDict()
-    r.duration = "1000 steps"
-    r.accumulation = 1  # micro-batches per optimizer step
-
-    c.mesh = s = ml_collections.ConfigDict()
-    s.data = -1  # devices along each axis; one of them may be -1, "the rest"
-    s.fsdp = 1
-    s.tensor = 1
-
-    c.checkpoint = k = ml_collections.ConfigDict()
-    k.every = "10%"  # a duration
-    k.keep_last = 2
-    k.milestone_every = ""  # a duration; checkpoints at its multiples are never deleted
-
-    c.log = g = ml_collections.ConfigDict()
-    g.every = "1 step"  # a duration: a record of metrics.jsonl
-    g.tensorboard = False  # needs the extra [tensorboard]
-    g.wandb_project = ""  # needs the extra [wandb]
-    return c.lock()
+    """Every key of :data:`KEYS`, with its default."""
+    config = ml_collections.ConfigDict()
+    for key, value, _ in KEYS:
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ml_collections.ConfigDict()
+            section = section[part]
+        section[name] = config_dict.placeholder(value) if isinstance(value, type) else value
+    return config.lock()
 
 
 def steps(config: ml_collections.ConfigDict, key: str) -> int:

@@ -57,15 +57,6 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def dotted_keys(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    """All keys of a config, such as ``model.ttt.mini_batch``."""
-    keys = []
-    for key, value in config.items():
-        nested = isinstance(value, ml_collections.ConfigDict)
-        keys += dotted_keys(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
-    return keys
-
-
 def _check_file(arguments: Sequence[str]) -> None:
     named = [i for i, argument in enumerate(arguments) if re.fullmatch("--?config(=.*)?", argument)]
     if not named or (named[-1] == len(arguments) - 1 and "=" not in arguments[-1]):
@@ -93,7 +84,7 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
         if match := re.match(r".*override field '(\w+)'.*?\. (.*) is of original type.*<class '(\w+)'>$", last):
             return f"{place}{match[1]}={match[2]}: expected {_kind(match[3])}"
         return place + last
-    known = dotted_keys(config_lib.default())
+    known = [key for key, _, _ in config_lib.KEYS]
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -112,11 +103,8 @@ def _first(known: list[str], section: str) -> str:
 
 
 def _type_of(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    config = config_lib.default()
-    for part in filter(None, section.split(".")):
-        config = config[part]
-    return config.get_type(name).__name__
+    value = next(value for name, value, _ in config_lib.KEYS if name == key)
+    return (value if isinstance(value, type) else type(value)).__name__
 
 
 def _kind(type_name: str) -> str:

@@ -46,7 +46,7 @@ _STATISTICS = {
     "ttt_loss_mse_step_1": "loss_after",
 }
 
-Oracle = Mapping[str, np.ndarray]
+Oracle = Mapping[str, Any]  # name to array
 
 
 @dataclasses.dataclass(frozen=True)

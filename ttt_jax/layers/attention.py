@@ -41,7 +41,7 @@ class Attention(nn.Module):
             y = Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)(x)
             return y.reshape(batch, tokens, self.num_heads, width // self.num_heads)
 
-        start = 0 if state is None else state.position
+        start = jnp.zeros((), jnp.int32) if state is None else state.position
         positions = start + jnp.arange(tokens)
         q = rope.rotate(project("wq"), positions, self.rope_theta)
         k = rope.rotate(project("wk"), positions, self.rope_theta)

@@ -1,8 +1,12 @@
 """Causal depthwise convolution over time. [B, T, D] to [B, T, D]."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from ttt_jax.layers.parameter import parameter
 
 
 class CausalConv(nn.Module):
@@ -15,10 +19,8 @@ class CausalConv(nn.Module):
     def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Convolves x. ``state`` holds the last ``width - 1`` inputs, [B, width - 1, D]; None starts from zeros."""
         batch, tokens, channels = x.shape
-        kernel_init = nn.with_logical_partitioning(_lecun_normal, (None, "embed"))
-        kernel = self.param("kernel", kernel_init, (self.width, channels))
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-        bias = self.param("bias", bias_init, (channels,))
+        kernel = parameter(self, "kernel", _lecun_normal, (self.width, channels), (None, "embed"))
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,), ("embed",))
 
         before = jnp.zeros((batch, self.width - 1, channels), x.dtype) if state is None else state.astype(x.dtype)
         x = jnp.concatenate([before, x], axis=1).astype(self.dtype)
@@ -47,7 +49,8 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     width = len(kernel)
     tokens = x.shape[1] - width + 1
-    return sum(kernel[j] * x[:, j : j + tokens].astype(jnp.float32) for j in range(width))
+    shifted = [kernel[j] * x[:, j : j + tokens].astype(jnp.float32) for j in range(width)]
+    return functools.reduce(jnp.add, shifted)
 
 
 def _convolve_forward(x, kernel):

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.parameter import parameter
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + epsilon) * scale``; statistics in float32, cast to ``dtype`` before the scale."""
@@ -13,8 +15,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale = self.param("scale", init, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.parameter import parameter
+
 
 class Projection(nn.Module):
     """``x @ kernel``, no bias; ``axes`` are the logical axis names of the kernel [D_in, D_out]."""
@@ -17,8 +19,8 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        normal = nn.initializers.normal(self.init_stddev)
+        kernel = parameter(self, "kernel", normal, (x.shape[-1], self.features), self.axes)
         return project(x, kernel, self.dtype)
 
 

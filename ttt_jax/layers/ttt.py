@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.conv import CausalConv
+from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
@@ -63,7 +64,6 @@ class TTT(nn.Module):
         q, k, v, conv_q, conv_k = self._qkv(x, state)
         positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
         w0, norm = self._inner_parameters()
-        collect = self.is_mutable_collection("statistics")
         result = scan.run(
             self.learner,
             norm,
@@ -76,9 +76,9 @@ class TTT(nn.Module):
             None if state is None else _started(state.inner, w0),
             remat_group=self.remat_group,
             unroll=self.unroll,
-            statistics=collect,
+            statistics=self.is_mutable_collection("statistics"),
         )
-        if collect:
+        if result.statistics is not None:
             for name, value in result.statistics._asdict().items():
                 self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
             spread = _target_spread(k, v)
@@ -131,10 +131,9 @@ class TTT(nn.Module):
 
     def _inner_parameters(self) -> tuple[learner_lib.Weights, learner_lib.LayerNormParams]:
         """W0 and the learner's LN, trained by the outer loop, float32 whatever the compute dtype."""
-        axes = ("num_heads", None, None)
 
         def param(name, init, *shape):
-            return self.param(name, nn.with_logical_partitioning(init, axes), (self.num_heads, *shape))
+            return parameter(self, name, init, (self.num_heads, *shape), ("num_heads", None, None))
 
         normal, zeros, ones = nn.initializers.normal(self.init_stddev), nn.initializers.zeros, nn.initializers.ones
         widths = self.learner.widths
@@ -151,19 +150,15 @@ class TTT(nn.Module):
 
     def _token_eta(self, x, inner_lr_scale):
         """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
-        init = nn.initializers.normal(self.init_stddev)
-        kernel = self.param(
-            "eta_kernel", nn.with_logical_partitioning(init, ("embed", "num_heads")), (x.shape[-1], self.num_heads)
-        )
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("num_heads",))
-        bias = self.param("eta_bias", zeros, (self.num_heads,))
+        normal, shape = nn.initializers.normal(self.init_stddev), (x.shape[-1], self.num_heads)
+        kernel = parameter(self, "eta_kernel", normal, shape, ("embed", "num_heads"))
+        bias = parameter(self, "eta_bias", nn.initializers.zeros, (self.num_heads,), ("num_heads",))
         gate = nn.sigmoid((x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32) + bias)
         return self.base_lr * inner_lr_scale * gate / self.learner.widths[0]
 
     def _position_eta(self):
         """``max(0, 1/t + tau[t])``, [b]."""
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        tau = self.param("tau", zeros, (self.mini_batch,))
+        tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
         return jnp.maximum(0.0, 1.0 / jnp.arange(1, self.mini_batch + 1) + tau)
 
 

@@ -1,7 +1,9 @@
 """From the ``model`` section of a config to a :class:`LanguageModel`."""
 
+from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
@@ -19,6 +21,7 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
     dtype = jnp.dtype(model.dtype)
     common = {"num_heads": model.num_heads, "dtype": dtype, "init_stddev": model.init_stddev}
     mamba_style = False
+    mixer: Callable[..., nn.Module]
     if model.mixer == "attention":
         mixer = partial(Attention, rope_theta=model.rope_theta, **common)
     else:
@@ -70,3 +73,11 @@ def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
 def base_lr(model: ml_collections.ConfigDict) -> float:
     """The peak inner learning rate: as configured, else the paper's for this mixer."""
     return PAPER_BASE_LR[model.mixer] if model.ttt.base_lr is None else model.ttt.base_lr
+
+
+def describe(model: ml_collections.ConfigDict) -> str:
+    """The model in words, for labels."""
+    if model.mixer == "attention":
+        return "Transformer"
+    name = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP"}[model.mixer]
+    return f"{name} ({model.ttt.backbone.capitalize()} backbone)"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.norm import RMSNorm
+from ttt_jax.layers.parameter import parameter
 from ttt_jax.models.block import Block
 
 
@@ -44,9 +45,7 @@ class LanguageModel(nn.Module):
           inner_lr_scale: multiplies the inner learning rate of TTT layers (its warm-up).
         """
         normal = nn.initializers.normal(self.init_stddev)
-        embedding = self.param(
-            "embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")), (self.vocab_size, self.width)
-        )
+        embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), ("vocab", "embed"))
         h = jnp.asarray(embedding, self.dtype)[tokens]
         self._record("embedding", h)
         stack = nn.scan(
@@ -63,8 +62,7 @@ class LanguageModel(nn.Module):
         if self.tie_embeddings:
             head = embedding.T
         else:
-            axes = ("embed", "vocab")
-            head = self.param("head", nn.with_logical_partitioning(normal, axes), (self.width, self.vocab_size))
+            head = parameter(self, "head", normal, (self.width, self.vocab_size), ("embed", "vocab"))
         return jnp.matmul(h, head.astype(self.dtype), preferred_element_type=jnp.float32), state
 
     def initial_state(self, batch: int, length: int) -> Any:

@@ -45,9 +45,13 @@ class Checkpoints:
         """Optimizer steps in the newest complete checkpoint; None where there is none."""
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return list(self._manager.all_steps())
+
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to write a checkpoint; returns once ``state`` may be changed. Does nothing if it is there already."""
-        if step in self._manager.all_steps():
+        if step in self.all_steps():
             return
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -61,6 +65,13 @@ class Checkpoints:
         """The state of a checkpoint, with the shapes, dtypes and shardings of ``abstract_state``."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=args).state
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """The parameters alone, without reading the optimizer state."""
+        item = {"params": abstract_params}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True))
+        return self._manager.restore(step, args=args).state["params"]
 
     def wait(self) -> None:
         """Returns when what was saved is complete on disk."""

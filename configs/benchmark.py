@@ -1,0 +1,17 @@
+"""The shape at which the speed of other implementations is known: two layers of the 125M width, one sequence of 2048.
+
+    ttt bench step --config configs/benchmark.py:ttt_linear
+
+ARG is the mixer: ttt_linear (default), ttt_mlp or attention. Two CPU cores, float32: see docs/benchmarks.md.
+"""
+
+from ttt_jax import config
+
+
+def get_config(mixer: str = "ttt_linear"):
+    c = config.default()
+    c.model.mixer = mixer
+    c.model.vocab_size = 1024
+    c.model.num_layers = 2
+    c.data.batch_size = 1
+    return c

@@ -1,0 +1,23 @@
+"""A few minutes on two CPU cores: byte-level models of about 1 M parameters on the embedded corpus.
+
+    ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
+
+ARG is the mixer: ttt_linear (default), ttt_mlp or attention.
+"""
+
+from ttt_jax import config
+
+
+def get_config(mixer: str = "ttt_linear"):
+    c = config.default()
+    c.model.mixer = mixer
+    c.model.width = 128
+    c.model.num_layers = 4
+    c.model.num_heads = 4
+    c.model.mlp_width = 256
+    c.data.sequence_length = 1024
+    c.data.batch_size = 4
+    c.optimizer.peak_lr = 3e-3
+    c.training.duration = "200 steps"
+    c.checkpoint.every = "50%"
+    return c

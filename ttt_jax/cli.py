@@ -1,0 +1,217 @@
+"""``ttt <verb>``: each verb is a thin main around an importable function."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ttt_jax
+from ttt_jax import config as config_lib
+from ttt_jax import config_file
+from ttt_jax.config import ConfigError
+
+_DESCRIPTION = """\
+Trains, evaluates and compares language models that learn at test time.
+
+verbs:
+  train    train a model, or go on training one
+  eval     loss and perplexity of a trained model, by token index
+  plot     pictures of evaluations
+  bench    how fast a training step is
+
+Each verb tells more: ttt train --help
+"""
+_EPILOG = """\
+examples:
+  ttt train --config configs/quickstart.py --workdir runs/a
+  ttt train --config configs/quickstart.py:ttt_mlp --workdir runs/b --config.optimizer.peak_lr=1e-3
+  ttt eval --workdir runs/a --context 2048
+  ttt plot loss-by-position runs/a runs/b --output a-and-b.png
+
+exit status:
+  0 done, 1 the run failed, 2 the command or the config cannot be run, 130 and 143 stopped by Ctrl-C or SIGTERM after
+  saving
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    parser, verbs = _parsers()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_config:
+        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    try:
+        return options.run(options, rest)
+    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ttt {options.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(options: argparse.Namespace, rest: list[str]) -> int:
+    """``ttt train``"""
+    config = config_file.from_arguments(rest)
+    from ttt_jax.training import loop
+
+    try:
+        outcome = loop.train(config, options.workdir)
+    except loop.NonFiniteLossError as error:
+        print(f"ttt train: {error}", file=sys.stderr)
+        return 1
+    if outcome.signal is not None:
+        print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
+        print(f"  {_same_command()}")
+        return 128 + outcome.signal
+    if outcome.loss is None:
+        print(f"{options.workdir}: all {outcome.step} steps are done already; a longer --config.training.duration adds")
+    else:
+        print(f"{options.workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    """``ttt eval``"""
+    from ttt_jax.evaluation import loss_by_position
+
+    def progress(done, total):
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    result, about = loss_by_position.evaluate(
+        options.workdir,
+        context=options.context,
+        split=options.split,
+        most_windows=options.max_windows,
+        step=options.step,
+        batch_size=options.batch_size,
+        progress=progress,
+    )
+    path = loss_by_position.save(result, about, options.workdir / "eval")
+    print(
+        f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} windows of {options.context}: "
+        f"loss {result.mean:.4f} +- {result.mean_standard_error:.4f}, perplexity {result.perplexity:.4f}"
+    )
+    print(f"  {path} (and .csv, .json)")
+    return 0
+
+
+def plot(options: argparse.Namespace, rest: list[str]) -> int:
+    """``ttt plot loss-by-position``"""
+    from ttt_jax.evaluation import plot as plot_lib
+
+    plot_lib.loss_by_position(options.workdir, options.output, split=options.split, context=options.context)
+    print(options.output)
+    return 0
+
+
+def bench(options: argparse.Namespace, rest: list[str]) -> int:
+    """``ttt bench step``"""
+    config = config_file.from_arguments(rest)
+    from ttt_jax.benchmark import step
+
+    measurement = step.measure(config, repeats=options.repeats, warmup=options.warmup)
+    print(json.dumps(measurement.as_dict(), indent=2) if options.json else measurement)
+    return 0
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = _manual(argparse.ArgumentParser, _DESCRIPTION, _EPILOG, prog="ttt")
+    parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
+    group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
+    verbs = {}
+
+    def verb(name: str, run: Callable, description: str, usage: str | None = None):
+        takes_config = usage is not None
+        epilog = _config_manual() if takes_config else ""
+        verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
+        verbs[name].set_defaults(run=run, takes_config=takes_config)
+        return verbs[name]
+
+    config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
+    p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
+    p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the run lives")
+
+    p = verb("eval", evaluate, _EVAL)
+    p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")
+    p.add_argument("--context", type=_positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    p.add_argument("--split", default="validation", help="train, validation (default) or test")
+    p.add_argument("--max-windows", type=_positive, default=256, metavar="N", help="at most so many (default: 256)")
+    p.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    p.add_argument("--batch-size", type=_positive, metavar="B", help="windows at a time (default: as in training)")
+
+    p = verb("plot", plot, _PLOT)
+    p.add_argument("kind", choices=["loss-by-position"], metavar="loss-by-position")
+    p.add_argument("workdir", type=Path, nargs="+", help="workdirs of evaluated runs")
+    output = Path("loss-by-position.png")
+    p.add_argument("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
+    p.add_argument("--split", default="validation", help="train, validation (default) or test")
+    p.add_argument("--context", type=_positive, metavar="T", help="of the evaluations (default: the longest)")
+
+    p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
+    p.add_argument("kind", choices=["step"], metavar="step")
+    p.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed steps (default: 7)")
+    p.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    return parser, verbs
+
+
+_TRAIN = """\
+Trains the model of a config, or goes on training the one in the workdir.
+
+The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same command again continues at the newest
+checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
+first; a second Ctrl-C does not wait.
+"""
+_EVAL = """\
+Loss and perplexity of a trained model on windows of a split, and loss by token index with its standard error over
+windows. Writes DIR/eval/SPLIT-T.npz, .csv and .json. The context may be longer than that of training.
+"""
+_PLOT = """\
+Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split
+and context: a smoothed curve over the raw points, on a log axis.
+"""
+_BENCH = """\
+Compiles the training step of a config and times it on random tokens: step time, tokens/s, model FLOP/s, peak memory,
+and the ratio to plain matrix products of as many FLOPs, measured in between.
+"""
+
+
+def _config_manual() -> str:
+    lines = [
+        "config:",
+        "  --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()",
+        "  --config.KEY=VALUE    sets a key; the keys, with their defaults:",
+        "",
+    ]
+    for key, value, meaning in config_lib.KEYS:
+        shown = "unset" if isinstance(value, type) else json.dumps(value)
+        lines.append(f"  {f'--config.{key}={shown}':<44} {meaning}".rstrip())
+    return "\n".join(lines)
+
+
+def _manual(make: Callable, description: str, epilog: str, **names) -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected 1 or more")
+    return value
+
+
+def _same_command() -> str:
+    import shlex
+
+    program = "ttt" if os.path.basename(sys.argv[0]) != "__main__.py" else "python -m ttt_jax"
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

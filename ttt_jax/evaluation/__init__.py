@@ -1,0 +1,1 @@
+"""What a trained model knows: loss by token index, and pictures of it."""

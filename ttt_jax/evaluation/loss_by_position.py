@@ -1,0 +1,176 @@
+"""Loss by token index: how much a model gains from what it has read.
+
+Shapes: B batch, T tokens (the context), N windows.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from ttt_jax import config_file
+from ttt_jax.config import ConfigError
+from ttt_jax.data import pipeline, source
+from ttt_jax.models import build
+from ttt_jax.parallel import sharding
+from ttt_jax.training import program
+from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.loss import token_nll
+from ttt_jax.training.metrics import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class LossByPosition:
+    """Mean loss of a split by token index; nats per token.
+
+    Attributes:
+      loss: [T], mean over the windows in which the token at that index counts; NaN where it counts in none.
+      standard_error: [T], of that mean, over windows.
+      count: [T], windows in which it counts.
+      mean: over all tokens that count.
+      mean_standard_error: of ``mean``, over windows.
+      windows: N.
+    """
+
+    loss: np.ndarray
+    standard_error: np.ndarray
+    count: np.ndarray
+    mean: float
+    mean_standard_error: float
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean loss."""
+        return math.exp(self.mean)
+
+
+def summarise(nll: np.ndarray, mask: np.ndarray) -> LossByPosition:
+    """Statistics of the loss of N windows.
+
+    Args:
+      nll, mask: [N, T]; at least one entry of the mask is set.
+    """
+    nll, mask = np.asarray(nll, np.float64), np.asarray(mask, np.float64)
+    count = mask.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        loss = (nll * mask).sum(0) / count
+        variance = (mask * (nll - loss) ** 2).sum(0) / (count - 1)
+        standard_error = np.sqrt(variance / count)
+    total = mask.sum()
+    mean = (nll * mask).sum() / total
+    n = len(nll)
+    # The mean is a ratio of two sums over windows; this is its standard error to first order.
+    residuals = ((nll - mean) * mask).sum(1)
+    mean_error = math.sqrt((residuals**2).sum() * n / (n - 1)) / total if n > 1 else math.nan
+    return LossByPosition(loss, standard_error, count.astype(np.int64), float(mean), float(mean_error), n)
+
+
+def evaluate(
+    workdir: Path,
+    *,
+    context: int,
+    split: str = "validation",
+    most_windows: int = 256,
+    step: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[LossByPosition, dict]:
+    """Evaluates a checkpoint of a run on windows of ``context`` tokens, spread evenly over a split.
+
+    Args:
+      workdir: of the run; its ``config.json`` names model and data.
+      most_windows: evaluates all windows of the split, or this many.
+      step: which checkpoint; None is the newest.
+      batch_size: windows at a time; None is about as many tokens as a training step has.
+      progress: is called with windows done and windows in all.
+
+    Returns:
+      The losses, and what they are losses of (run, step, dataset, counts), as JSON can hold it.
+
+    Raises:
+      ConfigError: where there is no such run, checkpoint, split or context.
+    """
+    if context < 1 or most_windows < 1 or (batch_size is not None and batch_size < 1):
+        raise ConfigError("--context, --max-windows and --batch-size: expected 1 or more")
+    config = config_file.from_json(workdir / "config.json")
+    data = source.load(config.data.source, split)
+    source.check(data, config.model.vocab_size, context)
+    devices = jax.device_count()
+    if batch_size is None:
+        batch_size = max(1, config.data.batch_size * config.data.sequence_length // context)
+    batch_size = -(-batch_size // devices) * devices
+    model, params, step, place = _restore(config, workdir, step)
+    losses = jax.jit(lambda params, inputs, targets: token_nll(model.apply({"params": params}, inputs)[0], targets))
+
+    windows = min(data.windows(context), most_windows)
+    nll, mask = [], []
+    for batch in pipeline.evaluation_batches(
+        data, sequence_length=context, batch_size=batch_size, most_windows=most_windows
+    ):
+        inputs, targets = jax.device_put((batch["inputs"], batch["targets"]), place)
+        nll.append(np.asarray(losses(params, inputs, targets)))
+        mask.append(batch["mask"])
+        progress(min(len(nll) * batch_size, windows), windows)
+    result = summarise(np.concatenate(nll)[:windows], np.concatenate(mask)[:windows])
+    about = {
+        "workdir": workdir.resolve().name,
+        "model": build.describe(config.model),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "step": step,
+        "source": data.name,
+        "fingerprint": data.fingerprint(),
+        "split": split,
+        "context": context,
+        "windows": result.windows,
+        "tokens": int(result.count.sum()),
+        "loss": result.mean,
+        "loss_standard_error": result.mean_standard_error,
+        "perplexity": result.perplexity,
+    }
+    return result, about
+
+
+def _restore(config: ml_collections.ConfigDict, workdir: Path, step: int | None):
+    """Model, parameters (on every device), the step they are of, and the sharding of a batch."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(data=jax.device_count(), fsdp=1, tensor=1)
+    run = program.make(config, sharding.make_mesh(config.mesh))
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.all_steps()
+    if not steps:
+        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
+    if step is not None and step not in steps:
+        raise ConfigError(f"--step {step}: no such checkpoint in {workdir}; expected one of {sorted(steps)}")
+    step = max(steps) if step is None else step
+    params = checkpoints.restore_params(step, run.abstract_state.params)
+    checkpoints.close()
+    return run.model, params, step, run.batch_sharding
+
+
+def save(result: LossByPosition, about: dict, folder: Path) -> Path:
+    """Writes ``<split>-<context>.npz``, ``.csv`` and ``.json``; returns the path of the ``.npz``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"{about['split']}-{about['context']}"
+    positions = np.arange(1, len(result.loss) + 1)
+    columns = {
+        "position": positions,
+        "loss": result.loss,
+        "standard_error": result.standard_error,
+        "count": result.count,
+    }
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    write_atomically(stem.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+    np.savez(stem.with_suffix(".npz"), allow_pickle=False, **columns)
+    return stem.with_suffix(".npz")

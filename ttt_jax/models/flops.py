@@ -1,0 +1,47 @@
+"""Floating point operations of a model, counted from its config.
+
+Matrix products only, two operations per multiply-add; a backward pass counts twice a forward pass. Recomputation
+(remat) is not counted: this is the work that the model needs, not what a program does.
+"""
+
+from itertools import pairwise
+
+import ml_collections
+
+from ttt_jax.models import build
+
+
+def per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
+    """Forward operations per token, averaged over a sequence of ``sequence_length`` tokens."""
+    d, layers = model.width, model.num_layers
+    feed_forward = 3 * 2 * d * model.mlp_width
+    head = 2 * d * model.vocab_size
+    return layers * (_mixer(model, sequence_length) + feed_forward) + head
+
+
+def per_step(model: ml_collections.ConfigDict, sequence_length: int, sequences: int) -> float:
+    """Operations of one training step: forward and backward."""
+    return 3 * per_token(model, sequence_length) * sequence_length * sequences
+
+
+def _mixer(model: ml_collections.ConfigDict, sequence_length: int) -> float:
+    d = model.width
+    if model.mixer == "attention":
+        visible = (sequence_length + 1) / 2  # keys per query, on average
+        return 4 * 2 * d * d + 2 * 2 * d * visible
+    projections = 4  # q, v, o, and k or, in the Mamba-style backbone, the gate
+    return projections * 2 * d * d + 2 * d * model.num_heads + model.num_heads * _inner_loop(model, sequence_length)
+
+
+def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float:
+    """Per token and head: a forward and a backward pass of the learner over k, the update, and the pass over q."""
+    learner = build.learner(model)
+    b = min(model.ttt.mini_batch, sequence_length)
+    total = 0.0
+    for index, (n_in, n_out) in enumerate(pairwise(learner.widths)):
+        dense = 2 * n_in * n_out
+        total += dense  # k W
+        total += dense if index else 0  # G W^T
+        total += dense  # K^T G
+        total += dense + 2 * b * n_in + 2 * b * n_out  # q W, (q K^T) and its product with G
+    return total
