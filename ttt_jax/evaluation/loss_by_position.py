@@ -128,6 +128,7 @@ def evaluate(
         "fingerprint": data.fingerprint(),
         "split": split,
         "context": context,
+        "training_context": config.data.sequence_length,
         "windows": result.windows,
         "tokens": int(result.count.sum()),
         "loss": result.mean,

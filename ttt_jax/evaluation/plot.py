@@ -23,6 +23,7 @@ _STYLES = {
     "TTT-MLP (Transformer backbone)": ("#E69F00", (0, (3, 1, 1, 1))),
 }
 _OTHER_STYLES = [("#009E73", ":"), ("#CC79A7", (0, (1, 1))), ("#8C6D1F", (0, (8, 2)))]
+_NOTE = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "0.4"}
 
 
 class Evaluation(NamedTuple):
@@ -93,6 +94,9 @@ def loss_by_position(workdirs: Sequence[Path], output: Path, *, split: str = "va
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.set_xlim(1, max(e.position[-1] for e in evaluations))
     axes.set_ylim(*_limits(evaluations))
+    for length in {e.about["training_context"] for e in evaluations if e.about["training_context"] < e.position[-1]}:
+        axes.axvline(length, color="0.5", linewidth=0.8, linestyle=":")
+        axes.text(length * 0.96, 0.02, f"trained on {length:,}", transform=axes.get_xaxis_transform(), **_NOTE)
     axes.set_xlabel("token index in the sequence (log scale)")
     axes.set_ylabel("loss (nats per token)")
     about = evaluations[0].about

@@ -226,7 +226,7 @@ def _evaluate(lm: LanguageModel, oracle: Oracle) -> dict[str, Any]:
             return mean_over_rows(nll, mask), {"logits": logits, "nll": nll, "accuracy": accuracy, **extra}
 
         (loss, extra), grads = jax.value_and_grad(loss_fn, has_aux=True)(tree)
-        return {"loss": loss, "grads": grads, "grad_norm": optax.global_norm(grads), **extra}
+        return {"loss": loss, "grads": grads, "grad_norm": optax.tree.norm(grads), **extra}
 
     result = jax.device_get(run(params(oracle)))
     return {**result, "grads": official_jax.params_to_theirs(result["grads"])}

@@ -7,6 +7,7 @@ checkpoint stands, and ends with the same bits as a run that was never stopped.
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,10 @@ import ml_collections
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax import config_file
 from ttt_jax.config import ConfigError
 from ttt_jax.data import pipeline, source
+from ttt_jax.models import build
 from ttt_jax.parallel import sharding
 from ttt_jax.training import checkpoint, metrics, program
 from ttt_jax.training.progress import ProgressBar
@@ -92,6 +95,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
 
     # ---- Compile, then start or restore
     tokens_per_step = config.data.batch_size * config.data.sequence_length
+    parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
+    print(
+        f"{build.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens_per_step:,} "
+        f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
+        + (f"; going on at step {start}" if start else ""),
+        file=sys.stderr,
+    )
     bar = ProgressBar(total, start, tokens_per_step)
     report = _LateReport(writer, bar, log_every, tokens_per_step)
     with _StopSignals() as stop:
@@ -189,10 +199,10 @@ class _StopSignals:
 
 
 def _check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    path = workdir / "config.json"
-    if not path.exists():
+    if not (workdir / "config.json").exists():
         return
-    different = config_lib.differing_keys(json.loads(path.read_text()), config.to_dict())
+    there = config_file.from_json(workdir / "config.json")
+    different = config_lib.differing_keys(there.to_dict(), config.to_dict())
     refused = {key: values for key, values in different.items() if not key.startswith(_MAY_CHANGE)}
     if refused:
         listed = ", ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in refused.items())

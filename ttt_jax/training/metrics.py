@@ -1,5 +1,6 @@
 """Where metrics go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -85,5 +86,6 @@ def _wandb(workdir: Path, settings: dict[str, Any]):
         import wandb
     except ImportError as error:
         raise ConfigError("log.wandb_project: needs wandb; pip install 'ttt_jax[wandb]'") from error
-    run = wandb.init(dir=workdir, name=workdir.name, id=workdir.name, resume="allow", **settings)
+    identity = hashlib.blake2b(str(workdir.resolve()).encode(), digest_size=8).hexdigest()  # resumes with the workdir
+    run = wandb.init(dir=workdir, name=workdir.name, id=identity, resume="allow", **settings)
     return lambda step, values: run.log(dict(values), step=step)

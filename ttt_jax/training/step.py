@@ -64,7 +64,7 @@ def train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": learning_rate(state.step),
             "inner_lr_scale": jnp.asarray(scale, jnp.float32),
         }

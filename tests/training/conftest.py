@@ -1,0 +1,62 @@
+"""A run small enough to start, kill and resume many times."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "model.width": 32,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.mlp_width": 48,
+    "data.sequence_length": 64,
+    "data.batch_size": 2,
+    "training.duration": "24 steps",
+    "checkpoint.every": "6 steps",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """``tiny_config(**{key: value})``: the config of a tiny run, with changes."""
+    from ttt_jax import config as config_lib
+
+    def make(changes=None):
+        config = config_lib.default()
+        for key, value in {**TINY, **(changes or {})}.items():
+            *sections, name = key.split(".")
+            section = config
+            for part in sections:
+                section = section[part]
+            section[name] = value
+        config_lib.validate(config)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_training():
+    """``start_training(workdir, {key: value})``: a real ``ttt train`` process of the tiny run."""
+
+    def start(workdir, changes=None):
+        values = {**TINY, **(changes or {})}
+        command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
+        command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items())]
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start

@@ -1,0 +1,60 @@
+"""Records survive what runs go through."""
+
+import builtins
+import json
+import sys
+
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.training import metrics
+
+
+def _write(workdir, steps, resume_at=0):
+    writer = metrics.MetricsWriter(workdir, resume_at)
+    for step in steps:
+        writer.write(step, {"loss": 1 / step})
+    writer.close()
+
+
+def test_resuming_drops_what_will_be_computed_again(tmp_path):
+    _write(tmp_path, [1, 2, 3, 4, 5])
+    _write(tmp_path, [4, 5, 6], resume_at=3)
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", '{"step": 3, "loss": 0.1}'])
+def test_a_line_cut_short_is_dropped(tmp_path, torn):
+    _write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
+    _write(tmp_path, [3], resume_at=2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "file"
+    metrics.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        metrics.write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [({"tensorboard": True}, r"ttt_jax\[tensorboard\]"), ({"wandb": {"project": "p"}}, r"ttt_jax\[wandb\]")],
+)
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, options, extra):
+    real_import = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name in ("tensorboardX", "wandb"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    for name in ("tensorboardX", "wandb"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=extra):
+        metrics.MetricsWriter(tmp_path, 0, **options)

@@ -1,0 +1,104 @@
+"""Loss, schedules and the optimizer step, against NumPy and against one another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.parallel import sharding
+from ttt_jax.training import loss as loss_lib
+from ttt_jax.training import optimizer as optimizer_lib
+from ttt_jax.training import program
+from ttt_jax.training.step import initial_state, train_step
+
+
+def test_loss_is_the_mean_over_rows_of_masked_means():
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(3, 5, 7)), rng.integers(0, 7, (3, 5))
+    mask = np.array([[1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    nll = -np.log(np.take_along_axis(probabilities, targets[..., None], -1))[..., 0]
+    expected = ((nll * mask)[0].sum() / 4 + nll[1, 0] + 0.0) / 3
+    ours = loss_lib.token_nll(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    np.testing.assert_allclose(ours, nll, rtol=1e-5)
+    np.testing.assert_allclose(loss_lib.mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
+
+
+def test_learning_rate_schedule():
+    schedule = optimizer_lib.learning_rate(peak=3e-3, end=1e-5, warmup_steps=10, total_steps=100)
+
+    def formula(k):
+        if k < 10:
+            return 3e-3 * k / 10
+        return 1e-5 + (3e-3 - 1e-5) * 0.5 * (1 + np.cos(np.pi * (k - 10) / 90))
+
+    for k in (0, 1, 9, 10, 11, 55, 99, 100):
+        np.testing.assert_allclose(schedule(jnp.asarray(k)), formula(k), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "expected"), [("ttt_mlp", [0.1, 0.55, 1.0, 1.0]), ("ttt_linear", [1.0] * 4), ("attention", [1.0] * 4)]
+)
+def test_inner_learning_rate_warms_up_for_ttt_mlp_only(mixer, expected, tiny_config):
+    config = tiny_config({"model.mixer": mixer, "optimizer.warmup": "10 steps"})
+    run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    np.testing.assert_allclose([run.inner_lr_scale(jnp.asarray(k)) for k in (0, 5, 10, 20)], expected, rtol=1e-6)
+
+
+def _one_step(run, accumulation, batch, params=None):
+    schedule = lambda step: jnp.asarray(1e-3)  # noqa: E731
+    optimizer = optimizer_lib.adamw(schedule)
+    step = jax.jit(train_step(run.model, optimizer, schedule, lambda s: jnp.ones(()), accumulation))
+    return step(initial_state(params or run.initial_state().params, optimizer), batch)
+
+
+@pytest.fixture(scope="module")
+def run_and_batch(tiny_config):
+    run = program.make(tiny_config(), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    tokens = np.random.default_rng(1).integers(0, 257, (4, 33)).astype(np.int32)
+    mask = (tokens[:, 1:] % 5 > 0).astype(np.float32)
+    return run, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+
+
+def test_accumulation_is_the_whole_batch_at_once(run_and_batch):
+    run, batch = run_and_batch
+    whole, whole_metrics = _one_step(run, 1, batch)
+    parts, parts_metrics = _one_step(run, 2, batch)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-5)
+    # The first moments are the gradient; the parameters after one Adam step are little more than its sign.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-7), parts.opt_state, whole.opt_state)
+
+
+def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
+    """AdamW's first step, written out: decay on all, the gradient clipped to norm 1 first."""
+    run, batch = run_and_batch
+    params = jax.tree.map(lambda p: 4 * p, run.initial_state().params)  # for a gradient above 1
+
+    def loss_fn(params):
+        logits, _ = run.model.apply({"params": params}, batch["inputs"])
+        return loss_lib.mean_over_rows(loss_lib.token_nll(logits, batch["targets"]), batch["mask"])
+
+    gradient = jax.device_get(jax.jit(jax.grad(loss_fn))(params))
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(gradient)))
+    assert norm > 1, "clipping would not be seen"
+    state, metrics = _one_step(run, 1, batch, params)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+    def expected(p, g):
+        g = g.astype(np.float64) / norm
+        return p - 1e-3 * (g / (np.abs(g) + 1e-8) + 0.1 * p)
+
+    for p, g, new in zip(*(jax.tree.leaves(x) for x in (params, gradient, state.params)), strict=True):
+        certain = np.abs(g) > 1e-6  # smaller ones are rounding noise, whose sign Adam would blow up
+        np.testing.assert_allclose(np.asarray(new)[certain], expected(np.asarray(p), g)[certain], atol=2e-6)
+
+
+def test_seed_sets_the_initial_parameters(tiny_config):
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    first, again, other = (
+        program.make(tiny_config({"seed": seed}), mesh).initial_state().params["embedding"] for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+    assert np.std(first) == pytest.approx(0.02, rel=0.05)
