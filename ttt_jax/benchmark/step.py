@@ -66,7 +66,7 @@ class Measurement(NamedTuple):
                 f"{self.model}, {self.parameters / 1e6:.1f} M parameters, "
                 f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 f"  compile          {self.compile_time:10.2f} s",
-                f"  step, median     {self.step_time:10.4f} s   ({low:.4f} to {high:.4f}, {len(self.step_times)} of them)",
+                f"  step, median     {self.step_time:10.4f} s   ({low:.4f} to {high:.4f} of {len(self.step_times)})",
                 f"  throughput       {self.tokens / self.step_time:10,.0f} tokens/s",
                 f"  model FLOP/s     {self.operations / self.step_time / 1e9:10,.1f} G  "
                 f"({self.operations / 1e9:,.1f} G per step)",

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,7 +23,7 @@ _STYLES = {
     "TTT-MLP (Transformer backbone)": ("#E69F00", (0, (3, 1, 1, 1))),
 }
 _OTHER_STYLES = [("#009E73", ":"), ("#CC79A7", (0, (1, 1))), ("#8C6D1F", (0, (8, 2)))]
-_NOTE = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "0.4"}
+_NOTE: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "0.4"}
 
 
 class Evaluation(NamedTuple):
