@@ -7,7 +7,7 @@ s <= t of its mini-batch. With eta[t, s] = position_eta[t] * token_eta[s], for e
 
 where X are the layer's inputs on the way of k, G the gradient of the loss at its outputs, and Xbar its inputs
 on the way of q, through the layers below as token t has them. No W_t is ever formed: a mini-batch is a handful of
-matmuls. What the mini-batch adds to the gradient of the weights is X^T (token_eta * G).
+matmuls. The weights that it hands on are W - X^T (eta_b * G), eta_b the last row of eta.
 
 Shapes: B batch, H heads, b tokens of this mini-batch, d head width.
 """
@@ -21,26 +21,15 @@ from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner, Weights
 
 
-class Forward(NamedTuple):
-    """A forward and backward pass of the learner over the keys of a mini-batch, layer by layer."""
+class Pass(NamedTuple):
+    """What a mini-batch leaves behind: a forward and a backward pass of the learner over its keys.
+
+    The gradient of the weights of layer l, each token weighed with its rate, is ``inputs[l]^T scaled[l]``.
+    """
 
     inputs: tuple[jax.Array, ...]  # X of each layer, [B, H, b, d_in]
-    gradients: tuple[jax.Array, ...]  # G of each layer: the loss gradient at its outputs, [B, H, b, d_out]
+    scaled: tuple[jax.Array, ...]  # token_eta * G of each layer, [B, H, b, d_out]
     f_res: jax.Array  # output of the last layer, [B, H, b, d]
-
-
-def forward_backward(learner: Learner, norm: LayerNormParams, weights: Weights, k: jax.Array, v: jax.Array) -> Forward:
-    """Per-token gradients of the self-supervised loss at ``weights``, by back-propagation written out."""
-    inputs, derivatives = [k], []
-    for layer in weights[:-1]:
-        activation, derivative = learner_lib.gelu_and_derivative(learner_lib.dense(layer, inputs[-1]))
-        inputs.append(activation)
-        derivatives.append(derivative)
-    f_res = learner_lib.dense(weights[-1], inputs[-1])
-    gradients = [learner_lib.loss_gradient_at_f_res(learner, norm, k, v, f_res)]
-    for layer, derivative in zip(reversed(weights[1:]), reversed(derivatives), strict=True):
-        gradients.insert(0, (gradients[0] @ layer.weight.swapaxes(-1, -2)) * derivative)
-    return Forward(tuple(inputs), tuple(gradients), f_res)
 
 
 def mini_batch(
@@ -53,41 +42,58 @@ def mini_batch(
     v: jax.Array,
     token_eta: jax.Array,
     position_eta: jax.Array,
-) -> tuple[jax.Array, Weights, Forward]:
-    """Outputs of one mini-batch and the gradient it leaves behind.
+) -> tuple[jax.Array, Pass]:
+    """Outputs of one mini-batch, and the pass over its keys.
 
     Args:
       weights: W at the start of the mini-batch, leaves [B, H, ...].
       pending: sum of token_eta[s] * gradient[s] over tokens of this mini-batch that came in an earlier piece of the
         sequence; None when there are none.
       q, k, v: [B, H, b, d], after RoPE.
-      token_eta: [B, H, b].
+      token_eta: [B, H, b, 1].
       position_eta: [b], the rates of the positions that these tokens have in their mini-batch.
 
     Returns:
-      z [B, H, b, d]; ``pending`` with this mini-batch's tokens added; and the pass over the keys.
+      z [B, H, b, d], and the pass.
     """
-    keys = forward_backward(learner, norm, weights, k, v)
-    tril_eta = jnp.tril(jnp.broadcast_to(position_eta[:, None], (len(position_eta),) * 2))  # [b, b]
+    keys = forward_backward(learner, norm, weights, k, v, token_eta)
     row_eta = position_eta[:, None]
-
-    total = []
-    x_bar = q
-    for index, (layer, x, g) in enumerate(zip(weights, keys.inputs, keys.gradients, strict=True)):
-        scaled = token_eta[..., None] * g  # [B, H, b, d_out]
+    tril_eta = jnp.tril(jnp.broadcast_to(row_eta, (len(position_eta),) * 2))  # [b, b]
+    z_bar = q
+    for index, (layer, x, scaled) in enumerate(zip(weights, keys.inputs, keys.scaled, strict=True)):
+        x_bar = learner_lib.gelu(z_bar) if index else q
+        z_bar = learner_lib.dense(layer, x_bar)
         similarity = x_bar @ x.swapaxes(-1, -2)  # [B, H, b, b]
         if learner.bias:
             similarity += 1
-        z_bar = learner_lib.dense(layer, x_bar) - (tril_eta * similarity) @ scaled
-        step = Dense(x.swapaxes(-1, -2) @ scaled, scaled.sum(-2, keepdims=True) if learner.bias else None)
+        z_bar -= (tril_eta * similarity) @ scaled
         if pending is not None:
             z_bar -= row_eta * learner_lib.dense(pending[index], x_bar)
-            step = jax.tree.map(jnp.add, pending[index], step)
-        total.append(step)
-        x_bar = learner_lib.gelu(z_bar) if index < learner.depth - 1 else z_bar
-    return learner_lib.output(learner, norm, q, x_bar), tuple(total), keys
+    return learner_lib.output(learner, norm, q, z_bar), keys
 
 
-def updated(weights: Weights, gradient: Weights, position_eta: jax.Array) -> Weights:
-    """``W - position_eta * gradient``: the weights as the token with that rate has them."""
-    return jax.tree.map(lambda w, g: w - position_eta * g, weights, gradient)
+def forward_backward(
+    learner: Learner, norm: LayerNormParams, weights: Weights, k: jax.Array, v: jax.Array, token_eta: jax.Array
+) -> Pass:
+    """The learner over the keys of a mini-batch, and the gradients of its losses by back-propagation written out."""
+    inputs, derivatives = [k], []
+    for layer in weights[:-1]:
+        activation, derivative = learner_lib.gelu_and_derivative(learner_lib.dense(layer, inputs[-1]))
+        inputs.append(activation)
+        derivatives.append(derivative)
+    f_res = learner_lib.dense(weights[-1], inputs[-1])
+    gradients = [learner_lib.loss_gradient_at_f_res(learner, norm, k, v, f_res)]
+    for layer, derivative in zip(reversed(weights[1:]), reversed(derivatives), strict=True):
+        gradients.insert(0, (gradients[0] @ layer.weight.swapaxes(-1, -2)) * derivative)
+    return Pass(tuple(inputs), tuple(token_eta * g for g in gradients), f_res)
+
+
+def gradient(learner: Learner, keys: Pass, rate: jax.Array | float = 1.0) -> Weights:
+    """Sum over the tokens of a mini-batch of ``rate * token_eta[s] * gradient[s]``, leaves [B, H, ...]."""
+
+    def layer(x, scaled):
+        # The rate goes to the small factor: times the product it would cost, backwards, a pass over all of W.
+        step = rate * scaled
+        return Dense(x.swapaxes(-1, -2) @ step, step.sum(-2, keepdims=True) if learner.bias else None)
+
+    return tuple(map(layer, keys.inputs, keys.scaled))

@@ -145,6 +145,11 @@ def loss_from_output(f_k: jax.Array, v: jax.Array) -> jax.Array:
     return 0.5 * ((f_k - v) ** 2).sum(-1)
 
 
+def gradient_step(weights: Weights, gradient: Weights, rate: jax.Array | float = 1.0) -> Weights:
+    """``W - rate * gradient``."""
+    return jax.tree.map(lambda w, g: w - rate * g, weights, gradient)
+
+
 def loss_gradient_at_f_res(
     learner: Learner, norm: LayerNormParams, k: jax.Array, v: jax.Array, f_res: jax.Array
 ) -> jax.Array:

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, H heads, b tokens per mini-batch, d head width.
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt import dual
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt.learner import LayerNormParams, Learner
 from ttt_jax.ttt.state import InnerState
@@ -44,7 +43,7 @@ def run(
         gradient = jax.grad(total_loss)(state.weights, k, v)
         pending = jax.tree.map(lambda p, g: p + eta * g, state.pending, gradient)
         place = state.position % b
-        weights = dual.updated(state.weights, pending, position_eta[place])
+        weights = learner_lib.gradient_step(state.weights, pending, position_eta[place])
         z = learner_lib.apply(learner, norm, weights, q)
         return state.advanced(pending, weights, 1, place == b - 1), z
 

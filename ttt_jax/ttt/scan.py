@@ -95,8 +95,8 @@ def _whole(options: _Options, inputs):
     n, rest = divmod(tokens, b)
 
     def step(weights, x):
-        z, pending, keys = _mini_batch(options, weights, None, x, options.position_eta)
-        new_weights = dual.updated(weights, pending, options.position_eta[-1])
+        z, keys = _mini_batch(options, weights, None, x, options.position_eta)
+        new_weights = learner_lib.gradient_step(weights, dual.gradient(options.learner, keys, options.position_eta[-1]))
         return new_weights, (z, _losses(options, keys, x, new_weights))
 
     start = initial_state(options.w0, batch)
@@ -109,8 +109,9 @@ def _whole(options: _Options, inputs):
     if rest:
         tail = tuple(_split(x[:, n * b :], rest)[0] for x in inputs)
         position_eta = options.position_eta[:rest]
-        z, pending, keys = _mini_batch(options, weights, None, tail, position_eta)
-        losses = _losses(options, keys, tail, dual.updated(weights, pending, position_eta[-1]))
+        z, keys = _mini_batch(options, weights, None, tail, position_eta)
+        pending = dual.gradient(options.learner, keys)
+        losses = _losses(options, keys, tail, learner_lib.gradient_step(weights, pending, position_eta[-1]))
         outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], (z, losses))))
     (z, stats) = outputs[0] if len(outputs) == 1 else _concatenate(*outputs)
     return z, InnerState(weights, pending, jnp.asarray(tokens, jnp.int32)), stats
@@ -129,8 +130,9 @@ def _continued(options: _Options, inputs, state: InnerState):
 
     def step(carry: InnerState, x):
         *x, filled = x
-        z, pending, keys = _mini_batch(options, carry.weights, carry.pending, x, options.position_eta)
-        new_weights = dual.updated(carry.weights, pending, options.position_eta[filled - 1])
+        z, keys = _mini_batch(options, carry.weights, carry.pending, x, options.position_eta)
+        pending = jax.tree.map(jnp.add, carry.pending, dual.gradient(options.learner, keys))
+        new_weights = learner_lib.gradient_step(carry.weights, pending, options.position_eta[filled - 1])
         new = carry.advanced(pending, new_weights, 0, filled == b)
         return new, (z, _losses(options, keys, x, new_weights))
 
@@ -145,10 +147,10 @@ def _continued(options: _Options, inputs, state: InnerState):
 
 def _mini_batch(options: _Options, weights, pending, x, position_eta):
     q, k, v, token_eta = x
-    return dual.mini_batch(options.learner, options.norm, weights, pending, q, k, v, token_eta[..., 0], position_eta)
+    return dual.mini_batch(options.learner, options.norm, weights, pending, q, k, v, token_eta, position_eta)
 
 
-def _losses(options: _Options, keys: dual.Forward, x, new_weights) -> tuple[jax.Array, ...]:
+def _losses(options: _Options, keys: dual.Pass, x, new_weights) -> tuple[jax.Array, ...]:
     """The three losses of a mini-batch, [b] each; none when they were not asked for."""
     if not options.statistics:
         return ()

@@ -1,0 +1,66 @@
+"""What all tests share: the CPU, a compilation cache that outlives the run, and comparisons that NaN cannot pass."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# The same examples for everybody, and no deadline: the first example of a shape is the one that compiles.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def quick_jit() -> Callable[..., Callable]:
+    """jax.jit with little optimisation, which takes 0.6 of the time to compile; what is computed is the same."""
+    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """``assert_close(actual, desired, tolerance)`` for trees; relative to the largest value of each array."""
+
+    def check(actual: Any, desired: Any, tolerance: float = 1e-5) -> None:
+        def arrays(actual, desired):
+            actual, desired = np.asarray(actual, np.float64), np.asarray(desired, np.float64)
+            assert actual.shape == desired.shape
+            size = max(np.abs(desired).max(initial=0.0), 1e-3)
+            np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * size, equal_nan=False)
+
+        jax.tree.map(arrays, actual, desired)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """``random_params(module, *args)``: parameters drawn by NumPy, large enough that each of them is felt.
+
+    Initialisation would compile something and leave half of the parameters at 0 or 1.
+    """
+
+    def draw(module: nn.Module, *args: Any, seed: int = 0, stddev: float = 0.5) -> Any:
+        shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, x):
+            is_scale = path[-1].key.endswith("scale")
+            return (is_scale + stddev * rng.standard_normal(x.shape)).astype(np.float32)
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    return draw

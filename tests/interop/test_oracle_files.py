@@ -1,0 +1,21 @@
+"""Every number of the TTT authors' code that is kept in tests/oracles."""
+
+from pathlib import Path
+
+import pytest
+
+from ttt_jax.interop import oracles
+
+FILES = sorted((Path(__file__).parents[1] / "oracles").glob("*.npz"))
+
+
+def test_files_are_there():
+    kinds = [path.name.partition("_")[0] for path in FILES]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"generation": 4, "model": 11, "traj": 4}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file(path):
+    report = oracles.check(path)
+    assert report is not None
+    assert report.passed, str(report)

@@ -1,0 +1,45 @@
+"""RMSNorm and SwiGLU against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.layers.mlp import SwiGLU
+from ttt_jax.layers.norm import RMSNorm
+
+X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+
+
+def test_rms_norm(random_params, assert_close):
+    module = RMSNorm(jnp.float32)
+    params = random_params(module, X)
+    x = X.astype(np.float64)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * params["scale"]
+    assert_close(module.apply({"params": params}, X), expected, 1e-6)
+
+
+def test_rms_norm_epsilon():
+    """At a mean square of 1e-6 the default epsilon halves the square; that of the config is used where given."""
+    params = {"params": {"scale": np.ones(8, np.float32)}}
+    small = np.full((1, 1, 8), 1e-3, np.float32)
+    np.testing.assert_allclose(RMSNorm(jnp.float32).apply(params, small), 0.5**0.5, rtol=1e-5)
+    np.testing.assert_allclose(RMSNorm(jnp.float32, 3e-6).apply(params, small), 0.5, rtol=1e-5)
+
+
+def test_rms_norm_of_bfloat16_takes_its_statistics_in_float32():
+    """The output is off by its own rounding and no more."""
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 64)), jnp.bfloat16)
+    y = RMSNorm(jnp.bfloat16).apply({"params": {"scale": np.ones(64, np.float32)}}, x)
+    assert y.dtype == jnp.bfloat16
+    x = np.asarray(x, np.float64)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=1.01 * 2**-8)
+
+
+def test_swiglu(random_params, assert_close):
+    module = SwiGLU(5, jnp.float32, 0.02)
+    params = random_params(module, X)
+    gate, up, down = (params[name]["kernel"].astype(np.float64) for name in ("gate", "up", "down"))
+    assert (gate.shape, up.shape, down.shape) == ((8, 5), (8, 5), (5, 8))
+    expected = ((X @ gate) / (1 + np.exp(-(X @ gate))) * (X @ up)) @ down
+    assert_close(jax.jit(module.apply)({"params": params}, X), expected)

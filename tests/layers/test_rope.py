@@ -1,0 +1,35 @@
+"""Rotary positions against complex numbers in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.layers import rope
+
+POSITIONS = np.array([0, 1, 31, 255, 2048, 32767, 32768])
+X = np.random.default_rng(0).standard_normal((2, len(POSITIONS), 3, 8))
+
+
+def complex_rotation(x, positions, theta):
+    d = x.shape[-1]
+    turns = np.exp(1j * positions[:, None, None] * theta ** (-np.arange(0, d, 2) / d))
+    z = (x[..., ::2] + 1j * x[..., 1::2]) * turns
+    return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500.0])
+def test_pairs_turn_like_complex_numbers(theta):
+    """Float32 angles are 2e-3 off at position 32768, and exact to rounding at small ones."""
+    actual = np.asarray(rope.rotate(jnp.asarray(X, jnp.float32), POSITIONS, theta))
+    expected = complex_rotation(X, POSITIONS, theta)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2)
+    np.testing.assert_allclose(actual[:, :3], expected[:, :3], rtol=0, atol=1e-5)
+
+
+def test_angles_of_bfloat16_inputs_are_float32():
+    """Within the rounding of the output; bfloat16 angles are 0.06 off by position 32 and 2 off by 2048."""
+    low = jnp.asarray(X, jnp.bfloat16)
+    actual = rope.rotate(low, POSITIONS)
+    assert actual.dtype == jnp.bfloat16
+    expected = complex_rotation(np.asarray(low, np.float64), POSITIONS, 10000.0)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-2)

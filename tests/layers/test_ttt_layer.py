@@ -1,0 +1,128 @@
+"""The TTT layer around its inner loop: rates, positions, convolutions, gate and norm against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.layers.ttt import TTT
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import scan
+
+BATCH, TOKENS, WIDTH, HEADS, B = 2, 7, 8, 2, 3
+HEAD_DIM = WIDTH // HEADS
+X = np.random.default_rng(5).standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32)
+
+
+def layer(backbone="mamba", **options):
+    return TTT(learner_lib.linear(HEAD_DIM), HEADS, jnp.float32, backbone, mini_batch=B, **options)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def heads(x):
+    return x.reshape(BATCH, TOKENS, HEADS, HEAD_DIM)
+
+
+def numpy_conv(conv, x):
+    padded = np.pad(x, ((0, 0), (3, 0), (0, 0)))
+    return sum(conv["kernel"][j] * padded[:, j : j + TOKENS] for j in range(4)) + conv["bias"]
+
+
+def numpy_rope_modulo_b(x):
+    turns = np.exp(1j * (np.arange(TOKENS) % B)[:, None, None] * 10000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+    z = (x[..., ::2] + 1j * x[..., 1::2]) * turns
+    return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+
+
+def numpy_inputs(p, backbone, base_lr=1.0, scale=1.0):
+    """q, k, v, token_eta and position_eta that the specification asks for, in float64."""
+    if backbone == "mamba":
+        shared = X @ p["wq"]["kernel"]
+        q, k = numpy_conv(p["conv_q"], shared), numpy_conv(p["conv_k"], shared)
+    else:
+        q, k = X @ p["wq"]["kernel"], X @ p["wk"]["kernel"]
+    token_eta = base_lr * scale * sigmoid(X @ p["eta_kernel"] + p["eta_bias"]) / HEAD_DIM
+    position_eta = np.maximum(0, 1 / np.arange(1, B + 1) + p["tau"])
+    rotated = (numpy_rope_modulo_b(heads(x)) for x in (q, k))
+    return *rotated, heads(X @ p["wv"]["kernel"]), token_eta, position_eta
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+class Recorder:
+    """Stands where scan.run stood, keeps what the layer gave it, and answers with q."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(scan, "run", self)
+
+    def __call__(self, learner, norm, w0, *inputs, **_):
+        self.inputs = inputs[:5]
+        return scan.Result(inputs[0], None, None)
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+def test_inputs_of_the_inner_loop(random_params, assert_close, monkeypatch, backbone):
+    """Positions modulo b; eta = base_lr * scale * max(0, 1/t + tau) * sigmoid(w.x + c) / d."""
+    module = layer(backbone, base_lr=0.3)
+    params = random_params(module, X)
+    params["tau"] = np.array([0.25, -2.0, -0.1], np.float32)  # the second one is clipped: 1/2 - 2 < 0
+    recorder = Recorder(monkeypatch)
+    module.apply({"params": params}, X, None, 0.7)
+    assert_close(recorder.inputs, numpy_inputs(float64(params), backbone, 0.3, 0.7), 1e-6)
+    np.testing.assert_allclose(recorder.inputs[4], [1.25, 0, 1 / 3 - 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("base_lr", "scale"), [(1.0, 1.0), (0.1, 1.0), (1.0, 0.25), (0.1, 0.25)])
+def test_inner_rate_is_linear_in_base_lr_and_its_scale(random_params, assert_close, monkeypatch, base_lr, scale):
+    params = random_params(layer(), X)
+    recorder = Recorder(monkeypatch)
+    layer(base_lr=base_lr).apply({"params": params}, X, None, scale)
+    gate = sigmoid(float64(X) @ params["eta_kernel"] + params["eta_bias"])
+    assert_close(recorder.inputs[3] * HEAD_DIM, base_lr * scale * gate, 1e-6)
+
+
+@pytest.mark.parametrize("backbone", ["mamba", "transformer"])
+def test_layer_is_norm_gate_and_projection_of_the_inner_loop(random_params, quick_jit, assert_close, backbone):
+    module = layer(backbone)
+    params = random_params(module, X)
+    y, state = quick_jit(module.apply)({"params": params}, X)
+    assert state is None
+
+    w0 = (learner_lib.Dense(params["inner_kernel_0"], params["inner_bias_0"]),)
+    norm = learner_lib.LayerNormParams(params["inner_norm_scale"], params["inner_norm_bias"])
+    p = float64(params)
+    inputs = (x.astype(np.float32) for x in numpy_inputs(p, backbone))
+    z = quick_jit(scan.run, static_argnums=0)(module.learner, norm, w0, *inputs).z
+    z = np.asarray(z, np.float64).reshape(X.shape)
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+    z = z * p["post_norm"]["scale"] + p["post_norm"]["bias"]
+    if backbone == "mamba":
+        gate = X @ p["wg"]["kernel"]
+        z *= 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    assert_close(y, z @ p["wo"]["kernel"], 1e-4)
+
+
+def test_post_norm_epsilon_is_1e_6(random_params, monkeypatch):
+    """At a variance of 1e-6 the epsilon halves the square: 1e-5 would give 0.30 instead of 0.71."""
+    module = layer("transformer")
+    params = random_params(module, X)
+    params["wo"]["kernel"] = np.eye(WIDTH, dtype=np.float32)
+    params["post_norm"] = {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)}
+    z = np.broadcast_to(1e-3 * np.resize([1, -1], (HEADS, HEAD_DIM)), (BATCH, TOKENS, HEADS, HEAD_DIM))
+    monkeypatch.setattr(scan, "run", lambda *_, **__: scan.Result(jnp.asarray(z, jnp.float32), None, None))
+    y, _ = module.apply({"params": params}, X)
+    np.testing.assert_allclose(y, np.broadcast_to(np.resize([1, -1], WIDTH) * 0.5**0.5, X.shape), rtol=1e-5)
+
+
+def test_target_spread_is_the_loss_of_the_mean_target(random_params, quick_jit, assert_close):
+    module = layer("transformer")
+    params = random_params(module, X)
+    _, extra = quick_jit(lambda p: module.apply({"params": p}, X, mutable=["statistics"]))(params)
+    target = heads(X @ params["wv"]["kernel"] - X @ params["wk"]["kernel"]).astype(np.float64)
+    expected = ((target - target.mean(1, keepdims=True)) ** 2).sum(-1).mean((0, 2)) / 2
+    assert_close(extra["statistics"]["target_spread"], expected)

@@ -1,0 +1,187 @@
+"""Whole models, tiny: reading in pieces, numerics, learners of other shapes, and compile time."""
+
+import functools
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax import config as config_lib
+from ttt_jax.models.build import language_model
+
+BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
+MODELS = ["attention", "ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"]
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
+
+
+def build(name="ttt_linear-mamba", ttt=(), **options):
+    """A model of two layers; ``ttt`` and ``options`` as in ``config.model``."""
+    config = config_lib.default()
+    mixer, _, backbone = name.partition("-")
+    sizes = {"vocab_size": VOCAB, "width": WIDTH, "num_layers": 2, "num_heads": HEADS, "mlp_width": 12}
+    config.model.update({**sizes, "mixer": mixer, **options})
+    config.model.ttt.update({"mini_batch": B, **({"backbone": backbone} if backbone else {}), **dict(ttt)})
+    config_lib.validate(config)
+    return language_model(config.model)
+
+
+@pytest.fixture(scope="module")
+def draw(random_params):
+    """Parameters for a model; with every norm near 1 and every inner rate large enough to matter."""
+    return functools.partial(random_params, stddev=0.3)
+
+
+def applied(quick_jit, model):
+    return quick_jit(lambda params, tokens, state=None: model.apply({"params": params}, tokens, state))
+
+
+def flat(tree):
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_cut_inside_mini_batches_are_one_go(draw, quick_jit, assert_close, name):
+    model = build(name)
+    params = draw(model, TOKENS)
+    apply = applied(quick_jit, model)
+    whole, no_state = apply(params, TOKENS)
+    assert no_state is None
+    assert whole.dtype == jnp.float32
+
+    state, logits, start = model.initial_state(BATCH, TOKENS.shape[1]), [], 0
+    for length in (5, 2, 5):
+        piece, state = apply(params, TOKENS[:, start : start + length], state)
+        logits.append(piece)
+        start += length
+    assert_close(np.concatenate(logits, axis=1), whole, 1e-5)
+
+
+def test_inner_steps_reach_the_logits(draw, quick_jit):
+    """The comparisons of this file would say little if the hidden state hardly mattered."""
+    model = build()
+    params = draw(model, TOKENS)
+    read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, scale)[0])
+    assert np.abs(read(1.0) - read(0.0)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-transformer"])
+def test_bfloat16_compute_keeps_parameters_inner_state_and_logits_in_float32(draw, quick_jit, name):
+    model = build(name, dtype="bfloat16")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+    params = draw(model, TOKENS)
+    logits, state = applied(quick_jit, model)(params, TOKENS, model.initial_state(BATCH, TOKENS.shape[1]))
+    exact, _ = applied(quick_jit, build(name))(params, TOKENS)
+    assert logits.dtype == jnp.float32
+    error = np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2))
+    assert 1e-4 < error < 0.1, "bfloat16 is used, and is close"
+    if name != "attention":
+        inner = jax.tree.leaves((state.mixer.inner.weights, state.mixer.inner.pending))
+        assert {x.dtype for x in inner} == {jnp.dtype("float32")}
+        assert all(np.isfinite(x).all() for x in inner)
+
+
+def test_learner_of_another_depth_and_width(draw, quick_jit):
+    """Three dense layers with a hidden width of twice the head width; every one of them is felt."""
+    model = build("ttt_mlp", ttt={"mlp_depth": 3, "mlp_width_factor": 2.0})
+    params = draw(model, TOKENS)
+    shapes = {k.removeprefix("layers/mixer/"): x.shape for k, x in flat(params).items() if "/inner_" in k}
+    d = WIDTH // HEADS
+    assert shapes == {
+        "inner_kernel_0": (2, HEADS, d, 2 * d),
+        "inner_kernel_1": (2, HEADS, 2 * d, 2 * d),
+        "inner_kernel_2": (2, HEADS, 2 * d, d),
+        "inner_bias_0": (2, HEADS, 1, 2 * d),
+        "inner_bias_1": (2, HEADS, 1, 2 * d),
+        "inner_bias_2": (2, HEADS, 1, d),
+        "inner_norm_scale": (2, HEADS, 1, d),
+        "inner_norm_bias": (2, HEADS, 1, d),
+    }
+
+    apply = applied(quick_jit, model)
+    logits, _ = apply(params, TOKENS)
+    assert np.isfinite(logits).all()
+    for name in shapes:
+        moved = flax.traverse_util.unflatten_dict(
+            {
+                k: x + 0.1 * k.endswith(name) * np.sin(np.arange(x.size)).reshape(x.shape)
+                for k, x in flat(params).items()
+            },
+            sep="/",
+        )
+        assert np.abs(apply(moved, TOKENS)[0] - logits).max() > 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["attention", "ttt_mlp-mamba"])
+def test_size_of_the_program_does_not_grow_with_depth(name):
+    """Forward and backward pass as handed to the compiler; the layers are one loop."""
+
+    def program_size(layers):
+        model = build(name, num_layers=layers)
+        params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), TOKENS)["params"]))
+        gradient = jax.jit(jax.grad(lambda params: model.apply({"params": params}, TOKENS)[0].sum()))
+        return len(gradient.lower(params).as_text())
+
+    assert program_size(8) <= 1.05 * program_size(2)
+
+
+def test_remat_of_blocks_changes_nothing(draw, quick_jit, assert_close):
+    params = draw(build("attention"), TOKENS)
+
+    def gradient(remat):
+        model = build("attention", remat=remat)
+        return quick_jit(jax.grad(lambda p: (model.apply({"params": p}, TOKENS)[0] ** 2).mean()))(params)
+
+    assert_close(gradient("block"), gradient("none"))
+
+
+def test_initial_parameters_are_those_of_the_paper(quick_jit):
+    """Normal 0.02, but convolutions 1 / sqrt(width); biases and tau 0, scales 1. Every kernel is another draw."""
+    model = build("ttt_mlp-mamba", width=64, vocab_size=512, mlp_width=64, tie_embeddings=False)
+    params = flat(nn.meta.unbox(quick_jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS)["params"]))
+    for key, x in params.items():
+        name = key.rsplit("/", 1)[-1]
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(x, 1, key)
+        elif name == "tau" or "bias" in name:
+            np.testing.assert_array_equal(x, 0, key)
+        else:
+            stddev = 0.5 if "conv" in key else 0.02
+            np.testing.assert_allclose(x.std(), stddev, rtol=0.15, err_msg=key)
+            np.testing.assert_allclose(x.mean(), 0, atol=0.15 * stddev, err_msg=key)
+    assert {"head", "embedding", "layers/mixer/wq/kernel", "layers/conv/kernel"} <= params.keys()
+    drawn = [float(x.reshape(-1)[0]) for x in params.values() if x.std() > 0]
+    drawn += [float(x[1].reshape(-1)[0]) for k, x in params.items() if k.startswith("layers/") and x.std() > 0]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_tied_head_is_the_embedding_and_an_untied_one_is_not(draw, quick_jit):
+    tokens = TOKENS[:, :3]
+    for tied in (True, False):
+        model = build("attention", tie_embeddings=tied)
+        params = draw(model, tokens)
+        run = quick_jit(lambda p, m=model: m.apply({"params": p}, tokens, mutable="hidden_states"))
+        (logits, _), extra = run(params)
+        head = params["embedding"].T if tied else params["head"]
+        assert ("head" in params) is not tied
+        np.testing.assert_allclose(logits, extra["hidden_states"]["final"] @ head, atol=1e-5)
+
+
+def test_hidden_states_and_statistics_are_collected_per_layer(draw):
+    model = build("ttt_linear-mamba")
+    params = draw(model, TOKENS)
+    collections = ["statistics", "hidden_states"]
+    _, extra = jax.eval_shape(lambda: model.apply({"params": params}, TOKENS, mutable=collections))
+    assert {k: x.shape for k, x in flat(extra["hidden_states"]).items()} == {
+        "embedding": (*TOKENS.shape, WIDTH),
+        "layers/h": (2, *TOKENS.shape, WIDTH),
+        "final": (*TOKENS.shape, WIDTH),
+    }
+    statistics = extra["statistics"]["layers"]["mixer"]
+    assert {k: x.shape for k, x in statistics.items()} == dict.fromkeys(
+        ("loss_at_w0", "loss_before", "loss_after", "target_spread"), (2, TOKENS.shape[1])
+    )

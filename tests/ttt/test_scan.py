@@ -1,0 +1,185 @@
+"""A sequence through the inner loop: against loops, in pieces, and with every way to compile it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttt_jax.ttt import dual, scan
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt.state import initial_state
+
+
+def numpy_normalise(z):
+    std = np.sqrt(np.mean((z - z.mean()) ** 2) + 1e-6)
+    return (z - z.mean()) / std, std
+
+
+def one_head_from_the_spec(scale, bias, w, c, q, k, v, token_eta, position_eta):
+    """TTT-Linear as the specification words it, for one head of one sequence: z [T, d], W [d, d], c [d]."""
+    d, b = q.shape[-1], len(position_eta)
+    z, w_t, c_t = np.zeros_like(q), w, c
+    for t in range(len(q)):
+        start = t - t % b
+        if t == start:
+            w, c, gradients = w_t, c_t, []
+        x_hat, std = numpy_normalise(k[t] @ w + c)
+        jacobian = (np.eye(d) - 1 / d - np.outer(x_hat, x_hat) / d) / std
+        gradients.append(jacobian @ (scale * (scale * x_hat + bias - (v[t] - k[t]))))
+        w_t, c_t = w.copy(), c.copy()
+        for s in range(start, t + 1):
+            eta = position_eta[t - start] * token_eta[s]
+            w_t -= eta * np.outer(k[s], gradients[s - start])
+            c_t -= eta * gradients[s - start]
+        z[t] = q[t] + scale * numpy_normalise(q[t] @ w_t + c_t)[0] + bias
+    return z, w_t, c_t
+
+
+@pytest.mark.parametrize(("tokens", "b"), [(12, 4), (7, 3), (5, 1)])
+def test_linear_is_the_float64_loop_of_the_specification(make_case, run_scan, assert_close, tokens, b):
+    case = make_case(1, tokens, b, seed=3)
+    z, state, _ = run_scan(*case)
+    weights = learner_lib.gradient_step(state.weights, state.pending, case.position_eta[(tokens - 1) % b])[0]
+    norm, w0, *inputs, position_eta = jax.tree.map(lambda x: np.asarray(x, np.float64), case[1:])
+    for i in range(2):
+        for h in range(2):
+            expected = one_head_from_the_spec(
+                norm.scale[h, 0],
+                norm.bias[h, 0],
+                w0[0].weight[h],
+                w0[0].bias[h, 0],
+                *(x[i, :, h] for x in inputs),
+                position_eta,
+            )
+            assert_close((z[i, :, h], weights.weight[i, h], weights.bias[i, h, 0]), expected)
+
+
+def test_scan_is_a_loop_over_mini_batches(make_case, run_scan, quick_jit, assert_close):
+    case = make_case(2, 10, 4)
+    mini_batch = quick_jit(dual.mini_batch, static_argnames="learner")
+    weights, z = initial_state(case.w0, 2).weights, []
+    for start in (0, 4, 8):
+        q, k, v, token_eta = (x[:, start : start + 4].swapaxes(1, 2) for x in case[3:7])
+        position_eta = case.position_eta[: q.shape[2]]
+        z_part, keys = mini_batch(case.learner, case.norm, weights, None, q, k, v, token_eta[..., None], position_eta)
+        z.append(z_part.swapaxes(1, 2))
+        if q.shape[2] == 4:
+            weights = learner_lib.gradient_step(weights, dual.gradient(case.learner, keys, position_eta[-1]))
+    result = run_scan(*case)
+    assert_close(result.z, np.concatenate(z, axis=1))
+    assert_close(result.state.weights, weights)
+    assert_close(result.state.pending, dual.gradient(case.learner, keys))
+
+
+def read_in_pieces(run_scan, case, lengths, state):
+    """z and statistics joined, and the state after the last piece."""
+    results, start = [], 0
+    for length in lengths:
+        inputs = (x[:, start : start + length] for x in case[3:7])
+        results.append(run_scan(case.learner, case.norm, case.w0, *inputs, case.position_eta, state, statistics=True))
+        state, start = results[-1].state, start + length
+    z = np.concatenate([r.z for r in results], axis=1)
+    statistics = scan.Statistics(*(np.concatenate(s) for s in zip(*(r.statistics for r in results), strict=True)))
+    return z, statistics, state
+
+
+def assert_same_reading(assert_close, actual, whole):
+    z, statistics, state = actual
+    assert_close(z, whole.z)
+    assert_close(statistics.loss_at_w0, whole.statistics.loss_at_w0)
+    assert_close(statistics.loss_before, whole.statistics.loss_before)
+    assert_close(state, whole.state)
+
+
+@st.composite
+def pieces(draw, tokens, lengths=(1, 2, 5)):
+    """Piece lengths that add up to the tokens. Few different ones: each is a compilation."""
+    parts = []
+    while sum(parts) < tokens:
+        parts.append(draw(st.sampled_from([n for n in lengths if n <= tokens - sum(parts)])))
+    return parts
+
+
+@given(seed=st.integers(0, 2**32 - 1), lengths=pieces(11))
+@settings(max_examples=20)
+def test_pieces_cut_anywhere_are_one_go(make_case, run_scan, assert_close, seed, lengths):
+    case = make_case(2, 11, 4, seed)
+    whole = run_scan(*case, statistics=True)
+    actual = read_in_pieces(run_scan, case, lengths, initial_state(case.w0, 2))
+    assert_same_reading(assert_close, actual, whole)
+    # In the piece that holds a mini-batch's last token, its step is the whole step.
+    last = (3, 7, 10)
+    assert_close(actual[1].loss_after[last,], whole.statistics.loss_after[last,])
+
+
+@pytest.mark.parametrize("first", [4, 5])
+def test_a_start_without_a_state_can_be_continued(make_case, run_scan, assert_close, first):
+    """At the end of a mini-batch and inside one; the rest token by token."""
+    case = make_case(1, 11, 4)
+    whole = run_scan(*case, statistics=True)
+    actual = read_in_pieces(run_scan, case, [first] + [1] * (11 - first), None)
+    assert_same_reading(assert_close, actual, whole)
+
+
+def test_remat_group_and_unroll_change_nothing(make_case, quick_jit, assert_close):
+    """Three mini-batches: a group that does not divide them, and one larger than all of them."""
+    case = make_case(1, 6, 2)
+    cotangent = np.random.default_rng(1).standard_normal(case.q.shape).astype(np.float32)
+
+    def outputs_and_gradients(**options):
+        def scalar(arguments):
+            z = scan.run(case.learner, *arguments, **options).z
+            return (z * cotangent).sum(), z
+
+        return quick_jit(jax.grad(scalar, has_aux=True))(case[1:])
+
+    expected = outputs_and_gradients()
+    assert_close(outputs_and_gradients(remat_group=2, unroll=2), expected)
+    assert_close(outputs_and_gradients(remat_group=5), expected)
+
+
+def test_remat_group_and_unroll_change_nothing_from_a_state(make_case, run_scan, assert_close):
+    case = make_case(1, 7, 2)
+    state = initial_state(case.w0, 2)._replace(position=jnp.int32(1))
+    assert_close(run_scan(*case, state, remat_group=3, unroll=2), run_scan(*case, state))
+
+
+def test_statistics_are_losses_at_the_weights_of_the_primal_form(
+    make_case, run_scan, run_primal, quick_jit, assert_close
+):
+    """Two whole mini-batches and half of a third."""
+    case = make_case(2, 10, 4)
+    actual = run_scan(*case, statistics=True).statistics
+    state = initial_state(case.w0, 2)
+    w0 = state.weights
+    loss_of = quick_jit(learner_lib.loss, static_argnums=0)
+    expected = [[], [], []]
+    for start in (0, 4, 8):
+        q, k, v, token_eta = (x[:, start : start + 4] for x in case[3:7])
+        before = state.weights
+        _, state = run_primal(case.learner, case.norm, state, q, k, v, token_eta, case.position_eta)
+        used = q.shape[1]
+        after = (
+            state.weights
+            if used == 4
+            else learner_lib.gradient_step(before, state.pending, case.position_eta[used - 1])
+        )
+        for losses, weights in zip(expected, (w0, before, after), strict=True):
+            loss = loss_of(case.learner, case.norm, weights, k.swapaxes(1, 2), v.swapaxes(1, 2))
+            losses.append(np.mean(loss, axis=(0, 1)))
+    assert_close(actual, scan.Statistics(*(np.concatenate(x) for x in expected)))
+    assert run_scan(*case).statistics is None
+
+
+def test_inner_loop_is_float32_whatever_the_input(make_case, run_scan, assert_close):
+    """Only the outputs are rounded to the dtype of q."""
+    case = make_case(1, 7, 3)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in case[3:7]]
+    exact = [x.astype(jnp.float32) for x in low]
+    (z, state, _), (exact_z, exact_state, _) = (run_scan(*case[:3], *x, case.position_eta) for x in (low, exact))
+    assert z.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves((state.weights, state.pending))} == {jnp.dtype("float32")}
+    assert_close(state, exact_state)
+    np.testing.assert_allclose(np.asarray(z, np.float32), exact_z, rtol=2**-8, atol=1e-5)
