@@ -1,4 +1,4 @@
-"""A few minutes on two CPU cores: byte-level models of about 1 M parameters on the embedded corpus.
+"""A few minutes on two CPU cores: byte-level models of about half a million parameters on the embedded corpus.
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
 
@@ -17,7 +17,7 @@ def get_config(mixer: str = "ttt_linear"):
     c.model.mlp_width = 384
     c.data.sequence_length = 1024
     c.data.batch_size = 4
-    c.optimizer.peak_lr = 3e-3
-    c.training.duration = "200 steps"
+    c.optimizer.peak_lr = 5e-3
+    c.training.duration = "120 steps"
     c.checkpoint.every = "50%"
     return c

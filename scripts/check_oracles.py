@@ -10,6 +10,7 @@ kind, and exits 1 if any is beyond its tolerance (or if there was nothing to com
 import argparse
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         for path in sorted(folder.glob("*.npz")):
             try:
                 report = oracles.check(path)
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 print(f"FAIL  {path.name}: {error}", flush=True)
                 failed += 1
                 continue

@@ -19,8 +19,9 @@ class LanguageModel(nn.Module):
     """A decoder. ``make_block`` builds one of its L equal blocks; their parameters are stacked, [L, ...], and the
     stack is one scan, so that compile time does not grow with depth.
 
-    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, the self-supervised losses of TTT
-    layers, [L, T]; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with ``embedding`` and ``final``.
+    Collections that ``apply`` fills on request (``mutable=``), and ``init`` always (parameters are its ``["params"]``):
+    ``statistics``, the self-supervised losses of TTT layers, [L, T]; ``hidden_states``, the block outputs ``h``
+    [L, B, T, D], with ``embedding`` and ``final``.
     """
 
     make_block: Callable[..., Block]
