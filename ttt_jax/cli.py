@@ -36,6 +36,9 @@ exit status:
 """
 
 
+_SPLITS = ("train", "validation", "test")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     parser, verbs = _parsers()
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verbs[options.verb].error(f"unexpected argument: {rest[0]}")
     try:
         return options.run(options, rest)
-    except (ConfigError, FileNotFoundError, PermissionError) as error:
+    except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -139,7 +142,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("eval", evaluate, _EVAL)
     p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")
     p.add_argument("--context", type=_positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
-    p.add_argument("--split", default="validation", help="train, validation (default) or test")
+    p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
     p.add_argument("--max-windows", type=_positive, default=256, metavar="N", help="at most so many (default: 256)")
     p.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     p.add_argument("--batch-size", type=_positive, metavar="B", help="windows at a time (default: as in training)")
@@ -149,13 +152,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.add_argument("workdir", type=Path, nargs="+", help="workdirs of evaluated runs")
     output = Path("loss-by-position.png")
     p.add_argument("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
-    p.add_argument("--split", default="validation", help="train, validation (default) or test")
+    p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
     p.add_argument("--context", type=_positive, metavar="T", help="of the evaluations (default: the longest)")
 
     p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
     p.add_argument("kind", choices=["step"], metavar="step")
     p.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed steps (default: 7)")
-    p.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (default: 2)")
+    p.add_argument("--warmup", type=_not_negative, default=2, metavar="N", help="steps before them (default: 2)")
     p.add_argument("--json", action="store_true", help="print JSON")
     return parser, verbs
 
@@ -199,11 +202,16 @@ def _manual(make: Callable, description: str, epilog: str, **names) -> argparse.
     return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {least} or more")
+        return int(text)
+
+    return parse
+
+
+_positive, _not_negative = _at_least(1), _at_least(0)
 
 
 def _same_command() -> str:

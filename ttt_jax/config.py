@@ -63,6 +63,9 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+_MOST = 1e18  # steps, tokens, or the width of anything: more is a slip, and would overflow
+
+
 class ConfigError(ValueError):
     """A config that cannot be run: one line that names the key and what would be accepted."""
 
@@ -100,6 +103,8 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     if not amount > 0 or not math.isfinite(amount) or (unit == "%" and (of_run or amount > 100)):
         percent = "" if of_run else ', "10%" of the run'
         raise ConfigError(f'{key}={text!r}: expected a duration such as "300 steps", "2.5e9 tokens"{percent}')
+    if unit != "%" and amount > _MOST:
+        raise ConfigError(f"{key}={text!r}: expected a duration of at most {_MOST:.0e} steps or tokens")
     if unit == "%":
         return max(1, round(steps(config, "training.duration") * amount / 100))
     if unit.startswith("token"):
@@ -128,6 +133,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _positive(config, key)
     for key in ("optimizer.end_lr", "optimizer.weight_decay"):
         _at_least(config, key, 0)
+        if not math.isfinite(_get(config, key)):
+            raise ConfigError(f"{key}={_get(config, key)}: expected a finite number, 0 or more")
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _get(config, key) < 1:
             raise ConfigError(f"{key}={_get(config, key)}: expected a number from 0 to below 1")
@@ -135,7 +142,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
 
     if m.width % m.num_heads:
-        near = min((h for h in range(1, m.width + 1) if m.width % h == 0), key=lambda h: abs(h - m.num_heads))
+        near = next(h for h in range(min(m.num_heads, m.width), 0, -1) if m.width % h == 0)
         raise ConfigError(
             f"model.num_heads={m.num_heads}: does not divide model.width={m.width}; expected a divisor, such as {near}"
         )
@@ -145,7 +152,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"model.num_heads={m.num_heads}: gives an odd head width, {head_dim}; "
             "expected model.width / model.num_heads to be even, which rotary positions need"
         )
-    if m.mixer == "ttt_mlp" and int(head_dim * t.mlp_width_factor) < 1:
+    if m.mixer == "ttt_mlp" and not 1 <= head_dim * t.mlp_width_factor < _MOST:
         raise ConfigError(f"model.ttt.mlp_width_factor={t.mlp_width_factor}: expected at least 1 / {head_dim}")
     if config.data.batch_size % config.training.accumulation:
         raise ConfigError(
@@ -211,7 +218,7 @@ def _one_of(config, key, accepted):
 
 
 def _at_least(config, key, least):
-    if not _get(config, key) >= least:
+    if _get(config, key) is None or not _get(config, key) >= least:
         raise ConfigError(f"{key}={_get(config, key)}: expected {least} or more")
 
 

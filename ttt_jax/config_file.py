@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +25,17 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: one line, for whatever is wrong with the arguments, the file or the values.
     """
-    _check_file(arguments)
+    path, argument, overrides = _split(arguments)
+    config = _run(path, argument)
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["ttt", *arguments])
-        rest = values(["ttt", *arguments])[1:]
-        config = values.config
-        config.lock()  # a file that failed to run raises here
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(_one_line(error, arguments)) from error
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["ttt", *overrides])
+        rest = values(["ttt", *overrides])[1:]
+        config = values.config.lock()
+    except (flags.Error, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(_one_line(error, overrides).splitlines())) from error
     if rest:
-        raise ConfigError(f"{rest[0]!r}: unexpected argument")
+        raise ConfigError(f"{rest[0]!r}: unexpected argument; expected --config.KEY=VALUE")
     config_lib.validate(config)
     return config
 
@@ -49,41 +50,69 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     config = config_lib.default()
     try:
         config.update(json.loads(path.read_text()))
-    except FileNotFoundError as error:
+        config_lib.validate(config)
+    except ConfigError:
+        raise
+    except OSError as error:
         raise ConfigError(f"{path}: not found; expected the workdir of a run, with its config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not the config of a run: {str(error).splitlines()[0]}") from error
-    config_lib.validate(config)
+        raise ConfigError(f"{path}: not the config of a run: {_said(error)}") from error
     return config
 
 
-def _check_file(arguments: Sequence[str]) -> None:
-    named = [i for i, argument in enumerate(arguments) if re.fullmatch("--?config(=.*)?", argument)]
-    if not named or (named[-1] == len(arguments) - 1 and "=" not in arguments[-1]):
+def _split(arguments: Sequence[str]) -> tuple[Path, list[str], list[str]]:
+    """The config file, the argument of its ``get_config`` if there is one, and all other arguments."""
+    named, overrides, left = "", [], list(arguments)
+    while left:
+        first = left.pop(0)
+        if re.fullmatch("--?config(=.*)?", first):
+            named = first.partition("=")[2] if "=" in first else (left.pop(0) if left else "")
+        elif first.startswith("-") and not re.match("--?(no)?config[.]", first):
+            raise ConfigError(f"{first!r}: unexpected argument; expected --config.KEY=VALUE")
+        else:
+            overrides.append(first)
+    if not named:
         raise ConfigError("--config: missing; expected a config file, such as --config configs/quickstart.py")
-    first = arguments[named[0]]
-    value = first.partition("=")[2] if "=" in first else "".join(arguments[named[0] + 1 : named[0] + 2])
-    path = Path(value.split(":", 1)[0])
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file; expected a Python file with get_config()")
+    name, *argument = named.split(":", 1)
+    if not Path(name).is_file():
+        raise ConfigError(f"--config {name}: no such file; expected a Python file with get_config()")
+    return Path(name), argument, overrides
+
+
+def _run(path: Path, argument: list[str]) -> ml_collections.ConfigDict:
+    """What ``get_config`` of the file returns; whatever fails in it is one line that names the place."""
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config(*argument) if callable(get_config) else None
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise ConfigError(f"{place}: {_said(error)}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{path}: expected a get_config() that returns a ConfigDict, as ttt_jax.config.default() does"
+        )
+    return config
+
+
+def _said(error: Exception) -> str:
+    """An error of ml_collections, or any other, in one line."""
+    text = str(error.args[0] if error.args else error)
+    if match := re.search(
+        r'(?:Key )?["\'](\w+)["\'](?: does not exist|\n).*?(?:Did you mean "(\w+)"|$)', text, re.DOTALL
+    ):
+        return f"{match[1]}: unknown key" + (f"; did you mean {match[2]}?" if match[2] else "")
+    if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type.*<class '([\w.]+)'>$", text):
+        return f"{match[1]}={match[2]}: expected {_kind(match[3].split('.')[-1])}"
+    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     """What was wrong, in the words of whoever typed it."""
     text = str(error).strip()
     overrides = [a.lstrip("-").removeprefix("config.") for a in arguments if re.match("--?(no)?config[.]", a)]
-    if match := re.search(r'Key "(\w+)" does not exist.*?(Did you mean "(\w+)"|$)', text, re.DOTALL):
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
-        place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
-        if place:
-            return f"{place}{match[1]}: unknown key" + (f"; did you mean {match[3]}?" if match[3] else "")
-    if "Error whilst parsing config file" in text or "earlier failure to load" in text:
-        where = re.findall(r'File "([^"]+)", line (\d+), in (?:get_config|<module>)', text)
-        place = f"{where[-1][0]}, line {where[-1][1]}: " if where else ""
-        last = text.splitlines()[-1]
-        if match := re.match(r".*override field '(\w+)'.*?\. (.*) is of original type.*<class '(\w+)'>$", last):
-            return f"{place}{match[1]}={match[2]}: expected {_kind(match[3])}"
-        return place + last
     known = [key for key, _, _ in config_lib.KEYS]
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for override in overrides:

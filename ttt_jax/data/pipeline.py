@@ -36,7 +36,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of steps ``start``, ``start + 1``, ... without end: arrays [B, T]."""
     windows = grain.MapDataset.source(_Windows(source, sequence_length)).seed(seed)
-    batches = windows.shuffle().repeat().batch(batch_size)
+    batches = windows.shuffle().repeat().batch(batch_size, drop_remainder=True)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     return iter(batches[start:].to_iter_dataset(options))
 

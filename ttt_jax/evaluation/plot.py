@@ -41,7 +41,8 @@ def read(workdir: Path, split: str, context: int | None) -> Evaluation:
     Raises:
       ConfigError: where there is none.
     """
-    found = {int(p.stem.rpartition("-")[2]): p for p in (workdir / "eval").glob(f"{split}-*.npz")}
+    files = {p.stem.removeprefix(f"{split}-"): p for p in (workdir / "eval").glob(f"{split}-*.npz")}
+    found = {int(name): path for name, path in files.items() if name.isdecimal()}
     chosen = max(found, default=None) if context is None else context
     if chosen is None or chosen not in found:
         length = "" if context is None else f" with context {context}"

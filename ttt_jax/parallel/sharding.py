@@ -57,7 +57,7 @@ def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any
                     f"mesh.{axis}={mesh.shape[axis]}: does not divide the {logical} axis of {name}, {size}; "
                     "expected a divisor"
                 )
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, PartitionSpec(*(axis if axis in used else None for axis in axes)))
 
     boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree_util.tree_map_with_path(place, abstract_state, is_leaf=boxed)

@@ -1,0 +1,137 @@
+"""Batches: which windows, in which order, from which step on."""
+
+import itertools
+import time
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ttt_jax.data import pipeline
+from ttt_jax.data.source import TokenSource
+
+T = 3
+
+
+def numbered(windows: int) -> TokenSource:
+    """A source whose window i is tokens 3 i, ..., 3 i + 3; some tokens more, which fill no window. BOS is token 5."""
+    return TokenSource("numbers/train", np.arange(windows * T + 2, dtype=np.uint32), vocab_size=10**6, bos=5)
+
+
+def train(windows, batch_size, seed=0, start=0):
+    return pipeline.train_batches(numbered(windows), sequence_length=T, batch_size=batch_size, seed=seed, start=start)
+
+
+def rows(batches, count) -> list[int]:
+    """The windows of so many batches, in order."""
+    found = []
+    for batch in itertools.islice(batches, count):
+        np.testing.assert_array_equal(batch["inputs"], batch["inputs"][:, :1] + np.arange(T))
+        np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
+        np.testing.assert_array_equal(batch["mask"], batch["targets"] != 5)
+        found += (batch["inputs"][:, 0] // T).tolist()
+    return found
+
+
+def test_shapes_and_types():
+    batch = next(train(7, 4))
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        "inputs": ((4, T), np.int32),
+        "targets": ((4, T), np.int32),
+        "mask": ((4, T), np.float32),
+    }
+
+
+@hypothesis.given(
+    windows=st.integers(1, 12), batch_size=st.integers(2, 5), seed=st.integers(0, 2**32 - 1), start=st.integers(1, 40)
+)
+@hypothesis.settings(max_examples=25)
+def test_epochs_follow_one_another_whole_and_any_step_can_be_the_first(windows, batch_size, seed, start):
+    """Also where the batch size does not divide the windows, or exceeds them."""
+    count = start + 3
+    order = rows(train(windows, batch_size, seed), count)
+    assert len(order) == count * batch_size
+    for epoch in range(len(order) // windows):
+        assert sorted(order[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+    rest = order[len(order) // windows * windows :]
+    assert len(set(rest)) == len(rest)
+    assert rows(train(windows, batch_size, seed, start), 3) == order[start * batch_size :]
+
+
+def test_batches_of_one():
+    order = rows(train(5, 1, seed=3), 10)
+    assert order == rows(train(5, 2, seed=3), 5)
+    assert rows(train(5, 1, seed=3, start=4), 6) == order[4:]
+
+
+def test_a_late_start_is_as_quick_and_as_right_as_an_early_one():
+    """Step 10^6 of batches of 4 from 10 windows is the start of epoch 400 000; the two steps before it end an epoch."""
+    begun = time.perf_counter()
+    order = rows(train(10, 4, start=10**6 - 5), 10)
+    assert time.perf_counter() - begun < 5
+    assert sorted(order[:10]) == sorted(order[10:20]) == sorted(order[20:30]) == sorted(order[30:]) == list(range(10))
+    assert rows(train(10, 4, start=10**6), 5) == order[20:]
+
+
+def test_every_epoch_has_its_own_order():
+    order = rows(train(20, 5), 4 * 6)
+    epochs = [tuple(order[i : i + 20]) for i in range(0, 120, 20)]
+    assert len(set(epochs)) == 6
+    assert tuple(range(20)) not in epochs
+
+
+def test_seeds_differ_and_repeat():
+    orders = [tuple(rows(train(20, 5, seed), 4)) for seed in (0, 1, 2, 2**32 - 1)]
+    assert len(set(orders)) == 4
+    assert orders[1] == tuple(rows(train(20, 5, 1), 4))
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    assert rows(train(7, 2, seed=3), 12) == rows(train(7, 3, seed=3), 8) == rows(train(7, 24, seed=3), 1)
+
+
+# ---- Evaluation
+
+
+def evaluation(windows, batch_size, most):
+    return list(
+        pipeline.evaluation_batches(numbered(windows), sequence_length=T, batch_size=batch_size, most_windows=most)
+    )
+
+
+@pytest.mark.parametrize(
+    ("windows", "most", "chosen"),
+    [
+        (10, 10, range(10)),
+        (10, 99, range(10)),
+        (10, 5, [0, 2, 4, 6, 8]),
+        (10, 4, [0, 2, 5, 7]),
+        (10, 1, [0]),
+        (1000, 3, [0, 333, 666]),
+        (1, 1, [0]),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_evaluation_windows_are_spread_whatever_the_batch_size(windows, most, chosen, batch_size):
+    batches = evaluation(windows, batch_size, most)
+    count = len(chosen)
+    assert len(batches) == -(-count // batch_size)
+    stacked = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    assert {x.shape for x in stacked.values()} == {(len(batches) * batch_size, T)}
+    np.testing.assert_array_equal(stacked["inputs"][:count, 0], T * np.array(chosen))
+    np.testing.assert_array_equal(stacked["targets"][:count], stacked["inputs"][:count] + 1)
+    np.testing.assert_array_equal(stacked["mask"][:count], stacked["targets"][:count] != 5)
+    assert not any(x[count:].any() for x in stacked.values())
+
+
+@hypothesis.given(windows=st.integers(1, 200), most=st.integers(1, 250), batch_size=st.integers(1, 9))
+def test_evaluation_reads_distinct_windows_at_even_distances(windows, most, batch_size):
+    batches = evaluation(windows, batch_size, most)
+    firsts = np.concatenate([batch["inputs"][:, 0] for batch in batches])[: min(windows, most)] // T
+    steps = np.diff(firsts)
+    assert firsts[0] == 0
+    assert firsts[-1] < windows
+    assert windows - firsts[-1] >= windows // len(firsts)
+    assert (steps >= 1).all()
+    assert len(steps) == 0 or steps.max() - steps.min() <= 1

@@ -1,0 +1,120 @@
+"""Counted operations, against three other counts: by hand, of the traced program, and by XLA."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from ttt_jax import config as config_lib
+from ttt_jax.models import flops
+from ttt_jax.models.build import language_model
+from ttt_jax.training.loss import token_nll
+
+MODELS = ["attention", "ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"]
+T, VOCAB, WIDTH, HEADS, MLP_WIDTH, B = 24, 40, 32, 4, 48, 8  # T: three mini-batches
+
+
+def model_config(name, **options):
+    mixer, _, backbone = name.partition("-")
+    config = config_lib.default()
+    sizes = {"vocab_size": VOCAB, "width": WIDTH, "num_layers": 1, "num_heads": HEADS, "mlp_width": MLP_WIDTH}
+    config.model.update({**sizes, "mixer": mixer, **options})
+    config.model.ttt.update({"mini_batch": B, "remat_group": 0, **({"backbone": backbone} if backbone else {})})
+    config_lib.validate(config)
+    return config.model
+
+
+def forward(model):
+    """The forward pass, and shapes of its arguments for one sequence of T tokens."""
+    module = language_model(model)
+    tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    params = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens))["params"]
+    return (lambda params, tokens: module.apply({"params": params}, tokens)[0]), params, tokens
+
+
+def products(jaxpr) -> int:
+    """Operations of every matrix product that a traced program runs, loops counted as often as they turn."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+        assert equation.primitive.name not in ("while", "cond", "conv_general_dilated")
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(products(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+def attention_that_is_masked(model):
+    """A block of queries computes all its logits; those that causality hides are no work that the model needs."""
+    hidden = T - (T + 1) / 2
+    return 2 * 2 * model.width * hidden * T
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_matrix_product_is_counted(name, layers):
+    model = model_config(name, num_layers=layers)
+    function, params, tokens = forward(model)
+    traced = products(jax.make_jaxpr(function)(params, tokens).jaxpr)
+    if name == "attention":
+        traced -= layers * attention_that_is_masked(model)
+    assert flops.per_token(model, T) * T == traced
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_three_forward_passes(name):
+    model = model_config(name)
+    function, params, tokens = forward(model)
+    loss = lambda params, tokens: token_nll(function(params, tokens), tokens).mean()  # noqa: E731
+    traced = products(jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr)
+    if name == "attention":
+        traced -= 3 * attention_that_is_masked(model)
+    assert flops.per_step(model, T, 1) == traced
+    assert flops.per_step(model, T, 5) == 5 * traced
+
+
+@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba"])
+def test_most_of_what_xla_counts(name, quick_jit):
+    """XLA counts elementwise operations too, at this width 1 to 3 percent. It counts the body of a loop once, whatever
+    its length, so the loop over mini-batches is unrolled here, and that over layers has one turn."""
+    model = model_config(name, width=128, num_heads=2, mlp_width=256, vocab_size=257)
+    model.ttt.unroll = T // B
+    function, params, tokens = forward(model)
+    counted = quick_jit(function).lower(params, tokens).compile().cost_analysis()["flops"]
+    ours = flops.per_token(model, T) * T + (attention_that_is_masked(model) if name == "attention" else 0)
+    assert ours < counted < 1.05 * ours
+
+
+def test_by_hand():
+    """Width 4, two heads of 2, feed-forward width 3, 5 tokens, mini-batches of 2; sequences of 6."""
+    sizes = {"vocab_size": 5, "width": 4, "num_heads": 2, "mlp_width": 3}
+    around = 2 * 3 * 4 * 3 + 2 * 4 * 5  # gate, up, down; head
+
+    attention = model_config("attention", **sizes)
+    assert flops.per_token(attention, 6) == around + 4 * 2 * 16 + 2 * (2 * 4 * 3.5)  # q k v o; logits and their use
+
+    linear = model_config("ttt_linear-mamba", **sizes)
+    linear.ttt.mini_batch = 2
+    head = 3 * (2 * 2 * 2) + 2 * (2 * 2 * 2)  # k W, K^T G, q W; q K^T and its product with G
+    assert flops.per_token(linear, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
+
+    mlp = model_config("ttt_mlp-mamba", **sizes)
+    mlp.ttt.update(mini_batch=2, mlp_width_factor=1.5)  # 2 -> 3 -> 2
+    head = 3 * (2 * 2 * 3) + 2 * 2 * (2 + 3) + 4 * (2 * 3 * 2) + 2 * 2 * (3 + 2)  # layer 2 also G W^T
+    assert flops.per_token(mlp, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
+
+
+def test_what_grows_with_the_context():
+    """Attention by 4 D per layer and half a token; a TTT layer not at all, once a mini-batch is full."""
+    attention = model_config("attention", num_layers=2)
+    assert flops.per_token(attention, 2001) - flops.per_token(attention, 1001) == 2 * 4 * WIDTH * 500
+    ttt = model_config("ttt_mlp-mamba")
+    lengths = np.array([B, 10 * B, 1000 * B])
+    assert len({flops.per_token(ttt, int(length)) for length in lengths}) == 1
+    assert flops.per_token(ttt, B // 2) < flops.per_token(ttt, B)
