@@ -172,6 +172,8 @@ def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
 
     if not group:
         return scan(carry, xs)
+    if group == 1:
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, xs, unroll=unroll)
     n = len(jax.tree.leaves(xs)[0])
     n_groups = n // group
     remat_scan = jax.checkpoint(scan, prevent_cse=False)
