@@ -17,7 +17,7 @@ def get_config(mixer: str = "ttt_linear"):
     c.model.mlp_width = 384
     c.data.sequence_length = 1024
     c.data.batch_size = 4
-    c.optimizer.peak_lr = 3e-3
-    c.training.duration = "100 steps"
+    c.optimizer.peak_lr = 4e-3
+    c.training.duration = "140 steps"
     c.checkpoint.every = "50%"
     return c

@@ -21,7 +21,7 @@ install_environment ""
 for mixer in "${mixers[@]}"; do
     echo "Training $mixer"
     ttt train --config "configs/quickstart.py:$mixer" --workdir "$out/$mixer" "$@"
-    ttt eval --workdir "$out/$mixer" --context "$context" --max-windows 128
+    ttt eval --workdir "$out/$mixer" --context "$context"
 done
 ttt plot loss-by-position "${mixers[@]/#/$out/}" --context "$context" --output "$out/loss-by-position.png"
 echo "Done in $((SECONDS - started)) s. The picture: $PWD/$out/loss-by-position.png"
