@@ -35,7 +35,15 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.19"],
-        "dev": ["hypothesis>=6.100", "mypy>=1.15", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.11", "tensorboardX>=2.6"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.11",
+            "tensorboardX>=2.6",
+            "wandb>=0.19",
+        ],
     },
     entry_points={"console_scripts": ["ttt = ttt_jax.cli:main"]},
 )

@@ -58,3 +58,17 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, options, extra):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=extra):
         metrics.MetricsWriter(tmp_path, 0, **options)
+
+
+def test_wandb_gets_every_record(tmp_path, monkeypatch):
+    """The real library, which writes what it would send into a folder of its own."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    writer = metrics.MetricsWriter(tmp_path, 0, wandb={"project": "a project", "config": {"seed": 7}})
+    writer.write(1, {"loss": 2.5})
+    writer.write(2, {"loss": 1.5})
+    writer.close()
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = log.read_bytes()
+    for text in (b"a project", b"loss", b"2.5", b"1.5", b"seed"):
+        assert text in content

@@ -101,7 +101,8 @@ def loss_by_position(workdirs: Sequence[Path], output: Path, *, split: str = "va
     axes.set_xlabel("token index in the sequence (log scale)")
     axes.set_ylabel("loss (nats per token)")
     about = evaluations[0].about
-    axes.set_title(f"Loss by token index, {about['source']}, {about['windows']} windows", fontsize=11)
+    windows = f"{about['windows']:,} windows of {about['context']:,} tokens"
+    axes.set_title(f"Loss by token index, {about['source']}, {windows}", fontsize=11)
     axes.grid(alpha=0.25, which="major")
     axes.legend(frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)

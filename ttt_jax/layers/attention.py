@@ -67,8 +67,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int = 256)
     """Softmax attention of each token to itself and those before it, [B, T, H, d] to [B, T, H, d].
 
     Queries are taken in blocks, each against the keys up to its end, so that the half of the logits that causality
-    hides is not computed and the logits of the others are never all in memory. On a CPU this takes a third of the time
-    of ``jax.nn.dot_product_attention``. Logits and softmax are float32.
+    hides is not computed and the logits of the others are never all in memory. On a CPU this takes 0.4 of the time of
+    ``jax.nn.dot_product_attention``. Logits and softmax are float32.
     """
     dtype, tokens, scale = q.dtype, q.shape[1], q.shape[-1] ** -0.5
     block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time

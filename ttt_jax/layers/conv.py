@@ -44,7 +44,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """``y[t] = sum_j kernel[j] * x[t + j]``, [B, T + width - 1, D] and [width, D] to [B, T, D] float32.
 
     A sum of shifted products, forward and backward: for a width of 4 much cheaper than a grouped convolution. The
-    backward pass is written out because autodiff makes it a sum of padded arrays, each of which is materialised: seven
+    backward pass is written out because autodiff makes it a sum of padded arrays, each of which is materialised: ten
     times slower on a CPU.
     """
     width = len(kernel)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         _keep_records(self._path, step)
         self._file = self._path.open("a", buffering=1)
-        self._others = []
+        self._others: list[tuple[Callable, Callable]] = []  # write and close of each
         if tensorboard:
             self._others.append(_tensorboard(workdir))
         if wandb:
@@ -30,12 +30,14 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records numbers of one step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for other in self._others:
-            other(step, values)
+        for write_other, _ in self._others:
+            write_other(step, values)
 
     def close(self) -> None:
-        """Flushes to disk."""
+        """Flushes to disk, and ends what the others began."""
         self._file.close()
+        for _, close_other in self._others:
+            close_other()
 
 
 def read(workdir: Path) -> list[dict[str, float]]:
@@ -78,7 +80,7 @@ def _tensorboard(workdir: Path):
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    return write
+    return write, writer.close
 
 
 def _wandb(workdir: Path, settings: dict[str, Any]):
@@ -88,4 +90,4 @@ def _wandb(workdir: Path, settings: dict[str, Any]):
         raise ConfigError("log.wandb_project: needs wandb; pip install 'ttt_jax[wandb]'") from error
     identity = hashlib.blake2b(str(workdir.resolve()).encode(), digest_size=8).hexdigest()  # resumes with the workdir
     run = wandb.init(dir=workdir, name=workdir.name, id=identity, resume="allow", **settings)
-    return lambda step, values: run.log(dict(values), step=step)
+    return (lambda step, values: run.log(dict(values), step=step)), run.finish
