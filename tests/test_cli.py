@@ -331,7 +331,11 @@ def test_plot(evaluated, tmp_path, capsys):
 
     loss = json.loads((evaluated / "eval/validation-48.json").read_text())["loss"]
     words = drawing.read_text()
-    for text in ("token index in the sequence (log scale)", "loss (nats per token)", "embedded/validation, 5 windows"):
+    for text in (
+        "token index in the sequence (log scale)",
+        "loss (nats per token)",
+        "embedded/validation, 5 windows of 48 tokens",
+    ):
         assert f"<!-- {text}" in words or f", {text} -->" in words
     parameters = 257 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8  # embedding, attention, feed-forward, norms
     assert f"<!-- Transformer, {parameters / 1e6:.4f} M parameters: mean {loss:.3f} -->" in words

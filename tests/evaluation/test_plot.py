@@ -131,7 +131,7 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
     for text in (
         "token index in the sequence (log scale)",
         "loss (nats per token)",
-        "Loss by token index, embedded/validation, 6 windows",
+        "Loss by token index, embedded/validation, 6 windows of 64 tokens",
         f"{LINEAR}, 1.2 M parameters: mean {means[0]:.3f}",
         f"{MLP}, 123 M parameters: mean {means[1]:.3f}",
         f"{TRANSFORMER}, 1.2 M parameters: mean {means[2]:.3f}",

@@ -15,6 +15,7 @@ def test_files_are_there():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_file(path):
     report = oracles.check(path)
     assert report is not None

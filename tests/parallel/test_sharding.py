@@ -39,6 +39,7 @@ def runs():
 # ---- Numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["attention 2x2x2", "ttt_linear 8x1x1", "ttt_linear 2x2x2"])
 def test_training_is_the_same_on_every_mesh(runs, run):
     on_one = runs[f"{run.split()[0]} 1x1x1"]

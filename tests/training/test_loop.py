@@ -108,6 +108,7 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path, tiny_conf
     checkpoints.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
 def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_config):
     """The loss falls below the unigram entropy of the corpus: what a model without context could reach at best."""

@@ -12,6 +12,8 @@ from ttt_jax.parallel import sharding
 from ttt_jax.training import metrics, program
 from ttt_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 # Large enough that a save takes a while, so that it can be hit.
 BIG_STATE = {"model.vocab_size": 40000}
 
