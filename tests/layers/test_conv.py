@@ -37,7 +37,7 @@ def test_is_the_explicit_loop(assert_close, width):
 def test_pieces_are_one_go(assert_close, lengths):
     params, x = random_conv(4, 3, 6)
     module = conv.CausalConv(4, jnp.float32)
-    state, outputs = module.initial_state(2, 3), []
+    state, outputs = conv.initial_state(2, 4, 3, jnp.float32), []
     for start, length in zip(np.cumsum((0, *lengths)), lengths, strict=False):
         y, state = module.apply(params, x[:, start : start + length], state)
         outputs.append(y)

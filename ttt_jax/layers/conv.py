@@ -27,9 +27,10 @@ class CausalConv(nn.Module):
         y = (convolve(x, kernel) + bias).astype(self.dtype)
         return y, None if state is None else x[:, tokens:]
 
-    def initial_state(self, batch: int, channels: int) -> jax.Array:
-        """The state before the first token."""
-        return jnp.zeros((batch, self.width - 1, channels), self.dtype)
+
+def initial_state(batch: int, width: int, channels: int, dtype: jnp.dtype) -> jax.Array:
+    """The state of a :class:`CausalConv` before the first token, [B, width - 1, D]."""
+    return jnp.zeros((batch, width - 1, channels), dtype)
 
 
 def _lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:

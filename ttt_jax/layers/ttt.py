@@ -17,8 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
-from ttt_jax.layers.conv import CausalConv
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
 from ttt_jax.ttt import learner as learner_lib
@@ -92,18 +92,18 @@ class TTT(nn.Module):
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """The state before the first token; its size does not depend on ``length``."""
         del length
-        zeros = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), self.learner, self.num_heads))
-        inner = initial_state(jax.tree.map(lambda w: jnp.zeros(w.shape), zeros), batch)
+        zeros = learner_lib.init(jax.random.key(0), self.learner, self.num_heads, stddev=0.0)  # W0 takes their place
+        inner = initial_state(zeros, batch)
         if self.backbone != "mamba":
             return TTTState(inner, None, None)
-        conv = self._conv(None).initial_state(batch, width)
+        conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype)
         return TTTState(inner, conv, conv)
 
     def _projection(self, width, name):
         return Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)
 
     def _conv(self, name):
-        return CausalConv(self.conv_width, self.dtype, name=name, **({"parent": None} if name is None else {}))
+        return conv_lib.CausalConv(self.conv_width, self.dtype, name=name)
 
     def _qkv(self, x, state):
         """q, k, v [B, T, H, d] before RoPE, and the states of the convolutions."""

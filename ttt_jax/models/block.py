@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.conv import CausalConv
+from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
         if state is not None:
             conv_state, mixer_state = state
         if self.pre_conv:
-            conv = CausalConv(self.conv_width, self.dtype, name="conv")
+            conv = conv_lib.CausalConv(self.conv_width, self.dtype, name="conv")
             y, conv_state = conv(norm("conv_norm", h), conv_state)
             h = h + y
         y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, inner_lr_scale)
@@ -52,5 +52,5 @@ class Block(nn.Module):
 
     def initial_state(self, batch: int, width: int, length: int) -> BlockState:
         """The state before the first token."""
-        conv = jnp.zeros((batch, self.conv_width - 1, width), self.dtype) if self.pre_conv else None
+        conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype) if self.pre_conv else None
         return BlockState(conv, self.make_mixer(parent=None).initial_state(batch, width, length))

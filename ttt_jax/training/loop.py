@@ -167,10 +167,10 @@ class _LateReport:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         self.loss = numbers["loss"]
-        if step % self._log_every == 0 or not math.isfinite(self.loss):
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+        if step % self._log_every == 0 or bad:
             timing = {"seconds_per_step": seconds, "tokens_per_second": self._tokens / seconds}
             self._writer.write(step, {**numbers, "tokens": step * self._tokens, **timing})
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
         if bad:
             raise NonFiniteLossError(f"{bad[0]} is {numbers[bad[0]]} at step {step}")
         self._bar.update(step, self.loss, seconds)
