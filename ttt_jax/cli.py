@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
+from ttt_jax import cli_tokenize, config_file
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
 from ttt_jax.config import ConfigError
+from ttt_jax.data.errors import DataError
 
 _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
 
 verbs:
-  train    train a model, or go on training one
-  eval     loss and perplexity of a trained model, by token index
-  plot     pictures of evaluations
-  bench    how fast a training step is
+  tokenize  text to a dataset
+  train     train a model, or go on training one
+  eval      loss and perplexity of a trained model, by token index
+  plot      pictures of evaluations
+  bench     how fast a training step is
 
 Each verb tells more: ttt train --help
 """
@@ -51,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return 2
+    except DataError as error:
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"ttt {options.verb}: interrupted", file=sys.stderr)
         return 130
@@ -134,6 +139,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
         verbs[name].set_defaults(run=run, takes_config=takes_config)
         return verbs[name]
+
+    p = verb("tokenize", lambda options, rest: cli_tokenize.run(options), cli_tokenize.DESCRIPTION)
+    p.epilog = cli_tokenize.EPILOG
+    cli_tokenize.add_arguments(p)
 
     config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")

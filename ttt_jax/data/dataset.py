@@ -1,0 +1,103 @@
+"""The layout of a tokenized dataset.
+
+dataset.json          what it is; there only when all the rest is
+tokenizer.json        what made it (or .model; none for bytes)
+train/                a zarr3 array [tokens]: documents one after another; also validation/, test/
+train_documents/      a zarr3 array [documents], int64: where in it each document begins
+zarr.json             so that zarr opens the folder as a group
+problems.jsonl        records that were left out, where there are some
+"""
+
+from typing import Any
+
+from ttt_jax import __version__
+from ttt_jax.config import ConfigError
+from ttt_jax.data.array import Array
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+
+FORMAT = "ttt_jax tokens"
+VERSION = 1
+SPLITS = ("train", "validation", "test")
+DESCRIPTION = "dataset.json"
+PROBLEMS = "problems.jsonl"
+GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+def documents_of(split: str) -> str:
+    """Name of the array of document offsets."""
+    return f"{split}_documents"
+
+
+def tokenizer_file(kind: str) -> str | None:
+    """Name under which the tokenizer is kept with its dataset."""
+    return {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model", "byte": None}[kind]
+
+
+def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -> dict[str, Any]:
+    """What is known of a dataset before it is made: all that its content depends on."""
+    tokenizer = job.tokenizer
+    by_hash = job.validation_fraction + job.test_fraction > 0
+    fractions = {"validation_fraction": job.validation_fraction, "test_fraction": job.test_fraction}
+    seeded = {**fractions, "seed": job.split_seed, "hash": "blake2b-64 of the text, salted with the seed"}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "ttt_jax": __version__,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "file": tokenizer_file(tokenizer.kind),
+            **({"trained": trained} if trained else {}),
+        },
+        "vocab_size": tokenizer.vocab_size,
+        "bos": job.bos,
+        "eos": job.eos,
+        "dtype": job.dtype,
+        "text_key": job.text_key,
+        "split_rule": {"by": "hash of each document", **seeded} if by_hash else {"by": "files"},
+        "files": [[file.split, file.location.rsplit("/", 1)[-1], file.size] for file in files],
+    }
+
+
+def read_description(store: Store) -> dict[str, Any] | None:
+    """The ``dataset.json`` of a folder; None where there is none.
+
+    Raises:
+      DataError: where it is not one that this version reads.
+    """
+    found = store.read_json(DESCRIPTION)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise DataError(f"{store.path(DESCRIPTION)}: does not describe a dataset of ttt_jax")
+    if found.get("version") != VERSION:
+        raise DataError(f"{store.path(DESCRIPTION)}: version {found.get('version')}; this ttt_jax reads {VERSION}")
+    return found
+
+
+def open_split(store: Store, description: dict[str, Any], split: str) -> tuple[Array, Array]:
+    """Tokens and document offsets of a split.
+
+    Raises:
+      ConfigError: where the dataset has no such split.
+      DataError: where the arrays are not what the description says.
+    """
+    if split not in description["splits"]:
+        raise ConfigError(f"split {split}: {store.location} has only {', '.join(description['splits'])}")
+    about = description["splits"][split]
+    arrays = []
+    for name, dtype, length in (
+        (split, description["dtype"], about["tokens"]),
+        (documents_of(split), "int64", about["documents"]),
+    ):
+        array = Array({"driver": "zarr3", "kvstore": store.spec(name)}, store.path(name))
+        if (array.dtype.name, len(array)) != (dtype, length):
+            raise DataError(
+                f"{store.path(name)}: is {len(array)} {array.dtype.name}, but {DESCRIPTION} says {length} {dtype}"
+            )
+        arrays.append(array)
+    return arrays[0], arrays[1]

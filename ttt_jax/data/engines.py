@@ -1,0 +1,128 @@
+"""Where units are tokenized: processes of this machine, or a Ray cluster. Parts come back in the order of the units."""
+
+import collections
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.job import Job, Part, tokenize
+from ttt_jax.data.records import Unit
+
+# (job, units with their splits) to units with their parts.
+Engine = Callable[[Job, Iterable[tuple[str, Unit]]], Iterator[tuple[Unit, Part]]]
+
+
+def processes(workers: int) -> Engine:
+    """So many processes of this machine."""
+
+    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Iterator[tuple[Unit, Part]]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
+            try:
+                yield from _in_order(
+                    units, lambda split, unit: pool.submit(_work, split, unit), lambda f: f.result(), workers
+                )
+            except BrokenProcessPool as error:
+                raise DataError(
+                    "a worker process was killed, perhaps for want of memory; the same command goes on where this one "
+                    "was, and fewer --workers need less"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    return run
+
+
+def ray(address: str) -> Engine:
+    """All CPUs of a Ray cluster; ``auto`` is the one that this machine belongs to.
+
+    Raises:
+      ConfigError: where there is no such cluster, or no Ray.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("--engine ray: needs Ray; pip install 'ttt_jax[ray]'") from error
+
+    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Iterator[tuple[Unit, Part]]:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"--ray-address {address}: no such cluster ({_first_line(error)})") from error
+        try:
+            remote = ray.remote(num_cpus=1, max_retries=5)(_tokenize_on_cluster)
+            reference = ray.put(job)
+            cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
+        except ray.exceptions.RayError as error:
+            raise DataError(
+                f"--engine ray: {_first_line(error)}; the same command goes on where this one was"
+            ) from error
+        finally:
+            ray.shutdown()
+
+    return run
+
+
+def _in_order(units, submit: Callable[[str, Unit], Any], result: Callable[[Any], Part], workers: int):
+    """At most two units a worker are under way, so that memory stays bounded and no worker waits."""
+    under_way: collections.deque[tuple[Unit, Any]] = collections.deque()
+    for split, unit in units:
+        under_way.append((unit, submit(split, unit)))
+        if len(under_way) > 2 * workers:
+            done, part = under_way.popleft()
+            yield done, result(part)
+    while under_way:
+        done, part = under_way.popleft()
+        yield done, result(part)
+
+
+_jobs: list[Job] = []  # of a worker process: the one job it was started for
+
+
+def _start_worker(job: Job) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
+    _one_thread()
+    _jobs[:] = [job]
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _work(split: str, unit: Unit) -> Part:
+    return tokenize(_jobs[0], split, unit)
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed leaves nobody to tell its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _tokenize_on_cluster(job: Job, split: str, unit: Unit) -> Part:
+    _one_thread()
+    return tokenize(_loaded(job), split, unit)
+
+
+def _loaded(job: Job) -> Job:
+    """The same job with its tokenizer loaded already, where this worker has met it before."""
+    if not _jobs or _jobs[0] != job:
+        _jobs[:] = [job]
+    return _jobs[0]
+
+
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for every core is faster than threads in each
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

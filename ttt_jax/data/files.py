@@ -1,0 +1,121 @@
+"""The files that a user names: by path, glob, folder or any URL that fsspec knows."""
+
+import dataclasses
+import gzip
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+from backports import zstd
+
+from ttt_jax.config import ConfigError
+
+KINDS = ("jsonl", "json", "txt", "parquet")
+_COMPRESSIONS = ("zst", "gz")
+_WIDEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
+
+
+@dataclasses.dataclass(frozen=True)
+class InputFile:
+    """A file of documents: its split, path or URL, and size in bytes as it lies there."""
+
+    split: str
+    location: str
+    size: int
+
+    @property
+    def kind(self) -> str:
+        """One of :data:`KINDS`."""
+        return _kind(self.location)[0]
+
+    def open(self) -> Any:
+        """The file as it lies there."""
+        fs, path = _filesystem(self.location, self.location)
+        return fs.open(path, "rb")
+
+    def decompressed(self, raw: Any) -> Any:
+        """The content of the file that :meth:`open` opened; seekable."""
+        compression = _kind(self.location)[1]
+        if compression == "zst":
+            return zstd.ZstdFile(raw, "rb", options=_WIDEST_WINDOW)
+        return gzip.GzipFile(fileobj=raw, mode="rb") if compression == "gz" else io.BufferedReader(raw, 1 << 20)
+
+
+def find(split: str, patterns: list[str]) -> list[InputFile]:
+    """The files that paths, globs and folders name, in this order; those of one pattern sorted by name.
+
+    Of a folder, all files that can be read, at any depth; hidden ones are left out.
+
+    Raises:
+      ConfigError: where a pattern names nothing, or something that cannot be read.
+    """
+    found: list[InputFile] = []
+    for pattern in patterns:
+        option = f"--{split} {pattern}"
+        fs, path = _filesystem(pattern, option)
+        with _explained(option):
+            if fs.isdir(path):
+                root = fs._strip_protocol(path)
+                paths = [p for p in fs.find(path) if _kind(p)[0] and "/." not in p.removeprefix(root)]
+            elif any(c in pattern for c in "*?["):
+                paths = [p for p in fs.glob(path) if not fs.isdir(p)]
+            else:
+                paths = [path] if fs.exists(path) else []
+            if not paths:
+                raise ConfigError(f"{option}: no such file; expected files named {_expected()}")
+            for each in sorted(paths):
+                location = fs.unstrip_protocol(each) if "://" in pattern else each
+                if not _kind(location)[0]:
+                    raise ConfigError(
+                        f"--{split} {location}: cannot be read; expected a name that ends in {_expected()}"
+                    )
+                found.append(InputFile(split, location, fs.info(each)["size"]))
+    return found
+
+
+def read(location: str, option: str) -> bytes:
+    """The content of a small file; ``option`` is what named it, for messages."""
+    fs, path = _filesystem(location, f"{option} {location}")
+    with _explained(f"{option} {location}"):
+        return fs.cat_file(path)
+
+
+def exists(location: str) -> bool:
+    """Whether there is such a file."""
+    fs, path = _filesystem(location, location)
+    return fs.exists(path)
+
+
+def _filesystem(location: str, what: str):
+    with _explained(what):
+        fs, path = fsspec.core.url_to_fs(location)
+        return fs, path
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ImportError, ValueError) as error:  # a protocol that fsspec does not know, or without its package
+        raise ConfigError(f"{what}: {error}") from error
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: no such file") from error
+    except OSError as error:
+        raise ConfigError(f"{what}: {error.strerror or error}") from error
+
+
+def _kind(location: str) -> tuple[str, str]:
+    """Kind and compression by the name; empty where there is none."""
+    stem, suffix = os.path.splitext(location)
+    compression = suffix[1:] if suffix[1:] in _COMPRESSIONS else ""
+    kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
+    return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
+
+
+def _expected() -> str:
+    return ", ".join(f".{kind}" for kind in KINDS) + ", or these but the last with .zst or .gz"

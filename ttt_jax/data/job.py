@@ -1,0 +1,96 @@
+"""What is done to one unit of records: texts to tokens. Pure, so that any machine may do it."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttt_jax.data import records
+from ttt_jax.data.tokenizer import Encode, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How texts become tokens, the same for all units.
+
+    Attributes:
+      bos, eos: ids put before and after every document; None for none.
+      text_key: of a record.
+      validation_fraction, test_fraction: of the documents of the train files that go to these splits instead, by a
+        hash of their text and ``split_seed``.
+    """
+
+    tokenizer: Tokenizer
+    bos: int | None
+    eos: int | None
+    text_key: str = "text"
+    validation_fraction: float = 0.0
+    test_fraction: float = 0.0
+    split_seed: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The smallest that holds all tokens: uint16 or uint32."""
+        return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+    @functools.cached_property
+    def encode(self) -> Encode:
+        """The loaded tokenizer; loaded once in each process."""
+        return self.tokenizer.encoder()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def split_of(self, split: str, text: bytes) -> str:
+        """The split of a document of the files of ``split``.
+
+        The hash is of the document alone, so that it stays in its split whatever others come or go, and so that copies
+        of a document are never on both sides.
+        """
+        if split != "train" or not self.validation_fraction + self.test_fraction:
+            return split
+        seeded = hashlib.blake2b(text, digest_size=8, salt=self.split_seed.to_bytes(16))
+        place = int.from_bytes(seeded.digest()) / 2**64
+        if place < self.validation_fraction:
+            return "validation"
+        return "test" if place < self.validation_fraction + self.test_fraction else "train"
+
+
+class Piece(NamedTuple):
+    """Documents of one split, one after another."""
+
+    tokens: np.ndarray  # [N]
+    lengths: np.ndarray  # [documents], tokens of each
+    text_bytes: int
+
+
+class Part(NamedTuple):
+    """What a unit became."""
+
+    pieces: dict[str, Piece]
+    problems: list[records.Problem]
+
+
+def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
+    """The tokens of the documents of a unit, by split."""
+    found: dict[str, tuple[list[np.ndarray], list[int], list[int]]] = {}
+    problems = []
+    first, last = ([] if token is None else [np.array([token], job.dtype)] for token in (job.bos, job.eos))
+    for record in records.texts(unit, job.text_key):
+        if isinstance(record, records.Problem):
+            problems.append(record)
+            continue
+        text = record[1].encode()
+        tokens, lengths, sizes = found.setdefault(job.split_of(split, text), ([], [], []))
+        document = [*first, job.encode(record[1]).astype(job.dtype), *last]
+        tokens += document
+        lengths.append(sum(map(len, document)))
+        sizes.append(len(text))
+    pieces = {
+        name: Piece(np.concatenate(tokens), np.array(lengths, np.int64), sum(sizes))
+        for name, (tokens, lengths, sizes) in found.items()
+        if lengths
+    }
+    return Part(pieces, problems)

@@ -1,0 +1,278 @@
+"""Files to units of work, and units to texts.
+
+A unit is a run of consecutive records of one file, cut at a record boundary once it has so many bytes: small enough
+that memory stays bounded whatever the size of a file. It knows the position behind it, from which a later run can go
+on. Reading files in order is one process' work, and cheap; parsing and tokenizing units is many processes'.
+"""
+
+import dataclasses
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from backports import zstd
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data.files import InputFile
+
+_LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
+_PARQUET_ROWS = 256
+_CORRUPT = (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where reading goes on: in the file of this index, behind so many bytes (of its decompressed content) and records.
+
+    ``offset`` counts bytes for JSON lines, and records where a format has no lines; ``found`` is whether any record has
+    been found in this file.
+    """
+
+    file: int = 0
+    offset: int = 0
+    records: int = 0
+    found: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A record, by its number from 1, that could not be read; or the place from which a file could not."""
+
+    record: int
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Consecutive records of a file.
+
+    Attributes:
+      kind: lines (``content`` is whole lines), document (the bytes of one) or values (what the text key has).
+      first_record: number of the first record, from 1; a line number where there are lines.
+      problem: what ended the file behind these records, where it did not end well.
+      end: the position behind them.
+    """
+
+    kind: str
+    content: bytes | list[Any]
+    first_record: int
+    problem: Problem | None
+    end: Position
+
+
+class _BrokenFileError(Exception):
+    """The rest of a file cannot be read."""
+
+
+def units(files: list[InputFile], start: Position, unit_bytes: int, text_key: str) -> Iterator[tuple[int, Unit, int]]:
+    """All records of the files from a position on, with the index of their file and the bytes read of it so far.
+
+    Raises:
+      OSError: where a file cannot be read for a reason that is not in its content.
+    """
+    for index in range(start.file, len(files)):
+        begin = start if index == start.file else Position(index)
+        file = files[index]
+        with file.open() as raw:
+            if file.kind == "txt":
+                found = _document(file.decompressed(raw), begin)
+            elif file.kind == "parquet":
+                found = _values(_parquet(raw, begin.offset, text_key), begin, unit_bytes)
+            elif file.kind == "json" and not _has_lines(file):
+                found = _values(_json(file, raw, begin.offset, text_key), begin, unit_bytes)
+            else:
+                found = _lines(file.decompressed(raw), begin, unit_bytes)
+            for unit in found:
+                yield index, unit, raw.tell()
+
+
+def texts(unit: Unit, text_key: str) -> Iterator[tuple[int, str] | Problem]:
+    """The texts of a unit with the numbers of their records, and its problems, in order."""
+    if isinstance(unit.content, list):
+        for number, value in enumerate(unit.content, unit.first_record):
+            yield value if isinstance(value, Problem) else _checked(number, value, text_key)
+    elif unit.kind == "document":
+        if unit.content:
+            yield _decoded(unit.first_record, unit.content)
+    else:
+        for number, line in enumerate(unit.content.split(b"\n"), unit.first_record):
+            if line.strip():
+                yield _of_line(number, line, text_key)
+    if unit.problem:
+        yield unit.problem
+
+
+def _of_line(number: int, line: bytes, text_key: str) -> tuple[int, str] | Problem:
+    decoded = _decoded(number, line)
+    if isinstance(decoded, Problem):
+        return decoded
+    try:
+        record = json.loads(decoded[1])
+    except (ValueError, RecursionError) as error:
+        return Problem(number, f"not JSON: {error}")
+    value = _text_of(number, record, text_key)
+    return value if isinstance(value, Problem) else _checked(number, value, text_key)
+
+
+def _text_of(number: int, record: Any, text_key: str) -> Any:
+    if not isinstance(record, dict):
+        return Problem(number, f"expected a JSON object, found {_json_type(record)}")
+    if text_key not in record:
+        return Problem(number, f"no key {text_key!r}; it has {', '.join(sorted(map(repr, record))[:5]) or 'none'}")
+    return record[text_key]
+
+
+def _checked(number: int, value: Any, text_key: str) -> tuple[int, str] | Problem:
+    if not isinstance(value, str):
+        return Problem(number, f"{text_key!r} is {_json_type(value)}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return Problem(number, f"not valid Unicode: a lone surrogate at character {error.start}")
+    return number, value
+
+
+def _decoded(number: int, content: bytes) -> tuple[int, str] | Problem:
+    try:
+        return number, content.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark may begin a file
+    except UnicodeDecodeError as error:
+        return Problem(number, f"not valid UTF-8: {error.reason} at byte {error.start}")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def _lines(stream: Any, begin: Position, unit_bytes: int) -> Iterator[Unit]:
+    """The fewest lines that have ``unit_bytes``, again and again."""
+    offset, records, found = begin.offset, begin.records, begin.found
+    ended = False
+    while not ended:
+        lines: list[bytes] = []
+        size, problem = 0, ""
+        try:
+            if stream.tell() != offset:
+                stream.seek(offset)
+            while size < unit_bytes and not ended:
+                line = stream.readline(_LONGEST_RECORD)
+                if len(line) == _LONGEST_RECORD:
+                    raise _BrokenFileError(f"a line of more than {_LONGEST_RECORD} bytes")
+                ended = not line
+                size += len(line)
+                if line:
+                    lines.append(line)
+        except (*_CORRUPT, _BrokenFileError) as error:
+            ended, problem = True, _reason(error)
+        content, first = b"".join(lines), records + 1
+        offset, records = offset + size, records + len(lines)
+        found = found or bool(content.strip())
+        if ended and not found and not problem:
+            problem = "no records"
+        end = Position(begin.file + 1) if ended else Position(begin.file, offset, records, found)
+        yield Unit("lines", content, first, _problem(records + 1, problem), end)
+
+
+def _document(stream: Any, begin: Position) -> Iterator[Unit]:
+    content, problem = b"", ""
+    try:
+        content = stream.read(_LONGEST_RECORD)
+        problem = "" if content else "no records"
+        if len(content) == _LONGEST_RECORD:
+            raise _BrokenFileError(f"a document of {_LONGEST_RECORD} bytes or more")
+    except (*_CORRUPT, _BrokenFileError) as error:
+        content, problem = b"", _reason(error)
+    yield Unit("document", content, 1, _problem(1, problem), Position(begin.file + 1))
+
+
+def _values(values: Iterator[Any], begin: Position, unit_bytes: int) -> Iterator[Unit]:
+    """Values of the text key, the fewest that have ``unit_bytes`` characters, again and again."""
+    records = begin.records
+    ended = False
+    while not ended:
+        content: list[Any] = []
+        size, problem = 0, ""
+        try:
+            while size < unit_bytes and not ended:
+                for value in itertools.islice(values, 1):
+                    content.append(value)
+                    size += len(value) if isinstance(value, str) else 1
+                    break
+                else:
+                    ended = True
+        except _BrokenFileError as error:
+            ended, problem = True, str(error)
+        first, records = records + 1, records + len(content)
+        if ended and not records and not problem:
+            problem = "no records"
+        end = Position(begin.file + 1) if ended else Position(begin.file, records, records, True)
+        yield Unit("values", content, first, _problem(records + 1, problem), end)
+
+
+def _problem(record: int, what: str) -> Problem | None:
+    return Problem(record, what) if what else None
+
+
+def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
+    """The values of a column, all but the first ``skip``."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("reading .parquet needs pyarrow; pip install 'ttt_jax[parquet]'") from error
+    try:
+        file = parquet.ParquetFile(raw)
+        columns = file.schema_arrow.names
+        if text_key not in columns:
+            raise _BrokenFileError(f"no column {text_key!r}; it has {', '.join(map(repr, columns))}")
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key]):
+                values = batch.column(0).to_pylist()
+                yield from values[skip:]
+                skip = max(0, skip - len(values))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _BrokenFileError(f"not readable as Parquet: {_reason(error)}") from error
+
+
+def _has_lines(file: InputFile) -> bool:
+    """Whether a .json file holds JSON lines: its first line that is not blank is a JSON object."""
+    try:
+        with file.open() as raw:
+            stream = file.decompressed(raw)
+            line = b"\n"
+            while line and not line.strip():
+                line = stream.readline(_LONGEST_RECORD)
+    except _CORRUPT:
+        return True  # reading the lines says what is wrong
+    try:
+        return not line or isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _json(file: InputFile, raw: Any, skip: int, text_key: str) -> Iterator[Any]:
+    """The text of each record of one JSON array, or of JSON objects one after another, but the first ``skip``."""
+    import ijson
+
+    with file.open() as head_raw:
+        head = file.decompressed(head_raw).read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream = file.decompressed(raw)
+    is_array = head.startswith(b"[")
+    records = ijson.items(stream, "item") if is_array else ijson.items(stream, "", multiple_values=True)
+    try:
+        for number, record in enumerate(records, 1):
+            if number > skip:
+                yield _text_of(number, record, text_key)
+    except (ijson.JSONError, UnicodeDecodeError, *_CORRUPT) as error:
+        raise _BrokenFileError(f"not JSON from here on: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())

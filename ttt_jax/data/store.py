@@ -1,0 +1,103 @@
+"""Files of a dataset, in a local folder or under a URL that TensorStore knows (``gs://``, ``s3://``, ``http://``).
+
+Writes are atomic: a reader, or a run after a kill, finds the old content or the new.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorstore as ts
+
+from ttt_jax.data.errors import DataError
+
+
+class Store:
+    """A folder by its path or URL."""
+
+    def __init__(self, location: str | os.PathLike):
+        self.location = os.fspath(location).rstrip("/") or "/"
+        with self._explained("open"):
+            self._kv = ts.KvStore.open(self.spec()).result()
+
+    def spec(self, name: str = "") -> Any:
+        """TensorStore's key-value specification of this folder, or of one inside it."""
+        place = f"{self.location}/{name}/" if name else f"{self.location}/"
+        if is_url(self.location):
+            return place
+        return {"driver": "file", "path": f"{os.path.abspath(place)}/"}
+
+    def path(self, name: str) -> str:
+        """Path or URL of a file, for messages."""
+        return f"{self.location}/{name}"
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
+        """The bytes ``[start, stop)`` of a file; None where there is no such file."""
+        with self._explained("read", name):
+            found = self._kv.read(name, byte_range=slice(start, stop)).result()
+        return None if found.state == "missing" else bytes(found.value)
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; None where there is no such file."""
+        content = self.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{self.path(name)}: not JSON: {error}") from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file; returns when it is there to stay."""
+        with self._explained("write", name):
+            self._kv.write(name, content).result()
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file."""
+        self.write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def names(self, folder: str = "") -> list[str]:
+        """Files under a folder, at any depth, sorted."""
+        with self._explained("list"):
+            keys = self._kv.list(ts.KvStore.KeyRange(folder, _after(folder))).result()
+        return sorted(key.decode() for key in keys)
+
+    def delete_file(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        with self._explained("delete", name):
+            self._kv.write(name, None).result()
+
+    def delete(self, folder: str) -> None:
+        """Deletes all files under a folder."""
+        with self._explained("delete", folder):
+            if is_url(self.location):
+                self._kv.delete_range(ts.KvStore.KeyRange(f"{folder}/", _after(f"{folder}/"))).result()
+            elif os.path.isdir(os.path.join(self.location, folder)):
+                shutil.rmtree(os.path.join(self.location, folder))
+
+    @contextmanager
+    def _explained(self, verb: str, name: str = "") -> Iterator[None]:
+        with explained(f"cannot {verb} {self.path(name) if name else self.location}"):
+            yield
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns what TensorStore raises into a :class:`DataError` of one line."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
+        advice = "; free some space and run the same command again" if "No space left" in reason else ""
+        raise DataError(f"{what}: {' '.join(reason.split())}{advice}") from error
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a local path."""
+    return "://" in location
+
+
+def _after(prefix: str) -> str:
+    """The first key that does not begin with ``prefix``; empty for no bound."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""

@@ -1,0 +1,258 @@
+"""Files of text to a dataset of tokens.
+
+Units of records are tokenized by an engine, in any number of processes, and written in their order by this one. Now and
+then the position in the input, the numbers so far and what does not fill a shard yet are saved in ``_unfinished/``; a
+run that was killed goes on there. What is written depends on the input alone, not on engine, workers or interruptions.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import array, dataset, records
+from ttt_jax.data.engines import Engine
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.job import Job, Piece
+from ttt_jax.data.records import Position
+from ttt_jax.data.store import Store
+
+UNFINISHED = "_unfinished"
+_STATE = f"{UNFINISHED}/state.json"
+_DOCUMENTS_SHARD = 1 << 22  # offsets
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+      read, total: bytes of the input as it lies there.
+      text_bytes, documents, tokens: written, by this run and those before it.
+      skipped: records that were left out.
+      started: ``text_bytes`` when this run began.
+    """
+
+    read: int = 0
+    total: int = 0
+    text_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    started: int = 0
+
+
+def tokenize(
+    files: list[InputFile],
+    job: Job,
+    output: Store,
+    engine: Engine,
+    *,
+    skip_problems: bool = False,
+    trained: dict[str, int] | None = None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    unit_bytes: int = 4 << 20,
+    shard: int = array.SHARD,
+    chunk: int = array.CHUNK,
+    save_seconds: float = 30.0,
+) -> dict[str, Any]:
+    """Makes a dataset, or goes on making it; returns what its ``dataset.json`` says.
+
+    Args:
+      skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
+      trained: how the tokenizer was trained, where it was.
+      unit_bytes: of text, given to one process at a time. Does not change what is written.
+      shard, chunk: tokens in a file, and in what is decompressed at a time.
+      save_seconds: between two times that the run saves where it is.
+
+    Raises:
+      ConfigError: where the folder holds something else.
+      DataError: for a record that cannot be read, or a place that cannot be written.
+    """
+    plan = {**dataset.describe(job, files, trained), "shard": shard, "chunk": chunk}
+    done = dataset.read_description(output)
+    if done is not None:
+        _check_same(plan, done, len(files), output)
+        output.delete(UNFINISHED)
+        return done
+    state = output.read_json(_STATE)
+    if state is None:
+        check_empty(output)
+        state = {"plan": plan, "position": dataclasses.asdict(Position()), "generation": 0, "splits": {}, "skipped": 0}
+    plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
+    _check_same(plan, state["plan"], state["position"]["file"], output)
+
+    position = Position(**state["position"])
+    splits = {split: _Split(output, split, job, shard, chunk, state) for split in _splits(job, files)}
+    sizes = [file.size for file in files]
+    now = Progress(total=sum(sizes), skipped=state["skipped"])
+    problems: list[str] = []
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        state.update(generation=state["generation"] + 1, position=dataclasses.asdict(position), skipped=now.skipped)
+        folder = f"{UNFINISHED}/{state['generation']}"
+        for split in splits.values():
+            state["splits"][split.name] = split.save(output, folder)
+        if problems:
+            output.write(f"{UNFINISHED}/problems/{state['generation']:09}", "".join(problems).encode())
+            problems.clear()
+        output.write_json(_STATE, state)
+        output.delete(f"{UNFINISHED}/{state['generation'] - 1}")
+        saved = time.monotonic()
+
+    def report(read: int) -> None:
+        now.read = read
+        now.text_bytes = sum(split.text_bytes for split in splits.values())
+        now.tokens = sum(len(split.tokens) for split in splits.values())
+        now.documents = sum(len(split.documents) for split in splits.values())
+        progress(now)
+
+    _forget_later_problems(output, state["generation"])
+    report(sum(sizes[: position.file]))
+    now.started = now.text_bytes
+    save()
+    read_to: dict[Position, int] = {}
+    units = _with_splits(files, position, unit_bytes, job.text_key, read_to)
+    for unit, part in engine(job, units):
+        if part.problems and not skip_problems:
+            save()
+            raise DataError(_located(files[position.file], part.problems))
+        for problem in part.problems:
+            file = files[position.file].location
+            problems.append(json.dumps({"file": file, "record": problem.record, "problem": problem.what}) + "\n")
+        now.skipped += len(part.problems)
+        for name, piece in part.pieces.items():
+            splits[name].append(piece)
+        position = unit.end
+        report(sum(sizes[: position.file]) + read_to.pop(unit.end))
+        if time.monotonic() - saved > save_seconds:
+            save()
+    save()
+    return _finish(output, plan, splits, job, now.skipped)
+
+
+class _Split:
+    """What is being written of a split."""
+
+    def __init__(self, output: Store, name: str, job: Job, shard: int, chunk: int, state: dict[str, Any]):
+        there = state["splits"].get(name, {})
+        arrays = {}
+        for kind, dtype, entries in (("tokens", job.dtype, shard), ("documents", "int64", _DOCUMENTS_SHARD)):
+            target = name if kind == "tokens" else dataset.documents_of(name)
+            rest = output.read(f"{UNFINISHED}/{state['generation']}/{target}") if there else b""
+            if rest is None:
+                raise DataError(f"{output.path(UNFINISHED)}: incomplete; delete {output.location} and begin anew")
+            arrays[kind] = array.ArrayWriter(
+                output, target, dtype, shard=entries, chunk=chunk, rest=rest, **there.get(kind, {})
+            )
+        self.name, self.tokens, self.documents = name, arrays["tokens"], arrays["documents"]
+        self.text_bytes: int = there.get("text_bytes", 0)
+
+    def append(self, piece: Piece) -> None:
+        ends = len(self.tokens) + np.cumsum(piece.lengths)
+        self.documents.append(ends - piece.lengths)
+        self.tokens.append(piece.tokens)
+        self.text_bytes += piece.text_bytes
+
+    def save(self, output: Store, folder: str) -> dict[str, Any]:
+        """Writes what does not fill a shard; returns the rest of what :meth:`__init__` needs to go on."""
+        tokens, more_tokens = self.tokens.state()
+        documents, more_documents = self.documents.state()
+        output.write(f"{folder}/{self.name}", more_tokens)
+        output.write(f"{folder}/{dataset.documents_of(self.name)}", more_documents)
+        return {"tokens": tokens, "documents": documents, "text_bytes": self.text_bytes}
+
+    def finish(self) -> dict[str, Any]:
+        return {
+            "tokens": len(self.tokens),
+            "documents": len(self.documents),
+            "text_bytes": self.text_bytes,
+            "fingerprint": self.tokens.finish(),
+            "document_offsets": dataset.documents_of(self.name),
+            "document_offsets_fingerprint": self.documents.finish(),
+        }
+
+
+def _finish(output: Store, plan: dict[str, Any], splits: dict[str, _Split], job: Job, skipped: int) -> dict[str, Any]:
+    """Writes all that makes the folder a dataset; the description last."""
+    if not any(len(split.documents) for split in splits.values()):
+        raise DataError(f"{output.location}: no document could be read; {output.path(UNFINISHED)}/problems says why")
+    description = {**plan, "skipped_records": skipped, "splits": {}}
+    for name, split in splits.items():
+        description["splits"][name] = split.finish()
+    if skipped:
+        found = [output.read(name) or b"" for name in output.names(f"{UNFINISHED}/problems/")]
+        output.write(dataset.PROBLEMS, b"".join(found))
+    kept_as = plan["tokenizer"]["file"]
+    if kept_as:
+        output.write(kept_as, job.tokenizer.content)
+    output.write_json("zarr.json", dataset.GROUP)
+    output.write_json(dataset.DESCRIPTION, description)
+    output.delete(UNFINISHED)
+    return description
+
+
+def _with_splits(
+    files: list[InputFile], position: Position, unit_bytes: int, text_key: str, read_to: dict[Position, int]
+) -> Iterator[tuple[str, records.Unit]]:
+    for index, unit, raw_bytes in records.units(files, position, unit_bytes, text_key):
+        read_to[unit.end] = raw_bytes if unit.end.file == index else 0
+        yield files[index].split, unit
+
+
+def _splits(job: Job, files: list[InputFile]) -> list[str]:
+    wanted = {file.split for file in files}
+    wanted |= {"validation"} if job.validation_fraction else set()
+    wanted |= {"test"} if job.test_fraction else set()
+    return [split for split in dataset.SPLITS if split in wanted]
+
+
+def _located(file: InputFile, problems: list[records.Problem]) -> str:
+    more = f" (and {len(problems) - 1} more near it)" if len(problems) > 1 else ""
+    return (
+        f"{file.location}, record {problems[0].record}: {problems[0].what}{more}. Mend it, or leave such records out "
+        "with --on-error skip; either way the same command goes on from here"
+    )
+
+
+def check_empty(output: Store) -> None:
+    """Raises :class:`ConfigError` where a folder holds what is not of an unfinished run."""
+    others = [name for name in output.names() if not name.startswith(f"{UNFINISHED}/")]
+    if others:
+        raise ConfigError(f"--output {output.location}: holds {others[0]}; expected a new or empty folder")
+
+
+def _check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store) -> None:
+    """Raises where the folder is of another request. The size of files not read to their end may change."""
+
+    def compared(description: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: description.get(key) for key in plan if key not in ("files", "ttt_jax")}
+        sizes = [file if i < begun else file[:2] for i, file in enumerate(description.get("files", []))]
+        return {**kept, "files": sizes}
+
+    ours, theirs = compared(plan), compared(there)
+    for key in ours:
+        if ours[key] != theirs[key]:
+            here, other = ours[key], theirs[key]
+            if key == "files":
+                pairs = itertools.zip_longest(here, other)
+                here, other = next((a, b) for a, b in pairs if a != b)
+            raise ConfigError(
+                f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
+                "expected the same request, or a new folder"
+            )
+
+
+def _forget_later_problems(output: Store, generation: int) -> None:
+    """A run that was killed may have listed problems behind the position that it saved; they will be met again."""
+    for name in output.names(f"{UNFINISHED}/problems/"):
+        if int(name.rsplit("/", 1)[1]) > generation:
+            output.delete_file(name)

@@ -1,0 +1,158 @@
+"""Tokenizers: bytes, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``.
+
+Text is text: a special token that is spelled out in a document is tokenized as the characters that it is made of.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import files
+
+Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
+
+_BYTE_BOS, _BYTE_EOS = 256, 257
+# What BOS and EOS are called where neither the user nor a tokenizer_config.json beside the tokenizer says it.
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>")
+_EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """What a tokenizer is, as a value that can be sent to another process.
+
+    Attributes:
+      kind: byte, sentencepiece or huggingface.
+      name: of its file; ``byte`` for bytes.
+      content: of its file.
+      vocab_size: all tokens are below it.
+      bos, eos: ids of the tokens that begin and end a document; None where it has none.
+    """
+
+    kind: str
+    name: str
+    content: bytes = dataclasses.field(repr=False)
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the content: equal hash, equal tokens."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def encoder(self) -> Encode:
+        """Loads the tokenizer."""
+        if self.kind == "byte":
+            return lambda text: np.frombuffer(text.encode(), np.uint8)
+        if self.kind == "sentencepiece":
+            processor = _sentencepiece(self.content, self.name)
+            return lambda text: np.array(processor.encode(text), np.uint32)
+        tokenizer = _huggingface(self.content, self.name)
+        # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
+        return lambda text: np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+
+
+def byte() -> Tokenizer:
+    """UTF-8 bytes, BOS 256 and EOS 257."""
+    return Tokenizer("byte", "byte", b"byte", 258, _BYTE_BOS, _BYTE_EOS)
+
+
+def load(location: str, *, bos_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
+    """``byte``, or the tokenizer in a ``.model`` or ``.json`` file at a path or URL.
+
+    Args:
+      bos_token, eos_token: spelling of the tokens that begin and end a document. By default a SentencePiece model says
+        itself; for a ``tokenizer.json``, the ``tokenizer_config.json`` beside it, or else the usual names.
+
+    Raises:
+      ConfigError: where there is no such tokenizer or token.
+    """
+    if location == "byte":
+        if bos_token or eos_token:
+            raise ConfigError("--bos-token, --eos-token: the byte tokenizer has no names for them; expected neither")
+        return byte()
+    suffix = os.path.splitext(location)[1]
+    if suffix not in (".model", ".json"):
+        raise ConfigError(
+            f"--tokenizer {location}: expected byte, a SentencePiece .model or a Hugging Face tokenizer.json"
+            + ("; pickles are not read" if suffix in (".pkl", ".pickle") else "")
+        )
+    content = files.read(location, "--tokenizer")
+    name = os.path.basename(location)
+    if suffix == ".model":
+        processor = _sentencepiece(content, location)
+        ids = {"bos": processor.bos_id(), "eos": processor.eos_id()}
+        for key, token in (("bos", bos_token), ("eos", eos_token)):
+            if token:
+                ids[key] = processor.piece_to_id(token)
+                if processor.id_to_piece(ids[key]) != token:
+                    raise ConfigError(f"--{key}-token {token!r}: {location} has no such token")
+        bos, eos = (None if ids[key] < 0 else ids[key] for key in ("bos", "eos"))
+        return Tokenizer("sentencepiece", name, content, processor.get_piece_size(), bos, eos)
+    return from_huggingface(content, location, bos_token, eos_token, _tokenizer_config(location))
+
+
+def from_huggingface(
+    content: bytes, location: str, bos_token: str | None, eos_token: str | None, beside: dict[str, Any] | None = None
+) -> Tokenizer:
+    """The tokenizer in the content of a ``tokenizer.json``; as :func:`load`."""
+    tokenizer, beside = _huggingface(content, location), beside or {}
+    bos = _special(tokenizer, location, "bos", bos_token, beside.get("bos_token"), _BOS_NAMES)
+    eos = _special(tokenizer, location, "eos", eos_token, beside.get("eos_token"), _EOS_NAMES)
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # there may be gaps
+    return Tokenizer("huggingface", os.path.basename(location), content, vocab_size, bos, eos)
+
+
+def _special(tokenizer, location: str, key: str, asked: str | None, beside, usual: tuple[str, ...]) -> int | None:
+    if isinstance(beside, dict):
+        beside = beside.get("content")
+    for name in [asked] if asked else [beside] if beside else usual:
+        token = tokenizer.token_to_id(name)
+        if token is not None:
+            return token
+    if asked:
+        raise ConfigError(f"--{key}-token {asked!r}: {location} has no such token")
+    return None
+
+
+def _tokenizer_config(location: str) -> dict:
+    beside = os.path.join(os.path.dirname(location), "tokenizer_config.json")
+    if os.path.basename(location) != "tokenizer.json" or not files.exists(beside):
+        return {}
+    try:
+        found = json.loads(files.read(beside, "--tokenizer"))
+    except ValueError as error:
+        raise ConfigError(f"{beside}: not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _sentencepiece(content: bytes, name: str):
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ConfigError(f"{name}: needs sentencepiece; pip install 'ttt_jax[sentencepiece]'") from error
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{name}: not a SentencePiece model") from error
+
+
+def _huggingface(content: bytes, name: str):
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more special
+        raise ConfigError(f"{name}: not a Hugging Face tokenizer: {error}") from error
+    tokenizer.no_truncation()  # some files ask for both
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as text
+    return tokenizer

@@ -1,0 +1,91 @@
+"""A byte-level BPE tokenizer, trained on the documents of a train split with Hugging Face ``tokenizers``."""
+
+import sys
+from collections.abc import Iterator
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import dataset, records
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import UNFINISHED, check_empty
+from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
+
+BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
+MOST_BYTES = 1 << 30  # of text; more does not make it better
+LEAST_VOCAB_SIZE = 258  # BOS, EOS and every byte
+_KEPT, _PURPOSE = f"{UNFINISHED}/tokenizer.json", f"{UNFINISHED}/tokenizer-made-for.json"
+_OF = ("text_key", "split_rule", "files")  # what of a description the training depends on
+
+
+def kept_or_trained(
+    output: Store, files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False
+) -> Tokenizer:
+    """The tokenizer of a dataset that is finished or has been begun; trains and keeps it where there is none yet.
+
+    Raises:
+      as :func:`train`.
+    """
+    purpose = {
+        "vocab_size": vocab_size,
+        **{key: x for key, x in dataset.describe(job, files, None).items() if key in _OF},
+    }
+    if dataset.read_description(output):
+        kept = output.read("tokenizer.json")
+    else:
+        kept = output.read(_KEPT) if output.read_json(_PURPOSE) == purpose else None
+    if kept is None:
+        check_empty(output)
+        print(f"training a BPE tokenizer of {vocab_size} tokens", file=sys.stderr)
+        kept = train(files, vocab_size, job, skip_problems=skip_problems)
+        output.write(_KEPT, kept)
+        output.write_json(_PURPOSE, purpose)
+    return from_huggingface(kept, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
+
+
+def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False) -> bytes:
+    """Trains on the first :data:`MOST_BYTES` of the documents that ``job`` puts into the train split.
+
+    Returns the content of a ``tokenizer.json``. Every text has tokens: all bytes are in the vocabulary. The same
+    documents give the same tokenizer.
+
+    Raises:
+      ConfigError: where the vocabulary is too small, or there is no train split.
+      DataError: for a record that cannot be read, unless ``skip_problems``.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < LEAST_VOCAB_SIZE:
+        raise ConfigError(f"--train-bpe {vocab_size}: expected {LEAST_VOCAB_SIZE} or more: BOS, EOS and all bytes")
+    documents = [file for file in files if file.split == "train"]
+    if not documents:
+        raise ConfigError("--train-bpe: there is no --train to train it on")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS_TOKEN, EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(documents, job, skip_problems), trainer)
+    return tokenizer.to_str().encode()
+
+
+def _texts(files: list[InputFile], job: Job, skip_problems: bool) -> Iterator[str]:
+    size = 0
+    for index, unit, _ in records.units(files, records.Position(), 1 << 20, job.text_key):
+        for record in records.texts(unit, job.text_key):
+            if isinstance(record, records.Problem):
+                if skip_problems:
+                    continue
+                raise DataError(f"{files[index].location}, record {record.record}: {record.what}")
+            text = record[1].encode()
+            if job.split_of("train", text) == "train":
+                size += len(text)
+                yield record[1]
+            if size >= MOST_BYTES:
+                return
