@@ -83,7 +83,7 @@ def test_defaults_cannot_be_misspelt_or_given_another_type():
 def test_every_key_can_be_set_from_the_command_line(key):
     before = get(parse(), key)
     types = {name: default for name, default, _ in config_lib.KEYS}
-    value = {bool: True, float: 0.25}[types[key]] if before is None else before
+    value = {bool: True, float: 0.25, int: 7}[types[key]] if before is None else before
     config = parse(f"{key}={json.dumps(value) if isinstance(value, bool) else value}")
     assert get(config, key) == value
     assert type(get(config, key)) is type(value)

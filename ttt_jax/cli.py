@@ -95,13 +95,15 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
         context=options.context,
         split=options.split,
         most_windows=options.max_windows,
+        by_document=options.by_document,
         step=options.step,
         batch_size=options.batch_size,
         progress=progress,
     )
     path = loss_by_position.save(result, about, options.workdir / "eval")
     print(
-        f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} windows of {options.context}: "
+        f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} {about['of']} of "
+        f"{'up to ' * options.by_document}{options.context} tokens: "
         f"loss {result.mean:.4f} +- {result.mean_standard_error:.4f}, perplexity {result.perplexity:.4f}"
     )
     print(f"  {path} (and .csv, .json)")
@@ -112,7 +114,9 @@ def plot(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt plot loss-by-position``"""
     from ttt_jax.evaluation import plot as plot_lib
 
-    plot_lib.loss_by_position(options.workdir, options.output, split=options.split, context=options.context)
+    plot_lib.loss_by_position(
+        options.workdir, options.output, split=options.split, context=options.context, by_document=options.by_document
+    )
     print(options.output)
     return 0
 
@@ -153,6 +157,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.add_argument("--context", type=_positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
     p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
     p.add_argument("--max-windows", type=_positive, default=256, metavar="N", help="at most so many (default: 256)")
+    p.add_argument("--by-document", action="store_true", help="whole documents, each from its beginning, not windows")
     p.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
     p.add_argument("--batch-size", type=_positive, metavar="B", help="windows at a time (default: as in training)")
 
@@ -163,6 +168,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.add_argument("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
     p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
     p.add_argument("--context", type=_positive, metavar="T", help="of the evaluations (default: the longest)")
+    p.add_argument("--by-document", action="store_true", help="the evaluations that were made with this option")
 
     p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
     p.add_argument("kind", choices=["step"], metavar="step")
@@ -182,6 +188,9 @@ first; a second Ctrl-C does not wait.
 _EVAL = """\
 Loss and perplexity of a trained model on windows of a split, and loss by token index with its standard error over
 windows. Writes DIR/eval/SPLIT-T.npz, .csv and .json. The context may be longer than that of training.
+
+With --by-document, of each document from its beginning to its end, or to T tokens: they are read in pieces of the
+training context, the state carried on, so that TTT reads a book of any length in the same memory.
 """
 _PLOT = """\
 Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split

@@ -38,7 +38,10 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
     ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
     ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
-    ("data.source", "embedded", "embedded: the Python standard library of this interpreter, byte by byte"),
+    ("data.source", "embedded", "a folder or URL; embedded: the Python standard library as bytes; synthetic"),
+    ("data.tokenizer", "", "what must have made the tokens: its kind, name, file or hash; empty: anything"),
+    ("data.bos", int, "token that begins documents and is no target; unset: what the dataset says"),
+    ("data.worker_processes", 0, "that read batches ahead; 0: threads of this one do"),
     ("data.sequence_length", 2048, "T, tokens"),
     ("data.batch_size", 8, "sequences per optimizer step, over all devices"),
     ("optimizer.peak_lr", 1e-3, "AdamW learning rate after the warm-up"),
@@ -126,6 +129,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ).split():
         _at_least(config, key, 1)
     _at_least(config, "model.ttt.remat_group", 0)
+    _at_least(config, "data.worker_processes", 0)
     for key in (
         "model.rope_theta model.norm_epsilon model.init_stddev model.ttt.mlp_width_factor model.ttt.base_lr "
         "model.ttt.base_lr_start optimizer.peak_lr optimizer.epsilon optimizer.clip_norm"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import embedded, source
+from ttt_jax.data import source
 from ttt_jax.data.source import TokenSource
 
 BOS = 9
@@ -50,25 +50,6 @@ def test_the_fingerprint_tells_every_token():
     prints |= {of(TOKENS[:-1]).fingerprint(), of(TOKENS[::-1]).fingerprint()}
     assert len(prints) == 1 + len(TOKENS) + 2
     assert of(TOKENS.copy()).fingerprint() == of(TOKENS).fingerprint()
-
-
-def test_load():
-    loaded = source.load("embedded", "validation")
-    assert (loaded.name, loaded.vocab_size, loaded.bos) == ("embedded/validation", 257, 256)
-    np.testing.assert_array_equal(loaded.tokens, embedded.tokens("validation"))
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("embedded", "dev", "split='dev': expected one of train, validation, test"),
-        ("c4", "train", "data.source='c4': expected embedded"),
-    ],
-)
-def test_load_what_is_not_there(name, split, message):
-    with pytest.raises(ConfigError) as caught:
-        source.load(name, split)
-    assert str(caught.value) == message
 
 
 def test_check():

@@ -134,11 +134,11 @@ def run(tmp_path_factory, random_params):
 def data(monkeypatch):
     """A split with a BOS in every window."""
 
-    def load(name, split):
-        return TokenSource(f"{name}/{split}", TOKENS, vocab_size=257, bos=256)
+    def from_config(config, split):
+        return TokenSource(f"{config.data.source}/{split}", TOKENS, vocab_size=257, bos=256)
 
-    monkeypatch.setattr(loss_by_position.source, "load", load)
-    return load("embedded", "validation")
+    monkeypatch.setattr(loss_by_position.sources, "from_config", from_config)
+    return from_config(config_lib.default(), "validation")
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,7 @@ def test_evaluation_is_of_the_logits_whatever_the_batch_size(run, data, expected
         "source": "embedded/validation",
         "fingerprint": data.fingerprint(),
         "split": "validation",
+        "of": "windows",
         "context": CONTEXT,
         "training_context": 16,
         "windows": WINDOWS,
@@ -233,7 +234,7 @@ def test_saved_files_hold_the_result(tmp_path):
     nll, mask = random_losses(4, 6)
     mask[:, 1] = 0
     result = loss_by_position.summarise(nll, mask)
-    about = {"split": "test", "context": 6, "loss": result.mean}
+    about = {"split": "test", "of": "windows", "context": 6, "loss": result.mean}
     path = loss_by_position.save(result, about, tmp_path / "new" / "eval")
     assert path == tmp_path / "new" / "eval" / "test-6.npz"
     with np.load(path, allow_pickle=False) as file:

@@ -31,6 +31,7 @@ def evaluated(tmp_path):
             "source": f"embedded/{split}",
             "fingerprint": "f1",
             "split": split,
+            "of": "windows",
             "context": context,
             "training_context": 64,
             "windows": 6,

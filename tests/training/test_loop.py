@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import source
+from ttt_jax.data import source, sources
 from ttt_jax.training import loop, metrics, program
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -45,7 +45,7 @@ def test_kept_checkpoints_and_their_meta(finished):
     assert meta["data"]["next_batch"] == 24
     assert meta["config"] == config.to_dict()
     assert meta["versions"]["jax"] == jax.__version__
-    assert meta["data"]["fingerprint"] == source.load("embedded", "train").fingerprint()
+    assert meta["data"]["fingerprint"] == sources.load("embedded", "train").fingerprint()
 
 
 def test_saved_arrays_are_float32(finished, tmp_path, tiny_config):
@@ -112,7 +112,7 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path, tiny_conf
 @pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
 def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_config):
     """The loss falls below the unigram entropy of the corpus: what a model without context could reach at best."""
-    tokens = source.load("embedded", "train").tokens
+    tokens = sources.load("embedded", "train").tokens
     frequencies = np.bincount(tokens) / len(tokens)
     frequencies = frequencies[frequencies > 0]
     entropy = -(frequencies * np.log(frequencies)).sum()

@@ -123,16 +123,28 @@ class Array:
     Args:
       spec: TensorStore's, of a zarr or zarr3 array.
       name: of the array, for messages.
+      instead: contents to be taken instead of those of files of the array.
 
     Raises:
-      DataError: where there is none, or it is not one of unsigned integers or int64 in one dimension.
+      DataError: where there is none, or it is not one of integers in one dimension.
     """
 
-    def __init__(self, spec: dict[str, Any], name: str):
-        self._name = name
+    def __init__(self, spec: dict[str, Any], name: str, instead: dict[str, bytes] | None = None):
+        self._arguments, self._name = (spec, name, instead), name
+        context, kvstore = ts.Context(), spec["kvstore"]
         with explained(f"cannot read {name}"):
-            self._array = ts.open({**spec, "fill_missing_data_reads": False}, read=True, open=True).result()
+            if instead:
+                memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
+                for file, content in instead.items():
+                    memory.write(file, content).result()
+                layers = [{"exact": file, "base": {"driver": "memory", "path": file}} for file in instead]
+                kvstore = {"driver": "kvstack", "layers": [{"base": kvstore}, *layers]}
+            full = {**spec, "kvstore": kvstore, "fill_missing_data_reads": False}
+            self._array = ts.open(full, read=True, open=True, context=context).result()
         check_layout(self._array.dtype.name, self._array.shape, name)
+
+    def __reduce__(self):
+        return Array, self._arguments
 
     def __len__(self) -> int:
         return self._array.shape[0]

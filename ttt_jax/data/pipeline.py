@@ -1,44 +1,82 @@
 """Windows to batches, with grain. The position in the data is one number: the step.
 
-Batch s is a function of (source, seed, batch size, s): windows are shuffled anew in every epoch, and epochs follow one
-another without dropping or repeating a window (a batch may span two epochs). Starting at step s reads nothing of what
-came before.
+Row r of step s is window ``order[s B + r]``, where ``order`` shuffles all windows anew in every epoch, and epochs
+follow one another without dropping or repeating a window (a batch may span two). Which rows a host computes is a
+function of (seed, s, host, hosts), so starting at step s reads nothing of what came before, and the number of hosts may
+change.
+
+The order is that of the TTT-E2E authors' code for the same seed, batch size and number of windows.
 """
 
+import sys
 from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
+from ttt_jax.data.errors import DataError
 from ttt_jax.data.source import TokenSource
 
 Batch = dict[str, np.ndarray]
 
 
-class _Windows:
-    """Random access to the windows of a source, as grain wants it."""
+class _Rows:
+    """Random access to the rows of one host, step after step without end, as grain wants it."""
 
-    def __init__(self, source: TokenSource, sequence_length: int):
-        self._source, self._sequence_length = source, sequence_length
+    def __init__(self, source: TokenSource, sequence_length: int, batch_size: int, seed: int, host: int, hosts: int):
+        windows = source.windows(sequence_length)
+        if not windows:
+            raise DataError(f"{source.name}: {len(source.tokens)} tokens are no window of {sequence_length}")
+        self._source, self._sequence_length, self._batch_size = source, sequence_length, batch_size
+        self._order = grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
+        self._rows = batch_size // hosts
+        self._first = host * self._rows
 
     def __len__(self) -> int:
-        return self._source.windows(self._sequence_length)
+        return sys.maxsize // self._batch_size * self._rows
 
     def __getitem__(self, index) -> Batch:
-        return self._source.window(int(index), self._sequence_length)
+        step, row = divmod(int(index), self._rows)
+        window = self._order[step * self._batch_size + self._first + row]
+        return self._source.window(int(window), self._sequence_length)
 
     def __repr__(self) -> str:
         return f"windows of {self._source.name}"
 
 
 def train_batches(
-    source: TokenSource, *, sequence_length: int, batch_size: int, seed: int, start: int = 0
+    source: TokenSource,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    worker_processes: int = 0,
 ) -> Iterator[Batch]:
-    """The batches of steps ``start``, ``start + 1``, ... without end: arrays [B, T]."""
-    windows = grain.MapDataset.source(_Windows(source, sequence_length)).seed(seed)
-    batches = windows.shuffle().repeat().batch(batch_size, drop_remainder=True)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    return iter(batches[start:].to_iter_dataset(options))
+    """The batches of steps ``start``, ``start + 1``, ... without end: arrays [B / hosts, T], rows of one host.
+
+    Args:
+      batch_size: B, rows of all hosts together; the rows of host 0 come first.
+      host, hosts: which of how many; ``hosts`` divides B.
+      worker_processes: that read ahead; with none, threads of this process do.
+
+    Raises:
+      ValueError: where ``hosts`` does not divide the batch.
+      DataError: at the batch where the data turns out to be bad.
+    """
+    if batch_size % hosts or not 0 <= host < hosts:
+        raise ValueError(f"host {host} of {hosts}: expected one of a number that divides the batch size, {batch_size}")
+    rows = grain.MapDataset.source(_Rows(source, sequence_length, batch_size, seed, host, hosts))
+    batches = rows.batch(batch_size // hosts, drop_remainder=True)[start:]
+    found = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    if worker_processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain asks for the value of a flag, and nobody here parses absl's
+        found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_processes))
+    return iter(found)
 
 
 def evaluation_batches(
@@ -53,5 +91,10 @@ def evaluation_batches(
     indices = [i * total // count for i in range(count)]
     for start in range(0, count, batch_size):
         rows = [source.window(i, sequence_length) for i in indices[start : start + batch_size]]
-        rows += [{key: np.zeros_like(x) for key, x in rows[0].items()}] * (batch_size - len(rows))
-        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        yield stacked(rows, batch_size)
+
+
+def stacked(rows: list[Batch], batch_size: int) -> Batch:
+    """Rows [T] to a batch [B, T], filled up with rows that are masked throughout."""
+    rows = rows + [{key: np.zeros_like(x) for key, x in rows[0].items()}] * (batch_size - len(rows))
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

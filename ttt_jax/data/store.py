@@ -23,6 +23,9 @@ class Store:
         with self._explained("open"):
             self._kv = ts.KvStore.open(self.spec()).result()
 
+    def __reduce__(self):
+        return Store, (self.location,)
+
     def spec(self, name: str = "") -> Any:
         """TensorStore's key-value specification of this folder, or of one inside it."""
         place = f"{self.location}/{name}/" if name else f"{self.location}/"
@@ -57,11 +60,20 @@ class Store:
         """Writes a JSON file."""
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def names(self, folder: str = "") -> list[str]:
-        """Files under a folder, at any depth, sorted."""
-        with self._explained("list"):
-            keys = self._kv.list(ts.KvStore.KeyRange(folder, _after(folder))).result()
-        return sorted(key.decode() for key in keys)
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """Files whose names, folders included, begin with ``prefix``; in no order."""
+        if is_url(self.location):
+            with self._explained("list"):
+                keys = self._kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
+            yield from (key.decode() for key in keys)
+            return
+        for place, folders, files in os.walk(self.location):
+            inside = "" if place == self.location else f"{os.path.relpath(place, self.location)}/"
+            below = [f"{inside}{folder}/" for folder in folders]
+            folders[:] = [
+                f for f, b in zip(folders, below, strict=True) if b.startswith(prefix) or prefix.startswith(b)
+            ]
+            yield from (inside + file for file in files if (inside + file).startswith(prefix))
 
     def delete_file(self, name: str) -> None:
         """Deletes a file, if it is there."""

@@ -189,7 +189,7 @@ def _finish(output: Store, plan: dict[str, Any], splits: dict[str, _Split], job:
     for name, split in splits.items():
         description["splits"][name] = split.finish()
     if skipped:
-        found = [output.read(name) or b"" for name in output.names(f"{UNFINISHED}/problems/")]
+        found = [output.read(name) or b"" for name in sorted(output.names(f"{UNFINISHED}/problems/"))]
         output.write(dataset.PROBLEMS, b"".join(found))
     kept_as = plan["tokenizer"]["file"]
     if kept_as:
@@ -225,9 +225,9 @@ def _located(file: InputFile, problems: list[records.Problem]) -> str:
 
 def check_empty(output: Store) -> None:
     """Raises :class:`ConfigError` where a folder holds what is not of an unfinished run."""
-    others = [name for name in output.names() if not name.startswith(f"{UNFINISHED}/")]
-    if others:
-        raise ConfigError(f"--output {output.location}: holds {others[0]}; expected a new or empty folder")
+    for name in output.names():
+        if not name.startswith(f"{UNFINISHED}/"):
+            raise ConfigError(f"--output {output.location}: holds {name}; expected a new or empty folder")
 
 
 def _check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store) -> None:
@@ -253,6 +253,6 @@ def _check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output:
 
 def _forget_later_problems(output: Store, generation: int) -> None:
     """A run that was killed may have listed problems behind the position that it saved; they will be met again."""
-    for name in output.names(f"{UNFINISHED}/problems/"):
+    for name in list(output.names(f"{UNFINISHED}/problems/")):
         if int(name.rsplit("/", 1)[1]) > generation:
             output.delete_file(name)

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens (the context), N windows.
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from ttt_jax import config_file
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, source
+from ttt_jax.data import documents, pipeline, source, sources
 from ttt_jax.models import build
 from ttt_jax.parallel import sharding
 from ttt_jax.training import program
@@ -78,6 +79,7 @@ def evaluate(
     context: int,
     split: str = "validation",
     most_windows: int = 256,
+    by_document: bool = False,
     step: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -86,7 +88,10 @@ def evaluate(
 
     Args:
       workdir: of the run; its ``config.json`` names model and data.
-      most_windows: evaluates all windows of the split, or this many.
+      most_windows: evaluates all windows (or documents) of the split, or this many.
+      by_document: the windows are the documents, each from its beginning to its end or to ``context`` tokens. They are
+        read in pieces of the training context, the state carried from one to the next, so that memory does not grow
+        with the context but by what the state holds.
       step: which checkpoint; None is the newest.
       batch_size: windows at a time; None is about as many tokens as a training step has.
       progress: is called with windows done and windows in all.
@@ -100,25 +105,21 @@ def evaluate(
     if context < 1 or most_windows < 1 or (batch_size is not None and batch_size < 1):
         raise ConfigError("--context, --max-windows and --batch-size: expected 1 or more")
     config = config_file.from_json(workdir / "config.json")
-    data = source.load(config.data.source, split)
-    source.check(data, config.model.vocab_size, context)
+    data = sources.from_config(config, split)
+    source.check(data, config.model.vocab_size, 1 if by_document else context)
     devices = jax.device_count()
     if batch_size is None:
-        batch_size = max(1, config.data.batch_size * config.data.sequence_length // context)
+        at_a_time = min(context, config.data.sequence_length) if by_document else context
+        batch_size = max(1, config.data.batch_size * config.data.sequence_length // at_a_time)
     batch_size = -(-batch_size // devices) * devices
     model, params, step, place = _restore(config, workdir, step)
-    losses = jax.jit(lambda params, inputs, targets: token_nll(model.apply({"params": params}, inputs)[0], targets))
 
-    windows = min(data.windows(context), most_windows)
-    nll, mask = [], []
-    for batch in pipeline.evaluation_batches(
-        data, sequence_length=context, batch_size=batch_size, most_windows=most_windows
-    ):
-        inputs, targets = jax.device_put((batch["inputs"], batch["targets"]), place)
-        nll.append(np.asarray(losses(params, inputs, targets)))
-        mask.append(batch["mask"])
-        progress(min(len(nll) * batch_size, windows), windows)
-    result = summarise(np.concatenate(nll)[:windows], np.concatenate(mask)[:windows])
+    options = {"context": context, "batch_size": batch_size, "most_windows": most_windows, "progress": progress}
+    if by_document:
+        nll, mask = _of_documents(model, params, place, data, piece_length=config.data.sequence_length, **options)
+    else:
+        nll, mask = _of_windows(model, params, place, data, **options)
+    result = summarise(nll, mask)
     about = {
         "workdir": workdir.resolve().name,
         "model": build.describe(config.model),
@@ -127,6 +128,7 @@ def evaluate(
         "source": data.name,
         "fingerprint": data.fingerprint(),
         "split": split,
+        "of": "documents" if by_document else "windows",
         "context": context,
         "training_context": config.data.sequence_length,
         "windows": result.windows,
@@ -136,6 +138,51 @@ def evaluate(
         "perplexity": result.perplexity,
     }
     return result, about
+
+
+def _of_windows(model, params, place, data, *, context, batch_size, most_windows, progress):
+    """Losses and masks [N, T] of windows from all over a split."""
+    losses = jax.jit(lambda params, inputs, targets: token_nll(model.apply({"params": params}, inputs)[0], targets))
+    windows = min(data.windows(context), most_windows)
+    nll, mask = [], []
+    for batch in pipeline.evaluation_batches(
+        data, sequence_length=context, batch_size=batch_size, most_windows=most_windows
+    ):
+        inputs, targets = jax.device_put((batch["inputs"], batch["targets"]), place)
+        nll.append(np.asarray(losses(params, inputs, targets)))
+        mask.append(batch["mask"])
+        progress(min(len(nll) * batch_size, windows), windows)
+    return np.concatenate(nll)[:windows], np.concatenate(mask)[:windows]
+
+
+def _of_documents(model, params, place, data, *, context, piece_length, batch_size, most_windows, progress):
+    """Losses and masks [N, T] of documents, each from its beginning, the state carried from piece to piece."""
+    piece_length = min(piece_length, context)
+    length = -(-context // piece_length) * piece_length
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def losses(params, state, inputs, targets):
+        logits, state = model.apply({"params": params}, inputs, state)
+        return token_nll(logits, targets), state
+
+    total = min(sum(1 for _ in documents.bounds(data)), most_windows)
+    nll = np.zeros((total, length), np.float32)
+    mask = np.zeros((total, length), np.float32)
+    first, rows, offset, state = 0, 0, 0, None
+    for piece in documents.pieces(
+        data, piece_length=piece_length, batch_size=batch_size, most_documents=total, most_tokens=context
+    ):
+        if piece.begins:
+            first, rows, offset = first + rows, piece.rows, 0
+            state = jax.jit(lambda: model.initial_state(batch_size, length))()
+        inputs, targets = jax.device_put((piece.batch["inputs"], piece.batch["targets"]), place)
+        found, state = losses(params, state, inputs, targets)
+        where = slice(first, first + rows), slice(offset, offset + piece_length)
+        nll[where], mask[where] = np.asarray(found)[:rows], piece.batch["mask"][:rows]
+        offset += piece_length
+        progress(first, total)
+    progress(total, total)
+    return nll[:, :context], mask[:, :context]
 
 
 def _restore(config: ml_collections.ConfigDict, workdir: Path, step: int | None):
@@ -158,9 +205,13 @@ def _restore(config: ml_collections.ConfigDict, workdir: Path, step: int | None)
 
 
 def save(result: LossByPosition, about: dict, folder: Path) -> Path:
-    """Writes ``<split>-<context>.npz``, ``.csv`` and ``.json``; returns the path of the ``.npz``."""
+    """Writes ``<split>-<context>.npz``, ``.csv`` and ``.json``; returns the path of the ``.npz``.
+
+    Of documents, ``<split>-documents-<context>``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{about['split']}-{about['context']}"
+    of = "documents-" if about["of"] == "documents" else ""
+    stem = folder / f"{about['split']}-{of}{about['context']}"
     positions = np.arange(1, len(result.loss) + 1)
     columns = {
         "position": positions,

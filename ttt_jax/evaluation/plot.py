@@ -35,13 +35,14 @@ class Evaluation(NamedTuple):
     standard_error: np.ndarray  # [T]
 
 
-def read(workdir: Path, split: str, context: int | None) -> Evaluation:
+def read(workdir: Path, split: str, context: int | None, by_document: bool = False) -> Evaluation:
     """The evaluation of a run on a split; of the longest context that was evaluated, where none is given.
 
     Raises:
       ConfigError: where there is none.
     """
-    files = {p.stem.removeprefix(f"{split}-"): p for p in (workdir / "eval").glob(f"{split}-*.npz")}
+    kind = f"{split}-documents-" if by_document else f"{split}-"
+    files = {p.stem.removeprefix(kind): p for p in (workdir / "eval").glob(f"{kind}*.npz")}
     found = {int(name): path for name, path in files.items() if name.isdecimal()}
     chosen = max(found, default=None) if context is None else context
     if chosen is None or chosen not in found:
@@ -49,6 +50,7 @@ def read(workdir: Path, split: str, context: int | None) -> Evaluation:
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split{length}; run: "
             f"ttt eval --workdir {workdir} --split {split} --context {context or 2048}"
+            + (" --by-document" if by_document else "")
         )
     about = json.loads(found[chosen].with_suffix(".json").read_text())
     with np.load(found[chosen], allow_pickle=False) as file:
@@ -66,7 +68,14 @@ def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15) -> np.nd
         return (total[high] - total[low]) / (count[high] - count[low])
 
 
-def loss_by_position(workdirs: Sequence[Path], output: Path, *, split: str = "validation", context: int | None = None):
+def loss_by_position(
+    workdirs: Sequence[Path],
+    output: Path,
+    *,
+    split: str = "validation",
+    context: int | None = None,
+    by_document: bool = False,
+) -> None:
     """Draws the loss by token index of several runs on one figure, and saves it.
 
     Args:
@@ -77,7 +86,7 @@ def loss_by_position(workdirs: Sequence[Path], output: Path, *, split: str = "va
     """
     if output.suffix not in (".png", ".pdf", ".svg"):
         raise ConfigError(f"--output {output}: expected a name that ends in .png, .pdf or .svg")
-    evaluations = [read(workdir, split, context) for workdir in workdirs]
+    evaluations = [read(workdir, split, context, by_document) for workdir in workdirs]
     _check_comparable(workdirs, evaluations)
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
@@ -98,10 +107,12 @@ def loss_by_position(workdirs: Sequence[Path], output: Path, *, split: str = "va
     for length in {e.about["training_context"] for e in evaluations if e.about["training_context"] < e.position[-1]}:
         axes.axvline(length, color="0.5", linewidth=0.8, linestyle=":")
         axes.text(length * 0.96, 0.02, f"trained on {length:,}", transform=axes.get_xaxis_transform(), **_NOTE)
-    axes.set_xlabel("token index in the sequence (log scale)")
+    axes.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
     axes.set_ylabel("loss (nats per token)")
     about = evaluations[0].about
-    windows = f"{about['windows']:,} windows of {about['context']:,} tokens"
+    windows = (
+        f"{about['windows']:,} {about.get('of', 'windows')} of {'up to ' * by_document}{about['context']:,} tokens"
+    )
     axes.set_title(f"Loss by token index, {about['source']}, {windows}", fontsize=11)
     axes.grid(alpha=0.25, which="major")
     axes.legend(frameon=False)

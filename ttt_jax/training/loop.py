@@ -19,7 +19,8 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax import config_file
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, source
+from ttt_jax.data import pipeline, source, sources
+from ttt_jax.data.errors import DataError
 from ttt_jax.models import build
 from ttt_jax.parallel import sharding
 from ttt_jax.training import checkpoint, metrics, program
@@ -30,6 +31,9 @@ from ttt_jax.training.progress import ProgressBar
 _MAY_CHANGE = (
     "training.duration",
     "checkpoint.",
+    "data.source",  # a copy elsewhere; that it holds the same tokens is checked
+    "data.tokenizer",
+    "data.worker_processes",
     "log.",
     "mesh.",
     "model.remat",
@@ -58,6 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
 
     Raises:
       ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir.
+      DataError: at a batch that cannot be read, with the steps before it saved.
       NonFiniteLossError: with the checkpoints before it intact.
     """
     # ---- What to run, and where
@@ -66,8 +71,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     log_every = config_lib.steps(config, "log.every")
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
     run = program.make(config, mesh)
-    data = source.load(config.data.source, "train")
-    source.check(data, config.model.vocab_size, config.data.sequence_length)
+    data = sources.from_config(config, "train")
+    source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
     fingerprint = data.fingerprint()
     _check_same_run(config, workdir)
 
@@ -114,13 +119,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
                 batch_size=config.data.batch_size,
                 seed=config.seed,
                 start=start,
+                host=jax.process_index(),
+                hosts=jax.process_count(),
+                worker_processes=config.data.worker_processes,
             )
 
             # ---- Train
             report.start()
             step = start
             while step < total and not stop.received:
-                batch = jax.device_put(next(batches), run.batch_sharding)
+                batch = {
+                    name: jax.make_array_from_process_local_data(run.batch_sharding, rows)
+                    for name, rows in next(batches).items()
+                }
                 state, values = train_step(state, batch)
                 step += 1
                 report(step, values)
@@ -131,6 +142,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
             if step > start:
                 save(step, state)
             checkpoints.wait()
+        except DataError as error:
+            report.flush()
+            save(step, state)
+            checkpoints.wait()
+            raise DataError(f"{error}; saved at step {step}, the batch behind it cannot be read") from error
         except NonFiniteLossError as error:
             checkpoints.wait()
             raise NonFiniteLossError(_advice(error, checkpoints, workdir)) from error

@@ -1,0 +1,117 @@
+"""The authors' own datasets, read as they are.
+
+- ttt-lm-jax: ``train.npy``, ``validation.npy``, ``test.npy``, tokens in one dimension, in the folder itself or in one
+  that is named after the tokenizer: ``tokenizer_name-meta-llama/Llama-2-7b-hf-val_ratio-...``.
+- TTT-E2E: a zarr group, version 2 or 3, with the arrays ``train`` and ``val``.
+"""
+
+import io
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data.array import Array, check_layout
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.source import TokenSource
+from ttt_jax.data.store import Store
+
+_LLAMA_2, _LLAMA_2_VOCAB_SIZE, _LLAMA_2_BOS = "meta-llama/Llama-2-7b-hf", 32000, 1  # of the published ones
+_LLAMA_3_BOS = 128000  # of the tokens that the authors of TTT-E2E publish
+_UNKNOWN_VOCAB_SIZE = 1 << 31
+
+
+class NpyTokens:
+    """A ``.npy`` file, read by byte ranges.
+
+    Raises:
+      DataError: where it is not one, is cut short, or does not hold integers in one dimension.
+    """
+
+    def __init__(self, store: Store, name: str):
+        self._store, self._name, path = store, name, store.path(name)
+        try:
+            start = store.read(name, 0, 12) or b""
+            version, size = start[6:7], int.from_bytes(start[8 : 10 if start[6:7] == b"\1" else 12], "little")
+            header = io.BytesIO(store.read(name, 0, 12 + size) or b"")
+            np.lib.format.read_magic(header)
+            read = np.lib.format.read_array_header_1_0 if version == b"\1" else np.lib.format.read_array_header_2_0
+            shape, _, self.dtype = read(header)
+        except (ValueError, DataError) as error:
+            raise DataError(f"{path}: not a .npy file: {' '.join(str(error).split())}") from error
+        check_layout(self.dtype.name, shape, path)
+        self._length, self._start = shape[0], header.tell()
+        try:
+            self[max(0, self._length - 1) : self._length]
+        except DataError as error:
+            raise DataError(f"{path}: is cut short; expected {self._length} tokens ({error})") from error
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, where: slice, /) -> np.ndarray:
+        start, stop, _ = where.indices(self._length)
+        if start >= stop:
+            return np.empty(0, self.dtype)
+        first, last = (self._start + place * self.dtype.itemsize for place in (start, stop))
+        content = self._store.read(self._name, first, last)
+        if content is None:
+            raise DataError(f"{self._store.path(self._name)}: is gone; was being read at offset {start}")
+        return np.frombuffer(content, self.dtype)
+
+
+def npy(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
+    """The split of a folder of ttt-lm-jax; None where the folder is none.
+
+    Where no folder names the tokenizer it is taken for Llama-2's, whose BOS is no target, as it is there.
+
+    Raises:
+      ConfigError: where the folder holds datasets of several tokenizers, or other splits alone.
+      DataError: as :class:`NpyTokens`.
+    """
+    names = [name for name in (f"{split}.npy",) if store.read(name, 0, 1) is not None]
+    names += [name for name in store.names("tokenizer_name-") if name.endswith(f"/{split}.npy")]
+    if not names:
+        return None
+    if len(names) > 1:
+        folders = ", ".join(store.path(name.rpartition("/")[0]) for name in names)
+        raise ConfigError(f"data.source={store.location!r}: holds several datasets; expected one of {folders}")
+    location = store.path(names[0])
+    found = re.search(r"tokenizer_name-(.+?)-val_ratio-", location)
+    tokenizer = found[1] if found else ""
+    default_bos = _LLAMA_2_BOS if tokenizer in ("", _LLAMA_2) else None
+    return TokenSource(
+        location,
+        NpyTokens(store, names[0]),
+        _LLAMA_2_VOCAB_SIZE if tokenizer == _LLAMA_2 else vocab_size or _UNKNOWN_VOCAB_SIZE,
+        default_bos if bos is None else bos,
+        tokenizer=(tokenizer,) if tokenizer else (),
+    )
+
+
+def zarr(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
+    """The split of a zarr group of TTT-E2E; None where the folder is none.
+
+    Raises:
+      DataError: where the array cannot be read.
+    """
+    name = "val" if split == "validation" else split
+    path = store.path(name)
+    if store.read(f"{name}/zarr.json") is not None:
+        tokens = Array({"driver": "zarr3", "kvstore": store.spec(name)}, path)
+    elif store.read(f"{name}/.zarray") is not None:
+        metadata = {".zarray": _without_typesize(store.read_json(f"{name}/.zarray"))}
+        tokens = Array({"driver": "zarr", "kvstore": store.spec(name)}, path, instead=metadata)
+    else:
+        return None
+    bos = _LLAMA_3_BOS if bos is None else bos
+    return TokenSource(path, tokens, vocab_size or _UNKNOWN_VOCAB_SIZE, bos)
+
+
+def _without_typesize(metadata: Any) -> bytes:
+    """Metadata of a zarr 2 array without a key of the compressor that zarr-python writes and TensorStore refuses."""
+    if isinstance(metadata, dict) and isinstance(metadata.get("compressor"), dict):
+        metadata["compressor"].pop("typesize", None)
+    return json.dumps(metadata).encode()

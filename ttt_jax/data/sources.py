@@ -1,0 +1,94 @@
+"""The datasets that ``data.source`` can name, each as a :class:`~ttt_jax.data.source.TokenSource`."""
+
+import hashlib
+import os
+
+import ml_collections
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import dataset, embedded, files, official, synthetic
+from ttt_jax.data.source import TokenSource
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import UNFINISHED
+
+_EXPECTED = (
+    "embedded, synthetic, or the path or URL of a folder made by ttt tokenize, of one with train.npy, or of a zarr "
+    "group with train"
+)
+
+
+def from_config(config: ml_collections.ConfigDict, split: str) -> TokenSource:
+    """The split of the dataset that ``config.data`` names; raises as :func:`load`."""
+    data = config.data
+    return load(data.source, split, vocab_size=config.model.vocab_size, bos=data.bos, tokenizer=data.tokenizer)
+
+
+def load(
+    location: str, split: str, *, vocab_size: int | None = None, bos: int | None = None, tokenizer: str = ""
+) -> TokenSource:
+    """A split of a dataset.
+
+    Args:
+      location: ``embedded``, ``synthetic``, or a folder by its path or URL.
+      vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
+      bos: the token that begins a document, where the dataset does not say it, or says something else.
+      tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
+
+    Raises:
+      ConfigError: for what does not exist, or is of another tokenizer.
+      DataError: for what exists and cannot be read.
+    """
+    if split not in dataset.SPLITS:
+        raise ConfigError(f"split={split!r}: expected one of {', '.join(dataset.SPLITS)}")
+    if location == "embedded":
+        source = TokenSource(
+            f"embedded/{split}", embedded.tokens(split), embedded.VOCAB_SIZE, embedded.BOS, tokenizer=("byte",)
+        )
+    elif location == "synthetic":
+        source = synthetic.source(split, vocab_size or synthetic.VOCAB_SIZE)
+    else:
+        source = _in_folder(location, split, vocab_size, bos)
+    _check_tokenizer(source, tokenizer)
+    return source
+
+
+def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None) -> TokenSource:
+    if not location or ("://" not in location and not os.path.isdir(location)):
+        raise ConfigError(f"data.source={location!r}: no such folder; expected {_EXPECTED}")
+    store = Store(location)
+    description = dataset.read_description(store)
+    if description is not None:
+        tokens, documents = dataset.open_split(store, description, split)
+        made_by = description["tokenizer"]
+        return TokenSource(
+            store.path(split),
+            tokens,
+            description["vocab_size"],
+            description["bos"] if bos is None else bos,
+            documents,
+            (made_by["kind"], made_by["name"], made_by["sha256"]),
+            description["splits"][split]["fingerprint"],
+        )
+    if store.read(f"{UNFINISHED}/state.json") is not None:
+        raise ConfigError(f"data.source={location!r}: is not finished; run the same ttt tokenize command again")
+    found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
+    if found is None:
+        raise ConfigError(f"data.source={location!r}: no {split} tokens there; expected {_EXPECTED}")
+    return found
+
+
+def _check_tokenizer(source: TokenSource, wanted: str) -> None:
+    if not wanted or wanted in source.tokenizer:
+        return
+    if not source.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={wanted!r}: {source.name} does not say what made it; expected data.tokenizer unset"
+        )
+    hashes = [name for name in source.tokenizer if len(name) == 64]
+    if hashes and len(wanted) >= 8 and hashes[0].startswith(wanted):
+        return
+    if hashes and wanted.endswith((".json", ".model")) and files.exists(wanted):
+        if hashlib.sha256(files.read(wanted, "data.tokenizer")).hexdigest() == hashes[0]:
+            return
+        wanted = f"{wanted} (of another hash)"
+    raise ConfigError(f"data.tokenizer={wanted!r}: {source.name} was made by {' '.join(source.tokenizer)}")
