@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import time
 
 from ttt_jax.config import ConfigError
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     if options.engine == "ray":
         engine = engines.ray(options.ray_address)
     else:
-        engine = engines.processes(options.workers or len(os.sched_getaffinity(0)))
+        engine = engines.processes(options.workers or engines.cores())
     bar = _Bar(sum(file.size for file in found))
     try:
         about = tokenize.tokenize(found, job, output, engine, skip_problems=skip, trained=trained, progress=bar)

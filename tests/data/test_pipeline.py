@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ttt_jax.data import pipeline
+from ttt_jax.data.errors import DataError
 from ttt_jax.data.source import TokenSource
 
 T = 3
@@ -89,6 +90,94 @@ def test_seeds_differ_and_repeat():
 
 def test_the_order_does_not_depend_on_the_batch_size():
     assert rows(train(7, 2, seed=3), 12) == rows(train(7, 3, seed=3), 8) == rows(train(7, 24, seed=3), 1)
+
+
+# ---- Hosts
+
+
+def on_hosts(hosts, steps, windows, batch_size, seed, start=0) -> list[dict[str, np.ndarray]]:
+    """The global batches: those of the hosts, one under the other."""
+    of_each = [
+        itertools.islice(
+            pipeline.train_batches(
+                numbered(windows),
+                sequence_length=T,
+                batch_size=batch_size,
+                seed=seed,
+                start=start,
+                host=host,
+                hosts=hosts,
+            ),
+            steps,
+        )
+        for host in range(hosts)
+    ]
+    return [
+        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in zip(*of_each, strict=True)
+    ]
+
+
+def assert_identical(actual, desired):
+    assert len(actual) == len(desired)
+    for a, b in zip(actual, desired, strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@hypothesis.given(
+    windows=st.integers(1, 60),
+    rows_per_host=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    parts=st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3)), min_size=1, max_size=3),
+)
+@hypothesis.settings(max_examples=15)
+def test_any_hosts_and_any_stops_give_the_batches_of_one_host_never_stopped(windows, rows_per_host, seed, parts):
+    """``parts``: so many steps on so many hosts, then stopped, and resumed on others."""
+    batch_size = 8 * rows_per_host
+    total = sum(steps for _, steps in parts)
+    found = []
+    for hosts, steps in parts:
+        found += on_hosts(hosts, steps, windows, batch_size, seed, start=len(found))
+    assert_identical(found, on_hosts(1, total, windows, batch_size, seed))
+
+
+def test_hosts_agree_far_into_the_run():
+    assert_identical(on_hosts(8, 2, 1000, 16, 3, start=10**6), on_hosts(1, 2, 1000, 16, 3, start=10**6))
+
+
+@pytest.mark.parametrize(("host", "hosts"), [(0, 3), (2, 2), (-1, 2)])
+def test_hosts_that_cannot_be(host, hosts):
+    with pytest.raises(ValueError, match="expected one of a number that divides the batch size, 8"):
+        pipeline.train_batches(numbered(9), sequence_length=T, batch_size=8, seed=0, host=host, hosts=hosts)
+
+
+def test_worker_processes_read_the_same():
+    options = {"sequence_length": T, "batch_size": 4, "seed": 5, "start": 3}
+    here = pipeline.train_batches(numbered(30), **options)
+    there = pipeline.train_batches(numbered(30), **options, worker_processes=2)
+    assert rows(there, 20) == rows(here, 20)
+
+
+@pytest.mark.parametrize("worker_processes", [0, 1])
+def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processes):
+    tokens = np.arange(40, dtype=np.uint16) % 10
+    tokens[23] = 10  # in window 7
+    source = TokenSource("some/train", tokens, vocab_size=10, bos=None)
+    batches = pipeline.train_batches(source, sequence_length=T, batch_size=1, seed=1, worker_processes=worker_processes)
+    read = 0
+    with pytest.raises(Exception, match="some/train: token 10 at offset 23; expected ids below the vocabulary of 10"):  # noqa: PT012
+        for _ in range(13):
+            next(batches)
+            read += 1
+    order = rows(train(13, 1, seed=1), 13)
+    assert read == order.index(7)
+
+
+def test_nothing_to_read():
+    empty = TokenSource("some/train", np.zeros(3, np.uint16), vocab_size=10, bos=None)
+    with pytest.raises(DataError, match="some/train: 3 tokens are no window of 3"):
+        pipeline.train_batches(empty, sequence_length=3, batch_size=1, seed=0)
 
 
 # ---- Evaluation

@@ -215,6 +215,31 @@ def test_all_windows_of_a_split_that_has_fewer(run, data):
     np.testing.assert_array_equal(result.count, (TOKENS[starts + np.arange(1, 101)] != 256).sum(0))
 
 
+@pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
+def test_documents_are_read_whole(run, monkeypatch, quick_jit, context):
+    """As one forward pass over each document, from its BOS, would have it: the state is carried over the pieces."""
+    workdir, config, params = run
+    lengths = [40, 7, 66, 2, 33]
+    documents = [TOKENS[sum(lengths[:i]) + i :][: n - 1] % 256 for i, n in enumerate(lengths)]
+    documents = [np.concatenate([[256], document]).astype(np.int32) for document in documents]
+    source = TokenSource("books/validation", np.concatenate(documents), vocab_size=257, bos=256)
+    monkeypatch.setattr(loss_by_position.sources, "from_config", lambda config, split: source)
+    result, about = loss_by_position.evaluate(workdir, context=context, by_document=True, batch_size=2)
+
+    model = language_model(config.model)
+    forward = quick_jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
+    nll, mask = np.zeros((5, context)), np.zeros((5, context))
+    for row, document in enumerate(documents):
+        padded = np.zeros((1, 70), np.int32)
+        padded[0, : len(document)] = document
+        logits = np.asarray(forward(params[5], padded), np.float64)[0]
+        n = min(len(document) - 1, context)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll[row, :n], mask[row, :n] = -log_p[np.arange(n), document[1 : n + 1]], 1
+    check_equal(result, loss_by_position.summarise(nll, mask))
+    assert (about["of"], about["windows"], about["tokens"]) == ("documents", 5, mask.sum())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,6 +262,8 @@ def test_saved_files_hold_the_result(tmp_path):
     about = {"split": "test", "of": "windows", "context": 6, "loss": result.mean}
     path = loss_by_position.save(result, about, tmp_path / "new" / "eval")
     assert path == tmp_path / "new" / "eval" / "test-6.npz"
+    of_documents = loss_by_position.save(result, {**about, "of": "documents"}, tmp_path)
+    assert of_documents == tmp_path / "test-documents-6.npz"
     with np.load(path, allow_pickle=False) as file:
         columns = dict(file)
     assert columns.keys() == {"position", "loss", "standard_error", "count"}

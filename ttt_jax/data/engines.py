@@ -20,6 +20,11 @@ from ttt_jax.data.records import Unit
 Engine = Callable[[Job, Iterable[tuple[str, Unit]]], Iterator[tuple[Unit, Part]]]
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processes(workers: int) -> Engine:
     """So many processes of this machine."""
 

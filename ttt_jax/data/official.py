@@ -71,7 +71,7 @@ def npy(store: Store, split: str, vocab_size: int | None, bos: int | None) -> To
       ConfigError: where the folder holds datasets of several tokenizers, or other splits alone.
       DataError: as :class:`NpyTokens`.
     """
-    names = [name for name in (f"{split}.npy",) if store.read(name, 0, 1) is not None]
+    names = [f"{split}.npy"] if store.exists(f"{split}.npy") else []
     names += [name for name in store.names("tokenizer_name-") if name.endswith(f"/{split}.npy")]
     if not names:
         return None
@@ -99,9 +99,9 @@ def zarr(store: Store, split: str, vocab_size: int | None, bos: int | None) -> T
     """
     name = "val" if split == "validation" else split
     path = store.path(name)
-    if store.read(f"{name}/zarr.json") is not None:
+    if store.exists(f"{name}/zarr.json"):
         tokens = Array({"driver": "zarr3", "kvstore": store.spec(name)}, path)
-    elif store.read(f"{name}/.zarray") is not None:
+    elif store.exists(f"{name}/.zarray"):
         metadata = {".zarray": _without_typesize(store.read_json(f"{name}/.zarray"))}
         tokens = Array({"driver": "zarr", "kvstore": store.spec(name)}, path, instead=metadata)
     else:

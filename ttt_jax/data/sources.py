@@ -69,7 +69,7 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
             (made_by["kind"], made_by["name"], made_by["sha256"]),
             description["splits"][split]["fingerprint"],
         )
-    if store.read(f"{UNFINISHED}/state.json") is not None:
+    if store.exists(f"{UNFINISHED}/state.json"):
         raise ConfigError(f"data.source={location!r}: is not finished; run the same ttt tokenize command again")
     found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
     if found is None:

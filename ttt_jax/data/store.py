@@ -37,6 +37,12 @@ class Store:
         """Path or URL of a file, for messages."""
         return f"{self.location}/{name}"
 
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        if is_url(self.location):
+            return name in self.names(name)
+        return os.path.isfile(os.path.join(self.location, name))
+
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """The bytes ``[start, stop)`` of a file; None where there is no such file."""
         with self._explained("read", name):

@@ -1,0 +1,146 @@
+#!/usr/bin/env python
+"""How fast text becomes tokens, and tokens become batches.
+
+    python scripts/bench_data.py [FILES ...]
+
+FILES are as for ``ttt tokenize --train``; without them, the Python standard library as JSON lines. Each number is the
+median of several, taken in turns.
+
+- BPE: ``ttt tokenize`` with a tokenizer of 8192 tokens trained on the text, from compressed text to dataset, against
+  the tokenizer library alone: ``encode_batch`` and ``encode_batch_fast`` of all texts in memory, on all its threads.
+- bytes: ``ttt tokenize`` with the byte tokenizer.
+- batches: windows of 2048 and 32768 tokens of that dataset, shuffled; and how long the first batch takes at step 10^6.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from backports import zstd
+
+from ttt_jax.data import embedded, engines, files, pipeline, records, sources, tokenize, tokenizer, train_bpe
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+
+_BATCH_TOKENS = 1 << 18
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILES")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--most-mb", type=float, default=50.0, help="of text for the BPE comparison (default: 50)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        named = options.files or [_standard_library(Path(folder))]
+        _bpe(named, options, Path(folder))
+        dataset = _bytes(named, options, Path(folder))
+        _batches(dataset, options)
+
+
+def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
+    texts: list[str] = []
+    size = 0
+    for text in _texts(named):
+        texts.append(text)
+        size += len(text.encode())
+        if size > options.most_mb * 1e6:
+            break
+    path = folder / "text.jsonl.zst"
+    _write(path, texts)
+    found = files.find("train", [str(path)])
+    content = train_bpe.train(found, 8192, Job(tokenizer.byte(), None, None))
+    bpe = tokenizer.from_huggingface(content, "tokenizer.json", train_bpe.BOS_TOKEN, train_bpe.EOS_TOKEN)
+    library = tokenizers.Tokenizer.from_buffer(content)
+    runs = {
+        "library, encode_batch": lambda: library.encode_batch(texts, add_special_tokens=False),
+        "library, encode_batch_fast": lambda: library.encode_batch_fast(texts, add_special_tokens=False),
+        "ttt tokenize": lambda: _tokenize(found, Job(bpe, bpe.bos, bpe.eos)),
+    }
+    seconds = _in_turns(runs, options.repeats)
+    best = min(seconds["library, encode_batch"], seconds["library, encode_batch_fast"])
+    print(f"BPE, {size / 1e6:.0f} MB of text in {len(texts)} documents")
+    for name, value in seconds.items():
+        print(f"  {name:<28} {size / 1e6 / value:6.2f} MB/s  {best / value:.2f} of the library's best")
+
+
+def _bytes(named: list[str], options: argparse.Namespace, folder: Path) -> Path:
+    found = files.find("train", named)
+    byte = tokenizer.byte()
+    times = []
+    for i in range(options.repeats):
+        start = time.perf_counter()
+        made = _tokenize(found, Job(byte, byte.bos, byte.eos), folder / f"bytes{i}")
+        times.append(time.perf_counter() - start)
+    size = made["splits"]["train"]["text_bytes"]
+    print(f"bytes, {size / 1e6:.0f} MB of text: {size / 1e6 / statistics.median(times):.1f} MB/s")
+    return folder / "bytes0"
+
+
+def _batches(dataset: Path, options: argparse.Namespace) -> None:
+    source = sources.load(str(dataset), "train")
+    print(f"batches, from {len(source.tokens):,} tokens on disk")
+    for length in (2048, 32768):
+        rates = []
+        for seed in range(options.repeats):
+            batches = pipeline.train_batches(
+                source, sequence_length=length, batch_size=_BATCH_TOKENS // length, seed=seed
+            )
+            next(batches)
+            start, steps = time.perf_counter(), 200
+            for _ in range(steps):
+                next(batches)
+            rates.append(steps * _BATCH_TOKENS / (time.perf_counter() - start))
+        print(f"  windows of {length:>5}: {statistics.median(rates) / 1e6:.1f} M tokens/s")
+    start = time.perf_counter()
+    next(pipeline.train_batches(source, sequence_length=2048, batch_size=8, seed=0, start=10**6))
+    print(f"  first batch at step 10^6: {time.perf_counter() - start:.3f} s")
+
+
+def _tokenize(found: list[files.InputFile], job: Job, output: Path | None = None) -> dict:
+    workers = engines.processes(engines.cores())
+    if output is not None:
+        return tokenize.tokenize(found, job, Store(output), workers)
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenize.tokenize(found, job, Store(folder), workers)
+
+
+def _in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _texts(named: list[str]) -> Iterator[str]:
+    for _, unit, _ in records.units(files.find("train", named), records.Position(), 1 << 20, "text"):
+        for record in records.texts(unit, "text"):
+            if isinstance(record, tuple):
+                yield record[1]
+
+
+def _standard_library(folder: Path) -> str:
+    tokens = embedded.tokens("train")
+    starts = np.flatnonzero(tokens == embedded.BOS)
+    documents = [part[1:].astype(np.uint8).tobytes().decode(errors="replace") for part in np.split(tokens, starts)[1:]]
+    _write(folder / "library.jsonl.zst", documents)
+    return str(folder / "library.jsonl.zst")
+
+
+def _write(path: Path, texts: list[str]) -> None:
+    with zstd.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The authors' datasets as they are: the files of TTT-E2E with the batches that its own code makes of them, and folders
+of the layout that ttt-lm-jax writes."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import pipeline, sources
+from ttt_jax.data.errors import DataError
+
+E2E = Path(__file__).parents[1] / "oracles" / "e2e"
+LLAMA_2 = "tokenizer_name-meta-llama/Llama-2-7b-hf-val_ratio-0.0005-val_split_seed-2357-add_eos-True-detokenize-False"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(E2E / "e2e_zarr_expected.npz") as file:
+        return dict(file)
+
+
+# ---- TTT-E2E
+
+
+def e2e(version, split):
+    return sources.load(str(E2E / version), split, vocab_size=97, bos=1)
+
+
+@pytest.mark.parametrize("version", ["e2e_zarr", "e2e_zarr_v2"])
+def test_e2e_tokens(version, expected):
+    for split, name in (("train", "train_tokens"), ("validation", "val_tokens")):
+        source = e2e(version, split)
+        np.testing.assert_array_equal(source.tokens[0 : len(source.tokens)], expected[name])
+
+
+@pytest.mark.parametrize("version", ["e2e_zarr", "e2e_zarr_v2"])
+def test_e2e_validation_batches(version, expected):
+    length, rows = int(expected["seq_len"]), int(expected["global_batch_size"])
+    source = e2e(version, "validation")
+    batches = pipeline.evaluation_batches(source, sequence_length=length, batch_size=rows, most_windows=10**9)
+    found = list(batches)
+    assert len(found) == expected["val_num_batches"]
+    for name, theirs in (("inputs", "input_ids"), ("targets", "target_tokens"), ("mask", "loss_masks")):
+        np.testing.assert_array_equal([batch[name] for batch in found[:2]], expected[f"val_{theirs}"])
+
+
+def test_e2e_training_batches_in_their_order(expected):
+    """The same windows in the same rows over two epochs, as the authors' loader shuffles them with seed 0."""
+    length, order = int(expected["seq_len"]), expected["train_seed0_source_index_2epochs"]
+    source = e2e("e2e_zarr", "train")
+    assert source.windows(length) == expected["source_len"]
+    batches = pipeline.train_batches(source, sequence_length=length, batch_size=4, seed=0)
+    for indices, batch in zip(order, batches, strict=False):
+        np.testing.assert_array_equal(batch["inputs"], [source.window(i, length)["inputs"] for i in indices])
+
+
+def test_e2e_training_batches_of_two_hosts(expected):
+    length = int(expected["seq_len"])
+    source = e2e("e2e_zarr", "train")
+    for host, order in enumerate(expected["train_seed0_shard_source_index"]):
+        batches = pipeline.train_batches(source, sequence_length=length, batch_size=4, seed=0, host=host, hosts=2)
+        for indices, batch in zip(order, batches, strict=False):
+            np.testing.assert_array_equal(batch["inputs"], [source.window(i, length)["inputs"] for i in indices])
+
+
+def test_e2e_bos_is_llama_3s_unless_the_config_says_otherwise():
+    assert sources.load(str(E2E / "e2e_zarr"), "train").bos == 128000
+    assert sources.load(str(E2E / "e2e_zarr"), "train", bos=1).bos == 1
+
+
+def test_a_token_that_the_model_does_not_have(expected):
+    source = sources.load(str(E2E / "e2e_zarr"), "train", vocab_size=90)
+    place = int(np.flatnonzero(expected["train_tokens"] >= 90)[0])
+    with pytest.raises(DataError, match=rf"e2e_zarr/train: token \d+ at offset {place}; expected ids below .* of 90"):
+        source.window(0, len(expected["train_tokens"]) - 1)
+
+
+@pytest.mark.parametrize(("version", "chunk"), [("e2e_zarr", "c/2"), ("e2e_zarr_v2", "2")])
+def test_a_missing_chunk(tmp_path, version, chunk):
+    shutil.copytree(E2E / version, tmp_path / version)
+    (tmp_path / version / "train" / chunk).unlink()
+    source = sources.load(str(tmp_path / version), "train", vocab_size=97)
+    source.window(0, 8191)
+    with pytest.raises(DataError, match=r"cannot read .*/train at offset 8192: .*missing"):
+        source.window(1, 8192)
+
+
+def test_a_split_that_is_not_there():
+    with pytest.raises(ConfigError, match="no test tokens there"):
+        sources.load(str(E2E / "e2e_zarr"), "test")
+
+
+# ---- ttt-lm-jax
+
+
+@pytest.fixture
+def npy(tmp_path):
+    """``npy(folder, **splits)``: .npy files as the authors' code leaves them; returns the dataset's path."""
+
+    def make(folder="", **splits):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for split, tokens in splits.items():
+            np.save(tmp_path / folder / f"{split}.npy", tokens)
+        return str(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize("folder", ["", LLAMA_2])
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_npy(npy, folder, dtype):
+    rng = np.random.default_rng(0)
+    splits = {split: rng.integers(0, 32000, 1000).astype(dtype) for split in ("train", "validation", "test")}
+    splits["train"][[0, 5, 40]] = 1
+    path = npy(folder, **splits)
+    for split, tokens in splits.items():
+        source = sources.load(path, split, vocab_size=32000)
+        assert (len(source.tokens), source.vocab_size, source.bos) == (1000, 32000, 1)
+        np.testing.assert_array_equal(source.tokens[0:1000], tokens)
+        np.testing.assert_array_equal(source.tokens[990:2000], tokens[990:])
+        window = source.window(1, 20)
+        np.testing.assert_array_equal(window["inputs"], tokens[20:40])
+        np.testing.assert_array_equal(window["targets"], tokens[21:41])
+        np.testing.assert_array_equal(window["mask"], tokens[21:41] != 1)
+
+
+def test_the_nested_folder_names_the_tokenizer(npy):
+    path = npy(LLAMA_2, train=np.zeros(9, np.uint16))
+    assert sources.load(path, "train", tokenizer="meta-llama/Llama-2-7b-hf").tokenizer == ("meta-llama/Llama-2-7b-hf",)
+    with pytest.raises(ConfigError, match=r"data.tokenizer='byte': .*/train.npy was made by meta-llama/Llama-2-7b-hf"):
+        sources.load(path, "train", tokenizer="byte")
+
+
+def test_another_tokenizer_in_the_nested_folder(npy):
+    path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.full(9, 50256, np.uint16))
+    source = sources.load(path, "train", vocab_size=50257)
+    assert (source.vocab_size, source.bos, source.tokenizer) == (50257, None, ("gpt2",))
+    assert source.window(0, 4)["mask"].all()  # no BOS, so every target counts, as in the authors' code
+    assert sources.load(path, "train", vocab_size=50257, bos=50256).window(0, 4)["mask"].tolist() == [0] * 4
+
+
+def test_several_tokenizers(npy):
+    npy(LLAMA_2, train=np.zeros(9, np.uint16))
+    path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.zeros(9, np.uint16))
+    with pytest.raises(ConfigError, match=r"holds several datasets; expected one of .*gpt2.*"):
+        sources.load(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((3, 3), np.uint16), r"train.npy: has shape \[3, 3\]; expected one dimension"),
+        (np.zeros(9, np.float32), "train.npy: holds float32; expected integers"),
+        (np.array(["a"]), "train.npy: holds str32; expected integers"),
+        (np.array([{}]), "train.npy: holds object; expected integers"),
+    ],
+)
+def test_arrays_that_are_no_tokens(npy, content, message):
+    with pytest.raises(DataError, match=message):
+        sources.load(npy(train=content), "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:-1], "train.npy: is cut short; expected 500 tokens"),
+        (lambda content: content[:40], "train.npy: not a .npy file: "),
+        (lambda content: b"", "train.npy: not a .npy file: "),
+        (lambda content: b"PK" + content, "train.npy: not a .npy file: "),
+    ],
+)
+def test_a_damaged_file(npy, tmp_path, change, message):
+    path = npy(train=np.arange(500, dtype=np.uint16))
+    content = (tmp_path / "train.npy").read_bytes()
+    (tmp_path / "train.npy").write_bytes(change(content))
+    with pytest.raises(DataError, match=message):
+        sources.load(path, "train")
+
+
+def test_negative_tokens(npy):
+    source = sources.load(npy(train=np.array([3, 4, -1, 5], np.int32)), "train")
+    with pytest.raises(DataError, match="token -1 at offset 2"):
+        source.window(0, 3)
