@@ -22,7 +22,7 @@ setup(
         "backports.zstd>=1.0",
         "flax>=0.12",
         "fsspec>=2024.10",
-        "grain>=0.2.15",
+        "grain>=0.2.18",
         "ijson>=3.3",
         "jax>=0.10.2",
         "matplotlib>=3.9",

@@ -44,7 +44,8 @@ def test_a_dataset(made):
     np.testing.assert_array_equal(source.tokens[0 : len(tokens)], tokens)
     for start in range(0, len(tokens) - 10):
         np.testing.assert_array_equal(source.tokens[start : start + 10], tokens[start : start + 10])
-    np.testing.assert_array_equal(source.documents[0:3], np.flatnonzero(tokens == 256))
+    np.testing.assert_array_equal(source.tokens[20:10**6], tokens[20:])
+    np.testing.assert_array_equal(source.documents[0 : 1 << 20], np.flatnonzero(tokens == 256))
 
 
 def test_the_fingerprint_is_of_the_tokens_wherever_they_lie(made, copy):

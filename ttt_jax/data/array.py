@@ -155,8 +155,9 @@ class Array:
         return self._array.dtype.numpy_dtype
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        with explained(f"cannot read {self._name} at offset {where.start or 0}"):
-            return self._array[where].read().result()
+        start, stop, _ = where.indices(len(self))
+        with explained(f"cannot read {self._name} at offset {start}"):
+            return self._array[start : max(start, stop)].read().result()
 
 
 def check_layout(dtype: str, shape: tuple[int, ...], name: str) -> None:

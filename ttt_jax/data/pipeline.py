@@ -55,13 +55,13 @@ def train_batches(
     host: int = 0,
     hosts: int = 1,
     worker_processes: int = 0,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
     """The batches of steps ``start``, ``start + 1``, ... without end: arrays [B / hosts, T], rows of one host.
 
     Args:
       batch_size: B, rows of all hosts together; the rows of host 0 come first.
       host, hosts: which of how many; ``hosts`` divides B.
-      worker_processes: that read ahead; with none, threads of this process do.
+      worker_processes: that read ahead; with none, threads of this process do. ``close()`` of the iterator ends both.
 
     Raises:
       ValueError: where ``hosts`` does not divide the batch.

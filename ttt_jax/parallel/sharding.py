@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.config import ConfigError
@@ -34,6 +35,14 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """Rows of a batch over the data axes."""
     return NamedSharding(mesh, PartitionSpec(rules.batch))
+
+
+def global_batch(rows: Mapping[str, np.ndarray], where: NamedSharding) -> dict[str, jax.Array]:
+    """The batch of all hosts, of which this one has these rows: arrays [B, T] from [B / hosts, T].
+
+    Of a copy: rows from worker processes lie in shared memory, and XLA on CPUs would hold on to it.
+    """
+    return {name: jax.make_array_from_process_local_data(where, np.array(x)) for name, x in rows.items()}
 
 
 def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:

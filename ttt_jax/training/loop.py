@@ -109,6 +109,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     )
     bar = ProgressBar(total, start, tokens_per_step)
     report = _LateReport(writer, bar, log_every, tokens_per_step)
+    batches = None
     with _StopSignals() as stop:
         try:
             train_step = run.compiled_step()
@@ -128,10 +129,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
             report.start()
             step = start
             while step < total and not stop.received:
-                batch = {
-                    name: jax.make_array_from_process_local_data(run.batch_sharding, rows)
-                    for name, rows in next(batches).items()
-                }
+                batch = sharding.global_batch(next(batches), run.batch_sharding)
                 state, values = train_step(state, batch)
                 step += 1
                 report(step, values)
@@ -152,6 +150,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
             raise NonFiniteLossError(_advice(error, checkpoints, workdir)) from error
         finally:
             bar.close()
+            if batches is not None:
+                batches.close()
             writer.close()
             checkpoints.close()
     return Outcome(step, total, report.loss, stop.received if step < total else None)
