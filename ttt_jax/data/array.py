@@ -16,6 +16,7 @@ from ttt_jax.data.store import Store, explained
 CHUNK = 1 << 14  # entries: what is read and decompressed at a time
 SHARD = 1 << 24  # entries: a file
 _UNKNOWN_LENGTH = 1 << 60
+_CACHE = 1 << 26  # bytes, for each array that is read
 
 
 class ArrayWriter:
@@ -131,7 +132,7 @@ class Array:
 
     def __init__(self, spec: dict[str, Any], name: str, instead: dict[str, bytes] | None = None):
         self._arguments, self._name = (spec, name, instead), name
-        context, kvstore = ts.Context(), spec["kvstore"]
+        context, kvstore = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}}), spec["kvstore"]
         with explained(f"cannot read {name}"):
             if instead:
                 memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
@@ -139,7 +140,9 @@ class Array:
                     memory.write(file, content).result()
                 layers = [{"exact": file, "base": {"driver": "memory", "path": file}} for file in instead]
                 kvstore = {"driver": "kvstack", "layers": [{"base": kvstore}, *layers]}
-            full = {**spec, "kvstore": kvstore, "fill_missing_data_reads": False}
+            # What is open does not change, so that the index of a shard need not be read for every window.
+            unchanging = {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
+            full = {**spec, **unchanging, "kvstore": kvstore, "fill_missing_data_reads": False}
             self._array = ts.open(full, read=True, open=True, context=context).result()
         check_layout(self._array.dtype.name, self._array.shape, name)
 

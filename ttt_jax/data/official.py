@@ -34,10 +34,11 @@ class NpyTokens:
         self._store, self._name, path = store, name, store.path(name)
         try:
             start = store.read(name, 0, 12) or b""
-            version, size = start[6:7], int.from_bytes(start[8 : 10 if start[6:7] == b"\1" else 12], "little")
-            header = io.BytesIO(store.read(name, 0, 12 + size) or b"")
+            first = start[6:7] == b"\1"  # version 1 of the format: two bytes of length, else four
+            begin = 10 if first else 12
+            header = io.BytesIO(store.read(name, 0, begin + int.from_bytes(start[8:begin], "little")) or b"")
             np.lib.format.read_magic(header)
-            read = np.lib.format.read_array_header_1_0 if version == b"\1" else np.lib.format.read_array_header_2_0
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             shape, _, self.dtype = read(header)
         except (ValueError, DataError) as error:
             raise DataError(f"{path}: not a .npy file: {' '.join(str(error).split())}") from error

@@ -5,6 +5,7 @@ Writes are atomic: a reader, or a run after a kill, finds the old content or the
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,27 @@ from typing import Any
 
 import tensorstore as ts
 
+from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 
 
 class Store:
-    """A folder by its path or URL."""
+    """A folder by its path or URL.
+
+    Raises:
+      ConfigError: for a URL that TensorStore does not know.
+      DataError: from every method, where the place cannot be read or written.
+    """
 
     def __init__(self, location: str | os.PathLike):
         self.location = os.fspath(location).rstrip("/") or "/"
-        with self._explained("open"):
-            self._kv = ts.KvStore.open(self.spec()).result()
+        try:
+            if is_url(os.fspath(location)) and not is_url(self.location):
+                raise DataError(f"{location}: expected a bucket behind ://")
+            with self._explained("open"):
+                self._kv = ts.KvStore.open(self.spec()).result()
+        except DataError as error:
+            raise ConfigError(str(error)) from error
 
     def __reduce__(self):
         return Store, (self.location,)
@@ -39,9 +51,14 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        if is_url(self.location):
-            return name in self.names(name)
-        return os.path.isfile(os.path.join(self.location, name))
+        if not is_url(self.location):
+            return os.path.isfile(os.path.join(self.location, name))
+        try:
+            return self.read(name, 0, 1) is not None
+        except DataError as error:
+            if "OUT_OF_RANGE" in str(error):  # it is there, and empty
+                return True
+            raise
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """The bytes ``[start, stop)`` of a file; None where there is no such file."""
@@ -106,7 +123,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
+        reason = re.split(r" \[(?:tensorstore_spec|source locations|http_response)", str(error))[0]
         advice = "; free some space and run the same command again" if "No space left" in reason else ""
         raise DataError(f"{what}: {' '.join(reason.split())}{advice}") from error
 

@@ -84,7 +84,8 @@ def tokenize(
     state = output.read_json(_STATE)
     if state is None:
         check_empty(output)
-        state = {"plan": plan, "position": dataclasses.asdict(Position()), "generation": 0, "splits": {}, "skipped": 0}
+        state = {"plan": plan, "position": dataclasses.asdict(Position()), "generation": 0, "splits": {}}
+        state.update(skipped=0, problems=[])
     plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
     _check_same(plan, state["plan"], state["position"]["file"], output)
 
@@ -102,7 +103,8 @@ def tokenize(
         for split in splits.values():
             state["splits"][split.name] = split.save(output, folder)
         if problems:
-            output.write(f"{UNFINISHED}/problems/{state['generation']:09}", "".join(problems).encode())
+            output.write(f"{UNFINISHED}/problems/{state['generation']}", "".join(problems).encode())
+            state["problems"].append(state["generation"])
             problems.clear()
         output.write_json(_STATE, state)
         output.delete(f"{UNFINISHED}/{state['generation'] - 1}")
@@ -115,7 +117,6 @@ def tokenize(
         now.documents = sum(len(split.documents) for split in splits.values())
         progress(now)
 
-    _forget_later_problems(output, state["generation"])
     report(sum(sizes[: position.file]))
     now.started = now.text_bytes
     save()
@@ -136,7 +137,7 @@ def tokenize(
         if time.monotonic() - saved > save_seconds:
             save()
     save()
-    return _finish(output, plan, splits, job, now.skipped)
+    return _finish(output, plan, splits, job, state)
 
 
 class _Split:
@@ -147,9 +148,7 @@ class _Split:
         arrays = {}
         for kind, dtype, entries in (("tokens", job.dtype, shard), ("documents", "int64", _DOCUMENTS_SHARD)):
             target = name if kind == "tokens" else dataset.documents_of(name)
-            rest = output.read(f"{UNFINISHED}/{state['generation']}/{target}") if there else b""
-            if rest is None:
-                raise DataError(f"{output.path(UNFINISHED)}: incomplete; delete {output.location} and begin anew")
+            rest = _kept(output, f"{UNFINISHED}/{state['generation']}/{target}") if there else b""
             arrays[kind] = array.ArrayWriter(
                 output, target, dtype, shard=entries, chunk=chunk, rest=rest, **there.get(kind, {})
             )
@@ -181,15 +180,17 @@ class _Split:
         }
 
 
-def _finish(output: Store, plan: dict[str, Any], splits: dict[str, _Split], job: Job, skipped: int) -> dict[str, Any]:
+def _finish(
+    output: Store, plan: dict[str, Any], splits: dict[str, _Split], job: Job, state: dict[str, Any]
+) -> dict[str, Any]:
     """Writes all that makes the folder a dataset; the description last."""
     if not any(len(split.documents) for split in splits.values()):
         raise DataError(f"{output.location}: no document could be read; {output.path(UNFINISHED)}/problems says why")
-    description = {**plan, "skipped_records": skipped, "splits": {}}
+    description = {**plan, "skipped_records": state["skipped"], "splits": {}}
     for name, split in splits.items():
         description["splits"][name] = split.finish()
-    if skipped:
-        found = [output.read(name) or b"" for name in sorted(output.names(f"{UNFINISHED}/problems/"))]
+    if state["skipped"]:
+        found = [_kept(output, f"{UNFINISHED}/problems/{generation}") for generation in state["problems"]]
         output.write(dataset.PROBLEMS, b"".join(found))
     kept_as = plan["tokenizer"]["file"]
     if kept_as:
@@ -198,6 +199,14 @@ def _finish(output: Store, plan: dict[str, Any], splits: dict[str, _Split], job:
     output.write_json(dataset.DESCRIPTION, description)
     output.delete(UNFINISHED)
     return description
+
+
+def _kept(output: Store, name: str) -> bytes:
+    """What the state of a run says that it has written."""
+    content = output.read(name)
+    if content is None:
+        raise DataError(f"{output.path(name)}: is gone; delete {output.location} and begin anew")
+    return content
 
 
 def _with_splits(
@@ -249,10 +258,3 @@ def _check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output:
                 f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
                 "expected the same request, or a new folder"
             )
-
-
-def _forget_later_problems(output: Store, generation: int) -> None:
-    """A run that was killed may have listed problems behind the position that it saved; they will be met again."""
-    for name in list(output.names(f"{UNFINISHED}/problems/")):
-        if int(name.rsplit("/", 1)[1]) > generation:
-            output.delete_file(name)

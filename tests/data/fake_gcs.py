@@ -1,0 +1,233 @@
+"""A local server with as much of the JSON API of Google Cloud Storage as TensorStore asks for.
+
+Objects are in memory, named ``bucket/name``. Every request is recorded, and any may be answered with an error instead.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+_FIRST_GENERATION = 1000
+_ERRORS = {403: "Permission denied", 404: "Not Found", 412: "Precondition Failed", 416: "Range Not Satisfiable"}
+
+
+class Request(NamedTuple):
+    """What was asked.
+
+    Attributes:
+      verb: get, stat (metadata alone), list, upload, delete; other for what is no part of the API.
+      target: bucket/name; the bucket alone of a list; the path of others.
+      query: without the random parameter by which TensorStore keeps proxies from caching.
+      byte_range: [start, stop) of a get that asked for one; a start below 0 counts from the end, None has no bound.
+      size: of the content of an upload.
+    """
+
+    verb: str
+    target: str
+    query: dict[str, str]
+    byte_range: tuple[int | None, int | None] | None
+    size: int
+
+
+class FakeGCS:
+    """The server; a context manager.
+
+    Attributes:
+      objects: content by ``bucket/name``.
+      requests: all of them, in the order in which they arrived.
+      fault: is given each request before anything is done; returns the status of an error, or None.
+      lost: is given each request; whether it is done and then answered with 503 nevertheless.
+      page: most names in one answer to a list.
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[Request] = []
+        self.fault: Callable[[Request], int | None] = lambda request: None
+        self.lost: Callable[[Request], bool] = lambda request: False
+        self.page = 1000
+        self._generations: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self}))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> "FakeGCS":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def environment(self) -> Mapping[str, str]:
+        """Of a process whose gs:// is here, without credentials: it asks nobody else."""
+        place = f"127.0.0.1:{self._server.server_port}"
+        kept = {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")}
+        for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
+            kept.pop(name, None)
+        return {
+            **kept,
+            "TENSORSTORE_GCS_HTTP_URL": f"http://{place}",
+            "GCE_METADATA_ROOT": place,  # asked whether this is a machine of Google's; answers 404
+            "CLOUDSDK_CONFIG": "/nonexistent",  # instead of ~/.config/gcloud
+        }
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        """A Python process whose gs:// is here."""
+        command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment(), stdout=pipe, stderr=pipe, text=True, cwd="/")
+
+    def of(self, verb: str, folder: str = "") -> list[Request]:
+        """The requests of a kind for what is under ``bucket/folder``."""
+        return [each for each in self.requests if each.verb == verb and each.target.startswith(folder)]
+
+    def put(self, folder: Path, place: str) -> None:
+        """Copies the files of a local folder to ``bucket/folder``."""
+        self.objects |= {f"{place}/{name}": content for name, content in files_in(folder).items()}
+
+    def files(self, place: str) -> dict[str, bytes]:
+        """All that lies under ``bucket/folder``, by its name there."""
+        prefix = f"{place}/"
+        return {name.removeprefix(prefix): x for name, x in self.objects.items() if name.startswith(prefix)}
+
+    def answer(self, request: Request, content: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body."""
+        with self._lock:
+            self.requests.append(request)
+        status = self.fault(request)
+        if status is not None:
+            return _error(status)
+        with self._lock:
+            if request.verb in ("get", "stat", "upload", "delete"):
+                answer = self._object(request, content)
+            else:
+                answer = self._list(request) if request.verb == "list" else _error(404)
+        return _error(503) if self.lost(request) else answer
+
+    def _object(self, request: Request, content: bytes) -> tuple[int, dict[str, str], bytes]:
+        name, wanted = request.target, request.query
+        generation = self._generations.setdefault(name, _FIRST_GENERATION) if name in self.objects else 0
+        if int(wanted.get("ifGenerationMatch", generation)) != generation:
+            return _error(412)
+        if request.verb == "upload":
+            self._generations[name] = self._generations.get(name, _FIRST_GENERATION) + 1
+            self.objects[name] = content
+            return _json(self._about(name))
+        if not generation:
+            return _error(404)
+        if request.verb == "delete":
+            del self.objects[name]
+            return 204, {}, b""
+        if int(wanted.get("ifGenerationNotMatch", -1)) == generation:
+            return 304, {}, b""
+        if request.verb == "stat":
+            return _json(self._about(name))
+        whole, headers = self.objects[name], {"x-goog-generation": str(generation)}
+        if request.byte_range is None:
+            return 200, headers, whole
+        start, stop, _ = slice(*request.byte_range).indices(len(whole))
+        if start >= stop:
+            return _error(416)
+        return 206, {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(whole)}"}, whole[start:stop]
+
+    def _list(self, request: Request) -> tuple[int, dict[str, str], bytes]:
+        wanted, bucket = request.query, f"{request.target}/"
+        after, before = wanted.get("startOffset", ""), wanted.get("endOffset")
+        names = sorted(name.removeprefix(bucket) for name in self.objects if name.startswith(bucket))
+        names = [name for name in names if name >= after and (before is None or name < before)]
+        names = [name for name in names if name.startswith(wanted.get("prefix", ""))]
+        names = [name for name in names if name > bytes.fromhex(wanted.get("pageToken", "")).decode()]
+        answer = {"kind": "storage#objects", "items": [self._about(bucket + name) for name in names[: self.page]]}
+        if len(names) > self.page:
+            answer["nextPageToken"] = names[self.page - 1].encode().hex()
+        return _json(answer)
+
+    def _about(self, target: str) -> dict[str, str]:
+        bucket, name = target.split("/", 1)
+        size, generation = str(len(self.objects[target])), str(self._generations.get(target, _FIRST_GENERATION))
+        return {"kind": "storage#object", "bucket": bucket, "name": name, "size": size, "generation": generation}
+
+
+def printed(process: subprocess.Popen[str], status: int = 0) -> str:
+    """What a process wrote to its standard output; it must end with this status."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    return out
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The files of a local folder, by their names in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _json(content: object) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+def _error(status: int) -> tuple[int, dict[str, str], bytes]:
+    message = {"error": {"code": status, "message": _ERRORS.get(status, "Service Unavailable")}}
+    return status, *_json(message)[1:]
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # connections that come at once; of one that is dropped, seconds pass until it is retried
+
+    def handle_error(self, *request: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
+            super().handle_error(*request)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    gcs: FakeGCS
+    protocol_version = "HTTP/1.1"  # connections are kept
+    disable_nagle_algorithm = True  # no wait between headers and body
+    timeout = 20
+
+    def _answer(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        content = self.rfile.read(size)
+        if len(content) != size:  # whoever sends it was killed; what came is nothing
+            self.close_connection = True
+            return
+        status, headers, body = self.gcs.answer(self._request(size), content)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            if status not in (204, 304) or name != "Content-Length":
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_DELETE = _answer
+
+    def _request(self, size: int) -> Request:
+        url = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(url.query).items() if name != "tensorstore"}
+        upload = url.path.removeprefix("/upload")
+        folder, _, name = upload.removeprefix("/storage/v1/b/").partition("/o")
+        method, asked = self.command, self.headers.get("Range")
+        if not upload.startswith("/storage/v1/b/"):
+            return Request("other", url.path, query, None, size)
+        if upload != url.path and method == "POST" and query.get("uploadType") == "media":
+            return Request("upload", f"{folder}/{query['name']}", query, None, size)
+        if not name and method == "GET":
+            return Request("list", folder, query, None, 0)
+        verb = {"GET": "get" if query.get("alt") == "media" else "stat", "DELETE": "delete"}.get(method, "other")
+        return Request(verb, f"{folder}/{unquote(name[1:])}", query, _byte_range(asked) if asked else None, size)
+
+    def log_message(self, *message: object) -> None:
+        pass
+
+
+def _byte_range(header: str) -> tuple[int | None, int | None]:
+    start, _, last = header.removeprefix("bytes=").partition("-")
+    if not start:
+        return -int(last), None
+    return int(start), int(last) + 1 if last else None

@@ -1,0 +1,299 @@
+"""Datasets under gs://, at a local stand-in for Google's server (fake_gcs.py).
+
+TensorStore looks for credentials once in a process, so everything here runs in processes of its own.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from fake_gcs import FakeGCS, files_in, printed
+
+AUTHORS = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "e2e"
+BOS, EOS = 256, 257
+SHARD, CHUNK = 16384, 1024
+INDEX = 16 * (SHARD // CHUNK) + 4  # bytes at the end of a shard: offset and size of each chunk, and a checksum
+METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # whether this is a machine of Google's
+
+TOKENIZE = """
+import sys
+from ttt_jax.data import files, job, tokenize, tokenizer
+from ttt_jax.data.store import Store
+def here(work, units):
+    for split, unit in units:
+        yield unit, job.tokenize(work, split, unit)
+source, output, fraction, unit, shard, chunk = sys.argv[1:]
+work = job.Job(tokenizer.byte(), 256, 257, validation_fraction=float(fraction))
+tokenize.tokenize(files.find("train", [source]), work, Store(output), here, skip_problems=True,
+                  unit_bytes=int(unit), shard=int(shard), chunk=int(chunk), save_seconds=0)
+"""
+READ = """
+import json, sys
+from ttt_jax.data import dataset, errors, store
+try:
+    folder = store.Store(sys.argv[1])
+    found = dataset.open_split(folder, dataset.read_description(folder), "train")
+    arrays = dict(zip(["tokens", "documents"], found))
+    for where in sys.argv[2:]:
+        name, start, stop = where.split(":")
+        values = arrays[name][int(start) : int(stop)]
+        print(json.dumps([name, len(arrays[name]), str(values.dtype), values.tolist()]))
+except errors.DataError as error:
+    print(error)
+"""
+LOAD = """
+import json, sys
+from ttt_jax.data import sources
+for split in ("train", "validation"):
+    source = sources.load(sys.argv[1], split, vocab_size=1000)
+    windows = [source.window(i, 300) for i in range(source.windows(300))]
+    row = [token for window in windows for token in window["inputs"].tolist()]
+    print(json.dumps([source.name, source.vocab_size, source.bos, len(source.tokens), row, source.fingerprint()]))
+"""
+
+
+@pytest.fixture
+def gcs():
+    with FakeGCS() as server:
+        yield server
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(chr(draw.randrange(32, 127)) for _ in range(draw.randrange(400))) for _ in range(count)]
+
+
+def jsonl(path: Path, texts: list[str], broken: int = 0) -> Path:
+    """A file of documents; every so many, one that is none."""
+    lines = [json.dumps({"text": text}) for text in texts]
+    path.write_text("\n".join('{"tex' if broken and i % broken == 0 else line for i, line in enumerate(lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A local dataset of several shards, and its tokens."""
+    folder, texts = tmp_path_factory.mktemp("made"), documents(220)
+    source = jsonl(folder / "source.jsonl", texts)
+    with FakeGCS() as server:
+        printed(server.start("-c", TOKENIZE, source, folder / "dataset", 0, 1 << 20, SHARD, CHUNK))
+    tokens = [token for text in texts for token in (BOS, *text.encode(), EOS)]
+    assert 2 * SHARD + 900 < len(tokens) < 3 * SHARD
+    return folder / "dataset", tokens
+
+
+# ---- Writing
+
+
+def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_path):
+    source, place = jsonl(tmp_path / "source.jsonl", documents(120)), "gs://bucket/data/a folder"
+    gcs.page = 2  # so that TensorStore has to ask for more of every list
+    options = ["--train", source, "--validation-fraction", 0.2, "--train-bpe", 300, "--workers", 1]
+    local = gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", tmp_path / "local")
+    cloud = gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)
+    told = printed(local).replace(str(tmp_path / "local"), place)
+    assert printed(cloud) == told
+    expected = files_in(tmp_path / "local")
+    assert {"dataset.json", "tokenizer.json", "train/zarr.json", "train/c/0", "validation/c/0"} < set(expected)
+    assert gcs.files("bucket/data/a folder") == expected
+    assert len(gcs.objects) == len(expected)  # and nothing elsewhere
+    assert any("pageToken" in request.query for request in gcs.of("list"))
+    assert {request.target for request in gcs.of("other")} == {METADATA}
+
+    asked = len(gcs.requests)
+    assert printed(gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)) == told
+    assert {request.verb for request in gcs.requests[asked:]} == {"other", "get", "list"}  # nothing to do
+
+
+def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
+    source = jsonl(tmp_path / "source.jsonl", documents(60), broken=7)
+    options = [0.2, 1500, 2048, 256]
+    printed(gcs.start("-c", TOKENIZE, source, tmp_path / "local", *options))
+    expected = files_in(tmp_path / "local")
+    gcs.page = 2
+    ends = [  # verb, end of the name, and whether what was asked is done although whoever asked is dead
+        ("upload", "_unfinished/problems/3", True),
+        ("upload", "_unfinished/state.json", False),
+        ("upload", "train/c/1", False),
+        ("delete", "/train", False),
+        ("upload", "validation/zarr.json", True),
+        ("upload", "/dataset.json", True),
+        ("delete", "_unfinished/state.json", False),
+    ]
+    whole, nothing = 0, gcs.fault
+    for verb, end, done in ends:
+        running = []
+
+        def kills(request, verb=verb, end=end, running=running):
+            if request.verb == verb and request.target.endswith(end):
+                time.sleep(0.2)  # in which one that does not wait for the answer would go on
+                os.kill(running[0].pid, signal.SIGKILL)
+                return 503
+            return None
+
+        gcs.fault, gcs.lost = (nothing, kills) if done else (kills, nothing)
+        running.append(gcs.start("-c", TOKENIZE, source, "gs://bucket/toy", *options))
+        printed(running[0], -signal.SIGKILL)
+        there = gcs.files("bucket/toy")
+        assert any(name.startswith("_unfinished/") for name in there)
+        if "dataset.json" in there:
+            assert {name: x for name, x in there.items() if not name.startswith("_unfinished/")} == expected
+            whole += 1
+    assert whole == 2  # of the last two
+
+    gcs.fault, gcs.lost, asked = nothing, nothing, len(gcs.requests)
+    printed(gcs.start("-c", TOKENIZE, source, "gs://bucket/toy", *options))
+    assert gcs.files("bucket/toy") == expected
+    assert "upload" not in {request.verb for request in gcs.requests[asked:]}
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_the_server_fails_at_is_asked_again(gcs, tmp_path, made, times):
+    """All at once, for TensorStore waits a second or two before it asks again, and longer each time."""
+    gcs.put(made[0], "bucket/made")
+    source, asked = jsonl(tmp_path / "source.jsonl", documents(30)), Counter()
+    failed = {("upload", "bucket/failed/train/c/1"), ("get", "bucket/made/train/c/1")}
+    forgotten = {("upload", "bucket/forgotten/train_documents/c/0"), ("upload", "bucket/forgotten/train/zarr.json")}
+
+    def fault(request):
+        asked[request[:2]] += 1
+        return 503 if request[:2] in failed and asked[request[:2]] <= times else None
+
+    def lost(request):
+        return request[:2] in forgotten and asked[request[:2]] == 1
+
+    gcs.fault, gcs.lost = fault, lost
+    options = [0, 1 << 20, 4096, 512]
+    reading = gcs.start("-c", READ, "gs://bucket/made", f"tokens:{SHARD}:{SHARD + 5}")
+    outputs = ["gs://bucket/failed", "gs://bucket/forgotten", tmp_path / "local"]
+    writing = [gcs.start("-c", TOKENIZE, source, output, *options) for output in outputs]
+    assert json.loads(printed(reading))[3] == made[1][SHARD : SHARD + 5]
+    assert [printed(process) for process in writing] == [""] * 3
+    assert gcs.files("bucket/failed") == gcs.files("bucket/forgotten") == files_in(tmp_path / "local")
+    assert asked["upload", "bucket/failed/train/c/1"] == times + 1
+    assert asked["get", "bucket/made/train/c/1"] == times + 2  # the index and a chunk
+    assert min(asked[each] for each in forgotten) >= 2
+
+
+def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
+    source = jsonl(tmp_path / "source.jsonl", documents(30))
+    forbidden = {
+        ("upload", "/unwritable/"): "cannot write gs://bucket/unwritable/_unfinished/1/train",
+        ("get", "/unreadable/"): "cannot read gs://bucket/unreadable/dataset.json",
+        ("upload", "/some/train/c/"): "cannot write gs://bucket/some/train",
+    }
+    gcs.fault = lambda request: 403 if any(request.verb == v and f in request.target for v, f in forbidden) else None
+    options = ["--train", source, "--tokenizer", "byte", "--workers", 1]
+    places = [f"gs://bucket/{folder.split('/')[1]}" for _, folder in forbidden]
+    running = [gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place) for place in places]
+    for process, message in zip(running, forbidden.values(), strict=True):
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert "Traceback" not in err
+        last = err.splitlines()[-1]  # before it, a line of TensorStore's own says that there are no credentials
+        assert last.startswith(f"ttt tokenize: {message}: PERMISSION_DENIED: ")
+        assert "Permission denied" in last
+
+
+# ---- Reading
+
+
+@pytest.mark.parametrize(
+    ("start_at", "stop", "chunks"),
+    [
+        (3 * CHUNK + 7, 6 * CHUNK + 1, {0: (3, 6)}),
+        (SHARD, SHARD + 1, {1: (0, 0)}),
+        (2 * SHARD - 100, 2 * SHARD + 900, {1: (15, 15), 2: (0, 0)}),
+    ],
+)
+def test_a_window_is_read_by_byte_ranges(gcs, made, start_at, stop, chunks):
+    """Of a shard, its index and the chunks that are wanted."""
+    folder, tokens = made
+    gcs.put(folder, "bucket/made")
+    told = json.loads(printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:{start_at}:{stop}")))
+    assert told == ["tokens", len(tokens), "uint16", tokens[start_at:stop]]
+    expected = []
+    for shard, (first, last) in chunks.items():
+        name = f"bucket/made/train/c/{shard}"
+        index = np.frombuffer(gcs.objects[name][-INDEX:-4], "<u8").reshape(-1, 2)  # offset, size of each chunk
+        expected += [(name, (-INDEX, None)), (name, (int(index[first, 0]), int(index[last].sum())))]
+    assert sorted((each.target, each.byte_range) for each in gcs.of("get") if "/c/" in each.target) == expected
+
+
+def test_all_that_is_read_is_what_was_written(gcs, made):
+    gcs.put(made[0], "bucket/made")
+    tokens = made[1]
+    starts = [i for i, token in enumerate(tokens) if token == BOS]
+    told = printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:0:{len(tokens)}", f"documents:0:{len(starts)}"))
+    read_tokens, read_starts = map(json.loads, told.splitlines())
+    assert read_tokens == ["tokens", len(tokens), "uint16", tokens]
+    assert read_starts == ["documents", len(starts), "int64", starts]
+
+
+def test_what_is_lost_or_damaged_is_told_with_its_place(gcs, made):
+    places = ["lost", "damaged", "cut"]
+    for place in places:
+        gcs.put(made[0], f"bucket/{place}")
+    del gcs.objects["bucket/lost/train/c/1"], gcs.objects["bucket/cut/train/zarr.json"]
+    shard = bytearray(gcs.objects["bucket/damaged/train/c/1"])
+    shard[100] ^= 1
+    gcs.objects["bucket/damaged/train/c/1"] = bytes(shard)
+    running = [gcs.start("-c", READ, f"gs://bucket/{place}", f"tokens:{SHARD + 3}:{SHARD + 9}") for place in places]
+    lost, damaged, cut = map(printed, running)
+    assert lost.startswith(f"cannot read gs://bucket/lost/train at offset {SHARD + 3}: NOT_FOUND: ")
+    assert "gs://bucket/lost/train/c/1 is missing" in lost
+    assert damaged.startswith(f"cannot read gs://bucket/damaged/train at offset {SHARD + 3}: DATA_LOSS: ")
+    assert "gs://bucket/damaged/train/c/1" in damaged
+    assert cut.startswith("cannot read gs://bucket/cut/train: NOT_FOUND: ")
+    assert [told.count("\n") for told in (lost, damaged, cut)] == [1, 1, 1]
+
+
+# ---- Datasets of others
+
+
+def told_of_both(gcs, folder: Path) -> list[list]:
+    """What LOAD tells of a folder, and of its copy in a bucket."""
+    gcs.put(folder, "bucket/data")
+    local, cloud = gcs.start("-c", LOAD, folder), gcs.start("-c", LOAD, "gs://bucket/data")
+    told = printed(cloud)
+    assert told == printed(local).replace(str(folder), "gs://bucket/data")
+    return [json.loads(line) for line in told.splitlines()]
+
+
+@pytest.mark.parametrize("layout", ["npy", "npy of a tokenizer", "zarr3", "zarr"])
+def test_datasets_of_others_are_read_as_from_a_folder(gcs, tmp_path, layout):
+    draw, tokens = np.random.default_rng(0), {}
+    folder = tmp_path / ("tokenizer_name-toy-val_ratio-0.1" if "tokenizer" in layout else "")
+    folder.mkdir(exist_ok=True)
+    for split, length in (("train", 5000), ("validation", 1300)):
+        tokens[split] = draw.integers(2, 999, length, np.uint32)
+        if layout.startswith("npy"):
+            np.save(folder / f"{split}.npy", tokens[split])
+            continue
+        place = {"driver": "file", "path": str(folder / {"train": "train", "validation": "val"}[split])}
+        spec = {"driver": layout, "kvstore": place, "create": True, "dtype": "uint32"}
+        spec["schema"] = {"domain": {"shape": [length]}, "chunk_layout": {"chunk": {"shape": [700]}}}
+        ts.open(spec).result()[:] = tokens[split]
+    told = told_of_both(gcs, tmp_path)
+    for (name, vocab_size, bos, length, read, _), row in zip(told, tokens.values(), strict=True):
+        assert name.startswith("gs://bucket/data/")
+        assert (vocab_size, length) == (1000, len(row))
+        assert bos == {"npy": 1, "npy of a tokenizer": None}.get(layout, 128000)
+        assert read == row[: (len(row) - 1) // 300 * 300].tolist()
+    if layout.startswith("npy"):  # by windows, not whole
+        assert all(each.byte_range for each in gcs.of("get") if each.target in gcs.objects)
+
+
+@pytest.mark.parametrize("name", ["e2e_zarr", "e2e_zarr_v2"])
+def test_the_authors_own_group_is_read_as_from_a_folder(gcs, name):
+    if not (AUTHORS / name).is_dir():
+        pytest.skip("the authors' data is not here")
+    told = told_of_both(gcs, AUTHORS / name)
+    assert [split[0] for split in told] == ["gs://bucket/data/train", "gs://bucket/data/val"]

@@ -1,0 +1,110 @@
+"""From text files to a trained and evaluated model, as a user types it: ``configs/books.py`` on real books.
+
+The books are those of ``../shared/data/books``, or where that is not there the beginnings of four novels (George Eliot,
+Melville, Austen, Wells; in the public domain) in the Pile's record layout.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from backports import zstd
+
+ROOT = Path(__file__).parents[1]
+BOOKS = ROOT.parent / "shared" / "data" / "books" / "tiny.jsonl.zst"
+SMALL = [
+    *("--config.model.width=32", "--config.model.num_heads=2", "--config.model.mlp_width=48"),
+    *("--config.data.sequence_length=128", "--config.data.batch_size=2"),
+    *("--config.training.duration=12 steps", "--config.optimizer.warmup=2 steps", "--config.checkpoint.every=50%"),
+    "--config.optimizer.peak_lr=1e-2",
+]
+
+
+def ttt(*arguments) -> str:
+    """Runs a command; returns what it printed."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory) -> tuple[Path, list[str]]:
+    """A compressed file of books, and their texts."""
+    path = tmp_path_factory.mktemp("books") / "books.jsonl.zst"
+    if BOOKS.exists():
+        path.write_bytes(BOOKS.read_bytes())
+    else:
+        path.write_bytes(zstd.compress((ROOT / "tests" / "books.jsonl").read_bytes()))
+    return path, [json.loads(line)["text"] for line in zstd.decompress(path.read_bytes()).splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_tokenize_train_evaluate_plot(books, tmp_path, kind):
+    path, texts = books
+    dataset = tmp_path / "dataset"
+    how = ["--tokenizer", "byte"] if kind == "byte" else ["--train-bpe", 400]
+    copy = tmp_path / "validation.jsonl.zst"
+    copy.write_bytes(path.read_bytes())
+    ttt("tokenize", "--train", path, "--validation", copy, *how, "--output", dataset)
+
+    description = json.loads((dataset / "dataset.json").read_text())
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{dataset}/train/"}}
+    tokens = ts.open(spec).result().read().result()
+    starts = np.flatnonzero(tokens == description["bos"])
+    ends = np.flatnonzero(tokens == description["eos"])
+    assert len(starts) == len(ends) == len(texts) == description["splits"]["train"]["documents"]
+    assert description["vocab_size"] == (258 if kind == "byte" else 400)
+    if kind == "byte":
+        found = [tokens[start + 1 : end].astype(np.uint8).tobytes().decode() for start, end in zip(starts, ends)]  # noqa: B905
+        assert found == texts
+
+    vocabulary = description["vocab_size"]
+    config = ["--config", f"configs/books.py:ttt_linear,{kind}", "--config.data.source", dataset, *SMALL]
+    config += ["--config.model.vocab_size", vocabulary]
+    workdir = tmp_path / "run"
+    ttt("train", *config, "--workdir", workdir)
+    losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert abs(losses[0] - np.log(vocabulary)) < 0.2  # uniform at first
+    assert losses[-1] < losses[0] - 0.3
+
+    printed = ttt("eval", "--workdir", workdir, "--context", 300, "--by-document")
+    assert f"dataset/validation, {len(texts)} documents of up to 300 tokens: loss" in printed
+    about = json.loads((workdir / "eval" / "validation-documents-300.json").read_text())
+    assert about["loss"] < losses[0] - 0.3
+    with (workdir / "eval" / "validation-documents-300.csv").open(newline="") as file:
+        assert [int(row["count"]) for row in csv.DictReader(file)] == [len(texts)] * 300  # each book is longer
+    ttt("plot", "loss-by-position", workdir, "--by-document", "--output", tmp_path / "books.png")
+    assert (tmp_path / "books.png").stat().st_size > 10_000
+
+
+def test_the_config_and_the_data_must_agree(books, tmp_path):
+    dataset = tmp_path / "dataset"
+    ttt("tokenize", "--train", books[0], "--tokenizer", "byte", "--output", dataset)
+    command = [sys.executable, "-m", "ttt_jax", "train", "--config", "configs/books.py:ttt_linear", *SMALL]
+    command += ["--config.data.source", str(dataset), "--workdir", str(tmp_path / "run")]
+    for option, message in [
+        ("--config.data.tokenizer=llama", f"data.tokenizer='llama': {dataset}/train was made by byte byte"),
+        (
+            "--config.model.vocab_size=257",
+            f"model.vocab_size=257: {dataset}/train has 258 tokens; expected 258 or more",
+        ),
+        ("--config.data.sequence_length=8388608", f"data.sequence_length=8388608: {dataset}/train has"),
+        ("--config.data.batch_size=1048576", f"data.sequence_length=128: {dataset}/train has"),
+    ]:
+        done = subprocess.run([*command, option], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ttt train: ")]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"ttt train: {message}")
+    assert not (tmp_path / "run").exists()
