@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import time
 
 from ttt_jax.config import ConfigError
@@ -118,9 +119,11 @@ def _check(options: argparse.Namespace) -> None:
 def _check_files(found: list) -> None:
     seen: dict[str, str] = {}
     for file in found:
-        if file.location in seen:
-            raise ConfigError(f"--{file.split} {file.location}: is in --{seen[file.location]} already")
-        seen[file.location] = file.split
+        local = file.location.removeprefix("file://")
+        place = file.location if "://" in local else os.path.realpath(local)
+        if place in seen:
+            raise ConfigError(f"--{file.split} {file.location}: is in --{seen[place]} already")
+        seen[place] = file.split
 
 
 class _Bar:

@@ -70,6 +70,12 @@ class ArrayWriter:
     def finish(self) -> str:
         """Writes what is left, and the metadata; returns a hash of all values. May be done again."""
         rest = np.concatenate(self._rest)
+        self._wait()
+        for name in list(self._store.names(f"{self._name}/c/")):
+            # An earlier run may have been further, in other text: its chunks would stay in the last shard.
+            number = name.rsplit("/", 1)[1]
+            if number.isdecimal() and int(number) >= self._shards:
+                self._store.delete_file(name)
         if len(rest):
             digest = self._digest
             self._write(rest)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -17,7 +17,7 @@ from ttt_jax.data.job import Job, Part, tokenize
 from ttt_jax.data.records import Unit
 
 # (job, units with their splits) to units with their parts.
-Engine = Callable[[Job, Iterable[tuple[str, Unit]]], Iterator[tuple[Unit, Part]]]
+Engine = Callable[[Job, Iterable[tuple[str, Unit]]], Generator[tuple[Unit, Part]]]
 
 
 def cores() -> int:
@@ -28,7 +28,7 @@ def cores() -> int:
 def processes(workers: int) -> Engine:
     """So many processes of this machine."""
 
-    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Iterator[tuple[Unit, Part]]:
+    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
             try:
@@ -57,7 +57,7 @@ def ray(address: str) -> Engine:
     except ImportError as error:
         raise ConfigError("--engine ray: needs Ray; pip install 'ttt_jax[ray]'") from error
 
-    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Iterator[tuple[Unit, Part]]:
+    def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:

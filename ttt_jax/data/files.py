@@ -31,6 +31,11 @@ class InputFile:
         """One of :data:`KINDS`."""
         return _kind(self.location)[0]
 
+    @property
+    def compressed(self) -> bool:
+        """Whether it has to be decompressed."""
+        return bool(_kind(self.location)[1])
+
     def open(self) -> Any:
         """The file as it lies there."""
         fs, path = _filesystem(self.location, self.location)
@@ -60,10 +65,10 @@ def find(split: str, patterns: list[str]) -> list[InputFile]:
             if fs.isdir(path):
                 root = fs._strip_protocol(path)
                 paths = [p for p in fs.find(path) if _kind(p)[0] and "/." not in p.removeprefix(root)]
-            elif any(c in pattern for c in "*?["):
-                paths = [p for p in fs.glob(path) if not fs.isdir(p)]
+            elif fs.exists(path):
+                paths = [path]
             else:
-                paths = [path] if fs.exists(path) else []
+                paths = [p for p in fs.glob(path) if not fs.isdir(p)]
             if not paths:
                 raise ConfigError(f"{option}: no such file; expected files named {_expected()}")
             for each in sorted(paths):

@@ -82,9 +82,15 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
         if isinstance(record, records.Problem):
             problems.append(record)
             continue
-        text = record[1].encode()
+        number, content = record
+        try:
+            encoded = job.encode(content).astype(job.dtype)
+        except Exception as error:  # whatever a tokenizer raises
+            problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
+            continue
+        text = content.encode()
         tokens, lengths, sizes = found.setdefault(job.split_of(split, text), ([], [], []))
-        document = [*first, job.encode(record[1]).astype(job.dtype), *last]
+        document = [*first, encoded, *last]
         tokens += document
         lengths.append(sum(map(len, document)))
         sizes.append(len(text))

@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import numbers
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -77,14 +78,15 @@ def units(files: list[InputFile], start: Position, unit_bytes: int, text_key: st
         begin = start if index == start.file else Position(index)
         file = files[index]
         with file.open() as raw:
+            stream = raw if file.kind == "parquet" else file.decompressed(raw)
             if file.kind == "txt":
-                found = _document(file.decompressed(raw), begin)
+                found = _document(stream, begin)
             elif file.kind == "parquet":
-                found = _values(_parquet(raw, begin.offset, text_key), begin, unit_bytes)
+                found = _values(_parquet(stream, begin.offset, text_key), begin, unit_bytes)
             elif file.kind == "json" and not _has_lines(file):
-                found = _values(_json(file, raw, begin.offset, text_key), begin, unit_bytes)
+                found = _values(_json(stream, begin.offset, text_key), begin, unit_bytes)
             else:
-                found = _lines(file.decompressed(raw), begin, unit_bytes)
+                found = _lines(stream, begin, unit_bytes, seekable=not file.compressed)
             for unit in found:
                 yield index, unit, raw.tell()
 
@@ -144,19 +146,26 @@ def _decoded(number: int, content: bytes) -> tuple[int, str] | Problem:
 
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+    return names.get(type(value), "a number" if isinstance(value, numbers.Number) else f"a {type(value).__name__}")
 
 
-def _lines(stream: Any, begin: Position, unit_bytes: int) -> Iterator[Unit]:
-    """The fewest lines that have ``unit_bytes``, again and again."""
+def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Iterator[Unit]:
+    """The fewest lines that have ``unit_bytes``, again and again.
+
+    What is not seekable is read up to the position line by line, so that a damaged file breaks off at the same line as
+    when it is read in one go.
+    """
     offset, records, found = begin.offset, begin.records, begin.found
+    skipped = begin.offset if seekable else 0
     ended = False
     while not ended:
         lines: list[bytes] = []
         size, problem = 0, ""
         try:
-            if stream.tell() != offset:
+            if seekable:
                 stream.seek(offset)
+            while skipped < begin.offset:
+                skipped += len(stream.readline(_LONGEST_RECORD)) or _gone()
             while size < unit_bytes and not ended:
                 line = stream.readline(_LONGEST_RECORD)
                 if len(line) == _LONGEST_RECORD:
@@ -174,6 +183,10 @@ def _lines(stream: Any, begin: Position, unit_bytes: int) -> Iterator[Unit]:
             problem = "no records"
         end = Position(begin.file + 1) if ended else Position(begin.file, offset, records, found)
         yield Unit("lines", content, first, _problem(records + 1, problem), end)
+
+
+def _gone() -> int:
+    raise _BrokenFileError("shorter than when it was read before")
 
 
 def _document(stream: Any, begin: Position) -> Iterator[Unit]:
@@ -243,30 +256,39 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
 
 def _has_lines(file: InputFile) -> bool:
     """Whether a .json file holds JSON lines: its first line that is not blank is a JSON object."""
+    first = b""
     try:
         with file.open() as raw:
             stream = file.decompressed(raw)
-            line = b"\n"
-            while line and not line.strip():
-                line = stream.readline(_LONGEST_RECORD)
+            first = _begin(stream)
+            if first != b"{":
+                return not first  # reading the lines of nothing says that there is nothing
+            return isinstance(json.loads(stream.readline(_LONGEST_RECORD)), dict)
     except _CORRUPT:
-        return True  # reading the lines says what is wrong
-    try:
-        return not line or isinstance(json.loads(line), dict)
-    except ValueError:
+        return first == b"{"  # reading says what is wrong
+    except (ValueError, RecursionError):
         return False
 
 
-def _json(file: InputFile, raw: Any, skip: int, text_key: str) -> Iterator[Any]:
+def _begin(stream: Any) -> bytes:
+    """Goes to the first character that is neither blank nor a byte order mark; returns it."""
+    block = stream.read(3).removeprefix(b"\xef\xbb\xbf")
+    place = stream.tell() - len(block)
+    block += stream.read(4096)
+    while block and not block.lstrip():
+        place += len(block)
+        block = stream.read(1 << 16)
+    stream.seek(place + len(block) - len(block.lstrip()))
+    return block.lstrip()[:1]
+
+
+def _json(stream: Any, skip: int, text_key: str) -> Iterator[Any]:
     """The text of each record of one JSON array, or of JSON objects one after another, but the first ``skip``."""
     import ijson
 
-    with file.open() as head_raw:
-        head = file.decompressed(head_raw).read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    stream = file.decompressed(raw)
-    is_array = head.startswith(b"[")
-    records = ijson.items(stream, "item") if is_array else ijson.items(stream, "", multiple_values=True)
     try:
+        is_array = _begin(stream) == b"["
+        records = ijson.items(stream, "item") if is_array else ijson.items(stream, "", multiple_values=True)
         for number, record in enumerate(records, 1):
             if number > skip:
                 yield _text_of(number, record, text_key)

@@ -26,6 +26,8 @@ class Store:
     """
 
     def __init__(self, location: str | os.PathLike):
+        if not os.fspath(location):
+            raise ConfigError("an empty name of a folder; expected a path or a URL")
         self.location = os.fspath(location).rstrip("/") or "/"
         try:
             if is_url(os.fspath(location)) and not is_url(self.location):

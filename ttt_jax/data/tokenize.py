@@ -5,6 +5,7 @@ then the position in the input, the numbers so far and what does not fill a shar
 run that was killed goes on there. What is written depends on the input alone, not on engine, workers or interruptions.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -88,6 +89,7 @@ def tokenize(
         state.update(skipped=0, problems=[])
     plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
     _check_same(plan, state["plan"], state["position"]["file"], output)
+    state["plan"] = plan
 
     position = Position(**state["position"])
     splits = {split: _Split(output, split, job, shard, chunk, state) for split in _splits(job, files)}
@@ -122,20 +124,21 @@ def tokenize(
     save()
     read_to: dict[Position, int] = {}
     units = _with_splits(files, position, unit_bytes, job.text_key, read_to)
-    for unit, part in engine(job, units):
-        if part.problems and not skip_problems:
-            save()
-            raise DataError(_located(files[position.file], part.problems))
-        for problem in part.problems:
-            file = files[position.file].location
-            problems.append(json.dumps({"file": file, "record": problem.record, "problem": problem.what}) + "\n")
-        now.skipped += len(part.problems)
-        for name, piece in part.pieces.items():
-            splits[name].append(piece)
-        position = unit.end
-        report(sum(sizes[: position.file]) + read_to.pop(unit.end))
-        if time.monotonic() - saved > save_seconds:
-            save()
+    with contextlib.closing(engine(job, units)) as parts:
+        for unit, part in parts:
+            if part.problems and not skip_problems:
+                save()
+                raise DataError(_located(files[position.file], part.problems))
+            for problem in part.problems:
+                file = files[position.file].location
+                problems.append(json.dumps({"file": file, "record": problem.record, "problem": problem.what}) + "\n")
+            now.skipped += len(part.problems)
+            for name, piece in part.pieces.items():
+                splits[name].append(piece)
+            position = unit.end
+            report(sum(sizes[: position.file]) + read_to.pop(unit.end))
+            if time.monotonic() - saved > save_seconds:
+                save()
     save()
     return _finish(output, plan, splits, job, state)
 

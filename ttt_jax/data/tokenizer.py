@@ -107,7 +107,9 @@ def from_huggingface(
     tokenizer, beside = _huggingface(content, location), beside or {}
     bos = _special(tokenizer, location, "bos", bos_token, beside.get("bos_token"), _BOS_NAMES)
     eos = _special(tokenizer, location, "eos", eos_token, beside.get("eos_token"), _EOS_NAMES)
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # there may be gaps
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # there may be gaps
+    if not vocab_size:
+        raise ConfigError(f"{location}: not a Hugging Face tokenizer: it has no tokens")
     return Tokenizer("huggingface", os.path.basename(location), content, vocab_size, bos, eos)
 
 

@@ -27,10 +27,8 @@ def kept_or_trained(
     Raises:
       as :func:`train`.
     """
-    purpose = {
-        "vocab_size": vocab_size,
-        **{key: x for key, x in dataset.describe(job, files, None).items() if key in _OF},
-    }
+    of_train = dataset.describe(job, [file for file in files if file.split == "train"], None)
+    purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
     if dataset.read_description(output):
         kept = output.read("tokenizer.json")
     else:
