@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,10 +32,18 @@ def processes(workers: int) -> Engine:
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
+
+            def submit(split: str, unit: Unit) -> Any:
+                # Ctrl-C reaches every process of a terminal. Workers, which may be started here, never see it: they
+                # inherit that it is blocked, and the parent ends them.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    return pool.submit(_work, split, unit)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
             try:
-                yield from _in_order(
-                    units, lambda split, unit: pool.submit(_work, split, unit), lambda f: f.result(), workers
-                )
+                yield from _in_order(units, submit, lambda future: future.result(), workers)
             except BrokenProcessPool as error:
                 raise DataError(
                     "a worker process was killed, perhaps for want of memory; the same command goes on where this one "
@@ -58,6 +67,7 @@ def ray(address: str) -> Engine:
         raise ConfigError("--engine ray: needs Ray; pip install 'ttt_jax[ray]'") from error
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -77,6 +87,16 @@ def ray(address: str) -> Engine:
     return run
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for half a minute, and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ConfigError(f"--ray-address {address}: no such cluster ({error})") from error
+
+
 def _in_order(units, submit: Callable[[str, Unit], Any], result: Callable[[Any], Part], workers: int):
     """At most two units a worker are under way, so that memory stays bounded and no worker waits."""
     under_way: collections.deque[tuple[Unit, Any]] = collections.deque()
@@ -94,7 +114,6 @@ _jobs: list[Job] = []  # of a worker process: the one job it was started for
 
 
 def _start_worker(job: Job) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
     _one_thread()
     _jobs[:] = [job]
     threading.Thread(target=_die_with_parent, daemon=True).start()

@@ -77,6 +77,7 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
     """The tokens of the documents of a unit, by split."""
     found: dict[str, tuple[list[np.ndarray], list[int], list[int]]] = {}
     problems = []
+    encode = job.encode
     first, last = ([] if token is None else [np.array([token], job.dtype)] for token in (job.bos, job.eos))
     for record in records.texts(unit, job.text_key):
         if isinstance(record, records.Problem):
@@ -84,7 +85,7 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
             continue
         number, content = record
         try:
-            encoded = job.encode(content).astype(job.dtype)
+            encoded = encode(content).astype(job.dtype)
         except Exception as error:  # whatever a tokenizer raises
             problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
             continue

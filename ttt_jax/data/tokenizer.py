@@ -142,9 +142,12 @@ def _sentencepiece(content: bytes, name: str):
     except ImportError as error:
         raise ConfigError(f"{name}: needs sentencepiece; pip install 'ttt_jax[sentencepiece]'") from error
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=content)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if content and processor.get_piece_size():  # of nothing, the library makes one without a model
+            return processor
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"{name}: not a SentencePiece model") from error
+    raise ConfigError(f"{name}: not a SentencePiece model")
 
 
 def _huggingface(content: bytes, name: str):

@@ -1,0 +1,71 @@
+"""What the tests of tokenizing share: documents, files of them, and readers that are not ours."""
+
+import gzip
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import tensorstore as ts
+from backports import zstd
+from pyarrow import parquet
+
+from ttt_jax.data import job as job_lib
+from ttt_jax.data.files import InputFile
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    """Texts of up to 40 words, among them an empty one, line ends, NUL, and letters of one to four bytes."""
+    rng = random.Random(seed)
+    words = "the river bent twice straße Ωmega 水は流れる 🦉 \r\n \n\n \x00 \u2028 <s> </s> <|endoftext|>".split(" ")
+    return [" ".join(rng.choices(words, k=rng.randrange(40))) + f" {seed}.{i}" * (i != 1) for i in range(count)]
+
+
+def jsonl(texts: list[str], key: str = "text", **about) -> bytes:
+    """JSON lines in the layout of the Pile, half of them with escapes for all that is not ASCII."""
+    lines = [{key: text, "meta": {"pile_set_name": "Books3"}, **about} for text in texts]
+    return b"".join(json.dumps(line, ensure_ascii=i % 2 == 0).encode() + b"\n" for i, line in enumerate(lines))
+
+
+def frames(content: bytes, size: int = 1000) -> bytes:
+    """Zstandard frames of so many bytes each, cut anywhere."""
+    return b"".join(zstd.compress(content[i : i + size]) for i in range(0, len(content), size))
+
+
+def members(content: bytes, size: int = 1000) -> bytes:
+    """The same with gzip."""
+    return b"".join(gzip.compress(content[i : i + size]) for i in range(0, len(content), size))
+
+
+def parquet_file(values, row_group_size: int = 7, **types) -> bytes:
+    """A column ``text`` beside another."""
+    table = pyarrow.table({"id": list(range(len(values))), "text": pyarrow.array(values, **types)})
+    content = io.BytesIO()
+    parquet.write_table(table, content, row_group_size=row_group_size)
+    return content.getvalue()
+
+
+def input_file(path: Path, content: bytes, split: str = "train") -> InputFile:
+    """Writes a file, and names it as :func:`ttt_jax.data.files.find` would."""
+    path.write_bytes(content)
+    return InputFile(split, str(path), len(content))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files under a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stored(folder: Path) -> np.ndarray:
+    """A zarr3 array as TensorStore finds it, by its zarr.json alone."""
+    assert (folder / "zarr.json").exists()
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+    return ts.open(spec, read=True, open=True).result().read().result()
+
+
+def in_this_process(job, units):
+    """The simplest engine: one unit after another, here."""
+    for split, unit in units:
+        yield unit, job_lib.tokenize(job, split, unit)

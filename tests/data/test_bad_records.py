@@ -1,0 +1,182 @@
+"""Everything that can be wrong with a file: which record, and what is said of it."""
+
+import gzip
+import io
+import json
+
+import corpus
+import pyarrow
+import pytest
+from backports import zstd
+from pyarrow import parquet
+
+from ttt_jax.data import records
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.records import Position, Problem
+
+TWO = corpus.jsonl(["a", "b"])
+START = Position()
+
+
+def found(file, start=START, unit_bytes=1 << 20):
+    units = [unit for _, unit, _ in records.units([file], start, unit_bytes, "text")]
+    return [record for unit in units for record in records.texts(unit, "text")]
+
+
+def table(**columns):
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), content)
+    return content.getvalue()
+
+
+def badly_encoded():
+    """A parquet file whose 301st text is not UTF-8, behind one whole batch."""
+    values = [b"fine"] * 300 + [b"\xff\xfe"] + [b"fine"] * 9
+    return table(text=pyarrow.array(values, pyarrow.binary()).view(pyarrow.string()))
+
+
+NULL = Problem(1, "'text' is null; expected a string")
+NUMBER = Problem(1, "'text' is a number; expected a string")
+LINES = [
+    (b'{"text": "a"}\n{"text": "b\n{"text": "c"}\n', [(1, "a"), Problem(2, "not JSON: Unterminated string"), (3, "c")]),
+    (b'{"text": "a"} {"text": "b"}\n{"text": "c"}\n', [Problem(1, "not JSON: Extra data"), (2, "c")]),
+    (b"junk\n", [Problem(1, "not JSON: Expecting value")]),
+    (b'\n{"txt": "a", "meta": 1}\n', [Problem(2, "no key 'text'; it has 'meta', 'txt'")]),
+    (b"{}\n", [Problem(1, "no key 'text'; it has none")]),
+    (b'{"text": null}\n{"text": "b"}\n', [NULL, (2, "b")]),
+    (b'{"text": 5}\n', [NUMBER]),
+    (b'{"text": 0.5}\n', [NUMBER]),
+    (b'{"text": true}\n', [Problem(1, "'text' is a boolean; expected a string")]),
+    (b'{"text": ["a"]}\n', [Problem(1, "'text' is an array; expected a string")]),
+    (b'{"text": {"a": 1}}\n', [Problem(1, "'text' is an object; expected a string")]),
+    (b'["a"]\n"a"\nnull\n7\n', [Problem(i + 1, f"expected a JSON object, found {what}") for i, what in
+                                enumerate(("an array", "a string", "null", "a number"))]),
+    (b'{"text": "a"}\n{"text": "xy\\ud800"}\n', [(1, "a"),
+        Problem(2, "not valid Unicode: a lone surrogate at character 2")]),
+    (b'{"text": "\\ud83e\\udd89"}\n', [(1, "🦉")]),
+    (b'{"text": "a\xff"}\n{"text": "b"}\n', [Problem(1, "not valid UTF-8: invalid start byte at byte 11"), (2, "b")]),
+    (b'{"text": "a"}\n{"text": "\xe6\xb0', [(1, "a"),
+        Problem(2, "not valid UTF-8: unexpected end of data at byte 10")]),
+    (b"[" * 3000 + b"\n" + TWO, [Problem(1, "not JSON: maximum recursion depth"), (2, "a"), (3, "b")]),
+    (b"", [Problem(1, "no records")]),
+    (b" \n\r\n\t", [Problem(4, "no records")]),
+]  # fmt: skip
+VALUES = [
+    (b'[{"text": "a"}, {"text": null}, {"text": "c"}]', [(1, "a"), Problem(2, NULL.what), (3, "c")]),
+    (b'[{"text": 5}, {"text": 0.5}]', [NUMBER, Problem(2, NUMBER.what)]),
+    (b'[{"txt": "a"}, [], {"text": "c"}]', [Problem(1, "no key 'text'; it has 'txt'"),
+                                            Problem(2, "expected a JSON object, found an array"), (3, "c")]),
+    (b'{"text": "a"} 5 {"text": "c"}', [(1, "a"), Problem(2, "expected a JSON object, found a number"), (3, "c")]),
+    (b'[{"text": "a"}, {"text": "b"', [(1, "a"), Problem(2, "not JSON from here on: ")]),
+    (b'[{"text": "a"}] [{"text": "b"}]', [(1, "a"), Problem(2, "not JSON from here on: ")]),
+    (b'[{"text": "a"}, {"text": "\xff"}]', [(1, "a"), Problem(2, "not JSON from here on: ")]),
+    (b"junk", [Problem(1, "not JSON from here on: ")]),
+    (b"[" * 3000, [Problem(1, "not JSON from here on: ")]),
+    (b"[]", [Problem(1, "no records")]),
+    (b"", [Problem(1, "no records")]),
+    (b" \n\n", [Problem(3, "no records")]),
+]  # fmt: skip
+TABLES = [
+    (table(text=[None, "b"]), [NULL, (2, "b")]),
+    (table(text=[1, 2]), [NUMBER, Problem(2, NUMBER.what)]),
+    (table(text=[b"a"]), [Problem(1, "'text' is a bytes; expected a string")]),
+    (table(txt=["a"], id=[1]), [Problem(1, "no column 'text'; it has 'txt', 'id'")]),
+    (table(text=pyarrow.array([], pyarrow.string())), [Problem(1, "no records")]),
+    (table(text=["a"])[:-20], [Problem(1, "not readable as Parquet: ")]),
+    (b"", [Problem(1, "not readable as Parquet: ")]),
+    (b"junk and more of it", [Problem(1, "not readable as Parquet: ")]),
+]  # fmt: skip
+# Cut so that the first line can be had, but not the second.
+LONG = corpus.jsonl(["a", "b" * 5000 + str(list(range(3000)))])
+ARRAY = json.dumps([{"text": "a"}, {"text": str(list(range(40_000)))}], indent=1).encode()
+CUT = "Compressed file ended before the end-of-stream marker was reached"
+PACKED = [
+    ("a.jsonl.zst", corpus.frames(LONG, 50)[:-60], [(1, "a"), Problem(2, CUT)]),
+    ("a.jsonl.gz", gzip.compress(LONG)[:-100], [(1, "a"), Problem(2, CUT)]),
+    ("a.jsonl.gz", gzip.compress(TWO)[:-2], [(1, "a"), (2, "b"), Problem(3, CUT)]),
+    ("a.jsonl.gz", gzip.compress(TWO)[:-8] + bytes(8), [(1, "a"), (2, "b"), Problem(3, "CRC check failed")]),
+    ("a.jsonl.gz", gzip.compress(TWO) + b"more", [(1, "a"), (2, "b"), Problem(3, "Not a gzipped file")]),
+    ("a.jsonl.zst", zstd.compress(TWO) + b"more", [(1, "a"), (2, "b"), Problem(3, "Unable to decompress")]),
+    ("a.jsonl.zst", TWO, [Problem(1, "Unable to decompress Zstandard data: Unknown frame descriptor")]),
+    ("a.jsonl.gz", TWO, [Problem(1, "Not a gzipped file")]),
+    ("a.jsonl.zst", b"", [Problem(1, CUT)]),
+    ("a.jsonl.gz", b"", [Problem(1, "no records")]),
+    ("a.jsonl.zst", zstd.compress(b""), [Problem(1, "no records")]),
+    ("a.jsonl.gz", gzip.compress(b"\n\n"), [Problem(3, "no records")]),
+    ("a.json.gz", gzip.compress(ARRAY)[:-100], [(1, "a"), Problem(2, f"not JSON from here on: {CUT}")]),
+    ("a.json.gz", gzip.compress(b'[\n{"text": "a"}]')[:-4], [Problem(1, f"not JSON from here on: {CUT}")]),
+    ("a.json.gz", b"junk", [Problem(1, "not JSON from here on: Not a gzipped file")]),
+    ("a.json.zst", b"junk and more of it", [Problem(1, "not JSON from here on: Unable to decompress")]),
+    ("a.json.zst", b"", [Problem(1, f"not JSON from here on: {CUT}")]),
+    ("a.txt", b"", [Problem(1, "no records")]),
+    ("a.txt", b"ab\xffc", [Problem(1, "not valid UTF-8: invalid start byte at byte 2")]),
+    ("a.txt", b" \n", [(1, " \n")]),
+    ("a.txt.gz", gzip.compress(b"a" * 99)[:-9], [Problem(1, CUT)]),
+    ("a.txt.zst", zstd.compress(b"abcdefghijk" * 9)[:-1], [Problem(1, CUT)]),
+    ("a.txt.zst", b"junk and more of it", [Problem(1, "Unable to decompress")]),
+    ("a.txt.gz", b"", [Problem(1, "no records")]),
+]  # fmt: skip
+TABLE = [
+    *(("a.jsonl", content, expected) for content, expected in LINES),
+    *(("a.json", content, expected) for content, expected in VALUES),
+    *(("a.parquet", content, expected) for content, expected in TABLES),
+    *PACKED,
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), TABLE, ids=[f"{i}-{x[0]}" for i, x in enumerate(TABLE)])
+def test_a_bad_file(tmp_path, name, content, expected):
+    file = corpus.input_file(tmp_path / name, content)
+    for unit_bytes in (1 << 20, 1):
+        actual = found(file, unit_bytes=unit_bytes)
+        cut = [
+            Problem(a.record, a.what[: len(e.what)]) if isinstance(a, Problem) and isinstance(e, Problem) else a
+            for a, e in zip(actual, expected, strict=False)
+        ]
+        assert cut + actual[len(cut) :] == expected
+        whats = [record.what for record in actual if isinstance(record, Problem)]
+        assert all("\n" not in what and "Traceback" not in what for what in whats)
+
+
+def test_what_of_a_parquet_file_cannot_be_decoded_begins_behind_what_can(tmp_path):
+    """Batches of 256 rows are decoded at a time."""
+    records = found(corpus.input_file(tmp_path / "a.parquet", badly_encoded()))
+    assert records[:256] == [(i, "fine") for i in range(1, 257)]
+    assert records[256].record <= 301
+    assert records[256].what.startswith("not readable as Parquet: 'utf-8' codec")
+
+
+@pytest.mark.parametrize("bytes_off", [200, 70_000])
+@pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz"])
+def test_a_broken_file_gives_the_same_records_from_wherever_reading_goes_on(tmp_path, kind, bytes_off):
+    """Of a decompressor that fails, what it gives before depends on how much it is asked for at a time."""
+    texts = [f"{i} {'abcdefgh'[i % 8] * (i % 71)} {i * 7919}" for i in range(4000)]
+    lines = corpus.jsonl(texts)
+    options = {zstd.CompressionParameter.checksum_flag: 1}
+    packed = bytearray(zstd.compress(lines, options=options) if kind.endswith("zst") else gzip.compress(lines))
+    packed[-bytes_off if bytes_off < len(packed) else len(packed) // 2] ^= 255
+    file = corpus.input_file(tmp_path / f"a.{kind}", bytes(packed))
+    units = [unit for _, unit, _ in records.units([file], START, 20_000, "text")]
+    whole = [record for unit in units for record in records.texts(unit, "text")]
+    assert isinstance(whole[-1], Problem)
+    before = []
+    for unit in units[:-1]:
+        before += records.texts(unit, "text")
+        assert before + found(file, unit.end, 20_000) == whole
+
+
+def test_a_file_without_line_ends_is_not_read_into_memory(tmp_path, monkeypatch):
+    """At 64 bytes here instead of a GiB."""
+    monkeypatch.setattr(records, "_LONGEST_RECORD", 64)
+    short = b'{"text": "' + b"x" * 40 + b'"}\n'
+    file = corpus.input_file(tmp_path / "a.jsonl", short + b"x" * 65 + b"\n" + short)
+    assert found(file) == [(1, "x" * 40), Problem(2, "a line of more than 64 bytes")]
+    document = corpus.input_file(tmp_path / "a.txt", b"x" * 65)
+    assert found(document) == [Problem(1, "a document of 64 bytes or more")]
+    assert found(corpus.input_file(tmp_path / "b.txt", b"x" * 63)) == [(1, "x" * 63)]
+
+
+def test_a_file_that_is_gone_is_not_a_problem_of_its_content(tmp_path):
+    for name in ("gone.jsonl", "gone.json", "gone.txt", "gone.parquet"):
+        with pytest.raises(FileNotFoundError):
+            found(InputFile("train", str(tmp_path / name), 1))

@@ -1,0 +1,156 @@
+"""Which files a path, glob, folder or URL names, and in which order."""
+
+import functools
+import http.server
+import threading
+
+import fsspec
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import files
+from ttt_jax.data.files import InputFile
+
+EXPECTED = ".jsonl, .json, .txt, .parquet, or these but the last with .zst or .gz"
+NAMES = """
+b.jsonl a.txt c.jsonl.zst d.jsonl.gz e.json f.json.zst g.json.gz h.txt.zst i.txt.gz j.parquet
+sub/z.jsonl sub/deep/y.txt .hidden.jsonl .git/x.jsonl sub/.cache/w.txt
+notes.md k.parquet.gz l.zst m.jsonl.bz2 jsonl
+""".split()
+READABLE = sorted(NAMES[:12])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files of i bytes each."""
+    for size, name in enumerate(NAMES):
+        path = tmp_path / "text" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    return tmp_path / "text"
+
+
+def found(*patterns):
+    return files.find("train", [str(pattern) for pattern in patterns])
+
+
+def refused(*patterns):
+    with pytest.raises(ConfigError) as caught:
+        found(*patterns)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_folder_is_all_that_can_be_read_in_it_by_name_without_what_is_hidden(folder):
+    expected = [InputFile("train", str(folder / name), NAMES.index(name)) for name in READABLE]
+    assert found(folder) == expected
+    assert found(f"{folder}/") == expected
+
+
+def test_a_hidden_folder_that_is_named_is_meant(folder):
+    assert [file.location for file in found(folder / ".git")] == [str(folder / ".git/x.jsonl")]
+
+
+def test_kinds(folder):
+    kinds = [files.InputFile("train", name, 0).kind for name in READABLE]
+    assert kinds == [name.removesuffix(".zst").removesuffix(".gz").rsplit(".", 1)[1] for name in READABLE]
+
+
+def test_a_glob_is_sorted_and_patterns_keep_their_order(folder):
+    def names(*patterns):
+        return [file.location.removeprefix(f"{folder}/") for file in found(*(folder / p for p in patterns))]
+
+    assert names("[a-d].jsonl*") == ["b.jsonl", "c.jsonl.zst", "d.jsonl.gz"]
+    assert names("[ce].j*", "a.txt", "sub") == ["c.jsonl.zst", "e.json", "a.txt", "sub/deep/y.txt", "sub/z.jsonl"]
+    assert names("*/d*/*.txt", "**/y.txt") == 2 * ["sub/deep/y.txt"]
+    assert names("s*/z.jsonl", "b.jsonl", "b.jsonl") == ["sub/z.jsonl", "b.jsonl", "b.jsonl"]
+
+
+def test_the_content_of_a_file_and_its_split(folder):
+    (file,) = files.find("validation", [str(folder / "d.jsonl.gz")])
+    assert (file.split, file.size, file.kind) == ("validation", 3, "jsonl")
+    with file.open() as raw:
+        assert raw.read() == b"xxx"
+
+
+def test_a_path_below_the_working_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert found("b.jsonl") == [InputFile("train", str(folder / "b.jsonl"), 0)]
+
+
+def test_a_name_with_brackets_that_is_there_is_a_file_and_no_glob(folder):
+    path = folder / "part[1].jsonl"
+    path.write_bytes(b"1")
+    assert found(path) == [InputFile("train", str(path), 1)]
+
+
+def test_urls_of_memory():
+    memory = fsspec.filesystem("memory")
+    for size, name in enumerate(NAMES):
+        memory.pipe(f"/of-files/{name}", b"y" * size)
+    expected = [InputFile("train", f"memory:///of-files/{name}", NAMES.index(name)) for name in READABLE]
+    assert found("memory://of-files") == expected
+    assert [file.size for file in found("memory://of-files/[a-d].jsonl*")] == [0, 2, 3]
+    (file,) = found("memory://of-files/j.parquet")
+    with file.open() as raw:
+        assert raw.read() == b"y" * 9
+    assert files.read("memory://of-files/c.jsonl.zst", "--tokenizer") == b"yy"
+    assert files.exists("memory://of-files/notes.md")
+    assert not files.exists("memory://of-files/gone.md")
+    assert refused("memory://nowhere/a.jsonl").startswith("--train memory://nowhere/a.jsonl: no such file")
+
+
+def test_urls_of_files(folder):
+    assert [file.size for file in found(f"file://{folder}")] == [NAMES.index(name) for name in READABLE]
+    (file,) = found(f"file://{folder}/sub/*.jsonl")
+    assert (file.location, file.size) == (f"file://{folder}/sub/z.jsonl", 10)
+
+
+def test_urls_of_the_web(folder):
+    """A real server on this machine."""
+    (folder / "c.jsonl.zst").write_bytes(b"0123456789")
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            (file,) = found(f"{url}/c.jsonl.zst")
+            assert file == InputFile("train", f"{url}/c.jsonl.zst", 10)
+            with file.open() as raw:
+                assert raw.read() == b"0123456789"
+            assert refused(f"{url}/gone.jsonl").startswith(f"--train {url}/gone.jsonl: no such file")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert refused(f"{url}/c.jsonl.zst").startswith(f"--train {url}/c.jsonl.zst: ")  # nobody listens any more
+
+
+def test_what_is_not_there(folder):
+    for name in ("gone.jsonl", "gone*.jsonl", "gone", "a.txt/a.txt"):
+        path = folder / name
+        assert refused(folder, path) == f"--train {path}: no such file; expected files named {EXPECTED}"
+    (folder / "empty").mkdir()
+    assert refused(folder / "empty").startswith(f"--train {folder / 'empty'}: no such file")
+
+
+@pytest.mark.parametrize("name", ["notes.md", "k.parquet.gz", "l.zst", "m.jsonl.bz2", "jsonl", "*.md"])
+def test_what_cannot_be_read_by_its_name(folder, name):
+    place = folder / name.replace("*", "notes")
+    assert refused(folder / name) == f"--train {place}: cannot be read; expected a name that ends in {EXPECTED}"
+
+
+def test_a_protocol_that_nobody_knows():
+    assert refused("nofs://a/b.jsonl") == "--train nofs://a/b.jsonl: Protocol not known: nofs"
+    with pytest.raises(ConfigError, match=r"^--tokenizer nofs://a/tokenizer\.json: Protocol not known: nofs$"):
+        files.read("nofs://a/tokenizer.json", "--tokenizer")
+
+
+def test_a_small_file_that_is_not_there_or_none(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        files.read(str(tmp_path / "gone"), "--tokenizer")
+    assert str(caught.value) == f"--tokenizer {tmp_path}/gone: no such file"
+    with pytest.raises(ConfigError) as caught:
+        files.read(str(tmp_path), "--tokenizer")
+    assert str(caught.value) == f"--tokenizer {tmp_path}: Is a directory"

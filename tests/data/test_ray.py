@@ -1,0 +1,87 @@
+"""Tokenizing on a Ray cluster: a real one of two nodes, on this machine."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import corpus
+import pytest
+
+from ttt_jax import cli
+from ttt_jax.data import engines, tokenizer
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
+TEXTS = corpus.documents(80)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster of two nodes with a CPU each."""
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    running.add_node(num_cpus=1)
+    yield running.address
+    running.shutdown()
+
+
+@pytest.fixture
+def file(tmp_path):
+    return corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(TEXTS) + b"junk\n" + corpus.jsonl(TEXTS[:9]))
+
+
+def test_a_cluster(tmp_path, cluster, file, capsys):
+    """All that needs one, in one test, so that it is started once also where tests run in several processes."""
+    it_writes_what_this_process_writes(tmp_path, cluster, file)
+    the_command_on_it_goes_on_without_it(tmp_path, cluster, file, capsys)
+    a_tokenizer_that_it_cannot_load_is_one_clear_line(cluster)
+
+
+def it_writes_what_this_process_writes(tmp_path, cluster, file):
+    job = Job(tokenizer.byte(), 256, 257, validation_fraction=0.3)
+    options = {"shard": 512, "chunk": 64, "unit_bytes": 500, "skip_problems": True}
+    tokenize([file], job, Store(tmp_path / "ray"), engines.ray(cluster), **options)
+    tokenize([file], job, Store(tmp_path / "here"), corpus.in_this_process, **options)
+    assert corpus.contents(tmp_path / "ray") == corpus.contents(tmp_path / "here")
+    assert not ray.is_initialized()
+
+
+def the_command_on_it_goes_on_without_it(tmp_path, cluster, file, capsys):
+    """Stopped at a bad record on the cluster, it goes on here."""
+    command = ["tokenize", "--train", file.location, "--tokenizer", "byte", "--output", str(tmp_path / "out")]
+    assert cli.main([*command, "--engine", "ray", "--ray-address", cluster]) == 1
+    assert capsys.readouterr().err.startswith(f"ttt tokenize: {file.location}, record 81: not JSON: ")
+    assert cli.main([*command, "--workers", "1", "--on-error", "skip"]) == 0
+    expected = [token for text in TEXTS + TEXTS[:9] for token in (256, *text.encode(), 257)]
+    assert corpus.stored(tmp_path / "out/train").tolist() == expected
+
+
+def a_tokenizer_that_it_cannot_load_is_one_clear_line(cluster):
+    broken = tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None)
+    unit = engines.Unit("values", ["a"], 1, None, None)
+    with pytest.raises(DataError) as caught:
+        list(engines.ray(cluster)(Job(broken, None, None), [("train", unit)]))
+    message = str(caught.value)
+    assert message.startswith("--engine ray: ")
+    assert "tokenizer.json: not a Hugging Face tokenizer" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_an_address_of_no_cluster_is_one_clear_line_and_soon(file, tmp_path, address):
+    """In a process of its own, as Ray may end the one that it is in."""
+    command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", file.location, "--tokenizer", "byte"]
+    command += ["--output", str(tmp_path / "out"), "--engine", "ray", "--ray-address", address]
+    root = Path(corpus.__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"ttt tokenize: --ray-address {address}: no such cluster (")
+    assert done.stderr.count("\n") == 1

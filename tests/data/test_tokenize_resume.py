@@ -1,0 +1,277 @@
+"""Runs that were stopped: the same command ends with the same bytes, and no other command touches what is there.
+
+Here a run dies in this process, at every single thing that it does to its folder; test_tokenize_killed.py kills real
+ones.
+"""
+
+import itertools
+import json
+import shutil
+
+import corpus
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import tokenizer
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+
+JOB = Job(tokenizer.byte(), 256, 257)
+GOOD = corpus.documents(24)
+BAD_LINES = {3: b"junk\n", 11: b'{"text": null}\n', 12: b'{"txt": 1}\n', 19: b'{"text": "\\ud800"}\n'}
+
+
+class KilledError(BaseException):
+    """Not an Exception, so that nobody tidies up after it."""
+
+
+class Dying(Store):
+    """A folder in which nothing can be done any more after ``steps`` things were, and one that is half done."""
+
+    def __init__(self, location, steps):
+        super().__init__(location)
+        self._steps = steps
+
+    def _step(self):
+        self._steps -= 1
+        if self._steps < 0:
+            raise KilledError
+
+    def write(self, name, content):
+        self._step()
+        super().write(name, content)
+
+    def delete_file(self, name):
+        self._step()
+        super().delete_file(name)
+
+    def delete(self, folder):
+        if self._steps == 0:
+            for name in sorted(self.names(f"{folder}/"))[::2]:
+                super().delete_file(name)
+        self._step()
+        super().delete(folder)
+
+
+@pytest.fixture
+def with_bad_lines(memory_path):
+    """A file of 24 documents with bad lines in between, one of two broken ones, and one more."""
+    lines = corpus.jsonl(GOOD).splitlines(keepends=True)
+    for number, line in BAD_LINES.items():
+        lines.insert(number - 1, line)
+    broken = corpus.frames(corpus.jsonl(GOOD[:6]), 200)
+    return [
+        corpus.input_file(memory_path / "a.jsonl", b"".join(lines)),
+        corpus.input_file(memory_path / "b.jsonl.zst", broken[: len(broken) * 2 // 3]),
+        corpus.input_file(memory_path / "c.jsonl", corpus.jsonl(GOOD[:3]), "validation"),
+    ]
+
+
+@pytest.fixture
+def good(memory_path):
+    return [corpus.input_file(memory_path / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
+
+
+def run(folder, files, job=JOB, store=Store, **options):
+    options = {"shard": 256, "chunk": 64, "unit_bytes": 1500, "save_seconds": -1, **options}
+    return tokenize(files, job, store(folder), corpus.in_this_process, **options)
+
+
+def run_until(folder, files, steps, **options):
+    """Whether the run came to its end before it died."""
+    try:
+        run(folder, files, store=lambda location: Dying(location, steps), **options)
+    except KilledError:
+        return False
+    return True
+
+
+def refused(error, *arguments, **options):
+    with pytest.raises(error) as caught:
+        run(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def states(folder):
+    """Every file with its content and the time it was last written."""
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_problems_are_listed_where_they_are(memory_path, with_bad_lines):
+    about = run(memory_path / "out", with_bad_lines, skip_problems=True)
+    lines = [json.loads(line) for line in (memory_path / "out/problems.jsonl").read_text().splitlines()]
+    assert about["skipped_records"] == len(lines) == 5
+    found = [(line["file"], line["record"]) for line in lines[:4]]
+    assert found == [(with_bad_lines[0].location, number) for number in BAD_LINES]
+    whats = ["not JSON: ", "'text' is null", "no key 'text'", "not valid Unicode"]
+    assert all(line["problem"].startswith(what) for line, what in zip(lines, whats, strict=False))
+    assert lines[4]["file"] == with_bad_lines[1].location
+    assert lines[4]["problem"].startswith("Compressed file ended")
+    assert about["splits"]["train"]["documents"] == 24 + lines[4]["record"] - 1
+    assert about["splits"]["validation"]["documents"] == 3
+
+
+def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(memory_path, with_bad_lines):
+    """With problems, which must all be listed, and once each."""
+    run(memory_path / "expected", with_bad_lines, skip_problems=True, unit_bytes=600)
+    expected = corpus.contents(memory_path / "expected")
+    for steps in itertools.count():
+        ended = run_until(memory_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=2500)
+        run(memory_path / "out", with_bad_lines, skip_problems=True, save_seconds=99)
+        assert corpus.contents(memory_path / "out") == expected, steps
+        shutil.rmtree(memory_path / "out")
+        if ended:
+            break
+    assert steps > 40
+
+
+@pytest.mark.parametrize("steps", [15, 23])
+def test_a_run_that_dies_again_and_again_still_ends(memory_path, with_bad_lines, steps):
+    run(memory_path / "expected", with_bad_lines, skip_problems=True)
+    for _died in range(60):
+        if run_until(memory_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=400):
+            break
+    assert _died > 3
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+
+
+def test_what_a_killed_write_leaves_behind_is_no_hindrance(memory_path, with_bad_lines):
+    """TensorStore writes NAME.__lock and renames it; a kill in between leaves it there."""
+    run(memory_path / "expected", with_bad_lines, skip_problems=True)
+    assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
+    unfinished = memory_path / "out/_unfinished"
+    assert list((unfinished / "problems").iterdir())
+    for name in ("problems/99", "problems/2", "state.json", "9/train"):
+        (unfinished / f"{name}.__lock").parent.mkdir(exist_ok=True)
+        (unfinished / f"{name}.__lock").write_bytes(b"half")
+    run(memory_path / "out", with_bad_lines, skip_problems=True)
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+
+
+def test_a_bad_record_stops_the_run_which_goes_on_once_it_is_mended(memory_path, with_bad_lines):
+    """Again and again, also behind the end of a file that was mended."""
+    lines, broken, _ = with_bad_lines
+    content = (memory_path / "a.jsonl").read_bytes()
+    for number, bad in BAD_LINES.items():
+        message = refused(DataError, memory_path / "out", with_bad_lines)
+        assert message.startswith(f"{lines.location}, record {number}: ")
+        assert message.endswith("either way the same command goes on from here")
+        assert not (memory_path / "out/dataset.json").exists()
+        content = content.replace(bad, json.dumps({"text": f"mended {number}"}).encode() + b"\n")
+        with_bad_lines[0] = corpus.input_file(memory_path / "a.jsonl", content)
+    assert refused(DataError, memory_path / "out", with_bad_lines).startswith(f"{broken.location}, record ")
+    with_bad_lines[1] = corpus.input_file(memory_path / "b.jsonl.zst", corpus.frames(corpus.jsonl(GOOD[:6]), 200))
+    about = run(memory_path / "out", with_bad_lines)
+    assert about["skipped_records"] == 0
+    assert about["splits"]["train"]["documents"] == 24 + 4 + 6
+
+    run(memory_path / "expected", with_bad_lines)
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+
+
+def test_a_bad_record_stops_the_run_which_goes_on_once_it_may_be_left_out(memory_path, with_bad_lines):
+    refused(DataError, memory_path / "out", with_bad_lines)
+    run(memory_path / "out", with_bad_lines, skip_problems=True)
+    run(memory_path / "expected", with_bad_lines, skip_problems=True)
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+
+
+def test_a_run_that_stops_at_a_bad_record_has_saved_all_before_it(memory_path, with_bad_lines):
+    """With a line to a unit; the two before line 3 are an hour's work."""
+    refused(DataError, memory_path / "out", with_bad_lines, unit_bytes=1, save_seconds=99)
+    state = json.loads((memory_path / "out/_unfinished/state.json").read_text())
+    offset = sum(map(len, corpus.jsonl(GOOD[:2]).splitlines(keepends=True)))
+    assert state["position"] == {"file": 0, "offset": offset, "records": 2, "found": True}
+
+
+def test_several_bad_records_of_a_unit_are_counted(memory_path, with_bad_lines):
+    message = refused(DataError, memory_path / "out", with_bad_lines, unit_bytes=1 << 20)
+    assert "record 3: not JSON" in message
+    assert "(and 3 more near it)" in message
+
+
+def test_a_finished_dataset_is_left_alone(memory_path, good):
+    about = run(memory_path / "out", good)
+    before = states(memory_path / "out")
+    assert run(memory_path / "out", good, unit_bytes=7, save_seconds=0) == about
+    assert states(memory_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train/c/0", "_unfinished.txt", ".hidden"])
+def test_a_folder_that_holds_something_else_is_left_alone(memory_path, good, name):
+    path = memory_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    before = states(memory_path / "out")
+    message = refused(ConfigError, memory_path / "out", good)
+    assert message == f"--output {memory_path}/out: holds {name}; expected a new or empty folder"
+    assert states(memory_path / "out") == before
+    assert {p.name for p in (memory_path / "out").iterdir()} == {name.split("/")[0]}
+
+
+OTHERS = [
+    ({"job": Job(JOB.tokenizer, None, 257)}, "bos: 256 there, None here"),
+    ({"job": Job(JOB.tokenizer, 256, 257, text_key="content")}, "text_key: text there, content here"),
+    ({"job": Job(JOB.tokenizer, 256, 257, test_fraction=0.1)}, "split_rule: {'by': 'files'} there, "),
+    ({"shard": 512}, "shard: 256 there, 512 here"),
+    ({"trained": {"vocab_size": 300}}, "tokenizer: "),
+]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(("change", "what"), OTHERS)
+def test_another_request_is_refused_and_told_what_differs(memory_path, good, finished, change, what):
+    folder = memory_path / "out"
+    assert run_until(folder, good, 999 if finished else 15) == finished
+    before = states(folder)
+    message = refused(ConfigError, folder, good, **change)
+    assert message.startswith(f"--output {folder}: holds tokens of another request ({what}")
+    assert message.endswith("; expected the same request, or a new folder")
+    assert states(folder) == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_files_are_another_request(memory_path, good, finished):
+    folder = memory_path / "out"
+    assert run_until(folder, good, 999 if finished else 20) == finished
+    before = states(folder)
+    third = corpus.input_file(memory_path / "third.jsonl", b'{"text": "a"}\n')
+    longer = corpus.input_file(memory_path / "0.jsonl", b'{"text": "a"}\n')
+    for files, what in (
+        (good[::-1], "files: ['train', '0.jsonl', "),
+        (good[:1], "files: ['train', '1.jsonl'"),
+        ([*good, third], "files: None there, ['train', 'third.jsonl'"),
+        ([longer, good[1]], f"files: ['train', '0.jsonl', {good[0].size}] there, ['train', '0.jsonl', 14] here"),
+    ):
+        message = refused(ConfigError, folder, files)
+        assert message.startswith(f"--output {folder}: holds tokens of another request ({what}")
+    assert states(folder) == before
+
+
+def test_a_dataset_may_move_and_so_may_its_files(memory_path, good):
+    run(memory_path / "out", good)
+    (memory_path / "elsewhere").mkdir()
+    moved = [corpus.input_file(memory_path / "elsewhere" / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
+    shutil.move(memory_path / "out", memory_path / "new")
+    before = states(memory_path / "new")
+    run(memory_path / "new", moved)
+    assert states(memory_path / "new") == before
+
+
+def test_a_leftover_that_was_lost_is_not_taken_for_nothing(memory_path, good):
+    assert not run_until(memory_path / "out", good, 20)
+    (path,) = (memory_path / "out/_unfinished").rglob("train")
+    path.unlink()
+    assert refused(DataError, memory_path / "out", good) == f"{path}: is gone; delete {memory_path}/out and begin anew"
+
+
+def test_problems_that_were_lost_are_not_taken_for_none(memory_path, with_bad_lines):
+    assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
+    path = min((memory_path / "out/_unfinished/problems").iterdir())
+    path.unlink()
+    message = refused(DataError, memory_path / "out", with_bad_lines, skip_problems=True)
+    assert message == f"{path}: is gone; delete {memory_path}/out and begin anew"

@@ -1,0 +1,198 @@
+"""Training a tokenizer: every text has tokens, only train documents are seen, and the outcome is always the same."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import corpus
+import hypothesis
+import pytest
+import tokenizers
+from hypothesis import strategies as st
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import engines, tokenizer, train_bpe
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+
+JOB = Job(tokenizer.byte(), None, None)
+TEXTS = corpus.documents(80)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return corpus.input_file(tmp_path_factory.mktemp("text") / "a.jsonl", corpus.jsonl(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def trained(file):
+    return train_bpe.train([file], 300, JOB)
+
+
+def vocabulary(content):
+    return tokenizers.Tokenizer.from_buffer(content).get_vocab()
+
+
+def spaced(words):
+    """A file of one document."""
+    return corpus.jsonl([" ".join(words)])
+
+
+@hypothesis.given(st.text())
+@hypothesis.example("\x00\x7f\xa0\xff\u2028\U0010ffff <s> </s>\r\n")
+def test_any_text_comes_back(trained, text):
+    ours = tokenizer.from_huggingface(trained, "tokenizer.json", "<s>", "</s>")
+    assert (ours.vocab_size, ours.bos, ours.eos) == (300, 0, 1)
+    ids = ours.encoder()(text).tolist()
+    assert all(2 <= token < 300 for token in ids)
+    assert tokenizers.Tokenizer.from_buffer(trained).decode(ids, skip_special_tokens=False) == text
+
+
+def test_common_words_become_tokens(trained):
+    size = sum(len(text.encode()) for text in TEXTS)
+    encode = tokenizer.from_huggingface(trained, "tokenizer.json", "<s>", "</s>").encoder()
+    assert "Ġriver" in vocabulary(trained)
+    assert sum(len(encode(text)) for text in TEXTS) < 0.6 * size
+
+
+def test_two_processes_train_the_same(trained, file):
+    program = (
+        "import sys; from ttt_jax.data import files, job, tokenizer, train_bpe\n"
+        "found = files.find('train', sys.argv[1:])\n"
+        "sys.stdout.buffer.write(train_bpe.train(found, 300, job.Job(tokenizer.byte(), None, None)))\n"
+    )
+    root = Path(corpus.__file__).parents[2]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program, file.location], stdout=subprocess.PIPE, check=True, cwd=root
+        )
+        assert done.stdout == trained
+
+
+def test_only_documents_of_the_train_split_are_seen(tmp_path):
+    """A word for each document, which becomes a token if its document is seen: it says it often enough."""
+    words = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(200)]
+    texts = [" ".join([word] * 9) for word in words]
+    job = Job(tokenizer.byte(), None, None, validation_fraction=0.3, test_fraction=0.2, split_seed=4)
+    sides = {word: job.split_of("train", text.encode()) for word, text in zip(words, texts, strict=True)}
+    files = [
+        corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(texts)),
+        corpus.input_file(tmp_path / "v.jsonl", spaced(["zq"] * 99), "validation"),
+    ]
+    seen = vocabulary(train_bpe.train(files, 5000, job))
+    assert {word for word in words if f"Ġ{word}" in seen} == {word for word, side in sides.items() if side == "train"}
+    assert 60 < list(sides.values()).count("train") < 140
+    assert "Ġzq" not in seen
+
+
+def test_no_more_than_so_many_bytes_are_read(tmp_path, monkeypatch):
+    """300 here instead of a GiB; the document that reaches it is the last."""
+    monkeypatch.setattr(train_bpe, "MOST_BYTES", 300)
+    files = [
+        corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(["ab " * 60, "cd " * 60, "ef " * 60])),
+        corpus.input_file(tmp_path / "b.jsonl", b"junk"),
+    ]
+    seen = vocabulary(train_bpe.train(files, 400, JOB))
+    assert {"Ġab", "Ġcd"} < seen.keys()
+    assert "Ġef" not in seen
+
+
+def test_bad_records_stop_it_unless_they_may_be_left_out(tmp_path):
+    file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(["ab " * 9]) + b"junk\n" + corpus.jsonl(["cd " * 9]))
+    with pytest.raises(DataError) as caught:
+        train_bpe.train([file], 300, JOB)
+    assert str(caught.value).startswith(f"{file.location}, record 2: not JSON: ")
+    assert {"Ġab", "Ġcd"} < vocabulary(train_bpe.train([file], 300, JOB, skip_problems=True)).keys()
+
+
+def test_what_it_refuses(file):
+    with pytest.raises(ConfigError, match=r"^--train-bpe 257: expected 258 or more: "):
+        train_bpe.train([file], 257, JOB)
+    assert len(vocabulary(train_bpe.train([file], 258, JOB))) == 258
+    with pytest.raises(ConfigError, match=r"^--train-bpe: there is no --train to train it on$"):
+        train_bpe.train([InputFile("validation", file.location, file.size)], 300, JOB)
+
+
+# ---- Kept with its dataset
+
+
+def make(folder, files, vocab_size=300, **options):
+    """As ``ttt tokenize --train-bpe`` does it."""
+    chosen = train_bpe.kept_or_trained(Store(folder), files, vocab_size, JOB)
+    job = Job(chosen, chosen.bos, chosen.eos)
+    options = {"shard": 64, "chunk": 64, "unit_bytes": 500, "save_seconds": -1, **options}
+    return tokenize(files, job, Store(folder), corpus.in_this_process, trained={"vocab_size": vocab_size}, **options)
+
+
+def never(*arguments, **options):
+    raise AssertionError("trained again")
+
+
+def test_it_is_trained_once_whatever_happens_then(tmp_path, file, monkeypatch):
+    make(tmp_path / "expected", [file])
+    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)  # and killed before tokenizing
+    monkeypatch.setattr(train_bpe, "train", never)
+    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    make(tmp_path / "out", [file])
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == kept.content
+    make(tmp_path / "out", [file])  # which is finished
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["tokenizer"]["trained"] == {"vocab_size": 300}
+
+
+def test_one_that_was_half_written_is_trained_again(tmp_path, file):
+    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    for path in (tmp_path / "out/_unfinished").iterdir():
+        whole = path.read_bytes()
+        path.unlink()
+        assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+        assert path.read_bytes() == whole
+
+
+def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, file, monkeypatch):
+    """Mending changes the size of a file, but not one that it was trained on, and shards are there already."""
+    good = corpus.jsonl(["the river"])
+    validation = corpus.input_file(tmp_path / "v.jsonl", good + b"junk\n", "validation")
+    with pytest.raises(DataError, match=r"v.jsonl, record 2: not JSON"):
+        make(tmp_path / "out", [file, validation])
+    assert (tmp_path / "out/train/c/0").exists()
+    validation = corpus.input_file(tmp_path / "v.jsonl", good + good, "validation")
+    monkeypatch.setattr(train_bpe, "train", never)
+    about = make(tmp_path / "out", [file, validation])
+    assert about["splits"]["validation"]["documents"] == 2
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_size_is_another_request(tmp_path, file, finished):
+    """Shards of the unfinished one are there already."""
+    other = corpus.input_file(tmp_path / "v.jsonl", b'{"text": "a"}\n' if finished else b"junk\n", "validation")
+    with contextlib.nullcontext() if finished else pytest.raises(DataError, match=r"v.jsonl, record 1: not JSON"):
+        make(tmp_path / "out", [file, other])
+    before = corpus.contents(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"^--output .*: holds ") as caught:
+        make(tmp_path / "out", [file, other], vocab_size=310)
+    assert "\n" not in str(caught.value)
+    assert corpus.contents(tmp_path / "out") == before
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(train_bpe, "train", never)
+    with pytest.raises(ConfigError, match=r"holds .*; expected a new or empty folder$"):
+        make(tmp_path, [file])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_processes_load_it(tmp_path, file):
+    chosen = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
+    tokenize([file], job, Store(tmp_path / "out"), engines.processes(1), **options)
+    library = tokenizers.Tokenizer.from_buffer(chosen.content)
+    library.encode_special_tokens = True
+    expected = [token for text in TEXTS for token in (0, *library.encode(text, add_special_tokens=False).ids, 1)]
+    assert corpus.stored(tmp_path / "out/train").tolist() == expected
