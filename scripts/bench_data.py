@@ -74,11 +74,12 @@ def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
 def _bytes(named: list[str], options: argparse.Namespace, folder: Path) -> Path:
     found = files.find("train", named)
     byte = tokenizer.byte()
-    times = []
+    times, made = [], None
     for i in range(options.repeats):
         start = time.perf_counter()
         made = _tokenize(found, Job(byte, byte.bos, byte.eos), folder / f"bytes{i}")
         times.append(time.perf_counter() - start)
+    assert made is not None
     size = made["splits"]["train"]["text_bytes"]
     print(f"bytes, {size / 1e6:.0f} MB of text: {size / 1e6 / statistics.median(times):.1f} MB/s")
     return folder / "bytes0"
@@ -104,7 +105,7 @@ def _batches(dataset: Path, options: argparse.Namespace) -> None:
     print(f"  first batch at step 10^6: {time.perf_counter() - start:.3f} s")
 
 
-def _tokenize(found: list[files.InputFile], job: Job, output: Path | None = None) -> dict:
+def _tokenize(found: list[files.InputFile], job: Job, output: Path | None = None) -> dict | None:
     workers = engines.processes(engines.cores())
     if output is not None:
         return tokenize.tokenize(found, job, Store(output), workers)

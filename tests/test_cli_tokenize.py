@@ -256,7 +256,11 @@ def test_as_a_module_interrupted_by_hand_and_run_again(here):
         time.sleep(pause)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (130, "", "ttt tokenize: interrupted\n")
+        assert (process.returncode, out, err) == (
+            130,
+            "",
+            "ttt tokenize: stopped by SIGINT; the same command goes on here\n",
+        )
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(stored(here / "out/train")) == 400 * (SIZE + 2 * len(TEXTS))

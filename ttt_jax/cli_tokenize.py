@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import os
+import signal
+import sys
 import time
 
 from ttt_jax.config import ConfigError
 from ttt_jax.status_line import StatusLine, duration
+from ttt_jax.stop_signals import StopSignals
 
 DESCRIPTION = """\
 Tokenizes files of text into a dataset that ttt train reads: a zarr3 array for each split, and dataset.json.
@@ -79,10 +82,24 @@ def run(options: argparse.Namespace) -> int:
     else:
         engine = engines.processes(options.workers or engines.cores())
     bar = _Bar(sum(file.size for file in found))
-    try:
-        about = tokenize.tokenize(found, job, output, engine, skip_problems=skip, trained=trained, progress=bar)
-    finally:
-        bar.close()
+    with StopSignals() as signals:
+        try:
+            about = tokenize.tokenize(
+                found,
+                job,
+                output,
+                engine,
+                skip_problems=skip,
+                trained=trained,
+                progress=bar,
+                stop=lambda: signals.received,
+            )
+        finally:
+            bar.close()
+    if about is None:
+        received = signals.received or signal.SIGTERM
+        print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
+        return 128 + received
     print(f"{options.output}: {about['tokenizer']['name']}, {about['vocab_size']:,} tokens in the vocabulary", end="; ")
     print("; ".join(f"{key} {'none' if about[key] is None else about[key]}" for key in ("bos", "eos")))
     for split, counts in about["splits"].items():

@@ -44,7 +44,7 @@ def test_a_dataset(made):
     np.testing.assert_array_equal(source.tokens[0 : len(tokens)], tokens)
     for start in range(0, len(tokens) - 10):
         np.testing.assert_array_equal(source.tokens[start : start + 10], tokens[start : start + 10])
-    np.testing.assert_array_equal(source.tokens[20:10**6], tokens[20:])
+    np.testing.assert_array_equal(source.tokens[20 : 10**6], tokens[20:])
     np.testing.assert_array_equal(source.documents[0 : 1 << 20], np.flatnonzero(tokens == 256))
 
 

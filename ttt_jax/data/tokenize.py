@@ -58,16 +58,18 @@ def tokenize(
     skip_problems: bool = False,
     trained: dict[str, int] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], object] = lambda: False,
     unit_bytes: int = 4 << 20,
     shard: int = array.SHARD,
     chunk: int = array.CHUNK,
     save_seconds: float = 30.0,
-) -> dict[str, Any]:
-    """Makes a dataset, or goes on making it; returns what its ``dataset.json`` says.
+) -> dict[str, Any] | None:
+    """Makes a dataset, or goes on making it; returns what its ``dataset.json`` says, None if it was told to stop.
 
     Args:
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
       trained: how the tokenizer was trained, where it was.
+      stop: is asked after every unit; where it says yes, the run saves where it is and returns.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
       shard, chunk: tokens in a file, and in what is decompressed at a time.
       save_seconds: between two times that the run saves where it is.
@@ -137,6 +139,9 @@ def tokenize(
                 splits[name].append(piece)
             position = unit.end
             report(sum(sizes[: position.file]) + read_to.pop(unit.end))
+            if stop():
+                save()
+                return None
             if time.monotonic() - saved > save_seconds:
                 save()
     save()

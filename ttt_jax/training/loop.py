@@ -23,6 +23,7 @@ from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
 from ttt_jax.models import build
 from ttt_jax.parallel import sharding
+from ttt_jax.stop_signals import StopSignals
 from ttt_jax.training import checkpoint, metrics, program
 from ttt_jax.training.progress import ProgressBar
 
@@ -110,7 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     bar = ProgressBar(total, start, tokens_per_step)
     report = _LateReport(writer, bar, log_every, tokens_per_step)
     batches = None
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         try:
             train_step = run.compiled_step()
             state = checkpoints.restore(start, run.abstract_state) if start else run.initial_state()
@@ -190,28 +191,6 @@ class _LateReport:
         if bad:
             raise NonFiniteLossError(f"{bad[0]} is {numbers[bad[0]]} at step {step}")
         self._bar.update(step, self.loss, seconds)
-
-
-class _StopSignals:
-    """Remembers the first SIGINT or SIGTERM; the second acts as usual."""
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> "_StopSignals":
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _receive(self, number, frame) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception) -> None:
-        self._restore()
 
 
 def _check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
