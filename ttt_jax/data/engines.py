@@ -71,7 +71,7 @@ def ray(address: str) -> Engine:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--ray-address {address}: no such cluster ({_first_line(error)})") from error
+            raise ConfigError(f"--ray-address {address}: no such cluster ({_last_line(error)})") from error
         try:
             remote = ray.remote(num_cpus=1, max_retries=5)(_tokenize_on_cluster)
             reference = ray.put(job)
@@ -79,7 +79,7 @@ def ray(address: str) -> Engine:
             yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
         except ray.exceptions.RayError as error:
             raise DataError(
-                f"--engine ray: {_first_line(error)}; the same command goes on where this one was"
+                f"--engine ray: {_last_line(error)}; the same command goes on where this one was"
             ) from error
         finally:
             ray.shutdown()
@@ -147,6 +147,6 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for every core is faster than threads in each
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

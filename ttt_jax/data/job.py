@@ -86,6 +86,8 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
         number, content = record
         try:
             encoded = encode(content).astype(job.dtype)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a tokenizer raises
             problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
             continue

@@ -251,6 +251,8 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
                 yield from values[skip:]
                 skip = max(0, skip - len(values))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) is not None:  # it could not be read; what is damaged has no number
+            raise
         raise _BrokenFileError(f"not readable as Parquet: {_reason(error)}") from error
 
 

@@ -69,7 +69,7 @@ def tokenize(
     Args:
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
       trained: how the tokenizer was trained, where it was.
-      stop: is asked after every unit; where it says yes, the run saves where it is and returns.
+      stop: is asked at every unit; where it says yes, the run saves where it is and returns.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
       shard, chunk: tokens in a file, and in what is decompressed at a time.
       save_seconds: between two times that the run saves where it is.
@@ -128,6 +128,9 @@ def tokenize(
     units = _with_splits(files, position, unit_bytes, job.text_key, read_to)
     with contextlib.closing(engine(job, units)) as parts:
         for unit, part in parts:
+            if stop():
+                save()
+                return None
             if part.problems and not skip_problems:
                 save()
                 raise DataError(_located(files[position.file], part.problems))
@@ -139,9 +142,6 @@ def tokenize(
                 splits[name].append(piece)
             position = unit.end
             report(sum(sizes[: position.file]) + read_to.pop(unit.end))
-            if stop():
-                save()
-                return None
             if time.monotonic() - saved > save_seconds:
                 save()
     save()
