@@ -39,5 +39,5 @@ def get_config(arg: str = "ttt_linear"):
     config.data.sequence_length = 8192
     config.data.batch_size = 2
     config.optimizer.peak_lr = 4e-3
-    config.training.duration = "400 steps"
+    config.training.duration = "250 steps"
     return config

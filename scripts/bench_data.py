@@ -14,7 +14,11 @@ median of several, taken in turns.
 
 import argparse
 import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +28,8 @@ import numpy as np
 import tokenizers
 from backports import zstd
 
-from ttt_jax.data import embedded, engines, files, pipeline, records, sources, tokenize, tokenizer, train_bpe
+from ttt_jax.data import embedded, files, pipeline, records, sources, tokenizer, train_bpe
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 
 _BATCH_TOKENS = 1 << 18
 
@@ -36,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILES")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--most-mb", type=float, default=50.0, help="of text for the BPE comparison (default: 50)")
+    parser.add_argument("--most-mb", type=float, default=100.0, help="of text for the BPE comparison (default: 100)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         named = options.files or [_standard_library(Path(folder))]
@@ -57,32 +60,29 @@ def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
     _write(path, texts)
     found = files.find("train", [str(path)])
     content = train_bpe.train(found, 8192, Job(tokenizer.byte(), None, None))
-    bpe = tokenizer.from_huggingface(content, "tokenizer.json", train_bpe.BOS_TOKEN, train_bpe.EOS_TOKEN)
+    (folder / "tokenizer.json").write_bytes(content)
     library = tokenizers.Tokenizer.from_buffer(content)
     runs = {
         "library, encode_batch": lambda: library.encode_batch(texts, add_special_tokens=False),
         "library, encode_batch_fast": lambda: library.encode_batch_fast(texts, add_special_tokens=False),
-        "ttt tokenize": lambda: _tokenize(found, Job(bpe, bpe.bos, bpe.eos)),
+        "ttt tokenize": lambda: _tokenize([str(path)], str(folder / "tokenizer.json"), folder / "bpe"),
     }
-    seconds = _in_turns(runs, options.repeats)
-    best = min(seconds["library, encode_batch"], seconds["library, encode_batch_fast"])
-    print(f"BPE, {size / 1e6:.0f} MB of text in {len(texts)} documents")
-    for name, value in seconds.items():
-        print(f"  {name:<28} {size / 1e6 / value:6.2f} MB/s  {best / value:.2f} of the library's best")
+    times = _in_turns(runs, options.repeats)
+    best = min(wall for name, (wall, _) in times.items() if name.startswith("library"))
+    least = min(cpu for name, (_, cpu) in times.items() if name.startswith("library"))
+    print(f"BPE, {size / 1e6:.0f} MB of text in {len(texts)} documents; in brackets against the library's best")
+    for name, (wall, cpu) in times.items():
+        print(
+            f"  {name:<28} {size / 1e6 / wall:5.2f} MB/s ({best / wall:.2f})  "
+            f"{size / 1e6 / cpu:5.2f} MB per second of CPU ({least / cpu:.2f})"
+        )
 
 
 def _bytes(named: list[str], options: argparse.Namespace, folder: Path) -> Path:
-    found = files.find("train", named)
-    byte = tokenizer.byte()
-    times, made = [], None
-    for i in range(options.repeats):
-        start = time.perf_counter()
-        made = _tokenize(found, Job(byte, byte.bos, byte.eos), folder / f"bytes{i}")
-        times.append(time.perf_counter() - start)
-    assert made is not None
-    size = made["splits"]["train"]["text_bytes"]
-    print(f"bytes, {size / 1e6:.0f} MB of text: {size / 1e6 / statistics.median(times):.1f} MB/s")
-    return folder / "bytes0"
+    times = _in_turns({"bytes": lambda: _tokenize(named, "byte", folder / "bytes")}, options.repeats)
+    made = json.loads((folder / "bytes" / "dataset.json").read_text())["splits"]["train"]
+    print(f"bytes, {made['text_bytes'] / 1e6:.0f} MB of text: {made['text_bytes'] / 1e6 / times['bytes'][0]:.1f} MB/s")
+    return folder / "bytes"
 
 
 def _batches(dataset: Path, options: argparse.Namespace) -> None:
@@ -105,22 +105,28 @@ def _batches(dataset: Path, options: argparse.Namespace) -> None:
     print(f"  first batch at step 10^6: {time.perf_counter() - start:.3f} s")
 
 
-def _tokenize(found: list[files.InputFile], job: Job, output: Path | None = None) -> dict | None:
-    workers = engines.processes(engines.cores())
-    if output is not None:
-        return tokenize.tokenize(found, job, Store(output), workers)
-    with tempfile.TemporaryDirectory() as folder:
-        return tokenize.tokenize(found, job, Store(folder), workers)
+def _tokenize(named: list[str], tokenizer: str, output: Path) -> None:
+    """The command as a user types it, start of Python included."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", *named, "--tokenizer", tokenizer]
+    subprocess.run([*command, "--output", str(output)], check=True, capture_output=True)
 
 
-def _in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def _in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each, by the clock and of all cores."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), _cpu_seconds()
             run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append((time.perf_counter() - start, _cpu_seconds() - busy))
+    medians = {name: [statistics.median(x) for x in zip(*values, strict=True)] for name, values in times.items()}
+    return {name: (wall, cpu) for name, (wall, cpu) in medians.items()}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 def _texts(named: list[str]) -> Iterator[str]:

@@ -59,7 +59,7 @@ def tokenize(
     trained: dict[str, int] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], object] = lambda: False,
-    unit_bytes: int = 4 << 20,
+    unit_bytes: int = 1 << 20,
     shard: int = array.SHARD,
     chunk: int = array.CHUNK,
     save_seconds: float = 30.0,

@@ -3,6 +3,7 @@
 Text is text: a special token that is spelled out in a document is tokenized as the characters that it is made of.
 """
 
+import array
 import dataclasses
 import functools
 import hashlib
@@ -54,10 +55,10 @@ class Tokenizer:
             return lambda text: np.frombuffer(text.encode(), np.uint8)
         if self.kind == "sentencepiece":
             processor = _sentencepiece(self.content, self.name)
-            return lambda text: np.array(processor.encode(text), np.uint32)
+            return lambda text: _ids(processor.encode(text))
         tokenizer = _huggingface(self.content, self.name)
         # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
-        return lambda text: np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.uint32)
+        return lambda text: _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def byte() -> Tokenizer:
@@ -134,6 +135,11 @@ def _tokenizer_config(location: str) -> dict:
     except ValueError as error:
         raise ConfigError(f"{beside}: not JSON: {error}") from error
     return found if isinstance(found, dict) else {}
+
+
+def _ids(tokens: list[int]) -> np.ndarray:
+    """A list as an array; by way of the standard library's, which takes a third of the time of NumPy's."""
+    return np.frombuffer(array.array("I", tokens), np.uint32)
 
 
 def _sentencepiece(content: bytes, name: str):
