@@ -241,6 +241,20 @@ def test_another_request_for_the_same_folder(here, capsys):
     assert capsys.readouterr().err.startswith("ttt tokenize: --output out: holds ")
 
 
+def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, capsys):
+    command = ["--train", "a.jsonl", "--tokenizer", "byte", "--output", "out", "--workers", 1]
+    assert ttt(*command, "--text-key", "body") == 1
+    assert ttt(*command, "--no-bos", "--on-error", "skip", "--text-key", "body") == 1
+    assert "no document could be read" in capsys.readouterr().err
+    assert ttt(*command) == 0
+    assert ttt(*command[:-4], "--output", "other", "--workers", 1) == 0
+    files = {
+        name: {p.relative_to(here / name): p.read_bytes() for p in (here / name).rglob("*") if p.is_file()}
+        for name in ("out", "other")
+    }
+    assert files["out"] == files["other"]
+
+
 def test_as_a_module_interrupted_by_hand_and_run_again(here):
     """Ctrl-C reaches the workers too, also while they start; only one line is said of it."""
     write(here / "long.jsonl", TEXTS * 400)

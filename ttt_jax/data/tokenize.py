@@ -87,8 +87,15 @@ def tokenize(
     state = output.read_json(_STATE)
     if state is None:
         check_empty(output)
-        state = {"plan": plan, "position": dataclasses.asdict(Position()), "generation": 0, "splits": {}}
-        state.update(skipped=0, problems=[])
+    if state is None or not any(split["text_bytes"] for split in state["splits"].values()):
+        # Nothing has been written yet, so that a mistake in the first command is no reason to refuse the second.
+        state = {
+            "plan": plan,
+            "position": dataclasses.asdict(Position()),
+            "generation": (state or {}).get("generation", 0),
+        }
+        state.update(splits={}, skipped=0, problems=[])
+        output.delete(f"{UNFINISHED}/problems")
     plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
     _check_same(plan, state["plan"], state["position"]["file"], output)
     state["plan"] = plan
