@@ -54,6 +54,13 @@ def test_every_document_is_read_from_its_beginning_to_its_end(known, lengths, pi
     assert [document["targets"] for document in found] == [list(tokens[1:]) for tokens in expected]
 
 
+def test_the_last_target_is_of_the_same_document_also_where_no_token_begins_the_next():
+    source = dataclasses.replace(a_source([5, 3, 7]), bos=None)
+    found = read(source, piece_length=4, batch_size=2)
+    assert [document["targets"][-1] for document in found] == [104, 202, 306]
+    assert [len(document["targets"]) for document in found] == [4, 2, 6]
+
+
 def test_no_more_of_a_document_than_asked():
     found = read(a_source([30, 5, 12]), piece_length=4, batch_size=2, most_tokens=10)
     assert [len(document["inputs"]) for document in found] == [10, 4, 10]
