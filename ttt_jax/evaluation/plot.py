@@ -23,6 +23,7 @@ _STYLES = {
     "TTT-MLP (Transformer backbone)": ("#E69F00", (0, (3, 1, 1, 1))),
 }
 _OTHER_STYLES = [("#009E73", ":"), ("#CC79A7", (0, (1, 1))), ("#8C6D1F", (0, (8, 2)))]
+_SURPRISES = 2  # first tokens of a document, of which nobody can know anything
 _NOTE: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 8, "color": "0.4"}
 
 
@@ -101,9 +102,9 @@ def loss_by_position(
         axes.plot(evaluation.position, curve, color=color, linestyle=line, linewidth=1.8, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if x < 1024 else f"{x / 1024:.0f}k"))
     axes.set_xlim(1, max(e.position[-1] for e in evaluations))
-    axes.set_ylim(*_limits(evaluations))
+    axes.set_ylim(*_limits(evaluations, first=_SURPRISES if by_document else 0))
     for length in {e.about["training_context"] for e in evaluations if e.about["training_context"] < e.position[-1]}:
         axes.axvline(length, color="0.5", linewidth=0.8, linestyle=":")
         axes.text(length * 0.96, 0.02, f"trained on {length:,}", transform=axes.get_xaxis_transform(), **_NOTE)
@@ -115,7 +116,7 @@ def loss_by_position(
     )
     axes.set_title(f"Loss by token index, {about['source']}, {windows}", fontsize=11)
     axes.grid(alpha=0.25, which="major")
-    axes.legend(frameon=False)
+    axes.legend(loc="upper right", framealpha=0.8, edgecolor="none")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=160)
     plt.close(figure)
@@ -135,10 +136,10 @@ def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:.2g} M" if parameters < 1e7 else f"{parameters / 1e6:,.0f} M"
 
 
-def _limits(evaluations: Sequence[Evaluation]) -> tuple[float, float]:
-    """All smoothed curves and most raw points: single early positions would squeeze the rest."""
+def _limits(evaluations: Sequence[Evaluation], first: int) -> tuple[float, float]:
+    """All smoothed curves from a position on, and most raw points: single early positions would squeeze the rest."""
     raw = np.concatenate([e.loss[np.isfinite(e.loss)] for e in evaluations])
-    curves = np.concatenate([smooth(e.position, e.loss) for e in evaluations])
+    curves = np.concatenate([smooth(e.position, e.loss)[first:] for e in evaluations])
     low = min(np.nanmin(curves), np.percentile(raw, 0.5))
     high = max(np.nanmax(curves), np.percentile(raw, 99.5))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
