@@ -7,7 +7,7 @@
     ttt plot loss-by-position runs/books-* --context 32768 --by-document --output books.png
 
 Loss 1.64 nats per byte over the first 32768 bytes of nine validation books (docs/data.md). TTT-MLP takes longer, and
-attention 8 times as long per step on a CPU.
+attention much longer on a CPU.
 
 With tokens of a BPE that is trained on the train split, `--train-bpe 8192 --output data/books-bpe` in the first command
 and configs/books.py:ttt_linear,bpe in the second.
