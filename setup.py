@@ -44,6 +44,7 @@ setup(
         "gcs": ["gcsfs>=2024.10"],  # text files on gs://; datasets there need nothing more
         "ray": ["ray>=2.40"],
         "dev": [
+            "fsspec[http]>=2024.10",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pyarrow>=18",
