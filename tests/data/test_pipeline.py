@@ -166,7 +166,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processe
     source = TokenSource("some/train", tokens, vocab_size=10, bos=None)
     batches = pipeline.train_batches(source, sequence_length=T, batch_size=1, seed=1, worker_processes=worker_processes)
     read = 0
-    with pytest.raises(Exception, match="some/train: token 10 at offset 23; expected ids below the vocabulary of 10"):  # noqa: PT012
+    with pytest.raises(DataError, match="some/train: token 10 at offset 23; expected ids below the vocabulary of 10"):  # noqa: PT012
         for _ in range(13):
             next(batches)
             read += 1

@@ -1,5 +1,6 @@
 """The loop in this process: what it writes, what it refuses, and that models learn."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import source, sources
+from ttt_jax.data import pipeline, source, sources
+from ttt_jax.data.errors import DataError
 from ttt_jax.training import loop, metrics, program
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -88,6 +90,37 @@ def test_other_data_is_refused(finished, monkeypatch, tiny_config):
     longer.training.duration = "30 steps"
     with pytest.raises(ConfigError, match="not the data this run began with"):
         loop.train(longer, workdir)
+
+
+@pytest.mark.parametrize("worker_processes", [0, 1])
+def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
+    tmp_path, monkeypatch, tiny_config, worker_processes
+):
+    """And once it can be read, the run ends with the bits of one that met nothing bad."""
+    config = tiny_config({"training.duration": "6 steps", "data.worker_processes": worker_processes})
+    tokens = np.random.default_rng(0).integers(0, 256, 64 * 40 + 1).astype(np.uint16)
+    good = source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
+    batches = pipeline.train_batches(good, sequence_length=64, batch_size=2, seed=config.seed)
+    fourth = [next(batches) for _ in range(4)][3]["inputs"][1]
+    place = next(i for i in range(0, len(tokens), 64) if np.array_equal(tokens[i : i + 64], fourth)) + 7
+    damaged = tokens.copy()
+    damaged[place] = 999
+    bad = dataclasses.replace(good, tokens=damaged, known_fingerprint=good.fingerprint())
+
+    monkeypatch.setattr(loop.sources, "from_config", lambda config, split: bad)
+    with pytest.raises(
+        DataError, match=f"some/train: token 999 at offset {place}; .*; the run stands at step 3, saved"
+    ):
+        loop.train(config, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+    assert checkpoints.latest_step() == 3
+    checkpoints.close()
+    monkeypatch.setattr(loop.sources, "from_config", lambda config, split: good)
+    assert loop.train(config, tmp_path / "run").step == 6
+    loop.train(config, tmp_path / "whole")
+    losses = [[record["loss"] for record in metrics.read(tmp_path / name)] for name in ("run", "whole")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
 
 
 def test_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path, tiny_config):

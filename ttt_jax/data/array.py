@@ -76,14 +76,14 @@ class ArrayWriter:
             number = name.rsplit("/", 1)[1]
             if number.isdecimal() and int(number) >= self._shards:
                 self._store.delete_file(name)
+        before = digest = self._digest
         if len(rest):
-            digest = self._digest
             self._write(rest)
-            last, self._digest = self._digest, digest
+            digest, self._digest = self._digest, before
         self._wait()
         with self._explained():
             self._open(len(self), open=True, create=True)
-        return last if len(rest) else self._digest
+        return digest
 
     def _write(self, values: np.ndarray) -> None:
         self._wait()

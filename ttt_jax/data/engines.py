@@ -92,7 +92,7 @@ def ray(address: str) -> Engine:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for half a minute, and then ends the process."""
+    """Ray itself tries for minutes, and then ends the process."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "://" not in address:
         try:

@@ -110,7 +110,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     )
     bar = ProgressBar(total, start, tokens_per_step)
     report = _LateReport(writer, bar, log_every, tokens_per_step)
-    batches = None
+    batches, step = None, start
     with StopSignals() as stop:
         try:
             train_step = run.compiled_step()
@@ -128,7 +128,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
 
             # ---- Train
             report.start()
-            step = start
             while step < total and not stop.received:
                 batch = sharding.global_batch(next(batches), run.batch_sharding)
                 state, values = train_step(state, batch)
@@ -143,9 +142,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
             checkpoints.wait()
         except DataError as error:
             report.flush()
-            save(step, state)
+            if step > start:
+                save(step, state)
             checkpoints.wait()
-            raise DataError(f"{error}; saved at step {step}, the batch behind it cannot be read") from error
+            raise DataError(
+                f"{error}; the run stands at step {step}, saved, and goes on once that can be read"
+            ) from error
         except NonFiniteLossError as error:
             checkpoints.wait()
             raise NonFiniteLossError(_advice(error, checkpoints, workdir)) from error
