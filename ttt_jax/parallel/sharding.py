@@ -1,12 +1,13 @@
 """Meshes, and the one table that says which logical axis of a parameter goes to which mesh axis."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.config import ConfigError
@@ -27,9 +28,42 @@ class ShardingRules:
     batch: tuple[str, ...] = ("data", "fsdp")
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; ``shape`` gives the size of each of :data:`MESH_AXES`."""
-    return jax.make_mesh(tuple(shape[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh; ``shape`` gives the size of each of :data:`MESH_AXES`.
+
+    Devices of several slices (TPU pods joined by a data center network) are laid out so that only the data axis crosses
+    from slice to slice: what goes over that network is one sum of gradients per step.
+
+    Args:
+      devices: all of them that there are, unless given (of a topology that is only described, for example).
+
+    Raises:
+      ConfigError: where the data axis is no multiple of the number of slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = tuple(shape[axis] for axis in MESH_AXES)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        grid = _grid(mesh_utils.create_device_mesh, sizes, devices)
+        return Mesh(grid, MESH_AXES, axis_types=types)
+    data, *others = sizes
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data={data}: expected a multiple of {slices}, the number of slices; only this axis may cross "
+            "from slice to slice"
+        )
+    within, across = (data // slices, *others), (slices,) + (1,) * len(others)
+    grid = _grid(mesh_utils.create_hybrid_device_mesh, within, across, devices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _grid(create: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+    """Devices in the order that suits their network; an axis of the network is split only where it has to be."""
+    try:
+        return create(*arguments)
+    except NotImplementedError:
+        return create(*arguments, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
