@@ -101,7 +101,10 @@ def main() -> None:
     compare("causal convolution", ways, normal(1, TOKENS + 3, WIDTH), normal(4, WIDTH))
 
     kernels = [0.02 * normal(WIDTH, HIDDEN), 0.02 * normal(WIDTH, HIDDEN), 0.02 * normal(HIDDEN, WIDTH)]
-    ways = {"by autodiff": swiglu(jnp.matmul), "project": swiglu(lambda x, w: project(x, w, jnp.float32))}
+    ways = {
+        "by autodiff": swiglu(jnp.matmul),
+        "project": swiglu(lambda x, w: project(x, w, ("embed", "mlp"), jnp.float32)),
+    }
     compare("SwiGLU", ways, normal(1, TOKENS, WIDTH), *kernels)
 
     def library(q, k, v):

@@ -6,6 +6,8 @@ import numpy as np
 
 from ttt_jax.layers.projection import project
 
+AXES = ("embed", "mlp")  # play no part without a mesh
+
 RNG = np.random.default_rng(0)
 
 
@@ -21,16 +23,16 @@ def gradients(f, x, kernel, g):
 
 def test_float32_gradient_is_that_of_autodiff(assert_close):
     x, kernel, g = problem(3)
-    assert_close(project(x, kernel, jnp.float32), np.asarray(x, np.float64) @ np.asarray(kernel), 1e-6)
-    actual = gradients(lambda x, kernel: project(x, kernel, jnp.float32), x, kernel, g)
+    assert_close(project(x, kernel, AXES, jnp.float32), np.asarray(x, np.float64) @ np.asarray(kernel), 1e-6)
+    actual = gradients(lambda x, kernel: project(x, kernel, AXES, jnp.float32), x, kernel, g)
     assert_close(actual, gradients(jnp.matmul, x, kernel, g), 1e-6)
 
 
 def test_bfloat16_kernel_gradient_is_summed_and_kept_in_float32(assert_close):
     """Of 1024 tokens; a sum in bfloat16, or rounded to it, is off by 4e-3."""
     x, kernel, g = problem(512)
-    assert project(x, kernel, jnp.bfloat16).dtype == jnp.bfloat16
-    low_x, low_kernel = gradients(lambda x, kernel: project(x, kernel, jnp.bfloat16), x, kernel, g)
+    assert project(x, kernel, AXES, jnp.bfloat16).dtype == jnp.bfloat16
+    low_x, low_kernel = gradients(lambda x, kernel: project(x, kernel, AXES, jnp.bfloat16), x, kernel, g)
     exact_x, exact_kernel = gradients(jnp.matmul, x, kernel, g)
     assert low_kernel.dtype == jnp.float32
     assert_close(low_kernel, exact_kernel, 1e-5)

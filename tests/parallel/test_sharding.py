@@ -57,11 +57,11 @@ def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(runs):
     run = runs["ttt_linear 2x2x2"]
     expected = {  # shape of the part that one device holds, the first axis being that of layers
         "embedding": [16 // 2, 8 // 2],
-        "final_norm/scale": [4],
-        "layers/conv/kernel": [1, 4, 8 // 2],
+        "final_norm/scale": [8],
+        "layers/conv/kernel": [1, 4, 8],
         "layers/mixer/wq/kernel": [1, 8 // 2, 8 // 2],
         "layers/mixer/wo/kernel": [1, 8 // 2, 8 // 2],
-        "layers/mixer/eta_kernel": [1, 8 // 2, 2 // 2],
+        "layers/mixer/eta_kernel": [1, 8, 2 // 2],
         "layers/mixer/inner_kernel_0": [1, 2 // 2, 4, 4],
         "layers/mixer/tau": [1, 4],
         "layers/mlp/gate/kernel": [1, 8 // 2, 16 // 2],

@@ -19,8 +19,8 @@ class CausalConv(nn.Module):
     def __call__(self, x: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Convolves x. ``state`` holds the last ``width - 1`` inputs, [B, width - 1, D]; None starts from zeros."""
         batch, tokens, channels = x.shape
-        kernel = parameter(self, "kernel", _lecun_normal, (self.width, channels), (None, "embed"))
-        bias = parameter(self, "bias", nn.initializers.zeros, (channels,), ("embed",))
+        kernel = parameter(self, "kernel", _lecun_normal, (self.width, channels), (None, "channels"))
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,), ("channels",))
 
         before = jnp.zeros((batch, self.width - 1, channels), x.dtype) if state is None else state.astype(x.dtype)
         x = jnp.concatenate([before, x], axis=1).astype(self.dtype)

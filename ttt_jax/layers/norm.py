@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("embed",))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("channels",))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers.parameter import parameter
+from ttt_jax.parallel.activations import constrain, gathered
 
 
 class Projection(nn.Module):
@@ -21,29 +22,38 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         normal = nn.initializers.normal(self.init_stddev)
         kernel = parameter(self, "kernel", normal, (x.shape[-1], self.features), self.axes)
-        return project(x, kernel, self.dtype)
+        return project(x, kernel, self.axes, self.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x @ kernel`` computed and returned in ``dtype``; the gradient of the kernel is summed and kept in float32.
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project(
+    x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: jnp.dtype, out_dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """``x @ kernel`` computed in ``dtype`` and returned in it, or in ``out_dtype``; ``axes`` are those of the kernel.
+    The gradient of the kernel is summed and kept in float32.
 
     The backward pass is written out for its operand order. Autodiff asks for (g^T x)^T, which XLA on a CPU serves by
     fusing the elementwise operations that made g into a transposed, strided copy. With x^T g the copy is of x, a
     plain array, and is shared by the projections of the same x: a SwiGLU layer takes 0.7 of the time.
     """
-    return x.astype(dtype) @ kernel.astype(dtype)
+    y = jnp.matmul(x.astype(dtype), gathered(kernel.astype(dtype), *axes), preferred_element_type=out_dtype)
+    return _laid_out(y, axes[1])
 
 
-def _forward(x, kernel, dtype):
-    return project(x, kernel, dtype), (x, kernel)
+def _forward(x, kernel, axes, dtype, out_dtype):
+    return project(x, kernel, axes, dtype, out_dtype), (x, kernel)
 
 
-def _backward(dtype, saved, g):
+def _backward(axes, dtype, out_dtype, saved, g):
     x, kernel = saved
-    x_gradient = g @ kernel.astype(dtype).T
+    x_gradient = _laid_out((g @ gathered(kernel.astype(dtype), *axes).T).astype(x.dtype), axes[0])
     kernel_gradient = jnp.einsum("btd,btf->df", x.astype(dtype), g, preferred_element_type=jnp.float32)
-    return x_gradient.astype(x.dtype), kernel_gradient.astype(kernel.dtype)
+    return x_gradient, constrain(kernel_gradient, *axes).astype(kernel.dtype)
 
 
 project.defvjp(_forward, _backward)
+
+
+def _laid_out(activation: jax.Array, last: str) -> jax.Array:
+    """[B, T, D] over its batch, and over D where that is split between devices; the residual stream is not."""
+    return constrain(activation, "batch", None, None if last == "embed" else last)

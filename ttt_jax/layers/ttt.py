@@ -21,6 +21,7 @@ from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
+from ttt_jax.parallel.activations import locally, mean_over_parts
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.state import InnerState, initial_state
@@ -64,8 +65,7 @@ class TTT(nn.Module):
         q, k, v, conv_q, conv_k = self._qkv(x, state)
         positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
         w0, norm = self._inner_parameters()
-        result = scan.run(
-            self.learner,
+        result = self._inner_loop(
             norm,
             w0,
             rope.rotate(q, positions, self.rope_theta),
@@ -74,9 +74,6 @@ class TTT(nn.Module):
             self._token_eta(x, inner_lr_scale),
             self._position_eta(),
             None if state is None else _started(state.inner, w0),
-            remat_group=self.remat_group,
-            unroll=self.unroll,
-            statistics=self.is_mutable_collection("statistics"),
         )
         if result.statistics is not None:
             for name, value in result.statistics._asdict().items():
@@ -87,7 +84,38 @@ class TTT(nn.Module):
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
-        return y, None if state is None else TTTState(result.state, conv_q, conv_k)
+        return y, None if state is None else TTTState(InnerState(*result.state), conv_q, conv_k)
+
+    def _inner_loop(self, norm, w0, q, k, v, token_eta, position_eta, state) -> scan.Result:
+        """The scan over mini-batches, by each device for its own sequences and heads: it communicates nothing."""
+        statistics = self.is_mutable_collection("statistics")
+
+        def run(norm, w0, q, k, v, token_eta, position_eta, state):
+            z, end, stats = scan.run(
+                self.learner,
+                norm,
+                w0,
+                q,
+                k,
+                v,
+                token_eta,
+                position_eta,
+                None if state is None else InnerState(*state),
+                remat_group=self.remat_group,
+                unroll=self.unroll,
+                statistics=statistics,
+            )
+            stats = jax.tree.map(lambda x: mean_over_parts(x, "batch", "num_heads"), stats)
+            return z, None if state is None else tuple(end), stats
+
+        heads, tokens = ("num_heads",), ("batch", None, "num_heads")
+        states = None if state is None else (("batch", "num_heads"), ("batch", "num_heads"), ())
+        inputs = (heads, heads, tokens, tokens, tokens, tokens, (), states)
+        return scan.Result(
+            *locally(run, inputs, (tokens, states, ()))(
+                norm, w0, q, k, v, token_eta, position_eta, None if state is None else tuple(state)
+            )
+        )
 
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """The state before the first token; its size does not depend on ``length``."""
@@ -124,22 +152,29 @@ class TTT(nn.Module):
             epsilon=1e-6,
             dtype=jnp.float32,
             use_fast_variance=False,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("channels",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)),
             name="post_norm",
         )
 
     def _inner_parameters(self) -> tuple[learner_lib.Weights, learner_lib.LayerNormParams]:
         """W0 and the learner's LN, trained by the outer loop, float32 whatever the compute dtype."""
 
-        def param(name, init, *shape):
-            return parameter(self, name, init, (self.num_heads, *shape), ("num_heads", None, None))
+        def param(name, init, *shape, split=(None, None)):
+            return parameter(self, name, init, (self.num_heads, *shape), ("num_heads", *split))
 
         normal, zeros, ones = nn.initializers.normal(self.init_stddev), nn.initializers.zeros, nn.initializers.ones
-        widths = self.learner.widths
+        widths, hidden = self.learner.widths, "learner_hidden"
+        last = self.learner.depth - 1
         w0 = tuple(
             learner_lib.Dense(
-                param(f"inner_kernel_{i}", normal, n_in, n_out),
+                param(
+                    f"inner_kernel_{i}",
+                    normal,
+                    n_in,
+                    n_out,
+                    split=(hidden, None) if i else (None, hidden if last else None),
+                ),
                 param(f"inner_bias_{i}", zeros, 1, n_out) if self.learner.bias else None,
             )
             for i, (n_in, n_out) in enumerate(pairwise(widths))
@@ -151,7 +186,7 @@ class TTT(nn.Module):
     def _token_eta(self, x, inner_lr_scale):
         """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
         normal, shape = nn.initializers.normal(self.init_stddev), (x.shape[-1], self.num_heads)
-        kernel = parameter(self, "eta_kernel", normal, shape, ("embed", "num_heads"))
+        kernel = parameter(self, "eta_kernel", normal, shape, ("channels", "num_heads"))
         bias = parameter(self, "eta_bias", nn.initializers.zeros, (self.num_heads,), ("num_heads",))
         gate = nn.sigmoid((x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32) + bias)
         return self.base_lr * inner_lr_scale * gate / self.learner.widths[0]

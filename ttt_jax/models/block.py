@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
+from ttt_jax.parallel.activations import constrain
 
 
 class BlockState(NamedTuple):
@@ -47,6 +48,7 @@ class Block(nn.Module):
         y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, inner_lr_scale)
         h = h + y
         h = h + SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name="mlp")(norm("mlp_norm", h))
+        h = constrain(h, "batch", None, None)
         self.sow("hidden_states", "h", h, reduce_fn=lambda _, new: new)
         return h, None if state is None else BlockState(conv_state, mixer_state)
 

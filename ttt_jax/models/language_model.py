@@ -10,8 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.layers.embedding import AXES, lookup
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.parameter import parameter
+from ttt_jax.layers.projection import project
 from ttt_jax.models.block import Block
 
 
@@ -46,8 +48,8 @@ class LanguageModel(nn.Module):
           inner_lr_scale: multiplies the inner learning rate of TTT layers (its warm-up).
         """
         normal = nn.initializers.normal(self.init_stddev)
-        embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), ("vocab", "embed"))
-        h = jnp.asarray(embedding, self.dtype)[tokens]
+        embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), AXES)
+        h = lookup(embedding, tokens, self.dtype)
         self._record("embedding", h)
         stack = nn.scan(
             nn.remat(_read, prevent_cse=False) if self.remat else _read,
@@ -63,8 +65,8 @@ class LanguageModel(nn.Module):
         if self.tie_embeddings:
             head = embedding.T
         else:
-            head = parameter(self, "head", normal, (self.width, self.vocab_size), ("embed", "vocab"))
-        return jnp.matmul(h, head.astype(self.dtype), preferred_element_type=jnp.float32), state
+            head = parameter(self, "head", normal, (self.width, self.vocab_size), AXES[::-1])
+        return project(h, head, AXES[::-1], self.dtype, jnp.float32), state
 
     def initial_state(self, batch: int, length: int) -> Any:
         """The state before the first token of ``batch`` sequences of at most ``length`` tokens."""

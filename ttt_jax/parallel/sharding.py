@@ -1,7 +1,8 @@
 """Meshes, and the one table that says which logical axis of a parameter goes to which mesh axis."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,14 +18,16 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis to mesh axis; None is replicated."""
+    """Logical axis to mesh axis; None is replicated. ``batch`` is of activations, the others of parameters too."""
 
     layers: str | None = None
     vocab: str | None = "tensor"
     embed: str | None = "fsdp"
+    channels: str | None = None  # width of small parameters, not worth a message each
     mlp: str | None = "tensor"
     heads: str | None = "tensor"  # the width of all heads together
     num_heads: str | None = "tensor"
+    learner_hidden: str | None = "fsdp"
     batch: tuple[str, ...] = ("data", "fsdp")
 
 
@@ -64,6 +67,13 @@ def _grid(create: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
         return create(*arguments)
     except NotImplementedError:
         return create(*arguments, allow_split_physical_axes=True)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
+    """What is traced within lies where ``rules`` put it on ``mesh`` (see :mod:`ttt_jax.parallel.activations`)."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(dataclasses.asdict(rules).items())):
+        yield
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:

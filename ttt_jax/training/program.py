@@ -25,6 +25,8 @@ class Program(NamedTuple):
     optimizer: optax.GradientTransformation
     learning_rate: optimizer_lib.Schedule
     inner_lr_scale: optimizer_lib.Schedule
+    mesh: Mesh
+    rules: sharding.ShardingRules
     state_sharding: Any
     batch_sharding: NamedSharding
     abstract_state: TrainState  # shapes, dtypes and shardings
@@ -47,9 +49,10 @@ class Program(NamedTuple):
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
             for name, dtype in (("inputs", jnp.int32), ("targets", jnp.int32), ("mask", jnp.float32))
         }
-        replicated = NamedSharding(self.batch_sharding.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_sharding, replicated))
-        return jitted.lower(self.abstract_state, batch).compile()
+        with sharding.on_mesh(self.mesh, self.rules):
+            return jitted.lower(self.abstract_state, batch).compile()
 
 
 def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
@@ -84,6 +87,8 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
         optimizer,
         learning_rate,
         _inner_lr_scale(config.model, warmup),
+        mesh,
+        rules,
         state_sharding,
         sharding.batch_sharding(mesh, rules),
         abstract,
