@@ -1,0 +1,70 @@
+"""What the processes of a run make sure of before they compute anything together.
+
+A process that is missing, or not the same, is found out by the end of a time limit, where a collective would hang.
+"""
+
+import json
+import socket
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ttt_jax.config import ConfigError, differing_keys
+from ttt_jax.parallel.exchange import Exchange
+
+
+def check_same(about: dict[str, Any], *, limit: float = 300) -> None:
+    """That all processes say the same.
+
+    Args:
+      about: what has to be equal everywhere: nested dicts, JSON.
+      limit: seconds for the last process to come.
+
+    Raises:
+      ConfigError: in every process, with the first process that differs, and where.
+    """
+    mine = {"host": socket.gethostname(), "about": about}
+    said = [json.loads(text) for text in Exchange("peers")(json.dumps(mine), limit)]
+    for process, other in enumerate(said):
+        different = differing_keys(said[0]["about"], other["about"])
+        if different:
+            listed = ", ".join(f"{key} {first!r} there, {here!r} here" for key, (first, here) in different.items())
+            raise ConfigError(
+                f"process {process} on {other['host']} differs from process 0 on {said[0]['host']}: {listed}; expected "
+                "the same command, code and packages on every host"
+            )
+
+
+def check_shared(folder: Path, *, limit: float = 60) -> None:
+    """That all processes see the same folder, which exists.
+
+    Raises:
+      ConfigError: in every process, naming those that do not.
+    """
+    if jax.process_count() == 1:
+        return
+    exchange = Exchange("shared folder", ConfigError)
+    mark = folder / exchange.on_first(lambda: f".seen-by-all-{uuid.uuid4().hex}")
+    if jax.process_index() == 0:
+        mark.touch()
+    exchange("marked")
+    deadline = time.monotonic() + limit  # a network file system may take a while to show it
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [str(process) for process, saw in enumerate(exchange(str(seen))) if saw != "True"]
+    if jax.process_index() == 0:
+        mark.unlink()
+    if blind:
+        raise ConfigError(
+            f"--workdir {folder}: not the same folder for processes {', '.join(blind)}; expected one that all share"
+        )
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error, once for all processes."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

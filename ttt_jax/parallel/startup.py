@@ -1,0 +1,100 @@
+"""Processes of one run find each other: on TPU pods, GKE, Slurm, and by hand.
+
+Nothing here may be called after JAX has looked for devices.
+"""
+
+import glob
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+
+import jax
+
+from ttt_jax.config import ConfigError
+from ttt_jax.parallel.watchdog import Watchdog
+
+_FOREVER = 7 * 24 * 3600  # for JAX, which aborts the process without a word of where it was; our own limit is shorter
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, limit: float = 300
+) -> None:
+    """Joins the other processes of this run, if there are any; returns once all are there.
+
+    By hand with the three arguments, or ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``;
+    otherwise as the environment says (Cloud TPU, GKE, Slurm, Open MPI). After ``limit`` seconds without the others the
+    process says so and ends with status 75.
+
+    Args:
+      coordinator: ``host:port`` of process 0, a free port there.
+      processes: how many.
+      process: which one this is, from 0.
+
+    Raises:
+      ConfigError: where only some of the three are given, or they make no sense.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
+    process = _number("JAX_PROCESS_ID") if process is None else process
+    by_hand = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in by_hand.items() if value is None]
+    if coordinator and processes is not None and process is not None:
+        _check(coordinator, processes, process)
+    elif len(missing) < len(by_hand):
+        raise ConfigError(f"{missing[0]}: missing; expected all of {', '.join(by_hand)}, or none")
+    elif not _in_cluster():
+        return
+
+    who = f"process {process} of {processes}" if not missing else "this process"
+    where = coordinator or "the coordinator that the environment names"
+    print(f"{who} on {socket.gethostname()} waits for the others at {where}", file=sys.stderr, flush=True)
+
+    def complaint(seconds: float) -> str:
+        return (
+            f"ttt: {who} on {socket.gethostname()}: not all processes came to {where} within {seconds:.0f} s; expected "
+            "the same command on every host (a slice of several hosts needs all of them), and a port that they reach"
+        )
+
+    with Watchdog(limit, complaint):
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
+        jax.devices()  # on a pod this waits for the others too
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` (a folder or ``gs://``) or else in the
+    user's cache folder. ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off."""
+    if not jax.config.read("jax_compilation_cache_dir"):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ttt_jax" / "xla"))
+
+
+def _in_cluster() -> bool:
+    """Whether the environment speaks of other processes, or is a TPU host, where only its metadata can tell."""
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        several_slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+        chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+        on_tpu_host = bool(chips) and importlib.util.find_spec("libtpu") is not None
+        if several_hosts or several_slices or (on_tpu_host and "TPU_SKIP_MDS_QUERY" not in os.environ):
+            return True
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1
+    return slurm or int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{variable}={text!r}: expected a whole number")
+    return int(text)
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator {coordinator}: expected host:port")
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process {process}: expected a number from 0 to below --processes, {processes}")
