@@ -1,0 +1,79 @@
+"""Whether the files of a folder are what was written there.
+
+Arrays on disk carry no checksum of their own: a flipped bit in one would be read as another number. So the sizes and
+checksums (CRC-32) of all files lie beside them in ``checksums.json``.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+
+NAME = "checksums.json"
+_BLOCK = 1 << 22  # bytes read at once
+_THREADS = 8
+
+
+def write(folder: epath.Path, subfolders: Iterable[str]) -> None:
+    """Writes the sizes and checksums of all that lies in ``subfolders`` of a folder."""
+    paths = [path for name in subfolders for path in _files(folder / name)]
+    names = [os.fspath(path.relative_to(folder)) for path in paths]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = dict(zip(names, threads.map(_size_and_checksum, paths), strict=True))
+    (folder / NAME).write_text(json.dumps({"algorithm": "crc32", "files": found}))
+
+
+def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with one of the files, or None.
+
+    Nothing is wrong where no checksums were written.
+
+    Args:
+      part: which share of the files to check, of ``parts``.
+
+    Raises:
+      OSError: where a file cannot be read that is there.
+    """
+    try:
+        text = (folder / NAME).read_text()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        return f"{NAME} is damaged"
+    try:
+        files = json.loads(text)["files"]
+        shares = sorted(files, key=lambda name: -files[name][0])[part::parts]
+    except (ValueError, LookupError, TypeError):
+        return f"{NAME} is damaged"
+    with ThreadPoolExecutor(_THREADS) as threads:
+        problems = threads.map(lambda name: _difference(folder / name, files[name]), shares)
+        return next((f"{name} {problem}" for name, problem in zip(shares, problems, strict=True) if problem), None)
+
+
+def _difference(path: epath.Path, expected: list[int]) -> str | None:
+    try:
+        size = path.stat().length
+        if size != expected[0]:
+            return f"has {size} bytes instead of {expected[0]}"
+        return None if _size_and_checksum(path) == expected else "is damaged (its checksum differs)"
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+
+
+def _size_and_checksum(path: epath.Path) -> list[int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
+
+
+def _files(folder: Any) -> list[epath.Path]:
+    found: list[epath.Path] = []
+    for path in sorted(folder.iterdir()):
+        found += _files(path) if path.is_dir() else [path]
+    return found
