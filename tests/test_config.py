@@ -392,7 +392,7 @@ def test_mesh_shapes():
     assert mesh_shape(8, data=1, fsdp=-1, tensor=2) == {"data": 1, "fsdp": 4, "tensor": 2}
     assert mesh_shape(6, data=3, fsdp=2, tensor=1, batch_size=12) == {"data": 3, "fsdp": 2, "tensor": 1}
     assert mesh_shape(8, batch_size=16, accumulation=2)["data"] == 8
-    assert mesh_shape(8, batch_size=1, data=1, tensor=8)["tensor"] == 8  # which does not split the batch
+    assert mesh_shape(6, batch_size=1, data=1, tensor=6)["tensor"] == 6  # which does not split the batch
 
 
 @pytest.mark.parametrize(
@@ -406,6 +406,7 @@ def test_mesh_shapes():
         (8, {"data": 1, "fsdp": -1, "tensor": -1}, ["mesh.tensor=-1", "mesh.fsdp is -1 too"]),
         (8, {"data": 0}, ["mesh.data=0", "a positive number of devices, or -1"]),
         (8, {"tensor": -2}, ["mesh.tensor=-2", "a positive number of devices, or -1"]),
+        (8, {"data": 1, "tensor": 8}, ["mesh.tensor=8", "model.num_heads=12", "a divisor"]),
         (8, {"batch_size": 12}, ["data.batch_size=12", "8 devices", "a multiple of 8"]),
         (8, {"batch_size": 4, "data": 2, "fsdp": 4}, ["data.batch_size=4", "8 devices", "mesh.data x mesh.fsdp"]),
         (

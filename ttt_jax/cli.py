@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from ttt_jax import cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
+from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 
 _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
@@ -33,8 +36,8 @@ examples:
   ttt plot loss-by-position runs/a runs/b --output a-and-b.png
 
 exit status:
-  0 done, 1 the run failed, 2 the command or the config cannot be run, 130 and 143 stopped by Ctrl-C or SIGTERM after
-  saving
+  0 done, 1 the run failed, 2 the command or the config cannot be run, 75 start it again and it goes on (after SIGTERM,
+  a lost process or a stall), 130 stopped by Ctrl-C
 """
 
 
@@ -52,34 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, rest)
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
+        return REFUSED
+    except (DataError, CheckpointError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print(f"ttt {options.verb}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt train``"""
     config = config_file.from_arguments(rest)
+    from ttt_jax.parallel import startup
+
+    startup.use_compilation_cache()
+    startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
+    import jax
+
     from ttt_jax.training import loop
 
-    try:
-        outcome = loop.train(config, options.workdir)
-    except loop.NonFiniteLossError as error:
-        print(f"ttt train: {error}", file=sys.stderr)
-        return 1
+    outcome = loop.train(config, options.workdir)
+    status = {None: DONE, signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[outcome.signal]
+    if jax.process_index():
+        return status
     if outcome.signal is not None:
         print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
         print(f"  {_same_command()}")
-        return 128 + outcome.signal
-    if outcome.loss is None:
+    elif outcome.loss is None:
         print(f"{options.workdir}: all {outcome.step} steps are done already; a longer --config.training.duration adds")
     else:
         print(f"{options.workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
-    return 0
+    return status
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
@@ -151,6 +158,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
     p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the run lives")
+    several = p.add_argument_group("several processes, where the environment does not tell of them")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
+    several.add_argument("--processes", type=_positive, metavar="N", help="how many")
+    several.add_argument("--process", type=_not_negative, metavar="I", help="which one this is, from 0")
+    several.add_argument(
+        "--start-limit", type=_positive, default=300, metavar="S", help="seconds to wait (default: 300)"
+    )
 
     p = verb("eval", evaluate, _EVAL)
     p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")

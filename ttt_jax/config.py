@@ -52,14 +52,25 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("optimizer.epsilon", 1e-8, ""),
     ("optimizer.weight_decay", 0.1, "on every parameter"),
     ("optimizer.clip_norm", 1.0, "largest global norm of the gradient"),
+    (
+        "optimizer.spike_factor",
+        0.0,
+        "updates whose gradient norm is so many times the median are left out; 0: none are",
+    ),
     ("training.duration", "1000 steps", 'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run'),
     ("training.accumulation", 1, "micro-batches per optimizer step"),
+    (
+        "training.stall_limit",
+        900.0,
+        "seconds without a finished step that end the process, to be restarted; 0: none do",
+    ),
     ("mesh.data", -1, "devices along the axis that splits batches; -1 is the rest"),
     ("mesh.fsdp", 1, "devices along the axis that splits batches and parameters"),
     ("mesh.tensor", 1, "devices along the axis that splits heads and feed-forward layers"),
     ("checkpoint.every", "10%", "a duration"),
     ("checkpoint.keep_last", 2, "how many of the newest checkpoints are kept"),
     ("checkpoint.milestone_every", "", "a duration; checkpoints at its multiples are kept for good"),
+    ("profile.steps", "", 'steps to trace into WORKDIR/profile, for xprof or TensorBoard: "10" or "10:13"'),
     ("log.every", "1 step", "a duration: one record of metrics.jsonl"),
     ("log.tensorboard", False, "also write TensorBoard files; needs the extra [tensorboard]"),
     ("log.wandb_project", "", "also log to this Weights & Biases project; needs the extra [wandb]"),
@@ -135,13 +146,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "model.ttt.base_lr_start optimizer.peak_lr optimizer.epsilon optimizer.clip_norm"
     ).split():
         _positive(config, key)
-    for key in ("optimizer.end_lr", "optimizer.weight_decay"):
+    for key in ("optimizer.end_lr", "optimizer.weight_decay", "training.stall_limit"):
         _at_least(config, key, 0)
         if not math.isfinite(_get(config, key)):
             raise ConfigError(f"{key}={_get(config, key)}: expected a finite number, 0 or more")
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _get(config, key) < 1:
             raise ConfigError(f"{key}={_get(config, key)}: expected a number from 0 to below 1")
+    if not (config.optimizer.spike_factor == 0 or 1 < config.optimizer.spike_factor < math.inf):
+        raise ConfigError(
+            f"optimizer.spike_factor={config.optimizer.spike_factor}: expected a finite number above 1, or 0 for none"
+        )
+    profiled_steps(config)
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
 
@@ -172,6 +188,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def profiled_steps(config: ml_collections.ConfigDict) -> range:
+    """The steps to trace, counted from 1; none when ``profile.steps`` is empty."""
+    text = config.profile.steps.strip()
+    match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if text and not 1 <= first <= last:
+        raise ConfigError(f'profile.steps={text!r}: expected steps from 1, such as "10" or "10:13"')
+    return range(first, last + 1)
+
+
 def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
     """Devices along each mesh axis, with -1 resolved; raises :class:`ConfigError` where they do not fit."""
     shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
@@ -187,6 +213,11 @@ def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
         raise ConfigError(f"{axes}: does not fit {devices} devices; expected sizes whose product is {devices}")
     if rest:
         shape[rest[0]] = devices // known
+    if config.model.num_heads % shape["tensor"]:
+        raise ConfigError(
+            f"mesh.tensor={shape['tensor']}: does not divide model.num_heads={config.model.num_heads}; "
+            "expected a divisor"
+        )
     rows = shape["data"] * shape["fsdp"]
     micro_batch = config.data.batch_size // config.training.accumulation
     if micro_batch % rows:

@@ -60,7 +60,9 @@ def test_e2e_training_batches_of_two_hosts(expected):
     length = int(expected["seq_len"])
     source = e2e("e2e_zarr", "train")
     for host, order in enumerate(expected["train_seed0_shard_source_index"]):
-        batches = pipeline.train_batches(source, sequence_length=length, batch_size=4, seed=0, host=host, hosts=2)
+        batches = pipeline.train_batches(
+            source, sequence_length=length, batch_size=4, seed=0, rows=[2 * host, 2 * host + 1]
+        )
         for indices, batch in zip(order, batches, strict=False):
             np.testing.assert_array_equal(batch["inputs"], [source.window(i, length)["inputs"] for i in indices])
 

@@ -105,8 +105,7 @@ def on_hosts(hosts, steps, windows, batch_size, seed, start=0) -> list[dict[str,
                 batch_size=batch_size,
                 seed=seed,
                 start=start,
-                host=host,
-                hosts=hosts,
+                rows=range(host * batch_size // hosts, (host + 1) * batch_size // hosts),
             ),
             steps,
         )
@@ -146,10 +145,17 @@ def test_hosts_agree_far_into_the_run():
     assert_identical(on_hosts(8, 2, 1000, 16, 3, start=10**6), on_hosts(1, 2, 1000, 16, 3, start=10**6))
 
 
-@pytest.mark.parametrize(("host", "hosts"), [(0, 3), (2, 2), (-1, 2)])
-def test_hosts_that_cannot_be(host, hosts):
-    with pytest.raises(ValueError, match="expected one of a number that divides the batch size, 8"):
-        pipeline.train_batches(numbered(9), sequence_length=T, batch_size=8, seed=0, host=host, hosts=hosts)
+def test_rows_that_are_not_neighbours():
+    options = {"sequence_length": T, "batch_size": 6, "seed": 1, "start": 2}
+    whole = next(pipeline.train_batches(numbered(30), **options))
+    some = next(pipeline.train_batches(numbered(30), **options, rows=[1, 2, 5]))
+    assert_identical([some], [{name: x[[1, 2, 5]] for name, x in whole.items()}])
+
+
+@pytest.mark.parametrize("rows", [[], [0, 8], [-1, 2]])
+def test_rows_that_cannot_be(rows):
+    with pytest.raises(ValueError, match="expected some from 0 to below the batch size, 8"):
+        pipeline.train_batches(numbered(9), sequence_length=T, batch_size=8, seed=0, rows=rows)
 
 
 def test_worker_processes_read_the_same():

@@ -14,6 +14,7 @@ from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
 from ttt_jax.training import loop, metrics, program
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.errors import NonFiniteLossError
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path, tiny_conf
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(np.nan)
     checkpoints.save(5, state, checkpoints.meta(4))
     checkpoints.close()
-    with pytest.raises(loop.NonFiniteLossError, match=r"loss is nan at step 6; the last good checkpoint is .*/5\. Try"):
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 6; the last good checkpoint is .*/5\. Try"):
         loop.train(poisoned, tmp_path)
     assert metrics.read(tmp_path)[-1]["step"] == 6
     assert math.isnan(metrics.read(tmp_path)[-1]["loss"])

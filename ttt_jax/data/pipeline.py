@@ -1,15 +1,14 @@
 """Windows to batches, with grain. The position in the data is one number: the step.
 
 Row r of step s is window ``order[s B + r]``, where ``order`` shuffles all windows anew in every epoch, and epochs
-follow one another without dropping or repeating a window (a batch may span two). Which rows a host computes is a
-function of (seed, s, host, hosts), so starting at step s reads nothing of what came before, and the number of hosts may
-change.
+follow one another without dropping or repeating a window (a batch may span two). Any row of any step can be had by
+itself, so starting at step s reads nothing of what came before, and the number of hosts may change.
 
 The order is that of the TTT-E2E authors' code for the same seed, batch size and number of windows.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -22,23 +21,22 @@ Batch = dict[str, np.ndarray]
 
 
 class _Rows:
-    """Random access to the rows of one host, step after step without end, as grain wants it."""
+    """Random access to some rows of the batches, step after step without end, as grain wants it."""
 
-    def __init__(self, source: TokenSource, sequence_length: int, batch_size: int, seed: int, host: int, hosts: int):
+    def __init__(self, source: TokenSource, sequence_length: int, batch_size: int, seed: int, rows: Sequence[int]):
         windows = source.windows(sequence_length)
         if not windows:
             raise DataError(f"{source.name}: {len(source.tokens)} tokens are no window of {sequence_length}")
         self._source, self._sequence_length, self._batch_size = source, sequence_length, batch_size
         self._order = grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
-        self._rows = batch_size // hosts
-        self._first = host * self._rows
+        self._rows = tuple(rows)
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch_size * self._rows
+        return sys.maxsize // self._batch_size * len(self._rows)
 
     def __getitem__(self, index) -> Batch:
-        step, row = divmod(int(index), self._rows)
-        window = self._order[step * self._batch_size + self._first + row]
+        step, place = divmod(int(index), len(self._rows))
+        window = self._order[step * self._batch_size + self._rows[place]]
         return self._source.window(int(window), self._sequence_length)
 
     def __repr__(self) -> str:
@@ -52,25 +50,25 @@ def train_batches(
     batch_size: int,
     seed: int,
     start: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    rows: Sequence[int] | None = None,
     worker_processes: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """The batches of steps ``start``, ``start + 1``, ... without end: arrays [B / hosts, T], rows of one host.
+    """The batches of steps ``start``, ``start + 1``, ... without end: arrays [rows, T].
 
     Args:
-      batch_size: B, rows of all hosts together; the rows of host 0 come first.
-      host, hosts: which of how many; ``hosts`` divides B.
+      batch_size: B, rows of the batch of all hosts together.
+      rows: which of them are wanted here; None for all.
       worker_processes: that read ahead; with none, threads of this process do. ``close()`` of the iterator ends both.
 
     Raises:
-      ValueError: where ``hosts`` does not divide the batch.
+      ValueError: where there is no such row.
       DataError: at the batch where the data turns out to be bad.
     """
-    if batch_size % hosts or not 0 <= host < hosts:
-        raise ValueError(f"host {host} of {hosts}: expected one of a number that divides the batch size, {batch_size}")
-    rows = grain.MapDataset.source(_Rows(source, sequence_length, batch_size, seed, host, hosts))
-    batches = rows.batch(batch_size // hosts, drop_remainder=True)[start:]
+    rows = range(batch_size) if rows is None else rows
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ValueError(f"rows {list(rows)}: expected some from 0 to below the batch size, {batch_size}")
+    found_rows = grain.MapDataset.source(_Rows(source, sequence_length, batch_size, seed, rows))
+    batches = found_rows.batch(len(rows), drop_remainder=True)[start:]
     found = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if worker_processes:
         if not flags.FLAGS.is_parsed():

@@ -8,13 +8,16 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from ttt_jax.config import ConfigError, differing_keys
 from ttt_jax.parallel.exchange import Exchange
+
+T = TypeVar("T")
 
 
 def check_same(about: dict[str, Any], *, limit: float = 300) -> None:
@@ -37,6 +40,27 @@ def check_same(about: dict[str, Any], *, limit: float = 300) -> None:
                 f"process {process} on {other['host']} differs from process 0 on {said[0]['host']}: {listed}; expected "
                 "the same command, code and packages on every host"
             )
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """What ``work`` returns here, once it has returned on all processes.
+
+    Raises:
+      Exception: what ``work`` raised here.
+      ConfigError: where it raised something on another process.
+    """
+    failure, result = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    outcomes = Exchange("preparation")("" if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for process, problem in enumerate(outcomes):
+        if problem:
+            raise ConfigError(f"process {process}: {problem}")
+    return result  # type: ignore[return-value]
 
 
 def check_shared(folder: Path, *, limit: float = 60) -> None:

@@ -81,12 +81,30 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.batch))
 
 
-def global_batch(rows: Mapping[str, np.ndarray], where: NamedSharding) -> dict[str, jax.Array]:
-    """The batch of all hosts, of which this one has these rows: arrays [B, T] from [B / hosts, T].
+def rows_here(where: NamedSharding, batch_size: int) -> list[int]:
+    """Rows of a batch that devices of this process hold, in order. They need not be neighbours, and processes share rows
+    where an axis runs across them that does not split the batch."""
+    parts = where.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part in parts for row in range(batch_size)[part[0]]})  # type: ignore[index]
+
+
+def global_batch(
+    local: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, where: NamedSharding
+) -> dict[str, jax.Array]:
+    """The batch of all processes, arrays [B, T], from the rows of this one, [len(rows), T].
 
     Of a copy: rows from worker processes lie in shared memory, and XLA on CPUs would hold on to it.
     """
-    return {name: jax.make_array_from_process_local_data(where, np.array(x)) for name, x in rows.items()}
+    place = {row: i for i, row in enumerate(rows)}
+
+    def array(x: np.ndarray) -> jax.Array:
+        def part(index):
+            first, end, _ = index[0].indices(batch_size)
+            return np.array(x[place[first] : place[first] + end - first])
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), where, part)
+
+    return {name: array(x) for name, x in local.items()}
 
 
 def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:

@@ -8,11 +8,14 @@ import importlib.util
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from ttt_jax.config import ConfigError
+from ttt_jax.exit_status import FAILED, INTERRUPTED, RESTART
 from ttt_jax.parallel.watchdog import Watchdog
 
 _FOREVER = 7 * 24 * 3600  # for JAX, which aborts the process without a word of where it was; our own limit is shorter
@@ -62,10 +65,20 @@ def start(
         jax.devices()  # on a pod this waits for the others too
 
 
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process, one of several, after an error that the others do not share; at once, for what is done at an
+    ordinary exit waits for them."""
+    traceback.print_exception(error)
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    who = f"ttt: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+    print(f"{who} {'has lost another one; start all again' if lost else 'failed'}", file=sys.stderr, flush=True)
+    os._exit(RESTART if lost else INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` (a folder or ``gs://``) or else in the
     user's cache folder. ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off."""
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ttt_jax" / "xla"))
 

@@ -3,3 +3,7 @@
 
 class CheckpointError(RuntimeError):
     """Checkpoints that cannot be written or read: one message that names folders and says what to do."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became infinite or not a number."""

@@ -1,50 +1,40 @@
 """The train loop: from a config and a workdir to a trained model, stopped and resumed at will.
 
 The workdir holds ``config.json``, ``metrics.jsonl`` and ``checkpoints/``. The same command continues where the newest
-checkpoint stands, and ends with the same bits as a run that was never stopped.
+checkpoint stands, and ends with the same bits as a run that was never stopped; on another mesh or number of processes,
+with the same batches. All processes of a run walk through here in step; process 0 alone tells of it.
 """
 
+import hashlib
 import json
-import math
+import os
 import signal
-import sys
+import socket
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_collections
-import numpy as np
 
+import ttt_jax
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
-from ttt_jax.config import ConfigError
 from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
-from ttt_jax.models import build
-from ttt_jax.parallel import sharding
+from ttt_jax.models import build, flops
+from ttt_jax.parallel import chips, peers, sharding, startup
+from ttt_jax.parallel.agreement import Agreement
+from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, metrics, program
+from ttt_jax.training import checkpoint, metrics, program, resume
+from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
+from ttt_jax.training.feed import Feed
+from ttt_jax.training.goodput import Goodput
+from ttt_jax.training.profile import Profile
 from ttt_jax.training.progress import ProgressBar
+from ttt_jax.training.report import Output, Report
 
-# What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration
-# (the schedule of the rest) and the mesh (the order of sums).
-_MAY_CHANGE = (
-    "training.duration",
-    "checkpoint.",
-    "data.source",  # a copy elsewhere; that it holds the same tokens is checked
-    "data.tokenizer",
-    "data.worker_processes",
-    "log.",
-    "mesh.",
-    "model.remat",
-    "model.ttt.remat_group",
-    "model.ttt.unroll",
-)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient became infinite or not a number."""
+_NO_DATA = 1  # a wish to stop, beside the numbers of signals
 
 
 class Outcome(NamedTuple):
@@ -53,171 +43,191 @@ class Outcome(NamedTuple):
     step: int  # optimizer steps done
     total: int  # optimizer steps of the whole run
     loss: float | None  # of the last step; None when there was nothing left to do
-    signal: signal.Signals | None  # what stopped the run before its end
+    signal: signal.Signals | None  # what stopped the run, in this process or another, before its end
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     """Trains, or goes on training, until the run is complete or is told to stop.
 
-    SIGINT or SIGTERM saves a checkpoint after the step in progress and returns; a second one interrupts at once.
+    SIGINT or SIGTERM, to any process, saves a checkpoint after a step that all processes agree on, and returns; a
+    second one interrupts at once.
 
     Raises:
-      ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir.
+      ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir, or
+        where processes are not the same.
       DataError: at a batch that cannot be read, with the steps before it saved.
       NonFiniteLossError: with the checkpoints before it intact.
+      CheckpointError: where no checkpoint can be restored, or none saved for a while.
     """
     # ---- What to run, and where
+    versions = checkpoint.versions()
+    peers.check_same({"config": config.to_dict(), "workdir": str(workdir), "versions": versions, "code": _code()})
+    run, data = peers.on_all(lambda: _prepare(config, workdir))
     total = config_lib.steps(config, "training.duration")
     save_every = config_lib.steps(config, "checkpoint.every")
-    log_every = config_lib.steps(config, "log.every")
-    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = program.make(config, mesh)
-    data = sources.from_config(config, "train")
-    source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
+    batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     fingerprint = data.fingerprint()
-    _check_same_run(config, workdir)
 
     # ---- Where it stands
-    workdir.mkdir(parents=True, exist_ok=True)
+    peers.check_shared(workdir)
+    began = time.monotonic()
     checkpoints = checkpoint.Checkpoints(
         workdir,
         keep_last=config.checkpoint.keep_last,
         milestone_every=config_lib.steps(config, "checkpoint.milestone_every"),
     )
-    start = checkpoints.latest_step() or 0
-    if start:
-        _check_same_data(checkpoints.meta(start)["data"], fingerprint, data.name)
+    restored = checkpoints.restore_newest(run.abstract_state)
+    start, useful = 0, 0.0
+    if restored is not None:
+        start, useful = restored.step, restored.meta["useful_seconds"]
+        resume.check_same_data(restored.meta["data"], fingerprint, data.name)
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
+    restore_seconds = time.monotonic() - began
+
+    # ---- What tells of it
+    device = jax.devices()[0]
+    chip = chips.of_device(device)
+    tokens = batch_size * sequence_length
+    parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
+    peers.say(
+        f"{build.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
+        f"{jax.device_count()} x {device.device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        + (f"; going on at step {start}" if start else "")
+    )
+    output = _output(config, workdir, start, useful) if jax.process_index() == 0 else None
+    report = Report(
+        output,
+        tokens=tokens,
+        flops=flops.per_step(config.model, sequence_length, batch_size),
+        chips=jax.device_count(),
+        peak=chip.peak_flops if chip else None,
+    )
+    step = start
+    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(step, seconds), armed=False)
+    profile = Profile(config_lib.profiled_steps(config), workdir / "profile")
+    agreement = Agreement(run.mesh)
+    batches = None
+
+    def meta(step):
+        position = {"next_batch": step, "source": data.name, "fingerprint": fingerprint}
+        spent = output.goodput.useful if output else 0.0
+        return {"data": position, "useful_seconds": spent, "config": config.to_dict(), "versions": versions}
+
+    with StopSignals() as stop:
+        try:
+            # ---- Compile
+            began = time.monotonic()
+            train_step = run.compiled_step()
+            report.waited("compile_seconds", time.monotonic() - began, within_step=False)
+            report.waited("restore_seconds", restore_seconds, within_step=False)
+            state = run.initial_state() if restored is None else restored.state
+            restored = None  # the state is donated to the first step
+
+            # ---- Data, from where the run stands
+            rows = sharding.rows_here(run.batch_sharding, batch_size)
+            batches = pipeline.train_batches(
+                data,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                seed=config.seed,
+                start=start,
+                rows=rows,
+                worker_processes=config.data.worker_processes,
+            )
+            feed = Feed(batches)
+
+            # ---- Train
+            def wish() -> int:
+                return int(stop.received or 0) or (_NO_DATA if feed.problem else 0)
+
+            verdict = agreement.cast(wish)
+            report.start()
+            while step < total and not verdict():
+                feed.waited = 0.0
+                batch = sharding.global_batch(feed.take(), rows, batch_size, run.batch_sharding)
+                verdict = agreement.cast(wish)
+                with profile.step(step + 1):
+                    state, values = train_step(state, batch)
+                step += 1
+                report(step, values)
+                report.waited("data_wait_seconds", feed.waited)
+                watchdog.heard(report.seconds)
+                profile.after(step, values)
+                if step % save_every == 0 or step == total or checkpoints.wants_save(step):
+                    report.flush()  # a state is saved only once its step is known to be finite
+                    began = time.monotonic()
+                    checkpoints.save(step, state, meta(step))
+                    report.waited("checkpoint_seconds", time.monotonic() - began)
+            report.flush()
+            watchdog.close()
+            if step > start:
+                checkpoints.finish(step, state, meta(step))
+            if step < total and verdict() == _NO_DATA:
+                problem = feed.problem or "a process cannot read its next batch (it says which)"
+                raise DataError(f"{problem}; the run stands at step {step}, saved, and goes on once that can be read")
+        except NonFiniteLossError as error:
+            checkpoints.wait()
+            raise NonFiniteLossError(_advice(error, checkpoints)) from error
+        except (DataError, CheckpointError):  # by all processes alike
+            raise
+        except BaseException as error:
+            if jax.process_count() > 1:
+                startup.leave(error)  # the others are not coming, and must not be waited for
+            raise
+        finally:
+            watchdog.close()
+            profile.close()
+            if batches is not None:
+                batches.close()
+            if output is not None:
+                output.close()
+            checkpoints.close()
+    return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
+
+
+def _prepare(config: ml_collections.ConfigDict, workdir: Path) -> tuple[program.Program, source.TokenSource]:
+    """What can go wrong in one process alone, before they do anything together."""
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+    run = program.make(config, mesh)
+    data = sources.from_config(config, "train")
+    source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
+    resume.check_same_run(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return run, data
+
+
+def _output(config: ml_collections.ConfigDict, workdir: Path, start: int, useful: float) -> Output:
     wandb = {"project": config.log.wandb_project, "config": config.to_dict()} if config.log.wandb_project else None
     writer = metrics.MetricsWriter(workdir, start, tensorboard=config.log.tensorboard, wandb=wandb)
     metrics.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    total = config_lib.steps(config, "training.duration")
+    bar = ProgressBar(total, start, config.data.batch_size * config.data.sequence_length)
+    return Output(writer, bar, Goodput(workdir, useful), config_lib.steps(config, "log.every"))
 
-    def save(step, state):
-        position = {"next_batch": step, "source": data.name, "fingerprint": fingerprint}
-        meta = {"data": position, "config": config.to_dict(), "versions": checkpoint.versions()}
-        checkpoints.save(step, state, meta)
 
-    # ---- Compile, then start or restore
-    tokens_per_step = config.data.batch_size * config.data.sequence_length
-    parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
-    print(
-        f"{build.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens_per_step:,} "
-        f"tokens on {jax.device_count()} x {jax.devices()[0].device_kind}"
-        + (f"; going on at step {start}" if start else ""),
-        file=sys.stderr,
+def _code() -> str:
+    """A hash of this package's source."""
+    folder = Path(ttt_jax.__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(os.fspath(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _stalled(step: int, seconds: float) -> str:
+    return (
+        f"ttt train: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} has been in step "
+        f"{step} for {seconds:.0f} s without an end; stopped, to be started again (training.stall_limit sets the limit)"
     )
-    bar = ProgressBar(total, start, tokens_per_step)
-    report = _LateReport(writer, bar, log_every, tokens_per_step)
-    batches, step = None, start
-    with StopSignals() as stop:
-        try:
-            train_step = run.compiled_step()
-            state = checkpoints.restore(start, run.abstract_state) if start else run.initial_state()
-            batches = pipeline.train_batches(
-                data,
-                sequence_length=config.data.sequence_length,
-                batch_size=config.data.batch_size,
-                seed=config.seed,
-                start=start,
-                host=jax.process_index(),
-                hosts=jax.process_count(),
-                worker_processes=config.data.worker_processes,
-            )
-
-            # ---- Train
-            report.start()
-            while step < total and not stop.received:
-                batch = sharding.global_batch(next(batches), run.batch_sharding)
-                state, values = train_step(state, batch)
-                step += 1
-                report(step, values)
-                if step % save_every == 0 or step == total:
-                    report.flush()  # a state is saved only once its step is known to be finite
-                    save(step, state)
-            report.flush()
-            if step > start:
-                save(step, state)
-            checkpoints.wait()
-        except DataError as error:
-            report.flush()
-            if step > start:
-                save(step, state)
-            checkpoints.wait()
-            raise DataError(
-                f"{error}; the run stands at step {step}, saved, and goes on once that can be read"
-            ) from error
-        except NonFiniteLossError as error:
-            checkpoints.wait()
-            raise NonFiniteLossError(_advice(error, checkpoints, workdir)) from error
-        finally:
-            bar.close()
-            if batches is not None:
-                batches.close()
-            writer.close()
-            checkpoints.close()
-    return Outcome(step, total, report.loss, stop.received if step < total else None)
 
 
-class _LateReport:
-    """Reports the metrics of each step while the next one runs, so that the device never waits for the host."""
-
-    def __init__(self, writer: metrics.MetricsWriter, bar: ProgressBar, log_every: int, tokens_per_step: int):
-        self._writer, self._bar, self._log_every, self._tokens = writer, bar, log_every, tokens_per_step
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.loss: float | None = None
-
-    def start(self) -> None:
-        """Starts the clock."""
-        self._clock = time.monotonic()
-
-    def __call__(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has been dispatched, and reports those of the step before it."""
-        self.flush()
-        self._pending = (step, values)
-
-    def flush(self) -> None:
-        """Waits for the step that was taken last, and reports it."""
-        if self._pending is None:
-            return
-        (step, values), self._pending = self._pending, None
-        numbers = {name: float(np.asarray(x)) for name, x in values.items()}
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        self.loss = numbers["loss"]
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
-        if step % self._log_every == 0 or bad:
-            timing = {"seconds_per_step": seconds, "tokens_per_second": self._tokens / seconds}
-            self._writer.write(step, {**numbers, "tokens": step * self._tokens, **timing})
-        if bad:
-            raise NonFiniteLossError(f"{bad[0]} is {numbers[bad[0]]} at step {step}")
-        self._bar.update(step, self.loss, seconds)
-
-
-def _check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    if not (workdir / "config.json").exists():
-        return
-    there = config_file.from_json(workdir / "config.json")
-    different = config_lib.differing_keys(there.to_dict(), config.to_dict())
-    refused = {key: values for key, values in different.items() if not key.startswith(_MAY_CHANGE)}
-    if refused:
-        listed = ", ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in refused.items())
-        raise ConfigError(f"--workdir {workdir}: holds a run of another config ({listed}); expected a new workdir")
-
-
-def _check_same_data(there: dict[str, Any], fingerprint: str, name: str) -> None:
-    if there["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"data.source: {name} is not the data this run began with (fingerprint {there['fingerprint']}, "
-            f"now {fingerprint}); expected the same data, or a new workdir"
-        )
-
-
-def _advice(error: NonFiniteLossError, checkpoints: checkpoint.Checkpoints, workdir: Path) -> str:
+def _advice(error: NonFiniteLossError, checkpoints: checkpoint.Checkpoints) -> str:
     last = checkpoints.latest_step()
     good = f"the last good checkpoint is {checkpoints.directory / str(last)}" if last else "no checkpoint was saved yet"
     return (
-        f"{error}; {good}. Try a lower optimizer.peak_lr, a longer optimizer.warmup, a lower model.ttt.base_lr, or "
-        "model.dtype=float32, in a new workdir"
+        f"{error}; {good}. Try a lower optimizer.peak_lr, a longer optimizer.warmup, a lower model.ttt.base_lr, "
+        "model.dtype=float32, in a new workdir, or optimizer.spike_factor=10, in this one"
     )

@@ -41,7 +41,12 @@ class Program(NamedTuple):
     def compiled_step(self) -> jax.stages.Compiled:
         """``(state, batch) -> (state, metrics)``, compiled for the shapes of the config; the state is donated."""
         step = train_step(
-            self.model, self.optimizer, self.learning_rate, self.inner_lr_scale, self.config.training.accumulation
+            self.model,
+            self.optimizer,
+            self.learning_rate,
+            self.inner_lr_scale,
+            self.config.training.accumulation,
+            self.config.optimizer.spike_factor,
         )
         data = self.config.data
         shape = (data.batch_size, data.sequence_length)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.parallel.activations import constrain
+from ttt_jax.training import guard as guard_lib
 from ttt_jax.training.loss import Batch, mean_over_rows, token_nll
 from ttt_jax.training.optimizer import Schedule
 
@@ -21,6 +23,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # optimizer steps taken, int32 scalar
     params: Any
     opt_state: Any
+    guard: guard_lib.GuardState
 
 
 Metrics = dict[str, jax.Array]
@@ -32,14 +35,16 @@ def train_step(
     learning_rate: Schedule,
     inner_lr_scale: Schedule,
     accumulation: int = 1,
+    spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds ``(state, batch) -> (state, metrics)``.
 
     ``learning_rate`` must be the optimizer's own; here it is only reported. With ``accumulation`` the batch is read
-    in that many micro-batches of consecutive rows, and the mean of their gradients is one step.
+    in that many micro-batches, and the mean of their gradients is one step. With ``spike_factor`` an update may be left
+    out: see :mod:`ttt_jax.training.guard`.
 
     Metrics: ``loss`` before the update, ``grad_norm`` before clipping, ``learning_rate`` and ``inner_lr_scale`` of
-    this step.
+    this step; with ``spike_factor`` also ``skipped`` and ``skipped_in_a_row``, updates left out.
     """
 
     def loss_fn(params, batch, scale):
@@ -54,7 +59,7 @@ def train_step(
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, rows, scale)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: constrain(x.reshape(accumulation, -1, x.shape[1]), None, "batch", None), batch)
         total, _ = jax.lax.scan(micro_batch, zero, parts)
         return jax.tree.map(lambda x: x / accumulation, total)
 
@@ -62,17 +67,23 @@ def train_step(
         scale = inner_lr_scale(state.step)
         loss, gradient = loss_and_gradient(state.params, batch, scale)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradient)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": norm,
             "learning_rate": learning_rate(state.step),
             "inner_lr_scale": jnp.asarray(scale, jnp.float32),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        allowed, guard = guard_lib.judge(state.guard, norm, spike_factor)
+        if spike_factor:
+            metrics.update(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row)
+            params, opt_state = guard_lib.choose(allowed, (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return step
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.initial_state())

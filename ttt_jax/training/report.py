@@ -1,0 +1,103 @@
+"""What is known of each step, one step late."""
+
+import math
+import time
+
+import jax
+import numpy as np
+
+from ttt_jax.training import metrics
+from ttt_jax.training.errors import NonFiniteLossError
+from ttt_jax.training.goodput import Goodput
+from ttt_jax.training.progress import ProgressBar
+
+_MOST_SKIPPED = 10  # updates without a finite gradient, one after the other: that is no spike
+
+
+class Output:
+    """Where process 0 tells of a run: files, a progress bar, and the clock."""
+
+    def __init__(self, writer: metrics.MetricsWriter, bar: ProgressBar, goodput: Goodput, log_every: int):
+        self.writer, self.bar, self.goodput, self.log_every = writer, bar, goodput, log_every
+
+    def close(self) -> None:
+        """Leaves terminal and files in order."""
+        self.bar.close()
+        self.writer.close()
+
+
+class Report:
+    """Reports the metrics of each step while the next one runs, so that the device never waits for the host.
+
+    Args:
+      output: None where another process tells.
+      tokens: of one global batch.
+      flops: model FLOPs of a step.
+      chips: how many; ``peak``: FLOP/s of one, None where that is not known.
+
+    Attributes:
+      loss: of the last step that was reported.
+      waits: seconds that went elsewhere since the last record, by name; ``step_waits`` since the last step.
+    """
+
+    def __init__(self, output: Output | None, *, tokens: int, flops: float, chips: int, peak: float | None):
+        self._output, self._tokens, self._flops, self._chips, self._peak = output, tokens, flops, chips, peak
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._waits: dict[str, float] = {}
+        self._waited = 0.0
+        self.loss: float | None = None
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Starts the clock."""
+        self._clock = time.monotonic()
+
+    def waited(self, name: str, seconds: float, *, within_step: bool = True) -> None:
+        """Time that went into something else than computing; goes into the next record."""
+        self._waits[name] = self._waits.get(name, 0.0) + seconds
+        self._waited += seconds if within_step else 0.0
+
+    def __call__(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has been dispatched, and reports those of the step before it."""
+        self.flush()
+        self._pending = (step, values)
+
+    def flush(self) -> None:
+        """Waits for the step that was taken last, and reports it.
+
+        Raises:
+          NonFiniteLossError: where its loss or gradient is not finite, unless the guard left the update out.
+        """
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        numbers = {name: float(np.asarray(x)) for name, x in values.items()}
+        now = time.monotonic()
+        self.seconds, self._clock = now - self._clock, now
+        self.loss = numbers["loss"]
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+        if 0 < numbers.get("skipped_in_a_row", 0) < _MOST_SKIPPED:
+            bad = []
+        if self._output is not None:
+            self._tell(self._output, step, numbers, bool(bad))
+        self._waited = 0.0
+        if bad:
+            raise NonFiniteLossError(f"{bad[0]} is {numbers[bad[0]]} at step {step}")
+
+    def _tell(self, output: Output, step: int, numbers: dict[str, float], bad: bool) -> None:
+        output.goodput.add(max(self.seconds - self._waited, 0.0))
+        if step % output.log_every == 0 or bad:
+            rate = self._tokens / self.seconds
+            timing = {
+                "seconds_per_step": self.seconds,
+                "tokens_per_second": rate,
+                "tokens_per_second_per_chip": rate / self._chips,
+                "goodput": output.goodput.share(),
+                **self._waits,
+            }
+            if self._peak is not None:
+                timing["model_flop_utilisation"] = self._flops / self.seconds / (self._chips * self._peak)
+            output.writer.write(step, {**numbers, "tokens": step * self._tokens, **timing})
+            self._waits = {}
+        if not bad:
+            output.bar.update(step, numbers["loss"], self.seconds)
