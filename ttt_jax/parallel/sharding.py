@@ -82,8 +82,8 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
 
 
 def rows_here(where: NamedSharding, batch_size: int) -> list[int]:
-    """Rows of a batch that devices of this process hold, in order. They need not be neighbours, and processes share rows
-    where an axis runs across them that does not split the batch."""
+    """Rows of a batch that devices of this process hold, in order. They need not be neighbours, and processes share
+    rows where an axis runs across them that does not split the batch."""
     parts = where.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for part in parts for row in range(batch_size)[part[0]]})  # type: ignore[index]
 
