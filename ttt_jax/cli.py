@@ -12,6 +12,7 @@ from ttt_jax import cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
+from ttt_jax.training.errors import CheckpointError
 
 _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return 2
-    except DataError as error:
+    except (DataError, CheckpointError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -65,6 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
       ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir.
       DataError: at a batch that cannot be read, with the steps before it saved.
       NonFiniteLossError: with the checkpoints before it intact.
+      CheckpointError: where no checkpoint can be restored, or none saved for a while.
     """
     # ---- What to run, and where
     total = config_lib.steps(config, "training.duration")
@@ -84,9 +85,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
         keep_last=config.checkpoint.keep_last,
         milestone_every=config_lib.steps(config, "checkpoint.milestone_every"),
     )
-    start = checkpoints.latest_step() or 0
-    if start:
-        _check_same_data(checkpoints.meta(start)["data"], fingerprint, data.name)
+    restored = checkpoints.restore_newest(run.abstract_state)
+    start = restored.step if restored else 0
+    if restored:
+        _check_same_data(restored.meta["data"], fingerprint, data.name)
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
@@ -94,10 +96,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     writer = metrics.MetricsWriter(workdir, start, tensorboard=config.log.tensorboard, wandb=wandb)
     metrics.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
-    def save(step, state):
+    def meta(step):
         position = {"next_batch": step, "source": data.name, "fingerprint": fingerprint}
-        meta = {"data": position, "config": config.to_dict(), "versions": checkpoint.versions()}
-        checkpoints.save(step, state, meta)
+        return {"data": position, "config": config.to_dict(), "versions": checkpoint.versions()}
 
     # ---- Compile, then start or restore
     tokens_per_step = config.data.batch_size * config.data.sequence_length
@@ -114,7 +115,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     with StopSignals() as stop:
         try:
             train_step = run.compiled_step()
-            state = checkpoints.restore(start, run.abstract_state) if start else run.initial_state()
+            state = restored.state if restored else run.initial_state()
+            restored = None  # the state is donated to the first step
             batches = pipeline.train_batches(
                 data,
                 sequence_length=config.data.sequence_length,
@@ -133,18 +135,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
                 state, values = train_step(state, batch)
                 step += 1
                 report(step, values)
-                if step % save_every == 0 or step == total:
+                if step % save_every == 0 or step == total or checkpoints.wants_save(step):
                     report.flush()  # a state is saved only once its step is known to be finite
-                    save(step, state)
+                    checkpoints.save(step, state, meta(step))
             report.flush()
             if step > start:
-                save(step, state)
-            checkpoints.wait()
+                checkpoints.finish(step, state, meta(step))
         except DataError as error:
             report.flush()
             if step > start:
-                save(step, state)
-            checkpoints.wait()
+                checkpoints.finish(step, state, meta(step))
             raise DataError(
                 f"{error}; the run stands at step {step}, saved, and goes on once that can be read"
             ) from error
