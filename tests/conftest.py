@@ -2,6 +2,7 @@
 
 import functools
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,16 @@ def random_params() -> Callable[..., Any]:
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def mount_namespace() -> list[str]:
+    """The command that starts another where it may mount; the test is skipped where there is none."""
+    for command in (["unshare", "-m"], ["unshare", "-rm"]):
+        try:
+            trial = [*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+            if subprocess.run(trial, capture_output=True).returncode == 0:
+                return command
+        except FileNotFoundError:
+            break
+    pytest.skip("no right to mount a small disk here: unshare -m and unshare -rm are both refused")

@@ -5,6 +5,7 @@ No device takes part, so steps that run or wait to run are not held up, and it m
 
 import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -102,10 +103,11 @@ def barrier_that_fails_together(name: str) -> Callable[..., None]:
     return barrier
 
 
-def describe(error: BaseException, length: int = 300) -> str:
-    """The error at the root of an error, in one line."""
+def describe(error: BaseException, length: int = 400) -> str:
+    """The error at the root of an error, in one line; of a long one, beginning and end."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
-    text = " ".join(str(error).split())
-    text = text if len(text) <= length else f"{text[:length]}..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]  # what TensorStore adds for its authors
+    text = re.sub(r'"([^"]{80})[^"]+"', r'"\1..."', text)
+    text = " ".join(f"{type(error).__name__}: {text}".split()).removesuffix(":")
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"

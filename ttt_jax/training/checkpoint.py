@@ -66,7 +66,8 @@ class Checkpoints:
         read_only: bool = False,
         save_again_after: Sequence[float] = _SAVE_AGAIN_AFTER,
     ):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells of every file; errors are told here
+        for name in ("absl", "asyncio"):  # orbax tells of every file; what fails is told here, once
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         policies = [checkpoint_managers.LatestN(keep_last)]
         if milestone_every:
             policies.append(checkpoint_managers.EveryNSteps(milestone_every))
@@ -163,6 +164,8 @@ class Checkpoints:
             self._failures, self._due = 0, None
             return
         self._failures += 1
+        with contextlib.suppress(CheckpointError):
+            self._writer.open()  # which removes what is half written, for it takes space
         problem = f"cannot save {self.directory / str(step)}: {problem}"
         if self._failures > len(self._save_again_after):
             complete = [str(self.directory / str(step)) for step in self._known_steps()[-1:]]
@@ -173,8 +176,6 @@ class Checkpoints:
         seconds = self._save_again_after[self._failures - 1]
         self._due = time.monotonic() + seconds
         _tell(f"{problem}; trying again in {seconds:g} s")
-        with contextlib.suppress(CheckpointError):
-            self._writer.open()  # what is half written takes space
 
     def _known_steps(self) -> list[int]:
         """All steps, as far as the storage tells."""
