@@ -1,6 +1,7 @@
 """A run small enough to start, kill and resume many times."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,15 @@ def tiny_config():
 def start_training():
     """``start_training(workdir, {key: value})``: a real ``ttt train`` process of the tiny run."""
 
-    def start(workdir, changes=None):
+    def start(workdir, changes=None, *, devices=1, options=()):
         values = {**TINY, **(changes or {})}
         command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
-        command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items())]
+        command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items()), *options]
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -60,3 +62,48 @@ def start_training():
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def start_processes(start_training):
+    """``start_processes(workdir, n, {key: value}, devices=d)``: n processes of one run, of d devices each.
+
+    ``of_process`` gives one of them other changes: ``{1: {key: value}}``.
+    """
+
+    def start(workdir, processes, changes=None, *, devices=1, of_process=None, options=()):
+        with socket.socket() as listener:
+            listener.bind(("localhost", 0))
+            port = listener.getsockname()[1]
+        several = ["--coordinator", f"localhost:{port}", "--processes", str(processes)]
+        return [
+            start_training(
+                workdir,
+                {**(changes or {}), **(of_process or {}).get(process, {})},
+                devices=devices,
+                options=[*several, "--process", str(process), *options],
+            )
+            for process in range(processes)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """``finish(*processes)``: waits until they have ended well; what they wrote to standard output, all together."""
+
+    def wait(*processes, status=0, seconds=240):
+        outputs = []
+        for process in processes:
+            try:
+                out, err = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                for other in processes:
+                    other.kill()
+                raise
+            assert process.returncode == status, err[-3000:]
+            outputs.append(out + err)
+        return "".join(outputs)
+
+    return wait

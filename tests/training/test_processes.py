@@ -1,0 +1,180 @@
+"""Runs of several real processes, on CPU devices that talk through gloo: their numbers, and how they end."""
+
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ttt_jax import config_file
+from ttt_jax.exit_status import FAILED, REFUSED, RESTART
+from ttt_jax.parallel import sharding
+from ttt_jax.training import metrics, program
+from ttt_jax.training.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.slow
+
+RUN = {
+    "data.batch_size": 8,
+    "data.sequence_length": 32,
+    "model.mlp_width": 64,
+    "model.vocab_size": 264,
+    "training.duration": "20 steps",
+    "checkpoint.every": "5 steps",
+}
+FOREVER = {**RUN, "training.duration": "100000 steps", "checkpoint.every": "50 steps"}
+
+
+def mesh(data, fsdp, tensor):
+    return {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+def assert_same_curves(actual, desired, steps=20):
+    """Of two workdirs, up to what float32 sums in another order make of a loss."""
+
+    def curve(workdir, name):
+        return np.array([record[name] for record in metrics.read(workdir)])
+
+    assert list(curve(actual, "step")) == list(curve(desired, "step")) == list(range(1, steps + 1))
+    loss = curve(desired, "loss")
+    assert loss[0] - loss[-1] > 0.5  # the steps are felt
+    np.testing.assert_allclose(curve(actual, "loss"), loss, rtol=1e-5)
+    np.testing.assert_allclose(curve(actual, "grad_norm"), curve(desired, "grad_norm"), rtol=1e-4)
+
+
+def final_state(workdir):
+    config = config_file.from_json(workdir / "config.json")
+    run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.latest_step()
+    state = jax.device_get(checkpoints.restore(step, run.abstract_state))
+    checkpoints.close()
+    return step, state
+
+
+def wait_for_steps(workdir, steps, *processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (workdir / "metrics.jsonl").exists() or len(metrics.read(workdir)) < steps:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.01)
+
+
+# ---- Numbers
+
+
+@pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
+def test_two_processes_of_four_devices_give_the_losses_of_one_device(
+    tmp_path, start_training, start_processes, finish, mixer
+):
+    """20 steps at a learning rate that is felt."""
+    changes = {**RUN, "model.mixer": mixer, "optimizer.peak_lr": 0.01}
+    finish(start_training(tmp_path / "one", changes))
+    finish(*start_processes(tmp_path / "two", 2, {**changes, **mesh(2, 2, 2)}, devices=4))
+    assert_same_curves(tmp_path / "two", tmp_path / "one")
+
+
+def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, start_training, start_processes, finish):
+    """8 devices, then 4, then 2 processes of 2, then 8: the same batches, and losses that differ by the order of sums."""
+    workdir = tmp_path / "moving"
+    changes = {**RUN, "optimizer.warmup": "4 steps", "checkpoint.every": "100%", "optimizer.peak_lr": 0.01}
+    # A schedule that does not depend on the duration, which changes.
+    changes["optimizer.end_lr"] = 0.01
+    parts = [
+        (6, lambda c: [start_training(workdir, {**c, **mesh(2, 2, 2)}, devices=8)]),
+        (11, lambda c: [start_training(workdir, {**c, **mesh(1, 4, 1)}, devices=4)]),
+        (15, lambda c: start_processes(workdir, 2, {**c, **mesh(2, 1, 2)}, devices=2)),
+        (20, lambda c: [start_training(workdir, {**c, **mesh(8, 1, 1)}, devices=8)]),
+    ]
+    for steps, start in parts:
+        finish(*start({**changes, "training.duration": f"{steps} steps"}))
+        assert [record["step"] for record in metrics.read(workdir)] == list(range(1, steps + 1))
+    finish(start_training(tmp_path / "whole", changes))
+    assert_same_curves(workdir, tmp_path / "whole")
+
+
+# ---- Ways to end
+
+
+def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(tmp_path, start_processes, start_training, finish):
+    workdir = tmp_path / "run"
+    processes = start_processes(workdir, 2, FOREVER)
+    wait_for_steps(workdir, 10, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(*processes, status=RESTART, seconds=60)
+    step, _ = final_state(workdir)
+    assert f"stopped by SIGTERM; saved at step {step} of 100000" in said
+    assert metrics.read(workdir)[-1]["step"] == step
+
+    # And goes on there, as an undisturbed run would have.
+    end = {**FOREVER, "training.duration": f"{step + 5} steps"}
+    finish(start_training(workdir, end))
+    assert [record["step"] for record in metrics.read(workdir)] == list(range(1, step + 6))
+
+
+@pytest.mark.parametrize(
+    ("of_process", "listed"),
+    [
+        ({1: {"optimizer.peak_lr": 0.5}}, "config.optimizer.peak_lr 0.004 there, 0.5 here"),
+        ({0: {"seed": 7}}, "config.seed 7 there, 0 here"),
+    ],
+)
+def test_processes_that_are_not_the_same_are_refused(tmp_path, start_processes, finish, of_process, listed):
+    processes = start_processes(tmp_path / "run", 2, RUN, of_process=of_process)
+    said = finish(*processes, status=REFUSED, seconds=60)
+    assert (
+        said.count(f"differs from process 0 on {__import__('socket').gethostname()}: {listed}; expected the same") == 2
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_process_whose_peer_does_not_come_says_so_and_ends(tmp_path, start_processes, finish, there):
+    processes = start_processes(tmp_path / "run", 2, RUN, options=["--start-limit", "3"])
+    processes[1 - there].kill()
+    processes[1 - there].communicate()
+    began = time.monotonic()
+    said = finish(processes[there], status=RESTART, seconds=60)
+    assert time.monotonic() - began < 30
+    assert f"ttt: process {there} of 2 on " in said
+    assert "not all processes came to localhost:" in said
+    assert "within 3 s" in said
+
+
+def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
+    workdir = tmp_path / "run"
+    processes = start_processes(workdir, 2, {**FOREVER, "training.stall_limit": 4})
+    wait_for_steps(workdir, 10, *processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    _, err = processes[0].communicate(timeout=60)
+    processes[1].kill()
+    processes[1].communicate()
+    assert processes[0].returncode == RESTART
+    assert "ttt train: process 0 of 2 on " in err
+    assert "s without an end; stopped, to be started again (training.stall_limit sets the limit)" in err
+    assert "loop.py" in err  # where it stood
+
+
+def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start_processes, finish):
+    """The bad token lies in a row that process 1 alone reads."""
+    tokens = np.random.default_rng(0).integers(1, 256, 32 * 400 + 1).astype(np.uint16)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.save(folder / "train.npy", tokens)
+    from ttt_jax.data import pipeline, sources
+
+    batches = pipeline.train_batches(
+        sources.load(str(folder), "train", vocab_size=264), sequence_length=32, batch_size=8, seed=0
+    )
+    window = [next(batches) for _ in range(7)][6]["inputs"][6]
+    place = next(i for i in range(0, len(tokens), 32) if np.array_equal(tokens[i : i + 32], window)) + 5
+    tokens[place] = 999
+    np.save(folder / "train.npy", tokens)
+
+    processes = start_processes(tmp_path / "run", 2, {**RUN, "data.source": folder})
+    said = finish(*processes, status=FAILED, seconds=120)
+    assert said.count("the run stands at step 6, saved, and goes on once that can be read") == 2
+    assert f"token 999 at offset {place}" in said
+    assert final_state(tmp_path / "run")[0] == 6
