@@ -1,11 +1,13 @@
 """What a chip will hold while it trains, by kind, and what the compiler says when that is too much."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 import jax
-import numpy as np
+
+from ttt_jax.training.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +15,8 @@ class Memory:
     """Bytes on one chip, the peak of a step.
 
     Attributes:
-      parameters, moments, batch: arrays that a step is given; the first two without the padding of their layouts,
-        which is in ``other_arguments``, as are the counters.
+      parameters, moments, batch: arrays that a step is given, without the padding of their layouts.
+      padding: of these; also counters of a few bytes.
       temporaries: activations, gradients and all else that lives within a step.
       outputs: that take no argument's place.
       code: the program itself.
@@ -23,7 +25,7 @@ class Memory:
     parameters: int
     moments: int
     batch: int
-    other_arguments: int
+    padding: int
     temporaries: int
     outputs: int
     code: int
@@ -34,35 +36,48 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def of_program(run: Any, compiled: jax.stages.Compiled) -> Memory:
-    """Of a :class:`ttt_jax.training.program.Program` and its compiled step."""
-    analysis = compiled.memory_analysis()
-    assert analysis is not None  # CPUs and TPUs have one
-    parameters, moments = bytes_per_chip(run.abstract_state.params), bytes_per_chip(run.abstract_state.opt_state)
-    data = run.config.data
-    batch = 3 * 4 * int(np.prod(run.batch_sharding.shard_shape((data.batch_size, data.sequence_length))))
-    return Memory(
-        parameters=parameters,
-        moments=moments,
-        batch=batch,
-        other_arguments=analysis.argument_size_in_bytes - parameters - moments - batch,
-        temporaries=analysis.temp_size_in_bytes,
-        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-        code=analysis.generated_code_size_in_bytes,
-    )
-
-
-def bytes_per_chip(tree: Any) -> int:
-    """Of the parts that one device holds of arrays with shardings, without padding."""
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
     """What the compiler said of a program that it gave up on, in bytes."""
 
     needed: int
     available: int
+
+
+def of_compiled(run: Program, compiled: jax.stages.Compiled) -> Memory:
+    """As the compiler laid it out."""
+    parameters, moments, batch = _given(run)
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # CPUs and TPUs have one
+    return Memory(
+        parameters=parameters,
+        moments=moments,
+        batch=batch,
+        padding=analysis.argument_size_in_bytes - parameters - moments - batch,
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+    )
+
+
+def of_too_large(run: Program, too_large: TooLarge) -> Memory:
+    """Of a step for which there is no room: what it is given is known, the rest is not told apart."""
+    parameters, moments, batch = _given(run)
+    rest = max(0, too_large.needed - parameters - moments - batch)
+    return Memory(parameters, moments, batch, padding=0, temporaries=rest, outputs=0, code=0)
+
+
+def _given(run: Program) -> tuple[int, int, int]:
+    """Parameters, moments and batch."""
+    data = run.config.data
+    rows = run.batch_sharding.shard_shape((data.batch_size, data.sequence_length))
+    batch = 3 * 4 * math.prod(rows)  # inputs, targets and mask
+    return bytes_per_chip(run.abstract_state.params), bytes_per_chip(run.abstract_state.opt_state), batch
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of the parts that one device holds of arrays with shardings, without padding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def too_large(message: str) -> TooLarge | None:

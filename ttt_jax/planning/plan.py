@@ -31,7 +31,7 @@ class Traffic:
 class Plan:
     """The report on one config and topology; per step unless said otherwise.
 
-    Either ``memory`` and ``collectives`` are known, or ``too_large``.
+    Of a step that does not fit, there are no collectives and no time.
     """
 
     model: str
@@ -46,30 +46,11 @@ class Plan:
     steps: int  # of the whole run
     operations: float
     compile_seconds: float
-    memory: Memory | None
-    too_large: TooLarge | None
+    memory: Memory  # of a chip
+    available: int | None  # bytes of a chip that a program may use; None where that is not known
+    fits: bool | None
     collectives: dict[str, Traffic]
     step_time: estimate.StepTime | None
-
-    @property
-    def available(self) -> int | None:
-        """Bytes of a chip that a program may use; None where that is not known."""
-        if self.too_large is not None:
-            return self.too_large.available
-        return None if self.chip is None else self.chip.hbm
-
-    @property
-    def needed(self) -> int:
-        """Bytes of a chip that the step takes."""
-        if self.too_large is not None:
-            return self.too_large.needed
-        assert self.memory is not None
-        return self.memory.total
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the compiler found room for the step; None where memory has no limit that is known."""
-        return None if self.available is None else self.too_large is None
 
     @property
     def tokens(self) -> int:
@@ -107,14 +88,17 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
     run = program.make(config, sharding.make_mesh(shape, devices))
     chip, data = of_device(devices[0]), config.data
     start = time.perf_counter()
-    compiled, too_large = _compile(run)
+    compiled = _compile(run)
     seconds = time.perf_counter() - start
-    used = None if compiled is None else memory_lib.of_program(run, compiled)
-    traffic = {} if compiled is None else by_kind(hlo.collectives(compiled.as_text() or ""))
+    available = None if chip is None else chip.hbm
     step_time = None
-    if chip is not None and used is not None:
-        sent = sum(kind.sent for kind in traffic.values())
-        step_time = estimate.step_time(config, chip, len(devices), memory_per_chip=used.total, sent_per_chip=sent)
+    if isinstance(compiled, TooLarge):
+        used, available, traffic = memory_lib.of_too_large(run, compiled), compiled.available, {}
+    else:
+        used, traffic = memory_lib.of_compiled(run, compiled), by_kind(hlo.collectives(compiled.as_text() or ""))
+        if chip is not None:
+            sent = sum(kind.sent for kind in traffic.values())
+            step_time = estimate.step_time(config, chip, len(devices), memory_per_chip=used.total, sent_per_chip=sent)
     return Plan(
         model=build.describe(config.model),
         parameters=sum(x.size for x in jax.tree.leaves(run.abstract_state.params)),
@@ -129,7 +113,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         operations=flops.per_step(config.model, data.sequence_length, data.batch_size),
         compile_seconds=seconds,
         memory=used,
-        too_large=too_large,
+        available=available,
+        fits=None if available is None else not isinstance(compiled, TooLarge),
         collectives=traffic,
         step_time=step_time,
     )
@@ -147,12 +132,12 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
     return kinds
 
 
-def _compile(run: program.Program) -> tuple[jax.stages.Compiled | None, TooLarge | None]:
+def _compile(run: program.Program) -> jax.stages.Compiled | TooLarge:
     """The compiled step, or how much memory it would have taken."""
     try:
-        return run.compiled_step(), None
+        return run.compiled_step()
     except jax.errors.JaxRuntimeError as error:
         too_large = memory_lib.too_large(str(error))
         if too_large is None:
             raise
-        return None, too_large
+        return too_large

@@ -18,7 +18,7 @@ def text(plan: Plan, price: float | None = None) -> str:
         "",
         *_memory(plan),
     ]
-    if plan.memory is not None:
+    if plan.fits is not False:
         lines += ["", *_collectives(plan)]
     lines += ["", *_step(plan, price)]
     return "\n".join(lines)
@@ -27,48 +27,42 @@ def text(plan: Plan, price: float | None = None) -> str:
 def verdict(plan: Plan) -> str:
     """Whether it fits, and by how much or how much not."""
     if plan.available is None:
-        return f"{_size(plan.needed)}; how much there is is not known"
-    room = plan.available - plan.needed
+        return f"{_size(plan.memory.total)}; how much there is is not known"
+    room = plan.available - plan.memory.total
     if plan.fits:
-        return f"{_size(plan.needed)} of {_size(plan.available)}: fits, {_size(max(room, 0))} to spare"
-    return f"{_size(plan.needed)} of {_size(plan.available)}: does not fit, {_size(-room)} too much"
+        return f"{_size(plan.memory.total)} of {_size(plan.available)}: fits, {_size(max(room, 0))} to spare"
+    return f"{_size(plan.memory.total)} of {_size(plan.available)}: does not fit, {_size(-room)} too much"
 
 
 def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
     """For JSON; sizes in bytes, times in seconds."""
-    numbers = dataclasses.asdict(plan)
-    numbers["chip"] = None if plan.chip is None else plan.chip.name
-    numbers["memory"] = None if plan.memory is None else {**numbers["memory"], "total": plan.memory.total}
-    numbers["too_large_by"] = 0 if plan.too_large is None else plan.too_large.needed - plan.too_large.available
-    if plan.step_time is not None:
-        numbers["step_time"]["total"] = plan.step_time.total
-        numbers["tokens_per_second"] = plan.tokens / plan.step_time.total
-    del numbers["too_large"]
-    return {
-        **numbers,
-        "fits": plan.fits,
-        "needed": plan.needed,
-        "available": plan.available,
+    t, hours = plan.step_time, plan.hours
+    numbers = {
+        **dataclasses.asdict(plan),
+        "chip": None if plan.chip is None else plan.chip.name,
+        "step_time": None if t is None else {**dataclasses.asdict(t), "total": t.total},
+        "tokens_per_second": None if t is None else plan.tokens / t.total,
         "model_flop_utilization": plan.utilization,
-        "hours": plan.hours,
-        "chip_hours": None if plan.hours is None else plan.hours * plan.chips,
+        "hours": hours,
+        "chip_hours": None if hours is None else hours * plan.chips,
         "price": None if price is None else plan.price(price),
     }
+    numbers["memory"]["total"] = plan.memory.total
+    return numbers
 
 
 def _memory(plan: Plan) -> list[str]:
-    lines = ["memory of a chip"]
-    if plan.memory is not None:
-        m = plan.memory
-        for name, size in (
-            ("parameters", m.parameters),
-            ("optimizer moments", m.moments),
-            ("batch", m.batch),
-            ("padding of these", m.other_arguments),
-            ("activations, gradients", m.temporaries),
-            ("outputs", m.outputs),
-            ("program", m.code),
-        ):
+    lines, m = ["memory of a chip"], plan.memory
+    for name, size in (
+        ("parameters", m.parameters),
+        ("optimizer moments", m.moments),
+        ("batch", m.batch),
+        ("padding of these", m.padding),
+        ("activations, gradients", m.temporaries),
+        ("outputs", m.outputs),
+        ("program", m.code),
+    ):
+        if size:
             lines.append(f"  {name:<23} {_size(size):>12}")
     return [*lines, f"  {'total':<23} {verdict(plan)}"]
 
@@ -88,7 +82,7 @@ def _step(plan: Plan, price: float | None) -> list[str]:
     lines.append(f"  {'run':<23} {plan.steps:,} steps, {plan.steps * plan.tokens / 1e9:,.2f} G tokens")
     t, hours = plan.step_time, plan.hours
     if t is None or hours is None or plan.utilization is None:
-        unknown = "the step does not fit" if plan.too_large else f"nothing is known of the speed of {plan.topology}"
+        unknown = "the step does not fit" if plan.fits is False else f"nothing is known of the speed of {plan.topology}"
         return [*lines, f"  {'step time':<23} no estimate: {unknown}"]
     cost = "" if price is None else f", {plan.price(price):,.0f} USD at {price:g} per chip-hour"
     return [
