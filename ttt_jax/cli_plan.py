@@ -55,8 +55,35 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ttt_jax.planning import report
 
     devices = topology_lib.devices(topology)
+    if options.search:
+        return _search(options, config, str(topology), devices)
     plan = plan_lib.plan(config, str(topology), devices)
     print(
         json.dumps(report.as_dict(plan, options.price), indent=2) if options.json else report.text(plan, options.price)
     )
     return 1 if plan.fits is False else 0
+
+
+def _search(options: argparse.Namespace, config, topology: str, devices: list) -> int:
+    from ttt_jax.planning import report, search
+
+    if not options.json:
+        print(report.search_header())
+    tried = search.search(
+        config,
+        topology,
+        devices,
+        options.most,
+        progress=lambda one: None if options.json else print(report.search_line(one), flush=True),
+    )
+    if not tried:
+        raise ConfigError(f"--search: no mesh of {len(devices)} devices splits this model and batch")
+    best = search.best(tried)
+    if options.json:
+        found = [{**one.choice._asdict(), "plan": report.as_dict(one.plan, options.price)} for one in tried]
+        print(json.dumps({"best": None if best is None else best.choice.overrides(), "tried": found}, indent=2))
+    elif best is None:
+        print("none of these fits")
+    else:
+        print(f"\nbest:\n  {best.choice.overrides()}\n\n{report.text(best.plan, options.price)}")
+    return 0 if best else 1

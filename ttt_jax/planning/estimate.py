@@ -13,6 +13,7 @@ from ttt_jax.parallel.chips import Chip
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
 MATRIX_UNIT = 128  # rows and columns of it, on TPUs
 TURN = 5e-6  # seconds that one turn of the scan over mini-batches takes at least
+COLLECTIVE = 10e-6  # seconds that a collective takes besides sending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +32,20 @@ class StepTime:
 
 
 def step_time(
-    config: ml_collections.ConfigDict, chip: Chip, chips: int, *, memory_per_chip: float, sent_per_chip: float
+    config: ml_collections.ConfigDict,
+    chip: Chip,
+    chips: int,
+    *,
+    memory_per_chip: float,
+    sent_per_chip: float,
+    collectives: int,
 ) -> StepTime:
     """Estimates a step of a config.
 
     Args:
       memory_per_chip: bytes that lie in the memory of a chip at the peak of a step.
       sent_per_chip: bytes that a chip sends to others.
+      collectives: how many it takes part in.
     """
     model, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length
@@ -65,12 +73,13 @@ def step_time(
         ]
     assumptions += [
         f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
-        f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, while nothing is computed",
+        f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, and "
+        f"{COLLECTIVE * 1e6:.0f} us for each collective, while nothing is computed",
         "waiting for data, checkpoints and restarts not counted",
     ]
     return StepTime(
         compute,
         2 * memory_per_chip / chip.hbm_bandwidth,
-        sent_per_chip / chip.ici_bandwidth,
+        sent_per_chip / chip.ici_bandwidth + collectives * COLLECTIVE,
         tuple(assumptions),
     )

@@ -50,6 +50,7 @@ class Plan:
     available: int | None  # bytes of a chip that a program may use; None where that is not known
     fits: bool | None
     collectives: dict[str, Traffic]
+    collectives_in_mixers: int  # those in scans over mini-batches, which had better be none
     step_time: estimate.StepTime | None
 
     @property
@@ -93,12 +94,18 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
     available = None if chip is None else chip.hbm
     step_time = None
     if isinstance(compiled, TooLarge):
-        used, available, traffic = memory_lib.of_too_large(run, compiled), compiled.available, {}
+        used, available, found = memory_lib.of_too_large(run, compiled), compiled.available, []
     else:
-        used, traffic = memory_lib.of_compiled(run, compiled), by_kind(hlo.collectives(compiled.as_text() or ""))
+        used, found = memory_lib.of_compiled(run, compiled), hlo.collectives(compiled.as_text() or "")
         if chip is not None:
-            sent = sum(kind.sent for kind in traffic.values())
-            step_time = estimate.step_time(config, chip, len(devices), memory_per_chip=used.total, sent_per_chip=sent)
+            step_time = estimate.step_time(
+                config,
+                chip,
+                len(devices),
+                memory_per_chip=used.total,
+                sent_per_chip=sum(c.times * c.sent for c in found),
+                collectives=sum(c.times for c in found),
+            )
     return Plan(
         model=build.describe(config.model),
         parameters=sum(x.size for x in jax.tree.leaves(run.abstract_state.params)),
@@ -115,7 +122,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         memory=used,
         available=available,
         fits=None if available is None else not isinstance(compiled, TooLarge),
-        collectives=traffic,
+        collectives=by_kind(found),
+        collectives_in_mixers=sum(c.times for c in found if in_mixer_scan(c)),
         step_time=step_time,
     )
 
@@ -130,6 +138,11 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
                 sum(c.times for c in some), sum(c.times * c.bytes for c in some), sum(c.times * c.sent for c in some)
             )
     return kinds
+
+
+def in_mixer_scan(collective: hlo.Collective) -> bool:
+    """Whether it is executed again and again within one layer's mixer."""
+    return any("/mixer/" in loop for loop in collective.loops)
 
 
 def _compile(run: program.Program) -> jax.stages.Compiled | TooLarge:

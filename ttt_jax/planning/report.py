@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ttt_jax.planning.plan import Plan
+from ttt_jax.planning.search import Tried
 
 
 def text(plan: Plan, price: float | None = None) -> str:
@@ -32,6 +33,21 @@ def verdict(plan: Plan) -> str:
     if plan.fits:
         return f"{_size(plan.memory.total)} of {_size(plan.available)}: fits, {_size(max(room, 0))} to spare"
     return f"{_size(plan.memory.total)} of {_size(plan.available)}: does not fit, {_size(-room)} too much"
+
+
+def search_header() -> str:
+    """Above the lines of :func:`search_line`."""
+    return "  data  fsdp tensor  remat accumulation   compile       memory      step time"
+
+
+def search_line(tried: Tried) -> str:
+    """One choice of a search and what came of it."""
+    c, p = tried.choice, tried.plan
+    time = f"{p.step_time.total:.4f} s" if p.step_time else ("does not fit" if p.fits is False else "")
+    return (
+        f"{c.data:6} {c.fsdp:5} {c.tensor:6} {c.remat:>6} {c.accumulation:12} {p.compile_seconds:7.1f} s "
+        f"{_size(p.memory.total):>12} {time:>14}"
+    )
 
 
 def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
@@ -73,6 +89,8 @@ def _collectives(plan: Plan) -> list[str]:
     lines = [f"{'collectives of a step':<25} {'times':>8} {'of arrays':>14} {'sent by a chip':>18}"]
     for kind, traffic in plan.collectives.items():
         lines.append(f"  {kind:<23} {traffic.count:8,} {_size(traffic.bytes):>14} {_size(traffic.sent):>18}")
+    if plan.collectives_in_mixers:
+        lines.append(f"  {plan.collectives_in_mixers:,} of these are in scans over mini-batches, one after the other")
     return lines
 
 
