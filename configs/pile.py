@@ -17,8 +17,7 @@ trains on 128 chips at 16k (v5e:8x16) and on 64 at 32k (v5e:8x8). What each of t
 from ttt_jax import config as config_lib
 from ttt_jax.config import MIXERS, ConfigError
 
-#        width, layers, heads, mlp_width, peak_lr, tokens
-SIZES = {
+SIZES = {  # width, layers, heads, feed-forward width, peak learning rate, duration
     "125m": (768, 12, 12, 2048, 3e-3, "2.5B tokens"),
     "350m": (1024, 24, 16, 2736, 1.5e-3, "7B tokens"),
     "760m": (1536, 24, 16, 4096, 1.25e-3, "15B tokens"),
@@ -28,9 +27,10 @@ CONTEXTS = {f"{k}k": k * 1024 for k in (2, 4, 8, 16, 32)}
 BATCH = 512 * 1024  # tokens
 
 
-def get_config(arg: str = "ttt_linear,125m,2k"):
-    mixer, size, context = [*arg.split(","), "", ""][:3]
-    if arg.count(",") != 2 or mixer not in MIXERS or size not in SIZES or context not in CONTEXTS:
+def get_config(arg: str = "ttt_linear"):
+    """The argument is a sequence mixer, then a size (125m) and a context (2k): ``ttt_mlp,350m,8k``."""
+    mixer, size, context, *more = [*arg.split(","), *("125m", "2k")[arg.count(",") :]]
+    if mixer not in MIXERS or size not in SIZES or context not in CONTEXTS or more:
         raise ConfigError(
             f"pile.py:{arg}: expected mixer,size,context: one of {', '.join(MIXERS)}; of {', '.join(SIZES)}; "
             f"of {', '.join(CONTEXTS)}"
@@ -51,5 +51,5 @@ def get_config(arg: str = "ttt_linear,125m,2k"):
     c.optimizer.peak_lr = peak_lr
     c.training.duration = duration
     c.mesh.tensor = min(256 // c.data.batch_size, heads & -heads)  # chips that share a row, a power of two
-    c.mesh.fsdp = 1 if size == "125m" else 8
+    c.mesh.fsdp = 1 if size in ("125m", "350m") else 8
     return c

@@ -38,13 +38,15 @@ def step_time(
     *,
     memory_per_chip: float,
     sent_per_chip: float,
+    sent_between_slices: float = 0.0,
     collectives: int,
 ) -> StepTime:
     """Estimates a step of a config.
 
     Args:
       memory_per_chip: bytes that lie in the memory of a chip at the peak of a step.
-      sent_per_chip: bytes that a chip sends to others.
+      sent_per_chip: bytes that a chip sends to others of its slice.
+      sent_between_slices: bytes that it sends to other slices.
       collectives: how many it takes part in.
     """
     model, data = config.model, config.data
@@ -75,11 +77,15 @@ def step_time(
         f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
         f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, and "
         f"{COLLECTIVE * 1e6:.0f} us for each collective, while nothing is computed",
-        "waiting for data, checkpoints and restarts not counted",
     ]
+    communication = sent_per_chip / chip.ici_bandwidth + collectives * COLLECTIVE
+    if sent_between_slices and chip.dcn_bandwidth:
+        communication += sent_between_slices / chip.dcn_bandwidth
+        assumptions.append(f"between slices: at {chip.dcn_bandwidth / 1e9:.3g} GB/s a chip, while nothing else is done")
+    assumptions.append("waiting for data, checkpoints and restarts not counted")
     return StepTime(
         compute,
         2 * memory_per_chip / chip.hbm_bandwidth,
-        sent_per_chip / chip.ici_bandwidth + collectives * COLLECTIVE,
+        communication,
         tuple(assumptions),
     )

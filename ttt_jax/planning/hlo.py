@@ -8,7 +8,9 @@ import math
 import re
 from collections.abc import Iterator
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BETWEEN_SLICES = "between slices"  # how TPUs write what goes over the data center network, whatever the collective
+KINDS = (*_ON_DEVICE, BETWEEN_SLICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Collective:
     Attributes:
       kind: one of :data:`KINDS`.
       bytes: of the whole array, which an all-gather ends with and a reduce-scatter starts from; each time.
-      group: devices that take part with this one.
+      group: devices that take part, this one included; 2 where it goes between slices.
       times: executions per run of the program: the trip counts of all loops around it, multiplied.
       loops: ``op_name`` of the loops around it, the outermost first.
       computation: the HLO computation it stands in.
@@ -36,7 +38,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a device sends to others each time, by the ring algorithm."""
-        if self.kind == "collective-permute":
+        if self.kind in ("collective-permute", BETWEEN_SLICES):
             return self.bytes
         return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
 
@@ -110,7 +112,10 @@ def _walk(
     for instruction in computations[name]:
         op_name = instruction.op_name or caller
         kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
+        if kind == "send" and "megascale" in instruction.rest:
+            size = _bytes(_elements(instruction.shape)[0])
+            yield Collective(BETWEEN_SLICES, size, 2, times, loops, name, op_name)
+        elif kind in _ON_DEVICE:
             if "chain_id=" in instruction.rest:
                 channel = instruction.attribute(r"channel_id=(\d+)")
                 if channel in started:

@@ -103,7 +103,8 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
                 chip,
                 len(devices),
                 memory_per_chip=used.total,
-                sent_per_chip=sum(c.times * c.sent for c in found),
+                sent_per_chip=sum(c.times * c.sent for c in found if c.kind != hlo.BETWEEN_SLICES),
+                sent_between_slices=sum(c.times * c.sent for c in found if c.kind == hlo.BETWEEN_SLICES),
                 collectives=sum(c.times for c in found),
             )
     return Plan(

@@ -80,6 +80,7 @@ def devices(topology: Topology) -> list:
     import jax
     from jax.experimental import topologies
 
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read from it
     if topology.chip == "cpu":
         jax.config.update("jax_platforms", "cpu")
         with contextlib.suppress(RuntimeError):  # where JAX has started already
