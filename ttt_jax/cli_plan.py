@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slices", type=int, default=1, metavar="N", help="so many of these, joined by a data center network")
     add("--price", type=float, metavar="USD", help="of a chip for an hour")
     add("--search", action="store_true", help="try meshes, model.remat and training.accumulation; print the best")
-    add("--most", type=int, default=6, metavar="N", help="programs that a search compiles (default: 6)")
+    add("--most", type=int, default=6, metavar="N", help="programs that fit which a search compiles (default: 6)")
     add("--json", action="store_true", help="print JSON")
 
 

@@ -58,7 +58,9 @@ def tried(monkeypatch, config, most, needed):
             raise ConfigError("mesh.fsdp: does not divide")
         seconds = SimpleNamespace(total=config.mesh.tensor + 0.1 * (config.model.remat == "block"))
         used = memory.Memory(0, 0, 0, 0, gib * 2**30, 0, 0)
-        return SimpleNamespace(memory=used, fits=gib <= 16, step_time=seconds if gib <= 16 else None)
+        return SimpleNamespace(
+            memory=used, available=16 * 2**30, fits=gib <= 16, step_time=seconds if gib <= 16 else None
+        )
 
     monkeypatch.setattr(search, "plan", plan)
     return search.search(config, "v5e:4x4", devices(16), most)
@@ -77,10 +79,23 @@ def test_the_best_is_the_fastest_that_fits(monkeypatch, config):
 
 
 def test_nothing_fits(monkeypatch, config):
-    """What is guessed to take more than a choice that failed is passed over."""
-    found = tried(monkeypatch, config, 100, lambda c: 17)
+    found = tried(monkeypatch, config, 2, lambda c: 17)
     assert search.best(found) is None
-    assert 0 < len(found) < len(search.guesses(config, devices(16)))
+    assert len(found) == 6
+
+
+def test_a_search_learns_from_what_did_not_fit(monkeypatch, config):
+    """A thousandfold of the guess for all without remat: one is tried for each fsdp."""
+    guessed = {guess.choice: guess.memory for guess in search.guesses(config, devices(16))}
+
+    def needed(c):
+        choice = search.Choice(*c.mesh.values(), c.model.remat, c.training.accumulation)
+        return 1 if c.model.remat == "block" else 17 + guessed[choice]
+
+    found = tried(monkeypatch, config, 100, needed)
+    without = [one.choice.fsdp for one in found if one.choice.remat == "none"]
+    assert sorted(without) == [1, 2, 4, 8]
+    assert sum(one.choice.remat == "block" for one in found) == len(guessed) / 2
 
 
 def test_choices_that_do_not_divide_cost_nothing(monkeypatch, config):

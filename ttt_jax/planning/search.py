@@ -1,5 +1,6 @@
 """Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,19 +51,24 @@ def search(
     most: int,
     progress: Callable[[Tried], None] = lambda tried: None,
 ) -> list[Tried]:
-    """Compiles at most so many choices, the most promising first; those that cannot fit a mesh cost nothing.
+    """Compiles choices, the most promising first, until so many were found that fit, or thrice as many that do not;
+    those stop early in the compiler. Choices that no mesh splits cost nothing.
 
-    A choice is passed over that is guessed to take more memory than one that did not fit.
+    What a choice turned out to need corrects the guesses of those with the same remat and fsdp; a choice is passed over
+    that would then not fit.
 
     Returns:
       What was compiled; the fastest that fits is :func:`best` of it.
     """
     tried: list[Tried] = []
-    too_much = float("inf")
+    corrections: dict[tuple[str, int], float] = {}
     for guess in guesses(config, devices):
-        if len(tried) == most:
+        failed = sum(one.plan.fits is False for one in tried)
+        if len(tried) - failed == most or failed == 3 * most:
             break
-        if guess.memory >= too_much:
+        alike = (guess.choice.remat, guess.choice.fsdp)
+        limit = next((one.plan.available for one in tried if one.plan.available), math.inf)
+        if guess.memory * corrections.get(alike, 0) > limit:
             continue
         try:
             result = plan(with_choice(config, guess.choice), topology, devices)
@@ -70,8 +76,7 @@ def search(
             continue
         tried.append(Tried(guess.choice, result))
         progress(tried[-1])
-        if result.fits is False:
-            too_much = min(too_much, guess.memory)
+        corrections[alike] = max(corrections.get(alike, 0), result.memory.total / guess.memory)
     return tried
 
 
@@ -97,7 +102,7 @@ def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[G
     """All choices whose rows can be split, those that seem to fit first, and of those the fastest first."""
     chip = of_device(devices[0])
     found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
-    room = float("inf") if chip is None else chip.hbm
+    room = math.inf if chip is None else chip.hbm
     return sorted(found, key=lambda guess: (guess.memory > room, guess.seconds, guess.memory))
 
 
@@ -121,7 +126,7 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     rows = config.data.batch_size / (choice.data * choice.fsdp * choice.accumulation)
     tokens = rows * config.data.sequence_length  # of a micro-batch, on a chip
     width = 2 if m.dtype == "bfloat16" else 4  # bytes
-    inside = (3 * m.mlp_width + 24 * m.width) / choice.tensor * width  # arrays of a block that its backward pass reads
+    inside = 4 * (3 * m.mlp_width / choice.tensor + 20 * m.width)  # arrays of a block that its backward pass reads
     if m.mixer != "attention":
         states = sum(a * b for a, b in zip(build.learner(m).widths, build.learner(m).widths[1:], strict=False))
         inside += 4 * states * m.num_heads / choice.tensor / m.ttt.mini_batch  # W once per mini-batch
