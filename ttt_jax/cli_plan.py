@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 from ttt_jax import config_file
@@ -57,7 +58,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     devices = topology_lib.devices(topology)
     if options.search:
         return _search(options, config, str(topology), devices)
-    plan = plan_lib.plan(config, str(topology), devices)
+    try:
+        plan = plan_lib.plan(config, str(topology), devices)
+    except plan_lib.CompilerError as error:
+        print(f"ttt plan: {error}", file=sys.stderr)
+        return 1
     print(
         json.dumps(report.as_dict(plan, options.price), indent=2) if options.json else report.text(plan, options.price)
     )
@@ -80,10 +85,14 @@ def _search(options: argparse.Namespace, config, topology: str, devices: list) -
         raise ConfigError(f"--search: no mesh of {len(devices)} devices splits this model and batch")
     best = search.best(tried)
     if options.json:
-        found = [{**one.choice._asdict(), "plan": report.as_dict(one.plan, options.price)} for one in tried]
-        print(json.dumps({"best": None if best is None else best.choice.overrides(), "tried": found}, indent=2))
+        found = [
+            {**one.choice._asdict(), "plan": None if one.plan is None else report.as_dict(one.plan, options.price)}
+            for one in tried
+        ]
+        print(json.dumps({"best": None if best is None else best[0].overrides(), "tried": found}, indent=2))
     elif best is None:
         print("none of these fits")
     else:
-        print(f"\nbest:\n  {best.choice.overrides()}\n\n{report.text(best.plan, options.price)}")
-    return 0 if best else 1
+        choice, plan = best
+        print(f"\nbest:\n  {choice.overrides()}\n\n{report.text(plan, options.price)}")
+    return 1 if best is None else 0

@@ -5,11 +5,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.models import flops
+from ttt_jax.planning import plan
+from ttt_jax.planning.memory import TooLarge
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -31,6 +35,22 @@ def planned():
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("plans.py"))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_compiler_that_fails():
+    """One line of what it said; of memory, a size and no error."""
+
+    def fails(message):
+        def compiled_step():
+            raise jax.errors.JaxRuntimeError(message)
+
+        return SimpleNamespace(compiled_step=compiled_step)
+
+    with pytest.raises(plan.CompilerError) as caught:
+        plan._compile(fails("INTERNAL: no\troute\n\nin\nmany lines"))
+    assert str(caught.value) == "the compiler fails at this program: INTERNAL: no route"
+    too_large = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 3.00G of 2.00G hbm."
+    assert plan._compile(fails(too_large)) == TooLarge(3 * 2**30, 2 * 2**30)
 
 
 # ---- A model of width 32, two heads of 16, three blocks, feed-forward width 48, vocabulary 64, on fsdp=2 x tensor=2
@@ -72,19 +92,20 @@ def test_parameters_and_moments_by_arithmetic(planned):
 @needs_libtpu
 @pytest.mark.slow
 def test_what_follows_from_the_estimate(planned):
-    plan = planned["plan"]
+    found = planned["plan"]
     config = config_lib.default()
     config.model.update(vocab_size=64, width=32, num_heads=2, num_layers=3, mlp_width=48)
     config.model.ttt.mini_batch = 4
-    assert plan["operations"] == flops.per_step(config.model, 32, 8)
-    seconds = plan["step_time"]["total"]
+    assert found["operations"] == flops.per_step(config.model, 32, 8)
+    seconds = found["step_time"]["total"]
     assert (
-        seconds == max(plan["step_time"]["compute"], plan["step_time"]["memory"]) + plan["step_time"]["communication"]
+        seconds
+        == max(found["step_time"]["compute"], found["step_time"]["memory"]) + found["step_time"]["communication"]
     )
-    assert plan["tokens_per_second"] == pytest.approx(8 * 32 / seconds)
-    assert plan["chip_hours"] == pytest.approx(4 * 1000 * seconds / 3600)
-    assert plan["price"] == pytest.approx(2 * plan["chip_hours"])
-    assert plan["model_flop_utilization"] == pytest.approx(plan["operations"] / (4 * 197e12) / seconds)
+    assert found["tokens_per_second"] == pytest.approx(8 * 32 / seconds)
+    assert found["chip_hours"] == pytest.approx(4 * 1000 * seconds / 3600)
+    assert found["price"] == pytest.approx(2 * found["chip_hours"])
+    assert found["model_flop_utilization"] == pytest.approx(found["operations"] / (4 * 197e12) / seconds)
 
 
 @needs_libtpu
@@ -93,13 +114,13 @@ def test_gradients_are_summed_over_data():
     """Parameters on every chip, rows split: what is summed are the gradients, each once, float32, and a few numbers."""
     done = ttt_plan("--topology", "v5e:2x2", "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert set(plan["collectives"]) == {"all-reduce"}
+    found = json.loads(done.stdout)
+    assert set(found["collectives"]) == {"all-reduce"}
     d, mlp, vocab = 32, 48, 64
     parameters = 4 * (4 * d * d + 3 * d * mlp + 2 * d + vocab * d + d)
-    assert plan["memory"]["parameters"] == parameters
+    assert found["memory"]["parameters"] == parameters
     # The embedding is summed as two parts, of its use as head and of its lookup, unless they are added before.
-    summed = plan["collectives"]["all-reduce"]["bytes"]
+    summed = found["collectives"]["all-reduce"]["bytes"]
     assert parameters <= summed <= parameters + 4 * vocab * d + 64
 
 
@@ -110,16 +131,16 @@ def test_a_model_that_is_too_large():
     too_large = ("--topology", "v5e:2x2", "--config.mesh.fsdp=4", "--config.model.width=65536")
     done = ttt_plan(*too_large, "--json")
     assert done.returncode == 1, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["fits"] is False
+    found = json.loads(done.stdout)
+    assert found["fits"] is False
     d = 65536
     state = 12 * (4 * d * d + 3 * d * 48 + 64 * d) / 4
-    assert state < plan["memory"]["total"] < 4 * state
-    assert plan["memory"]["parameters"] + plan["memory"]["moments"] == pytest.approx(state, rel=1e-3)
-    assert plan["available"] == int(15.75 * 2**30)
-    assert plan["step_time"] is None
+    assert state < found["memory"]["total"] < 4 * state
+    assert found["memory"]["parameters"] + found["memory"]["moments"] == pytest.approx(state, rel=1e-3)
+    assert found["available"] == int(15.75 * 2**30)
+    assert found["step_time"] is None
     done = ttt_plan(*too_large)
-    too_much = (plan["memory"]["total"] - plan["available"]) / 2**30
+    too_much = (found["memory"]["total"] - found["available"]) / 2**30
     assert done.returncode == 1
     assert f"does not fit, {too_much:,.2f} GiB too much" in done.stdout
 
@@ -132,8 +153,8 @@ def test_a_model_that_is_too_large():
 def test_other_chips(topology, chips, available):
     done = ttt_plan("--topology", topology, "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert (plan["topology"], plan["chips"], plan["available"]) == (topology, chips, available)
+    found = json.loads(done.stdout)
+    assert (found["topology"], found["chips"], found["available"]) == (topology, chips, available)
 
 
 @needs_libtpu
@@ -142,21 +163,21 @@ def test_two_slices():
     """Between them go gradients: of a chip's quarter of the parameters, those of the embedding in two parts."""
     done = ttt_plan("--topology", "v5e:2x2", "--slices", "2", "--config.mesh.fsdp=4", "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert plan["chips"] == 8
-    sent = plan["collectives"]["between slices"]["sent"]
-    assert 1 < sent / plan["memory"]["parameters"] < 3
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert found["chips"] == 8
+    sent = found["collectives"]["between slices"]["sent"]
+    assert 1 < sent / found["memory"]["parameters"] < 3
 
 
 @pytest.mark.slow
 def test_cpus():
     done = ttt_plan("--topology", "cpu:8", "--json")
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert (plan["chips"], plan["mesh"]["data"], plan["fits"], plan["step_time"]) == (8, 8, None, None)
-    assert plan["collectives"]["all-reduce"]["bytes"] >= plan["memory"]["parameters"]
-    assert plan["memory"]["moments"] == 2 * plan["memory"]["parameters"] + 8
+    found = json.loads(done.stdout)
+    assert (found["chips"], found["mesh"]["data"], found["fits"], found["step_time"]) == (8, 8, None, None)
+    assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
+    assert found["memory"]["moments"] == 2 * found["memory"]["parameters"] + 8
 
 
 @needs_libtpu
@@ -179,10 +200,10 @@ def test_a_paper_size_on_a_pod():
     command += ["--config.mesh.fsdp=1", "--topology", "v5e:16x16", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    plan = json.loads(done.stdout)
-    assert plan["mesh"] == {"data": 256, "fsdp": 1, "tensor": 1}
-    assert 105e6 < plan["parameters"] < 130e6
-    assert plan["memory"]["parameters"] == 4 * plan["parameters"]
-    assert 12 * plan["parameters"] < plan["memory"]["total"] < 4 * 2**30
-    assert plan["steps"] == round(2.5e9 / (256 * 2048))
-    assert plan["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * plan["parameters"], rel=0.3)
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 256, "fsdp": 1, "tensor": 1}
+    assert 105e6 < found["parameters"] < 130e6
+    assert found["memory"]["parameters"] == 4 * found["parameters"]
+    assert 12 * found["parameters"] < found["memory"]["total"] < 4 * 2**30
+    assert found["steps"] == round(2.5e9 / (256 * 2048))
+    assert found["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * found["parameters"], rel=0.3)

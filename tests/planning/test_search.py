@@ -7,6 +7,7 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.planning import memory, search
+from ttt_jax.planning.plan import CompilerError
 
 
 def devices(count, kind="TPU v5 lite"):
@@ -56,6 +57,8 @@ def tried(monkeypatch, config, most, needed):
         gib = needed(config)
         if gib is None:
             raise ConfigError("mesh.fsdp: does not divide")
+        if gib == "fails":
+            raise CompilerError("the compiler fails at this program: INTERNAL")
         seconds = SimpleNamespace(total=config.mesh.tensor + 0.1 * (config.model.remat == "block"))
         used = memory.Memory(0, 0, 0, 0, gib * 2**30, 0, 0)
         return SimpleNamespace(
@@ -72,10 +75,10 @@ def test_a_search_ends_after_so_many(monkeypatch, config):
 
 def test_the_best_is_the_fastest_that_fits(monkeypatch, config):
     found = tried(monkeypatch, config, 100, lambda c: 17 if c.model.remat == "none" and c.mesh.tensor == 2 else 1)
-    best = search.best(found)
-    assert (best.choice.tensor, best.choice.remat) == (2, "block")
-    assert best.choice.overrides().startswith(f"--config.mesh.data={best.choice.data} --config.mesh.fsdp=")
-    assert best.choice.overrides().endswith("--config.model.remat=block --config.training.accumulation=1")
+    choice, _ = search.best(found)
+    assert (choice.tensor, choice.remat) == (2, "block")
+    assert choice.overrides().startswith(f"--config.mesh.data={choice.data} --config.mesh.fsdp=")
+    assert choice.overrides().endswith("--config.model.remat=block --config.training.accumulation=1")
 
 
 def test_nothing_fits(monkeypatch, config):
@@ -96,6 +99,13 @@ def test_a_search_learns_from_what_did_not_fit(monkeypatch, config):
     without = [one.choice.fsdp for one in found if one.choice.remat == "none"]
     assert sorted(without) == [1, 2, 4, 8]
     assert sum(one.choice.remat == "block" for one in found) == len(guessed) / 2
+
+
+def test_programs_at_which_the_compiler_fails(monkeypatch, config):
+    found = tried(monkeypatch, config, 4, lambda c: "fails" if c.mesh.tensor == 2 else 1)
+    assert {one.choice.tensor for one in found if one.plan is None} == {2}
+    assert search.best(found)[0].tensor == 4
+    assert search.best(tried(monkeypatch, config, 4, lambda c: "fails")) is None
 
 
 def test_choices_that_do_not_divide_cost_nothing(monkeypatch, config):

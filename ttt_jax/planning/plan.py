@@ -18,6 +18,10 @@ from ttt_jax.planning.memory import Memory, TooLarge
 from ttt_jax.training import program
 
 
+class CompilerError(RuntimeError):
+    """The compiler failed, for another reason than memory; one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """All collectives of a kind in one step, of one chip."""
@@ -84,6 +88,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
 
     Raises:
       ConfigError: where the config does not fit the devices; too little memory is no error.
+      CompilerError: where the compiler fails at it.
     """
     shape = config_lib.mesh_shape(config, len(devices))
     run = program.make(config, sharding.make_mesh(shape, devices))
@@ -153,5 +158,6 @@ def _compile(run: program.Program) -> jax.stages.Compiled | TooLarge:
     except jax.errors.JaxRuntimeError as error:
         too_large = memory_lib.too_large(str(error))
         if too_large is None:
-            raise
+            reason = " ".join(str(error).partition("\n")[0].split())
+            raise CompilerError(f"the compiler fails at this program: {reason}") from error
         return too_large

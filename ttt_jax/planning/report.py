@@ -43,11 +43,11 @@ def search_header() -> str:
 def search_line(tried: Tried) -> str:
     """One choice of a search and what came of it."""
     c, p = tried.choice, tried.plan
+    choice = f"{c.data:6} {c.fsdp:5} {c.tensor:6} {c.remat:>6} {c.accumulation:12}"
+    if p is None:
+        return f"{choice}   the compiler fails"
     time = f"{p.step_time.total:.4f} s" if p.step_time else ("does not fit" if p.fits is False else "")
-    return (
-        f"{c.data:6} {c.fsdp:5} {c.tensor:6} {c.remat:>6} {c.accumulation:12} {p.compile_seconds:7.1f} s "
-        f"{_size(p.memory.total):>12} {time:>14}"
-    )
+    return f"{choice} {p.compile_seconds:7.1f} s {_size(p.memory.total):>12} {time:>14}"
 
 
 def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.models import build
 from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate
-from ttt_jax.planning.plan import Plan, plan
+from ttt_jax.planning.plan import CompilerError, Plan, plan
 
 
 class Choice(NamedTuple):
@@ -38,10 +38,10 @@ class Guess(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A choice and what came of it."""
+    """A choice and what came of it; None where the compiler failed at it."""
 
     choice: Choice
-    plan: Plan
+    plan: Plan | None
 
 
 def search(
@@ -63,30 +63,37 @@ def search(
     tried: list[Tried] = []
     corrections: dict[tuple[str, int], float] = {}
     for guess in guesses(config, devices):
-        failed = sum(one.plan.fits is False for one in tried)
+        plans = [one.plan for one in tried if one.plan is not None]
+        failed = len(tried) - sum(one.fits is not False for one in plans)
         if len(tried) - failed == most or failed == 3 * most:
             break
         alike = (guess.choice.remat, guess.choice.fsdp)
-        limit = next((one.plan.available for one in tried if one.plan.available), math.inf)
+        limit = next((one.available for one in plans if one.available), math.inf)
         if guess.memory * corrections.get(alike, 0) > limit:
             continue
+        result: Plan | None
         try:
             result = plan(with_choice(config, guess.choice), topology, devices)
         except ConfigError:  # a parameter does not divide
             continue
+        except CompilerError:
+            result = None
         tried.append(Tried(guess.choice, result))
         progress(tried[-1])
-        corrections[alike] = max(corrections.get(alike, 0), result.memory.total / guess.memory)
+        if result is not None:
+            corrections[alike] = max(corrections.get(alike, 0), result.memory.total / guess.memory)
     return tried
 
 
-def best(tried: Sequence[Tried]) -> Tried | None:
+def best(tried: Sequence[Tried]) -> tuple[Choice, Plan] | None:
     """The fastest by estimate of those that fit; where there is no estimate, the one that takes the least memory."""
 
-    def rank(one: Tried):
-        return one.plan.memory.total if one.plan.step_time is None else one.plan.step_time.total
+    def rank(one: tuple[Choice, Plan]):
+        plan = one[1]
+        return plan.memory.total if plan.step_time is None else plan.step_time.total
 
-    return min((one for one in tried if one.plan.fits is not False), key=rank, default=None)
+    fit = [(one.choice, one.plan) for one in tried if one.plan is not None and one.plan.fits is not False]
+    return min(fit, key=rank, default=None)
 
 
 def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collections.ConfigDict:
