@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
+        "plan": ["libtpu>=0.0.40"],  # the compiler of TPUs, which ttt plan asks on any Linux machine
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tensorboard": ["tensorboardX>=2.6"],
         "wandb": ["wandb>=0.19"],
@@ -46,6 +47,7 @@ setup(
         "dev": [
             "fsspec[http]>=2024.10",
             "hypothesis>=6.100",
+            "libtpu>=0.0.40; sys_platform == 'linux'",
             "mypy>=1.15",
             "pyarrow>=18",
             "pytest>=8",

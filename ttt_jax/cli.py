@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_tokenize, config_file
+from ttt_jax import cli_plan, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
@@ -25,6 +25,7 @@ verbs:
   eval      loss and perplexity of a trained model, by token index
   plot      pictures of evaluations
   bench     how fast a training step is
+  plan      whether a run fits a TPU pod, its time and price, without one
 
 Each verb tells more: ttt train --help
 """
@@ -189,6 +190,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed steps (default: 7)")
     p.add_argument("--warmup", type=_not_negative, default=2, metavar="N", help="steps before them (default: 2)")
     p.add_argument("--json", action="store_true", help="print JSON")
+
+    p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
+    p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
+    cli_plan.add_arguments(p)
     return parser, verbs
 
 

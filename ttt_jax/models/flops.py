@@ -24,6 +24,13 @@ def per_step(model: ml_collections.ConfigDict, sequence_length: int, sequences: 
     return 3 * per_token(model, sequence_length) * sequence_length * sequences
 
 
+def inner_loop_per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
+    """The part of :func:`per_token` that is in inner loops, of all layers; none of attention."""
+    if model.mixer == "attention":
+        return 0.0
+    return model.num_layers * model.num_heads * _inner_loop(model, sequence_length)
+
+
 def _mixer(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     d = model.width
     if model.mixer == "attention":

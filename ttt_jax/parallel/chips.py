@@ -18,6 +18,7 @@ class Chip:
       hbm: bytes that a program may use.
       hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s to and from its neighbours over all links, one direction.
+      dcn_bandwidth: bytes/s between slices over the data center network, a chip's share, one direction.
       topology: an example, for chips that come in pods; with this, training for them can be planned.
     """
 
@@ -28,15 +29,16 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     topology: str | None = None
+    dcn_bandwidth: float | None = None
 
 
 CHIPS = (
     # Google: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; bandwidths of links are given there for both directions
     # together. HBM: what the TPU compiler names as available (libtpu 0.0.52), less than the chip has.
     Chip("v4", ("TPU v4",), 275e12, int(30.5 * _GIB), 1228e9, 300e9),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 819e9, 200e9, "v5e:16x16"),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * _GIB), 2765e9, 600e9, "v5p:4x4x4"),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * _GIB), 1638e9, 400e9, "v6e:16x16"),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 819e9, 200e9, "v5e:16x16", 25e9 / 8),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.73 * _GIB), 2765e9, 600e9, "v5p:4x4x4", 50e9 / 8),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.24 * _GIB), 1638e9, 400e9, "v6e:16x16", 100e9 / 8),
     # NVIDIA: the data sheets of A100 and H100 (SXM) and H200, without sparsity; links are NVLink. HBM: JAX takes three
     # quarters of it unless told otherwise.
     Chip("A100-40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, int(0.75 * 40 * _GIB), 1555e9, 300e9),

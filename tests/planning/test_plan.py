@@ -1,0 +1,209 @@
+"""Plans for TPUs, by their own compiler: in processes of their own, for its environment is set before JAX loads."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from ttt_jax import config as config_lib
+from ttt_jax.models import flops
+from ttt_jax.planning import plan
+from ttt_jax.planning.memory import TooLarge
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+TINY = [
+    *("--config", str(ROOT / "configs/benchmark.py:attention")),
+    *"--config.model.width=32 --config.model.num_heads=2 --config.model.num_layers=1".split(),
+    *"--config.model.mlp_width=48 --config.model.vocab_size=64".split(),
+    *"--config.data.sequence_length=32 --config.data.batch_size=8".split(),
+]
+
+
+def ttt_plan(*arguments):
+    command = [sys.executable, "-m", "ttt_jax", "plan", *TINY, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("plans.py"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_compiler_that_fails():
+    """One line of what it said; of memory, a size and no error."""
+
+    def fails(message):
+        def compiled_step():
+            raise jax.errors.JaxRuntimeError(message)
+
+        return SimpleNamespace(compiled_step=compiled_step)
+
+    with pytest.raises(plan.CompilerError) as caught:
+        plan._compile(fails("INTERNAL: no\troute\n\nin\nmany lines"))
+    assert str(caught.value) == "the compiler fails at this program: INTERNAL: no route"
+    too_large = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 3.00G of 2.00G hbm."
+    assert plan._compile(fails(too_large)) == TooLarge(3 * 2**30, 2 * 2**30)
+
+
+# ---- A model of width 32, two heads of 16, three blocks, feed-forward width 48, vocabulary 64, on fsdp=2 x tensor=2
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_total_is_what_the_compiler_says(planned):
+    memory, analysis = planned["plan"]["memory"], planned["analysis"]
+    arguments = memory["parameters"] + memory["moments"] + memory["batch"] + memory["padding"]
+    assert arguments == analysis["argument"]
+    assert memory["temporaries"] == analysis["temp"]
+    expected = (
+        analysis["argument"] + analysis["temp"] + analysis["output"] - analysis["alias"] + analysis["generated_code"]
+    )
+    assert memory["total"] == expected
+    assert planned["plan"]["fits"] is True
+    assert planned["plan"]["available"] == int(15.75 * 2**30)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_parameters_and_moments_by_arithmetic(planned):
+    """Float32, each split over the axes of the mesh that the rules give it."""
+    d, heads, mlp, vocab, b = 32, 2, 48, 64, 4
+    on_both = 4 * d * d + d * heads + 3 * d * mlp  # q, v, gate and output; rates; feed-forward: fsdp x tensor
+    on_tensor = heads * (16 * 16 + 3 * 16) + heads  # inner W0, bias, norm; bias of the rates
+    on_fsdp = 2 * d + 3 * d  # post norm; norms of the block
+    convolutions = 3 * 5 * d  # kernels of 4 and biases: fsdp
+    block = on_both / 4 + on_tensor / 2 + (on_fsdp + convolutions) / 2 + b
+    parameters = 4 * (vocab * d / 4 + d / 2 + 3 * block)
+    memory = planned["plan"]["memory"]
+    assert memory["parameters"] == parameters
+    assert memory["moments"] == 2 * parameters + 2 * 4  # two counters
+    assert memory["batch"] == 3 * 4 * (8 // 2) * 32
+    assert memory["padding"] >= 4  # the step
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_follows_from_the_estimate(planned):
+    found = planned["plan"]
+    config = config_lib.default()
+    config.model.update(vocab_size=64, width=32, num_heads=2, num_layers=3, mlp_width=48)
+    config.model.ttt.mini_batch = 4
+    assert found["operations"] == flops.per_step(config.model, 32, 8)
+    seconds = found["step_time"]["total"]
+    assert (
+        seconds
+        == max(found["step_time"]["compute"], found["step_time"]["memory"]) + found["step_time"]["communication"]
+    )
+    assert found["tokens_per_second"] == pytest.approx(8 * 32 / seconds)
+    assert found["chip_hours"] == pytest.approx(4 * 1000 * seconds / 3600)
+    assert found["price"] == pytest.approx(2 * found["chip_hours"])
+    assert found["model_flop_utilization"] == pytest.approx(found["operations"] / (4 * 197e12) / seconds)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_gradients_are_summed_over_data():
+    """Parameters on every chip, rows split: what is summed are the gradients, each once, float32, and a few numbers."""
+    done = ttt_plan("--topology", "v5e:2x2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["collectives"]) == {"all-reduce"}
+    d, mlp, vocab = 32, 48, 64
+    parameters = 4 * (4 * d * d + 3 * d * mlp + 2 * d + vocab * d + d)
+    assert found["memory"]["parameters"] == parameters
+    # The embedding is summed as two parts, of its use as head and of its lookup, unless they are added before.
+    summed = found["collectives"]["all-reduce"]["bytes"]
+    assert parameters <= summed <= parameters + 4 * vocab * d + 64
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_model_that_is_too_large():
+    """17 G parameters: with two moments 206 GB, of which a chip would hold a quarter."""
+    too_large = ("--topology", "v5e:2x2", "--config.mesh.fsdp=4", "--config.model.width=65536")
+    done = ttt_plan(*too_large, "--json")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert found["fits"] is False
+    d = 65536
+    state = 12 * (4 * d * d + 3 * d * 48 + 64 * d) / 4
+    assert state < found["memory"]["total"] < 4 * state
+    assert found["memory"]["parameters"] + found["memory"]["moments"] == pytest.approx(state, rel=1e-3)
+    assert found["available"] == int(15.75 * 2**30)
+    assert found["step_time"] is None
+    done = ttt_plan(*too_large)
+    too_much = (found["memory"]["total"] - found["available"]) / 2**30
+    assert done.returncode == 1
+    assert f"does not fit, {too_much:,.2f} GiB too much" in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "chips", "available"), [("v6e:2x2", 4, int(31.24 * 2**30)), ("v5p:2x2x1", 4, int(95.73 * 2**30))]
+)
+def test_other_chips(topology, chips, available):
+    done = ttt_plan("--topology", topology, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["topology"], found["chips"], found["available"]) == (topology, chips, available)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices():
+    """Between them go gradients: of a chip's quarter of the parameters, those of the embedding in two parts."""
+    done = ttt_plan("--topology", "v5e:2x2", "--slices", "2", "--config.mesh.fsdp=4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert found["chips"] == 8
+    sent = found["collectives"]["between slices"]["sent"]
+    assert 1 < sent / found["memory"]["parameters"] < 3
+
+
+@pytest.mark.slow
+def test_cpus():
+    done = ttt_plan("--topology", "cpu:8", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["chips"], found["mesh"]["data"], found["fits"], found["step_time"]) == (8, 8, None, None)
+    assert found["collectives"]["all-reduce"]["bytes"] >= found["memory"]["parameters"]
+    assert found["memory"]["moments"] == 2 * found["memory"]["parameters"] + 8
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_search():
+    done = ttt_plan("--topology", "v5e:2x2", "--search", "--most", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["tried"]) == 2
+    fastest = min(found["tried"], key=lambda one: one["plan"]["step_time"]["total"])
+    mesh = " ".join(f"--config.mesh.{axis}={fastest[axis]}" for axis in ("data", "fsdp", "tensor"))
+    assert found["best"].startswith(mesh)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_paper_size_on_a_pod():
+    """125M parameters, 256 chips, a sequence each. Data parallel: 12 bytes a parameter on every chip."""
+    command = [sys.executable, "-m", "ttt_jax", "plan", "--config", "configs/pile.py:ttt_linear,125m,2k"]
+    command += ["--config.mesh.fsdp=1", "--topology", "v5e:16x16", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mesh"] == {"data": 256, "fsdp": 1, "tensor": 1}
+    assert 105e6 < found["parameters"] < 130e6
+    assert found["memory"]["parameters"] == 4 * found["parameters"]
+    assert 12 * found["parameters"] < found["memory"]["total"] < 4 * 2**30
+    assert found["steps"] == round(2.5e9 / (256 * 2048))
+    assert found["collectives"]["all-reduce"]["bytes"] == pytest.approx(4 * found["parameters"], rel=0.3)

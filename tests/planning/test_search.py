@@ -1,0 +1,113 @@
+"""Which choices a search looks at, and in which order; nothing is compiled."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.planning import memory, search
+from ttt_jax.planning.plan import CompilerError
+
+
+def devices(count, kind="TPU v5 lite"):
+    return [SimpleNamespace(device_kind=kind)] * count
+
+
+@pytest.fixture
+def config():
+    c = config_lib.default()
+    c.model.update(mixer="attention", width=64, num_heads=4, num_layers=2, mlp_width=128)
+    c.data.update(sequence_length=64, batch_size=8)
+    return c
+
+
+def test_choices_split_devices_rows_and_heads(config):
+    choices = [guess.choice for guess in search.guesses(config, devices(16))]
+    assert len(choices) == len(set(choices))
+    assert {(c.data * c.fsdp, c.tensor) for c in choices} == {(8, 2), (4, 4)}  # of 8 rows and 4 heads
+    assert {c.accumulation for c in choices if c.tensor == 4} == {1, 2}
+    assert {c.accumulation for c in choices if c.tensor == 2} == {1}
+    assert {c.remat for c in choices} == {"none", "block"}
+    assert {c.fsdp for c in choices if c.tensor == 4} == {1, 2, 4}
+    for choice in choices:
+        config_lib.validate(search.with_choice(config, choice))
+        config_lib.mesh_shape(search.with_choice(config, choice), 16)
+
+
+def test_what_seems_to_fit_comes_first(config):
+    """3 G parameters in 16 GB: 16 bytes each, so 4 chips at least share them."""
+    config.model.update(width=8192, num_heads=4, num_layers=4, mlp_width=16384)
+    config.data.batch_size = 16
+    guesses = search.guesses(config, devices(16))
+    fit = [guess.memory < 15.75 * 2**30 for guess in guesses]
+    assert fit == sorted(fit, reverse=True)
+    assert 0 < sum(fit) < len(fit)
+    for guess, fits in zip(guesses, fit, strict=True):
+        if fits:
+            assert guess.choice.fsdp * guess.choice.tensor >= 4
+    assert guesses[0].seconds == min(guess.seconds for guess in guesses if guess.memory < 15.75 * 2**30)
+
+
+def tried(monkeypatch, config, most, needed):
+    """A search whose compiler takes ``needed(config)`` GiB."""
+
+    def plan(config, topology, devices):
+        config_lib.mesh_shape(config, len(devices))
+        gib = needed(config)
+        if gib is None:
+            raise ConfigError("mesh.fsdp: does not divide")
+        if gib == "fails":
+            raise CompilerError("the compiler fails at this program: INTERNAL")
+        seconds = SimpleNamespace(total=config.mesh.tensor + 0.1 * (config.model.remat == "block"))
+        used = memory.Memory(0, 0, 0, 0, gib * 2**30, 0, 0)
+        return SimpleNamespace(
+            memory=used, available=16 * 2**30, fits=gib <= 16, step_time=seconds if gib <= 16 else None
+        )
+
+    monkeypatch.setattr(search, "plan", plan)
+    return search.search(config, "v5e:4x4", devices(16), most)
+
+
+def test_a_search_ends_after_so_many(monkeypatch, config):
+    assert len(tried(monkeypatch, config, 3, lambda c: 1)) == 3
+
+
+def test_the_best_is_the_fastest_that_fits(monkeypatch, config):
+    found = tried(monkeypatch, config, 100, lambda c: 17 if c.model.remat == "none" and c.mesh.tensor == 2 else 1)
+    choice, _ = search.best(found)
+    assert (choice.tensor, choice.remat) == (2, "block")
+    assert choice.overrides().startswith(f"--config.mesh.data={choice.data} --config.mesh.fsdp=")
+    assert choice.overrides().endswith("--config.model.remat=block --config.training.accumulation=1")
+
+
+def test_nothing_fits(monkeypatch, config):
+    found = tried(monkeypatch, config, 2, lambda c: 17)
+    assert search.best(found) is None
+    assert len(found) == 6
+
+
+def test_a_search_learns_from_what_did_not_fit(monkeypatch, config):
+    """A thousandfold of the guess for all without remat: one is tried for each fsdp."""
+    guessed = {guess.choice: guess.memory for guess in search.guesses(config, devices(16))}
+
+    def needed(c):
+        choice = search.Choice(*c.mesh.values(), c.model.remat, c.training.accumulation)
+        return 1 if c.model.remat == "block" else 17 + guessed[choice]
+
+    found = tried(monkeypatch, config, 100, needed)
+    without = [one.choice.fsdp for one in found if one.choice.remat == "none"]
+    assert sorted(without) == [1, 2, 4, 8]
+    assert sum(one.choice.remat == "block" for one in found) == len(guessed) / 2
+
+
+def test_programs_at_which_the_compiler_fails(monkeypatch, config):
+    found = tried(monkeypatch, config, 4, lambda c: "fails" if c.mesh.tensor == 2 else 1)
+    assert {one.choice.tensor for one in found if one.plan is None} == {2}
+    assert search.best(found)[0].tensor == 4
+    assert search.best(tried(monkeypatch, config, 4, lambda c: "fails")) is None
+
+
+def test_choices_that_do_not_divide_cost_nothing(monkeypatch, config):
+    found = tried(monkeypatch, config, 2, lambda c: None if c.mesh.fsdp > 1 else 1)
+    assert [one.choice.fsdp for one in found] == [1, 1]

@@ -1,0 +1,98 @@
+"""``ttt plan``: whether a run fits its machines, how long it takes and what it costs, before they are paid for."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from ttt_jax import config_file
+from ttt_jax.config import ConfigError
+
+DESCRIPTION = """\
+Compiles the training step of a config for chips that need not be there, with their own compiler, and prints what a chip
+will hold, what the chips will send to each other, and an estimate of time and price with its assumptions.
+
+Exit status 1 means that the run does not fit.
+"""
+EPILOG = """\
+examples:
+  ttt plan --config configs/pile.py:ttt_linear,1.3b,2k --topology v5e:16x16 --price 1.20
+  ttt plan --config configs/pile.py:ttt_mlp,350m,8k --topology v5p:4x4x4 --search
+"""
+USAGE = """\
+ttt plan --config FILE[:ARG] [--config.KEY=VALUE ...] --topology TOPOLOGY [--slices N]
+                [--price USD] [--search [--most N]] [--json]"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    add = parser.add_argument
+    add(
+        "--topology",
+        required=True,
+        metavar="TOPOLOGY",
+        help="v5e:16x16, v6e:8x8, v5p:4x4x4, ...; cpu:N for CPU devices",
+    )
+    add("--slices", type=int, default=1, metavar="N", help="so many of these, joined by a data center network")
+    add("--price", type=float, metavar="USD", help="of a chip for an hour")
+    add("--search", action="store_true", help="try meshes, model.remat and training.accumulation; print the best")
+    add("--most", type=int, default=6, metavar="N", help="programs that fit which a search compiles (default: 6)")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs the verb; returns its exit status."""
+    for name, value in (("slices", options.slices), ("most", options.most)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: expected 1 or more")
+    if options.price is not None and not 0 <= options.price < 1e6:
+        raise ConfigError(f"--price {options.price}: expected USD per chip-hour")
+    from ttt_jax.planning import topology as topology_lib
+
+    topology = topology_lib.parse(options.topology, options.slices)
+    config = config_file.from_arguments(rest)
+    topology_lib.prepare(topology)
+    from ttt_jax.planning import plan as plan_lib
+    from ttt_jax.planning import report
+
+    devices = topology_lib.devices(topology)
+    if options.search:
+        return _search(options, config, str(topology), devices)
+    try:
+        plan = plan_lib.plan(config, str(topology), devices)
+    except plan_lib.CompilerError as error:
+        print(f"ttt plan: {error}", file=sys.stderr)
+        return 1
+    print(
+        json.dumps(report.as_dict(plan, options.price), indent=2) if options.json else report.text(plan, options.price)
+    )
+    return 1 if plan.fits is False else 0
+
+
+def _search(options: argparse.Namespace, config, topology: str, devices: list) -> int:
+    from ttt_jax.planning import report, search
+
+    if not options.json:
+        print(report.search_header())
+    tried = search.search(
+        config,
+        topology,
+        devices,
+        options.most,
+        progress=lambda one: None if options.json else print(report.search_line(one), flush=True),
+    )
+    if not tried:
+        raise ConfigError(f"--search: no mesh of {len(devices)} devices splits this model and batch")
+    best = search.best(tried)
+    if options.json:
+        found = [
+            {**one.choice._asdict(), "plan": None if one.plan is None else report.as_dict(one.plan, options.price)}
+            for one in tried
+        ]
+        print(json.dumps({"best": None if best is None else best[0].overrides(), "tried": found}, indent=2))
+    elif best is None:
+        print("none of these fits")
+    else:
+        choice, plan = best
+        print(f"\nbest:\n  {choice.overrides()}\n\n{report.text(plan, options.price)}")
+    return 1 if best is None else 0

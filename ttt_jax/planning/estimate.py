@@ -1,0 +1,91 @@
+"""How long a step will take, by a simple model whose assumptions are in the open.
+
+step = max(compute, memory) + communication
+"""
+
+import dataclasses
+
+import ml_collections
+
+from ttt_jax.models import build, flops
+from ttt_jax.parallel.chips import Chip
+
+EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
+MATRIX_UNIT = 128  # rows and columns of it, on TPUs
+TURN = 5e-6  # seconds that one turn of the scan over mini-batches takes at least
+COLLECTIVE = 10e-6  # seconds that a collective takes besides sending
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Seconds of a training step; ``assumptions`` say how they were found."""
+
+    compute: float
+    memory: float
+    communication: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return max(self.compute, self.memory) + self.communication
+
+
+def step_time(
+    config: ml_collections.ConfigDict,
+    chip: Chip,
+    chips: int,
+    *,
+    memory_per_chip: float,
+    sent_per_chip: float,
+    sent_between_slices: float = 0.0,
+    collectives: int,
+) -> StepTime:
+    """Estimates a step of a config.
+
+    Args:
+      memory_per_chip: bytes that lie in the memory of a chip at the peak of a step.
+      sent_per_chip: bytes that a chip sends to others of its slice.
+      sent_between_slices: bytes that it sends to other slices.
+      collectives: how many it takes part in.
+    """
+    model, data = config.model, config.data
+    tokens = data.batch_size * data.sequence_length
+    inner = flops.inner_loop_per_token(model, data.sequence_length)
+    dense = flops.per_token(model, data.sequence_length) - inner
+    again = 1 if model.remat == "block" else 0
+    rate = chips * chip.peak_flops * EFFICIENCY
+    compute = (3 + again) * dense * tokens / rate
+    assumptions = [
+        f"matrix products at {EFFICIENCY:.0%} of the peak of {chip.peak_flops / 1e12:.0f} TFLOP/s"
+        + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
+    ]
+    if inner:
+        b = min(model.ttt.mini_batch, data.sequence_length)
+        fill = min(1.0, b / MATRIX_UNIT)
+        for width in build.learner(model).widths[:2]:
+            fill *= min(1.0, width / MATRIX_UNIT)
+        passes = 3 + again + (1 if model.ttt.remat_group else 0)
+        turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)
+        by_work, by_turns = passes * inner * tokens / (rate * fill), turns / model.ttt.unroll * TURN
+        compute += max(by_work, by_turns)
+        assumptions += [
+            f"inner loop: its products fill {fill:.1%} of a matrix unit ({MATRIX_UNIT} x {MATRIX_UNIT}); "
+            f"{TURN * 1e6:.0f} us per turn of its scan at least"
+        ]
+    assumptions += [
+        f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
+        f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, and "
+        f"{COLLECTIVE * 1e6:.0f} us for each collective, while nothing is computed",
+    ]
+    communication = sent_per_chip / chip.ici_bandwidth + collectives * COLLECTIVE
+    if sent_between_slices and chip.dcn_bandwidth:
+        communication += sent_between_slices / chip.dcn_bandwidth
+        assumptions.append(f"between slices: at {chip.dcn_bandwidth / 1e9:.3g} GB/s a chip, while nothing else is done")
+    assumptions.append("waiting for data, checkpoints and restarts not counted")
+    return StepTime(
+        compute,
+        2 * memory_per_chip / chip.hbm_bandwidth,
+        communication,
+        tuple(assumptions),
+    )
