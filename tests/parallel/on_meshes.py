@@ -1,6 +1,6 @@
-"""Training steps of tiny models on meshes of one and of eight CPU devices, in one process; prints JSON.
+"""Training steps of a tiny model on meshes of one and of eight CPU devices, in one process; prints JSON.
 
-Needs eight devices, so it is a program that test_sharding.py starts.
+Needs eight devices, so it is a program that test_sharding.py starts, with a mixer and a folder for compiled programs.
 """
 
 import json
@@ -11,50 +11,52 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from ttt_jax import config as config_lib
 from ttt_jax.parallel import sharding
+from ttt_jax.planning import hlo
 from ttt_jax.training import program
 
-ONE, DATA, ALL = (1, 1, 1), (8, 1, 1), (2, 2, 2)  # devices along data, fsdp and tensor
-RUNS = [("attention", ONE), ("attention", ALL), ("ttt_linear", ONE), ("ttt_linear", DATA), ("ttt_linear", ALL)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # devices along data, fsdp and tensor
+STEPS = 20
 
 
-def make_mesh(shape):
-    """A mesh over eight devices; for the reference of one device, over the first of them."""
-    if shape == ONE:
-        one = np.array(jax.devices()[:1]).reshape(ONE)
-        return Mesh(one, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)))
-
-
-def train(mixer, mesh):
-    """Loss and gradient norm of three steps, and where the arrays lie."""
+def tiny(mixer):
     config = config_lib.default()
-    config.model.update(mixer=mixer, vocab_size=16, width=8, num_heads=2, num_layers=1, mlp_width=16, init_stddev=0.3)
-    config.model.ttt.update(mini_batch=4, remat_group=0)
+    config.model.update(mixer=mixer, vocab_size=16, width=16, num_heads=4, num_layers=2, mlp_width=32, init_stddev=0.1)
+    config.model.ttt.mini_batch = 4
     config.data.update(sequence_length=8, batch_size=8)
-    config.optimizer.update(peak_lr=0.05, end_lr=0.05, warmup="1 step", weight_decay=0.01)
-    config.training.duration = "4 steps"
+    config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)
+    config.training.duration = f"{STEPS} steps"
     config_lib.validate(config)
-    run = program.make(config, make_mesh(mesh))
+    return config
+
+
+def train(mixer, shape):
+    """Loss and gradient norm of every step, where the arrays lie, and what the devices tell each other."""
+    config = tiny(mixer)
+    devices = jax.devices() if shape != (1, 1, 1) else jax.devices()[:1]
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
+    run = program.make(config, mesh)
     state, step = run.initial_state(), run.compiled_step()
     parts, specs, metrics = _parts(state), _specs(state), []
-    for i in range(4):  # the first has a rate of 0
-        tokens = np.random.default_rng(i // 3).integers(0, 16, (8, 9), dtype=np.int32)
+    for i in range(STEPS):
+        tokens = np.random.default_rng(i % 5).integers(0, 16, (8, 9), dtype=np.int32)
         mask = (tokens[:, 1:] > 2).astype(np.float32)
         batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
         batch = jax.device_put(batch, run.batch_sharding)
         state, values = step(state, batch)
         metrics.append({name: float(x) for name, x in values.items()})
+    text = step.as_text()
     return {
-        "loss": [m["loss"] for m in metrics[1:]],
-        "grad_norm": [m["grad_norm"] for m in metrics[1:]],
+        "loss": [m["loss"] for m in metrics],
+        "grad_norm": [m["grad_norm"] for m in metrics],
         "parts": parts,
         "parts_after": _parts(state),
         "specs": specs,
         "batch_part": batch["inputs"].addressable_shards[0].data.shape,
+        "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
+        "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
 
 
@@ -73,6 +75,6 @@ def _specs(state):
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+    jax.config.update("jax_compilation_cache_dir", sys.argv[2])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    print(json.dumps({f"{mixer} {'x'.join(map(str, mesh))}": train(mixer, mesh) for mixer, mesh in RUNS}))
+    print(json.dumps({"x".join(map(str, shape)): train(sys.argv[1], shape) for shape in MESHES}))

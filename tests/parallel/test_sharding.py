@@ -1,5 +1,10 @@
-"""Where arrays are placed, and that the mesh changes no number: on eight CPU devices, in a process of their own."""
+"""Where arrays are placed, what devices tell each other, and that the mesh changes no number.
 
+On eight CPU devices, and for eight TPU chips that are not there, in processes of their own.
+"""
+
+import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from ttt_jax.config import ConfigError
+from ttt_jax.config import MIXERS, ConfigError
 from ttt_jax.parallel import sharding
 
-PROGRAM = Path(__file__).with_name("on_meshes.py")
+HERE = Path(__file__).parent
 RULES = sharding.ShardingRules()
+MESHES = ["8x1x1", "1x8x1", "2x2x2", "1x2x4"]
 
 
 def abstract_mesh(data, fsdp, tensor):
@@ -27,45 +33,90 @@ def boxed(shape, names):
     return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """What ``on_meshes.py`` prints: for each mixer and mesh, three steps and where the arrays lay."""
-    command = [sys.executable, str(PROGRAM), jax.config.jax_compilation_cache_dir]
-    done = subprocess.run(command, capture_output=True, text=True)
+@functools.cache
+def run(program, *arguments):
+    """What a program beside this file prints."""
+    done = subprocess.run([sys.executable, str(HERE / program), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_meshes():
+    """``on_meshes(mixer)[mesh]``: 20 steps of a tiny model, where its arrays lay, and its collectives."""
+    return lambda mixer: run("on_meshes.py", mixer, jax.config.jax_compilation_cache_dir)
 
 
 # ---- Numbers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["attention 2x2x2", "ttt_linear 8x1x1", "ttt_linear 2x2x2"])
-def test_training_is_the_same_on_every_mesh(runs, run):
-    on_one = runs[f"{run.split()[0]} 1x1x1"]
-    assert len(on_one["loss"]) == 3
-    assert min(abs(np.diff(on_one["loss"]))) > 0.01  # the steps are felt
-    np.testing.assert_allclose(runs[run]["loss"], on_one["loss"], rtol=1e-5)
-    np.testing.assert_allclose(runs[run]["grad_norm"], on_one["grad_norm"], rtol=1e-4)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
+    """20 steps: the losses differ by what sums in another order make of float32."""
+    one = on_meshes(mixer)["1x1x1"]
+    assert len(one["loss"]) == 20
+    assert one["loss"][0] - one["loss"][-1] > 0.2  # the steps are felt
+    for mesh in MESHES:
+        np.testing.assert_allclose(on_meshes(mixer)[mesh]["loss"], one["loss"], rtol=1e-5, err_msg=mesh)
+        np.testing.assert_allclose(on_meshes(mixer)[mesh]["grad_norm"], one["grad_norm"], rtol=1e-3, err_msg=mesh)
+
+
+# ---- What devices tell each other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
+    found = on_meshes(mixer)[mesh]
+    assert found["inner_loops"] == 2  # forwards and backwards
+    assert found["collectives"]
+    assert [c for c in found["collectives"] if any("_inner_loop" in loop for loop in c[3])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(("mixer", "mesh"), [("ttt_linear", "1x8x1"), ("ttt_mlp", "2x2x2"), ("attention", "1x8x1")])
+def test_what_tpus_send(mixer, mesh):
+    """Nothing in the inner loop; gradients of matrices are scattered as they are summed, and none is sent whole."""
+    found = run("on_tpus.py", mixer, mesh)
+    kinds, sizes, times, loops, names = zip(*found["collectives"], strict=True)
+    assert found["inner_loops"] == (0 if mixer == "attention" else 3)  # forwards, again for remat, and backwards
+    assert not any("_inner_loop" in loop for stack in loops for loop in stack)
+
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    width, feed_forward, vocabulary, layers = 256, 512, 512, 3
+    mixer_matrices = 4 * width * width
+    matrices = (layers * (mixer_matrices + 3 * width * feed_forward) + 2 * vocabulary * width) * 4 // tensor
+    inner = 0 if mixer == "attention" else layers * 4 * (2 * 64 * 256 if mixer == "ttt_mlp" else 64 * 64) * 4 // tensor
+    scattered = sum(s * n for kind, s, n in zip(kinds, sizes, times, strict=True) if kind == "reduce-scatter")
+    # The embedding is summed whole over the vocabulary, then split over tensor.
+    assert matrices <= scattered <= matrices + inner + vocabulary * width * 4 * (1 - 1 / tensor)
+
+    if fsdp == 8:  # nothing is split over tensor, and there are no copies to keep equal
+        summed = sum(s * n for kind, s, n in zip(kinds, sizes, times, strict=True) if kind == "all-reduce")
+        assert summed <= inner + layers * 40 * width * 4  # W0, norms and other small vectors
 
 
 # ---- Places
 
 
-def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(runs):
-    """Width 8, two heads, feed-forward width 16, vocabulary 16 over fsdp=2 x tensor=2."""
-    run = runs["ttt_linear 2x2x2"]
+@pytest.mark.slow
+def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(on_meshes):
+    """Width 16, four heads of 4, feed-forward width 32, vocabulary 16, two layers, over fsdp=2 x tensor=2."""
+    run = on_meshes("ttt_linear")["2x2x2"]
     expected = {  # shape of the part that one device holds, the first axis being that of layers
-        "embedding": [16 // 2, 8 // 2],
-        "final_norm/scale": [8],
-        "layers/conv/kernel": [1, 4, 8],
-        "layers/mixer/wq/kernel": [1, 8 // 2, 8 // 2],
-        "layers/mixer/wo/kernel": [1, 8 // 2, 8 // 2],
-        "layers/mixer/eta_kernel": [1, 8, 2 // 2],
-        "layers/mixer/inner_kernel_0": [1, 2 // 2, 4, 4],
-        "layers/mixer/tau": [1, 4],
-        "layers/mlp/gate/kernel": [1, 8 // 2, 16 // 2],
-        "layers/mlp/down/kernel": [1, 16 // 2, 8 // 2],
+        "embedding": [16 // 2, 16 // 2],
+        "final_norm/scale": [16],
+        "layers/conv/kernel": [2, 4, 16],
+        "layers/mixer/wq/kernel": [2, 16 // 2, 16 // 2],
+        "layers/mixer/wo/kernel": [2, 16 // 2, 16 // 2],
+        "layers/mixer/eta_kernel": [2, 16, 4 // 2],
+        "layers/mixer/inner_kernel_0": [2, 4 // 2, 4, 4],
+        "layers/mixer/tau": [2, 4],
+        "layers/mlp/gate/kernel": [2, 16 // 2, 32 // 2],
+        "layers/mlp/down/kernel": [2, 32 // 2, 16 // 2],
     }
     for name, shape in expected.items():
         for tree in ("params", "opt_state/1/0/mu", "opt_state/1/0/nu"):
@@ -77,16 +128,27 @@ def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(runs):
     assert run["batch_part"] == [8 // (2 * 2), 8]  # rows over data x fsdp
 
 
-def test_on_the_data_axis_alone_everything_is_replicated(runs):
-    run = runs["ttt_linear 8x1x1"]
-    assert run["parts"]["params/embedding"] == [16, 8]
-    assert run["parts"]["params/layers/mlp/gate/kernel"] == [1, 8, 16]
+@pytest.mark.slow
+def test_hidden_layers_of_learners_are_split_too(on_meshes):
+    """Learners 4 -> 16 -> 4: their hidden width over fsdp."""
+    parts = on_meshes("ttt_mlp")["2x2x2"]["parts"]
+    assert parts["params/layers/mixer/inner_kernel_0"] == [2, 4 // 2, 4, 16 // 2]
+    assert parts["params/layers/mixer/inner_kernel_1"] == [2, 4 // 2, 16 // 2, 4]
+
+
+@pytest.mark.slow
+def test_on_the_data_axis_alone_everything_is_replicated(on_meshes):
+    run = on_meshes("ttt_linear")["8x1x1"]
+    assert run["parts"]["params/embedding"] == [16, 16]
+    assert run["parts"]["params/layers/mlp/gate/kernel"] == [2, 16, 32]
     assert run["batch_part"] == [1, 8]
 
 
-def test_training_leaves_parameters_where_they_were(runs):
-    for run in runs.values():
-        assert run["parts_after"] == run["parts"]
+@pytest.mark.slow
+def test_training_leaves_parameters_where_they_were(on_meshes):
+    for mixer in ("ttt_linear", "ttt_mlp"):
+        for run in on_meshes(mixer).values():
+            assert run["parts_after"] == run["parts"]
 
 
 def test_rules():
@@ -136,3 +198,39 @@ def test_meshes_have_the_size_of_each_axis():
     mesh = sharding.make_mesh({"tensor": 1, "data": 1, "fsdp": 1})
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+# ---- Batches
+
+
+def test_rows_that_a_process_holds_make_up_its_part_of_the_batch():
+    """One process here; the mesh turns the order of devices round, as that of a pod may."""
+    devices = np.array(jax.devices()).reshape(1, 1, 1)
+    where = sharding.batch_sharding(Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3), RULES)
+    assert sharding.rows_here(where, 4) == [0, 1, 2, 3]
+    x = np.arange(12).reshape(4, 3)
+    batch = sharding.global_batch({"inputs": x}, [0, 1, 2, 3], 4, where)
+    np.testing.assert_array_equal(batch["inputs"], x)
+
+
+class PartOfAPod:
+    """A sharding as a process sees it that has some devices of a mesh; their parts of the batch are given."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def addressable_devices_indices_map(self, shape):
+        return {i: (slice(*part),) for i, part in enumerate(self.parts)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "rows"),
+    [
+        ([(0, 2), (2, 4)], [0, 1, 2, 3]),
+        ([(6, 8), (0, 2)], [0, 1, 6, 7]),  # not neighbours
+        ([(2, 4), (2, 4)], [2, 3]),  # split over tensor: the same rows
+        ([(None, None)], [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_rows_of_a_process(parts, rows):
+    assert sharding.rows_here(PartOfAPod(*parts), 8) == rows

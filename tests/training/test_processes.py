@@ -1,7 +1,6 @@
 """Runs of several real processes, on CPU devices that talk through gloo: their numbers, and how they end."""
 
 import signal
-import socket
 import time
 
 import jax
@@ -77,7 +76,7 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device(
 
 
 def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, start_training, start_processes, finish):
-    """8 devices, then 4, then 2 processes of 2, then 8: the same batches, and losses that differ by the order of sums."""
+    """8 devices, then 4, then 2 processes of 2, then 8: the same batches; losses differ by the order of sums."""
     workdir = tmp_path / "moving"
     changes = {**RUN, "optimizer.warmup": "4 steps", "checkpoint.every": "100%", "optimizer.peak_lr": 0.01}
     # A schedule that does not depend on the duration, which changes.
