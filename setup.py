@@ -45,6 +45,7 @@ setup(
         "ray": ["ray>=2.40"],
         "dev": [
             "fsspec[http]>=2024.10",
+            "gcsfs>=2026.4",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pyarrow>=18",
