@@ -42,10 +42,11 @@ setup(
         "wandb": ["wandb>=0.19"],
         "sentencepiece": ["sentencepiece>=0.2"],
         "parquet": ["pyarrow>=18"],
-        "gcs": ["gcsfs>=2024.10"],  # text files on gs://; datasets there need nothing more
+        "gcs": ["gcsfs>=2026.4"],  # checkpoints and text files on gs://; datasets there need nothing more
         "ray": ["ray>=2.40"],
         "dev": [
             "fsspec[http]>=2024.10",
+            "gcsfs>=2026.4",
             "hypothesis>=6.100",
             "libtpu>=0.0.40; sys_platform == 'linux'",
             "mypy>=1.15",

@@ -71,7 +71,8 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(keep_last)]
         if milestone_every:
             policies.append(checkpoint_managers.EveryNSteps(milestone_every))
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        is_url = "://" in os.fspath(workdir)
+        self.directory = epath.Path(workdir if is_url else os.path.abspath(workdir)) / "checkpoints"
         self._read_only = read_only
         self._exchange = Exchange("checkpoints", CheckpointError)
         self._writer = Writer(self.directory, checkpoint_managers.AnyPreservationPolicy(policies), self._exchange)

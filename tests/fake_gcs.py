@@ -1,10 +1,11 @@
-"""A local server with as much of the JSON API of Google Cloud Storage as TensorStore asks for.
+"""A local server with as much of the JSON API of Google Cloud Storage as TensorStore and gcsfs ask for.
 
 Objects are in memory, named ``bucket/name``. Every request is recorded, and any may be answered with an error instead.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,8 @@ class Request(NamedTuple):
     """What was asked.
 
     Attributes:
-      verb: get, stat (metadata alone), list, upload, delete; other for what is no part of the API.
+      verb: get, stat (metadata alone), list, upload, move, delete; bucket (its metadata); begin and batch (see
+        :class:`_Handler`); other for what is no part of the API.
       target: bucket/name; the bucket alone of a list; the path of others.
       query: without the random parameter by which TensorStore keeps proxies from caching.
       byte_range: [start, stop) of a get that asked for one; a start below 0 counts from the end, None has no bound.
@@ -55,7 +57,7 @@ class FakeGCS:
         self.page = 1000
         self._generations: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self}))
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"gcs": self, "begun": []}))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def __enter__(self) -> "FakeGCS":
@@ -76,6 +78,8 @@ class FakeGCS:
         return {
             **kept,
             "TENSORSTORE_GCS_HTTP_URL": f"http://{place}",
+            "STORAGE_EMULATOR_HOST": f"http://{place}",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks by gRPC what kind of bucket this is
             "GCE_METADATA_ROOT": place,  # asked whether this is a machine of Google's; answers 404
             "CLOUDSDK_CONFIG": "/nonexistent",  # instead of ~/.config/gcloud
         }
@@ -106,8 +110,10 @@ class FakeGCS:
         if status is not None:
             return _error(status)
         with self._lock:
-            if request.verb in ("get", "stat", "upload", "delete"):
+            if request.verb in ("get", "stat", "upload", "move", "delete"):
                 answer = self._object(request, content)
+            elif request.verb == "bucket":
+                answer = _json({"kind": "storage#bucket", "id": request.target, "name": request.target})
             else:
                 answer = self._list(request) if request.verb == "list" else _error(404)
         return _error(503) if self.lost(request) else answer
@@ -126,6 +132,9 @@ class FakeGCS:
         if request.verb == "delete":
             del self.objects[name]
             return 204, {}, b""
+        if request.verb == "move":
+            self.objects[wanted["to"]] = self.objects.pop(name)
+            return _json(self._about(wanted["to"]))
         if int(wanted.get("ifGenerationNotMatch", -1)) == generation:
             return 304, {}, b""
         if request.verb == "stat":
@@ -145,7 +154,13 @@ class FakeGCS:
         names = [name for name in names if name >= after and (before is None or name < before)]
         names = [name for name in names if name.startswith(wanted.get("prefix", ""))]
         names = [name for name in names if name > bytes.fromhex(wanted.get("pageToken", "")).decode()]
-        answer = {"kind": "storage#objects", "items": [self._about(bucket + name) for name in names[: self.page]]}
+        answer: dict[str, object] = {"kind": "storage#objects"}
+        if "delimiter" in wanted:  # names of what is in this folder, and of its folders
+            start = len(wanted.get("prefix", ""))
+            folders = {name[: name.index("/", start) + 1] for name in names if "/" in name[start:]}
+            answer["prefixes"] = sorted(folders)
+            names = [name for name in names if "/" not in name[start:]]
+        answer["items"] = [self._about(bucket + name) for name in names[: self.page]]
         if len(names) > self.page:
             answer["nextPageToken"] = names[self.page - 1].encode().hex()
         return _json(answer)
@@ -186,7 +201,10 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Of gcsfs, an upload is two requests, one that begins it and one with the content; and many deletes are one."""
+
     gcs: FakeGCS
+    begun: list[str]  # targets of uploads
     protocol_version = "HTTP/1.1"  # connections are kept
     disable_nagle_algorithm = True  # no wait between headers and body
     timeout = 20
@@ -197,7 +215,15 @@ class _Handler(BaseHTTPRequestHandler):
         if len(content) != size:  # whoever sends it was killed; what came is nothing
             self.close_connection = True
             return
-        status, headers, body = self.gcs.answer(self._request(size), content)
+        request = self._request(size)
+        if request.verb == "begin":
+            self.begun.append(request.target)
+            place = f"http://{self.headers['Host']}/upload/storage/v1/b/bucket/o?upload_id={len(self.begun) - 1}"
+            status, headers, body = 200, {"Location": place}, b""
+        elif request.verb == "batch":
+            status, headers, body = self._batch(content.decode())
+        else:
+            status, headers, body = self.gcs.answer(request, content)
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             if status not in (204, 304) or name != "Content-Length":
@@ -205,17 +231,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST = do_DELETE = _answer
+    do_GET = do_POST = do_PUT = do_DELETE = _answer
+
+    def _batch(self, content: str) -> tuple[int, dict[str, str], bytes]:
+        answers = []
+        for bucket, name in re.findall(r"^DELETE \S*/b/([^/]+)/o/(\S+)", content, re.MULTILINE):
+            status, *_ = self.gcs.answer(Request("delete", f"{bucket}/{unquote(name)}", {}, None, 0), b"")
+            answers.append(f"--part\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {status} \r\n\r\n\r\n")
+        return 200, {"Content-Type": "multipart/mixed; boundary=part"}, ("".join(answers) + "--part--").encode()
 
     def _request(self, size: int) -> Request:
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items() if name != "tensorstore"}
-        upload = url.path.removeprefix("/upload")
+        upload = url.path.removeprefix("/upload").removeprefix("/download")
         folder, _, name = upload.removeprefix("/storage/v1/b/").partition("/o")
         method, asked = self.command, self.headers.get("Range")
+        if url.path == "/batch/storage/v1":
+            return Request("batch", "", query, None, size)
         if not upload.startswith("/storage/v1/b/"):
             return Request("other", url.path, query, None, size)
-        if upload != url.path and method == "POST" and query.get("uploadType") == "media":
+        if query.get("uploadType") == "resumable":
+            return Request("begin", f"{folder}/{query['name']}", query, None, size)
+        if "upload_id" in query:
+            return Request("upload", self.begun[int(query["upload_id"])], {}, None, size)
+        if "/" not in folder and not name and not upload.endswith("/o"):
+            return Request("bucket", folder, query, None, size)
+        if "/moveTo/o/" in name and method == "POST":
+            source, target = (f"{folder}/{unquote(x)}" for x in name[1:].split("/moveTo/o/"))
+            return Request("move", source, {"to": target}, None, size)
+        if url.path.startswith("/upload") and method == "POST" and query.get("uploadType") == "media":
             return Request("upload", f"{folder}/{query['name']}", query, None, size)
         if not name and method == "GET":
             return Request("list", folder, query, None, 0)
