@@ -23,7 +23,7 @@ STEPS = 20
 
 def tiny(mixer):
     config = config_lib.default()
-    config.model.update(mixer=mixer, vocab_size=16, width=16, num_heads=4, num_layers=2, mlp_width=32, init_stddev=0.1)
+    config.model.update(mixer=mixer, vocab_size=16, width=32, num_heads=4, num_layers=2, mlp_width=64, init_stddev=0.1)
     config.model.ttt.mini_batch = 4
     config.data.update(sequence_length=8, batch_size=8)
     config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)

@@ -81,11 +81,11 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
 def test_what_tpus_send(mixer, mesh):
     """Nothing in the inner loop; gradients of matrices are scattered as they are summed, and none is sent whole."""
     found = run("on_tpus.py", mixer, mesh)
-    kinds, sizes, times, loops, names = zip(*found["collectives"], strict=True)
+    kinds, sizes, times, loops, _ = zip(*found["collectives"], strict=True)
     assert found["inner_loops"] == (0 if mixer == "attention" else 3)  # forwards, again for remat, and backwards
     assert not any("_inner_loop" in loop for stack in loops for loop in stack)
 
-    data, fsdp, tensor = map(int, mesh.split("x"))
+    _, fsdp, tensor = map(int, mesh.split("x"))
     width, feed_forward, vocabulary, layers = 256, 512, 512, 3
     mixer_matrices = 4 * width * width
     matrices = (layers * (mixer_matrices + 3 * width * feed_forward) + 2 * vocabulary * width) * 4 // tensor
@@ -104,19 +104,19 @@ def test_what_tpus_send(mixer, mesh):
 
 @pytest.mark.slow
 def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(on_meshes):
-    """Width 16, four heads of 4, feed-forward width 32, vocabulary 16, two layers, over fsdp=2 x tensor=2."""
+    """Width 32, four heads of 8, feed-forward width 64, vocabulary 16, two layers, over fsdp=2 x tensor=2."""
     run = on_meshes("ttt_linear")["2x2x2"]
     expected = {  # shape of the part that one device holds, the first axis being that of layers
-        "embedding": [16 // 2, 16 // 2],
-        "final_norm/scale": [16],
-        "layers/conv/kernel": [2, 4, 16],
-        "layers/mixer/wq/kernel": [2, 16 // 2, 16 // 2],
-        "layers/mixer/wo/kernel": [2, 16 // 2, 16 // 2],
-        "layers/mixer/eta_kernel": [2, 16, 4 // 2],
-        "layers/mixer/inner_kernel_0": [2, 4 // 2, 4, 4],
+        "embedding": [16 // 2, 32 // 2],
+        "final_norm/scale": [32],
+        "layers/conv/kernel": [2, 4, 32],
+        "layers/mixer/wq/kernel": [2, 32 // 2, 32 // 2],
+        "layers/mixer/wo/kernel": [2, 32 // 2, 32 // 2],
+        "layers/mixer/eta_kernel": [2, 32, 4 // 2],
+        "layers/mixer/inner_kernel_0": [2, 4 // 2, 8, 8],
         "layers/mixer/tau": [2, 4],
-        "layers/mlp/gate/kernel": [2, 16 // 2, 32 // 2],
-        "layers/mlp/down/kernel": [2, 32 // 2, 16 // 2],
+        "layers/mlp/gate/kernel": [2, 32 // 2, 64 // 2],
+        "layers/mlp/down/kernel": [2, 64 // 2, 32 // 2],
     }
     for name, shape in expected.items():
         for tree in ("params", "opt_state/1/0/mu", "opt_state/1/0/nu"):
@@ -130,17 +130,17 @@ def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(on_meshes
 
 @pytest.mark.slow
 def test_hidden_layers_of_learners_are_split_too(on_meshes):
-    """Learners 4 -> 16 -> 4: their hidden width over fsdp."""
+    """Learners 8 -> 32 -> 8: their hidden width over fsdp."""
     parts = on_meshes("ttt_mlp")["2x2x2"]["parts"]
-    assert parts["params/layers/mixer/inner_kernel_0"] == [2, 4 // 2, 4, 16 // 2]
-    assert parts["params/layers/mixer/inner_kernel_1"] == [2, 4 // 2, 16 // 2, 4]
+    assert parts["params/layers/mixer/inner_kernel_0"] == [2, 4 // 2, 8, 32 // 2]
+    assert parts["params/layers/mixer/inner_kernel_1"] == [2, 4 // 2, 32 // 2, 8]
 
 
 @pytest.mark.slow
 def test_on_the_data_axis_alone_everything_is_replicated(on_meshes):
     run = on_meshes("ttt_linear")["8x1x1"]
-    assert run["parts"]["params/embedding"] == [16, 16]
-    assert run["parts"]["params/layers/mlp/gate/kernel"] == [2, 16, 32]
+    assert run["parts"]["params/embedding"] == [16, 32]
+    assert run["parts"]["params/layers/mlp/gate/kernel"] == [2, 32, 64]
     assert run["batch_part"] == [1, 8]
 
 
