@@ -421,6 +421,56 @@ def test_a_full_disk(tmp_path, mount_namespace):
     assert "No space left on device" in gave_up
     assert f"The newest complete checkpoint is {tmp_path}/disk/checkpoints/{step}. Make room" in gave_up
     assert json.loads(left) == [step]
-    told = [line for line in done.stderr.splitlines() if line.startswith("cannot save")]
+    told = done.stderr.splitlines()
     assert len(told) == 1 + 3
-    assert all("No space left on device" in line for line in told)
+    assert all(line.startswith("cannot save") and "No space left on device" in line for line in told)
+
+
+LATE = """
+import asyncio
+import sys
+
+import tensorstore as ts
+from ttt_jax.training.checkpoint import Checkpoints
+
+checkpoints = Checkpoints(sys.argv[1])
+promise, future = ts.Promise.new()
+
+async def wait():
+    await future
+
+async def main():
+    asyncio.ensure_future(wait())
+    await asyncio.sleep(0)
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+loop.close()
+promise.set_result(3)
+
+class Bad:
+    def __del__(self):
+        raise RuntimeError("something else")
+
+Bad()
+"""
+
+
+def test_files_that_end_after_the_save_has_failed_are_not_told_of(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LATE, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Event loop is closed" not in done.stderr
+    assert "RuntimeError: something else" in done.stderr
+
+
+def test_files_of_a_user_whom_this_machine_does_not_know(tmp_path, workdir):
+    try:
+        for path in workdir.rglob("*"):
+            os.chown(path, 54321, 54321)
+    except PermissionError:
+        pytest.skip("no right to give files to another user")
+    checkpoints = Checkpoints(workdir)
+    check_restored(checkpoints.restore_newest(abstract()), 3)
+    checkpoints.finish(4, state(4), meta(4))
+    checkpoints.close()
+    assert names(workdir) == ["4"]

@@ -1,7 +1,9 @@
 """One checkpoint after the other, written in the background by Orbax, with the checksums of its files."""
 
 import contextlib
+import functools
 import itertools
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +27,7 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, policy: checkpoint_managers.PreservationPolicy, exchange: Exchange):
+        _pass_over_closed_loops()
         self._directory, self._policy, self._exchange = directory, policy, exchange
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._manager: ocp.CheckpointManager | None = None
@@ -100,3 +103,16 @@ class Writer:
         temporary = self._directory / f"{self.step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}"
         final = self._directory / str(self.step)  # on gs:// nothing is renamed
         checksums.write(temporary if temporary.exists() else final, ("state", "meta"))
+
+
+@functools.cache
+def _pass_over_closed_loops() -> None:
+    """Keeps off the terminal what comes of the other files of a save that failed: by the time TensorStore is done with
+    them, the event loop in which Orbax waited for them has ended."""
+    tell = sys.unraisablehook
+
+    def tell_all_else(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_all_else

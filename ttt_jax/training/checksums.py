@@ -56,12 +56,12 @@ def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str |
 
 def _difference(path: epath.Path, expected: list[int]) -> str | None:
     try:
-        size = path.stat().length
-        if size != expected[0]:
-            return f"has {size} bytes instead of {expected[0]}"
-        return None if _size_and_checksum(path) == expected else "is damaged (its checksum differs)"
+        found = _size_and_checksum(path)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
+    if found[0] != expected[0]:
+        return f"has {found[0]} bytes instead of {expected[0]}"
+    return None if found == expected else "is damaged (its checksum differs)"
 
 
 def _size_and_checksum(path: epath.Path) -> list[int]:
