@@ -60,6 +60,7 @@ def start(
             "the same command on every host (a slice of several hosts needs all of them), and a port that they reach"
         )
 
+    jax.config.update("jax_enable_preemption_service", False)  # which would swallow a SIGTERM; see StopSignals
     with Watchdog(limit, complaint):
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
         jax.devices()  # on a pod this waits for the others too
