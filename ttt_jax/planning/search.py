@@ -12,7 +12,6 @@ from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate
 from ttt_jax.planning.plan import CompilerError, Plan, plan
 
-
 MOST_FAILURES = 24
 
 
