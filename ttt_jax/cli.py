@@ -93,6 +93,9 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
 def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt eval``"""
     from ttt_jax.evaluation import loss_by_position
+    from ttt_jax.parallel import startup
+
+    startup.use_compilation_cache()
 
     def progress(done, total):
         if sys.stderr.isatty():

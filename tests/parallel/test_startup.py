@@ -30,32 +30,51 @@ def bare(monkeypatch):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
-        ({"MEGASCALE_NUM_SLICES": "2"}, True),
-        ({"MEGASCALE_NUM_SLICES": "1"}, False),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, True),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]", "JAX_PLATFORMS": "cpu"}, True),
-        ({"SLURM_NTASKS": "4"}, False),  # a shell of salloc, not a step of srun
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, "surely"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "surely"),
+        ({"MEGASCALE_NUM_SLICES": "1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, "surely"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]", "JAX_PLATFORMS": "cpu"}, "surely"),
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc, not a step of srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "surely"),
     ],
 )
 def test_where_there_are_others(bare, environment, expected):
     for name, value in environment.items():
         bare.setenv(name, value)
-    assert startup._in_cluster() is expected
+    assert startup._cluster() == expected
 
 
-def test_a_tpu_host_may_be_one_of_several(bare):
-    """Its environment need not tell; JAX asks its metadata."""
+@pytest.fixture
+def on_tpu_host(bare):
+    """Its environment need not tell whether it is one of several; JAX asks its metadata."""
     bare.setattr(startup.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     bare.setattr(startup.importlib.util, "find_spec", lambda name: object())
-    assert startup._in_cluster()
-    bare.setenv("TPU_SKIP_MDS_QUERY", "1")
-    assert not startup._in_cluster()
+    return bare
+
+
+def fails(*arguments, **options):
+    raise RuntimeError("no metadata\nhere")
+
+
+def test_a_tpu_host_without_metadata_goes_on_alone(on_tpu_host, capsys):
+    assert startup._cluster() == "perhaps"
+    on_tpu_host.setattr(startup.jax.distributed, "initialize", fails)
+    startup.start()
+    assert "found no other processes (RuntimeError: no metadata here); going on alone" in capsys.readouterr().err
+    on_tpu_host.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert startup._cluster() is None
+
+
+def test_others_that_cannot_be_joined(bare):
+    bare.setattr(startup.jax.distributed, "initialize", fails)
+    with pytest.raises(ConfigError) as caught:
+        startup.start("host:1", 2, 1)
+    assert str(caught.value) == "process 1 of 2 cannot join the others at host:1: RuntimeError: no metadata here"
 
 
 @pytest.mark.parametrize(

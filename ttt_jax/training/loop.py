@@ -67,6 +67,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     save_every = config_lib.steps(config, "checkpoint.every")
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     fingerprint = data.fingerprint()
+    peers.check_same({"data": {data.name: fingerprint}})
 
     # ---- Where it stands
     peers.check_shared(workdir)
