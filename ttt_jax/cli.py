@@ -11,6 +11,7 @@ from pathlib import Path
 import ttt_jax
 from ttt_jax import cli_plan, cli_tokenize, config_file
 from ttt_jax import config as config_lib
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt train``"""
+    workdir = workdir_lib.at(options.workdir)
     config = config_file.from_arguments(rest)
     from ttt_jax.parallel import startup
 
@@ -76,7 +78,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
 
     from ttt_jax.training import loop
 
-    outcome = loop.train(config, options.workdir)
+    outcome = loop.train(config, workdir)
     status = {None: DONE, signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[outcome.signal]
     if jax.process_index():
         return status
@@ -84,14 +86,15 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
         print(f"  {_same_command()}")
     elif outcome.loss is None:
-        print(f"{options.workdir}: all {outcome.step} steps are done already; a longer --config.training.duration adds")
+        print(f"{workdir}: all {outcome.step} steps are done already; a longer --config.training.duration adds")
     else:
-        print(f"{options.workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
+        print(f"{workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
     return status
 
 
 def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt eval``"""
+    workdir = workdir_lib.at(options.workdir)
     from ttt_jax.evaluation import loss_by_position
     from ttt_jax.parallel import startup
 
@@ -102,7 +105,7 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
             print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     result, about = loss_by_position.evaluate(
-        options.workdir,
+        workdir,
         context=options.context,
         split=options.split,
         most_windows=options.max_windows,
@@ -111,7 +114,7 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
         batch_size=options.batch_size,
         progress=progress,
     )
-    path = loss_by_position.save(result, about, options.workdir / "eval")
+    path = loss_by_position.save(result, about, workdir / "eval")
     print(
         f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} {about['of']} of "
         f"{'up to ' * options.by_document}{options.context} tokens: "
@@ -126,7 +129,11 @@ def plot(options: argparse.Namespace, rest: list[str]) -> int:
     from ttt_jax.evaluation import plot as plot_lib
 
     plot_lib.loss_by_position(
-        options.workdir, options.output, split=options.split, context=options.context, by_document=options.by_document
+        [workdir_lib.at(workdir) for workdir in options.workdir],
+        options.output,
+        split=options.split,
+        context=options.context,
+        by_document=options.by_document,
     )
     print(options.output)
     return 0
@@ -161,7 +168,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
-    p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="where the run lives")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
     several = p.add_argument_group("several processes, where the environment does not tell of them")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
     several.add_argument("--processes", type=_positive, metavar="N", help="how many")
@@ -171,7 +178,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
 
     p = verb("eval", evaluate, _EVAL)
-    p.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
     p.add_argument("--context", type=_positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
     p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
     p.add_argument("--max-windows", type=_positive, default=256, metavar="N", help="at most so many (default: 256)")
@@ -181,7 +188,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     p = verb("plot", plot, _PLOT)
     p.add_argument("kind", choices=["loss-by-position"], metavar="loss-by-position")
-    p.add_argument("workdir", type=Path, nargs="+", help="workdirs of evaluated runs")
+    p.add_argument("workdir", nargs="+", help="workdirs of evaluated runs")
     output = Path("loss-by-position.png")
     p.add_argument("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
     p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
+from ttt_jax.workdir import Workdir, explained
 
 
 def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
@@ -40,21 +41,25 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     return config
 
 
-def from_json(path: Path) -> ml_collections.ConfigDict:
+def from_json(path: Workdir) -> ml_collections.ConfigDict:
     """The config of an earlier run, from the ``config.json`` in its workdir. Keys that have been added since then
     have their defaults.
 
     Raises:
-      ConfigError: when the file is missing, is not JSON, or does not hold a valid config.
+      ConfigError: when the file is missing, cannot be read, is not JSON, or does not hold a valid config.
     """
     config = config_lib.default()
     try:
-        config.update(json.loads(path.read_text()))
+        with explained(path):
+            text = path.read_text()
+        config.update(json.loads(text))
         config_lib.validate(config)
     except ConfigError:
         raise
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path}: not found; expected the workdir of a run, with its config.json") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the config of a run: {_said(error)}") from error
     return config

@@ -44,13 +44,13 @@ def tiny_config():
 def start_training():
     """``start_training(workdir, {key: value})``: a real ``ttt train`` process of the tiny run."""
 
-    def start(workdir, changes=None, *, devices=1, options=()):
+    def start(workdir, changes=None, *, devices=1, options=(), environment=os.environ):
         values = {**TINY, **(changes or {})}
         command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
         command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items()), *options]
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
         environment = {
-            **os.environ,
+            **environment,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": cache,

@@ -3,6 +3,7 @@
 import builtins
 import json
 import sys
+import time
 
 import pytest
 
@@ -69,6 +70,8 @@ def test_wandb_gets_every_record(tmp_path, monkeypatch):
     writer.write(2, {"loss": 1.5})
     writer.close()
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = log.read_bytes()
+    deadline = time.monotonic() + 60
+    while b"1.5" not in (content := log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # another process writes it, and may still do so
     for text in (b"a project", b"loss", b"2.5", b"1.5", b"seed"):
         assert text in content

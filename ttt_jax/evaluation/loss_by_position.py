@@ -6,16 +6,18 @@ Shapes: B batch, T tokens (the context), N windows.
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
 
 from ttt_jax import config_file
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import documents, pipeline, source, sources
 from ttt_jax.models import build
@@ -24,6 +26,7 @@ from ttt_jax.training import program
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.loss import token_nll
 from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir, explained, is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ def summarise(nll: np.ndarray, mask: np.ndarray) -> LossByPosition:
 
 
 def evaluate(
-    workdir: Path,
+    workdir: str | os.PathLike,
     *,
     context: int,
     split: str = "validation",
@@ -104,6 +107,7 @@ def evaluate(
     """
     if context < 1 or most_windows < 1 or (batch_size is not None and batch_size < 1):
         raise ConfigError("--context, --max-windows and --batch-size: expected 1 or more")
+    workdir = workdir_lib.at(workdir)
     config = config_file.from_json(workdir / "config.json")
     data = sources.from_config(config, split)
     source.check(data, config.model.vocab_size, 1 if by_document else context)
@@ -185,7 +189,7 @@ def _of_documents(model, params, place, data, *, context, piece_length, batch_si
     return nll[:, :context], mask[:, :context]
 
 
-def _restore(config: ml_collections.ConfigDict, workdir: Path, step: int | None):
+def _restore(config: ml_collections.ConfigDict, workdir: Workdir, step: int | None):
     """Model, parameters (on every device), the step they are of, and the sharding of a batch."""
     config = config.copy_and_resolve_references()
     config.mesh.update(data=jax.device_count(), fsdp=1, tensor=1)
@@ -204,12 +208,13 @@ def _restore(config: ml_collections.ConfigDict, workdir: Path, step: int | None)
     return run.model, params, step, run.batch_sharding
 
 
-def save(result: LossByPosition, about: dict, folder: Path) -> Path:
+def save(result: LossByPosition, about: dict, folder: Workdir) -> Workdir:
     """Writes ``<split>-<context>.npz``, ``.csv`` and ``.json``; returns the path of the ``.npz``.
 
     Of documents, ``<split>-documents-<context>``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     of = "documents-" if about["of"] == "documents" else ""
     stem = folder / f"{about['split']}-{of}{about['context']}"
     positions = np.arange(1, len(result.loss) + 1)
@@ -219,10 +224,13 @@ def save(result: LossByPosition, about: dict, folder: Path) -> Path:
         "standard_error": result.standard_error,
         "count": result.count,
     }
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-    write_atomically(stem.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
-    np.savez(stem.with_suffix(".npz"), allow_pickle=False, **columns)
+    table, arrays = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.writer(table)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    np.savez(arrays, allow_pickle=False, **columns)
+    with explained(folder):
+        stem.with_suffix(".csv").write_bytes(table.getvalue().encode())
+        write_atomically(stem.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+        stem.with_suffix(".npz").write_bytes(arrays.getvalue())
     return stem.with_suffix(".npz")

@@ -1,6 +1,8 @@
 """Pictures of evaluations."""
 
+import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 
 matplotlib.use("Agg")
@@ -36,14 +39,16 @@ class Evaluation(NamedTuple):
     standard_error: np.ndarray  # [T]
 
 
-def read(workdir: Path, split: str, context: int | None, by_document: bool = False) -> Evaluation:
+def read(workdir: str | os.PathLike, split: str, context: int | None, by_document: bool = False) -> Evaluation:
     """The evaluation of a run on a split; of the longest context that was evaluated, where none is given.
 
     Raises:
       ConfigError: where there is none.
     """
+    workdir = workdir_lib.at(workdir)
     kind = f"{split}-documents-" if by_document else f"{split}-"
-    files = {p.stem.removeprefix(kind): p for p in (workdir / "eval").glob(f"{kind}*.npz")}
+    with workdir_lib.explained(workdir):
+        files = {p.stem.removeprefix(kind): p for p in (workdir / "eval").glob(f"{kind}*.npz")}
     found = {int(name): path for name, path in files.items() if name.isdecimal()}
     chosen = max(found, default=None) if context is None else context
     if chosen is None or chosen not in found:
@@ -53,8 +58,10 @@ def read(workdir: Path, split: str, context: int | None, by_document: bool = Fal
             f"ttt eval --workdir {workdir} --split {split} --context {context or 2048}"
             + (" --by-document" if by_document else "")
         )
-    about = json.loads(found[chosen].with_suffix(".json").read_text())
-    with np.load(found[chosen], allow_pickle=False) as file:
+    with workdir_lib.explained(workdir):
+        about = json.loads(found[chosen].with_suffix(".json").read_text())
+        content = io.BytesIO(found[chosen].read_bytes())
+    with np.load(content, allow_pickle=False) as file:
         return Evaluation(about, file["position"], file["loss"], file["standard_error"])
 
 
@@ -70,7 +77,7 @@ def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15) -> np.nd
 
 
 def loss_by_position(
-    workdirs: Sequence[Path],
+    workdirs: Sequence[str | os.PathLike],
     output: Path,
     *,
     split: str = "validation",
@@ -145,7 +152,7 @@ def _limits(evaluations: Sequence[Evaluation], first: int) -> tuple[float, float
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-def _check_comparable(workdirs: Sequence[Path], evaluations: Sequence[Evaluation]) -> None:
+def _check_comparable(workdirs: Sequence[str | os.PathLike], evaluations: Sequence[Evaluation]) -> None:
     """Curves on one figure must be of the same windows of the same text."""
     first = evaluations[0].about
     for workdir, evaluation in zip(workdirs[1:], evaluations[1:], strict=True):

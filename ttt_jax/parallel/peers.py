@@ -9,13 +9,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from ttt_jax.config import ConfigError, differing_keys
 from ttt_jax.parallel.exchange import Exchange
+from ttt_jax.workdir import Workdir
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def on_all(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def check_shared(folder: Path, *, limit: float = 60) -> None:
+def check_shared(folder: Workdir, *, limit: float = 60) -> None:
     """That all processes see the same folder, which exists.
 
     Raises:

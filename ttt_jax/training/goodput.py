@@ -2,9 +2,9 @@
 
 import json
 import time
-from typing import Any
 
 from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir
 
 _NAME = "started.json"
 
@@ -18,7 +18,7 @@ class Goodput:
         their time was lost.
     """
 
-    def __init__(self, workdir: Any, useful: float = 0.0):
+    def __init__(self, workdir: Workdir, useful: float = 0.0):
         path = workdir / _NAME
         if not path.exists():
             write_atomically(path, json.dumps({"unix_time": time.time()}) + "\n")

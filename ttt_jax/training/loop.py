@@ -19,6 +19,7 @@ import ml_collections
 
 import ttt_jax
 from ttt_jax import config as config_lib
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
 from ttt_jax.models import build, flops
@@ -33,6 +34,7 @@ from ttt_jax.training.goodput import Goodput
 from ttt_jax.training.profile import Profile
 from ttt_jax.training.progress import ProgressBar
 from ttt_jax.training.report import Output, Report
+from ttt_jax.workdir import Workdir
 
 _NO_DATA = 1  # a wish to stop, beside the numbers of signals
 
@@ -46,11 +48,14 @@ class Outcome(NamedTuple):
     signal: signal.Signals | None  # what stopped the run, in this process or another, before its end
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outcome:
     """Trains, or goes on training, until the run is complete or is told to stop.
 
     SIGINT or SIGTERM, to any process, saves a checkpoint after a step that all processes agree on, and returns; a
     second one interrupts at once.
+
+    Args:
+      workdir: a folder, or a place on gs://.
 
     Raises:
       ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir, or
@@ -60,6 +65,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
       CheckpointError: where no checkpoint can be restored, or none saved for a while.
     """
     # ---- What to run, and where
+    workdir = workdir_lib.at(workdir)
     versions = checkpoint.versions()
     peers.check_same({"config": config.to_dict(), "workdir": str(workdir), "versions": versions, "code": _code()})
     run, data = peers.on_all(lambda: _prepare(config, workdir))
@@ -189,18 +195,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
 
 
-def _prepare(config: ml_collections.ConfigDict, workdir: Path) -> tuple[program.Program, source.TokenSource]:
+def _prepare(config: ml_collections.ConfigDict, workdir: Workdir) -> tuple[program.Program, source.TokenSource]:
     """What can go wrong in one process alone, before they do anything together."""
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
     run = program.make(config, mesh)
     data = sources.from_config(config, "train")
     source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
+    metrics.check_place(workdir, tensorboard=config.log.tensorboard)
+    workdir_lib.make(workdir)
     resume.check_same_run(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     return run, data
 
 
-def _output(config: ml_collections.ConfigDict, workdir: Path, start: int, useful: float) -> Output:
+def _output(config: ml_collections.ConfigDict, workdir: Workdir, start: int, useful: float) -> Output:
     wandb = {"project": config.log.wandb_project, "config": config.to_dict()} if config.log.wandb_project else None
     writer = metrics.MetricsWriter(workdir, start, tensorboard=config.log.tensorboard, wandb=wandb)
     metrics.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")

@@ -59,15 +59,20 @@ class Report:
 
     def __call__(self, step: int, values: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has been dispatched, and reports those of the step before it."""
-        self.flush()
+        self._report()
         self._pending = (step, values)
 
     def flush(self) -> None:
-        """Waits for the step that was taken last, and reports it.
+        """Waits for the step that was taken last, and reports it; all records are then where a resumed run finds them.
 
         Raises:
           NonFiniteLossError: where its loss or gradient is not finite, unless the guard left the update out.
         """
+        self._report()
+        if self._output is not None:
+            self._output.writer.flush()
+
+    def _report(self) -> None:
         if self._pending is None:
             return
         (step, values), self._pending = self._pending, None

@@ -1,6 +1,5 @@
 """Whether a run may go on in a workdir: it has to be the same run, on the same data."""
 
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -8,6 +7,7 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax import config_file
 from ttt_jax.config import ConfigError
+from ttt_jax.workdir import Workdir
 
 # What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration (the
 # schedule of the rest), the mesh (the order of sums) and the guard (which has to be turned on when spikes are seen).
@@ -29,7 +29,7 @@ _MAY_CHANGE = (
 )
 
 
-def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """Raises :class:`ConfigError` that lists the keys by which the run in the workdir differs."""
     if not (workdir / "config.json").exists():
         return

@@ -1,0 +1,89 @@
+"""A run whose workdir is in a bucket, which knows no appending and no renaming: trained, killed, resumed, evaluated."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fake_gcs import FakeGCS
+from matplotlib import image
+
+from ttt_jax.training import metrics
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs"),
+]
+
+PLACE = "bucket/runs/a"
+
+
+def records(gcs):
+    return [json.loads(line) for line in gcs.objects[f"{PLACE}/metrics.jsonl"].decode().splitlines()]
+
+
+def curves(records):
+    """All that was recorded but the times."""
+    return [[record[name] for name in ("step", "loss", "grad_norm", "learning_rate", "tokens")] for record in records]
+
+
+def ttt(gcs, *arguments):
+    command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
+    environment = {**gcs.environment(), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, start_training, finish):
+    local, url = tmp_path / "a", f"gs://{PLACE}"
+    finish(start_training(local))
+    expected = curves(metrics.read(local))
+
+    with FakeGCS() as gcs:
+        # Killed by the first file of the checkpoint at step 18: all records up to there are in the bucket before it.
+        def kill(request):
+            if request.verb == "upload" and request.target.startswith(f"{PLACE}/checkpoints/18"):
+                process.kill()
+                return 503
+
+        gcs.fault = kill
+        process = start_training(url, environment=gcs.environment())
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -9, err
+        assert f"{PLACE}/checkpoints/12/commit_success.txt" in gcs.objects
+        assert curves(records(gcs)) == expected[:18]
+
+        # Resumed, though the first writes of the records fail; some steps are traced.
+        failures = [503, 503]
+
+        def fail(request):
+            wanted = (request.verb, request.target) == ("upload", f"{PLACE}/metrics.jsonl")
+            return failures.pop() if wanted and failures else None
+
+        gcs.fault = fail
+        said = finish(start_training(url, {"profile.steps": "20:21"}, environment=gcs.environment()))
+        assert failures == []
+        assert "going on at step 12" in said
+        assert "24 steps done" in said
+        assert "Traceback" not in said
+        assert curves(records(gcs)) == expected
+        assert {name.split("/")[0] for name in gcs.files(PLACE)} == {
+            "checkpoints",
+            "config.json",
+            "metrics.jsonl",
+            "profile",
+            "started.json",
+        }
+        (trace,) = [name for name in gcs.files(f"{PLACE}/profile") if name.endswith(".xplane.pb")]
+        assert trace.startswith("plugins/profile/")
+        assert "all 24 steps are done already" in finish(start_training(url, environment=gcs.environment()))
+
+        for workdir in (local, url):
+            ttt(gcs, "eval", "--workdir", workdir, "--context", 32, "--max-windows", 4)
+        assert gcs.objects[f"{PLACE}/eval/validation-32.csv"] == (local / "eval/validation-32.csv").read_bytes()
+        picture = tmp_path / "both.png"
+        ttt(gcs, "plot", "loss-by-position", local, url, "--output", picture)
+        assert np.asarray(image.imread(picture)).std() > 0.01

@@ -1,0 +1,77 @@
+"""Where a run lives: a local folder, or a place in a bucket (``gs://``), both with the face of a path."""
+
+import importlib.util
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
+
+from ttt_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+Workdir: TypeAlias = Union[Path, "epath.Path"]  # and what lies in it
+
+
+def at(location: str | os.PathLike) -> Workdir:
+    """The path of a workdir: a plain :class:`pathlib.Path` of a local one, an :class:`etils.epath.Path` of a bucket.
+
+    Raises:
+      ConfigError: for a URL that is not of a bucket, and where gcsfs is missing.
+    """
+    text = os.fspath(location)
+    if "://" not in text:
+        return Path(text)
+    if not text.removeprefix("gs://").strip("/") or not text.startswith("gs://"):
+        raise ConfigError(f"--workdir {text}: expected a folder, or gs://bucket/name")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(f"--workdir {text}: needs gcsfs; pip install 'ttt_jax[gcs]'")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of all that fails, which is told here, once
+    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow is no better, where it happens to be installed
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def is_local(path: Workdir) -> TypeGuard[Path]:
+    """Whether a path is of this machine's file system, where files can be appended to."""
+    return isinstance(path, Path)
+
+
+def make(workdir: Workdir) -> None:
+    """Creates a workdir where there is none. In a bucket, writes a file and deletes it, to see that it can be done.
+
+    Raises:
+      ConfigError: where a bucket does not exist, or may not be written to.
+      OSError: where a local folder cannot be created.
+    """
+    if is_local(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        return
+    trial = workdir / f".trial-{uuid.uuid4().hex}"
+    try:
+        with explained(trial):
+            trial.write_text("may this be written?")
+            trial.unlink()
+    except FileNotFoundError as error:
+        raise ConfigError(f"--workdir {workdir}: no such bucket") from error
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir {workdir}: cannot be written: {error}; expected credentials that may create and delete objects "
+            "there (of this machine, or by: gcloud auth application-default login)"
+        ) from error
+
+
+@contextmanager
+def explained(path: Workdir) -> Iterator[None]:
+    """Turns whatever fails in a bucket, in one of the libraries on the way there, into an OSError of one line."""
+    try:
+        yield
+    except Exception as error:
+        if is_local(path) or isinstance(error, FileNotFoundError):
+            raise
+        raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
