@@ -32,6 +32,9 @@ class Lines(list):
     def update(self, *values):
         pass
 
+    def flush(self):
+        pass
+
     def close(self):
         pass
 

@@ -111,9 +111,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         flops=flops.per_step(config.model, sequence_length, batch_size),
         chips=jax.device_count(),
         peak=chip.peak_flops if chip else None,
+        step=start,
     )
     step = start
-    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(step, seconds), armed=False)
+    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(report.step + 1, seconds), armed=False)
     profile = Profile(config_lib.profiled_steps(config), workdir / "profile")
     agreement = Agreement(run.mesh)
     batches = None
@@ -165,9 +166,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                 profile.after(step, values)
                 if step % save_every == 0 or step == total or checkpoints.wants_save(step):
                     report.flush()  # a state is saved only once its step is known to be finite
+                    watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
                     checkpoints.save(step, state, meta(step))
                     report.waited("checkpoint_seconds", time.monotonic() - began)
+                    watchdog.heard()
             report.flush()
             watchdog.close()
             if step > start:
