@@ -96,6 +96,9 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt eval``"""
     workdir = workdir_lib.at(options.workdir)
     from ttt_jax.evaluation import loss_by_position
+    from ttt_jax.parallel import startup
+
+    startup.use_compilation_cache()
 
     def progress(done, total):
         if sys.stderr.isatty():

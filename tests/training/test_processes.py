@@ -152,6 +152,8 @@ def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
     processes[1].communicate()
     assert processes[0].returncode == RESTART
     assert "ttt train: process 0 of 2 on " in err
+    last = metrics.read(workdir)[-1]["step"]
+    assert f"has been in step {last + 1} for 4 s" in err
     assert "s without an end; stopped, to be started again (training.stall_limit sets the limit)" in err
     assert "loop.py" in err  # where it stood
 

@@ -16,8 +16,10 @@ import jax
 
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import FAILED, INTERRUPTED, RESTART
+from ttt_jax.parallel.exchange import describe
 from ttt_jax.parallel.watchdog import Watchdog
 
+_SURELY, _PERHAPS = "surely", "perhaps"
 _FOREVER = 7 * 24 * 3600  # for JAX, which aborts the process without a word of where it was; our own limit is shorter
 
 
@@ -47,7 +49,7 @@ def start(
         _check(coordinator, processes, process)
     elif len(missing) < len(by_hand):
         raise ConfigError(f"{missing[0]}: missing; expected all of {', '.join(by_hand)}, or none")
-    elif not _in_cluster():
+    elif not (cluster := _cluster()):
         return
 
     who = f"process {process} of {processes}" if not missing else "this process"
@@ -60,8 +62,15 @@ def start(
             "the same command on every host (a slice of several hosts needs all of them), and a port that they reach"
         )
 
+    jax.config.update("jax_enable_preemption_service", False)  # which would swallow a SIGTERM; see StopSignals
     with Watchdog(limit, complaint):
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
+        try:
+            jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
+        except Exception as error:
+            if missing and cluster == _PERHAPS:
+                print(f"found no other processes ({describe(error)}); going on alone", file=sys.stderr, flush=True)
+            else:
+                raise ConfigError(f"{who} cannot join the others at {where}: {describe(error)}") from error
         jax.devices()  # on a pod this waits for the others too
 
 
@@ -83,17 +92,20 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ttt_jax" / "xla"))
 
 
-def _in_cluster() -> bool:
-    """Whether the environment speaks of other processes, or is a TPU host, where only its metadata can tell."""
-    if os.environ.get("JAX_PLATFORMS") != "cpu":
-        several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        several_slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
-        chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-        on_tpu_host = bool(chips) and importlib.util.find_spec("libtpu") is not None
-        if several_hosts or several_slices or (on_tpu_host and "TPU_SKIP_MDS_QUERY" not in os.environ):
-            return True
-    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1
-    return slurm or int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
+def _cluster() -> str | None:
+    """Whether the environment speaks of other processes, or this is a TPU host, where only its metadata can tell."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        return _SURELY
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        return _SURELY
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return _SURELY
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if chips and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        return _PERHAPS
+    return None
 
 
 def _number(variable: str) -> int | None:

@@ -23,7 +23,7 @@ class Watchdog:
 
     def __init__(self, limit: float, complaint: Callable[[float], str], *, armed: bool = True):
         self._limit, self._complaint = limit, complaint
-        self._last = time.monotonic() if armed else None
+        self._last: float | None = time.monotonic() if armed else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if limit > 0:
@@ -33,6 +33,10 @@ class Watchdog:
         """All is well; the time starts anew. What took long once may take five times as long again."""
         self._limit = max(self._limit, 5 * took) if self._limit > 0 else 0
         self._last = time.monotonic()
+
+    def rest(self) -> None:
+        """Does not watch until the next :meth:`heard`."""
+        self._last = None
 
     def close(self) -> None:
         """Stops watching."""
@@ -46,7 +50,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._limit / 10)):
-            passed = 0.0 if self._last is None else time.monotonic() - self._last
+            last = self._last
+            passed = 0.0 if last is None else time.monotonic() - last
             if passed > self._limit:
                 print(f"\n{self._complaint(passed)}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)

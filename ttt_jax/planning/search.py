@@ -12,6 +12,8 @@ from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate
 from ttt_jax.planning.plan import CompilerError, Plan, plan
 
+MOST_FAILURES = 24
+
 
 class Choice(NamedTuple):
     """What a search varies; the global batch stays."""
@@ -51,8 +53,8 @@ def search(
     most: int,
     progress: Callable[[Tried], None] = lambda tried: None,
 ) -> list[Tried]:
-    """Compiles choices, the most promising first, until so many were found that fit, or thrice as many that do not;
-    those stop early in the compiler. Choices that no mesh splits cost nothing.
+    """Compiles choices, the most promising first, until so many were found that fit, or :data:`MOST_FAILURES` that do
+    not, for which the compiler takes seconds. Choices that no mesh splits cost nothing.
 
     What a choice turned out to need corrects the guesses of those with the same remat and fsdp; a choice is passed over
     that would then not fit.
@@ -65,7 +67,7 @@ def search(
     for guess in guesses(config, devices):
         plans = [one.plan for one in tried if one.plan is not None]
         failed = len(tried) - sum(one.fits is not False for one in plans)
-        if len(tried) - failed == most or failed == 3 * most:
+        if len(tried) - failed == most or failed == MOST_FAILURES:
             break
         alike = (guess.choice.remat, guess.choice.fsdp)
         limit = next((one.available for one in plans if one.available), math.inf)

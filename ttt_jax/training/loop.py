@@ -73,6 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     save_every = config_lib.steps(config, "checkpoint.every")
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     fingerprint = data.fingerprint()
+    peers.check_same({"data": {data.name: fingerprint}})
 
     # ---- Where it stands
     peers.check_shared(workdir)
@@ -110,9 +111,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         flops=flops.per_step(config.model, sequence_length, batch_size),
         chips=jax.device_count(),
         peak=chip.peak_flops if chip else None,
+        step=start,
     )
     step = start
-    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(step, seconds), armed=False)
+    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(report.step + 1, seconds), armed=False)
     profile = Profile(config_lib.profiled_steps(config), workdir / "profile")
     agreement = Agreement(run.mesh)
     batches = None
@@ -164,9 +166,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                 profile.after(step, values)
                 if step % save_every == 0 or step == total or checkpoints.wants_save(step):
                     report.flush()  # a state is saved only once its step is known to be finite
+                    watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
                     checkpoints.save(step, state, meta(step))
                     report.waited("checkpoint_seconds", time.monotonic() - began)
+                    watchdog.heard()
             report.flush()
             watchdog.close()
             if step > start:

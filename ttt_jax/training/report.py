@@ -34,17 +34,20 @@ class Report:
       tokens: of one global batch.
       flops: model FLOPs of a step.
       chips: how many; ``peak``: FLOP/s of one, None where that is not known.
+      step: that the run goes on from.
 
     Attributes:
-      loss: of the last step that was reported.
-      waits: seconds that went elsewhere since the last record, by name; ``step_waits`` since the last step.
+      step: the last one that was reported; ``loss`` and ``seconds`` are its.
     """
 
-    def __init__(self, output: Output | None, *, tokens: int, flops: float, chips: int, peak: float | None):
+    def __init__(
+        self, output: Output | None, *, tokens: int, flops: float, chips: int, peak: float | None, step: int = 0
+    ):
         self._output, self._tokens, self._flops, self._chips, self._peak = output, tokens, flops, chips, peak
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._waits: dict[str, float] = {}
-        self._waited = 0.0
+        self._waits: dict[str, float] = {}  # seconds since the last record, by what for
+        self._waited = 0.0  # since the last step
+        self.step = step
         self.loss: float | None = None
         self.seconds = 0.0
 
@@ -79,7 +82,7 @@ class Report:
         numbers = {name: float(np.asarray(x)) for name, x in values.items()}
         now = time.monotonic()
         self.seconds, self._clock = now - self._clock, now
-        self.loss = numbers["loss"]
+        self.step, self.loss = step, numbers["loss"]
         bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
         if 0 < numbers.get("skipped_in_a_row", 0) < _MOST_SKIPPED:
             bad = []

@@ -1,0 +1,164 @@
+"""Kills processes of a run at random moments, restarts it, and compares what comes out with an undisturbed run.
+
+    python scripts/kill_test.py                                   # 2 processes, 10 kills: a few minutes
+    python scripts/kill_test.py --processes 4 --kills 100 --steps 3000
+
+On CPU devices of this machine. A random process gets SIGKILL or SIGTERM; after SIGKILL the others are killed too, as
+launchers do. Parameters, optimizer state and every recorded loss must equal those of the undisturbed run, bit for bit.
+"""
+
+import argparse
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ttt_jax import config_file
+from ttt_jax.exit_status import DONE, RESTART
+from ttt_jax.parallel import sharding
+from ttt_jax.training import metrics, program
+from ttt_jax.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 300  # seconds for anything to happen
+
+
+def main() -> None:
+    """Runs the test; exits with a message where the runs differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--checkpoint-every", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir, undisturbed = Path(folder) / "killed", Path(folder) / "undisturbed"
+        finish(start(undisturbed, options))
+        for kill in range(options.kills):
+            disturb(workdir, options, moments, kill)
+        finish(start(workdir, options))
+        compare(workdir, undisturbed)
+    print(f"{options.kills} kills of {options.processes} processes: the same bits as an undisturbed run")
+
+
+def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
+    """The processes of a run."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    rows = options.processes * options.devices
+    values = {
+        "model.width": 32,
+        "model.num_layers": 1,
+        "model.num_heads": 2,
+        "model.mlp_width": 48,
+        "data.sequence_length": 64,
+        "data.batch_size": rows,
+        "training.duration": f"{options.steps} steps",
+        "checkpoint.every": f"{options.checkpoint_every} steps",
+    }
+    command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
+    command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items())]
+    command += ["--coordinator", f"localhost:{port}", "--processes", str(options.processes), "--process"]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return [
+        subprocess.Popen(
+            [*command, str(i)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(options.processes)
+    ]
+
+
+def disturb(workdir: Path, options: argparse.Namespace, moments: random.Random, kill: int) -> None:
+    """Starts the run, and kills it somewhere: at start-up, or after some steps."""
+    processes = start(workdir, options)
+    victim = moments.randrange(options.processes)
+    number = moments.choice([signal.SIGKILL, signal.SIGTERM])
+    before = recorded(workdir)
+    most = (options.steps - before) // (options.kills - kill + 1)
+    if moments.random() < 0.3:
+        time.sleep(moments.uniform(0, 10))
+    else:
+        wanted = before + moments.randint(1, max(1, most))
+        wait(lambda: recorded(workdir) >= wanted or any(p.poll() is not None for p in processes))
+        time.sleep(moments.uniform(0, 0.1))
+    processes[victim].send_signal(number)
+    if number == signal.SIGTERM:
+        # Before training has begun nothing is there to be saved, and SIGTERM ends the process as any other.
+        time.sleep(2)
+        while any(p.poll() is None for p in processes) and not any(p.poll() == -signal.SIGTERM for p in processes):
+            time.sleep(0.1)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    statuses = []
+    for process in processes:
+        _, said = process.communicate()
+        statuses.append(process.returncode)
+        if process.returncode not in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT, RESTART):
+            sys.exit(f"process {len(statuses) - 1} ended with status {process.returncode}:\n{said}")
+    step = recorded(workdir)
+    print(f"{kill + 1}: {number.name} to process {victim} at step {step}; statuses {statuses}", flush=True)
+
+
+def recorded(workdir: Path) -> int:
+    """The last step in the metrics."""
+    records = metrics.read(workdir)
+    return int(records[-1]["step"]) if records else 0
+
+
+def wait(condition) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit("nothing happens any more")
+        time.sleep(0.002)
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    """Until all have ended well."""
+    for process in processes:
+        _, said = process.communicate(timeout=PATIENCE)
+        if process.returncode != DONE:
+            sys.exit(f"ended with status {process.returncode}:\n{said}")
+
+
+def compare(workdir: Path, undisturbed: Path) -> None:
+    """Exits where two runs differ in a bit of their last checkpoint, or in a recorded loss."""
+    (step, state), (expected_step, expected) = final_state(workdir), final_state(undisturbed)
+    assert step == expected_step, (step, expected_step)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    curves = [[(r["step"], r["loss"], r["grad_norm"]) for r in metrics.read(run)] for run in (workdir, undisturbed)]
+    assert curves[0] == curves[1], "the records differ"
+    assert [number for number, _, _ in curves[0]] == list(range(1, step + 1))
+
+
+def final_state(workdir: Path):
+    """The last checkpoint."""
+    config = config_file.from_json(workdir / "config.json")
+    run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)
+    assert restored is not None
+    return restored.step, jax.device_get(restored.state)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()

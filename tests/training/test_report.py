@@ -1,0 +1,143 @@
+"""What is reported of steps: times, utilisation, goodput, and when a loss is the end."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ttt_jax.data.errors import DataError
+from ttt_jax.training import goodput, report
+from ttt_jax.training.errors import NonFiniteLossError
+from ttt_jax.training.feed import Feed
+
+
+class Clock:
+    """Stands where the module time stood."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def time(self):
+        return self.now
+
+
+class Lines(list):
+    def write(self, step, values):
+        self.append({"step": step, **values})
+
+    def update(self, *values):
+        pass
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(report, "time", clock)
+    monkeypatch.setattr(goodput, "time", clock)
+    return clock
+
+
+def numbers(loss=2.0, norm=1.0, **more):
+    return {"loss": np.float32(loss), "grad_norm": np.float32(norm), **more}
+
+
+def test_times_of_a_step_that_waited(tmp_path, clock):
+    """A run of 4 chips of 100 FLOP/s; a step of 1200 FLOPs and 600 tokens that takes 6 s, 2 of them for data."""
+    lines = Lines()
+    output = report.Output(lines, lines, goodput.Goodput(tmp_path, useful=16.0), log_every=1)
+    steps = report.Report(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
+    clock.now += 10  # start-up
+    steps.waited("compile_seconds", 10, within_step=False)
+    steps.start()
+    steps(1, numbers())
+    steps.waited("data_wait_seconds", 2.0)
+    clock.now += 6
+    steps.flush()
+    (line,) = lines
+    assert line["seconds_per_step"] == 6
+    assert line["tokens_per_second"] == 100
+    assert line["tokens_per_second_per_chip"] == 25
+    assert line["model_flop_utilisation"] == 1200 / 6 / 400
+    assert line["data_wait_seconds"] == 2
+    assert line["compile_seconds"] == 10
+    assert line["goodput"] == 1.0  # 4 s and the 16 before, in 16 s since the start: a clock that was set back
+    clock.now += 24
+    steps(2, numbers())
+    clock.now += 10
+    steps.flush()
+    assert lines[1]["goodput"] == 1.0
+    assert "compile_seconds" not in lines[1]
+
+
+def test_goodput_over_restarts(tmp_path, clock):
+    """Started at 1000; 30 useful seconds up to the checkpoint, then 10 that were lost; restarted after 100."""
+    first = goodput.Goodput(tmp_path)
+    first.add(30.0)
+    saved = first.useful
+    first.add(10.0)
+    assert json.loads((tmp_path / "started.json").read_text()) == {"unix_time": 1000.0}
+    clock.now = 1100.0
+    again = goodput.Goodput(tmp_path, saved)
+    again.add(20.0)
+    clock.now = 1125.0
+    assert again.share() == pytest.approx((30 + 20) / 125)
+
+
+def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
+    lines = Lines()
+    output = report.Output(lines, lines, goodput.Goodput(tmp_path), log_every=1)
+    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
+    steps.start()
+    steps(1, numbers())
+    clock.now += 1
+    steps.flush()
+    assert "model_flop_utilisation" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "fatal"),
+    [
+        (numbers(loss=math.nan), "loss is nan at step 7"),
+        (numbers(norm=math.inf), "grad_norm is inf at step 7"),
+        (numbers(norm=math.inf, skipped_in_a_row=np.int32(1)), None),
+        (numbers(norm=math.inf, skipped_in_a_row=np.int32(9)), None),
+        (numbers(norm=math.inf, skipped_in_a_row=np.int32(10)), "grad_norm is inf at step 7"),
+        (numbers(skipped_in_a_row=np.int32(0)), None),
+    ],
+)
+def test_what_ends_a_run(clock, values, fatal):
+    steps = report.Report(None, tokens=1, flops=1.0, chips=1, peak=None)
+    steps.start()
+    steps(7, values)
+    clock.now += 1
+    if fatal is None:
+        steps.flush()
+    else:
+        with pytest.raises(NonFiniteLossError, match=fatal):
+            steps.flush()
+
+
+def test_a_feed_is_one_batch_ahead():
+    def batches():
+        yield {"x": 1}
+        yield {"x": 2}
+        raise DataError("the third cannot be read")
+
+    feed = Feed(batches())
+    assert feed.problem is None
+    assert feed.take() == {"x": 1}
+    assert feed.problem is None
+    assert feed.take() == {"x": 2}  # and now it is known that there is no third
+    assert str(feed.problem) == "the third cannot be read"
+    with pytest.raises(AssertionError):
+        feed.take()
