@@ -71,7 +71,7 @@ def start_processes(start_training):
     ``of_process`` gives one of them other changes: ``{1: {key: value}}``.
     """
 
-    def start(workdir, processes, changes=None, *, devices=1, of_process=None, options=()):
+    def start(workdir, processes, changes=None, *, devices=1, of_process=None, options=(), environment=os.environ):
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             port = listener.getsockname()[1]
@@ -82,6 +82,7 @@ def start_processes(start_training):
                 {**(changes or {}), **(of_process or {}).get(process, {})},
                 devices=devices,
                 options=[*several, "--process", str(process), *options],
+                environment=environment,
             )
             for process in range(processes)
         ]

@@ -87,3 +87,13 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, start_train
         picture = tmp_path / "both.png"
         ttt(gcs, "plot", "loss-by-position", local, url, "--output", picture)
         assert np.asarray(image.imread(picture)).std() > 0.01
+
+
+def test_several_processes_share_a_bucket(tmp_path, start_training, start_processes, finish):
+    changes = {"training.duration": "8 steps", "checkpoint.every": "4 steps", "checkpoint.keep_last": 1}
+    finish(start_training(tmp_path / "a", changes))
+    with FakeGCS() as gcs:
+        finish(*start_processes(f"gs://{PLACE}", 2, {**changes, "mesh.data": 2}, environment=gcs.environment()))
+        losses = [record["loss"] for record in records(gcs)]
+        assert {name.split("/")[0] for name in gcs.files(f"{PLACE}/checkpoints")} == {"8"}
+    np.testing.assert_allclose(losses, [record["loss"] for record in metrics.read(tmp_path / "a")], rtol=1e-5)
