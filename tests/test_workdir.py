@@ -8,6 +8,7 @@ from fake_gcs import FakeGCS, printed
 
 from ttt_jax import workdir
 from ttt_jax.config import ConfigError
+from ttt_jax.training import metrics
 
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs")
 
@@ -43,13 +44,16 @@ def test_a_missing_extra_is_named(monkeypatch):
         workdir.at("gs://b/r")
 
 
-MAKE = """
-from ttt_jax import workdir
-for bucket in ("there", "missing", "not-mine", "nobody"):
-    try:
-        print(workdir.make(workdir.at(f"gs://{bucket}/run")))
-    except ValueError as error:
-        print(error)
+USE = """
+import sys
+from ttt_jax import config_file, workdir
+for bucket in sys.argv[1:]:
+    place = workdir.at(f"gs://{bucket}/run")
+    for use in (lambda: workdir.make(place), lambda: config_file.from_json(place / "config.json")):
+        try:
+            print(use())
+        except ValueError as error:
+            print(error)
 """
 
 
@@ -58,13 +62,29 @@ def test_a_bucket_is_tried_before_anything_else():
     status = {"there": None, "missing": 404, "not-mine": 403, "nobody": 401}
     with FakeGCS() as gcs:
         gcs.fault = lambda request: status.get(request.target.split("/")[0])
-        process = gcs.start("-c", MAKE)
-        there, missing, *refused = printed(process).splitlines()
-    assert there == "None"
+        process = gcs.start("-c", USE, *status)
+        made, no_config, missing, no_config_there, *refused = printed(process).splitlines()
+    assert made == "None"
+    assert no_config == "gs://there/run/config.json: not found; expected the workdir of a run, with its config.json"
     assert [request.target.partition(".trial")[0] for request in gcs.of("upload", "there")] == ["there/run/"]
     assert not gcs.objects
     assert missing == "--workdir gs://missing/run: no such bucket"
-    for line, name, reason in zip(refused, ("not-mine", "nobody"), ("Permission denied", "401"), strict=True):
-        assert line.startswith(f"--workdir gs://{name}/run: cannot be written: ")
-        assert reason in line
-        assert line.endswith("gcloud auth application-default login)")
+    assert no_config_there == no_config.replace("there", "missing")
+    for name, reason in (("not-mine", "Permission denied"), ("nobody", "401")):
+        not_written, not_read, *refused = refused
+        assert not_written.startswith(f"--workdir gs://{name}/run: cannot be written: ")
+        assert not_written.endswith("gcloud auth application-default login)")
+        assert not_read.startswith(f"gs://{name}/run/config.json: cannot be read: ")
+        assert reason in not_written
+        assert reason in not_read
+    assert not refused
+
+
+@needs_gcsfs
+def test_tensorboard_needs_a_folder(tmp_path):
+    metrics.check_place(tmp_path, tensorboard=True)
+    metrics.check_place(workdir.at("gs://bucket/run"), tensorboard=False)
+    with pytest.raises(
+        ConfigError, match=r"log\.tensorboard=true: needs a local workdir, not gs://bucket/run; expected"
+    ):
+        metrics.check_place(workdir.at("gs://bucket/run"), tensorboard=True)

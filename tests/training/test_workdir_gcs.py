@@ -10,6 +10,7 @@ import pytest
 from fake_gcs import FakeGCS
 from matplotlib import image
 
+from ttt_jax import cli
 from ttt_jax.training import metrics
 
 pytestmark = [
@@ -29,6 +30,14 @@ def curves(records):
     return [[record[name] for name in ("step", "loss", "grad_norm", "learning_rate", "tokens")] for record in records]
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, start_training, finish):
+    """The workdir of the same run in a folder, never stopped."""
+    workdir = tmp_path_factory.mktemp("local") / "a"
+    finish(start_training(workdir))
+    return workdir
+
+
 def ttt(gcs, *arguments):
     command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
     environment = {**gcs.environment(), "JAX_PLATFORMS": "cpu"}
@@ -37,9 +46,8 @@ def ttt(gcs, *arguments):
     return done.stdout
 
 
-def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, start_training, finish):
-    local, url = tmp_path / "a", f"gs://{PLACE}"
-    finish(start_training(local))
+def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, start_training, finish):
+    url = f"gs://{PLACE}"
     expected = curves(metrics.read(local))
 
     with FakeGCS() as gcs:
@@ -79,21 +87,20 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, start_train
         }
         (trace,) = [name for name in gcs.files(f"{PLACE}/profile") if name.endswith(".xplane.pb")]
         assert trace.startswith("plugins/profile/")
-        assert "all 24 steps are done already" in finish(start_training(url, environment=gcs.environment()))
 
-        for workdir in (local, url):
-            ttt(gcs, "eval", "--workdir", workdir, "--context", 32, "--max-windows", 4)
+        options = ["--context", "32", "--max-windows", "4"]
+        assert cli.main(["eval", "--workdir", str(local), *options]) == 0
+        assert f"{url}/eval/validation-32.npz" in ttt(gcs, "eval", "--workdir", url, *options)
         assert gcs.objects[f"{PLACE}/eval/validation-32.csv"] == (local / "eval/validation-32.csv").read_bytes()
         picture = tmp_path / "both.png"
         ttt(gcs, "plot", "loss-by-position", local, url, "--output", picture)
         assert np.asarray(image.imread(picture)).std() > 0.01
 
 
-def test_several_processes_share_a_bucket(tmp_path, start_training, start_processes, finish):
-    changes = {"training.duration": "8 steps", "checkpoint.every": "4 steps", "checkpoint.keep_last": 1}
-    finish(start_training(tmp_path / "a", changes))
+def test_several_processes_share_a_bucket(local, start_processes, finish):
     with FakeGCS() as gcs:
-        finish(*start_processes(f"gs://{PLACE}", 2, {**changes, "mesh.data": 2}, environment=gcs.environment()))
+        changes = {"mesh.data": 2, "checkpoint.keep_last": 1}
+        finish(*start_processes(f"gs://{PLACE}", 2, changes, environment=gcs.environment()))
         losses = [record["loss"] for record in records(gcs)]
-        assert {name.split("/")[0] for name in gcs.files(f"{PLACE}/checkpoints")} == {"8"}
-    np.testing.assert_allclose(losses, [record["loss"] for record in metrics.read(tmp_path / "a")], rtol=1e-5)
+        assert {name.split("/")[0] for name in gcs.files(f"{PLACE}/checkpoints")} == {"24"}
+    np.testing.assert_allclose(losses, [record["loss"] for record in metrics.read(local)], rtol=1e-5)
