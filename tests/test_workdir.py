@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fake_gcs import FakeGCS, printed
 
-from ttt_jax import workdir
+from ttt_jax import cli, workdir
 from ttt_jax.config import ConfigError
 from ttt_jax.training import metrics
 
@@ -88,3 +88,13 @@ def test_tensorboard_needs_a_folder(tmp_path):
         ConfigError, match=r"log\.tensorboard=true: needs a local workdir, not gs://bucket/run; expected"
     ):
         metrics.check_place(workdir.at("gs://bucket/run"), tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    "verb", [["train", "--config", "a.py", "--workdir"], ["eval", "--workdir"], ["plot", "loss-by-position"]]
+)
+def test_commands_refuse_in_one_line(capsys, verb):
+    assert cli.main([*verb, "s3://bucket/run"]) == 2
+    assert (
+        capsys.readouterr().err == f"ttt {verb[0]}: --workdir s3://bucket/run: expected a folder, or gs://bucket/name\n"
+    )
