@@ -104,7 +104,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
     )
-    output = _output(config, workdir, start, useful) if jax.process_index() == 0 else None
+    first = jax.process_index() == 0
+    output = peers.on_all(lambda: _output(config, workdir, start, useful) if first else None)
     report = Report(
         output,
         tokens=tokens,
