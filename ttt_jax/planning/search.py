@@ -1,5 +1,6 @@
 """Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -109,11 +110,19 @@ def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collect
 
 
 def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[Guess]:
-    """All choices whose rows can be split, those that seem to fit first, and of those the fastest first."""
+    """All choices whose rows can be split, those that seem to fit first, and of those the fastest first; but of choices
+    that differ only in how data and fsdp share the rows, and hardly in speed, the second after the first of all others.
+    """
     chip = of_device(devices[0])
-    found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
     room = math.inf if chip is None else chip.hbm
-    return sorted(found, key=lambda guess: (guess.memory > room, guess.seconds, guess.memory))
+    found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
+    found.sort(key=lambda guess: (guess.memory > room, guess.seconds, guess.memory))
+    alike: collections.Counter[tuple] = collections.Counter()
+    turns = []
+    for guess in found:
+        turns.append((guess.memory > room, alike[guess.choice[2:]]))
+        alike[guess.choice[2:]] += 1
+    return [guess for _, guess in sorted(zip(turns, found, strict=True), key=lambda pair: pair[0])]
 
 
 def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice]:
@@ -155,7 +164,9 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
         return Guess(choice, memory, 0.0)
     others = {axis: (size - 1) / size for axis, size in choice._asdict().items() if axis in ("data", "fsdp", "tensor")}
     sums = 5 if choice.remat == "block" else 4  # of activations, per block: 2 forwards, 1 of them again, 2 backwards
-    sent = (2 * itemsize + 4) * parameters / choice.tensor * others["fsdp"]
+    # Over all devices at once, the TPU compiler neither gathers nor scatters: it sums whole arrays.
+    whole = 2 if choice.fsdp == choice.data * shards else 1
+    sent = whole * (2 * itemsize + 4) * parameters / choice.tensor * others["fsdp"]
     sent += 2 * 4 * parameters / shards * others["data"]
     sent += 2 * sums * m.num_layers * tokens * kept * others["tensor"]
     count = m.num_layers * (3 * 7 * (choice.fsdp > 1) + (choice.data > 1) + sums * (choice.tensor > 1))
