@@ -10,8 +10,11 @@ ARG is mixer, size and context: ttt_linear, ttt_mlp or attention; 125m, 350m, 76
 batch has half a million tokens, and the run as many as Chinchilla's recipe asks for: 2.5, 7, 15 and 26 billion.
 
 The mesh is for 256 chips of TPU v5e, 16x16. A batch has fewer rows the longer they are, and then chips share a row,
-each with some of the heads: 16 chips a row of 32k tokens. The 125m has 12 heads, which 4 chips can share at most: it
-trains on 128 chips at 16k (v5e:8x16) and on 64 at 32k (v5e:8x8). What each of them takes: docs/benchmarks.md.
+each with some of the heads: 16 chips a row of 32k tokens. Parameters lie in 16 parts, one line of the chips, by fsdp
+where rows are short and by tensor where they are long: more parts send no less, and of 256 the TPU compiler sums the
+whole gradients on every chip. The 125m fits on a chip whole; it has 12 heads, which 4 chips can share at most, so that
+it trains on 128 chips at 16k (v5e:8x16) and on 64 at 32k (v5e:8x8). A forward pass is kept for the backward pass where
+there is room for it, and computed again, block by block, elsewhere. What each of them takes: docs/benchmarks.md.
 """
 
 from ttt_jax import config as config_lib
@@ -44,12 +47,12 @@ def get_config(arg: str = "ttt_linear"):
     c.model.num_heads = heads
     c.model.mlp_width = mlp_width
     c.model.dtype = "bfloat16"
-    c.model.remat = "block"
     c.data.source = "data/pile"
     c.data.sequence_length = CONTEXTS[context]
     c.data.batch_size = BATCH // CONTEXTS[context]
     c.optimizer.peak_lr = peak_lr
     c.training.duration = duration
     c.mesh.tensor = min(256 // c.data.batch_size, heads & -heads)  # chips that share a row, a power of two
-    c.mesh.fsdp = 1 if size in ("125m", "350m") else 8
+    c.mesh.fsdp = 1 if size == "125m" else 16 // c.mesh.tensor
+    c.model.remat = "none" if context == "2k" and size in ("125m", "350m") else "block"
     return c

@@ -37,6 +37,7 @@ def test_every_argument(mixer, size, context):
     shape = config_lib.mesh_shape(config, chips(size, context))
     assert config.data.batch_size == shape["data"] * shape["fsdp"]  # a row each, or one for those that share it
     assert config.model.num_heads % shape["tensor"] == 0
+    assert shape["fsdp"] * shape["tensor"] == 16 or size == "125m"  # parts of the parameters
 
 
 @pytest.mark.parametrize("context", ["2k", "32k"])

@@ -15,6 +15,14 @@ def devices(count, kind="TPU v5 lite"):
 
 
 @pytest.fixture
+def larger(config):
+    """16 rows of 4096 tokens, of which the products take longer than memory does."""
+    config.model.update(width=1024, mlp_width=2048, num_layers=5, vocab_size=1000, dtype="bfloat16")
+    config.data.update(sequence_length=4096, batch_size=16)
+    return config
+
+
+@pytest.fixture
 def config():
     c = config_lib.default()
     c.model.update(mixer="attention", width=64, num_heads=4, num_layers=2, mlp_width=128)
@@ -47,6 +55,31 @@ def test_what_seems_to_fit_comes_first(config):
         if fits:
             assert guess.choice.fsdp * guess.choice.tensor >= 4
     assert guesses[0].seconds == min(guess.seconds for guess in guesses if guess.memory < 15.75 * 2**30)
+
+
+def test_what_differs_hardly_is_not_tried_in_a_row(larger):
+    """Of a tensor, remat and accumulation, the fastest of data and fsdp, then the next of all; fsdp over all devices,
+    where whole arrays are summed, after the others."""
+    found = [guess.choice for guess in search.guesses(larger, devices(16))]
+    families = {choice[2:] for choice in found}
+    assert {choice[2:] for choice in found[: len(families)]} == families
+    alone = [choice[:2] for choice in found if choice[2:] == (1, "block", 1)]
+    assert set(alone) == {(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)}
+    assert alone[-1] == (1, 16)
+
+
+def test_a_guess_counts_what_is_sent(larger):
+    """16 chips, at 200 GB/s and 10 us: sums alone; gathers in bfloat16 and scattered sums; sums of activations."""
+    seconds = {g.choice[:3]: g.seconds for g in search.guesses(larger, devices(16)) if g.choice[3:] == ("block", 1)}
+    parameters = 5 * (3 * 2048 * 1024 + 4 * 1024**2) + 1000 * 1024
+    summed = 2 * 4 * parameters * 15 / 16
+    scattered = (2 * 2 + 4) * parameters * 3 / 4 + 2 * 4 * parameters / 4 * 3 / 4
+    latency = 5 * 21 * 10e-6  # two gathers and one sum of seven kernels
+    assert seconds[4, 4, 1] - seconds[16, 1, 1] == pytest.approx((scattered - summed) / 200e9 + latency)
+    activations = 2 * 5 * 5 * 4 * 4096 * 1024 * 2 * 3 / 4  # five sums in each of five blocks, of four rows
+    split = 2 * 4 * parameters / 4 * 3 / 4 + activations
+    latency = 5 * 5 * 10e-6
+    assert seconds[4, 1, 4] - seconds[16, 1, 1] == pytest.approx((split - summed) / 200e9 + latency)
 
 
 def tried(monkeypatch, config, most, needed):

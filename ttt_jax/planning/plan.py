@@ -54,7 +54,6 @@ class Plan:
     available: int | None  # bytes of a chip that a program may use; None where that is not known
     fits: bool | None
     collectives: dict[str, Traffic]
-    collectives_in_mixers: int  # those in scans over mini-batches, which had better be none
     step_time: estimate.StepTime | None
 
     @property
@@ -129,7 +128,6 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         available=available,
         fits=None if available is None else not isinstance(compiled, TooLarge),
         collectives=by_kind(found),
-        collectives_in_mixers=sum(c.times for c in found if in_mixer_scan(c)),
         step_time=step_time,
     )
 
@@ -144,11 +142,6 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
                 sum(c.times for c in some), sum(c.times * c.bytes for c in some), sum(c.times * c.sent for c in some)
             )
     return kinds
-
-
-def in_mixer_scan(collective: hlo.Collective) -> bool:
-    """Whether it is executed again and again within one layer's mixer."""
-    return any("/mixer/" in loop for loop in collective.loops)
 
 
 def _compile(run: program.Program) -> jax.stages.Compiled | TooLarge:

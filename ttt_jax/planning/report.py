@@ -89,8 +89,6 @@ def _collectives(plan: Plan) -> list[str]:
     lines = [f"{'collectives of a step':<25} {'times':>8} {'of arrays':>14} {'sent by a chip':>18}"]
     for kind, traffic in plan.collectives.items():
         lines.append(f"  {kind:<23} {traffic.count:8,} {_size(traffic.bytes):>14} {_size(traffic.sent):>18}")
-    if plan.collectives_in_mixers:
-        lines.append(f"  {plan.collectives_in_mixers:,} of these are in scans over mini-batches, one after the other")
     return lines
 
 

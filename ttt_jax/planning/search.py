@@ -1,5 +1,7 @@
 """Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
 
+import collections
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -108,11 +110,19 @@ def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collect
 
 
 def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[Guess]:
-    """All choices whose rows can be split, those that seem to fit first, and of those the fastest first."""
+    """All choices whose rows can be split, those that seem to fit first, and of those the fastest first; but of choices
+    that differ only in how data and fsdp share the rows, and hardly in speed, the second after the first of all others.
+    """
     chip = of_device(devices[0])
-    found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
     room = math.inf if chip is None else chip.hbm
-    return sorted(found, key=lambda guess: (guess.memory > room, guess.seconds, guess.memory))
+    found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
+    found.sort(key=lambda guess: (guess.memory > room, guess.seconds, guess.memory))
+    alike: collections.Counter[tuple] = collections.Counter()
+    turns = []
+    for guess in found:
+        turns.append((guess.memory > room, alike[guess.choice[2:]]))
+        alike[guess.choice[2:]] += 1
+    return [guess for _, guess in sorted(zip(turns, found, strict=True), key=lambda pair: pair[0])]
 
 
 def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice]:
@@ -127,34 +137,45 @@ def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice
 
 
 def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
-    """Sharded parameters, gradients and moments; activations of a micro-batch; weights gathered and gradients summed
-    over fsdp and data, activations over tensor."""
-    m, shards = config.model, choice.fsdp * choice.tensor
-    block = (3 * m.mlp_width + 5 * m.width) * m.width
-    parameters = m.num_layers * block + m.vocab_size * m.width
-    rows = config.data.batch_size / (choice.data * choice.fsdp * choice.accumulation)
-    tokens = rows * config.data.sequence_length  # of a micro-batch, on a chip
-    width = 2 if m.dtype == "bfloat16" else 4  # bytes
-    inside = 4 * (3 * m.mlp_width / choice.tensor + 20 * m.width)  # arrays of a block that its backward pass reads
-    if m.mixer != "attention":
-        states = sum(a * b for a, b in zip(build.learner(m).widths, build.learner(m).widths[1:], strict=False))
+    """What a choice would take, from the sizes of the model alone.
+
+    Memory: sharded parameters, gradients and moments, and the activations of a micro-batch. Collectives of each
+    micro-batch: weights gathered over fsdp, once for the forward and once for the backward pass; float32 gradients
+    scattered over fsdp and summed over data; activations summed over tensor.
+    """
+    m, data, length = config.model, config.data, config.data.sequence_length
+    shards, d = choice.fsdp * choice.tensor, m.width
+    parameters = m.num_layers * (3 * m.mlp_width + 4 * d) * d + m.vocab_size * d
+    tokens = data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length  # of a micro-batch, on a chip
+    itemsize = 2 if m.dtype == "bfloat16" else 4
+    # What the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, of which those
+    # that are split between heads or over the feed-forward width lie in parts.
+    inside = 4 * ((3 * m.mlp_width + 25 * d) / choice.tensor + 11 * d)
+    if m.mixer == "attention":
+        inside += (4 + itemsize) * m.num_heads / choice.tensor * length / 2  # softmax of a token over those before it
+    else:
+        states = sum(a * b for a, b in itertools.pairwise(build.learner(m).widths))
         inside += 4 * states * m.num_heads / choice.tensor / m.ttt.mini_batch  # W once per mini-batch
-    kept = m.width * width
+    kept = d * itemsize
     activations = kept * m.num_layers + inside if choice.remat == "block" else (kept + inside) * m.num_layers
     logits = 3 * 4 * m.vocab_size / choice.tensor
     memory = 16 * parameters / shards + tokens * (activations + logits)
     if chip is None:
         return Guess(choice, memory, 0.0)
-    passes = 3 if choice.remat == "block" else 2
-    sent = 8 * parameters / choice.tensor * (choice.data * choice.fsdp > 1)
-    if choice.fsdp > 1:
-        sent += passes * width * parameters / choice.tensor * choice.accumulation
-    if choice.tensor > 1:
-        sent += 4 * passes * width * tokens * choice.accumulation * m.width * m.num_layers
-    count = (
-        m.num_layers * choice.accumulation * passes * ((8 if choice.fsdp > 1 else 0) + (4 if choice.tensor > 1 else 0))
+    others = {axis: (size - 1) / size for axis, size in choice._asdict().items() if axis in ("data", "fsdp", "tensor")}
+    sums = 5 if choice.remat == "block" else 4  # of activations, per block: 2 forwards, 1 of them again, 2 backwards
+    # Over all devices at once, the TPU compiler neither gathers nor scatters: it sums whole arrays.
+    whole = 2 if choice.fsdp == choice.data * shards else 1
+    sent = whole * (2 * itemsize + 4) * parameters / choice.tensor * others["fsdp"]
+    sent += 2 * 4 * parameters / shards * others["data"]
+    sent += 2 * sums * m.num_layers * tokens * kept * others["tensor"]
+    count = m.num_layers * (3 * 7 * (choice.fsdp > 1) + (choice.data > 1) + sums * (choice.tensor > 1))
+    time = estimate.step_time(
+        with_choice(config, choice),
+        chip,
+        choice.data * shards,
+        memory_per_chip=memory,
+        sent_per_chip=sent * choice.accumulation,
+        collectives=count * choice.accumulation,
     )
-    chips = choice.data * shards
-    config = with_choice(config, choice)
-    time = estimate.step_time(config, chip, chips, memory_per_chip=memory, sent_per_chip=sent, collectives=count)
     return Guess(choice, memory, time.total)
