@@ -58,8 +58,8 @@ def test_what_seems_to_fit_comes_first(config):
 
 
 def test_what_differs_hardly_is_not_tried_in_a_row(larger):
-    """Without tensor, longer rings come later, and last fsdp over all devices, where whole arrays are summed. The second
-    of these comes after what is slower than it by less than 5%."""
+    """Without tensor, longer rings come later, and last fsdp over all devices, where whole arrays are summed. The
+    second of these comes after what is slower than it by less than 5%."""
     seconds = {guess.choice: guess.seconds for guess in search.guesses(larger, devices(16))}
     found = list(seconds)
     alone = [choice[:2] for choice in found if choice[2:] == (1, "none", 1)]

@@ -112,8 +112,8 @@ def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collect
 def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[Guess]:
     """All choices whose rows can be split, those that seem to fit first, and of those the fastest first.
 
-    Choices that differ only in how data and fsdp share the rows are about as fast, and so that not all of them come in a
-    row, each counts as 5% slower than the one before.
+    Choices that differ only in how data and fsdp share the rows are about as fast; that not all of them come in a row,
+    each counts as 5% slower than the one before.
     """
     chip = of_device(devices[0])
     room = math.inf if chip is None else chip.hbm
