@@ -58,14 +58,15 @@ def test_what_seems_to_fit_comes_first(config):
 
 
 def test_what_differs_hardly_is_not_tried_in_a_row(larger):
-    """Of a tensor, remat and accumulation, the fastest of data and fsdp, then the next of all; fsdp over all devices,
-    where whole arrays are summed, after the others."""
-    found = [guess.choice for guess in search.guesses(larger, devices(16))]
-    families = {choice[2:] for choice in found}
-    assert {choice[2:] for choice in found[: len(families)]} == families
-    alone = [choice[:2] for choice in found if choice[2:] == (1, "block", 1)]
-    assert set(alone) == {(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)}
-    assert alone[-1] == (1, 16)
+    """Without tensor, longer rings come later, and last fsdp over all devices, where whole arrays are summed. The
+    second of these comes after what is slower than it by less than 5%."""
+    seconds = {guess.choice: guess.seconds for guess in search.guesses(larger, devices(16))}
+    found = list(seconds)
+    alone = [choice[:2] for choice in found if choice[2:] == (1, "none", 1)]
+    assert alone == [(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)]
+    second, other = search.Choice(8, 2, 1, "none", 1), search.Choice(8, 1, 2, "none", 2)
+    assert seconds[second] < seconds[other] < 1.05 * seconds[second]
+    assert found.index(other) < found.index(second)
 
 
 def test_a_guess_counts_what_is_sent(larger):
@@ -74,12 +75,14 @@ def test_a_guess_counts_what_is_sent(larger):
     parameters = 5 * (3 * 2048 * 1024 + 4 * 1024**2) + 1000 * 1024
     summed = 2 * 4 * parameters * 15 / 16
     scattered = (2 * 2 + 4) * parameters * 3 / 4 + 2 * 4 * parameters / 4 * 3 / 4
-    latency = 5 * 21 * 10e-6  # two gathers and one sum of seven kernels
-    assert seconds[4, 4, 1] - seconds[16, 1, 1] == pytest.approx((scattered - summed) / 200e9 + latency)
+    # In each block one sum over data, two gathers and a sum of seven kernels over fsdp: longer rings take longer.
+    alone = 5 * (1 + 15 / 20) * 10e-6
+    latency = 5 * (21 + 1) * (1 + 3 / 20) * 10e-6
+    assert seconds[4, 4, 1] - seconds[16, 1, 1] == pytest.approx((scattered - summed) / 200e9 + latency - alone)
     activations = 2 * 5 * 5 * 4 * 4096 * 1024 * 2 * 3 / 4  # five sums in each of five blocks, of four rows
     split = 2 * 4 * parameters / 4 * 3 / 4 + activations
-    latency = 5 * 5 * 10e-6
-    assert seconds[4, 1, 4] - seconds[16, 1, 1] == pytest.approx((split - summed) / 200e9 + latency)
+    latency = 5 * (5 + 1) * (1 + 3 / 20) * 10e-6
+    assert seconds[4, 1, 4] - seconds[16, 1, 1] == pytest.approx((split - summed) / 200e9 + latency - alone)
 
 
 def tried(monkeypatch, config, most, needed):

@@ -39,7 +39,7 @@ def step_time(
     memory_per_chip: float,
     sent_per_chip: float,
     sent_between_slices: float = 0.0,
-    collectives: int,
+    collectives: float,
 ) -> StepTime:
     """Estimates a step of a config.
 
