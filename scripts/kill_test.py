@@ -74,7 +74,8 @@ def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices}",
+        # With little optimisation, for most of the time is compiling: each start compiles.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices} --xla_backend_optimization_level=0",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return [
