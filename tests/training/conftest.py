@@ -109,3 +109,25 @@ def finish():
         return "".join(outputs)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def final_state():
+    """``final_state(workdir)``: step and state of the newest checkpoint, on the host."""
+    import jax
+
+    from ttt_jax import config_file
+    from ttt_jax.parallel import sharding
+    from ttt_jax.training import program
+    from ttt_jax.training.checkpoint import Checkpoints
+
+    def read(workdir):
+        config = config_file.from_json(workdir / "config.json")
+        run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+        checkpoints = Checkpoints(workdir, read_only=True)
+        step = checkpoints.latest_step()
+        state = jax.device_get(checkpoints.restore(step, run.abstract_state))
+        checkpoints.close()
+        return step, state
+
+    return read

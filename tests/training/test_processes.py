@@ -3,15 +3,11 @@
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from ttt_jax import config_file
 from ttt_jax.exit_status import FAILED, REFUSED, RESTART
-from ttt_jax.parallel import sharding
-from ttt_jax.training import metrics, program
-from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -40,17 +36,7 @@ def assert_same_curves(actual, desired, steps=20):
     loss = curve(desired, "loss")
     assert loss[0] - loss[-1] > 0.5  # the steps are felt
     np.testing.assert_allclose(curve(actual, "loss"), loss, rtol=1e-5)
-    np.testing.assert_allclose(curve(actual, "grad_norm"), curve(desired, "grad_norm"), rtol=1e-4)
-
-
-def final_state(workdir):
-    config = config_file.from_json(workdir / "config.json")
-    run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest_step()
-    state = jax.device_get(checkpoints.restore(step, run.abstract_state))
-    checkpoints.close()
-    return step, state
+    np.testing.assert_allclose(curve(actual, "grad_norm"), curve(desired, "grad_norm"), rtol=2e-5)
 
 
 def wait_for_steps(workdir, steps, *processes, seconds=120):
@@ -69,7 +55,7 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device(
     tmp_path, start_training, start_processes, finish, mixer
 ):
     """20 steps at a learning rate that is felt."""
-    changes = {**RUN, "model.mixer": mixer, "optimizer.peak_lr": 0.01}
+    changes = {**RUN, "model.mixer": mixer, "optimizer.peak_lr": 0.005}
     finish(start_training(tmp_path / "one", changes))
     finish(*start_processes(tmp_path / "two", 2, {**changes, **mesh(2, 2, 2)}, devices=4))
     assert_same_curves(tmp_path / "two", tmp_path / "one")
@@ -78,9 +64,9 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_device(
 def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, start_training, start_processes, finish):
     """8 devices, then 4, then 2 processes of 2, then 8: the same batches; losses differ by the order of sums."""
     workdir = tmp_path / "moving"
-    changes = {**RUN, "optimizer.warmup": "4 steps", "checkpoint.every": "100%", "optimizer.peak_lr": 0.01}
+    changes = {**RUN, "optimizer.warmup": "4 steps", "checkpoint.every": "100%", "optimizer.peak_lr": 0.005}
     # A schedule that does not depend on the duration, which changes.
-    changes["optimizer.end_lr"] = 0.01
+    changes["optimizer.end_lr"] = 0.005
     parts = [
         (6, lambda c: [start_training(workdir, {**c, **mesh(2, 2, 2)}, devices=8)]),
         (11, lambda c: [start_training(workdir, {**c, **mesh(1, 4, 1)}, devices=4)]),
@@ -97,7 +83,9 @@ def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, start_training, 
 # ---- Ways to end
 
 
-def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(tmp_path, start_processes, start_training, finish):
+def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(
+    tmp_path, start_processes, start_training, finish, final_state
+):
     workdir = tmp_path / "run"
     processes = start_processes(workdir, 2, FOREVER)
     wait_for_steps(workdir, 10, *processes)
@@ -158,7 +146,7 @@ def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
     assert "loop.py" in err  # where it stood
 
 
-def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start_processes, finish):
+def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start_processes, finish, final_state):
     """The bad token lies in a row that process 1 alone reads."""
     tokens = np.random.default_rng(0).integers(1, 256, 32 * 400 + 1).astype(np.uint16)
     folder = tmp_path / "data"

@@ -7,25 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax import config_file
-from ttt_jax.parallel import sharding
-from ttt_jax.training import metrics, program
-from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training import metrics
 
 pytestmark = pytest.mark.slow
 
 # Large enough that a save takes a while, so that it can be hit.
 BIG_STATE = {"model.vocab_size": 40000}
-
-
-def _final_state(workdir):
-    config = config_file.from_json(workdir / "config.json")
-    run = program.make(config, sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}))
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.latest_step()
-    state = jax.device_get(checkpoints.restore(step, run.abstract_state))
-    checkpoints.close()
-    return step, state
 
 
 def _curves(workdir):
@@ -61,7 +48,7 @@ def _half_written(workdir):
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
 
-def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_training, undisturbed):
+def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_training, undisturbed, final_state):
     workdir = tmp_path / "run"
     lines = workdir / "metrics.jsonl"
 
@@ -85,8 +72,8 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_tra
     assert half_written[1], "the second kill was meant to hit a save"
     _finish(start_training(workdir, BIG_STATE))
 
-    step, state = _final_state(workdir)
-    expected_step, expected = _final_state(undisturbed)
+    step, state = final_state(workdir)
+    expected_step, expected = final_state(undisturbed)
     assert step == expected_step == 24
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert _curves(workdir) == _curves(undisturbed)
@@ -94,14 +81,14 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_tra
     assert not _half_written(workdir)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, start_training, undisturbed):
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, start_training, undisturbed, final_state):
     workdir = tmp_path / "run"
     process = start_training(workdir, BIG_STATE)
     _wait_for(process, lambda: (workdir / "metrics.jsonl").exists() and metrics.read(workdir))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    stopped, _ = _final_state(workdir)
+    stopped, _ = final_state(workdir)
     assert 1 <= stopped < 24
     assert f"saved at step {stopped} of 24" in out
     assert "python -m ttt_jax train --config" in out
@@ -109,7 +96,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, start_training, undisturbe
     assert "Traceback" not in err
 
     _finish(start_training(workdir, BIG_STATE))
-    jax.tree.map(np.testing.assert_array_equal, _final_state(workdir)[1], _final_state(undisturbed)[1])
+    jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(undisturbed)[1])
 
 
 def test_finished_run_is_left_alone(start_training, undisturbed):

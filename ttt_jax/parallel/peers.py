@@ -54,12 +54,11 @@ def on_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    outcomes = Exchange("preparation")("" if failure is None else str(failure) or type(failure).__name__)
+    problem = Exchange("preparation").first_problem("" if failure is None else str(failure) or type(failure).__name__)
     if failure is not None:
         raise failure
-    for process, problem in enumerate(outcomes):
-        if problem:
-            raise ConfigError(f"process {process}: {problem}")
+    if problem is not None:
+        raise ConfigError(problem)
     return result  # type: ignore[return-value]
 
 

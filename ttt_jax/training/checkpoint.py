@@ -25,6 +25,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 import ttt_jax
+from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange
 from ttt_jax.training import checksums
 from ttt_jax.training.checkpoint_writer import Writer
@@ -149,7 +150,7 @@ class Checkpoints:
         try:
             self._end_of_save()
         except CheckpointError as error:
-            _tell(str(error))
+            peers.say(str(error))
 
     def close(self) -> None:
         """Waits, and lets go of everything."""
@@ -176,7 +177,7 @@ class Checkpoints:
             )
         seconds = self._save_again_after[self._failures - 1]
         self._due = time.monotonic() + seconds
-        _tell(f"{problem}; trying again in {seconds:g} s")
+        peers.say(f"{problem}; trying again in {seconds:g} s")
 
     def _known_steps(self) -> list[int]:
         """All steps, as far as the storage tells."""
@@ -287,7 +288,7 @@ class Checkpoints:
 
         self._writer.close()
         aside = folder.name if self._read_only else self._exchange.on_first(rename)
-        _tell(f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}")
+        peers.say(f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}")
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -305,11 +306,6 @@ def _patiently(read: Callable[[], T]) -> T:
         except OSError:
             time.sleep(seconds)
     return read()
-
-
-def _tell(message: str) -> None:
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
 
 
 def versions() -> dict[str, str]:
