@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser, verbs = _parsers()
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    if " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
+    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # of two words: sweep status
         arguments[:2], end = [" ".join(arguments[:2])], end - 1
     options, rest = parser.parse_known_args(arguments[:end])
     options.command = arguments[end + 1 :]
