@@ -112,6 +112,8 @@ class PointRun:
 
     def _end(self, state: str, said: str = "") -> None:
         self.ended = dataclasses.replace(self._record, state=state, said=said)
+        if not self._record.starts:
+            return
         self._write(self.ended)
         took, status = duration(time.time() - self.ended.began), self.ended.status
         why = f", {in_words(status)}: {said}" if state == record.FAILED and status is not None else f", {took}"

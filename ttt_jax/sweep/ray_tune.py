@@ -223,7 +223,8 @@ class _Scheduler(ASHAScheduler):
         name = _name(trial)
         self.running.add(name)
         if self.interrupted:
-            self._ask(name, record.STOPPED)
+            for each in self._names:  # of those that Tune begins yet, none starts its process
+                self._ask(each, record.STOPPED)
         elif self._early is not None and name not in self._asked and result.get("step", 0) < self._steps[name]:
             decision = super().on_trial_result(tune_controller, trial, result)
             if decision == TrialScheduler.STOP:
