@@ -198,6 +198,12 @@ def test_learner_without_a_hidden_layer_is_refused():
     assert parse("model.ttt.mlp_width_factor=0.03").model.mixer == "ttt_linear"  # which has no hidden layer
 
 
+def test_an_mlp_cannot_start_at_zero():
+    message = error_of(parse, "model.mixer=ttt_mlp", "model.ttt.learned_w0=false")
+    assert message.startswith("model.ttt.learned_w0=False: with two or more layers of zeros all gradients are zero")
+    assert not parse("model.ttt.learned_w0=false").model.ttt.learned_w0
+
+
 @pytest.mark.parametrize("arguments", [[], ["--config"], ["--config.model.width=32"]], ids=str)
 def test_missing_config_argument(arguments):
     message = error_of(config_file.from_arguments, arguments)
