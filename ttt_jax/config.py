@@ -61,6 +61,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
         "updates whose gradient norm is so many times the median are left out; 0: none are",
     ),
     ("training.duration", "1000 steps", 'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run'),
+    ("training.start_from", "", "the workdir of another run, or one of its checkpoints: the parameters to start with"),
     ("training.accumulation", 1, "micro-batches per optimizer step"),
     (
         "training.stall_limit",
