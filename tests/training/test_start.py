@@ -9,10 +9,15 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.parallel import sharding
-from ttt_jax.training import loop, program, start
+from ttt_jax.training import loop, metrics, program, start
 from ttt_jax.training.checkpoint import Checkpoints
 
-RUN = {"training.duration": "4 steps", "checkpoint.every": "1 step", "checkpoint.keep_last": 4}  # compiled once
+RUN = {  # compiled once
+    "training.duration": "4 steps",
+    "checkpoint.every": "1 step",
+    "checkpoint.keep_last": 4,
+    "optimizer.peak_lr": 0.005,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +93,13 @@ def test_a_run_without_checkpoints(tmp_path, abstract_state, tiny_config):
     config = tiny_config({"training.start_from": str(tmp_path)})
     with pytest.raises(ConfigError, match="no such checkpoint; expected a run that has saved a checkpoint"):
         start.parameters(config, abstract_state.params)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_it_together(first, tmp_path, tiny_config, start_processes, finish):
+    loop.train(tiny_config({**RUN, "training.start_from": str(first)}), tmp_path / "one")
+    processes = start_processes(tmp_path / "two", 2, {**RUN, "training.start_from": first})
+    assert f"; with the parameters of {first}, step 4" in finish(*processes)
+    one, two = ([record["loss"] for record in metrics.read(tmp_path / name)] for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    assert one[0] < metrics.read(first)[0]["loss"] - 0.1
