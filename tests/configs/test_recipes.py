@@ -141,6 +141,15 @@ def test_parameter_counts(size, mixer):
     assert count == pytest.approx(NAMED[size], rel=0.15)
 
 
+def test_every_mini_batch_of_figure_7():
+    """b from 1 to 2048 changes tau, of length b, and nothing else."""
+    base = get("paper.py:ttt_linear-125m-pile-2k")
+    for b in (2**i for i in range(12)):
+        c = get("paper.py:ttt_linear-125m-pile-2k", f"--config.model.ttt.mini_batch={b}")
+        count = sum(x.size for x in jax.tree.leaves(parameters(c)))
+        assert count == count_by_hand(base) + 12 * (b - 16)
+
+
 @pytest.mark.parametrize("recipe", ["ttt_linear-1.3b-pile-2k", "ttt_mlp-125m-books-32k", "transformer-760m-books-16k"])
 def test_parameters_can_lie_on_the_mesh(recipe):
     c = get(f"paper.py:{recipe}")
