@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_plan, cli_tokenize, config_file
+from ttt_jax import cli_plan, cli_sweep, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
@@ -26,6 +26,7 @@ verbs:
   eval      loss and perplexity of a trained model, by token index
   plot      pictures of evaluations
   bench     how fast a training step is
+  sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
 
 Each verb tells more: ttt train --help
@@ -48,11 +49,7 @@ _SPLITS = ("train", "validation", "test")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    parser, verbs = _parsers()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.takes_config:
-        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options, rest)
     except (ConfigError, OSError) as error:
@@ -64,6 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ttt {options.verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and what of its arguments is left for the config. ``options.command`` is what follows
+    ``--``, the command that a verb such as ``ttt launch`` is about.
+
+    Raises:
+      SystemExit: as argparse does, for bad options and for ``--help``.
+    """
+    parser, verbs = _parsers()
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
+        arguments[:2], end = [" ".join(arguments[:2])], end - 1
+    options, rest = parser.parse_known_args(arguments[:end])
+    options.command = arguments[end + 1 :]
+    if end < len(arguments) and not options.takes_command:
+        verbs[options.verb].error("unexpected argument: --")
+    if rest and not options.takes_config:
+        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    return options, rest
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -155,11 +173,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
     verbs = {}
 
-    def verb(name: str, run: Callable, description: str, usage: str | None = None):
+    def verb(name: str, run: Callable, description: str, usage: str | None = None, takes_command: bool = False):
         takes_config = usage is not None
         epilog = _config_manual() if takes_config else ""
         verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
-        verbs[name].set_defaults(run=run, takes_config=takes_config)
+        verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command)
         return verbs[name]
 
     p = verb("tokenize", lambda options, rest: cli_tokenize.run(options), cli_tokenize.DESCRIPTION)
@@ -204,6 +222,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
     p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
     cli_plan.add_arguments(p)
+
+    p = verb("sweep", cli_sweep.run, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
+    p.epilog = f"{cli_sweep.EPILOG}\n{p.epilog}"
+    cli_sweep.add_arguments(p)
+    cli_sweep.add_status_arguments(verb("sweep status", cli_sweep.status, cli_sweep.STATUS))
+    cli_sweep.add_results_arguments(verb("sweep results", cli_sweep.results, cli_sweep.RESULTS))
     return parser, verbs
 
 
