@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_plan, cli_tokenize, config_file
+from ttt_jax import cli_launch, cli_plan, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.launch.errors import LaunchError
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 
 _DESCRIPTION = """\
@@ -27,6 +28,7 @@ verbs:
   plot      pictures of evaluations
   bench     how fast a training step is
   plan      whether a run fits a TPU pod, its time and price, without one
+  launch    a command on other machines: a TPU pod, a cluster
 
 Each verb tells more: ttt train --help
 """
@@ -48,22 +50,37 @@ _SPLITS = ("train", "validation", "test")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    parser, verbs = _parsers()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.takes_config:
-        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options, rest)
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
-    except (DataError, CheckpointError, NonFiniteLossError) as error:
+    except (DataError, CheckpointError, LaunchError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"ttt {options.verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and what of its arguments is left for the config. ``options.command`` is what follows
+    ``--``, the command that a verb such as ``ttt launch`` is about.
+
+    Raises:
+      SystemExit: as argparse does, for bad options and for ``--help``.
+    """
+    parser, verbs = _parsers()
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, rest = parser.parse_known_args(arguments[:end])
+    options.command = arguments[end + 1 :]
+    if end < len(arguments) and not options.takes_command:
+        verbs[options.verb].error("unexpected argument: --")
+    if rest and not options.takes_config:
+        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    return options, rest
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> int:
@@ -155,11 +172,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
     verbs = {}
 
-    def verb(name: str, run: Callable, description: str, usage: str | None = None):
+    def verb(name: str, run: Callable, description: str, usage: str | None = None, takes_command: bool = False):
         takes_config = usage is not None
         epilog = _config_manual() if takes_config else ""
         verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
-        verbs[name].set_defaults(run=run, takes_config=takes_config)
+        verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command)
         return verbs[name]
 
     p = verb("tokenize", lambda options, rest: cli_tokenize.run(options), cli_tokenize.DESCRIPTION)
@@ -204,6 +221,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
     p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
     cli_plan.add_arguments(p)
+
+    p = verb("launch", lambda options, rest: cli_launch.run(options, parse), cli_launch.DESCRIPTION, takes_command=True)
+    p.epilog = cli_launch.EPILOG
+    cli_launch.add_arguments(p)
     return parser, verbs
 
 

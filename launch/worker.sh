@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# What runs on a TPU VM.
+set -euo pipefail
