@@ -1,4 +1,4 @@
-"""Accelerator types of Cloud TPU: how many chips a name means, and what is installed on them."""
+"""Accelerator types of Cloud TPU: how many chips a name such as v5litepod-256 means, and what is installed on them."""
 
 import re
 from typing import NamedTuple
@@ -10,7 +10,7 @@ class Accelerator(NamedTuple):
     """What a name such as ``v5litepod-256`` means."""
 
     name: str
-    chips: int
+    devices: int  # as JAX counts: chips, but cores of v2 and v3
     several_hosts: bool
     runtime_version: str
 
@@ -46,4 +46,5 @@ def parse(name: str) -> Accelerator:
         kinds = ", ".join(_GENERATIONS)
         raise ConfigError(f"--accelerator {name}: expected an accelerator type, such as {example}; known are {kinds}")
     chips = number // generation.cores_per_chip
-    return Accelerator(name, chips, chips > generation.most_chips_of_a_host, generation.runtime_version)
+    devices = number if match[1] in ("v2", "v3") else chips
+    return Accelerator(name, devices, chips > generation.most_chips_of_a_host, generation.runtime_version)
