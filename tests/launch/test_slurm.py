@@ -199,7 +199,7 @@ def test_the_same_command_follows_the_job_that_it_started(cluster):
     cluster.reach_time_limit()
     out, err = again.communicate(timeout=30)
     assert again.returncode == DONE, err
-    assert "is job 101 already" in err
+    assert "is there already and followed: 101" in err
     assert out.count("saved") == 2
     assert len(cluster.calls("sbatch")) == 1
 
@@ -236,11 +236,11 @@ def test_status_and_stop_by_name(cluster):
     def ask(action):
         return cluster.ttt("launch", "slurm", "--name", "mine", action, cwd=cluster.folder, set=cluster.waits)
 
-    assert ask("--status")[:2] == (DONE, "mine: job 101, RUNNING\n")
+    log = cluster.folder / "runs/a/slurm/mine-101.log"
+    assert ask("--status")[:2] == (DONE, f"mine: job 101, RUNNING, its log is {log}\n")
     assert ask("--stop")[0] == DONE
     assert cluster.job()["code"] == INTERRUPTED
-    status, _, err = ask("--status")
-    assert (status, err) == (DONE, "mine: no such job is in the queue\n")
+    assert ask("--status")[:2] == (DONE, "mine: no such job waits or runs\n")
 
 
 def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(cluster):
@@ -287,7 +287,7 @@ def test_how_a_job_ended_that_only_accounting_knows(cluster, past, code, expecte
     monkeypatch.setattr(slurm, "_POLL", 0)
     for name in ("PATH", "STAND_IN"):
         monkeypatch.setenv(name, cluster.environment[name])
-    assert slurm.Slurm(Job("a", (), ROOT), Commands()).follow("7") == expected
+    assert slurm.Slurm(Job("a", (), ROOT), Commands(), []).follow("7", True) == expected
 
 
 def test_dry_run_prints_what_bash_takes_and_does_nothing(cluster):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.launch import lifecycle
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.job import Job
@@ -81,40 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     """Runs the job to its end; returns its exit status."""
-    slurm = Slurm(job, commands)
-    number = slurm.find()
-    if options.action is not None:
-        if number is None:
-            commands.note(f"{job.name}: no such job is in the queue")
-        elif options.action == "status":
-            print(f"{job.name}: job {number}, {slurm.state(number).name}")
-        else:
-            slurm.stop(number)
-        return DONE
-    arguments = _sbatch(options, job)
-    known = number is not None
-    try:
-        if number is None:
-            number = slurm.submit(arguments)
-            commands.note(f"{job.name}: submitted, job {number}")
-        else:
-            commands.note(f"{job.name}: is job {number} already, which is followed")
-        if options.detach or commands.dry_run:
-            return DONE
-        return slurm.follow(number, known)
-    except KeyboardInterrupt:
-        # It may have come while the job was being submitted.
-        if (number := slurm.find() if number is None else number) is not None:
-            slurm.stop(number)
-        raise
+    arguments = [] if options.action else _sbatch(options, job)
+    return lifecycle.run(options, job, commands, Slurm(job, commands, arguments))
 
 
 class Slurm:
-    """What is asked of Slurm about one job, and the job's end."""
+    """Slurm, seen by one job, which it knows by a number.
 
-    def __init__(self, job: Job, commands: Commands):
-        self._job = job
-        self._commands = commands
+    Args:
+      sbatch: the command that submits the job.
+    """
+
+    def __init__(self, job: Job, commands: Commands, sbatch: list[str]):
+        self._job, self._commands, self._sbatch = job, commands, sbatch
 
     def find(self) -> str | None:
         """The number of the job of this name, if it is in the queue or runs.
@@ -135,12 +115,12 @@ class Slurm:
             return number
         return None
 
-    def submit(self, arguments: list[str]) -> str:
+    def submit(self) -> str:
         """Puts the job into the queue; returns its number."""
         for attempt in range(1, _PASSES.attempts + 1):
             # Not repeated blindly: a submission that timed out may have succeeded.
             try:
-                return self._commands.run(arguments, finish=True).strip().partition(";")[0]
+                return self._commands.run(self._sbatch, finish=True).strip().partition(";")[0]
             except CommandError as error:
                 if attempt == _PASSES.attempts or not _PASSES.wants(error.printed):
                     raise
@@ -149,6 +129,11 @@ class Slurm:
             if number := self.find():
                 return number
         raise AssertionError
+
+    def describe(self, number: str) -> str:
+        """How the job is."""
+        state = self.state(number)
+        return f"job {number}, {state.name}, its log is {state.log}"
 
     def state(self, number: str) -> State:
         """How a job is, also for some time after its end.
@@ -177,22 +162,22 @@ class Slurm:
                 return State(match[1], int(match[2]))
         raise LaunchError(f"job {number}: Slurm does not know it any more; its log tells how it ended")
 
-    def follow(self, number: str, known: bool = False) -> int:
-        """Shows the log until the job ends; returns its exit status. Of a job known before, only the log's end."""
+    def follow(self, number: str, from_start: bool) -> int:
+        """Shows the log until the job ends; returns its exit status."""
         status = None
-        for state in self._changes(number, known):
+        for state in self._changes(number, from_start):
             status = state.status
             self._commands.note(f"{self._job.name}: job {number}, {state.name}")
         assert status is not None
         return status
 
-    def _changes(self, number: str, known: bool) -> Iterator[State]:
+    def _changes(self, number: str, from_start: bool) -> Iterator[State]:
         """The states of a job up to its last, while its log is shown."""
         last, log = None, None
         while True:
             state = self.state(number)
             if log is None and state.log:
-                log = LogFile(state.log, only_end=known)
+                log = LogFile(state.log, only_end=not from_start)
             if state.status is not None:
                 self._commands.wait(min(_POLL, 2.0))  # for what the file system has not brought yet
             if log:
@@ -225,7 +210,6 @@ class Slurm:
             if stop_file is not None:
                 with contextlib.suppress(OSError):
                     stop_file.unlink()
-        self._commands.note(f"{self._job.name}: job {number} is ended; the same command goes on with it")
 
 
 def _sbatch(options: argparse.Namespace, job: Job) -> list[str]:
