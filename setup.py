@@ -30,6 +30,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
+        "packaging>=24",
         "rich>=13",
         "tensorstore>=0.1.78",
         "tokenizers>=0.21",
