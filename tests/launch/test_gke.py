@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_ins import ROOT, StandIns
+from stand_in_programs import ROOT, StandIns
 
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import versions
@@ -271,7 +271,7 @@ def test_build_sends_the_source_tree_with_the_versions_of_this_machine(cluster):
         *("--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
     ]
     assert f"--docker-image={image}" in cluster.created()[0]
-    assert (cluster.folder / "constraints").read_text() == versions.constraints(["tpu", "gcs", "wandb"])
+    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
     files = set((cluster.folder / "context-files").read_text().splitlines())
     assert {"launch/Dockerfile", "setup.py", "ttt_jax/cli.py", "configs/quickstart.py"} <= files
     assert not Path(context).exists()

@@ -78,7 +78,7 @@ class Workers:
         self._folder = folder
         self._tree = ""
 
-    def install(self, extras: Sequence[str]) -> None:
+    def install(self, extras: tuple[str, ...]) -> None:
         """Sends the source tree and makes the environment on all hosts, in the versions of this one.
 
         Raises:
@@ -217,9 +217,12 @@ class LogStream:
             self._thread = threading.Thread(target=self._copy, daemon=True)
             self._thread.start()
 
+    def finish(self) -> None:
+        """Waits for the end of the log of a run that has ended."""
+        if self._thread is not None:
+            self._thread.join(30)
+
     def __exit__(self, *exception) -> None:
-        if exception[0] is None and self._thread is not None:
-            self._thread.join(30)  # the run has ended, and so does its log
         self._closed = True
         self._commands.end_all()
 
