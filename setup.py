@@ -31,6 +31,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12",
         "packaging>=24",
+        "pyyaml>=6",
         "rich>=13",
         "tensorstore>=0.1.78",
         "tokenizers>=0.21",

@@ -242,7 +242,7 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_created_twice(cluster):
     cluster.fail("xpk create", ("before", timeout), ("after", timeout))
     status, _, err = cluster.launch()
     assert status == DONE, err
-    assert "but the workload is there" in err
+    assert "but the job is there" in err
     assert len(cluster.created()) == 2
     assert len(cluster.started()) == 2
 
