@@ -34,9 +34,7 @@ def test_help(capsys):
     assert "ttt launch tpu --accelerator v5litepod-256" in capsys.readouterr().out
     assert ttt("launch", "tpu", "--help") == 0
     printed = capsys.readouterr().out
-    for (
-        option
-    ) in "--accelerator --zone --spot --slices --keep --timeout --name --env --restarts --detach --stop".split():
+    for option in "--accelerator --zone --spot --slices --keep --timeout --name --env --restarts --stop".split():
         assert f"  {option}" in printed
 
 

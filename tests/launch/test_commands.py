@@ -24,7 +24,7 @@ def flaky(tmp_path):
         program += f'if [ "$n" -lt {times} ]; then echo {shlex.quote(text)} >&2; exit 4; fi; echo done'
         return ["sh", "-c", program]
 
-    yield make
+    return make
 
 
 def test_a_fault_that_passes(flaky, tmp_path, monkeypatch):
