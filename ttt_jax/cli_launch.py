@@ -2,14 +2,16 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
+from ttt_jax.launch import gke, slurm, tpu
 from ttt_jax.launch import job as job_lib
-from ttt_jax.launch import tpu
 from ttt_jax.launch.commands import Commands
 
 # Each has DESCRIPTION, add_arguments(parser) and run(options, job, commands) -> exit status; and ACTIONS where it can
-# do more with a job than run it: options.action is then one of them, or None.
-TARGETS = {"tpu": tpu}
+# do more with a job than run it: options.action is then one of them, or None. SENDS_SOURCES is False where the job
+# uses the files that are here.
+TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm}
 
 DESCRIPTION = """\
 Runs a command of ttt on other machines: makes them, installs there what is here, runs the command, shows its log,
@@ -17,6 +19,8 @@ starts it again after a preemption, and deletes the machines. Ends with the exit
 
 targets:
   tpu       a slice, or several, of Cloud TPU, through queued resources
+  gke       slices of a GKE cluster, through xpk
+  slurm     GPUs of a Slurm cluster
 
 Each target tells more: ttt launch tpu --help
 """
@@ -72,8 +76,10 @@ def run(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) ->
     command = options.command
     if not command and options.action is None:
         raise job_lib.ConfigError("no command; expected one after --, such as -- train --config FILE --workdir DIR")
-    job = job_lib.make(command, parse, options.name, options.env)
-    return TARGETS[options.target].run(options, job, Commands(options.dry_run))
+    target = TARGETS[options.target]
+    sends_sources = getattr(target, "SENDS_SOURCES", True)
+    job = job_lib.make(command, parse, options.name, options.env, sends_sources)
+    return target.run(options, job, Commands(options.dry_run))
 
 
 def _not_negative(text: str) -> int:

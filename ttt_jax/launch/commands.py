@@ -49,7 +49,7 @@ NEVER = Retry(on=r"(?!)", attempts=1)
 
 
 class CommandError(LaunchError):
-    """A command failed. ``status`` is its exit status, ``printed`` its standard error."""
+    """A command failed. ``status`` is its exit status, ``printed`` what it printed, the errors last."""
 
     def __init__(self, argv: Sequence[str], status: int, printed: str):
         lines = [line.strip() for line in printed.splitlines() if line.strip()]
@@ -150,7 +150,7 @@ class Commands:
         finally:
             self._end(process)
         if process.returncode:
-            raise CommandError(argv, process.returncode, err.decode(errors="replace"))
+            raise CommandError(argv, process.returncode, (out + err).decode(errors="replace"))
         return out.decode(errors="replace")
 
     def _start(self, argv, **pipes) -> subprocess.Popen:

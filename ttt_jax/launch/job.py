@@ -51,6 +51,7 @@ def make(
     parse: Callable[[Sequence[str]], tuple[argparse.Namespace, list[str]]],
     name: str | None = None,
     environment: Sequence[str] = (),
+    sends_sources: bool = True,
 ) -> Job:
     """A job, after all checks that can be made here.
 
@@ -59,6 +60,7 @@ def make(
       parse: the parser of ttt itself, to options and the arguments of the config; ends the process on bad options.
       name: of the job; by default made from the workdir, so that the same command finds its job again.
       environment: ``KEY=VALUE``, or ``KEY`` for the value it has here.
+      sends_sources: the config has to be a file of the source tree; where nothing is sent it may be any.
 
     Raises:
       ConfigError: for whatever could not run there, in one line.
@@ -73,7 +75,7 @@ def make(
         raise ConfigError(f"ttt {options.verb}: runs here; expected a command for other machines, such as ttt train")
     workdir = getattr(options, "workdir", None)
     config = config_file.from_arguments(rest) if options.takes_config else None
-    command = tuple(_config_in(root, command)) if options.takes_config else tuple(command)
+    command = tuple(_config_in(root, command) if options.takes_config and sends_sources else command)
     return Job(
         default_name(workdir, command) if name is None else _checked(name),
         command,
