@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_launch, cli_plan, cli_tokenize, config_file
+from ttt_jax import cli_launch, cli_plan, cli_sweep, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
@@ -27,6 +27,7 @@ verbs:
   eval      loss and perplexity of a trained model, by token index
   plot      pictures of evaluations
   bench     how fast a training step is
+  sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
   launch    a command on other machines: a TPU pod, a cluster
 
@@ -74,6 +75,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser, verbs = _parsers()
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
+    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
+        arguments[:2], end = [" ".join(arguments[:2])], end - 1
     options, rest = parser.parse_known_args(arguments[:end])
     options.command = arguments[end + 1 :]
     if end < len(arguments) and not options.takes_command:
@@ -221,6 +224,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
     p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
     cli_plan.add_arguments(p)
+
+    p = verb("sweep", cli_sweep.run, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
+    p.epilog = f"{cli_sweep.EPILOG}\n{p.epilog}"
+    cli_sweep.add_arguments(p)
+    cli_sweep.add_status_arguments(verb("sweep status", cli_sweep.status, cli_sweep.STATUS))
+    cli_sweep.add_results_arguments(verb("sweep results", cli_sweep.results, cli_sweep.RESULTS))
 
     p = verb("launch", lambda options, rest: cli_launch.run(options, parse), cli_launch.DESCRIPTION, takes_command=True)
     p.epilog = cli_launch.EPILOG

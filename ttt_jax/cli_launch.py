@@ -60,8 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--detach", action="store_true", help="return as soon as the command runs there")
         add("--dry-run", action="store_true", help="print the commands, and run none")
         p.set_defaults(action=None)
+        actions = p.add_mutually_exclusive_group()
         for action in getattr(target, "ACTIONS", ()):
-            add(f"--{action}", dest="action", action="store_const", const=action, help=_ACTIONS[action])
+            actions.add_argument(
+                f"--{action}", dest="action", action="store_const", const=action, help=_ACTIONS[action]
+            )
 
 
 def run(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) -> int:

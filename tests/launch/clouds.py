@@ -27,7 +27,7 @@ class Cloud:
             "runs": [0],  # per start on a host: what it does; by host where it is a dict
             "seconds": 0.05,  # that it does it in
         }
-        text = (Path(__file__).parent / "stand_ins.py").read_text()
+        text = (Path(__file__).parent / "stand_in_tpu.py").read_text()
         for program in ("bin/gcloud", "host/curl", "host/uv", "host/ttt"):
             (folder / program).parent.mkdir(exist_ok=True, parents=True)
             (folder / program).write_text(f"#!{sys.executable} -IS\n{text}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stand_in_programs import ROOT, StandIns
+from stand_ins import ROOT, StandIns
 
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import versions

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from stand_in_programs import ROOT, StandIns
+from stand_ins import ROOT, StandIns
 
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,8 +22,7 @@ _MOST_BYTES = 200 * 2**20
 _THERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 
 
-@lru_cache
-def installed(extras: tuple[str, ...] = ()) -> Mapping[str, str]:
+def installed(extras: Sequence[str] = ()) -> dict[str, str]:
     """Versions of what ttt_jax needs, of what that needs, and so on, as they are installed here.
 
     Packages that are not installed here, such as those of another platform, are not in it, and so are free there.
@@ -64,7 +63,7 @@ def installed(extras: tuple[str, ...] = ()) -> Mapping[str, str]:
     return {name: version for name, version in sorted(found.items()) if name not in refused}
 
 
-def constraints(extras: tuple[str, ...] = ()) -> str:
+def constraints(extras: Sequence[str] = ()) -> str:
     """A constraints file for pip or uv, with the versions of :func:`installed`."""
     return "".join(f"{name}=={version}\n" for name, version in installed(extras).items())
 

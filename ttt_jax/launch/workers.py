@@ -78,7 +78,7 @@ class Workers:
         self._folder = folder
         self._tree = ""
 
-    def install(self, extras: tuple[str, ...]) -> None:
+    def install(self, extras: Sequence[str]) -> None:
         """Sends the source tree and makes the environment on all hosts, in the versions of this one.
 
         Raises:

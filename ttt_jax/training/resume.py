@@ -11,7 +11,7 @@ from ttt_jax.workdir import Workdir
 
 # What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration (the
 # schedule of the rest), the mesh (the order of sums) and the guard (which has to be turned on when spikes are seen).
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "training.duration",
     "training.accumulation",
     "training.stall_limit",
@@ -35,7 +35,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
         return
     there = config_file.from_json(workdir / "config.json")
     different = config_lib.differing_keys(there.to_dict(), config.to_dict())
-    refused = {key: values for key, values in different.items() if not key.startswith(_MAY_CHANGE)}
+    refused = {key: values for key, values in different.items() if not key.startswith(MAY_CHANGE)}
     if refused:
         listed = ", ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in refused.items())
         raise ConfigError(f"--workdir {workdir}: holds a run of another config ({listed}); expected a new workdir")

@@ -1,0 +1,267 @@
+"""``ttt sweep``: many runs from one command; where they stand, and how they compare."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ttt_jax import workdir as workdir_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
+from ttt_jax.workdir import Workdir
+
+DESCRIPTION = """\
+Trains a model for each point of a sweep: the product of all --grid and --zip, for each --config. All configs are
+checked before the first run starts. Each point lives in a folder of its own, DIR/POINT, and is a ttt train command.
+
+The same command again skips points that are done, goes on with those that are not, and tries failed ones once more;
+other values add points. Ctrl-C lets the points save first; a second Ctrl-C does not wait.
+"""
+EPILOG = """\
+values:
+  VALUE,VALUE,...      a list; what holds a comma stands in quotes: "A, B"
+  log:LOW:HIGH:N       N numbers with equal ratios
+  linear:LOW:HIGH:N    N numbers with equal steps
+  pow2:LOW:HIGH        powers of two
+
+examples:
+  ttt sweep --config configs/quickstart.py --grid optimizer.peak_lr=log:1e-3:1e-2:5 seed=0,1,2 --workdir sweeps/lr
+  ttt sweep --config configs/quickstart.py:ttt_linear --config configs/quickstart.py:attention \\
+      --zip model.width=64,128 model.num_heads=2,4 --workdir sweeps/width --jobs 2
+  ttt sweep --config configs/pile.py:ttt_linear,125m,2k --grid model.ttt.mini_batch=pow2:1:2048 \\
+      --workdir gs://bucket/mini-batch -- launch tpu --accelerator v5litepod-16 --spot
+  ttt sweep status sweeps/lr --watch
+  ttt sweep results sweeps/lr --plot lr.png --x optimizer.peak_lr
+
+exit status:
+  0 all points are done, 1 some failed, 2 the command or a config cannot be run, 75 stopped by SIGTERM, 130 by Ctrl-C
+"""
+USAGE = """\
+ttt sweep --config FILE[:ARG] [--config FILE[:ARG] ...] [--config.KEY=VALUE ...]
+                 [--grid KEY=VALUES ...] [--zip KEY=VALUES KEY=VALUES ...] --workdir DIR [options]
+                 [-- launch TARGET ...]
+       ttt sweep status DIR [--watch]
+       ttt sweep results DIR [--metric NAME] [--csv FILE] [--json] [--plot FILE --x KEY [--lines KEY]]"""
+STATUS = """\
+Where the points of a sweep stand: read from its files, so on any machine that sees them.
+"""
+RESULTS = """\
+Ranks the points of a sweep by a metric, with those that are not finished at the end.
+
+Metrics are the numbers in metrics.jsonl, such as loss, grad_norm or tokens_per_second: their mean over the last 5 % of
+the steps, or the median of all of a speed. Evaluations that ttt eval has written are validation-2048 (its loss) or
+validation-2048/perplexity.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    add = parser.add_argument
+    add("--grid", nargs="+", action="extend", default=[], metavar="KEY=VALUES", help="a key, and what it takes")
+    add("--zip", nargs="+", action="append", default=[], metavar="KEY=VALUES", help="keys that advance together")
+    add("--workdir", required=True, metavar="DIR", help="where the sweep lives: a folder, or gs://bucket/name")
+    add("--jobs", type=int, metavar="N", help="points at a time (default: 1; all, where they are launched elsewhere)")
+    add("--restarts", type=int, default=10, metavar="N", help="of a point that ends with status 75 (default: 10)")
+    add("--dry-run", action="store_true", help="print the points and their commands; run nothing")
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ttt sweep status``."""
+    parser.add_argument("workdir", metavar="DIR", help="of the sweep")
+    parser.add_argument("--watch", action="store_true", help="until all points have ended")
+    parser.add_argument("--every", type=float, metavar="S", help="seconds between two looks (default: 2; gs://: 30)")
+
+
+def add_results_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ttt sweep results``."""
+    add = parser.add_argument
+    add("workdir", metavar="DIR", help="of the sweep")
+    add("--metric", default="loss", metavar="NAME", help="(default: loss)")
+    best = "(default: highest of speeds, else lowest)"
+    add("--best", choices=["lowest", "highest"], help=f"which value has rank 1 {best}")
+    add("--csv", type=Path, metavar="FILE", help="write all points to it")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw the metric against --x: .png, .pdf, .svg")
+    add("--x", metavar="KEY", help="(default: the first key that is swept)")
+    add("--lines", metavar="KEY", help="a line for each of its values (default: of all other swept keys)")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """``ttt sweep``; returns its exit status. What stands behind ``--`` is the launcher."""
+    from ttt_jax.sweep import axes as axes_lib
+    from ttt_jax.sweep import command, points, sweep_file
+    from ttt_jax.sweep.sweep_file import Sweep
+
+    _at_least("--jobs", options.jobs, 1)
+    _at_least("--restarts", options.restarts, 0)
+    launcher = options.command
+    if launcher:
+        command.check_launcher(launcher)
+    directory = workdir_lib.at(options.workdir)
+    recipes, constant = _split(rest)
+    axes = axes_lib.from_options(options.grid, options.zip, constant)
+    there = sweep_file.read(directory)
+    made = points.make(recipes, constant, axes_lib.product(axes), there.points if there else ())
+    sweep = sweep_file.merged(directory, there, Sweep(made.base, axes, made.points))
+    if there is not None:
+        sweep_file.check_started(directory, made.points, made.configs)
+
+    def arguments(point: points.Point) -> list[str]:
+        return command.of(point, made.base, directory / point.name, launcher)
+
+    if options.dry_run:
+        _print_points(made.points, sweep.keys, [command.shown(arguments(point)) for point in made.points])
+        return DONE
+    return _run(options, directory, there, sweep, made.points, arguments, launched=bool(launcher))
+
+
+def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """``ttt sweep status``"""
+    from rich.live import Live
+
+    from ttt_jax.sweep import record, tables
+    from ttt_jax.sweep import status as status_lib
+
+    directory = workdir_lib.at(options.workdir)
+    console = tables.console()
+    standings = status_lib.of_sweep(directory)
+    if not options.watch:
+        console.print(tables.of_status(standings))
+        return DONE
+    every = options.every or (2.0 if workdir_lib.is_local(directory) else 30.0)
+    with Live(tables.of_status(standings), console=console, auto_refresh=False) as live:
+        while any(each.state not in (record.DONE, record.FAILED, record.STOPPED_EARLY) for each in standings):
+            time.sleep(every)
+            standings = status_lib.of_sweep(directory)
+            live.update(tables.of_status(standings), refresh=True)
+    return DONE
+
+
+def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """``ttt sweep results``"""
+    from ttt_jax.sweep import results as results_lib
+    from ttt_jax.sweep import tables
+
+    if options.plot is None and (options.x or options.lines):
+        raise ConfigError("--x, --lines: are of a picture; expected --plot FILE too")
+    highest = None if options.best is None else options.best == "highest"
+    found = results_lib.of_sweep(workdir_lib.at(options.workdir), options.metric, highest=highest)
+    if options.plot is not None:
+        from ttt_jax.sweep import plot
+
+        x = options.x or next(iter(found.keys), None)
+        if x is None:
+            raise ConfigError("--plot: no key is swept; expected --x KEY")
+        plot.against(found, options.metric, options.plot, x=x, lines=options.lines)
+    if options.csv is not None:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        options.csv.write_text(results_lib.as_csv(found, options.metric), newline="")
+    if options.json:
+        print(json.dumps(results_lib.rows(found, options.metric), indent=2))
+        return DONE
+    tables.console().print(tables.of_results(found.results, found.keys, options.metric))
+    for path in (options.csv, options.plot):
+        if path is not None:
+            print(path)
+    return DONE
+
+
+def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launched: bool) -> int:
+    from ttt_jax.sweep import command, gpus, record, sweep_file
+    from ttt_jax.sweep.files import on_each
+    from ttt_jax.sweep.presence import Presence
+    from ttt_jax.sweep.runner import Runner
+
+    jobs = options.jobs or (len(wanted) if launched else 1)
+    environments = [{}] * jobs if launched else gpus.split(jobs)
+    workdir_lib.make(directory)
+    local = _local(directory)
+    with Presence(directory, local):
+        if sweep_file.read(directory) != there:
+            raise ConfigError(f"--workdir {directory}: another command has just changed the sweep; run this one again")
+        sweep_file.write(directory, sweep)
+        known = on_each(lambda point: record.read(directory / point.name), wanted)
+        left = [p for p, before in zip(wanted, known, strict=True) if before is None or not before.is_final(p.steps)]
+        others = len(sweep.points) - len(wanted)
+        _tell(
+            f"{directory}: {len(wanted)} points, {len(wanted) - len(left)} of them done already"
+            + (f"; {others} of earlier commands are left as they are" if others else "")
+            + f"; to watch: ttt sweep status {shlex.quote(str(directory))} --watch"
+        )
+        runner = Runner(
+            directory,
+            local,
+            lambda point: [*command.PROGRAM, *arguments(point)],
+            environments=environments,
+            restarts=options.restarts,
+            tell=_tell,
+        )
+        received = runner.run(left)
+    return _summary(directory, wanted, received)
+
+
+def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int:
+    from ttt_jax.sweep import record, status
+    from ttt_jax.sweep.files import on_each
+
+    standings = on_each(lambda point: status.of_point(directory / point.name, point, False), wanted)
+    print(f"{directory}: {status.in_short(standings)}")
+    for each in standings:
+        if each.state == record.FAILED:
+            print(f"  {each.point.name}: {each.note}")
+    if received is not None:
+        print("to go on: the same command")
+        return {signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[received]
+    final = (record.DONE, record.STOPPED_EARLY)
+    return DONE if all(each.state in final for each in standings) else FAILED
+
+
+def _split(rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The recipes, and the keys that are set for all points."""
+    recipes: list[str] = []
+    constant: dict[str, str] = {}
+    left = list(rest)
+    while left:
+        first = left.pop(0)
+        if re.fullmatch("--?config(=.*)?", first):
+            recipes.append(first.partition("=")[2] if "=" in first else (left.pop(0) if left else ""))
+        elif match := re.fullmatch(r"--?config[.]([\w.]+)=(.*)", first, re.DOTALL):
+            if match[1] in constant:
+                raise ConfigError(f"{first}: {match[1]} is set already; expected each key in one place")
+            constant[match[1]] = match[2]
+        else:
+            raise ConfigError(f"{first!r}: unexpected argument; expected --config.KEY=VALUE")
+    if not recipes:
+        raise ConfigError("--config: missing; expected a config file, such as --config configs/quickstart.py")
+    return recipes, constant
+
+
+def _print_points(points, keys: Sequence[str], commands: Sequence[str]) -> None:
+    from ttt_jax.sweep import tables
+
+    tables.console().print(tables.of_points(points, [key for key in keys if any(key in p.values for p in points)]))
+    for line in commands:
+        print(line)
+
+
+def _local(directory: Workdir) -> Path:
+    """Where logs and locks are: with the points, or in the user's cache folder where those are in a bucket."""
+    if workdir_lib.is_local(directory):
+        return directory
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "ttt_jax" / "sweeps" / str(directory).removeprefix("gs://").strip("/")
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"{option} {value}: expected {least} or more")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,80 @@
+"""The number by which points are compared, from what a run has written.
+
+Of ``metrics.jsonl``, any number that is recorded: the mean of those of the last 5 % of the steps so far, as the loss of
+a single batch is noisy; of speeds, the median of all. Of evaluations, ``SPLIT-T`` or ``SPLIT-T/NAME``, a number of
+``eval/SPLIT-T.json`` as ``ttt eval`` writes it; its loss, where none is named.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ttt_jax.sweep import files
+from ttt_jax.workdir import Workdir, explained
+
+_LAST = 0.05  # of the steps
+_SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "model_flop_utilisation")
+_HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_per_chip", "model_flop_utilisation", "goodput")
+_EVALUATION = re.compile(r"((?:train|validation|test)(?:-documents)?-\d+)(?:/(\w+))?")
+
+
+class Value(NamedTuple):
+    """A number of a run.
+
+    Attributes:
+      number: None where it is not there.
+      step: that the run, or the checkpoint that was evaluated, stands at.
+    """
+
+    number: float | None
+    step: int
+
+
+def of_run(workdir: Workdir, metric: str) -> Value:
+    """The metric of a run."""
+    evaluation = _EVALUATION.fullmatch(metric)
+    if evaluation is None:
+        return of_records(files.records(workdir / "metrics.jsonl"), metric)
+    about = files.json_object(workdir / "eval" / f"{evaluation[1]}.json") or {}
+    step = about.get("step")
+    return Value(_number(about.get(evaluation[2] or "loss")), step if isinstance(step, int) else 0)
+
+
+def of_records(records: Sequence[dict[str, Any]], metric: str) -> Value:
+    """The metric of a run with these records."""
+    if not records:
+        return Value(None, 0)
+    step = records[-1]["step"]
+    if metric in _SPEEDS:
+        numbers = [_number(record.get(metric)) for record in records]
+        known = [number for number in numbers if number is not None]
+        return Value(statistics.median(known) if known else None, step)
+    newest = [record for record in records if record["step"] > step * (1 - _LAST)]
+    numbers = [_number(record.get(metric)) for record in newest]
+    known = [number for number in numbers if number is not None]
+    return Value(math.fsum(known) / len(known) if known else None, step)
+
+
+def is_of_evaluation(metric: str) -> bool:
+    """Whether it is a number of ``ttt eval``, which may be of an earlier step than the last."""
+    return _EVALUATION.fullmatch(metric) is not None
+
+
+def higher_is_better(metric: str) -> bool:
+    """Speeds and goodput; of all else less is better."""
+    return metric in _HIGHER_IS_BETTER
+
+
+def available(workdir: Workdir) -> list[str]:
+    """The metrics that a run has."""
+    newest = files.records(workdir / "metrics.jsonl", newest=True)
+    recorded = {name for record in newest for name, value in record.items() if _number(value) is not None}
+    with explained(workdir):
+        evaluated = {path.name.removesuffix(".json") for path in (workdir / "eval").glob("*.json")}
+    return [*sorted(recorded - {"step"}), *sorted(evaluated)]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

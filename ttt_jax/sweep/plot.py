@@ -1,0 +1,174 @@
+"""Pictures of sweeps: a metric against a swept key."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from ttt_jax.config import ConfigError
+from ttt_jax.sweep import names, results
+from ttt_jax.sweep.names import Value
+from ttt_jax.sweep.results import Result, Results
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
+
+# Told apart without colour too (Okabe and Ito's palette).
+_STYLES = [
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#000000", "-.", "^"),
+    ("#009E73", ":", "D"),
+    ("#CC79A7", (0, (5, 1)), "v"),
+    ("#E69F00", (0, (3, 1, 1, 1)), "P"),
+    ("#56B4E9", (0, (8, 2)), "X"),
+    ("#8C6D1F", (0, (1, 1)), "*"),
+]
+_MOST_TICKS = 12
+
+
+def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
+    """Draws the metric of the points against a key, and saves it.
+
+    Points that are done are joined, by the means where several have the same value of the key. Points that are not are
+    hollow and joined to nothing. What has no value yet is counted in a note.
+
+    Args:
+      output: a path that ends in .png, .pdf or .svg.
+      x: a key of the config, swept or not; ``config`` is the recipe.
+      lines: a line for each value of this key; by default, for each combination of the other swept keys.
+
+    Raises:
+      ConfigError: where a key is unknown, or no point has a value.
+    """
+    if output.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--plot {output}: expected a name that ends in .png, .pdf or .svg")
+    places = {each.standing.point.name: _value(found, each, x, "--x") for each in found.results}
+    by = [lines] if lines is not None else _others(found, x)
+    groups: dict[tuple, list[Result]] = {}
+    for each in found.results:
+        if each.value is not None and math.isfinite(each.value) and places[each.standing.point.name] is not None:
+            groups.setdefault(tuple(_value(found, each, key, "--lines") for key in by), []).append(each)
+    if not groups:
+        raise ConfigError(f"--plot: no point has a value of {metric} yet")
+    axis = _Axis([place for place in places.values() if place is not None])
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    hollow = False
+    for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
+        color, line, marker = _STYLES[index % len(_STYLES)]
+        label = ", ".join(f"{names.short(key)} {_text(value)}" for key, value in zip(by, group, strict=True))
+        means: dict[float, list[float]] = {}
+        for each in members:
+            value, done = each.value or 0.0, results.is_finished(each)
+            place = axis.place(places[each.standing.point.name])
+            hollow = hollow or not done
+            fill = color if done else "white"
+            axes.plot(place, value, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
+            if done:
+                means.setdefault(place, []).append(value)
+        middle = sorted((place, math.fsum(values) / len(values)) for place, values in means.items())
+        axes.plot(
+            [place for place, _ in middle],
+            [mean for _, mean in middle],
+            color=color,
+            linestyle=line,
+            marker=marker,
+            markersize=5,
+            linewidth=1.8,
+            label=label or None,
+        )
+    axis.prepare(axes)
+    axes.set_xlabel(f"{x} (log scale)" if axis.base else x)
+    axes.set_ylabel(metric)
+    axes.set_title(_title(found, metric, hollow), fontsize=11)
+    axes.grid(alpha=0.25, which="major")
+    if by:
+        axes.legend(loc="best", framealpha=0.8, edgecolor="none")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=160)
+    plt.close(figure)
+
+
+class _Axis:
+    """Where values stand: on a log axis where they are spaced like that, by number, or side by side.
+
+    Attributes:
+      base: of the logarithm; None where there is none.
+    """
+
+    def __init__(self, values: Sequence[Value]):
+        self._values = sorted(set(values), key=_order)
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in self._values)
+        self._numbers = [float(value) for value in self._values] if numeric else None
+        self.base = _log_base(self._numbers) if self._numbers else None
+
+    def place(self, value: Value | None) -> float:
+        """On the x axis."""
+        assert value is not None
+        return float(self._values.index(value)) if self._numbers is None else float(value)
+
+    def prepare(self, axes: plt.Axes) -> None:
+        """Scale and ticks; each value has one, unless they are many."""
+        if self.base:
+            axes.set_xscale("log", base=self.base)
+        if self._numbers is None or len(self._values) <= _MOST_TICKS:
+            axes.set_xticks([self.place(value) for value in self._values], [_text(value) for value in self._values])
+            axes.xaxis.set_minor_locator(NullLocator())
+        if max(len(_text(value)) for value in self._values) * len(self._values) > 70:
+            axes.tick_params(axis="x", labelrotation=30)
+
+
+def _log_base(numbers: Sequence[float]) -> int | None:
+    """Whether ratios of neighbours are more alike than their differences; two of powers of two, else of ten."""
+    if len(numbers) < 2 or numbers[0] <= 0:
+        return None
+    ratios = [math.log(b / a) for a, b in itertools.pairwise(numbers)]
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
+    alike = numbers[1] / numbers[0] >= 2 if len(numbers) == 2 else max(ratios) / min(ratios) < max(steps) / min(steps)
+    if not alike:
+        return None
+    return 2 if all(math.frexp(number)[0] == 0.5 for number in numbers) else 10
+
+
+def _others(found: Results, x: str) -> list[str]:
+    """Swept keys that differ between points with the same value of ``x``."""
+    seen: dict[str, dict] = {key: {} for key in found.keys if key != x}
+    for each in found.results:
+        place = _value(found, each, x, "--x")
+        for key, values in seen.items():
+            values.setdefault(place, set()).add(_value(found, each, key, "--lines"))
+    return [key for key, values in seen.items() if any(len(several) > 1 for several in values.values())]
+
+
+def _value(found: Results, result: Result, key: str, option: str) -> Value | None:
+    """The value that a key has at a point; None where that is not known, of a point that has not begun."""
+    if key in result.values:
+        return result.values[key]
+    config = found.configs[result.standing.point.name]
+    known = {*found.keys, *(name for each in found.configs.values() for name in each)}
+    if key not in known:
+        raise ConfigError(f"{option} {key}: no such key; expected one that is swept: {', '.join(found.keys)}")
+    return config.get(key)
+
+
+def _title(found: Results, metric: str, hollow: bool) -> str:
+    missing = sum(1 for each in found.results if each.value is None)
+    parts = [f"{len(found.results)} points"]
+    if hollow:
+        parts.append("hollow: not finished")
+    if missing:
+        parts.append(f"{missing} without a value yet")
+    return f"{metric}, {'; '.join(parts)}"
+
+
+def _order(value: Value | None) -> tuple:
+    numeric = isinstance(value, int | float)
+    return (not numeric, value if numeric else 0.0, str(value))
+
+
+def _text(value: Value | None) -> str:
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else names.text(value)

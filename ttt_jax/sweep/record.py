@@ -1,0 +1,60 @@
+"""``point.json`` beside a run: what the sweep last did with the point, and how that ended."""
+
+import dataclasses
+import json
+import os
+import socket
+import time
+
+from ttt_jax.sweep.files import json_object
+from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir, is_local
+
+NAME = "point.json"
+RUNNING, DONE, FAILED, STOPPED, STOPPED_EARLY = "running", "done", "failed", "stopped", "stopped early"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One attempt at a point.
+
+    Attributes:
+      state: running (as far as its sweep knows), done, failed, stopped (to be gone on with) or stopped early (by
+        comparison with others).
+      steps: optimizer steps that were wanted.
+      status: exit status, once it has ended; below 0 the signal that ended it.
+      said: the last line that it wrote, where it failed.
+      starts: processes of this command, one and one more for each restart.
+      began: seconds since 1970; ``ended`` too.
+    """
+
+    state: str
+    steps: int
+    status: int | None = None
+    said: str = ""
+    starts: int = 0
+    began: float = dataclasses.field(default_factory=time.time)
+    ended: float | None = None
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+    def is_final(self, steps: int, *, stopping_early: bool = False) -> bool:
+        """Whether nothing is left to do, of a run of so many steps."""
+        return self.steps >= steps and (self.state == DONE or (stopping_early and self.state == STOPPED_EARLY))
+
+
+def read(workdir: Workdir) -> Record | None:
+    """The record of a point; None where it has none."""
+    content = json_object(workdir / NAME)
+    known = {field.name for field in dataclasses.fields(Record)}
+    try:
+        return None if content is None else Record(**{key: x for key, x in content.items() if key in known})
+    except TypeError:
+        return None
+
+
+def write(workdir: Workdir, record: Record) -> None:
+    """Writes it as a whole."""
+    if is_local(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / NAME, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
