@@ -118,7 +118,7 @@ status() {
 follow() {
     local log="$job/runs/$1/log" supervisor
     supervisor="$(cat "$job/runs/$1/supervisor")"
-    tail --bytes="+$(($2 + 1))" --follow --sleep-interval=0.5 --pid="$supervisor" "$log"
+    tail --bytes="+$(($2 + 1))" --follow --sleep-interval=0.2 --pid="$supervisor" "$log"
 }
 
 stop() {

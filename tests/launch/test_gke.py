@@ -242,7 +242,7 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_created_twice(cluster):
     cluster.fail("xpk create", ("before", timeout), ("after", timeout))
     status, _, err = cluster.launch()
     assert status == DONE, err
-    assert "but the workload is there" in err
+    assert "but the job is there" in err
     assert len(cluster.created()) == 2
     assert len(cluster.started()) == 2
 
@@ -271,7 +271,7 @@ def test_build_sends_the_source_tree_with_the_versions_of_this_machine(cluster):
         *("--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
     ]
     assert f"--docker-image={image}" in cluster.created()[0]
-    assert (cluster.folder / "constraints").read_text() == versions.constraints(["tpu", "gcs", "wandb"])
+    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
     files = set((cluster.folder / "context-files").read_text().splitlines())
     assert {"launch/Dockerfile", "setup.py", "ttt_jax/cli.py", "configs/quickstart.py"} <= files
     assert not Path(context).exists()

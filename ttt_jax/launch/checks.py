@@ -20,6 +20,12 @@ def no_local_files(job: Job) -> None:
         raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
 
 
+def one_host(job: Job, several: bool) -> None:
+    """Raises ConfigError for a command that runs on one host, where there are several."""
+    if several and job.command[0] != "train":
+        raise ConfigError(f"ttt {job.command[0]}: runs on one host; expected machines of one, such as a v5litepod-8")
+
+
 def extras(job: Job, platform: str | None) -> tuple[str, ...]:
     """Extras of setup.py that the job needs on ``platform``, tpu or cuda; None for CPUs."""
     wanted = [platform] if platform else []

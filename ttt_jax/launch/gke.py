@@ -125,7 +125,12 @@ class Workload:
         arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
         arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
         with self._variables() as file:
-            self._create([*arguments, f"--env-file={file}", f"--command=exec ttt {' '.join(map(plain, job.command))}"])
+            arguments += [f"--env-file={file}", f"--command=exec ttt {' '.join(map(plain, job.command))}"]
+            try:
+                lifecycle.submit(self._commands, arguments, PASSES, self.find, _POLL)
+            except CommandError as error:
+                self._commands.note(error.printed.rstrip())
+                raise LaunchError(f"{error}; all that it said is above") from error
         return job.name
 
     def describe(self, name: str) -> str:
@@ -152,22 +157,6 @@ class Workload:
         jobset = self._cluster.jobset()
         if jobset is not None and jobset.variable(_MARK) is not None:
             self._delete()
-
-    def _create(self, arguments: list[str]) -> None:
-        for attempt in range(1, PASSES.attempts + 1):
-            try:
-                self._commands.run(arguments, finish=True)
-                return
-            except CommandError as error:
-                # Not repeated blindly: xpk does more when it has created the workload, which may fail.
-                if self._cluster.jobset() is not None:
-                    self._commands.note(f"{error}; but the workload is there")
-                    return
-                if attempt == PASSES.attempts or not PASSES.wants(error.printed):
-                    self._commands.note(error.printed.rstrip())
-                    raise LaunchError(f"{error}; all that it said is above") from error
-                self._commands.note(f"{error}; again in {_POLL:.0f} s")
-            self._commands.wait(_POLL)
 
     def _delete(self) -> None:
         # Never without --workload: xpk would delete all of the cluster.

@@ -103,7 +103,7 @@ def checkout() -> Path:
 
 def default_name(workdir: str | None, command: Sequence[str]) -> str:
     """The end of the workdir, and a few letters that tell jobs apart whose workdirs end alike."""
-    whole = workdir or "\0".join(command)
+    whole = (workdir or "\0".join(command)).rstrip("/")
     last = re.sub("[^a-z0-9]+", "-", (workdir or command[0]).rstrip("/").rpartition("/")[2].lower()).strip("-")
     readable = last[: LONGEST_NAME - len("ttt-") - 7].strip("-")
     return f"ttt-{readable}{'-' if readable else ''}{hashlib.sha256(whole.encode()).hexdigest()[:6]}"

@@ -117,18 +117,11 @@ class Slurm:
 
     def submit(self) -> str:
         """Puts the job into the queue; returns its number."""
-        for attempt in range(1, _PASSES.attempts + 1):
-            # Not repeated blindly: a submission that timed out may have succeeded.
-            try:
-                return self._commands.run(self._sbatch, finish=True).strip().partition(";")[0]
-            except CommandError as error:
-                if attempt == _PASSES.attempts or not _PASSES.wants(error.printed):
-                    raise
-                self._commands.note(f"{error}; again in {_POLL:.0f} s")
-            self._commands.wait(_POLL)
-            if number := self.find():
-                return number
-        raise AssertionError
+        printed = lifecycle.submit(self._commands, self._sbatch, _PASSES, self.find, _POLL)
+        number = self.find() if printed is None else printed.strip().partition(";")[0]
+        if number is None:
+            raise LaunchError(f"{self._job.name}: was submitted, and is not in the queue any more")
+        return number
 
     def describe(self, number: str) -> str:
         """How the job is."""

@@ -199,8 +199,10 @@ class _Launch:
 
     def _once(self) -> Verdict | str | None:
         """How a run ended on all hosts together; or how its machines were lost; None where it is left to itself."""
-        self.nodes, new = self.machines.get()
-        self.workers = self._reach()
+        nodes, new = self.machines.get()
+        if new or nodes != self.nodes:
+            self.nodes, self.installed = nodes, False
+            self.workers = self._reach()
         try:
             run = self._begin(new)
         except CommandError as error:
@@ -259,7 +261,8 @@ class _Launch:
                 unreachable = None
                 ended = [worker for worker in statuses if worker.state != "running"]
                 if len(ended) == len(statuses):
-                    self.installed = all(worker.state == "exited" for worker in statuses)
+                    self.installed &= all(worker.state == "exited" for worker in statuses)
+                    log.finish()
                     return verdict(statuses)
                 if ended:
                     first_end = first_end or now

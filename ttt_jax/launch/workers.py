@@ -217,9 +217,12 @@ class LogStream:
             self._thread = threading.Thread(target=self._copy, daemon=True)
             self._thread.start()
 
+    def finish(self) -> None:
+        """Waits for the end of the log of a run that has ended."""
+        if self._thread is not None:
+            self._thread.join(30)
+
     def __exit__(self, *exception) -> None:
-        if exception[0] is None and self._thread is not None:
-            self._thread.join(30)  # the run has ended, and so does its log
         self._closed = True
         self._commands.end_all()
 
