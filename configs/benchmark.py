@@ -2,7 +2,9 @@
 
     ttt bench step --config configs/benchmark.py:ttt_linear
 
-ARG is the mixer: ttt_linear (default), ttt_mlp or attention. Two CPU cores, float32: see docs/benchmarks.md.
+ARG is the mixer: ttt_linear (default), ttt_mlp, attention or linear_attention.
+
+Hardware: two CPU cores, 1.1 GiB (ttt_mlp 1.7, attention 1.5), float32; a few steps, 2 to 3 s each: docs/benchmarks.md.
 """
 
 from ttt_jax import config

@@ -6,6 +6,7 @@
     ttt eval --workdir runs/books-ttt_linear --context 32768 --by-document
     ttt plot loss-by-position runs/books-* --context 32768 --by-document --output books.png
 
+Hardware: two CPU cores, 1.1 GiB (ttt_mlp 1.5, attention 7.9) beside the libraries; 250 steps, 4.1 M tokens.
 Loss 1.64 nats per byte over the first 32768 bytes of nine validation books (docs/data.md). TTT-MLP takes longer, and
 attention much longer on a CPU.
 

@@ -2,7 +2,9 @@
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
 
-ARG is the mixer: ttt_linear (default), ttt_mlp or attention.
+ARG is the mixer: ttt_linear (default), ttt_mlp, attention or linear_attention.
+
+Hardware: two CPU cores, 0.3 GiB (ttt_mlp 0.4) beside the libraries; 140 steps, 573,440 tokens, a minute or two.
 """
 
 from ttt_jax import config

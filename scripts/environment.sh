@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv with this package in it, and puts it on PATH.
 #
 #   install_environment EXTRAS     for example "" or "[dev]"; PYTHON chooses the interpreter (default: python3)

@@ -17,4 +17,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
+shellcheck scripts/*.sh launch/*.sh launch/*.sbatch .ci/run
 python -m pytest -n 2 --dist worksteal --durations 10 "$@"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-CONFIG = f"--config {CONFIGS / 'pile.py'}:ttt_linear"
+CONFIG = f"--config {CONFIGS / 'paper.py'}:ttt_linear-125m-pile-2k"
 REFUSED = {
     "plan --topology v5e:4x4": "--config: missing; expected a config file",
     f"plan {CONFIG}": "the following arguments are required: --topology",
@@ -16,7 +16,7 @@ REFUSED = {
     f"plan {CONFIG} --topology v5e:4x4 --slices 0": "--slices 0: expected 1 or more",
     f"plan {CONFIG} --topology v5e:4x4 --most 0": "--most 0: expected 1 or more",
     f"plan {CONFIG} --topology v5e:4x4 --price -1": "--price -1.0: expected USD per chip-hour",
-    f"plan {CONFIG},3b --topology v5e:4x4": "of 125m, 350m, 760m, 1.3b; of 2k, 4k, 8k, 16k, 32k",
+    f"plan {CONFIG[:-2]}3k --topology v5e:4x4": "; 125m, 350m, 760m, 1.3b; pile, books; 1k, 2k, 4k, 8k, 16k, 32k",
     f"plan {CONFIG} --topology v5e:4x4 --config.model.num_heads=7": "model.num_heads=7: does not divide",
 }
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_plan, cli_sweep, cli_tokenize, config_file
+from ttt_jax import cli_launch, cli_plan, cli_sweep, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.launch.errors import LaunchError
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 
 _DESCRIPTION = """\
@@ -28,6 +29,7 @@ verbs:
   bench     how fast a training step is
   sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
+  launch    a command on other machines: a TPU pod, a cluster
 
 Each verb tells more: ttt train --help
 """
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
-    except (DataError, CheckpointError, NonFiniteLossError) as error:
+    except (DataError, CheckpointError, LaunchError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -73,7 +75,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser, verbs = _parsers()
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # of two words: sweep status
+    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
         arguments[:2], end = [" ".join(arguments[:2])], end - 1
     options, rest = parser.parse_known_args(arguments[:end])
     options.command = arguments[end + 1 :]
@@ -228,6 +230,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     cli_sweep.add_arguments(p)
     cli_sweep.add_status_arguments(verb("sweep status", cli_sweep.status, cli_sweep.STATUS))
     cli_sweep.add_results_arguments(verb("sweep results", cli_sweep.results, cli_sweep.RESULTS))
+
+    p = verb("launch", lambda options, rest: cli_launch.run(options, parse), cli_launch.DESCRIPTION, takes_command=True)
+    p.epilog = cli_launch.EPILOG
+    cli_launch.add_arguments(p)
     return parser, verbs
 
 

@@ -16,8 +16,8 @@ Exit status 1 means that the run does not fit.
 """
 EPILOG = """\
 examples:
-  ttt plan --config configs/pile.py:ttt_linear,1.3b,2k --topology v5e:16x16 --price 1.20
-  ttt plan --config configs/pile.py:ttt_mlp,350m,8k --topology v5p:4x4x4 --search
+  ttt plan --config configs/paper.py:ttt_linear-1.3b-pile-2k --topology v5e:16x16 --price 1.20
+  ttt plan --config configs/paper.py:ttt_mlp-350m-pile-8k --topology v5p:4x4x4 --search
 """
 USAGE = """\
 ttt plan --config FILE[:ARG] [--config.KEY=VALUE ...] --topology TOPOLOGY [--slices N]

@@ -11,12 +11,12 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-MIXERS = ("ttt_linear", "ttt_mlp", "attention")
+MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
 
 # Key, default and meaning of everything that can be configured. A type for a default means None, until set.
 KEYS: tuple[tuple[str, Any, str], ...] = (
     ("seed", 0, "of the initial parameters and of the order of the data"),
-    ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp or attention"),
+    ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp, attention or linear_attention"),
     ("model.vocab_size", 257, "at least that of the data; 257 is bytes and BOS"),
     ("model.width", 768, "D"),
     ("model.num_layers", 12, "blocks"),
@@ -36,6 +36,9 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.mlp_width_factor", 4.0, "their hidden width, in head widths"),
     ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0 for ttt_linear, 0.1 for ttt_mlp"),
     ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
+    ("model.ttt.norm_residual", True, "f(x) = x + LN(f_res(x)), its dense layers with biases; false: f_res, without"),
+    ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
+    ("model.ttt.learned_eta", True, "the inner learning rate depends on token and position; false: base_lr / d"),
     ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
     ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
     ("data.source", "embedded", "a folder or URL; embedded: the Python standard library as bytes; synthetic"),
@@ -58,6 +61,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
         "updates whose gradient norm is so many times the median are left out; 0: none are",
     ),
     ("training.duration", "1000 steps", 'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run'),
+    ("training.start_from", "", "the workdir of another run, or one of its checkpoints: the parameters to start with"),
     ("training.accumulation", 1, "micro-batches per optimizer step"),
     (
         "training.stall_limit",
@@ -174,6 +178,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if m.mixer == "ttt_mlp" and not 1 <= head_dim * t.mlp_width_factor < _MOST:
         raise ConfigError(f"model.ttt.mlp_width_factor={t.mlp_width_factor}: expected at least 1 / {head_dim}")
+    if m.mixer == "ttt_mlp" and not t.learned_w0:
+        raise ConfigError(
+            "model.ttt.learned_w0=False: with two or more layers of zeros all gradients are zero; expected true, or "
+            "model.mixer=ttt_linear"
+        )
     if config.data.batch_size % config.training.accumulation:
         raise ConfigError(
             f"training.accumulation={config.training.accumulation}: does not divide "

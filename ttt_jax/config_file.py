@@ -91,6 +91,8 @@ def _run(path: Path, argument: list[str]) -> ml_collections.ConfigDict:
         config = get_config(*argument) if callable(get_config) else None
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except ConfigError:
+        raise
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f"{path}, line {lines[-1]}" if lines else str(path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers.attention import Attention
+from ttt_jax.layers.linear_attention import LinearAttention
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.ttt import learner as learner_lib
@@ -16,6 +17,7 @@ TOKENS, WIDTH, HEADS, B = 6, 8, 2, 3
 LEARNERS = {"linear": learner_lib.linear(WIDTH // HEADS), "mlp": learner_lib.mlp(WIDTH // HEADS)}
 MIXERS = {
     "attention": partial(Attention, HEADS, jnp.float32),
+    "linear_attention": partial(LinearAttention, HEADS, jnp.float32),
     **{
         f"ttt_{name}-{backbone}": partial(TTT, learner, HEADS, jnp.float32, backbone, mini_batch=B)
         for name, learner in LEARNERS.items()

@@ -86,6 +86,32 @@ def test_inner_rate_is_linear_in_base_lr_and_its_scale(random_params, assert_clo
     assert_close(recorder.inputs[3] * HEAD_DIM, base_lr * scale * gate, 1e-6)
 
 
+def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
+    """eta = base_lr * scale / d for every token and position, and no parameters for it."""
+    module = layer(base_lr=0.3, learned_eta=False)
+    params = random_params(module, X)
+    assert not {"eta_kernel", "eta_bias", "tau"} & params.keys()
+    recorder = Recorder(monkeypatch)
+    module.apply({"params": params}, X, None, 0.7)
+    token_eta, position_eta = recorder.inputs[3:]
+    assert_close(token_eta, np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / HEAD_DIM), 1e-6)
+    np.testing.assert_array_equal(position_eta, np.ones(B))
+
+
+def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):
+    """The same as with a learned W0 of zeros, whether read in one go or in pieces."""
+    module = layer(learned_w0=False)
+    params = random_params(module, X)
+    zeros = {"inner_kernel_0": np.zeros((HEADS, HEAD_DIM, HEAD_DIM)), "inner_bias_0": np.zeros((HEADS, 1, HEAD_DIM))}
+    expected, _ = quick_jit(layer().apply)({"params": {**params, **zeros}}, X)
+    assert not zeros.keys() & params.keys()
+    assert_close(quick_jit(module.apply)({"params": params}, X)[0], expected, 1e-6)
+    state = module.initial_state(BATCH, WIDTH, TOKENS)
+    first, state = quick_jit(module.apply)({"params": params}, X[:, :4], state)
+    rest, _ = quick_jit(module.apply)({"params": params}, X[:, 4:], state)
+    assert_close(np.concatenate([first, rest], 1), expected, 1e-5)
+
+
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
 def test_layer_is_norm_gate_and_projection_of_the_inner_loop(random_params, quick_jit, assert_close, backbone):
     module = layer(backbone)

@@ -14,7 +14,10 @@ from ttt_jax.models import flops
 from ttt_jax.models.build import language_model
 from ttt_jax.training.loss import token_nll
 
-MODELS = ["attention", "ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"]
+MODELS = [
+    *("attention", "linear_attention"),
+    *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
+]
 T, VOCAB, WIDTH, HEADS, MLP_WIDTH, B = 24, 40, 32, 4, 48, 8  # T: three mini-batches
 
 
@@ -99,10 +102,17 @@ def test_by_hand():
     attention = model_config("attention", **sizes)
     assert flops.per_token(attention, 6) == around + 4 * 2 * 16 + 2 * (2 * 4 * 3.5)  # q k v o; logits and their use
 
+    linear_attention = model_config("linear_attention", **sizes)
+    head = 2 * (2 * 2 * 2) + 2 * (2 * 6 * 2)  # q S, k^T v; q k^T and its product with v, in one chunk of 6
+    assert flops.per_token(linear_attention, 6) == around + 4 * 2 * 16 + 2 * head
+
     linear = model_config("ttt_linear-mamba", **sizes)
     linear.ttt.mini_batch = 2
     head = 3 * (2 * 2 * 2) + 2 * (2 * 2 * 2)  # k W, K^T G, q W; q K^T and its product with G
     assert flops.per_token(linear, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
+
+    linear.ttt.learned_eta = False
+    assert flops.per_token(linear, 6) == around + 4 * 2 * 16 + 2 * head
 
     mlp = model_config("ttt_mlp-mamba", **sizes)
     mlp.ttt.update(mini_batch=2, mlp_width_factor=1.5)  # 2 -> 3 -> 2

@@ -13,7 +13,10 @@ from ttt_jax import config as config_lib
 from ttt_jax.models.build import language_model
 
 BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
-MODELS = ["attention", "ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"]
+MODELS = [
+    *("attention", "linear_attention"),
+    *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
+]
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
 
 

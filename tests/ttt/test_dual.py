@@ -1,5 +1,7 @@
 """The dual form against the primal form, which takes its gradients by autodiff and forms every W_t."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +29,20 @@ def test_outputs_and_state_are_those_of_the_primal_form(
     assert_close(z, expected_z, 1e-4)
     assert_close(state, expected_state, 1e-4)
     assert state.position == tokens
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@given(seed=SEEDS)
+@settings(max_examples=15)
+def test_the_bare_learner(make_case, run_scan, run_primal, assert_close, depth, seed):
+    """Without LN, residual and biases."""
+    case = make_case(depth, 7, 3, seed, 0.05)
+    bare = dataclasses.replace(case.learner, norm_residual=False, bias=False)
+    case = case._replace(learner=bare, w0=tuple(Dense(layer.weight, None) for layer in case.w0))
+    z, state, _ = run_scan(*case)
+    expected_z, expected_state = run_primal(case.learner, case.norm, initial_state(case.w0, 2), *case[3:])
+    assert_close(z, expected_z, 1e-4)
+    assert_close(state, expected_state, 1e-4)
 
 
 def test_the_inner_steps_of_these_cases_matter(make_case, run_scan):

@@ -1,4 +1,4 @@
-"""RMSNorm. [..., D] to [..., D]."""
+"""The norms of blocks and mixers. [..., D] to [..., D]."""
 
 import flax.linen as nn
 import jax
@@ -19,3 +19,15 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + self.epsilon)
         return (x * scale).astype(self.dtype)
+
+
+def post_norm() -> nn.LayerNorm:
+    """LN over the full width of what recurrent mixers read out, in float32."""
+    return nn.LayerNorm(
+        epsilon=1e-6,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("channels",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)),
+        name="post_norm",
+    )

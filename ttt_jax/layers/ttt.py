@@ -7,6 +7,9 @@ Linear and MLP differ in the learner only. Two ways to make q, k and v (the back
 
     eta[t, s] = base_lr * inner_lr_scale * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
 
+Two parts of it can be left out, as the paper does step by step from linear attention: without ``learned_w0`` sequences
+start at W0 = 0, and without ``learned_eta`` all tokens have the rate ``base_lr * inner_lr_scale / d``.
+
 Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch.
 """
 
@@ -19,6 +22,7 @@ import jax.numpy as jnp
 
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
+from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
 from ttt_jax.parallel.activations import locally, mean_over_parts
@@ -42,6 +46,8 @@ class TTT(nn.Module):
       learner: the inner model; its width is d.
       base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
       backbone: ``mamba`` or ``transformer``.
+      learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
+      learned_eta: whether w, c and tau are parameters; else the rate is constant.
       remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`.
     """
 
@@ -51,6 +57,8 @@ class TTT(nn.Module):
     backbone: str = "mamba"
     mini_batch: int = 16
     base_lr: float = 1.0
+    learned_w0: bool = True
+    learned_eta: bool = True
     conv_width: int = 4
     rope_theta: float = 10000.0
     init_stddev: float = 0.02
@@ -80,7 +88,7 @@ class TTT(nn.Module):
                 self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
             spread = _target_spread(k, v)
             self.sow("statistics", "target_spread", spread, reduce_fn=lambda _, new: new)
-        z = self._post_norm()(result.z.reshape(x.shape))
+        z = post_norm()(result.z.reshape(x.shape))
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
@@ -120,8 +128,7 @@ class TTT(nn.Module):
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """The state before the first token; its size does not depend on ``length``."""
         del length
-        zeros = learner_lib.init(jax.random.key(0), self.learner, self.num_heads, stddev=0.0)  # W0 takes their place
-        inner = initial_state(zeros, batch)
+        inner = initial_state(self._zero_weights(), batch)  # W0 takes their place
         if self.backbone != "mamba":
             return TTTState(inner, None, None)
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype)
@@ -146,17 +153,6 @@ class TTT(nn.Module):
         q, k, v = (y.reshape(batch, tokens, self.num_heads, width // self.num_heads) for y in (q, k, v))
         return q, k, v, conv_q, conv_k
 
-    def _post_norm(self):
-        """LN over the full width, in float32."""
-        return nn.LayerNorm(
-            epsilon=1e-6,
-            dtype=jnp.float32,
-            use_fast_variance=False,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("channels",)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)),
-            name="post_norm",
-        )
-
     def _inner_parameters(self) -> tuple[learner_lib.Weights, learner_lib.LayerNormParams]:
         """W0 and the learner's LN, trained by the outer loop, float32 whatever the compute dtype."""
 
@@ -164,35 +160,47 @@ class TTT(nn.Module):
             return parameter(self, name, init, (self.num_heads, *shape), ("num_heads", *split))
 
         normal, zeros, ones = nn.initializers.normal(self.init_stddev), nn.initializers.zeros, nn.initializers.ones
-        widths, hidden = self.learner.widths, "learner_hidden"
-        last = self.learner.depth - 1
-        w0 = tuple(
-            learner_lib.Dense(
-                param(
-                    f"inner_kernel_{i}",
-                    normal,
-                    n_in,
-                    n_out,
-                    split=(hidden, None) if i else (None, hidden if last else None),
-                ),
-                param(f"inner_bias_{i}", zeros, 1, n_out) if self.learner.bias else None,
+        hidden, last, d = "learner_hidden", self.learner.depth - 1, self.learner.widths[-1]
+        if self.learned_w0:
+            w0 = tuple(
+                learner_lib.Dense(
+                    param(
+                        f"inner_kernel_{i}",
+                        normal,
+                        n_in,
+                        n_out,
+                        split=(hidden, None) if i else (None, hidden if last else None),
+                    ),
+                    param(f"inner_bias_{i}", zeros, 1, n_out) if self.learner.bias else None,
+                )
+                for i, (n_in, n_out) in enumerate(pairwise(self.learner.widths))
             )
-            for i, (n_in, n_out) in enumerate(pairwise(widths))
-        )
-        d = widths[-1]
+        else:
+            w0 = self._zero_weights()
+        if not self.learner.norm_residual:
+            no_norm = jnp.zeros((self.num_heads, 1, d))
+            return w0, learner_lib.LayerNormParams(no_norm, no_norm)  # which nothing reads
         norm = learner_lib.LayerNormParams(param("inner_norm_scale", ones, 1, d), param("inner_norm_bias", zeros, 1, d))
         return w0, norm
 
+    def _zero_weights(self) -> learner_lib.Weights:
+        return learner_lib.init(jax.random.key(0), self.learner, self.num_heads, stddev=0.0)
+
     def _token_eta(self, x, inner_lr_scale):
         """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
+        rate = self.base_lr * inner_lr_scale / self.learner.widths[0]
+        if not self.learned_eta:
+            return jnp.full((*x.shape[:2], self.num_heads), rate, jnp.float32)
         normal, shape = nn.initializers.normal(self.init_stddev), (x.shape[-1], self.num_heads)
         kernel = parameter(self, "eta_kernel", normal, shape, ("channels", "num_heads"))
         bias = parameter(self, "eta_bias", nn.initializers.zeros, (self.num_heads,), ("num_heads",))
         gate = nn.sigmoid((x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32) + bias)
-        return self.base_lr * inner_lr_scale * gate / self.learner.widths[0]
+        return rate * gate
 
     def _position_eta(self):
         """``max(0, 1/t + tau[t])``, [b]."""
+        if not self.learned_eta:
+            return jnp.ones(self.mini_batch)
         tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
         return jnp.maximum(0.0, 1.0 / jnp.arange(1, self.mini_batch + 1) + tau)
 

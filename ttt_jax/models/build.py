@@ -1,5 +1,6 @@
 """From the ``model`` section of a config to a :class:`LanguageModel`."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ttt_jax.layers.attention import Attention
+from ttt_jax.layers.linear_attention import LinearAttention
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.models.language_model import LanguageModel
@@ -22,8 +24,9 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
     common = {"num_heads": model.num_heads, "dtype": dtype, "init_stddev": model.init_stddev}
     mamba_style = False
     mixer: Callable[..., nn.Module]
-    if model.mixer == "attention":
-        mixer = partial(Attention, rope_theta=model.rope_theta, **common)
+    if not learns(model):
+        kind = {"attention": Attention, "linear_attention": LinearAttention}[model.mixer]
+        mixer = partial(kind, rope_theta=model.rope_theta, **common)
     else:
         ttt = model.ttt
         mamba_style = ttt.backbone == "mamba"
@@ -33,6 +36,8 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
             backbone=ttt.backbone,
             mini_batch=ttt.mini_batch,
             base_lr=base_lr(model),
+            learned_w0=ttt.learned_w0,
+            learned_eta=ttt.learned_eta,
             conv_width=model.conv_width,
             rope_theta=model.rope_theta,
             remat_group=ttt.remat_group,
@@ -62,12 +67,19 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
     )
 
 
+def learns(model: ml_collections.ConfigDict) -> bool:
+    """Whether the mixer is a TTT layer, so that ``config.model.ttt`` means something."""
+    return model.mixer in PAPER_BASE_LR
+
+
 def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
     """The inner model that ``config.model`` describes."""
-    head_dim = model.width // model.num_heads
+    head_dim, ttt = model.width // model.num_heads, model.ttt
     if model.mixer == "ttt_linear":
-        return learner_lib.linear(head_dim)
-    return learner_lib.mlp(head_dim, depth=model.ttt.mlp_depth, width_factor=model.ttt.mlp_width_factor)
+        found = learner_lib.linear(head_dim)
+    else:
+        found = learner_lib.mlp(head_dim, depth=ttt.mlp_depth, width_factor=ttt.mlp_width_factor)
+    return dataclasses.replace(found, norm_residual=ttt.norm_residual, bias=ttt.norm_residual)
 
 
 def base_lr(model: ml_collections.ConfigDict) -> float:
@@ -77,7 +89,7 @@ def base_lr(model: ml_collections.ConfigDict) -> float:
 
 def describe(model: ml_collections.ConfigDict) -> str:
     """The model in words, for labels."""
-    if model.mixer == "attention":
-        return "Transformer"
+    if not learns(model):
+        return {"attention": "Transformer", "linear_attention": "Linear attention"}[model.mixer]
     name = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP"}[model.mixer]
     return f"{name} ({model.ttt.backbone.capitalize()} backbone)"

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import ml_collections
 
+from ttt_jax.layers.linear_attention import CHUNK
 from ttt_jax.models import build
 
 
@@ -26,7 +27,7 @@ def per_step(model: ml_collections.ConfigDict, sequence_length: int, sequences: 
 
 def inner_loop_per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     """The part of :func:`per_token` that is in inner loops, of all layers; none of attention."""
-    if model.mixer == "attention":
+    if not build.learns(model):
         return 0.0
     return model.num_layers * model.num_heads * _inner_loop(model, sequence_length)
 
@@ -36,8 +37,11 @@ def _mixer(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     if model.mixer == "attention":
         visible = (sequence_length + 1) / 2  # keys per query, on average
         return 4 * 2 * d * d + 2 * 2 * d * visible
+    if model.mixer == "linear_attention":
+        return 4 * 2 * d * d + model.num_heads * _linear_attention(d // model.num_heads, sequence_length)
     projections = 4  # q, v, o, and k or, in the Mamba-style backbone, the gate
-    return projections * 2 * d * d + 2 * d * model.num_heads + model.num_heads * _inner_loop(model, sequence_length)
+    rates = 2 * d * model.num_heads if model.ttt.learned_eta else 0
+    return projections * 2 * d * d + rates + model.num_heads * _inner_loop(model, sequence_length)
 
 
 def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float:
@@ -52,3 +56,9 @@ def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float
         total += dense  # K^T G
         total += dense + 2 * b * n_in + 2 * b * n_out  # q W, (q K^T) and its product with G
     return total
+
+
+def _linear_attention(head_dim: int, sequence_length: int) -> float:
+    """Per token and head: q S, k^T v, and within the chunk q k^T and its product with v."""
+    chunk = min(CHUNK, sequence_length)
+    return 2 * 2 * head_dim**2 + 2 * 2 * chunk * head_dim

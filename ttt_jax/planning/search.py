@@ -156,7 +156,7 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     inside = 4 * ((3 * m.mlp_width + 25 * d) / choice.tensor + 11 * d)
     if m.mixer == "attention":
         inside += (4 + itemsize) * m.num_heads / choice.tensor * length / 2  # softmax of a token over those before it
-    else:
+    elif build.learns(m):
         states = sum(a * b for a, b in itertools.pairwise(build.learner(m).widths))
         inside += 4 * states * m.num_heads / choice.tensor / m.ttt.mini_batch  # W once per mini-batch
     kept = d * itemsize

@@ -28,6 +28,7 @@ from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
 from ttt_jax.training import checkpoint, metrics, program, resume
+from ttt_jax.training import start as start_lib
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
 from ttt_jax.training.goodput import Goodput
@@ -91,6 +92,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
+    first_params, origin = None, ""
+    if restored is None and config.training.start_from:
+        first_params, origin = start_lib.parameters(config, run.abstract_state.params)
     restore_seconds = time.monotonic() - began
 
     # ---- What tells of it
@@ -103,6 +107,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         f"{jax.device_count()} x {device.device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
+        + (f"; with the parameters of {origin}" if origin else "")
     )
     first = jax.process_index() == 0
     output = peers.on_all(lambda: _output(config, workdir, start, useful) if first else None)
@@ -133,7 +138,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
             report.waited("compile_seconds", time.monotonic() - began, within_step=False)
             report.waited("restore_seconds", restore_seconds, within_step=False)
             state = run.initial_state() if restored is None else restored.state
-            restored = None  # the state is donated to the first step
+            if first_params is not None:
+                state = state._replace(params=first_params)
+            restored = first_params = None  # the state is donated to the first step
 
             # ---- Data, from where the run stands
             rows = sharding.rows_here(run.batch_sharding, batch_size)

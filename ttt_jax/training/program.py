@@ -108,7 +108,7 @@ def _boxed_initial_state(model: LanguageModel, optimizer: optax.GradientTransfor
 
 def _inner_lr_scale(model: ml_collections.ConfigDict, warmup: int) -> optimizer_lib.Schedule:
     """The warm-up of the inner learning rate: of TTT-MLP from a tenth, unless the config says otherwise."""
-    if model.mixer == "attention":
+    if not build.learns(model):
         return lambda step: jnp.ones(())
     peak = build.base_lr(model)
     start = model.ttt.base_lr_start

@@ -1,0 +1,77 @@
+"""All recipes of ``configs/``, and the file that remembers them: what each sets beside the defaults.
+
+python tests/configs/recipes.py      # writes tests/configs/recipes.json anew; the difference is what to review
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+from ttt_jax import config as config_lib
+from ttt_jax import config_file
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+GOLDEN = Path(__file__).with_name("recipes.json")
+PAPER = runpy.run_path(str(CONFIGS / "paper.py"))
+ABLATION = runpy.run_path(str(CONFIGS / "ablation.py"))
+
+
+def get(name, *overrides):
+    """The config of ``FILE:ARG``, with overrides as on the command line, validated."""
+    return config_file.from_arguments(["--config", str(CONFIGS / name), *overrides])
+
+
+def paper_recipes() -> list[str]:
+    return [
+        f"{mixer}-{size}-{dataset}-{context}"
+        for mixer in PAPER["MIXERS"]
+        for size in PAPER["SIZES"]
+        for dataset in PAPER["DATASETS"]
+        for context in PAPER["CONTEXTS"]
+        if not (mixer == "transformer_finetune" and context in ("1k", "2k"))
+    ]
+
+
+def all_recipes() -> list[str]:
+    mixers = config_lib.MIXERS
+    return [
+        *(f"quickstart.py:{mixer}" for mixer in mixers),
+        *(f"benchmark.py:{mixer}" for mixer in mixers),
+        *(f"books.py:{mixer}{tokens}" for mixer in mixers for tokens in ("", ",bpe")),
+        *(f"paper.py:{recipe}" for recipe in paper_recipes()),
+        *(f"paper.py:{mixer}-125m-books-8k:smoke" for mixer in PAPER["MIXERS"]),
+        *(f"ablation.py:{rung}{variant}" for rung in ABLATION["RUNGS"] for variant in ("", ":smoke")),
+    ]
+
+
+def dump() -> dict:
+    """The defaults, and of each recipe the keys in which it differs from them."""
+    default = config_lib.default().to_dict()
+    return {
+        "defaults": dict(_flat(default)),
+        "recipes": {
+            name: {key: here for key, (_, here) in config_lib.differing_keys(default, get(name).to_dict()).items()}
+            for name in all_recipes()
+        },
+    }
+
+
+def text(found: dict) -> str:
+    """A line for each default and for each recipe."""
+    sections = []
+    for section, entries in found.items():
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+        sections.append(f"  {json.dumps(section)}: {{\n{lines}\n  }}")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+def _flat(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(text(dump()))

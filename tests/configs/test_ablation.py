@@ -1,0 +1,59 @@
+"""``configs/ablation.py``: a key per rung, the same numbers on the first two, and TTT-Linear at the end."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from recipes import ABLATION, get
+
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.training import loop, metrics
+
+RUNGS = {  # what each changes, and to what
+    "equivalence": ("model.mixer", "ttt_linear"),
+    "learned_w0": ("model.ttt.learned_w0", True),
+    "norm_residual": ("model.ttt.norm_residual", True),
+    "mini_batch": ("model.ttt.mini_batch", 16),
+    "learned_eta": ("model.ttt.learned_eta", True),
+    "mamba_backbone": ("model.ttt.backbone", "mamba"),
+}
+
+
+@pytest.mark.parametrize("variant", ["", ":smoke"])
+def test_each_rung_differs_from_its_neighbour_by_one_key(variant):
+    assert ABLATION["RUNGS"] == ("linear_attention", *RUNGS)
+    for lower, upper in pairwise(ABLATION["RUNGS"]):
+        a, b = (get(f"ablation.py:{rung}{variant}").to_dict() for rung in (lower, upper))
+        differing = config_lib.differing_keys(a, b)
+        key, value = RUNGS[upper]
+        assert {key: after for key, (_, after) in differing.items()} == {key: value}
+
+
+def test_the_last_rung_is_the_papers_ttt_linear():
+    assert get("ablation.py:mamba_backbone") == get("paper.py:ttt_linear-125m-pile-2k")
+    assert get("ablation.py:mamba_backbone:smoke") == get("paper.py:ttt_linear-125m-pile-2k:smoke")
+
+
+def test_before_mini_batches_there_is_one_for_the_whole_sequence():
+    assert get("ablation.py:norm_residual").model.ttt.mini_batch == 2048
+    assert get("ablation.py:norm_residual:smoke").model.ttt.mini_batch == 64
+
+
+@pytest.mark.parametrize("argument", ["mini-batch", "mini_batch:tiny", ""])
+def test_what_there_is_not(argument):
+    with pytest.raises(ConfigError, match=r"^ablation.py:.*expected one of linear_attention, equivalence, "):
+        get(f"ablation.py:{argument}")
+
+
+@pytest.mark.slow
+def test_a_run_of_each_rung(tmp_path):
+    """The first two rungs are the same run to rounding, the others are others; all of them learn."""
+    losses = {}
+    for rung in ABLATION["RUNGS"]:
+        loop.train(get(f"ablation.py:{rung}:smoke"), tmp_path / rung)
+        losses[rung] = np.array([record["loss"] for record in metrics.read(tmp_path / rung)])
+        assert losses[rung][-1] < losses[rung][0] - 0.5, rung
+    np.testing.assert_allclose(losses["equivalence"], losses["linear_attention"], rtol=1e-6)
+    for lower, upper in pairwise(list(RUNGS)):
+        assert np.abs(losses[upper] - losses[lower]).max() > 1e-4, upper

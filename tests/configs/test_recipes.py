@@ -1,0 +1,210 @@
+"""The recipes of ``configs/``: what they set, their parameter counts, their meshes, and tiny runs of them."""
+
+import difflib
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from recipes import GOLDEN, PAPER, dump, get, paper_recipes, text
+
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.models.build import language_model
+from ttt_jax.parallel import sharding
+from ttt_jax.training import loop, metrics, program
+
+# Table 3 of the paper, written down once more: blocks, width, heads, steps, peak learning rate, tokens.
+TABLE_3 = {
+    "125m": (12, 768, 12, 4800, 3e-3, 2.5e9),
+    "350m": (24, 1024, 16, 13500, 1.5e-3, 7e9),
+    "760m": (24, 1536, 16, 29000, 1.25e-3, 15e9),
+    "1.3b": (24, 2048, 32, 50000, 1e-3, 26e9),
+}
+NAMED = {"125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9}
+
+
+def chips(recipe):
+    """What the docstring says."""
+    _, size, _, context = recipe.split("-")
+    return {("125m", "16k"): 128, ("125m", "32k"): 64}.get((size, context), 256)
+
+
+def test_all_recipes_are_as_remembered():
+    """A default or a recipe that has changed: look at the difference, and if it is meant, run
+    ``python tests/configs/recipes.py``."""
+    before, now = GOLDEN.read_text(), text(dump())
+    difference = difflib.unified_diff(before.splitlines(), now.splitlines(), "remembered", "now", lineterm="", n=0)
+    assert now == before, "\n".join(difference)
+    assert len(json.loads(now)["recipes"]) > 200
+
+
+@pytest.mark.parametrize("size", TABLE_3)
+def test_numbers_are_those_of_table_3(size):
+    for recipe in (r for r in paper_recipes() if f"-{size}-" in r and "finetune" not in r):
+        c = get(f"paper.py:{recipe}")
+        steps = config_lib.steps(c, "training.duration")
+        found = (c.model.num_layers, c.model.width, c.model.num_heads, steps, c.optimizer.peak_lr)
+        assert found == TABLE_3[size][:5]
+        assert c.data.batch_size * c.data.sequence_length == 2**19
+        assert steps * 2**19 == pytest.approx(TABLE_3[size][5], rel=0.02)
+        assert config_lib.steps(c, "optimizer.warmup") == steps // 10
+        optimizer = (c.optimizer.beta1, c.optimizer.beta2, c.optimizer.weight_decay, c.optimizer.clip_norm)
+        assert (*optimizer, c.optimizer.end_lr) == (0.9, 0.95, 0.1, 1.0, 1e-5)
+        assert c.model.ttt.mini_batch == 16
+
+
+@pytest.mark.parametrize("mixer", PAPER["MIXERS"])
+def test_contexts_data_and_backbones(mixer):
+    for recipe in (r for r in paper_recipes() if r.startswith(f"{mixer}-")):
+        c = get(f"paper.py:{recipe}")
+        _, _, dataset, context = recipe.split("-")
+        assert c.data.source == f"data/{dataset}"
+        assert c.data.sequence_length == 1024 * int(context[:-1])
+        if mixer.startswith("ttt"):
+            assert c.model.mixer == mixer.removesuffix("_t")
+            assert c.model.ttt.backbone == ("transformer" if mixer.endswith("_t") else "mamba")
+        else:
+            assert c.model.mixer == "attention"
+        long_transformer = mixer == "transformer_finetune" or (
+            mixer == "transformer" and dataset == "books" and context not in ("1k", "2k")
+        )
+        assert c.model.rope_theta == (500_000 if long_transformer else 10_000)
+
+
+def test_inner_rates_are_the_papers():
+    """1.0 for Linear; for MLP 0.1, warmed up from 0.01 over the outer warm-up."""
+    mesh = AbstractMesh((1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    for mixer, start in (("ttt_linear", 1.0), ("ttt_mlp", 0.1)):
+        run = program.make(get(f"paper.py:{mixer}-125m-pile-2k"), mesh)
+        scale = [float(run.inner_lr_scale(step)) for step in (0, 240, 480, 4800)]
+        np.testing.assert_allclose(scale, [start, (start + 1) / 2, 1, 1], rtol=1e-6)
+
+
+def test_finetuning_has_a_fifth_of_the_steps():
+    steps, rates = zip(
+        *(
+            (config_lib.steps(c, "training.duration"), c.optimizer.peak_lr)
+            for c in (get(f"paper.py:transformer_finetune-{size}-books-8k") for size in TABLE_3)
+        ),
+        strict=True,
+    )
+    assert steps == (960, 2700, 5800, 10000)
+    assert rates == (1e-4, 1e-5, 1e-5, 1e-5)
+    assert get("paper.py:transformer_finetune-350m-books-8k").training.start_from == "runs/transformer-350m-books-2k"
+
+
+def test_the_m_of_the_mamba_backbone_may_be_written():
+    assert get("paper.py:ttt_mlp_m-350m-books-4k") == get("paper.py:ttt_mlp-350m-books-4k")
+
+
+@pytest.mark.parametrize("mixer", PAPER["MIXERS"])
+def test_meshes_divide_models_and_batches(mixer):
+    for recipe in (r for r in paper_recipes() if r.startswith(f"{mixer}-")):
+        c = get(f"paper.py:{recipe}")
+        shape = config_lib.mesh_shape(c, chips(recipe))
+        rows = c.data.batch_size // (shape["data"] * shape["fsdp"])
+        assert rows == (2 if recipe.endswith("-1k") else 1)  # each chip reads a row, or those that share it do
+        assert shape["fsdp"] * shape["tensor"] == 16 or "-125m-" in recipe  # parts of the parameters
+
+
+def parameters(c):
+    module = language_model(c.model)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))
+    return nn.meta.unbox(boxed)["params"]
+
+
+def count_by_hand(c):
+    """Embedding, final norm, and per block: two norms, SwiGLU, and a mixer."""
+    d, heads, kind = c.model.width, c.model.num_heads, c.model.mixer
+    head_dim = d // heads
+    block = 2 * d + 3 * d * c.model.mlp_width + 4 * d * d  # q, k (or, with convolutions, the gate), v, o
+    if kind != "attention":
+        block += 2 * d + heads * d + heads + 16  # post_norm; w, c and tau of the inner rate
+        block += 2 * d  # the learner's LN
+        hidden = 4 * head_dim
+        weights = head_dim * head_dim + head_dim if kind == "ttt_linear" else 2 * head_dim * hidden + hidden + head_dim
+        block += heads * weights
+        if c.model.ttt.backbone == "mamba":
+            block += 3 * 5 * d + d  # convolutions of 4 taps and a bias: before the mixer (with its norm), of q, of k
+    return c.model.vocab_size * d + d + c.model.num_layers * block
+
+
+@pytest.mark.parametrize("mixer", PAPER["MIXERS"])
+@pytest.mark.parametrize("size", TABLE_3)
+def test_parameter_counts(size, mixer):
+    c = get(f"paper.py:{mixer}-{size}-books-8k")
+    count = sum(x.size for x in jax.tree.leaves(parameters(c)))
+    assert count == count_by_hand(c)
+    assert count == pytest.approx(NAMED[size], rel=0.15)
+
+
+def test_every_mini_batch_of_figure_7():
+    """b from 1 to 2048 changes tau, of length b, and nothing else."""
+    base = get("paper.py:ttt_linear-125m-pile-2k")
+    for b in (2**i for i in range(12)):
+        c = get("paper.py:ttt_linear-125m-pile-2k", f"--config.model.ttt.mini_batch={b}")
+        count = sum(x.size for x in jax.tree.leaves(parameters(c)))
+        assert count == count_by_hand(base) + 12 * (b - 16)
+
+
+@pytest.mark.parametrize("recipe", ["ttt_linear-1.3b-pile-2k", "ttt_mlp-125m-books-32k", "transformer-760m-books-16k"])
+def test_parameters_can_lie_on_the_mesh(recipe):
+    c = get(f"paper.py:{recipe}")
+    shape = config_lib.mesh_shape(c, chips(recipe))
+    mesh = AbstractMesh(tuple(shape.values()), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    total = sum(x.size for x in jax.tree.leaves(parameters(c)))
+    lying = jax.tree.leaves(program.make(c, mesh).abstract_state.params)
+    assert sum(x.size for x in lying) == total
+    here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in lying)
+    assert here < 1.1 * total / (shape["fsdp"] * shape["tensor"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("lstm-125m-pile-2k", "expected MIXER-SIZE-DATASET-CONTEXT, one each of ttt_linear, ttt_linear_t, "),
+        ("ttt_linear-2b-pile-2k", "; 125m, 350m, 760m, 1.3b; pile, books; 1k, 2k, 4k, 8k, 16k, 32k"),
+        ("ttt_linear-125m-pile-3k", "expected MIXER-SIZE-DATASET-CONTEXT"),
+        ("ttt_linear-125m-pile-2k-x", "expected MIXER-SIZE-DATASET-CONTEXT"),
+        ("ttt_linear,125m,2k", "expected MIXER-SIZE-DATASET-CONTEXT"),
+        ("ttt_linear-125m-pile-2k:tiny", "expected :smoke, or nothing, after the recipe"),
+        ("transformer_finetune-125m-books-2k", "goes on from a model of 2k; expected a context of 4k, 8k, 16k or 32k"),
+    ],
+)
+def test_what_there_is_not(argument, message):
+    with pytest.raises(ConfigError) as error:
+        get(f"paper.py:{argument}")
+    assert str(error.value).startswith("paper.py:")
+    assert message in str(error.value)
+
+
+def run(argument, workdir, *overrides):
+    """Trains a recipe; the losses of its steps."""
+    config = get(argument, *overrides)
+    outcome = loop.train(config, workdir)
+    losses = [record["loss"] for record in metrics.read(workdir)]
+    assert outcome.step == outcome.total == len(losses) == 10
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_linear_t", "ttt_mlp", "ttt_mlp_t"])
+def test_smoke(mixer, tmp_path):
+    """A few steps of every mixer in each of its backbones; of the transformer below."""
+    losses = run(f"paper.py:{mixer}-1.3b-books-2k:smoke", tmp_path)
+    assert losses[0] == pytest.approx(np.log(257), abs=0.15)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_smoke_of_the_transformer_and_of_finetuning_it(tmp_path):
+    first = run("paper.py:transformer-125m-books-2k:smoke", tmp_path / "first")
+    start = f"--config.training.start_from={tmp_path / 'first'}"
+    second = run("paper.py:transformer_finetune-125m-books-8k:smoke", tmp_path / "second", start)
+    assert first[0] == pytest.approx(np.log(257), abs=0.15)
+    assert first[-1] < first[0] - 0.5
+    assert second[0] == pytest.approx(first[-1], abs=0.2)  # where the first one ended, but for the base of RoPE
+    assert second[-1] < second[0]

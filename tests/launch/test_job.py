@@ -1,0 +1,90 @@
+"""Jobs: names, and what is refused before anything is asked of anybody."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ttt_jax import cli
+from ttt_jax.config import ConfigError
+from ttt_jax.launch import job as job_lib
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.py")
+
+
+def make(*command, **options):
+    return job_lib.make(command, cli.parse, **options)
+
+
+def test_the_config_is_named_by_its_path_in_the_tree_that_is_sent(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    for given in (["--config", f"{CONFIG}:ttt_mlp"], ["--config=../configs/quickstart.py:ttt_mlp"]):
+        job = make("train", *given, "--workdir", "gs://b/a", "--config.seed=7")
+        assert " ".join(job.command).replace("=", " ") == (
+            "train --config configs/quickstart.py:ttt_mlp --workdir gs://b/a --config.seed 7"
+        )
+        assert (job.checkout, job.workdir) == (ROOT, "gs://b/a")
+        assert (job.config.model.mixer, job.config.seed) == ("ttt_mlp", 7)
+
+
+def test_the_name_belongs_to_the_workdir():
+    def name(workdir):
+        return job_lib.default_name(workdir, ("train",))
+
+    assert name("gs://b/runs/a") == name("gs://b/runs/a/") != name("gs://c/runs/a")
+    names = {name(f"gs://{bucket}/{run}") for bucket in "ab" for run in ("lr=1e-3", "LR 2e-3", "ü", "x" * 80)}
+    assert len(names) == 8
+    for text in names:
+        assert job_lib._checked(text) == text
+    assert name("gs://a/lr=1e-3").startswith("ttt-lr-1e-3-")
+    assert job_lib.default_name(None, ("bench", "step")).startswith("ttt-bench-")
+
+
+def test_jobs_of_other_commands_have_another_identity():
+    a, b = (make("train", "--config", CONFIG, "--workdir", "gs://b/a", f"--config.seed={seed}") for seed in (1, 2))
+    assert a.name == b.name
+    assert a.identity != b.identity
+    assert len(a.identity) == 12
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("train", "--config", CONFIG, "--workdir", "gs://b/a", "--config.model.num_heads=5"), "model.num_heads=5"),
+        (
+            ("train", "--config", CONFIG, "--workdir", "gs://b/a", "--config.optimizer.peak=5"),
+            "did you mean optimizer.",
+        ),
+        (("launch", "tpu", "--", "train"), "ttt launch: runs here"),
+        (("plot", "loss-by-position", "runs/a"), "ttt plot: runs here"),
+        ((), "--name: missing"),
+    ],
+)
+def test_commands_that_cannot_run(command, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        make(*command)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_not_sent(tmp_path):
+    outside = tmp_path / "mine.py"
+    outside.write_text(Path(CONFIG).read_text())
+    with pytest.raises(ConfigError, match=r"mine\.py: expected a file of the source tree"):
+        make("train", "--config", str(outside), "--workdir", "gs://b/a")
+
+
+@pytest.mark.parametrize("name", ["A", "1a", "a_b", "a-", "a" * 41, "a b", "a;b", ""])
+def test_names_that_others_would_not_take(name):
+    with pytest.raises(ConfigError, match="--name"):
+        make("train", "--config", CONFIG, "--workdir", "gs://b/a", name=name)
+
+
+def test_variables(monkeypatch):
+    monkeypatch.setenv("SECRET", "x=y z")
+    monkeypatch.delenv("MISSING", raising=False)
+    job = make(name="a", environment=["A=1", "B=", "C=d=e", "SECRET"])
+    assert job.environment == {"A": "1", "B": "", "C": "d=e", "SECRET": os.environ["SECRET"]}
+    for wrong in ("MISSING", "1A=2", "a b=c", "=c"):
+        with pytest.raises(ConfigError, match="--env"):
+            make(name="a", environment=[wrong])

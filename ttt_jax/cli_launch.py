@@ -1,0 +1,89 @@
+"""``ttt launch TARGET [options] -- VERB ...``: runs ``ttt VERB ...`` on other machines, to its end."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from ttt_jax.launch import gke, sky, slurm, tpu
+from ttt_jax.launch import job as job_lib
+from ttt_jax.launch.commands import Commands
+
+# Each has DESCRIPTION, add_arguments(parser) and run(options, job, commands) -> exit status; and ACTIONS where it can
+# do more with a job than run it: options.action is then one of them, or None. SENDS_SOURCES is False where the job
+# uses the files that are here.
+TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm, "sky": sky}
+
+DESCRIPTION = """\
+Runs a command of ttt on other machines: makes them, installs there what is here, runs the command, shows its log,
+starts it again after a preemption, and deletes the machines. Ends with the exit status of the command.
+
+targets:
+  tpu       a slice, or several, of Cloud TPU, through queued resources
+  gke       slices of a GKE cluster, through xpk
+  slurm     GPUs of a Slurm cluster
+  sky       TPUs or GPUs of any cloud, through SkyPilot
+
+Each target tells more: ttt launch tpu --help
+"""
+EPILOG = """\
+examples:
+  ttt launch tpu --accelerator v5litepod-256 --zone us-west4-a --spot -- \\
+      train --config configs/quickstart.py --workdir gs://bucket/runs/a
+  ttt launch tpu --zone us-west4-a --name ttt-a-0c1d2e --stop
+
+exit status:
+  that of the command: 0 done, 1 it failed, 2 it cannot be run; 75 preempted more often than --restarts allows;
+  130 stopped by Ctrl-C
+"""
+_ACTIONS = {
+    "status": "tell how the job is, and do nothing",
+    "stop": "end the job: it saves, and its machines are deleted",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The targets, each with its options."""
+    group = parser.add_subparsers(dest="target", required=True, metavar="TARGET", help=argparse.SUPPRESS)
+    for name, target in TARGETS.items():
+        p = group.add_parser(
+            name,
+            description=target.DESCRIPTION,
+            usage=f"ttt launch {name} [options] -- VERB ...",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        target.add_arguments(p)
+        add = p.add_argument_group("of every target").add_argument
+        add("--name", help="of the job (default: made of the workdir, so that the same command finds its job again)")
+        add("--env", action="append", default=[], metavar="KEY[=VALUE]", help="set there; KEY alone: as it is here")
+        add("--restarts", type=_not_negative, default=100, metavar="N", help="after preemptions (default: 100)")
+        add("--detach", action="store_true", help="return as soon as the command runs there")
+        add("--dry-run", action="store_true", help="print the commands, and run none")
+        p.set_defaults(action=None)
+        actions = p.add_mutually_exclusive_group()
+        for action in getattr(target, "ACTIONS", ()):
+            actions.add_argument(
+                f"--{action}", dest="action", action="store_const", const=action, help=_ACTIONS[action]
+            )
+
+
+def run(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) -> int:
+    """Runs the verb; returns its exit status.
+
+    Args:
+      options: of the verb; ``options.command`` is what is to be run.
+      parse: the parser of ttt, for that command.
+    """
+    command = options.command
+    if not command and options.action is None:
+        raise job_lib.ConfigError("no command; expected one after --, such as -- train --config FILE --workdir DIR")
+    target = TARGETS[options.target]
+    sends_sources = getattr(target, "SENDS_SOURCES", True)
+    job = job_lib.make(command, parse, options.name, options.env, sends_sources)
+    return target.run(options, job, Commands(options.dry_run))
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or more")
+    return int(text)

@@ -1,0 +1,1 @@
+"""How a run reaches machines that are elsewhere: TPU pods, clusters, containers."""

@@ -1,0 +1,150 @@
+"""What is to be run elsewhere, with a name, checked before anything is paid for."""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import ml_collections
+
+import ttt_jax
+from ttt_jax import config_file
+from ttt_jax.config import ConfigError
+from ttt_jax.launch import versions
+
+LONGEST_NAME = 40  # of workloads on GKE; Cloud TPU and Slurm take longer ones
+_HERE_ONLY = ("launch", "sweep", "plot")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command of ttt that is to run elsewhere.
+
+    Attributes:
+      name: of the job and whatever is created for it: small letters, digits and hyphens.
+      command: ``("train", "--config", ...)``, what follows ``ttt``; files of the checkout by their path in it. Empty
+        where a job that runs already is only asked for, or stopped.
+      checkout: the source tree that is shipped.
+      workdir: ``--workdir`` of the command, if it has one.
+      config: what ``--config`` and its overrides make, for commands that have one.
+      environment: variables that the command needs there. Values may be secrets: print none.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    checkout: Path
+    workdir: str | None = None
+    config: ml_collections.ConfigDict | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Twelve letters and digits that differ between commands."""
+        return hashlib.sha256("\0".join(self.command).encode()).hexdigest()[:12]
+
+
+def make(
+    command: Sequence[str],
+    parse: Callable[[Sequence[str]], tuple[argparse.Namespace, list[str]]],
+    name: str | None = None,
+    environment: Sequence[str] = (),
+    sends_sources: bool = True,
+) -> Job:
+    """A job, after all checks that can be made here.
+
+    Args:
+      command: what follows ``ttt``.
+      parse: the parser of ttt itself, to options and the arguments of the config; ends the process on bad options.
+      name: of the job; by default made from the workdir, so that the same command finds its job again.
+      environment: ``KEY=VALUE``, or ``KEY`` for the value it has here.
+      sends_sources: the config has to be a file of the source tree; where nothing is sent it may be any.
+
+    Raises:
+      ConfigError: for whatever could not run there, in one line.
+    """
+    root = checkout()
+    if not command:
+        if name is None:
+            raise ConfigError("--name: missing; expected the name of a job, or its command after --")
+        return Job(_checked(name), (), root, environment=_variables(environment))
+    options, rest = parse(command)
+    if options.verb in _HERE_ONLY:
+        raise ConfigError(f"ttt {options.verb}: runs here; expected a command for other machines, such as ttt train")
+    workdir = getattr(options, "workdir", None)
+    config = config_file.from_arguments(rest) if options.takes_config else None
+    command = tuple(_config_in(root, command) if options.takes_config and sends_sources else command)
+    return Job(
+        default_name(workdir, command) if name is None else _checked(name),
+        command,
+        root,
+        workdir,
+        config,
+        _variables(environment),
+    )
+
+
+def checkout() -> Path:
+    """The source tree that this package is part of.
+
+    Raises:
+      ConfigError: where it was installed without its sources.
+    """
+    root = Path(ttt_jax.__file__).resolve().parents[1]
+    if not (root / "setup.py").is_file() or not (root / "launch").is_dir():
+        raise ConfigError(
+            f"{root}: not a source tree of ttt_jax, which is what is sent to other machines; expected a git clone, "
+            "installed by pip install -e"
+        )
+    return root
+
+
+def default_name(workdir: str | None, command: Sequence[str]) -> str:
+    """The end of the workdir, and a few letters that tell jobs apart whose workdirs end alike."""
+    whole = (workdir or "\0".join(command)).rstrip("/")
+    last = re.sub("[^a-z0-9]+", "-", (workdir or command[0]).rstrip("/").rpartition("/")[2].lower()).strip("-")
+    readable = last[: LONGEST_NAME - len("ttt-") - 7].strip("-")
+    return f"ttt-{readable}{'-' if readable else ''}{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(rf"[a-z](?:[a-z0-9-]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?", name):
+        raise ConfigError(
+            f"--name {name}: expected small letters, digits and hyphens, {LONGEST_NAME} at most, a letter first"
+        )
+    return name
+
+
+def _config_in(root: Path, command: Sequence[str]) -> list[str]:
+    """The command with its config file by its path in the source tree, as it will lie there."""
+    changed = list(command)
+    for i, argument in enumerate(command):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        at, prefix = (i, f"{flag}=") if equals else (i + 1, "")
+        path, colon, rest = (value if equals else command[i + 1]).partition(":")
+        try:
+            inside = Path(path).resolve().relative_to(root)
+        except ValueError:
+            inside = None
+        if inside is None or inside not in versions.files(root):
+            raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is what is sent")
+        changed[at] = f"{prefix}{inside}{colon}{rest}"
+    return changed
+
+
+def _variables(given: Sequence[str]) -> dict[str, str]:
+    variables = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key):
+            raise ConfigError(f"--env {key}: expected KEY=VALUE, or KEY of a variable that is set here")
+        if not equals:
+            if key not in os.environ:
+                raise ConfigError(f"--env {key}: is not set here; expected KEY=VALUE, or KEY of a variable that is")
+            value = os.environ[key]
+        variables[key] = value
+    return variables

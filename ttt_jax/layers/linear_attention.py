@@ -1,0 +1,89 @@
+"""Linear attention in its simplest form: attention without the softmax, which is a sum of outer products.
+
+    S_t = S_{t-1} + k_t v_t^T        z_t = q_t S_t / d
+
+No feature map and no normaliser; rotary positions and the LN on what is read out as in TTT layers of the Transformer
+backbone. It is the TTT layer whose learner is linear, starts at W0 = 0 and takes one batch of gradient descent over the
+whole sequence with eta = 1 / d (Theorem 1 of the paper).
+
+Shapes: B batch, T tokens, D width, H heads, d = D / H, c tokens of a chunk.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.layers import rope
+from ttt_jax.layers.norm import post_norm
+from ttt_jax.layers.projection import Projection
+
+CHUNK = 128  # tokens
+
+
+class LinearAttentionState(NamedTuple):
+    """What has been read so far."""
+
+    sums: jax.Array  # S, [B, H, d, d], float32
+    position: jax.Array  # tokens, int32 scalar
+
+
+class LinearAttention(nn.Module):
+    """``wo LN(z)``, causal; sums in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+    init_stddev: float = 0.02
+    rope_theta: float = 10000.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: LinearAttentionState | None = None, inner_lr_scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, LinearAttentionState | None]:
+        del inner_lr_scale  # of mixers that learn
+        batch, tokens, width = x.shape
+
+        def project(name):
+            y = Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)(x)
+            return y.reshape(batch, tokens, self.num_heads, width // self.num_heads)
+
+        start = self.initial_state(batch, width, tokens) if state is None else state
+        positions = start.position + jnp.arange(tokens)
+        q = rope.rotate(project("wq"), positions, self.rope_theta)
+        k = rope.rotate(project("wk"), positions, self.rope_theta)
+        z, sums = linear_attention(q, k, project("wv"), start.sums)
+        z = post_norm()(z.astype(self.dtype).reshape(x.shape))
+        y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
+        return y, None if state is None else LinearAttentionState(sums, start.position + tokens)
+
+    def initial_state(self, batch: int, width: int, length: int) -> LinearAttentionState:
+        """The state before the first token; its size does not depend on ``length``."""
+        del length
+        d = width // self.num_heads
+        return LinearAttentionState(jnp.zeros((batch, self.num_heads, d, d)), jnp.zeros((), jnp.int32))
+
+
+def linear_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, sums: jax.Array, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """``z`` [B, T, H, d] and S after the last token, both float32, from q, k, v [B, T, H, d] and S before the first.
+
+    A scan over chunks of c tokens: within a chunk the products of queries and keys, before it the sums.
+    """
+    tokens, d = q.shape[1], q.shape[-1]
+    c = min(chunk, tokens)
+    n = -(-tokens // c)
+
+    def chunks(x):  # [B, T, H, d] -> [n, B, H, c, d]; keys of zero add nothing
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n * c - tokens), (0, 0), (0, 0)))
+        return x.reshape(x.shape[0], n, c, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
+
+    def step(sums, x):
+        q, k, v = x
+        z = q @ sums + jnp.tril(q @ k.swapaxes(-1, -2)) @ v
+        return sums + k.swapaxes(-1, -2) @ v, z / d
+
+    sums, z = jax.lax.scan(step, sums, (chunks(q), chunks(k), chunks(v)))
+    z = z.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], n * c, *q.shape[2:])
+    return z[:, :tokens], sums
