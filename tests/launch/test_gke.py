@@ -42,6 +42,8 @@ sys.exit(75 if plan == "wait" else plan)
 class Cluster(StandIns):
     def __init__(self, folder):
         super().__init__(folder, "stand_in_gke.py", ["xpk", "kubectl", "docker", "kubelet"])
+        program = folder / "bin" / "xpk"
+        program.write_text(program.read_text().replace(" -IS\n", "\n", 1))  # it reads YAML
         (folder / "image").mkdir()
         (folder / "image" / "ttt").write_text(f"#!{sys.executable} -IS\n{COMMAND}")
         (folder / "image" / "ttt").chmod(0o755)

@@ -94,15 +94,20 @@ def _check(options: argparse.Namespace, job: Job, accelerator: Accelerator) -> N
         )
     if job.workdir is not None and not job.workdir.startswith("gs://") and (several or not options.keep):
         why = "its hosts share no disk" if several else "the machines are deleted in the end"
-        raise ConfigError(f"--workdir {job.workdir}: {why}; expected gs://bucket/name")
+        raise ConfigError(f"{job.workdir}: {why}; expected gs://bucket/name")
     config = job.config
     if config is None:
         return
-    source = config.data.source
-    if source not in ("embedded", "synthetic") and "://" not in source:
+    places = {"data.source": config.data.source, "training.start_from": config.training.start_from}
+    for key, place in places.items():
+        if place not in ("", "embedded", "synthetic") and "://" not in place:
+            raise ConfigError(
+                f"{key}={place!r}: a folder of this machine, not there; expected gs://bucket/name (copy it: "
+                f"gcloud storage cp -r {place} gs://bucket/), or another URL"
+            )
+    if Path(config.data.tokenizer).is_file():
         raise ConfigError(
-            f"data.source={source!r}: a folder of this machine, not there; expected gs://bucket/name (copy it: "
-            f"gcloud storage cp -r {source} gs://bucket/), another URL, embedded or synthetic"
+            f"data.tokenizer={config.data.tokenizer!r}: a file of this machine; expected its hash or name"
         )
     if config.log.tensorboard and (job.workdir or "").startswith("gs://"):
         raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
