@@ -34,7 +34,7 @@ examples:
   ttt sweep --config configs/quickstart.py --grid optimizer.peak_lr=log:1e-3:1e-2:5 seed=0,1,2 --workdir sweeps/lr
   ttt sweep --config configs/quickstart.py:ttt_linear --config configs/quickstart.py:attention \\
       --zip model.width=64,128 model.num_heads=2,4 --workdir sweeps/width --jobs 2
-  ttt sweep --config configs/pile.py:ttt_linear,125m,2k --grid model.ttt.mini_batch=pow2:1:2048 \\
+  ttt sweep --config configs/paper.py:ttt_linear-125m-pile-2k --grid model.ttt.mini_batch=pow2:1:2048 \\
       --workdir gs://bucket/mini-batch -- launch tpu --accelerator v5litepod-16 --spot
   ttt sweep status sweeps/lr --watch
   ttt sweep results sweeps/lr --plot lr.png --x optimizer.peak_lr
