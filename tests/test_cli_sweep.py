@@ -33,6 +33,8 @@ REFUSED = {
     f"{SWEEP} --jobs 0": "--jobs 0: expected 1 or more",
     f"{SWEEP} --restarts -1": "--restarts -1: expected 0 or more",
     f"{SWEEP} -- train": "-- train: expected -- launch TARGET, and options of it",
+    f"{SWEEP} -- launch tpu --detach": "-- launch tpu --detach: --detach is not for sweeps, which follow their points",
+    f"{SWEEP} -- launch sky --name=a": "-- launch sky --name=a: --name=a is not for sweeps, whose points have names",
     f"{SWEEP} --asha loss": "--asha: expected --engine ray too",
     f"{SWEEP} --engine ray --asha validation-2048": "--asha validation-2048: expected a number of metrics.jsonl, such",
     f"{SWEEP} --engine ray --resources CPU": "--resources CPU: expected NAME=N, such as CPU=4 GPU=1",
@@ -103,10 +105,10 @@ def test_a_dry_run_prints_the_commands(capsys, tmp_path):
     folder = tmp_path / "new"
     line = ["sweep", "--config", QUICKSTART, "--workdir", str(folder), "--dry-run", "--config.data.source=it's here"]
     line += ["--grid", "training.duration=2 steps,1M tokens"]
-    assert cli.main([*line, "--", "launch", "tpu", "--name", "a b"]) == 0
+    assert cli.main([*line, "--", "launch", "tpu", "--zone", "a b"]) == 0
     out = capsys.readouterr().out
     assert [each for each in out.splitlines() if each.startswith("ttt")] == [
-        f"ttt launch tpu --name 'a b' -- train --config {QUICKSTART} '--config.data.source=it'\"'\"'s here' "
+        f"ttt launch tpu --zone 'a b' -- train --config {QUICKSTART} '--config.data.source=it'\"'\"'s here' "
         f"'--config.training.duration={duration}' --workdir {folder}/duration={name}"
         for duration, name in (("2 steps", "2-steps"), ("1M tokens", "1M-tokens"))
     ]

@@ -303,7 +303,7 @@ def test_refusals(cluster):
     assert "--image a;id: expected an image" in refused(*there, "--image=a;id")
     assert "--zone $(id): expected letters" in refused(*there, "--zone=$(id)")
     there.append(f"--image={IMAGE}")
-    assert "--workdir runs/a: the machines vanish" in refused(*there, workdir="runs/a")
+    assert "runs/a: the machines are deleted" in refused(*there, workdir="runs/a")
     assert "a folder of this machine" in refused(*there, config=["--config.data.source=data/pile"])
     (cluster.folder / "bin" / "xpk").unlink()
     assert refused(*there) == "ttt launch: xpk: is not installed; pip install xpk"

@@ -45,7 +45,15 @@ def start_sweep(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "STAND_IN": json.dumps(do or {}), **(environment or {})}
         pipe = subprocess.PIPE
         started.append(
-            subprocess.Popen([*line, *arguments], env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+            subprocess.Popen(
+                [*line, *arguments],
+                env=environment,
+                cwd=ROOT,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                start_new_session=True,
+            )
         )
         return started[-1]
 

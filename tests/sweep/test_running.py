@@ -93,7 +93,7 @@ def test_a_signal_lets_points_save_and_the_same_command_goes_on(start_sweep, wai
     process = start_sweep(*GRID, "--jobs", "2", do=do)
     wait_for(lambda: (folder / "seed=0/ready").exists() and (folder / "seed=1/ready").exists())
     assert states(folder) == {"seed=0": "running", "seed=1": "running", "seed=2": "waiting"}
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does it
     out, _ = process.communicate(timeout=20)
     assert process.returncode == ends
     assert out == f"{folder}: 3 points: 2 stopped, 1 waiting\nto go on: the same command\n"

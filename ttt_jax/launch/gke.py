@@ -66,6 +66,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
             raise ConfigError("--image: missing; expected an image, or --build and where to put one")
         if options.image is not None:
             image.checked(options.image, "--image")
+        checks.bucket(job, "the machines are deleted in the end")
         checks.no_local_files(job)
     return lifecycle.run(options, job, commands, Workload(options, job, commands))
 
