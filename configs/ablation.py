@@ -17,8 +17,8 @@ four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, an
     mamba_backbone     model.ttt.backbone=mamba                       11.09    which is paper.py:ttt_linear-125m-pile-2k
 
 The paper says what it adds, not how in detail. Here, biases of the learner come with LN and residual (without them
-linear attention has no counterpart), and the rate that is not learned is base_lr / d, summed over the mini-batch as in
-the paper's equations. RUNG:smoke is a tiny one, on the embedded corpus.
+linear attention has no counterpart), and a rate that is not learned is the one that learning starts with. RUNG:smoke is
+a tiny one, on the embedded corpus.
 """
 
 import runpy
