@@ -110,7 +110,7 @@ def smoke(c):
 
 def _parsed(recipe, variant):
     parts = recipe.replace("_m-", "-", 1).split("-")
-    known = (MIXERS, SIZES, DATASETS, CONTEXTS)
+    known = (tuple(MIXERS), tuple(SIZES), DATASETS, tuple(CONTEXTS))
     if len(parts) != 4 or any(part not in names for part, names in zip(parts, known, strict=True)):
         listed = "; ".join(", ".join(names) for names in known)
         raise ConfigError(f"paper.py:{recipe}: expected MIXER-SIZE-DATASET-CONTEXT, one each of {listed}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fake_gcs import FakeGCS, printed
 
+from ttt_jax import cli
 from ttt_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,3 +230,14 @@ def environment_of_cache(folder):
     """Where logs and locks of sweeps in buckets are; and compiled programs as in :func:`environment`."""
     kept = environment()
     return {"XDG_CACHE_HOME": str(folder), **{name: x for name, x in kept.items() if name.startswith(("JAX_", "XLA_"))}}
+
+
+def test_a_value_with_spaces_after_a_list_is_of_all_points(capsys, tmp_path):
+    """argparse would take it for one more entry of the list."""
+    lists = ["--grid", "seed=0,1", "--config.training.duration=20 steps"]
+    lists += ["--zip", "log.every=1 step,2 steps", "--config.checkpoint.every=10 steps"]
+    assert cli.main(["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), *lists, "--dry-run"]) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ttt train")]
+    assert len(commands) == 4
+    assert all("'--config.training.duration=20 steps'" in line for line in commands)
+    assert all("'--config.checkpoint.every=10 steps'" in line for line in commands)

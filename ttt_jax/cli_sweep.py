@@ -1,6 +1,7 @@
 """``ttt sweep``: many runs from one command; where they stand, and how they compare."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -114,8 +115,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         command.check_launcher(launcher)
     _check_engine(options)
     directory = workdir_lib.at(options.workdir)
-    recipes, constant = _split(rest)
-    axes = axes_lib.from_options(options.grid, options.zip, constant)
+    # argparse takes --config.KEY=VALUE for a value of --grid or --zip before it where VALUE has a space.
+    swallowed = [text for text in (*options.grid, *itertools.chain(*options.zip)) if text.startswith("-")]
+    grid, *zips = [[text for text in group if text not in swallowed] for group in (options.grid, *options.zip)]
+    recipes, constant = _split([*rest, *swallowed])
+    axes = axes_lib.from_options(grid, zips, constant)
     there = sweep_file.read(directory)
     made = points.make(recipes, constant, axes_lib.product(axes), there.points if there else ())
     sweep = sweep_file.merged(directory, there, Sweep(made.base, axes, made.points))

@@ -42,6 +42,8 @@ sys.exit(75 if plan == "wait" else plan)
 class Cluster(StandIns):
     def __init__(self, folder):
         super().__init__(folder, "stand_in_gke.py", ["xpk", "kubectl", "docker", "kubelet"])
+        program = folder / "bin" / "xpk"
+        program.write_text(program.read_text().replace(" -IS\n", "\n", 1))  # it reads YAML
         (folder / "image").mkdir()
         (folder / "image" / "ttt").write_text(f"#!{sys.executable} -IS\n{COMMAND}")
         (folder / "image" / "ttt").chmod(0o755)
@@ -301,7 +303,7 @@ def test_refusals(cluster):
     assert "--image a;id: expected an image" in refused(*there, "--image=a;id")
     assert "--zone $(id): expected letters" in refused(*there, "--zone=$(id)")
     there.append(f"--image={IMAGE}")
-    assert "--workdir runs/a: the machines vanish" in refused(*there, workdir="runs/a")
+    assert "runs/a: the machines are deleted" in refused(*there, workdir="runs/a")
     assert "a folder of this machine" in refused(*there, config=["--config.data.source=data/pile"])
     (cluster.folder / "bin" / "xpk").unlink()
     assert refused(*there) == "ttt launch: xpk: is not installed; pip install xpk"

@@ -297,7 +297,7 @@ def test_refusals(sky):
 
     assert "--accelerator: expected one" in refused()
     assert "--accelerator: expected one" in refused("--accelerator=H100:8", "--cpus=2")
-    assert "--workdir runs/a: the machines vanish" in refused("--accelerator=H100:8", workdir="runs/a")
+    assert "runs/a: the machines are deleted" in refused("--accelerator=H100:8", workdir="runs/a")
     assert "expected an accelerator type" in refused("--accelerator=tpu-v99-1")
     assert "--nodes: of GPUs only" in refused("--accelerator=tpu-v5litepod-8", "--nodes=2")
     assert "runs on one host" in refused("--accelerator=tpu-v5litepod-16", verb="eval")

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import os
 import re
 import tempfile
@@ -67,6 +66,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
             raise ConfigError("--image: missing; expected an image, or --build and where to put one")
         if options.image is not None:
             image.checked(options.image, "--image")
+        checks.bucket(job, "the machines are deleted in the end")
         checks.no_local_files(job)
     return lifecycle.run(options, job, commands, Workload(options, job, commands))
 
@@ -171,12 +171,15 @@ class Workload:
             self._commands.note(f"the file of --env-file has {', '.join(variables)}")
             yield f"{self._job.name}.env"
             return
+        import yaml
+
         descriptor, path = tempfile.mkstemp(prefix="ttt-launch-", suffix=".env")
         try:
             with os.fdopen(descriptor, "w") as file:
                 for key, value in variables.items():
                     # It goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
-                    file.write(f"{key}={json.dumps(value)[1:-1].replace('$', '$$')}\n")
+                    quoted = yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
+                    file.write(f"{key}={quoted[1:-1].replace('$', '$$')}\n")
             yield path
         finally:
             Path(path).unlink()

@@ -28,7 +28,7 @@ class Job:
       command: ``("train", "--config", ...)``, what follows ``ttt``; files of the checkout by their path in it. Empty
         where a job that runs already is only asked for, or stopped.
       checkout: the source tree that is shipped.
-      workdir: ``--workdir`` of the command, if it has one.
+      workdir: ``--workdir`` of the command, or ``--output``, if it has one.
       config: what ``--config`` and its overrides make, for commands that have one.
       environment: variables that the command needs there. Values may be secrets: print none.
     """
@@ -73,7 +73,7 @@ def make(
     options, rest = parse(command)
     if options.verb in _HERE_ONLY:
         raise ConfigError(f"ttt {options.verb}: runs here; expected a command for other machines, such as ttt train")
-    workdir = getattr(options, "workdir", None)
+    workdir = getattr(options, "workdir", None) or getattr(options, "output", None)
     config = config_file.from_arguments(rest) if options.takes_config else None
     command = tuple(_config_in(root, command) if options.takes_config and sends_sources else command)
     return Job(

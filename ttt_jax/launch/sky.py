@@ -86,6 +86,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     if options.action is None:
         if (options.accelerator is None) == (options.cpus is None):
             raise ConfigError("--accelerator: expected one, such as tpu-v5litepod-8 or H100:8, or --cpus instead")
+        checks.bucket(job, "the machines are deleted in the end")
         checks.no_local_files(job)
     return lifecycle.run(options, job, commands, ManagedJobs(options, job, commands))
 

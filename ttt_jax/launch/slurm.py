@@ -77,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpus-per-task", type=_positive, metavar="C", help="CPU cores for each process")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as --sbatch=--exclusive")
     add("--setup", type=Path, metavar="FILE", help="a file that bash sources first, such as one with module load")
-    add("--folder", type=Path, metavar="DIR", help="for the log (default: WORKDIR/slurm, or ./slurm for a bucket)")
+    add(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="for the log (default: slurm in the workdir; here, if that is a bucket)",
+    )
 
 
 def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
@@ -211,8 +216,8 @@ def _sbatch(options: argparse.Namespace, job: Job) -> list[str]:
         raise ConfigError("--gpus-per-node: missing; expected how many GPUs each node has")
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError(f"--setup {options.setup}: no such file")
-    folder = options.folder or Path("slurm" if job.workdir is None or "://" in job.workdir else f"{job.workdir}/slurm")
-    folder = folder.resolve()
+    of_a_run = job.workdir is not None and "://" not in job.workdir and job.command[0] != "tokenize"
+    folder = (options.folder or Path(f"{job.workdir}/slurm" if of_a_run else "slurm")).resolve()
     prefix = folder / job.name
     if not options.dry_run:
         folder.mkdir(parents=True, exist_ok=True)
