@@ -149,11 +149,11 @@ def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
         console.print(tables.of_status(standings))
         return DONE
     every = options.every or (2.0 if workdir_lib.is_local(directory) else 30.0)
-    with Live(tables.of_status(standings), console=console, auto_refresh=False) as live:
+    with Live(tables.of_status(standings, active_first=True), console=console, auto_refresh=False) as live:
         while any(each.state not in (record.DONE, record.FAILED, record.STOPPED_EARLY) for each in standings):
             time.sleep(every)
             standings = status_lib.of_sweep(directory)
-            live.update(tables.of_status(standings), refresh=True)
+            live.update(tables.of_status(standings, active_first=True), refresh=True)
     return DONE
 
 

@@ -14,7 +14,7 @@ from matplotlib import image
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import files, follow, metric, plot, record, results, status, sweep_file
+from ttt_jax.sweep import files, follow, metric, plot, record, results, status, sweep_file, tables
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.record import Record
 from ttt_jax.sweep.sweep_file import Sweep
@@ -108,6 +108,12 @@ def test_status_as_a_table(sweep, capsys):
     assert "lr=1.0 running 40/100 1.0000 400 0:00 ago" in lines
     assert "lr=10.0 failed 2/100 nan 20 0:00 ago loss is nan" in lines
     assert "lr=0.001 waiting 0/100" in lines
+
+
+def test_a_terminal_shows_first_what_runs(sweep):
+    sign(sweep, age=1)
+    table = tables.of_status(status.of_sweep(sweep), active_first=True)
+    assert list(table.columns[0].cells) == ["lr=1.0", "lr=10.0", "lr=0.001", "lr=0.1", "lr=0.01"]
 
 
 def test_watching_ends_when_all_have_ended(tmp_path, capsys):

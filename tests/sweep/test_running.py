@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_a_program_that_is_killed_says_so(start_sweep, wait_for, calls, tmp_path
     out, _ = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "seed=0: killed by SIGKILL" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does this on Linux")
+def test_who_supervises_can_be_killed_too(start_sweep, wait_for, calls, tmp_path):
+    process = start_sweep("--grid", "seed=0", do={"seed=0": ["hang"]})
+    wait_for((tmp_path / "sweep/seed=0/ready").exists)
+    pid = calls("seed=0")[0]["pid"]
+    supervisor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert supervisor != process.pid
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: not alive(pid))
+    assert (tmp_path / "sweep/seed=0/output.log").read_text() == "stopped by SIGTERM\n"
+    assert process.wait(timeout=20) == 1
 
 
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

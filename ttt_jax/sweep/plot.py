@@ -28,6 +28,7 @@ _STYLES = [
     ("#8C6D1F", (0, (1, 1)), "*"),
 ]
 _MOST_TICKS = 12
+_MOST_IN_PICTURE = 4  # names of lines; more would cover them
 
 
 def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
@@ -60,7 +61,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     hollow = means = False
     for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
         color, line, marker = _STYLES[index % len(_STYLES)]
-        label = ", ".join(f"{names.short(key)} {_text(value)}" for key, value in zip(by, group, strict=True))
+        label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
         at: dict[float, list[float]] = {}
         for each in members:
             value, done = each.value or 0.0, results.is_finished(each)
@@ -71,13 +72,14 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
             if done:
                 at.setdefault(place, []).append(value)
         middle = sorted((place, math.fsum(values) / len(values)) for place, values in at.items())
-        means = means or any(len(values) > 1 for values in at.values())
+        several = any(len(values) > 1 for values in at.values())
+        means = means or several
         axes.plot(
             [place for place, _ in middle],
             [mean for _, mean in middle],
             color=color,
             linestyle=line,
-            marker=marker,
+            marker=None if several else marker,  # of points alone
             markersize=5,
             linewidth=1.8,
             label=label or None,
@@ -88,7 +90,10 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axes.set_title(_title(found, metric, hollow=hollow, means=means), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
-        axes.legend(loc="best", framealpha=0.8, edgecolor="none")
+        if len(groups) > _MOST_IN_PICTURE:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, edgecolor="none")
+        else:
+            axes.legend(loc="best", framealpha=0.8, edgecolor="none")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=160)
     plt.close(figure)
@@ -171,6 +176,10 @@ def _title(found: Results, metric: str, *, hollow: bool, means: bool) -> str:
 def _order(value: Value | None) -> tuple:
     numeric = isinstance(value, int | float)
     return (not numeric, value if numeric else 0.0, str(value))
+
+
+def _label(key: str, value: Value | None) -> str:
+    return _text(value) if key == results.CONFIG else f"{names.short(key)} {_text(value)}"
 
 
 def _text(value: Value | None) -> str:

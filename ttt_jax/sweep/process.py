@@ -52,9 +52,8 @@ class Process:
             self._start = output.seek(0, os.SEEK_END)
             self._pipe: int | None
             read, self._pipe = os.pipe()  # the other side knows by it that this process has died
-            keep = [str(read), str(lock.fileno())]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, *keep, *command],
+                [sys.executable, "-I", "-S", supervisor.__file__, str(read), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,10 +1,10 @@
 """Runs a command that is asked to stop once the process that wanted it has died: it saves, and nobody is left behind.
 
-    python supervisor.py PIPE LOCK COMMAND ARGUMENT...
+    python supervisor.py PIPE COMMAND ARGUMENT...
 
 PIPE is a file descriptor that nobody writes to: it ends with whoever holds its other side, also where that was killed.
-LOCK is one that the command holds for as long as it lives. SIGINT and SIGTERM are passed on. The supervisor ends as the
-command does, with its exit status or by its signal; where it is killed itself, the command gets SIGTERM (on Linux).
+SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its signal; where
+it is killed itself, the command gets SIGTERM (on Linux).
 
 It has one thread: a process hears of the death of every thread of its parent, and two SIGTERM are one too many.
 """
@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 def main() -> None:
     """Never returns."""
-    pipe, lock, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    pipe, command = int(sys.argv[1]), sys.argv[2:]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # none is lost before there is somebody to pass it to
     own = os.getpid()
     process = os.fork()
@@ -33,7 +33,6 @@ def main() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _become(command, own)
-    os.close(lock)
     asked = []
 
     def pass_on(number: int, frame: object = None) -> None:
