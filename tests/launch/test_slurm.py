@@ -138,6 +138,18 @@ def test_what_would_fail_again_is_not_started_again(cluster, code):
     assert cluster.job()["restarts"] == 0
 
 
+def test_a_setup_file_is_sourced_by_the_job(cluster):
+    setup = cluster.folder / "my setup"
+    setup.write_text("SECRET=of-the-setup\nexport SECRET\n")
+    assert cluster.launch("--setup", setup)[0] == DONE
+    assert [secret for _, _, secret in cluster.started()] == ["of-the-setup"] * 2
+    setup.write_text("module load nothing\n")
+    status, out, _ = cluster.launch("--setup", setup)
+    assert status == REFUSED
+    assert "module: command not found" in out
+    assert len(cluster.started()) == 2
+
+
 def test_before_its_time_limit_a_job_saves_and_goes_on_later(cluster):
     cluster.plan("wait", 0)
     launch = cluster.launch(wait=False)
