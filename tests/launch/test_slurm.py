@@ -299,7 +299,7 @@ def test_how_a_job_ended_that_only_accounting_knows(cluster, past, code, expecte
     monkeypatch.setattr(slurm, "_POLL", 0)
     for name in ("PATH", "STAND_IN"):
         monkeypatch.setenv(name, cluster.environment[name])
-    assert slurm.Slurm(Job("a", (), ROOT), Commands(), []).follow("7", True) == expected
+    assert slurm.Slurm(Job("a", (), ROOT), Commands(), ROOT, []).follow("7", True) == expected
 
 
 def test_dry_run_prints_what_bash_takes_and_does_nothing(cluster):
@@ -325,4 +325,5 @@ def test_refusals(cluster):
     assert "unknown key" in refused("--gpus-per-node=1", command=[*train, "--config.model.widht=3"])
     for name in "sbatch squeue".split():
         (cluster.folder / "bin" / name).unlink()
-    assert refused("--gpus-per-node=1").startswith("ttt launch: squeue: is not installed")
+    assert refused("--gpus-per-node=1").startswith("ttt launch: squeue: is not installed; it is part of Slurm")
+    assert not (cluster.folder / "runs").exists()
