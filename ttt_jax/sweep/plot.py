@@ -57,11 +57,11 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis = _Axis([place for place in places.values() if place is not None])
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    hollow = False
+    hollow = means = False
     for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
         color, line, marker = _STYLES[index % len(_STYLES)]
         label = ", ".join(f"{names.short(key)} {_text(value)}" for key, value in zip(by, group, strict=True))
-        means: dict[float, list[float]] = {}
+        at: dict[float, list[float]] = {}
         for each in members:
             value, done = each.value or 0.0, results.is_finished(each)
             place = axis.place(places[each.standing.point.name])
@@ -69,8 +69,9 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
             fill = color if done else "white"
             axes.plot(place, value, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
             if done:
-                means.setdefault(place, []).append(value)
-        middle = sorted((place, math.fsum(values) / len(values)) for place, values in means.items())
+                at.setdefault(place, []).append(value)
+        middle = sorted((place, math.fsum(values) / len(values)) for place, values in at.items())
+        means = means or any(len(values) > 1 for values in at.values())
         axes.plot(
             [place for place, _ in middle],
             [mean for _, mean in middle],
@@ -84,7 +85,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis.prepare(axes)
     axes.set_xlabel(f"{x} (log scale)" if axis.base else x)
     axes.set_ylabel(metric)
-    axes.set_title(_title(found, metric, hollow), fontsize=11)
+    axes.set_title(_title(found, metric, hollow=hollow, means=means), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
         axes.legend(loc="best", framealpha=0.8, edgecolor="none")
@@ -155,9 +156,11 @@ def _value(found: Results, result: Result, key: str, option: str) -> Value | Non
     return config.get(key)
 
 
-def _title(found: Results, metric: str, hollow: bool) -> str:
-    missing = sum(1 for each in found.results if each.value is None)
+def _title(found: Results, metric: str, *, hollow: bool, means: bool) -> str:
+    missing = sum(1 for each in found.results if each.value is None or not math.isfinite(each.value))
     parts = [f"{len(found.results)} points"]
+    if means:
+        parts.append("lines: means")
     if hollow:
         parts.append("hollow: not finished")
     if missing:

@@ -32,12 +32,15 @@ class Process:
       command: program and arguments.
       folder: a local one, for the log and the lock.
       environment: of the process.
+      cwd: where it runs; None is here.
 
     Raises:
       Busy: where such a process lives already.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ):
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ, cwd: Path | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG
         with (folder / _LOCK).open("a+") as lock, self._log.open("ab") as output:
@@ -56,6 +59,7 @@ class Process:
                 stdout=output,
                 stderr=output,
                 env=environment,
+                cwd=cwd,
                 pass_fds=[read, lock.fileno()],
                 start_new_session=True,
             )
