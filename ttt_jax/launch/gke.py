@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import RESTART
 from ttt_jax.launch import checks, image, lifecycle
@@ -171,8 +173,6 @@ class Workload:
             self._commands.note(f"the file of --env-file has {', '.join(variables)}")
             yield f"{self._job.name}.env"
             return
-        import yaml
-
         descriptor, path = tempfile.mkstemp(prefix="ttt-launch-", suffix=".env")
         try:
             with os.fdopen(descriptor, "w") as file:
