@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_launch, cli_plan, cli_sweep, cli_tokenize, config_file
+from ttt_jax import cli_launch, cli_plan, cli_sweep, cli_sweep_report, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
@@ -228,8 +228,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("sweep", cli_sweep.run, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
     p.epilog = f"{cli_sweep.EPILOG}\n{p.epilog}"
     cli_sweep.add_arguments(p)
-    cli_sweep.add_status_arguments(verb("sweep status", cli_sweep.status, cli_sweep.STATUS))
-    cli_sweep.add_results_arguments(verb("sweep results", cli_sweep.results, cli_sweep.RESULTS))
+    report = cli_sweep_report
+    report.add_status_arguments(verb("sweep status", report.status, report.STATUS))
+    report.add_results_arguments(verb("sweep results", report.results, report.RESULTS))
 
     p = verb("launch", lambda options, rest: cli_launch.run(options, parse), cli_launch.DESCRIPTION, takes_command=True)
     p.epilog = cli_launch.EPILOG
