@@ -2,11 +2,11 @@
 
     ttt train --config configs/ablation.py:mini_batch --workdir gs://bucket/ablation/mini_batch \
         --config.data.source=gs://bucket/pile
-    ttt sweep --config 'configs/ablation.py:{linear_attention,equivalence,learned_w0,norm_residual,mini_batch,
-        learned_eta,mamba_backbone}'
+    ttt sweep --config configs/ablation.py:linear_attention --config configs/ablation.py:equivalence ... \
+        --workdir gs://bucket/ablation --config.data.source=gs://bucket/pile      # all rungs; docs/recipes.md
 
-125M parameters at 2k tokens of the Pile, 4,800 steps, 2.5 B tokens, 256 chips of TPU v5e; PLAN GiB a chip and about
-PLAN minutes each, says ``ttt plan``. RUNG, what it changes in the one above, and the perplexity that the paper reports:
+125M parameters at 2k tokens of the Pile, 4,800 steps, 2.5 B tokens, 256 chips of TPU v5e: 4 to 6 GiB a chip and two to
+four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, and the perplexity that the paper reports:
 
     linear_attention                                                  15.23
     equivalence        model.mixer=ttt_linear                         15.23    the same numbers, to rounding (Theorem 1)
@@ -17,8 +17,8 @@ PLAN minutes each, says ``ttt plan``. RUNG, what it changes in the one above, an
     mamba_backbone     model.ttt.backbone=mamba                       11.09    which is paper.py:ttt_linear-125m-pile-2k
 
 The paper says what it adds, not how in detail. Here, biases of the learner come with LN and residual (without them
-linear attention has no counterpart), and the rate that is not learned is base_lr / d, summed over the mini-batch as in
-the paper's equations. RUNG:smoke is a tiny one, on the embedded corpus.
+linear attention has no counterpart), and a rate that is not learned is the one that learning starts with. RUNG:smoke is
+a tiny one, on the embedded corpus.
 """
 
 import runpy

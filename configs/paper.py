@@ -18,13 +18,13 @@ and :smoke after any of it makes it tiny, on the embedded corpus.
 
 Hardware: 256 chips of TPU v5e (16x16), but for the 125m at 16k, 128 of them (8x16), and at 32k, 64 (8x8), for its 12
 heads cannot share a row in more than 4 parts. Half a million tokens a batch, whatever the context. Tokens, and what
-``ttt plan`` expects of TTT-Linear, memory of a chip (of 15.75 GiB) and time; all mixers are in docs/recipes.md:
+``ttt plan`` expects of TTT-Linear: memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
 
-            steps   tokens    at 2k                   at 32k
-    125m    4,800    2.5 B    PLAN
-    350m   13,500      7 B    PLAN
-    760m   29,000     15 B    PLAN
-    1.3b   50,000     26 B    PLAN
+            steps   tokens    at 2k                at 32k
+    125m    4,800    2.5 B     5.8 GiB, 3 min      2.2 GiB, 38 min (64 chips)
+    350m   13,500      7 B    11.0 GiB, 21 min     3.1 GiB, 3.3 h
+    760m   29,000     15 B     1.4 GiB, 1.6 h      4.8 GiB, 7.9 h
+    1.3b   50,000     26 B     2.3 GiB, 4.8 h      6.7 GiB, 15 h
 
 The paper reports perplexity 11.09 for ttt_linear-125m-pile-2k, and 0.27 s a step for ttt_linear-1.3b at 2k, 0.30 s for
 the transformer; its other results are in figures.
@@ -110,7 +110,7 @@ def smoke(c):
 
 def _parsed(recipe, variant):
     parts = recipe.replace("_m-", "-", 1).split("-")
-    known = (MIXERS, SIZES, DATASETS, CONTEXTS)
+    known = (tuple(MIXERS), tuple(SIZES), DATASETS, tuple(CONTEXTS))
     if len(parts) != 4 or any(part not in names for part, names in zip(parts, known, strict=True)):
         listed = "; ".join(", ".join(names) for names in known)
         raise ConfigError(f"paper.py:{recipe}: expected MIXER-SIZE-DATASET-CONTEXT, one each of {listed}")

@@ -4,14 +4,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from ttt_jax.launch import gke, slurm, tpu
+from ttt_jax.launch import gke, sky, slurm, tpu
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch.commands import Commands
 
 # Each has DESCRIPTION, add_arguments(parser) and run(options, job, commands) -> exit status; and ACTIONS where it can
 # do more with a job than run it: options.action is then one of them, or None. SENDS_SOURCES is False where the job
 # uses the files that are here.
-TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm}
+TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm, "sky": sky}
 
 DESCRIPTION = """\
 Runs a command of ttt on other machines: makes them, installs there what is here, runs the command, shows its log,
@@ -21,6 +21,7 @@ targets:
   tpu       a slice, or several, of Cloud TPU, through queued resources
   gke       slices of a GKE cluster, through xpk
   slurm     GPUs of a Slurm cluster
+  sky       TPUs or GPUs of any cloud, through SkyPilot
 
 Each target tells more: ttt launch tpu --help
 """

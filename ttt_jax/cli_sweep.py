@@ -1,6 +1,7 @@
 """``ttt sweep``: many runs from one command; where they stand, and how they compare."""
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ examples:
   ttt sweep --config configs/quickstart.py --grid optimizer.peak_lr=log:1e-3:1e-2:5 seed=0,1,2 --workdir sweeps/lr
   ttt sweep --config configs/quickstart.py:ttt_linear --config configs/quickstart.py:attention \\
       --zip model.width=64,128 model.num_heads=2,4 --workdir sweeps/width --jobs 2
-  ttt sweep --config configs/pile.py:ttt_linear,125m,2k --grid model.ttt.mini_batch=pow2:1:2048 \\
+  ttt sweep --config configs/paper.py:ttt_linear-125m-pile-2k --grid model.ttt.mini_batch=pow2:1:2048 \\
       --workdir gs://bucket/mini-batch -- launch tpu --accelerator v5litepod-16 --spot
   ttt sweep status sweeps/lr --watch
   ttt sweep results sweeps/lr --plot lr.png --x optimizer.peak_lr
@@ -69,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, metavar="N", help="points at a time (default: 1; all, where they are launched elsewhere)")
     add("--restarts", type=int, default=10, metavar="N", help="of a point that ends with status 75 (default: 10)")
     add("--dry-run", action="store_true", help="print the points and their commands; run nothing")
+    ray = parser.add_argument_group("Ray Tune, with the extra [ray]")
+    ray.add_argument("--engine", choices=["processes", "ray"], default="processes", help="(default: processes)")
+    ray.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: one of this machine)")
+    ray.add_argument("--resources", nargs="+", default=["CPU=1"], metavar="NAME=N", help="of a point (default: CPU=1)")
+    ray.add_argument("--asha", metavar="METRIC", help="stop points early that are worse than others by this metric")
+    ray.add_argument("--grace", type=int, metavar="STEPS", help="that each point may take (default: 10%% of its run)")
+    ray.add_argument(
+        "--reduction", type=float, default=3.0, metavar="R", help="the best of R go on, then to R times as many steps"
+    )
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,9 +113,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     launcher = options.command
     if launcher:
         command.check_launcher(launcher)
+    _check_engine(options)
     directory = workdir_lib.at(options.workdir)
-    recipes, constant = _split(rest)
-    axes = axes_lib.from_options(options.grid, options.zip, constant)
+    # argparse takes --config.KEY=VALUE for a value of --grid or --zip before it where VALUE has a space.
+    swallowed = [text for text in (*options.grid, *itertools.chain(*options.zip)) if text.startswith("-")]
+    grid, *zips = [[text for text in group if text not in swallowed] for group in (options.grid, *options.zip)]
+    recipes, constant = _split([*rest, *swallowed])
+    axes = axes_lib.from_options(grid, zips, constant)
     there = sweep_file.read(directory)
     made = points.make(recipes, constant, axes_lib.product(axes), there.points if there else ())
     sweep = sweep_file.merged(directory, there, Sweep(made.base, axes, made.points))
@@ -135,11 +149,11 @@ def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
         console.print(tables.of_status(standings))
         return DONE
     every = options.every or (2.0 if workdir_lib.is_local(directory) else 30.0)
-    with Live(tables.of_status(standings), console=console, auto_refresh=False) as live:
+    with Live(tables.of_status(standings, active_first=True), console=console, auto_refresh=False) as live:
         while any(each.state not in (record.DONE, record.FAILED, record.STOPPED_EARLY) for each in standings):
             time.sleep(every)
             standings = status_lib.of_sweep(directory)
-            live.update(tables.of_status(standings), refresh=True)
+            live.update(tables.of_status(standings, active_first=True), refresh=True)
     return DONE
 
 
@@ -173,13 +187,13 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launched: bool) -> int:
-    from ttt_jax.sweep import command, gpus, record, sweep_file
+    from ttt_jax.sweep import command, gpus, record, runner, sweep_file
     from ttt_jax.sweep.files import on_each
+    from ttt_jax.sweep.point_run import PointRun
     from ttt_jax.sweep.presence import Presence
-    from ttt_jax.sweep.runner import Runner
 
     jobs = options.jobs or (len(wanted) if launched else 1)
-    environments = [{}] * jobs if launched else gpus.split(jobs)
+    environments = [{}] * jobs if launched or options.engine == "ray" else gpus.split(jobs)
     workdir_lib.make(directory)
     local = _local(directory)
     with Presence(directory, local):
@@ -187,23 +201,58 @@ def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launch
             raise ConfigError(f"--workdir {directory}: another command has just changed the sweep; run this one again")
         sweep_file.write(directory, sweep)
         known = on_each(lambda point: record.read(directory / point.name), wanted)
-        left = [p for p, before in zip(wanted, known, strict=True) if before is None or not before.is_final(p.steps)]
+        early = options.asha is not None
+        left = [
+            point
+            for point, before in zip(wanted, known, strict=True)
+            if before is None or not before.is_final(point.steps, stopping_early=early)
+        ]
         others = len(sweep.points) - len(wanted)
         _tell(
             f"{directory}: {len(wanted)} points, {len(wanted) - len(left)} of them done already"
             + (f"; {others} of earlier commands are left as they are" if others else "")
             + f"; to watch: ttt sweep status {shlex.quote(str(directory))} --watch"
         )
-        runner = Runner(
-            directory,
-            local,
-            lambda point: [*command.PROGRAM, *arguments(point)],
-            environments=environments,
-            restarts=options.restarts,
-            tell=_tell,
-        )
-        received = runner.run(left)
+
+        def make(point, environment) -> PointRun:
+            line = [*command.PROGRAM, *arguments(point)]
+            about = {"environment": environment, "restarts": options.restarts, "tell": _tell}
+            return PointRun(point, directory, local, line, **about)
+
+        if options.engine == "ray":
+            received = _run_on_ray(options, directory, local, wanted, left, arguments)
+        else:
+            received = runner.run(left, make, environments, _tell)
     return _summary(directory, wanted, received)
+
+
+def _run_on_ray(options, directory: Workdir, local: Path, wanted, left, arguments) -> signal.Signals | None:
+    from ttt_jax.sweep import command, metric, ray_tune
+
+    steps = max(point.steps for point in wanted)
+    early = None
+    if options.asha is not None:
+        grace = options.grace or max(1, steps // 10)
+        early = ray_tune.Early(options.asha, grace, options.reduction, metric.higher_is_better(options.asha))
+    cwd, place = str(Path.cwd()), str(directory.resolve() if workdir_lib.is_local(directory) else directory)
+    ended = [point for point in wanted if point not in left] if early else []  # they are compared with
+    trials = [
+        ray_tune.Trial(
+            point,
+            [*command.PROGRAM, *arguments(point)] if point in left else None,
+            directory=place,
+            local=str(local.resolve()),
+            cwd=cwd,
+            restarts=options.restarts,
+        )
+        for point in [*ended, *left]
+    ]
+    if not left:
+        return None
+    resources = _resources(options.resources)
+    return ray_tune.run(
+        trials, address=options.ray_address, resources=resources, jobs=options.jobs, early=early, tell=_tell
+    )
 
 
 def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int:
@@ -240,6 +289,34 @@ def _split(rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if not recipes:
         raise ConfigError("--config: missing; expected a config file, such as --config configs/quickstart.py")
     return recipes, constant
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    if options.engine == "ray":
+        if options.command:
+            raise ConfigError("--engine ray: is a launcher itself; expected nothing behind --")
+        from ttt_jax.sweep import metric
+
+        if options.asha is not None and metric.is_of_evaluation(options.asha):
+            raise ConfigError(f"--asha {options.asha}: expected a number of metrics.jsonl, such as loss")
+        if not 1 < options.reduction < 1e6:
+            raise ConfigError(f"--reduction {options.reduction}: expected a number above 1")
+        _at_least("--grace", options.grace, 1)
+        _resources(options.resources)
+        return
+    for option in ("ray_address", "asha", "grace"):
+        if getattr(options, option) is not None:
+            raise ConfigError(f"--{option.replace('_', '-')}: expected --engine ray too")
+
+
+def _resources(texts: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        match = re.fullmatch(r"([A-Za-z][\w.:-]*)=(\d+(?:\.\d+)?)", text)
+        if match is None:
+            raise ConfigError(f"--resources {text}: expected NAME=N, such as CPU=4 GPU=1")
+        found[match[1]] = float(match[2])
+    return found
 
 
 def _print_points(points, keys: Sequence[str], commands: Sequence[str]) -> None:

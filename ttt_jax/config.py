@@ -38,7 +38,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
     ("model.ttt.norm_residual", True, "f(x) = x + LN(f_res(x)), its dense layers with biases; false: f_res, without"),
     ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
-    ("model.ttt.learned_eta", True, "the inner learning rate depends on token and position; false: base_lr / d"),
+    ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
     ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
     ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
     ("data.source", "embedded", "a folder or URL; embedded: the Python standard library as bytes; synthetic"),

@@ -54,6 +54,8 @@ def test_a_run_of_each_rung(tmp_path):
         loop.train(get(f"ablation.py:{rung}:smoke"), tmp_path / rung)
         losses[rung] = np.array([record["loss"] for record in metrics.read(tmp_path / rung)])
         assert losses[rung][-1] < losses[rung][0] - 0.5, rung
-    np.testing.assert_allclose(losses["equivalence"], losses["linear_attention"], rtol=1e-6)
+    first, second = losses["linear_attention"], losses["equivalence"]
+    np.testing.assert_allclose(second[:5], first[:5], rtol=1e-6)
+    np.testing.assert_allclose(second, first, rtol=1e-3)  # Adam makes more of what rounding left
     for lower, upper in pairwise(list(RUNGS)):
         assert np.abs(losses[upper] - losses[lower]).max() > 1e-4, upper

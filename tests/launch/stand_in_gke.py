@@ -81,6 +81,8 @@ def xpk(arguments):
 
 
 def create(options):
+    import yaml
+
     name = options["workload"]
     with kept("jobsets", {}) as jobsets:
         if name in jobsets:
@@ -89,7 +91,7 @@ def create(options):
         variables = dict(line.partition("=")[::2] for line in Path(options["env-file"]).read_text().splitlines())
         # One line of a block of YAML; values between double quotes.
         assert re.fullmatch("[ -~]+", options["command"])
-        env = [{"name": key, "value": json.loads(f'"{value}"')} for key, value in variables.items()]
+        env = [{"name": key, "value": yaml.safe_load(f'"{value}"')} for key, value in variables.items()]
         script = SCRIPT.replace("{command}", options["command"])
         container = {"name": "jax-tpu", "env": env, "command": ["bash", "-c", script]}
         template = {"spec": {"template": {"spec": {"containers": [container]}}}}

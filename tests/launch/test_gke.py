@@ -42,6 +42,8 @@ sys.exit(75 if plan == "wait" else plan)
 class Cluster(StandIns):
     def __init__(self, folder):
         super().__init__(folder, "stand_in_gke.py", ["xpk", "kubectl", "docker", "kubelet"])
+        program = folder / "bin" / "xpk"
+        program.write_text(program.read_text().replace(" -IS\n", "\n", 1))  # it reads YAML
         (folder / "image").mkdir()
         (folder / "image" / "ttt").write_text(f"#!{sys.executable} -IS\n{COMMAND}")
         (folder / "image" / "ttt").chmod(0o755)
@@ -242,7 +244,7 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_created_twice(cluster):
     cluster.fail("xpk create", ("before", timeout), ("after", timeout))
     status, _, err = cluster.launch()
     assert status == DONE, err
-    assert "but the workload is there" in err
+    assert "but the job is there" in err
     assert len(cluster.created()) == 2
     assert len(cluster.started()) == 2
 
@@ -271,7 +273,7 @@ def test_build_sends_the_source_tree_with_the_versions_of_this_machine(cluster):
         *("--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
     ]
     assert f"--docker-image={image}" in cluster.created()[0]
-    assert (cluster.folder / "constraints").read_text() == versions.constraints(["tpu", "gcs", "wandb"])
+    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
     files = set((cluster.folder / "context-files").read_text().splitlines())
     assert {"launch/Dockerfile", "setup.py", "ttt_jax/cli.py", "configs/quickstart.py"} <= files
     assert not Path(context).exists()
@@ -301,7 +303,7 @@ def test_refusals(cluster):
     assert "--image a;id: expected an image" in refused(*there, "--image=a;id")
     assert "--zone $(id): expected letters" in refused(*there, "--zone=$(id)")
     there.append(f"--image={IMAGE}")
-    assert "--workdir runs/a: the machines vanish" in refused(*there, workdir="runs/a")
+    assert "runs/a: the machines are deleted" in refused(*there, workdir="runs/a")
     assert "a folder of this machine" in refused(*there, config=["--config.data.source=data/pile"])
     (cluster.folder / "bin" / "xpk").unlink()
     assert refused(*there) == "ttt launch: xpk: is not installed; pip install xpk"

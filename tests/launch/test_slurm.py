@@ -138,6 +138,18 @@ def test_what_would_fail_again_is_not_started_again(cluster, code):
     assert cluster.job()["restarts"] == 0
 
 
+def test_a_setup_file_is_sourced_by_the_job(cluster):
+    setup = cluster.folder / "my setup"
+    setup.write_text("SECRET=of-the-setup\nexport SECRET\n")
+    assert cluster.launch("--setup", setup)[0] == DONE
+    assert [secret for _, _, secret in cluster.started()] == ["of-the-setup"] * 2
+    setup.write_text("module load nothing\n")
+    status, out, _ = cluster.launch("--setup", setup)
+    assert status == REFUSED
+    assert "module: command not found" in out
+    assert len(cluster.started()) == 2
+
+
 def test_before_its_time_limit_a_job_saves_and_goes_on_later(cluster):
     cluster.plan("wait", 0)
     launch = cluster.launch(wait=False)
@@ -287,7 +299,7 @@ def test_how_a_job_ended_that_only_accounting_knows(cluster, past, code, expecte
     monkeypatch.setattr(slurm, "_POLL", 0)
     for name in ("PATH", "STAND_IN"):
         monkeypatch.setenv(name, cluster.environment[name])
-    assert slurm.Slurm(Job("a", (), ROOT), Commands(), []).follow("7", True) == expected
+    assert slurm.Slurm(Job("a", (), ROOT), Commands(), ROOT, []).follow("7", True) == expected
 
 
 def test_dry_run_prints_what_bash_takes_and_does_nothing(cluster):
@@ -313,4 +325,5 @@ def test_refusals(cluster):
     assert "unknown key" in refused("--gpus-per-node=1", command=[*train, "--config.model.widht=3"])
     for name in "sbatch squeue".split():
         (cluster.folder / "bin" / name).unlink()
-    assert refused("--gpus-per-node=1").startswith("ttt launch: squeue: is not installed")
+    assert refused("--gpus-per-node=1").startswith("ttt launch: squeue: is not installed; it is part of Slurm")
+    assert not (cluster.folder / "runs").exists()

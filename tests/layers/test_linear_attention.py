@@ -16,7 +16,7 @@ def numpy_linear_attention(q, k, v, sums):
     z = np.zeros(q.shape)
     for t in range(q.shape[1]):
         sums = sums + np.einsum("bhi,bhj->bhij", k[:, t], v[:, t])
-        z[:, t] = np.einsum("bhi,bhij->bhj", q[:, t], sums) / D
+        z[:, t] = np.einsum("bhi,bhij->bhj", q[:, t], sums)
     return z, sums
 
 
@@ -33,7 +33,7 @@ def test_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtype):
     """The same parameters, outputs and gradients as TTT-Linear in the Transformer backbone with b = T, W0 = 0, the bare
-    learner and a constant rate."""
+    learner and a rate that is not learned."""
     tokens = np.random.default_rng(0).integers(0, 11, (BATCH, 10))
 
     def model(mixer):
@@ -48,5 +48,5 @@ def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtyp
 
     params = random_params(model("linear_attention"), tokens, stddev=0.3)
     found = read("ttt_linear")(params)
-    assert_close(found, read("linear_attention")(params), 2e-6 if dtype == "float32" else 2e-2)
+    assert_close(found, read("linear_attention")(params), 5e-6 if dtype == "float32" else 2e-2)
     assert min(np.abs(g).max() for g in jax.tree.leaves(found[1])) > 1e-4  # of every parameter

@@ -87,15 +87,15 @@ def test_inner_rate_is_linear_in_base_lr_and_its_scale(random_params, assert_clo
 
 
 def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
-    """eta = base_lr * scale / d for every token and position, and no parameters for it."""
+    """eta = base_lr * scale / (2 t d), and no parameters for it."""
     module = layer(base_lr=0.3, learned_eta=False)
     params = random_params(module, X)
     assert not {"eta_kernel", "eta_bias", "tau"} & params.keys()
     recorder = Recorder(monkeypatch)
     module.apply({"params": params}, X, None, 0.7)
     token_eta, position_eta = recorder.inputs[3:]
-    assert_close(token_eta, np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / HEAD_DIM), 1e-6)
-    np.testing.assert_array_equal(position_eta, np.ones(B))
+    assert_close(token_eta, np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / 2 / HEAD_DIM), 1e-6)
+    np.testing.assert_allclose(position_eta, [1, 1 / 2, 1 / 3], rtol=1e-6)
 
 
 def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):

@@ -71,24 +71,36 @@ def ray(address: str) -> Engine:
         raise ConfigError("--engine ray: needs Ray; pip install 'ttt_jax[ray]'") from error
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
-        _check_reachable(address)
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--ray-address {address}: no such cluster ({_last_line(error)})") from error
+        connect(address)
         try:
             remote = ray.remote(num_cpus=1, max_retries=5)(_tokenize_on_cluster)
             reference = ray.put(job)
             cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
             yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
         except ray.exceptions.RayError as error:
-            raise DataError(
-                f"--engine ray: {_last_line(error)}; the same command goes on where this one was"
-            ) from error
+            raise DataError(f"--engine ray: {last_line(error)}; the same command goes on where this one was") from error
         finally:
             ray.shutdown()
 
     return run
+
+
+def connect(address: str | None) -> None:
+    """Connects this process to a Ray cluster; None starts one of this machine.
+
+    Raises:
+      ConfigError: where there is no such cluster.
+    """
+    import ray
+
+    if address is None:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    _check_reachable(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--ray-address {address}: no such cluster ({last_line(error)})") from error
 
 
 def _check_reachable(address: str) -> None:
@@ -157,6 +169,7 @@ def _tune() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """What matters of an error of Ray, whose messages are long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

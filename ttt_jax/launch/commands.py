@@ -23,6 +23,7 @@ _HOW_TO_INSTALL = {
     "xpk": "pip install xpk",
     "sky": "pip install 'skypilot[gcp]'",
     "sbatch": "it is part of Slurm; run this on a login node",
+    "squeue": "it is part of Slurm; run this on a login node",
     "docker": "https://docs.docker.com/engine/install",
 }
 

@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import functools
-import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import yaml
 
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import RESTART
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
             raise ConfigError("--image: missing; expected an image, or --build and where to put one")
         if options.image is not None:
             image.checked(options.image, "--image")
+        checks.bucket(job, "the machines are deleted in the end")
         checks.no_local_files(job)
     return lifecycle.run(options, job, commands, Workload(options, job, commands))
 
@@ -125,7 +127,12 @@ class Workload:
         arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
         arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
         with self._variables() as file:
-            self._create([*arguments, f"--env-file={file}", f"--command=exec ttt {' '.join(map(plain, job.command))}"])
+            arguments += [f"--env-file={file}", f"--command=exec ttt {' '.join(map(plain, job.command))}"]
+            try:
+                lifecycle.submit(self._commands, arguments, PASSES, self.find, _POLL)
+            except CommandError as error:
+                self._commands.note(error.printed.rstrip())
+                raise LaunchError(f"{error}; all that it said is above") from error
         return job.name
 
     def describe(self, name: str) -> str:
@@ -153,22 +160,6 @@ class Workload:
         if jobset is not None and jobset.variable(_MARK) is not None:
             self._delete()
 
-    def _create(self, arguments: list[str]) -> None:
-        for attempt in range(1, PASSES.attempts + 1):
-            try:
-                self._commands.run(arguments, finish=True)
-                return
-            except CommandError as error:
-                # Not repeated blindly: xpk does more when it has created the workload, which may fail.
-                if self._cluster.jobset() is not None:
-                    self._commands.note(f"{error}; but the workload is there")
-                    return
-                if attempt == PASSES.attempts or not PASSES.wants(error.printed):
-                    self._commands.note(error.printed.rstrip())
-                    raise LaunchError(f"{error}; all that it said is above") from error
-                self._commands.note(f"{error}; again in {_POLL:.0f} s")
-            self._commands.wait(_POLL)
-
     def _delete(self) -> None:
         # Never without --workload: xpk would delete all of the cluster.
         arguments = ["xpk", "workload", "delete", f"--workload={self._job.name}", *self._where, "--force"]
@@ -187,7 +178,8 @@ class Workload:
             with os.fdopen(descriptor, "w") as file:
                 for key, value in variables.items():
                     # It goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
-                    file.write(f"{key}={json.dumps(value)[1:-1].replace('$', '$$')}\n")
+                    quoted = yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
+                    file.write(f"{key}={quoted[1:-1].replace('$', '$$')}\n")
             yield path
         finally:
             Path(path).unlink()

@@ -2,12 +2,12 @@
 
 import argparse
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from ttt_jax.exit_status import DONE, INTERRUPTED, RESTART
-from ttt_jax.launch.commands import Commands
+from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.job import Job
 
 
@@ -58,6 +58,32 @@ def run(options: argparse.Namespace, job: Job, commands: Commands, queue: Queue)
                     queue.stop(known_as)
                     commands.note(f"{job.name}: is ended; the same command goes on with it")
             return RESTART if received else INTERRUPTED
+
+
+def submit(
+    commands: Commands, argv: Sequence[str], passes: Retry, find: Callable[[], str | None], pause: float
+) -> str | None:
+    """Runs a command that submits a job; returns what it printed, or None where ``find`` finds the job although the
+    command has failed. It is not repeated before that look: a command that timed out may have done its work.
+
+    Args:
+      passes: faults after which it is tried again, ``pause`` seconds later.
+
+    Raises:
+      CommandError: when it fails for good.
+    """
+    for attempt in range(1, passes.attempts + 1):
+        try:
+            return commands.run(argv, finish=True)
+        except CommandError as error:
+            if find() is not None:
+                commands.note(f"{error}; but the job is there")
+                return None
+            if attempt == passes.attempts or not passes.wants(error.printed):
+                raise
+            commands.note(f"{error}; again in {pause:.0f} s")
+        commands.wait(pause)
+    raise AssertionError
 
 
 def _act(action: str, job: Job, commands: Commands, queue: Queue) -> int:

@@ -77,24 +77,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpus-per-task", type=_positive, metavar="C", help="CPU cores for each process")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as --sbatch=--exclusive")
     add("--setup", type=Path, metavar="FILE", help="a file that bash sources first, such as one with module load")
-    add("--folder", type=Path, metavar="DIR", help="for the log (default: WORKDIR/slurm, or ./slurm for a bucket)")
+    add(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="for the log (default: slurm in the workdir; here, if that is a bucket)",
+    )
 
 
 def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     """Runs the job to its end; returns its exit status."""
-    arguments = [] if options.action else _sbatch(options, job)
-    return lifecycle.run(options, job, commands, Slurm(job, commands, arguments))
+    folder = _folder(options, job)
+    arguments = [] if options.action else _sbatch(options, job, folder)
+    return lifecycle.run(options, job, commands, Slurm(job, commands, folder, arguments))
 
 
 class Slurm:
     """Slurm, seen by one job, which it knows by a number.
 
     Args:
-      sbatch: the command that submits the job.
+      folder: for its files.
+      sbatch: the command that submits it.
     """
 
-    def __init__(self, job: Job, commands: Commands, sbatch: list[str]):
-        self._job, self._commands, self._sbatch = job, commands, sbatch
+    def __init__(self, job: Job, commands: Commands, folder: Path, sbatch: list[str]):
+        self._job, self._commands, self._folder, self._sbatch = job, commands, folder, sbatch
 
     def find(self) -> str | None:
         """The number of the job of this name, if it is in the queue or runs.
@@ -117,18 +124,13 @@ class Slurm:
 
     def submit(self) -> str:
         """Puts the job into the queue; returns its number."""
-        for attempt in range(1, _PASSES.attempts + 1):
-            # Not repeated blindly: a submission that timed out may have succeeded.
-            try:
-                return self._commands.run(self._sbatch, finish=True).strip().partition(";")[0]
-            except CommandError as error:
-                if attempt == _PASSES.attempts or not _PASSES.wants(error.printed):
-                    raise
-                self._commands.note(f"{error}; again in {_POLL:.0f} s")
-            self._commands.wait(_POLL)
-            if number := self.find():
-                return number
-        raise AssertionError
+        if not self._commands.dry_run:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        printed = lifecycle.submit(self._commands, self._sbatch, _PASSES, self.find, _POLL)
+        number = self.find() if printed is None else printed.strip().partition(";")[0]
+        if number is None:
+            raise LaunchError(f"{self._job.name}: was submitted, and is not in the queue any more")
+        return number
 
     def describe(self, number: str) -> str:
         """How the job is."""
@@ -212,17 +214,19 @@ class Slurm:
                     stop_file.unlink()
 
 
-def _sbatch(options: argparse.Namespace, job: Job) -> list[str]:
+def _folder(options: argparse.Namespace, job: Job) -> Path:
+    """Where the log goes."""
+    of_a_run = job.workdir is not None and "://" not in job.workdir and job.command[0] != "tokenize"
+    return (options.folder or Path(f"{job.workdir}/slurm" if of_a_run else "slurm")).resolve()
+
+
+def _sbatch(options: argparse.Namespace, job: Job, folder: Path) -> list[str]:
     """The command that submits the job."""
     if options.gpus_per_node is None:
         raise ConfigError("--gpus-per-node: missing; expected how many GPUs each node has")
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError(f"--setup {options.setup}: no such file")
-    folder = options.folder or Path("slurm" if job.workdir is None or "://" in job.workdir else f"{job.workdir}/slurm")
-    folder = folder.resolve()
     prefix = folder / job.name
-    if not options.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(job.environment)  # sbatch hands the environment on; on the command line all could read it
     arguments = [
         "sbatch",

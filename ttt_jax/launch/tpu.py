@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.launch import accelerators, tpu_run
+from ttt_jax.launch import accelerators, checks, tpu_run
 from ttt_jax.launch.accelerators import Accelerator
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
         slices=options.slices,
         accelerator=accelerator.name,
         internal=options.internal_ips,
-        extras=_extras(job),
+        extras=checks.extras(job, "tpu"),
         restarts=options.restarts,
         keep=options.keep,
         detach=options.detach,
@@ -88,48 +88,17 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
 def _check(options: argparse.Namespace, job: Job, accelerator: Accelerator) -> None:
     """Whatever would fail there and can be seen from here, before anybody waits for a pod."""
     several = accelerator.several_hosts or options.slices > 1
-    if several and job.command[0] != "train":
-        raise ConfigError(
-            f"ttt {job.command[0]}: runs on one host; expected a smaller --accelerator, such as v5litepod-8"
-        )
-    if job.workdir is not None and not job.workdir.startswith("gs://") and (several or not options.keep):
-        why = "its hosts share no disk" if several else "the machines are deleted in the end"
-        raise ConfigError(f"{job.workdir}: {why}; expected gs://bucket/name")
-    config = job.config
-    if config is None:
-        return
-    places = {"data.source": config.data.source, "training.start_from": config.training.start_from}
-    for key, place in places.items():
-        if place not in ("", "embedded", "synthetic") and "://" not in place:
-            raise ConfigError(
-                f"{key}={place!r}: a folder of this machine, not there; expected gs://bucket/name (copy it: "
-                f"gcloud storage cp -r {place} gs://bucket/), or another URL"
-            )
-    if Path(config.data.tokenizer).is_file():
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r}: a file of this machine; expected its hash or name"
-        )
-    if config.log.tensorboard and (job.workdir or "").startswith("gs://"):
-        raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
-    if job.command[0] == "train":
-        shape = config_lib.mesh_shape(config, accelerator.devices * options.slices)
+    checks.one_host(job, several)
+    if several or not options.keep:
+        checks.bucket(job, "its hosts share no disk" if several else "the machines are deleted in the end")
+    checks.no_local_files(job)
+    if job.command[0] == "train" and job.config is not None:
+        shape = config_lib.mesh_shape(job.config, accelerator.devices * options.slices)
         if shape["data"] % options.slices:
             raise ConfigError(
                 f"mesh.data={shape['data']}: expected a multiple of --slices {options.slices}; only this axis may "
                 "cross from slice to slice"
             )
-
-
-def _extras(job: Job) -> tuple[str, ...]:
-    """What the command needs beside the package."""
-    extras = ["tpu", "gcs"]
-    if job.config is not None and job.config.log.wandb_project:
-        extras.append("wandb")
-    if job.config is not None and job.config.log.tensorboard:
-        extras.append("tensorboard")
-    if job.command[0] == "tokenize":
-        extras += ["sentencepiece", "parquet"]
-    return tuple(extras)
 
 
 def _positive(text: str) -> int:

@@ -6,8 +6,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from ttt_jax.exit_status import DONE, INTERRUPTED, RESTART
 from ttt_jax.launch.commands import CommandError, Commands
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.job import Job
+from ttt_jax.launch.lifecycle import sigterm_as_interrupt
 from ttt_jax.launch.queued_resource import QueuedResource
 from ttt_jax.launch.tpu_machines import Late, Machines, Stopped
 from ttt_jax.launch.workers import LogStream, Verdict, Worker, Workers, verdict
@@ -57,7 +57,7 @@ def run(commands: Commands, job: Job, plan: Plan) -> int:
     if commands.dry_run:
         launch.show()
         return DONE
-    with _sigterm_as_interrupt() as received:
+    with sigterm_as_interrupt() as received:
         try:
             try:
                 status = launch.to_the_end()
@@ -315,19 +315,3 @@ def said(worker: Worker | None) -> str:
 
 def _new_run() -> str:
     return f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[list[int]]:
-    """SIGTERM cleans up like Ctrl-C; the list that is given is not empty then."""
-    received: list[int] = []
-
-    def receive(number, frame) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, receive)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,10 +1,11 @@
 """Linear attention in its simplest form: attention without the softmax, which is a sum of outer products.
 
-    S_t = S_{t-1} + k_t v_t^T        z_t = q_t S_t / d
+    S_t = S_{t-1} + k_t v_t^T        z_t = q_t S_t / (2 d t)
 
 No feature map and no normaliser; rotary positions and the LN on what is read out as in TTT layers of the Transformer
 backbone. It is the TTT layer whose learner is linear, starts at W0 = 0 and takes one batch of gradient descent over the
-whole sequence with eta = 1 / d (Theorem 1 of the paper).
+whole sequence (Theorem 1 of the paper), at the rate that TTT layers begin with, eta = 1 / (2 d t): a mean over what has
+been read rather than the sum, which is the same to the LN but for its epsilon.
 
 Shapes: B batch, T tokens, D width, H heads, d = D / H, c tokens of a chunk.
 """
@@ -53,6 +54,7 @@ class LinearAttention(nn.Module):
         q = rope.rotate(project("wq"), positions, self.rope_theta)
         k = rope.rotate(project("wk"), positions, self.rope_theta)
         z, sums = linear_attention(q, k, project("wv"), start.sums)
+        z /= 2 * (width // self.num_heads) * (positions + 1)[:, None, None]
         z = post_norm()(z.astype(self.dtype).reshape(x.shape))
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
         return y, None if state is None else LinearAttentionState(sums, start.position + tokens)
@@ -67,11 +69,12 @@ class LinearAttention(nn.Module):
 def linear_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, sums: jax.Array, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:
-    """``z`` [B, T, H, d] and S after the last token, both float32, from q, k, v [B, T, H, d] and S before the first.
+    """``q_t S_t`` [B, T, H, d] and S after the last token, both float32.
 
-    A scan over chunks of c tokens: within a chunk the products of queries and keys, before it the sums.
+    From q, k, v [B, T, H, d] and S before the first token. A scan over chunks of c tokens: within a chunk the products
+    of queries and keys, before it the sums.
     """
-    tokens, d = q.shape[1], q.shape[-1]
+    tokens = q.shape[1]
     c = min(chunk, tokens)
     n = -(-tokens // c)
 
@@ -82,7 +85,7 @@ def linear_attention(
     def step(sums, x):
         q, k, v = x
         z = q @ sums + jnp.tril(q @ k.swapaxes(-1, -2)) @ v
-        return sums + k.swapaxes(-1, -2) @ v, z / d
+        return sums + k.swapaxes(-1, -2) @ v, z
 
     sums, z = jax.lax.scan(step, sums, (chunks(q), chunks(k), chunks(v)))
     z = z.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], n * c, *q.shape[2:])

@@ -7,8 +7,8 @@ Linear and MLP differ in the learner only. Two ways to make q, k and v (the back
 
     eta[t, s] = base_lr * inner_lr_scale * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
 
-Two parts of it can be left out, as the paper does step by step from linear attention: without ``learned_w0`` sequences
-start at W0 = 0, and without ``learned_eta`` all tokens have the rate ``base_lr * inner_lr_scale / d``.
+Two parts can be left out, as on the paper's way from linear attention. Without ``learned_w0`` sequences start at
+W0 = 0. Without ``learned_eta`` the rate stays what it is before any learning, with w, c and tau all 0.
 
 Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch.
 """
@@ -47,7 +47,7 @@ class TTT(nn.Module):
       base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
-      learned_eta: whether w, c and tau are parameters; else the rate is constant.
+      learned_eta: whether w, c and tau are parameters; else they are zero.
       remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`.
     """
 
@@ -190,7 +190,7 @@ class TTT(nn.Module):
         """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
         rate = self.base_lr * inner_lr_scale / self.learner.widths[0]
         if not self.learned_eta:
-            return jnp.full((*x.shape[:2], self.num_heads), rate, jnp.float32)
+            return jnp.full((*x.shape[:2], self.num_heads), rate * nn.sigmoid(0.0), jnp.float32)
         normal, shape = nn.initializers.normal(self.init_stddev), (x.shape[-1], self.num_heads)
         kernel = parameter(self, "eta_kernel", normal, shape, ("channels", "num_heads"))
         bias = parameter(self, "eta_bias", nn.initializers.zeros, (self.num_heads,), ("num_heads",))
@@ -199,10 +199,11 @@ class TTT(nn.Module):
 
     def _position_eta(self):
         """``max(0, 1/t + tau[t])``, [b]."""
+        start = 1.0 / jnp.arange(1, self.mini_batch + 1)
         if not self.learned_eta:
-            return jnp.ones(self.mini_batch)
+            return start
         tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
-        return jnp.maximum(0.0, 1.0 / jnp.arange(1, self.mini_batch + 1) + tau)
+        return jnp.maximum(0.0, start + tau)
 
 
 def _started(inner: InnerState, w0: learner_lib.Weights) -> InnerState:

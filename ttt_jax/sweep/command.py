@@ -10,6 +10,13 @@ from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.points import Point
 from ttt_jax.workdir import Workdir
 
+_NOT_OF_SWEEPS = {  # options of ttt launch
+    "--detach": "which follow their points",
+    "--dry-run": "which have one themselves, before --",
+    "--name": "whose points have names of their own",
+    "--status": "which have ttt sweep status",
+    "--stop": "which are stopped by Ctrl-C",
+}
 PROGRAM = (sys.executable, "-m", "ttt_jax")
 
 
@@ -27,9 +34,13 @@ def of(point: Point, base: Mapping[str, Value], workdir: Workdir, launcher: Sequ
 
 
 def check_launcher(launcher: Sequence[str]) -> None:
-    """Raises :class:`ConfigError` where what follows ``--`` is no launcher."""
+    """Raises :class:`ConfigError` where what follows ``--`` is no launcher that runs each point to its end."""
     if list(launcher[:1]) != ["launch"] or len(launcher) < 2 or "--" in launcher:
         raise ConfigError(f"-- {shlex.join(launcher)}: expected -- launch TARGET, and options of it")
+    for option in launcher[2:]:
+        why = _NOT_OF_SWEEPS.get(option.partition("=")[0])
+        if why is not None:
+            raise ConfigError(f"-- {shlex.join(launcher)}: {option} is not for sweeps, {why}")
 
 
 def shown(arguments: Sequence[str]) -> str:

@@ -64,9 +64,8 @@ def written(path: Workdir) -> float | None:
 
 
 def _end(path: Workdir) -> bytes:
-    """The last bytes of a file, from the beginning of a line on."""
+    """The last bytes of a file; the first line of them may be cut short."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _TAIL))
-        content = file.read()
-    return content if size <= _TAIL else content[content.find(b"\n") + 1 :]
+        return file.read()

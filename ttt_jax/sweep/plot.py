@@ -28,6 +28,7 @@ _STYLES = [
     ("#8C6D1F", (0, (1, 1)), "*"),
 ]
 _MOST_TICKS = 12
+_MOST_IN_PICTURE = 4  # names of lines; more would cover them
 
 
 def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
@@ -57,11 +58,11 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis = _Axis([place for place in places.values() if place is not None])
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    hollow = False
+    hollow = means = False
     for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
         color, line, marker = _STYLES[index % len(_STYLES)]
-        label = ", ".join(f"{names.short(key)} {_text(value)}" for key, value in zip(by, group, strict=True))
-        means: dict[float, list[float]] = {}
+        label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
+        at: dict[float, list[float]] = {}
         for each in members:
             value, done = each.value or 0.0, results.is_finished(each)
             place = axis.place(places[each.standing.point.name])
@@ -69,14 +70,16 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
             fill = color if done else "white"
             axes.plot(place, value, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
             if done:
-                means.setdefault(place, []).append(value)
-        middle = sorted((place, math.fsum(values) / len(values)) for place, values in means.items())
+                at.setdefault(place, []).append(value)
+        middle = sorted((place, math.fsum(values) / len(values)) for place, values in at.items())
+        several = any(len(values) > 1 for values in at.values())
+        means = means or several
         axes.plot(
             [place for place, _ in middle],
             [mean for _, mean in middle],
             color=color,
             linestyle=line,
-            marker=marker,
+            marker=None if several else marker,  # of points alone
             markersize=5,
             linewidth=1.8,
             label=label or None,
@@ -84,10 +87,13 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis.prepare(axes)
     axes.set_xlabel(f"{x} (log scale)" if axis.base else x)
     axes.set_ylabel(metric)
-    axes.set_title(_title(found, metric, hollow), fontsize=11)
+    axes.set_title(_title(found, metric, hollow=hollow, means=means), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
-        axes.legend(loc="best", framealpha=0.8, edgecolor="none")
+        if len(groups) > _MOST_IN_PICTURE:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, edgecolor="none")
+        else:
+            axes.legend(loc="best", framealpha=0.8, edgecolor="none")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=160)
     plt.close(figure)
@@ -155,9 +161,11 @@ def _value(found: Results, result: Result, key: str, option: str) -> Value | Non
     return config.get(key)
 
 
-def _title(found: Results, metric: str, hollow: bool) -> str:
-    missing = sum(1 for each in found.results if each.value is None)
+def _title(found: Results, metric: str, *, hollow: bool, means: bool) -> str:
+    missing = sum(1 for each in found.results if each.value is None or not math.isfinite(each.value))
     parts = [f"{len(found.results)} points"]
+    if means:
+        parts.append("lines: means")
     if hollow:
         parts.append("hollow: not finished")
     if missing:
@@ -168,6 +176,10 @@ def _title(found: Results, metric: str, hollow: bool) -> str:
 def _order(value: Value | None) -> tuple:
     numeric = isinstance(value, int | float)
     return (not numeric, value if numeric else 0.0, str(value))
+
+
+def _label(key: str, value: Value | None) -> str:
+    return _text(value) if key == results.CONFIG else f"{names.short(key)} {_text(value)}"
 
 
 def _text(value: Value | None) -> str:

@@ -32,12 +32,15 @@ class Process:
       command: program and arguments.
       folder: a local one, for the log and the lock.
       environment: of the process.
+      cwd: where it runs; None is here.
 
     Raises:
       Busy: where such a process lives already.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ):
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ, cwd: Path | None = None
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG
         with (folder / _LOCK).open("a+") as lock, self._log.open("ab") as output:
@@ -49,13 +52,13 @@ class Process:
             self._start = output.seek(0, os.SEEK_END)
             self._pipe: int | None
             read, self._pipe = os.pipe()  # the other side knows by it that this process has died
-            keep = [str(read), str(lock.fileno())]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, *keep, *command],
+                [sys.executable, "-I", "-S", supervisor.__file__, str(read), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env=environment,
+                cwd=cwd,
                 pass_fds=[read, lock.fileno()],
                 start_new_session=True,
             )

@@ -79,7 +79,8 @@ def _state(known: Record | None, point: Point, lives: bool, has_records: bool) -
 
 
 def _reason(known: Record) -> str:
-    return known.said or ("" if known.status is None else in_words(known.status))
+    parts = [in_words(known.status)] if known.status is not None and (known.status < 0 or not known.said) else []
+    return "; ".join([*parts, known.said] if known.said else parts)
 
 
 def _number(values: dict, name: str) -> float | None:

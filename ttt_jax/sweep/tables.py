@@ -17,11 +17,11 @@ from ttt_jax.sweep.status import WAITING, Standing, in_short
 _WIDE = 1000  # characters: a file, or another program, takes lines of any length
 _STYLES = {
     record.RUNNING: "cyan",
-    record.DONE: "green",
     record.FAILED: "red",
     record.STOPPED: "yellow",
     record.STOPPED_EARLY: "magenta",
     WAITING: "dim",
+    record.DONE: "green",
 }
 
 
@@ -30,8 +30,14 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
-def of_status(standings: Sequence[Standing]) -> Table:
-    """What ``ttt sweep status`` shows."""
+def of_status(standings: Sequence[Standing], *, active_first: bool = False) -> Table:
+    """What ``ttt sweep status`` shows.
+
+    Args:
+      active_first: begins with the points that run, as a terminal may not have a line for each.
+    """
+    if active_first:
+        standings = sorted(standings, key=lambda each: list(_STYLES).index(each.state))
     table = _table("point", "state", title=in_short(standings))
     for name in ("step", "loss", "tokens/s", "last record"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,0 +1,65 @@
+"""A real run of two processes that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from stand_ins import ROOT, StandIns
+
+from ttt_jax.exit_status import INTERRUPTED
+
+TINY = {
+    "model.width": 16,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.mlp_width": 16,
+    "model.vocab_size": 258,
+    "data.sequence_length": 32,
+    "data.batch_size": 2,
+    "mesh.data": 2,
+    "training.duration": "1000000 steps",
+    "checkpoint.every": "1000000 steps",
+    "log.every": "5 steps",
+}
+
+
+@pytest.mark.slow
+def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(tmp_path):
+    cluster = StandIns(tmp_path, "stand_in_slurm.py", "sbatch slurmd squeue scontrol sacct scancel srun limit".split())
+    cluster.environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    values = [f"--config.{key}={value}" for key, value in TINY.items()]
+    command = ["train", "--config", ROOT / "configs/quickstart.py", "--workdir", "run", *values]
+    launch = cluster.start(
+        "launch", "slurm", "--gpus-per-node", "2", "--", *command, cwd=tmp_path, set={"slurm._POLL": 0.2}
+    )
+
+    def log(pattern):
+        """What the log has of the pattern, once it does."""
+        deadline = time.monotonic() + 240
+        while True:
+            text = "".join(path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.log"))
+            if found := re.findall(pattern, text, re.DOTALL):
+                return found
+            assert launch.poll() is None, launch.communicate()
+            assert time.monotonic() < deadline, text
+            time.sleep(0.05)
+
+    log("step 1/1000000 .* loss")
+    subprocess.run([tmp_path / "bin" / "limit", "101"], env=cluster.environment, check=True)
+    log("going on at step.*step [0-9]+/1000000 .* loss")
+    launch.send_signal(signal.SIGINT)
+    _, err = launch.communicate(timeout=240)
+    assert launch.returncode == INTERRUPTED, err
+    (first, second) = map(int, log("saved at step ([0-9]+) of"))
+    assert 0 < first < second
+    assert log("going on at step ([0-9]+)") == [str(first)]
+    assert (tmp_path / "run" / "checkpoints" / str(second)).is_dir()
+    assert log("on 2 x cpu of 2 processes")

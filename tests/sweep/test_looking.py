@@ -1,0 +1,319 @@
+"""What can be seen of a sweep: where points stand, how they rank, and pictures."""
+
+import csv
+import io
+import json
+import math
+import os
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib import image
+
+from ttt_jax import cli
+from ttt_jax.config import ConfigError
+from ttt_jax.sweep import files, follow, metric, plot, record, results, status, sweep_file, tables
+from ttt_jax.sweep.points import Point
+from ttt_jax.sweep.record import Record
+from ttt_jax.sweep.sweep_file import Sweep
+
+STEPS = 100
+
+
+def add(folder, name, values, losses=(), state=None, recipe="r.py", steps=STEPS, **more):
+    """A point with these losses, at steps 1, 2, ...; returns it."""
+    workdir = folder / name
+    workdir.mkdir(parents=True)
+    if losses:
+        lines = [{"step": i, "loss": x, "tokens_per_second": 10.0 * i} for i, x in enumerate(losses, 1)]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = {"seed": 0, "optimizer": {"peak_lr": 0.1, "warmup": "10%"}}
+        for key, value in values.items():
+            section, _, last = key.rpartition(".")
+            (config[section] if section else config)[last] = value
+        (workdir / "config.json").write_text(json.dumps(config))
+    if state:
+        record.write(workdir, Record(state, steps, **more))
+    return Point(name, recipe, values, steps)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Five points: two that are done, one that runs, one that failed, one that waits."""
+    points = [
+        add(tmp_path, "lr=0.1", {"optimizer.peak_lr": 0.1}, [3.0] * 95 + [2.0] * 5, "done"),
+        add(tmp_path, "lr=0.01", {"optimizer.peak_lr": 0.01}, [1.0] * 95 + [1.9, 1.5, 1.7, 1.6, 1.8], "done"),
+        add(tmp_path, "lr=1.0", {"optimizer.peak_lr": 1.0}, [1.0] * 40, "running"),
+        add(tmp_path, "lr=10.0", {"optimizer.peak_lr": 10.0}, [5.0, math.nan], "failed", status=1, said="loss is nan"),
+        add(tmp_path, "lr=0.001", {"optimizer.peak_lr": 0.001}),
+    ]
+    sweep_file.write(tmp_path, Sweep({}, [], points))
+    return tmp_path
+
+
+# ---- Status
+
+
+def sign(folder, age):
+    (folder / "running.json").write_text(json.dumps({"host": "h", "pid": 1, "time": time.time() - age, "every": 5}))
+
+
+def test_states(sweep):
+    sign(sweep, age=1)
+    found = {each.point.name: each for each in status.of_sweep(sweep)}
+    assert {name: each.state for name, each in found.items()} == {
+        "lr=0.1": "done",
+        "lr=0.01": "done",
+        "lr=1.0": "running",
+        "lr=10.0": "failed",
+        "lr=0.001": "waiting",
+    }
+    running = found["lr=1.0"]
+    assert (running.step, running.loss, running.tokens_per_second) == (40, 1.0, 400.0)
+    assert 0 <= running.age < 60
+    assert found["lr=10.0"].note == "loss is nan"
+    assert math.isnan(found["lr=10.0"].loss)
+    assert (found["lr=0.001"].step, found["lr=0.001"].loss, found["lr=0.001"].age) == (0, None, None)
+    sign(sweep, age=60)
+    assert {each.state for each in status.of_sweep(sweep)} == {"done", "stopped", "failed", "waiting"}
+
+
+def test_a_longer_run_is_not_done(tmp_path):
+    point = add(tmp_path, "p", {}, [1.0], "done", steps=50)
+    assert status.of_point(tmp_path / "p", point, False).state == "done"
+    assert status.of_point(tmp_path / "p", point, False).step == 50  # records may be some steps apart
+    assert status.of_point(tmp_path / "p", point._replace(steps=60), False).state == "stopped"
+
+
+def test_records_that_are_cut_short_or_many(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert files.records(path) == []
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"st\n\n[]\n{"step": 3, "lo')
+    assert [each["step"] for each in files.records(path)] == [1, 2]
+    path.write_text("".join(json.dumps({"step": i, "text": "é" * 50}) + "\n" for i in range(1, 2001)))
+    newest = [each["step"] for each in files.records(path, newest=True)]
+    assert newest == list(range(newest[0], 2001))
+    assert 1 < newest[0] < 1900
+    assert len(files.records(path)) == 2000
+
+
+def test_status_as_a_table(sweep, capsys):
+    sign(sweep, age=1)
+    assert cli.main(["sweep", "status", str(sweep)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "5 points: 2 done, 1 running, 1 failed, 1 waiting"
+    assert "point state step loss tokens/s last record why" in lines
+    assert "lr=1.0 running 40/100 1.0000 400 0:00 ago" in lines
+    assert "lr=10.0 failed 2/100 nan 20 0:00 ago loss is nan" in lines
+    assert "lr=0.001 waiting 0/100" in lines
+
+
+def test_a_terminal_shows_first_what_runs(sweep):
+    sign(sweep, age=1)
+    table = tables.of_status(status.of_sweep(sweep), active_first=True)
+    assert list(table.columns[0].cells) == ["lr=1.0", "lr=10.0", "lr=0.001", "lr=0.1", "lr=0.01"]
+
+
+def test_watching_ends_when_all_have_ended(tmp_path, capsys):
+    sweep_file.write(tmp_path, Sweep({}, [], [add(tmp_path, "p", {}, [1.0], "done", steps=1)]))
+    assert cli.main(["sweep", "status", str(tmp_path), "--watch"]) == 0
+    assert "1 points: 1 done" in capsys.readouterr().out
+
+
+# ---- Metrics
+
+
+def test_the_mean_of_the_last_twentieth_of_the_steps():
+    records = [{"step": i, "loss": float(i)} for i in range(1, 201)]
+    assert metric.of_records(records, "loss") == metric.Value(195.5, 200)  # 191 to 200
+    assert metric.of_records(records[:3], "loss") == metric.Value(3.0, 3)
+    assert metric.of_records(records[9::10], "loss") == metric.Value(200.0, 200)  # every tenth step
+    assert metric.of_records([], "loss") == metric.Value(None, 0)
+    assert metric.of_records(records, "nothing") == metric.Value(None, 200)
+
+
+def test_speeds_are_medians_of_all():
+    records = [{"step": i, "tokens_per_second": x} for i, x in enumerate([1.0, 90.0, 100.0, 110.0, 5.0], 1)]
+    assert metric.of_records(records, "tokens_per_second").number == 90.0
+
+
+def test_a_follower_tells_each_step_once_and_no_milestone_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    follower = follow.Follower(path, "loss", [3, 9, 40])
+    assert follower.news() == []
+
+    def write(first, last, mode="a"):
+        with path.open(mode) as file:
+            file.writelines(json.dumps({"step": i, "loss": 1.0 / i}) + "\n" for i in range(first, last + 1))
+
+    write(1, 6)
+    assert follower.news() == [{"step": 3, "loss": 1 / 3}, {"step": 6, "loss": 1 / 6}]
+    assert follower.news() == []
+    write(1, 4, mode="w")  # back to a checkpoint
+    assert follower.news() == []
+    write(5, 12)
+    assert follower.news() == [{"step": 9, "loss": 1 / 9}, {"step": 12, "loss": 1 / 12}]
+
+
+# ---- Results
+
+
+def ranked(folder, *arguments):
+    found = results.of_sweep(folder, *arguments)
+    return [(each.rank, each.standing.point.name) for each in found.results]
+
+
+def test_only_what_is_done_is_ranked_and_nothing_is_left_out(sweep):
+    expected = [(1, "lr=0.01"), (2, "lr=0.1"), (None, "lr=1.0"), (None, "lr=10.0"), (None, "lr=0.001")]
+    assert ranked(sweep, "loss") == expected
+    found = {each.standing.point.name: each for each in results.of_sweep(sweep, "loss").results}
+    assert found["lr=0.01"].value == pytest.approx(1.7)
+    assert found["lr=0.1"].value == 2.0
+    assert (found["lr=1.0"].value, found["lr=1.0"].step) == (1.0, 40)
+    assert ranked(sweep, "tokens_per_second")[:2] == [(1, "lr=0.1"), (2, "lr=0.01")]  # equal: as in the sweep
+    worst_first = results.of_sweep(sweep, "loss", highest=True).results
+    assert [each.standing.point.name for each in worst_first][:2] == ["lr=0.1", "lr=0.01"]
+
+
+def test_evaluations_count_where_they_are_of_the_end(sweep):
+    for name, step, loss in (("lr=0.1", 100, 2.5), ("lr=0.01", 50, 1.5)):
+        (sweep / name / "eval").mkdir()
+        about = {"step": step, "loss": loss, "perplexity": math.exp(loss)}
+        (sweep / name / "eval" / "validation-2048.json").write_text(json.dumps(about))
+    found = results.of_sweep(sweep, "validation-2048/perplexity")
+    shown = [(each.rank, each.standing.point.name, each.value, each.step) for each in found.results]
+    assert shown[0] == (1, "lr=0.1", math.exp(2.5), 100)
+    assert (None, "lr=0.01", math.exp(1.5), 50) in shown
+    assert results.of_sweep(sweep, "validation-2048").results[0].value == 2.5
+    with pytest.raises(ConfigError) as caught:
+        results.of_sweep(sweep, "test-64")
+    assert str(caught.value) == (
+        "--metric test-64: no point has it; expected one of loss, tokens_per_second, validation-2048"
+    )
+
+
+def test_tables_for_programs(sweep, capsys, tmp_path):
+    output = tmp_path / "out" / "table.csv"
+    assert cli.main(["sweep", "results", str(sweep), "--json", "--csv", str(output)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {
+        "rank": 1,
+        "point": "lr=0.01",
+        "state": "done",
+        "step": 100,
+        "steps": 100,
+        "optimizer.peak_lr": 0.01,
+        "loss": pytest.approx(1.7),
+    }
+    assert [row["state"] for row in rows] == ["done", "done", "stopped", "failed", "waiting"]
+    assert rows[3]["loss"] is None  # NaN, which JSON has not
+    table = list(csv.DictReader(io.StringIO(output.read_text())))
+    assert [row["point"] for row in table] == [row["point"] for row in rows]
+    assert [float(row["loss"]) for row in table[:2]] == [rows[0]["loss"], rows[1]["loss"]]
+    assert [row["rank"] for row in table] == ["1", "2", "", "", ""]
+
+
+def test_recipes_are_a_column(tmp_path):
+    points = [
+        add(tmp_path, recipe, {}, [loss], "done", f"x/{recipe}.py:a") for recipe, loss in (("b", 2.0), ("a", 1.0))
+    ]
+    points = [point._replace(steps=1) for point in points]
+    sweep_file.write(tmp_path, Sweep({}, [], points))
+    found = results.of_sweep(tmp_path, "loss")
+    assert found.keys == ["config"]
+    assert [each.values for each in found.results] == [{"config": "a:a"}, {"config": "b:a"}]
+
+
+# ---- Pictures
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """``drawn(results, metric, ...)``: the axes of a picture; the picture is saved too."""
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+
+    def draw(found, metric, output, **options):
+        plot.against(found, metric, output, **options)
+        assert image.imread(output).std() > 0.02
+        return kept[-1].axes[0]
+
+    yield draw
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def curves(axes):
+    """Of each line that joins points: its label, and where they are."""
+    found = {line.get_label(): line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"}
+    return {label: [tuple(point) for point in points] for label, points in found.items()}
+
+
+def test_done_points_are_joined_and_others_are_hollow(sweep, drawn):
+    axes = drawn(results.of_sweep(sweep, "loss"), "loss", sweep / "a.png", x="optimizer.peak_lr")
+    (joined,) = curves(axes).values()
+    assert joined == [(0.01, pytest.approx(1.7)), (0.1, 2.0)]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [tuple(line.get_xydata()[0]) for line in hollow] == [(1.0, 1.0)]
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1", "1", "10"]
+    assert axes.get_title() == "loss, 5 points; hollow: not finished; 2 without a value yet"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer.peak_lr (log scale)", "loss")
+
+
+def test_a_line_for_each_combination_of_what_else_is_swept(tmp_path, drawn):
+    points = []
+    for seed in (0, 1):
+        for warmup, extra in (("10%", 0.0), ("20%", 1.0)):
+            for lr in (1.0, 2.0, 4.0):
+                values = {"optimizer.peak_lr": lr, "optimizer.warmup": warmup, "seed": seed}
+                name = f"{lr},{warmup},{seed}"
+                points.append(add(tmp_path, name, values, [lr + extra + 0.5 * seed], "done")._replace(steps=1))
+    sweep_file.write(tmp_path, Sweep({}, [], points))
+    found = results.of_sweep(tmp_path, "loss")
+    axes = drawn(found, "loss", tmp_path / "a.png", x="optimizer.peak_lr")
+    assert curves(axes)["warmup 20%, seed 1"] == [(1.0, 2.5), (2.0, 3.5), (4.0, 5.5)]
+    assert len(curves(axes)) == 4
+    axes = drawn(found, "loss", tmp_path / "b.png", x="optimizer.peak_lr", lines="optimizer.warmup")
+    assert curves(axes)["warmup 10%"] == [(1.0, 1.25), (2.0, 2.25), (4.0, 4.25)]  # means of the seeds
+    assert "mean" in axes.get_title()
+    axes = drawn(found, "loss", tmp_path / "c.png", x="optimizer.warmup", lines="seed")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10%", "20%"]
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "optimizer.warmup")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "base"),
+    [
+        ([1.0, 2.0, 4.0], 2),
+        ([1e-3, 3e-3], 10),
+        ([1e-4, 1e-3, 3e-3, 1e-2], 10),
+        ([0.0, 1.0, 10.0], None),
+        ([0.8, 0.9, 1.0], None),
+        ([1.0, 2.0, 3.0, 4.0], None),
+        ([5.0], None),
+    ],
+)
+def test_log_axes_where_values_are_spaced_like_that(numbers, base):
+    assert plot._log_base(numbers) == base
+
+
+def test_pictures_that_cannot_be(sweep, capsys):
+    def said(*arguments):
+        assert cli.main(["sweep", "results", str(sweep), *map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err
+
+    picture = sweep / "a.png"
+    assert said("--plot", picture, "--x", "optimizer.lr") == (
+        "ttt sweep results: --x optimizer.lr: no such key; expected one that is swept: optimizer.peak_lr\n"
+    )
+    assert said("--plot", "a.txt") == (
+        "ttt sweep results: --plot a.txt: expected a name that ends in .png, .pdf or .svg\n"
+    )
+    assert said("--x", "seed") == "ttt sweep results: --x, --lines: are of a picture; expected --plot FILE too\n"
+    assert not picture.exists()
+    assert np.all([os.path.exists(sweep / name) for name in ("sweep.json", "lr=0.1")])
