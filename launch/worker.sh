@@ -65,6 +65,10 @@ start() {
     # The lock goes on to the new process, and ends with it. A session of its own outlives this ssh connection.
     setsid nohup bash "$0" supervise "$name" "$folder" "$@" </dev/null >>"$folder/log" 2>&1 &
     echo $! >"$folder/supervisor"
+    for _ in $(seq 200); do # until it has left this session, whose end could take it along
+        [ ! -s "$folder/pid" ] || return 0
+        sleep 0.05
+    done
 }
 
 supervise() {

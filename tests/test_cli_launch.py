@@ -54,10 +54,7 @@ def test_help_does_not_load_jax():
         ([*TPU, "--", *TRAIN, "--config.data.source=data/books"], "data.source='data/books': a folder of this machine"),
         ([*TPU, "--", *TRAIN, "--config.training.start_from=runs/b"], "training.start_from='runs/b': a folder of this"),
         ([*TPU, "--", *TRAIN, f"--config.data.tokenizer={CONFIG}"], "a file of this machine; expected its hash"),
-        (
-            [*TPU, "--", *"tokenize --tokenizer byte --train gs://b/t.txt --output data/a".split()],
-            "data/a: the machines",
-        ),
+        ([*TPU, "--", *"tokenize --tokenizer byte --train gs://b/t.txt --output data/a".split()], "data/a: the mach"),
         ([*TPU, "--", *TRAIN, "--config.log.tensorboard=true"], "log.tensorboard=true: needs a local workdir"),
         ([*TPU, "--", *TRAIN[:3], "--workdir", "runs/a"], "runs/a: the machines are deleted in the end"),
         ([*TPU, "--slices", "2", "--keep", "--", *TRAIN[:3], "--workdir", "runs/a"], "its hosts share no disk"),

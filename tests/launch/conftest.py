@@ -1,5 +1,6 @@
 """A cloud that is a folder, and ``ttt launch tpu`` in it."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from clouds import TRAIN, Cloud
 
 from ttt_jax import cli
 from ttt_jax.launch import commands, tpu_machines, tpu_run, versions
+
+_constraints = functools.cache(versions.constraints)  # which takes a third of a second
 
 
 @pytest.fixture
@@ -21,6 +24,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_run, "FIRST_PAUSE", 0.01)
     few = ("configs/quickstart.py", "launch/worker.sh", "setup.py")  # packing and unpacking the others takes seconds
     monkeypatch.setattr(versions, "files", lambda checkout: tuple(map(Path, few)))
+    monkeypatch.setattr(versions, "constraints", lambda extras: _constraints(tuple(extras)))
     yield cloud
     cloud.end()
 

@@ -44,6 +44,8 @@ def fail(text, status=1):
 def gcloud(arguments):
     with (cloud / "calls.jsonl").open("a") as file:
         file.write(json.dumps(arguments) + "\n")
+    if time.time() < script.get("offline_until", 0):
+        fail("ERROR: (gcloud) Network is unreachable")
     arguments = [a for a in arguments if a != "alpha"]
     assert arguments[:2] == ["compute", "tpus"]
     kind, verb, *rest = arguments[2:]
@@ -122,15 +124,18 @@ def tpu_vm(verb, names, options):
         home = cloud / "machines" / str(resource["life"]) / node / worker
         home.mkdir(parents=True, exist_ok=True)
         if verb == "scp":
-            for source in names[:-1]:
-                subprocess.run(["cp", "-p", source, home], check=True)
+            for source in map(Path, names[:-1]):
+                assert source.suffix != ".env" or source.stat().st_mode & 0o777 == 0o600
+                (home / source.name).write_bytes(source.read_bytes())
         else:
             environment = {"HOME": str(home), "PATH": f"{cloud}/host:/usr/bin:/bin", "CLOUD": str(cloud)}
             # As sshd does: one string, for the shell of the user.
-            done = subprocess.run(
-                ["bash", "-c", options["command"]], cwd=home, env=environment, stdin=subprocess.DEVNULL
-            )
-            status = status or done.returncode
+            shell = ["bash", "-c", options["command"]]
+            done = subprocess.Popen(shell, cwd=home, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+            signal.signal(signal.SIGTERM, lambda *_, group=done.pid: os.killpg(group, signal.SIGHUP))
+            status = done.wait() or status
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGHUP)  # the connection is closed
     sys.exit(status)
 
 
@@ -150,7 +155,8 @@ def uv(arguments):
 def ttt(arguments):
     """Does what the script says for this start of this host: an exit status; "wait" for SIGTERM, upon which it "saves"
     and exits with 75; "hang", which does not hear it; "suspend" and "preempt", upon which Google takes the machines;
-    "delete", upon which somebody else has; "lost", upon which the host starts anew."""
+    "delete", upon which somebody else has; "offline", upon which gcloud has no network for a while;
+    "lost", upon which the host starts anew."""
     home = Path.home()
     starts = cloud / f"starts-{home.parent.name}-{home.name}"
     n = len(starts.read_text()) if starts.exists() else 0
@@ -175,6 +181,10 @@ def ttt(arguments):
         replace(cloud / "resource.json", states=["SUSPENDING", "SUSPENDED"])
     if does == "preempt":
         replace(cloud / "script.json", node="PREEMPTED")
+    if does == "offline":
+        replace(cloud / "script.json", offline_until=time.time() + 2)
+        time.sleep(4)
+        sys.exit(0)
     if does == "delete":
         (cloud / "resource.json").unlink()
     if does == "lost":

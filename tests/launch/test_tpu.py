@@ -80,7 +80,7 @@ def test_waits_through_all_states(cloud, launch, capfd):
 def test_gives_up_waiting(cloud, launch, capfd):
     cloud.write(lives=[["WAITING_FOR_RESOURCES"]])
     assert launch("--timeout", "0.3s") == 75
-    assert "WAITING_FOR_RESOURCES after 0:00, which is the --timeout" in capfd.readouterr().err
+    assert re.search("WAITING_FOR_RESOURCES after 0:0., which is the --timeout", capfd.readouterr().err)
     assert cloud.verbs() == ["create", "delete"]
     assert cloud.resource is None
 
@@ -228,6 +228,15 @@ def test_a_host_that_was_started_anew(cloud, launch, capfd):
     assert launch() == 0
     assert cloud.verbs().count("start") == 2
     assert "was started anew; restart 1" in capfd.readouterr().err
+
+
+def test_without_a_network_for_a_while(cloud, launch, capfd, monkeypatch):
+    """However long that is: the command goes on."""
+    monkeypatch.setattr(tpu_run, "UNREACHABLE_LIMIT", 0)
+    cloud.write(runs=["offline"])
+    assert launch() == 0
+    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
+    assert "cannot be reached, and will be tried again" in capfd.readouterr().err
 
 
 def test_keeps_the_machines(cloud, launch, capfd):

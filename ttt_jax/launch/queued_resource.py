@@ -26,7 +26,7 @@ TRANSIENT = Retry(
     # Limits of a project in chips come with the code of rates that are too high, but waiting does not raise them.
     but_not=r"Quota limit '|PERMISSION_DENIED|INVALID_ARGUMENT|does not have permission",
 )
-_DELETING = Retry(TRANSIENT.on + r"|FAILED_PRECONDITION|is not supported when state is", TRANSIENT.but_not)
+_DELETING = Retry(TRANSIENT.on + r"|FAILED_PRECONDITION|is not supported when state is", TRANSIENT.but_not, attempts=10)
 _NOT_FOUND = r"NOT_FOUND|was not found|HTTPError 404"
 _ALREADY_EXISTS = r"ALREADY_EXISTS|already exists|HTTPError 409"
 NO_CAPACITY = r"no more capacity|out of capacity|[Ss]tockout|insufficient capacity|not enough capacity"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ttt_jax.launch.commands import CommandError, Commands
+from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.queued_resource import LOST, NO_CAPACITY, QUEUED, QueuedResource
 from ttt_jax.status_line import duration
@@ -93,13 +93,11 @@ class Machines:
 
         Raises:
           Stopped: when somebody has deleted them.
+          CommandError: when nobody can tell, such as without a network.
         """
-        try:
-            found = self._resource.find()
-            if found is None or found.state == "DELETING":
-                raise Stopped(f"{self._resource.name}: was deleted by somebody else")
-            if found.state in LOST:
-                return f"the machines are {found.state}"
-            return self._resource.lost_nodes(nodes)
-        except CommandError:
-            return None
+        found = self._resource.find()
+        if found is None or found.state == "DELETING":
+            raise Stopped(f"{self._resource.name}: was deleted by somebody else")
+        if found.state in LOST:
+            return f"the machines are {found.state}"
+        return self._resource.lost_nodes(nodes)

@@ -250,13 +250,17 @@ class _Launch:
                 try:
                     statuses = self.workers.statuses()
                 except CommandError as error:
-                    lost = self.machines.lost(self.nodes)
+                    self.commands.note(f"{self.job.name}: cannot be reached, and will be tried again: {error}")
+                    try:
+                        lost = self.machines.lost(self.nodes)
+                    except CommandError:  # it is this machine that has no network: the command goes on without it
+                        unreachable = None
+                        continue
                     unreachable = unreachable or now
                     if lost is None and now - unreachable > UNREACHABLE_LIMIT:
                         lost = f"the hosts cannot be reached since {UNREACHABLE_LIMIT / 60:.0f} minutes"
                     if lost is not None:
                         return lost
-                    self.commands.note(f"{self.job.name}: cannot be reached, and will be tried again: {error}")
                     continue
                 unreachable = None
                 ended = [worker for worker in statuses if worker.state != "running"]
