@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ttt_jax.sweep import files, presence, record, sweep_file
+from ttt_jax.sweep import files, metric, presence, record, sweep_file
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.process import in_words
 from ttt_jax.sweep.record import Record
@@ -65,7 +65,8 @@ def of_point(workdir: Workdir, point: Point, lives: bool) -> Standing:
     last, written = newest[-1], files.written(workdir / "metrics.jsonl")
     age = None if written is None else max(0.0, time.time() - written)
     step = point.steps if state == record.DONE else last["step"]  # records may be some steps apart
-    return Standing(point, state, step, _number(last, "loss"), _number(last, "tokens_per_second"), age, note)
+    speed = metric.of_records(newest[-20:], "tokens_per_second").number  # that of one step says little
+    return Standing(point, state, step, _number(last, "loss"), speed, age, note)
 
 
 def _state(known: Record | None, point: Point, lives: bool, has_records: bool) -> str:
