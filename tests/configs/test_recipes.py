@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from recipes import GOLDEN, PAPER, dump, get, paper_recipes, text
+from recipes import GOLDEN, PAPER, all_recipes, dump, get, paper_recipes, text
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
@@ -116,38 +116,53 @@ def parameters(c):
     return nn.meta.unbox(boxed)["params"]
 
 
+def count(c):
+    return sum(x.size for x in jax.tree.leaves(parameters(c)))
+
+
 def count_by_hand(c):
     """Embedding, final norm, and per block: two norms, SwiGLU, and a mixer."""
-    d, heads, kind = c.model.width, c.model.num_heads, c.model.mixer
+    d, heads, kind, ttt = c.model.width, c.model.num_heads, c.model.mixer, c.model.ttt
     head_dim = d // heads
     block = 2 * d + 3 * d * c.model.mlp_width + 4 * d * d  # q, k (or, with convolutions, the gate), v, o
     if kind != "attention":
-        block += 2 * d + heads * d + heads + 16  # post_norm; w, c and tau of the inner rate
-        block += 2 * d  # the learner's LN
-        hidden = 4 * head_dim
-        weights = head_dim * head_dim + head_dim if kind == "ttt_linear" else 2 * head_dim * hidden + hidden + head_dim
-        block += heads * weights
-        if c.model.ttt.backbone == "mamba":
+        block += 2 * d  # post_norm
+    if kind.startswith("ttt"):
+        if ttt.learned_eta:
+            block += heads * d + heads + ttt.mini_batch  # w, c and tau
+        biases = 0
+        if ttt.norm_residual:
+            block += 2 * d  # the learner's LN
+            biases = head_dim if kind == "ttt_linear" else 5 * head_dim
+        if ttt.learned_w0:
+            weights = head_dim**2 if kind == "ttt_linear" else 8 * head_dim**2
+            block += heads * (weights + biases)
+        if ttt.backbone == "mamba":
             block += 3 * 5 * d + d  # convolutions of 4 taps and a bias: before the mixer (with its norm), of q, of k
     return c.model.vocab_size * d + d + c.model.num_layers * block
 
 
-@pytest.mark.parametrize("mixer", PAPER["MIXERS"])
-@pytest.mark.parametrize("size", TABLE_3)
-def test_parameter_counts(size, mixer):
-    c = get(f"paper.py:{mixer}-{size}-books-8k")
-    count = sum(x.size for x in jax.tree.leaves(parameters(c)))
-    assert count == count_by_hand(c)
-    assert count == pytest.approx(NAMED[size], rel=0.15)
+def test_parameter_counts_of_every_recipe():
+    counted = {}
+    for name in all_recipes():
+        c = get(name)
+        model = c.model.to_dict() | {"rope_theta": 0, "remat": "", "dtype": ""}  # which change no shape
+        key = json.dumps(model, sort_keys=True)
+        if key not in counted:
+            counted[key] = count(c)
+            assert counted[key] == count_by_hand(c), name
+        if name.startswith("paper.py") and "smoke" not in name:
+            assert counted[key] == pytest.approx(NAMED[name.split("-")[1]], rel=0.15), name
+    assert (
+        len(counted) >= 4 * 5 + 7 + 7 + 4 * 4 - 2
+    )  # sizes and mixers; rungs, which end where a mixer is; the small ones
 
 
 def test_every_mini_batch_of_figure_7():
     """b from 1 to 2048 changes tau, of length b, and nothing else."""
-    base = get("paper.py:ttt_linear-125m-pile-2k")
     for b in (2**i for i in range(12)):
         c = get("paper.py:ttt_linear-125m-pile-2k", f"--config.model.ttt.mini_batch={b}")
-        count = sum(x.size for x in jax.tree.leaves(parameters(c)))
-        assert count == count_by_hand(base) + 12 * (b - 16)
+        assert count(c) == count_by_hand(c) == 110_424_144 + 12 * (b - 16)
 
 
 @pytest.mark.parametrize("recipe", ["ttt_linear-1.3b-pile-2k", "ttt_mlp-125m-books-32k", "transformer-760m-books-16k"])
