@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores it for what it runs in the background, and so would the processes that tests send it to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples for everybody, and no deadline: the first example of a shape is the one that compiles.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
