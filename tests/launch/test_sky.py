@@ -245,8 +245,12 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(sky):
     fault = "requests.exceptions.ReadTimeout: Read timed out."
     sky.fail("launch", ("before", fault), ("after", fault))
     sky.fail("queue", ("before", "Could not connect to SkyPilot API server at http://127.0.0.1:46580."))
-    status, _, err = sky.launch()
-    assert status == DONE, err
+    (sky.folder / "hold").touch()  # until it was looked for among the jobs
+    launch = sky.launch(wait=False)
+    sky.wait_until(lambda: sky.of("logs"))
+    (sky.folder / "hold").unlink()
+    _, err = launch.communicate(timeout=60)
+    assert launch.returncode == DONE, err
     assert len(sky.of("launch")) == 2
     assert len(sky.jobs()) == 1
 

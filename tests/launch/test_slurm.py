@@ -260,8 +260,12 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(cluster)
     cluster.fail("sbatch", ("before", timeout), ("after", timeout))
     cluster.fail("squeue", ("before", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"))
     cluster.fail("scontrol", ("before", "slurm_load_jobs error: Zero Bytes were transmitted or received"))
-    status, _, err = cluster.launch()
-    assert status == DONE, err
+    (cluster.folder / "hold").touch()  # until it was looked for in the queue
+    launch = cluster.launch(wait=False)
+    cluster.wait_until(lambda: cluster.calls("scontrol"))
+    (cluster.folder / "hold").unlink()
+    _, err = launch.communicate(timeout=30)
+    assert launch.returncode == DONE, err
     assert len(cluster.calls("sbatch")) == 2
     assert len(list((cluster.folder / "jobs").glob("*.json"))) == 1
 

@@ -48,5 +48,5 @@ def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtyp
 
     params = random_params(model("linear_attention"), tokens, stddev=0.3)
     found = read("ttt_linear")(params)
-    assert_close(found, read("linear_attention")(params), 5e-6 if dtype == "float32" else 2e-2)
+    assert_close(found, read("linear_attention")(params), 1e-5 if dtype == "float32" else 2e-2)
     assert min(np.abs(g).max() for g in jax.tree.leaves(found[1])) > 1e-4  # of every parameter
