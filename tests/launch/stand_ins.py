@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -50,6 +51,22 @@ class StandIns:
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [call for call in map(json.loads, lines) if not names or call[0] in names]
+
+    def plan(self, *words) -> None:
+        """What the command that is launched does, a word for each start."""
+        (self.folder / "plan").write_text(json.dumps(words))
+
+    def started(self) -> list:
+        """What each process of the command has told of itself."""
+        path = self.folder / "started"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_until(self, ready) -> None:
+        """Returns once ``ready()`` is true; at most 20 seconds."""
+        deadline = time.monotonic() + 20
+        while not ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def fail(self, name: str, *faults: tuple[str, str]) -> None:
         """The next calls of a program fail: ("before" or "after" it has done its work, what it says)."""

@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,6 @@ class Cluster(StandIns):
         (folder / "image" / "ttt").chmod(0o755)
         self.plan(0)
 
-    def plan(self, *words):
-        (self.folder / "plan").write_text(json.dumps(words))
-
     def launch(self, *options, image=("--image", IMAGE), command=(), wait=True):
         start = self.ttt if wait else self.start
         command = ("train", "--config", ROOT / "configs/quickstart.py", "--workdir", "gs://bucket/runs/a", *command)
@@ -60,10 +56,6 @@ class Cluster(StandIns):
 
     def act(self, action, name="ttt-a-0b8b2f"):
         return self.ttt("launch", "gke", "--cluster", "c", "--name", name, action, set=WAITS)
-
-    def started(self):
-        path = self.folder / "started"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def jobsets(self):
         path = self.folder / "jobsets.json"
@@ -74,12 +66,6 @@ class Cluster(StandIns):
 
     def deleted(self):
         return [call for call in self.calls("xpk") if call[2] == "delete"]
-
-    def wait_until(self, ready):
-        deadline = time.monotonic() + 20
-        while not ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture

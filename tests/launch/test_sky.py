@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,17 +60,10 @@ class Sky(StandIns):
         self.environment["XDG_CACHE_HOME"] = str(folder / "cache")
         self.plan(0)
 
-    def plan(self, *words):
-        (self.folder / "plan").write_text(json.dumps(words))
-
     def launch(self, *options, machines=("--accelerator", "tpu-v5litepod-8"), command=(), wait=True):
         start = self.ttt if wait else self.start
         command = ("train", "--config", ROOT / "configs/quickstart.py", "--workdir", "gs://bucket/runs/a", *command)
         return start("launch", "sky", *machines, *options, "--", *command, cwd=self.folder, set=WAITS)
-
-    def started(self):
-        path = self.folder / "started"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def jobs(self):
         path = self.folder / "jobs.json"
@@ -79,12 +71,6 @@ class Sky(StandIns):
 
     def of(self, verb):
         return [call for call in self.calls("sky") if call[2] == verb]
-
-    def wait_until(self, ready):
-        deadline = time.monotonic() + 20
-        while not ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture

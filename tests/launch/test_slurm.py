@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from stand_ins import ROOT, StandIns
@@ -42,9 +41,6 @@ class Cluster(StandIns):
         self.waits = {**WAITS, "sys.executable": str(folder / "python")}
         self.plan(0)
 
-    def plan(self, *words):
-        (self.folder / "plan").write_text(json.dumps(words))
-
     def launch(self, *options, workdir="runs/a", command=(), wait=True):
         """``ttt launch slurm`` of a job of two processes."""
         start = self.ttt if wait else self.start
@@ -52,21 +48,11 @@ class Cluster(StandIns):
         options = ("--gpus-per-node", "2", *options)
         return start("launch", "slurm", *options, "--", *command, cwd=self.folder, set=self.waits)
 
-    def started(self):
-        path = self.folder / "started"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
     def job(self, number="101"):
         return json.loads((self.folder / "jobs" / f"{number}.json").read_text())
 
     def reach_time_limit(self):
         subprocess.run([self.folder / "bin" / "limit", "101"], env=self.environment, check=True)
-
-    def wait_until(self, ready):
-        deadline = time.monotonic() + 20
-        while not ready():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture

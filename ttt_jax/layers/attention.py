@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S length of the cache, D width, H heads, d = D / H.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.layers import rope
-from ttt_jax.layers.projection import Projection
+from ttt_jax.layers.projection import Projection, to_heads
 
 
 class AttentionState(NamedTuple):
@@ -36,11 +37,7 @@ class Attention(nn.Module):
         """Attends. A state must have room for the tokens: positions past its length are not defined."""
         del inner_lr_scale  # of mixers that learn
         batch, tokens, width = x.shape
-
-        def project(name):
-            y = Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)(x)
-            return y.reshape(batch, tokens, self.num_heads, width // self.num_heads)
-
+        project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         start = jnp.zeros((), jnp.int32) if state is None else state.position
         positions = start + jnp.arange(tokens)
         q = rope.rotate(project("wq"), positions, self.rope_theta)

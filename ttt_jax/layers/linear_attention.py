@@ -10,6 +10,7 @@ been read rather than the sum, which is the same to the LN but for its epsilon.
 Shapes: B batch, T tokens, D width, H heads, d = D / H, c tokens of a chunk.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
-from ttt_jax.layers.projection import Projection
+from ttt_jax.layers.projection import Projection, to_heads
 
 CHUNK = 128  # tokens
 
@@ -44,11 +45,7 @@ class LinearAttention(nn.Module):
     ) -> tuple[jax.Array, LinearAttentionState | None]:
         del inner_lr_scale  # of mixers that learn
         batch, tokens, width = x.shape
-
-        def project(name):
-            y = Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)(x)
-            return y.reshape(batch, tokens, self.num_heads, width // self.num_heads)
-
+        project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         start = self.initial_state(batch, width, tokens) if state is None else state
         positions = start.position + jnp.arange(tokens)
         q = rope.rotate(project("wq"), positions, self.rope_theta)

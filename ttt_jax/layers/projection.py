@@ -25,6 +25,12 @@ class Projection(nn.Module):
         return project(x, kernel, self.axes, self.dtype)
 
 
+def to_heads(x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float, name: str) -> jax.Array:
+    """[B, T, D] to [B, T, H, d] by a projection of this name, of the module that calls."""
+    y = Projection(x.shape[-1], ("embed", "heads"), dtype, init_stddev, name=name)(x)
+    return y.reshape(*x.shape[:2], num_heads, -1)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def project(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: jnp.dtype, out_dtype: jnp.dtype | None = None
