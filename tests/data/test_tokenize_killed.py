@@ -71,7 +71,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
         process = start(output, folder)
         before = saves(output)
         begun.append(before)
-        wanted, pause = before + rng.randrange(1, 60), rng.random() * 0.02
+        wanted, pause = before + rng.randrange(1, 30), rng.random() * 0.01
         while process.poll() is None and saves(output) < wanted:
             time.sleep(0.001)
         time.sleep(pause)
@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
-    assert len(begun) > 4  # runs
+    assert len(begun) > 3  # runs; how many depends on how soon this process is awake
     assert begun == sorted(set(begun)), "every run went on where the one before it was"
     undisturbed = memory_path / "undisturbed"
     finish(start(undisturbed, folder))
