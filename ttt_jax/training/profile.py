@@ -28,7 +28,9 @@ class Profile:
         """A context for dispatching a step."""
         if number in self._steps and not self._tracing:
             self._here = self._folder if is_local(self._folder) else Path(tempfile.mkdtemp(prefix="ttt_jax_profile_"))
-            jax.profiler.start_trace(str(self._here))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # it follows every thread, storage's too, and says nothing of the device
+            jax.profiler.start_trace(str(self._here), profiler_options=options)
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
