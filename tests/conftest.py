@@ -1,9 +1,11 @@
 """What all tests share: the CPU, a compilation cache that outlives the run, and comparisons that NaN cannot pass."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,38 @@ def random_params() -> Callable[..., Any]:
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def in_one_process(tmp_path_factory) -> Callable[[list[str]], dict[str, list]]:
+    """``in_one_process(commands)``: status, stdout and stderr of each command of ttt, all of one process in an empty
+    folder, which must neither load JAX nor leave a file."""
+
+    def run(commands: list[str]) -> dict[str, list]:
+        program = f"""
+import contextlib, io, json, os, sys
+from ttt_jax import cli
+printed = {{}}
+for command in {commands!r}:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = cli.main(command.split())
+        except SystemExit as end:
+            status = end.code
+    printed[command] = [status, out.getvalue(), err.getvalue()]
+print(json.dumps([printed, "jax" in sys.modules, os.listdir()]))
+"""
+        folder = tmp_path_factory.mktemp("empty")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found, loaded, files = json.loads(done.stdout)
+        assert not loaded
+        assert not files
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

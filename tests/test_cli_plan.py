@@ -1,6 +1,5 @@
 """``ttt plan`` as a person types it: help, and refusals before anything heavy is loaded."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,25 +21,8 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """Status, stdout and stderr of each command, of one process; and whether it loaded JAX."""
-    program = f"""
-import contextlib, io, json, sys
-from ttt_jax import cli
-printed = {{}}
-for command in ["plan --help", *{list(REFUSED)!r}]:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = cli.main(command.split())
-        except SystemExit as end:
-            status = end.code
-    printed[command] = [status, out.getvalue(), err.getvalue()]
-print(json.dumps([printed, "jax" in sys.modules]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    printed, loaded = json.loads(done.stdout)
-    assert not loaded
-    return printed
+def printed(in_one_process):
+    return in_one_process(["plan --help", *REFUSED])
 
 
 def test_help(printed):

@@ -50,47 +50,25 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def in_one_process(tmp_path_factory):
-    """Status, stdout and stderr of each command, whether JAX was loaded, and what files there are then."""
-    commands = ["sweep --help", "sweep status --help", "sweep results --help", *REFUSED]
-    program = f"""
-import contextlib, io, json, os, sys
-from ttt_jax import cli
-printed = {{}}
-for command in {commands!r}:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = cli.main(command.split())
-        except SystemExit as end:
-            status = end.code
-    printed[command] = [status, out.getvalue(), err.getvalue()]
-print(json.dumps([printed, "jax" in sys.modules, os.listdir()]))
-"""
-    folder = tmp_path_factory.mktemp("empty")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found, loaded, files = json.loads(done.stdout)
-    assert not loaded
-    assert not files
-    return found
+def answers(in_one_process):
+    return in_one_process(["sweep --help", "sweep status --help", "sweep results --help", *REFUSED])
 
 
-def test_help(in_one_process):
-    status, out, _ = in_one_process["sweep --help"]
+def test_help(answers):
+    status, out, _ = answers["sweep --help"]
     assert status == 0
     for text in ("--grid", "--zip", "log:LOW:HIGH:N", "pow2:1:2048", "-- launch tpu", "ttt sweep status", "--asha"):
         assert text in out
-    assert "--watch" in in_one_process["sweep status --help"][1]
+    assert "--watch" in answers["sweep status --help"][1]
     for text in ("--metric", "--csv", "--plot", "--lines", "last 5 %", "validation-2048/perplexity"):
-        assert text in in_one_process["sweep results --help"][1]
+        assert text in answers["sweep results --help"][1]
 
 
 @pytest.mark.parametrize("command", list(REFUSED))
-def test_refused(in_one_process, command):
+def test_refused(answers, command):
     if "--engine ray" in command:
         pytest.importorskip("ray")
-    status, out, err = in_one_process[command]
+    status, out, err = answers[command]
     assert (status, out) == (2, "")
     message = err.splitlines()[-1].removeprefix("ttt ")
     verb, _, said = message.partition(": ")

@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
-    assert len(begun) > 3  # runs; how many depends on how soon this process is awake
+    assert len(begun) > 4  # runs
     assert begun == sorted(set(begun)), "every run went on where the one before it was"
     undisturbed = memory_path / "undisturbed"
     finish(start(undisturbed, folder))
