@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import ttt_jax
-from ttt_jax import cli_launch, cli_plan, cli_sweep, cli_sweep_report, cli_tokenize, config_file
+from ttt_jax import cli_eval, cli_launch, cli_plan, cli_plot, cli_sweep, cli_sweep_report, cli_tokenize, config_file
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
+from ttt_jax.cli_types import not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -44,9 +44,6 @@ exit status:
   0 done, 1 the run failed, 2 the command or the config cannot be run, 75 start it again and it goes on (after SIGTERM,
   a lost process or a stall), 130 stopped by Ctrl-C
 """
-
-
-_SPLITS = ("train", "validation", "test")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,53 +109,6 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
     return status
 
 
-def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
-    """``ttt eval``"""
-    workdir = workdir_lib.at(options.workdir)
-    from ttt_jax.evaluation import loss_by_position
-    from ttt_jax.parallel import startup
-
-    startup.use_compilation_cache()
-
-    def progress(done, total):
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-    result, about = loss_by_position.evaluate(
-        workdir,
-        context=options.context,
-        split=options.split,
-        most_windows=options.max_windows,
-        by_document=options.by_document,
-        step=options.step,
-        batch_size=options.batch_size,
-        progress=progress,
-    )
-    path = loss_by_position.save(result, about, workdir / "eval")
-    print(
-        f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} {about['of']} of "
-        f"{'up to ' * options.by_document}{options.context} tokens: "
-        f"loss {result.mean:.4f} +- {result.mean_standard_error:.4f}, perplexity {result.perplexity:.4f}"
-    )
-    print(f"  {path} (and .csv, .json)")
-    return 0
-
-
-def plot(options: argparse.Namespace, rest: list[str]) -> int:
-    """``ttt plot loss-by-position``"""
-    from ttt_jax.evaluation import plot as plot_lib
-
-    plot_lib.loss_by_position(
-        [workdir_lib.at(workdir) for workdir in options.workdir],
-        options.output,
-        split=options.split,
-        context=options.context,
-        by_document=options.by_document,
-    )
-    print(options.output)
-    return 0
-
-
 def bench(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt bench step``"""
     config = config_file.from_arguments(rest)
@@ -191,34 +141,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
     several = p.add_argument_group("several processes, where the environment does not tell of them")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
-    several.add_argument("--processes", type=_positive, metavar="N", help="how many")
-    several.add_argument("--process", type=_not_negative, metavar="I", help="which one this is, from 0")
+    several.add_argument("--processes", type=positive, metavar="N", help="how many")
+    several.add_argument("--process", type=not_negative, metavar="I", help="which one this is, from 0")
     several.add_argument(
-        "--start-limit", type=_positive, default=300, metavar="S", help="seconds to wait (default: 300)"
+        "--start-limit", type=positive, default=300, metavar="S", help="seconds to wait (default: 300)"
     )
 
-    p = verb("eval", evaluate, _EVAL)
-    p.add_argument("--workdir", required=True, metavar="DIR", help="of a run")
-    p.add_argument("--context", type=_positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
-    p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
-    p.add_argument("--max-windows", type=_positive, default=256, metavar="N", help="at most so many (default: 256)")
-    p.add_argument("--by-document", action="store_true", help="whole documents, each from its beginning, not windows")
-    p.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    p.add_argument("--batch-size", type=_positive, metavar="B", help="windows at a time (default: as in training)")
-
-    p = verb("plot", plot, _PLOT)
-    p.add_argument("kind", choices=["loss-by-position"], metavar="loss-by-position")
-    p.add_argument("workdir", nargs="+", help="workdirs of evaluated runs")
-    output = Path("loss-by-position.png")
-    p.add_argument("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
-    p.add_argument("--split", default="validation", choices=_SPLITS, help="(default: validation)")
-    p.add_argument("--context", type=_positive, metavar="T", help="of the evaluations (default: the longest)")
-    p.add_argument("--by-document", action="store_true", help="the evaluations that were made with this option")
+    cli_eval.add_arguments(verb("eval", lambda options, rest: cli_eval.run(options), cli_eval.DESCRIPTION))
+    cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
 
     p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
     p.add_argument("kind", choices=["step"], metavar="step")
-    p.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed steps (default: 7)")
-    p.add_argument("--warmup", type=_not_negative, default=2, metavar="N", help="steps before them (default: 2)")
+    p.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed steps (default: 7)")
+    p.add_argument("--warmup", type=not_negative, default=2, metavar="N", help="steps before them (default: 2)")
     p.add_argument("--json", action="store_true", help="print JSON")
 
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
@@ -245,17 +180,6 @@ The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same 
 checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
 first; a second Ctrl-C does not wait.
 """
-_EVAL = """\
-Loss and perplexity of a trained model on windows of a split, and loss by token index with its standard error over
-windows. Writes DIR/eval/SPLIT-T.npz, .csv and .json. The context may be longer than that of training.
-
-With --by-document, of each document from its beginning to its end, or to T tokens: they are read in pieces of the
-training context, the state carried on, so that TTT reads a book of any length in the same memory.
-"""
-_PLOT = """\
-Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split
-and context: a smoothed curve over the raw points, on a log axis.
-"""
 _BENCH = """\
 Compiles the training step of a config and times it on random tokens: step time, tokens/s, model FLOP/s, peak memory,
 and the ratio to plain matrix products of as many FLOPs, measured in between.
@@ -278,18 +202,6 @@ def _config_manual() -> str:
 def _manual(make: Callable, description: str, epilog: str, **names) -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {least} or more")
-        return int(text)
-
-    return parse
-
-
-_positive, _not_negative = _at_least(1), _at_least(0)
 
 
 def _same_command() -> str:

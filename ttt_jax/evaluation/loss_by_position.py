@@ -13,17 +13,14 @@ import os
 from collections.abc import Callable
 
 import jax
-import ml_collections
 import numpy as np
 
 from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import documents, pipeline, source, sources
+from ttt_jax.evaluation.trained import load
 from ttt_jax.models import build
-from ttt_jax.parallel import sharding
-from ttt_jax.training import program
-from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.loss import token_nll
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
@@ -116,7 +113,8 @@ def evaluate(
         at_a_time = min(context, config.data.sequence_length) if by_document else context
         batch_size = max(1, config.data.batch_size * config.data.sequence_length // at_a_time)
     batch_size = -(-batch_size // devices) * devices
-    model, params, step, place = _restore(config, workdir, step)
+    trained = load(workdir, step)
+    model, params, step, place = trained.model, trained.params, trained.step, trained.batch_sharding
 
     options = {"context": context, "batch_size": batch_size, "most_windows": most_windows, "progress": progress}
     if by_document:
@@ -187,25 +185,6 @@ def _of_documents(model, params, place, data, *, context, piece_length, batch_si
         progress(first, total)
     progress(total, total)
     return nll[:, :context], mask[:, :context]
-
-
-def _restore(config: ml_collections.ConfigDict, workdir: Workdir, step: int | None):
-    """Model, parameters (on every device), the step they are of, and the sharding of a batch."""
-    config = config.copy_and_resolve_references()
-    config.mesh.update(data=jax.device_count(), fsdp=1, tensor=1)
-    run = program.make(config, sharding.make_mesh(config.mesh))
-    if not (workdir / "checkpoints").is_dir():
-        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    steps = checkpoints.all_steps()
-    if not steps:
-        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
-    if step is not None and step not in steps:
-        raise ConfigError(f"--step {step}: no such checkpoint in {workdir}; expected one of {sorted(steps)}")
-    step = max(steps) if step is None else step
-    params = checkpoints.restore_params(step, run.abstract_state.params)
-    checkpoints.close()
-    return run.model, params, step, run.batch_sharding
 
 
 def save(result: LossByPosition, about: dict, folder: Workdir) -> Workdir:
