@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, at_least, not_negative, positive
-from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ Writes DIR/probe/TASK.json and .csv, and TASK-by_distance.csv; cells that are th
 
 def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """``ttt probe`` and its kinds."""
-    kinds = verb("probe", lambda options, rest: _misplaced(options), DESCRIPTION)
+    kinds = verb("probe", lambda options, rest: kinds.error("expected needle or task right behind probe"), DESCRIPTION)
     kinds.add_argument("kind", choices=["needle", "task"], metavar="needle|task")
     add_needle_arguments(verb("probe needle", lambda options, rest: needle(options), NEEDLE))
     add_task_arguments(verb("probe task", lambda options, rest: task(options), TASK))
@@ -88,24 +88,17 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
     add("--plot", type=Path, metavar="FILE", help="also draw heat maps: .png, .pdf, .svg")
 
 
-def _misplaced(options: argparse.Namespace) -> int:
-    """``ttt probe`` with something other than a kind of probe right behind it."""
-    raise ConfigError(f"expected {options.kind} right behind probe: ttt probe {options.kind} --workdir DIR")
-
-
 def needle(options: argparse.Namespace) -> int:
     """``ttt probe needle``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    from ttt_jax import config_file
+    configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
     from ttt_jax.evaluation.probes import heat_map, needle_probe, report, texts
     from ttt_jax.evaluation.probes.needle import TASKS
 
     if options.plot:
         heat_map.check_output(options.plot)
     chosen = {"tokenizer": options.tokenizer, "haystack": options.haystack, "split": options.split}
-    prepared = [  # whatever is wrong with one of them is told before any is loaded
-        texts.of_run(config_file.from_json(workdir / "config.json"), options.task, **chosen) for workdir in workdirs
-    ]
+    prepared = [texts.of_run(config, options.task, **chosen) for config in configs]
     n = options.depths
     panels: dict[str, list[heat_map.Panel]] = {task: [] for task in options.task}
     for workdir, text in zip(workdirs, prepared, strict=True):
@@ -133,7 +126,8 @@ def needle(options: argparse.Namespace) -> int:
                 panels[task].append(panel)
     if options.plot:
         words = {"accuracy": "share right", "ranked_first": f"share ranked first of {options.candidates}"}
-        heat_map.save(list(panels.values()), options.plot, words[options.show])
+        rows = list(panels.values()) if len(workdirs) > 1 else [[panel for line in panels.values() for panel in line]]
+        heat_map.save(rows, options.plot, words[options.show])
         print(options.plot)
     return DONE
 
@@ -141,14 +135,14 @@ def needle(options: argparse.Namespace) -> int:
 def task(options: argparse.Namespace) -> int:
     """``ttt probe task``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    from ttt_jax import config_file
+    configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
     from ttt_jax.data.task_source import TASKS
     from ttt_jax.evaluation.probes import heat_map, report, task_probe
 
     if options.plot:
         heat_map.check_output(options.plot)
-    for workdir in workdirs:
-        task_probe.task_of(config_file.from_json(workdir / "config.json"))
+    for config in configs:  # whatever is wrong with one of them is told before any is loaded
+        task_probe.task_of(config)
     panels = []
     for workdir in workdirs:
         with _loaded(workdir, options.step, 0) as (trained, progress):

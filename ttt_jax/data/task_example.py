@@ -11,7 +11,7 @@ class Example(NamedTuple):
     Attributes:
       tokens: [N], int32.
       answers: [n], places of the tokens that can be known from those before them.
-      sources: [n], where what they repeat has been read.
+      sources: [n], where what they repeat has been read last.
     """
 
     tokens: np.ndarray

@@ -22,7 +22,7 @@ class Panel(NamedTuple):
       title: above it.
       rows, columns: what stands beside and below it.
       shares: [rows, columns], 0 to 1; NaN where nothing is known.
-      trained: the column from which on contexts are longer than those of training.
+      trained: the column from which on contexts are longer than that of training: a line stands before it.
       row_title: beside the rows.
     """
 
@@ -43,8 +43,11 @@ def panel(
     for cell in cells:
         shares[rows.index(cell[row]), contexts.index(cell["context"])] = cell[measure]
     columns = [f"{context // 1024}k" if context % 1024 == 0 else f"{context}" for context in contexts]
-    longer = sum(context <= trained.config.data.sequence_length for context in contexts)
-    return Panel(title, [row_name(value) for value in rows], columns, shares, longer, row)
+    length = trained.config.data.sequence_length
+    longer = sum(context <= length for context in contexts)
+    return Panel(
+        f"{title}\ntrained on {length:,} tokens", [row_name(value) for value in rows], columns, shares, longer, row
+    )
 
 
 def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
@@ -87,12 +90,11 @@ def _draw(panel: Panel, axes):
     axes.set_yticks(range(len(panel.rows)), panel.rows)
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel(panel.row_title)
-    axes.set_title(panel.title, fontsize=10)
+    axes.set_title(panel.title, fontsize=9)
     for (y, x), share in np.ndenumerate(panel.shares):
         if np.isfinite(share):  # dark letters on light ground
             axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="k" if share > 0.6 else "w")
     if 0 < panel.trained < len(panel.columns):
         axes.axvline(panel.trained - 0.5, color="w", linewidth=2)
         axes.axvline(panel.trained - 0.5, color="#D55E00", linewidth=1.2, linestyle="--")
-        axes.text(panel.trained - 0.46, -0.62, "longer than trained on", fontsize=6.5, color="#D55E00", va="bottom")
     return image

@@ -47,7 +47,7 @@ def examples(
     """Example ``index`` at each of the depths, T = ``context``.
 
     Depth and context change what lies around a needle, not the needle: they are compared on the same ones, and so are
-    models with the same tokenizer. The haystack is cut at its beginning, so that T is exact.
+    models with the same tokenizer. The haystack is cut where it ends, so that T is exact.
 
     Args:
       depths: in percent. The needle stands between two sentences, where that is nearest.
@@ -79,7 +79,7 @@ def examples(
 
 
 def _haystack(haystack: Haystack, encode: Encode, place: float, tokens: int) -> list[np.ndarray]:
-    """Units of so many tokens together; of the first, only the end."""
+    """Units of so many tokens together; of the last, only the beginning."""
     size = tokens + 1024
     while size <= _MOST_TEXT * (tokens + 1024):
         units, total = [], 0
@@ -87,9 +87,7 @@ def _haystack(haystack: Haystack, encode: Encode, place: float, tokens: int) -> 
             units.append(_following(encode, text))
             total += len(units[-1])
             if total >= tokens:
-                while total - tokens >= len(units[0]):
-                    total -= len(units.pop(0))
-                return [units[0][total - tokens :], *units[1:]]
+                return [*units[:-1], units[-1][: len(units[-1]) - (total - tokens)]]
         size *= 2
     raise ConfigError(f"--haystack: {haystack.name} has hardly any text; expected enough for {tokens} tokens")
 
