@@ -106,8 +106,8 @@ def inspect(
 ) -> InnerLoop:
     """Reads windows of ``context`` tokens, spread evenly over a split.
 
-    They are read in pieces of the training context, the state carried from one to the next: memory does not grow with
-    the context.
+    A context longer than that of training is read in pieces, the state carried from one to the next, so that memory
+    does not grow with it.
 
     Args:
       most_windows: reads all windows (or documents) of the split, or this many.
@@ -128,9 +128,10 @@ def inspect(
     data = sources.from_config(config, split)
     source.check(data, config.model.vocab_size, 1 if by_document else context)
     starts = _starts(data, context, most_windows, by_document)
-    piece_length = min(context, config.data.sequence_length)
+    training_context, b = config.data.sequence_length, config.model.ttt.mini_batch
+    piece_length = context if context <= training_context else max(1, training_context // b) * b  # whole mini-batches
     if batch_size is None:
-        batch_size = max(1, config.data.batch_size * config.data.sequence_length // piece_length)
+        batch_size = max(1, config.data.batch_size * training_context // piece_length)
     batch_size = -(-min(batch_size, len(starts)) // trained.rows) * trained.rows
 
     shape = config.model.num_layers, context
@@ -151,7 +152,6 @@ def inspect(
         done += rows * (end - offset)
         progress(done, total)
 
-    b = config.model.ttt.mini_batch
     ends = np.unique(np.append(np.arange(b - 1, context, b), context - 1))
     arrays = {name: mean.mean for name, mean in means.items()}
     arrays |= {f"{name}_standard_error": mean.standard_error for name, mean in means.items()}
