@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, at_least, not_negative, positive
+from ttt_jax.cli_types import SPLITS, at_least, counts, not_negative, positive
+from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 
 if TYPE_CHECKING:
@@ -48,7 +49,11 @@ Writes DIR/probe/TASK.json and .csv, and TASK-by_distance.csv; cells that are th
 
 def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """``ttt probe`` and its kinds."""
-    kinds = verb("probe", lambda options, rest: kinds.error("expected needle or task right behind probe"), DESCRIPTION)
+
+    def misplaced(options: argparse.Namespace, rest: Sequence[str]) -> int:
+        raise ConfigError(f"expected {options.kind} right behind probe")
+
+    kinds = verb("probe", misplaced, DESCRIPTION)
     kinds.add_argument("kind", choices=["needle", "task"], metavar="needle|task")
     add_needle_arguments(verb("probe needle", lambda options, rest: needle(options), NEEDLE))
     add_task_arguments(verb("probe task", lambda options, rest: task(options), TASK))
@@ -59,7 +64,7 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_common(parser, samples=20)
     add("--task", type=_names, default=NEEDLES, metavar="NAME,...", help=f"some of {', '.join(NEEDLES)} (default: all)")
-    add("--context", type=_numbers(1), default=(1024, 2048), metavar="T,...", help="tokens (default: 1024,2048)")
+    add("--context", type=_numbers, default=[1024, 2048], metavar="T,...", help="tokens (default: 1024,2048)")
     add("--depths", type=positive, default=5, metavar="N", help="from 0 to 100 %% (default: 5)")
     add("--candidates", type=at_least(2), default=8, metavar="N", help="chance is one in so many (default: 8)")
     add("--seed", type=not_negative, default=0, metavar="N", help="of the examples (default: 0)")
@@ -74,8 +79,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ttt probe task``."""
     add = parser.add_argument
     _add_common(parser, samples=256)
-    add("--context", type=_numbers(1), metavar="T,...", help="tokens (default: as in training, twice, four times that)")
-    add("--items", type=_numbers(1), metavar="N,...", help="pairs or symbols (default: as in training)")
+    add("--context", type=_numbers, metavar="T,...", help="tokens (default: as in training, twice, four times that)")
+    add("--items", type=_numbers, metavar="N,...", help="pairs or symbols (default: as in training)")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
 
 
@@ -122,7 +127,7 @@ def needle(options: argparse.Namespace) -> int:
                     f"{options.samples} samples, {text.haystacks[task].name}"
                 )
                 report.show(cells, title, "depth", _percent, ("accuracy", "ranked_first"), caption)
-                panel = heat_map.panel(cells, f"{workdir.name}: {task}", "depth", _percent, options.show, trained)
+                panel = heat_map.panel(cells, f"{trained.name}: {task}", "depth", _percent, options.show, trained)
                 panels[task].append(panel)
     if options.plot:
         words = {"accuracy": "share right", "ranked_first": f"share ranked first of {options.candidates}"}
@@ -161,7 +166,7 @@ def task(options: argparse.Namespace) -> int:
             title = f"{_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
             caption = f"{of} by context: share of answers right (of sequences all right); {options.samples} sequences"
             report.show(cells, title, "items", str, ("accuracy", "whole"), caption)
-            panels.append(heat_map.panel(cells, f"{workdir.name}: {name}", "items", str, "accuracy", trained))
+            panels.append(heat_map.panel(cells, f"{trained.name}: {name}", "items", str, "accuracy", trained))
     if options.plot:
         heat_map.save([panels], options.plot, "share of answers right")
         print(options.plot)
@@ -188,17 +193,16 @@ def _loaded(workdir: workdir_lib.Workdir, step: int | None, cells: int) -> Itera
 def _in_words(trained: "Trained") -> str:
     from ttt_jax.models import build
 
-    return f"{trained.workdir.resolve().name}: {build.describe(trained.config.model)}, step {trained.step}"
+    return f"{trained.name}: {build.describe(trained.config.model)}, step {trained.step}"
 
 
 def _percent(depth: float) -> str:
     return f"{depth:g} %"
 
 
-def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """A parser of numbers with commas between them; in order, each once."""
-    parse = at_least(least)
-    return lambda text: tuple(sorted({parse(part) for part in text.split(",")}))
+def _numbers(text: str) -> list[int]:
+    """Positive integers with commas between them, in order, each once."""
+    return sorted(set(counts(text)))
 
 
 def _names(text: str) -> Sequence[str]:

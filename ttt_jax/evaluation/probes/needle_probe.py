@@ -19,7 +19,7 @@ from ttt_jax.models import build
 from ttt_jax.workdir import Workdir
 
 # Everything that a cell depends on: one that is there with the same values is not computed again.
-CONDITIONS = ("step", "seed", "samples", "candidates", "haystack", "tokenizer")
+CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer")
 PLACE = ("context", "depth")
 
 
@@ -64,6 +64,7 @@ def probe(
     tokenizer, haystack = texts.tokenizer, texts.haystacks[task]
     conditions = {
         "step": trained.step,
+        "checkpoint": trained.fingerprint,
         "seed": seed,
         "samples": samples,
         "candidates": candidates,
@@ -148,7 +149,7 @@ def _about(trained: Trained, task: str, haystack: Haystack, tokenizer: Tokenizer
 def run_in_words(trained: Trained) -> dict[str, Any]:
     """What a file of a probe says of the run."""
     return {
-        "workdir": trained.workdir.resolve().name,
+        "workdir": trained.name,
         "model": build.describe(trained.config.model),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "training_context": trained.config.data.sequence_length,

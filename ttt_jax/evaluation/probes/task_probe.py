@@ -21,7 +21,7 @@ from ttt_jax.evaluation.trained import Trained
 from ttt_jax.parallel import sharding
 from ttt_jax.workdir import Workdir
 
-CONDITIONS = ("step", "split", "samples")
+CONDITIONS = ("step", "checkpoint", "split", "samples")
 PLACE = ("items", "context")
 
 
@@ -73,7 +73,15 @@ def probe(
       ConfigError: where items do not fit a context or the vocabulary.
     """
     task, _ = task_of(trained.config)
-    kept, conditions = cells(trained.workdir, task), {"step": trained.step, "split": split, "samples": samples}
+    kept, conditions = (
+        cells(trained.workdir, task),
+        {
+            "step": trained.step,
+            "checkpoint": trained.fingerprint,
+            "split": split,
+            "samples": samples,
+        },
+    )
     about = {"probe": "task", "task": task, **run_in_words(trained)}
     known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
     wanted = [(number, context) for number in items for context in contexts]
