@@ -1,0 +1,121 @@
+"""The loss of the inner loop by token index, layer by layer (Figures 4 and 14)."""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttt_jax import workdir as workdir_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import style
+from ttt_jax.evaluation.style import Style
+
+_WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
+_CURVES = {  # as in the paper's legend; the learner's loss, by when it is taken
+    "loss_at_w0": (r"$\ell(W_0; x_t)$", Style("#0072B2", "-", "")),
+    "loss_before": (r"$\ell(W_{t-1}; x_t)$", Style("#E69F00", (0, (4, 1)), "")),
+    "loss_after": (r"$\ell(W_t; x_t)$", Style("#009E73", (0, (1, 1)), "")),
+}
+
+
+class Inspection(NamedTuple):
+    """What ``ttt inspect`` has written about a run.
+
+    Attributes:
+      about: what it is of.
+      position: [T], from 1.
+      losses: of each name of ``loss_at_w0``, ``loss_before`` and ``loss_after``, [L, T].
+    """
+
+    about: dict[str, Any]
+    position: np.ndarray
+    losses: dict[str, np.ndarray]
+
+
+def inner_loss(
+    workdir: str | os.PathLike,
+    output: Path,
+    *,
+    split: str = "validation",
+    context: int | None = None,
+    layers: Sequence[int] | None = None,
+    window: int = _WINDOW,
+) -> None:
+    """Draws three curves for each layer, in a panel of its own, and saves the picture: the loss of a token at W0, at
+    the weights before its mini-batch, and after it.
+
+    Args:
+      context: of the inspection; None is the longest.
+      layers: from 1; None is all.
+      window: positions that are averaged over.
+
+    Raises:
+      ConfigError: where the run was not inspected, or has no such layer.
+    """
+    style.check_output(output)
+    found = read(workdir, split, context)
+    count = len(found.losses["loss_at_w0"])
+    chosen = range(1, count + 1) if layers is None else layers
+    for layer in chosen:
+        if not 1 <= layer <= count:
+            raise ConfigError(f"--layers {layer}: no such layer; expected 1 to {count}")
+    if not 1 <= window <= len(found.position):
+        raise ConfigError(f"--window {window}: expected 1 to {len(found.position)}, the context")
+    figure, panels = style.panels(
+        len(chosen), columns=3 if len(chosen) in (3, 5, 6, 9) else min(4, len(chosen)), width=3.4, height=2.5
+    )
+    for axes, layer in zip(panels, chosen, strict=True):
+        for name, (label, look) in _CURVES.items():
+            position, curve = (sliding_mean(x, window) for x in (found.position, found.losses[name][layer - 1]))
+            axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.02)
+        grid = axes.get_subplotspec()
+        if grid is None or layer in list(chosen)[-grid.get_gridspec().ncols :]:
+            axes.set_xlabel("token index t")
+        if grid is None or grid.is_first_col():
+            axes.set_ylabel("inner loss")
+    about = found.about
+    figure.suptitle(
+        f"Loss of the inner loop, {about['model']}, {about['source']}, {about['windows']:,} windows of "
+        f"{about['context']:,} tokens; mean over {window} positions",
+        fontsize=10,
+        wrap=True,
+    )
+    style.legend_below(figure)
+    style.save(figure, output)
+
+
+def read(workdir: str | os.PathLike, split: str, context: int | None = None) -> Inspection:
+    """The inspection of a run on a split; of the longest context, where none is given.
+
+    Raises:
+      ConfigError: where there is none.
+    """
+    workdir = workdir_lib.at(workdir)
+    with workdir_lib.explained(workdir):
+        files = {path.stem.removeprefix(f"{split}-"): path for path in (workdir / "inspect").glob(f"{split}-*.npz")}
+    known = {int(name): path for name, path in files.items() if name.isdecimal()}
+    chosen = max(known, default=None) if context is None else context
+    if chosen is None or chosen not in known:
+        with_context = "" if context is None else f" with context {context}"
+        raise ConfigError(
+            f"{workdir}: no inspection of the {split} split{with_context}; run: "
+            f"ttt inspect --workdir {workdir} --split {split} --context {context or 2048}"
+        )
+    with workdir_lib.explained(workdir):
+        about = json.loads(known[chosen].with_suffix(".json").read_text())
+        content = io.BytesIO(known[chosen].read_bytes())
+    with np.load(content, allow_pickle=False) as file:
+        return Inspection(about, file["position"], {name: file[name] for name in _CURVES})
+
+
+def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over ``window`` neighbours: of T values, T + 1 - window."""
+    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, np.float64)]))
+    return (total[window:] - total[:-window]) / window
