@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, positive
+from ttt_jax.cli_types import SPLITS, counts, positive
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--against", metavar="DIR", help="a run: also the paired difference of each other one to it")
     p.add_argument("--perplexity", action="store_true", help="the exponential of the mean loss, on a log axis")
 
-    contexts = {"type": _contexts, "metavar": "T,T", "help": "only runs that were trained at these (default: all)"}
+    contexts = {"type": counts, "metavar": "T,T", "help": "only runs that were trained at these (default: all)"}
     p = kind("flops", _flops, _FLOPS)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
     p.add_argument("--context", **contexts)
@@ -140,10 +140,6 @@ def _table(options: argparse.Namespace) -> None:
     for path in options.output:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(ablation.as_text(rows, path.suffix), newline="")
-
-
-def _contexts(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
 
 
 def _layers(text: str) -> list[int]:

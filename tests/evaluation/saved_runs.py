@@ -7,9 +7,10 @@ import re
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax.evaluation import evaluations, statistics
 from ttt_jax.models import build
 
-DOCUMENTS = 8
+WINDOWS = 6  # of an evaluation, a document each
 
 
 def run(
@@ -51,8 +52,8 @@ def run(
         "carried": False,
         "context": context,
         "training_context": context,
-        "windows": 6,
-        "documents": DOCUMENTS,
+        "windows": WINDOWS,
+        "documents": WINDOWS,
         "config": config.to_dict(),
     }
     save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), seed=seed)
@@ -60,45 +61,17 @@ def run(
 
 
 def save_evaluation(workdir, about, *, loss, seed=0):
-    """Three files, but for the table: losses fall with the position, and documents differ in how hard they are."""
-    context = about["context"]
-    rng = np.random.default_rng(seed)
-    position = np.arange(1, context + 1)
-    curve = 1 / np.sqrt(position)
-    mean = curve + loss - curve.mean()
-    edges = sorted({1, *(round(2 ** (k / 4)) for k in range(4 * 12)), context + 1})
-    edges = [edge for edge in edges if edge <= context + 1]
-    first, last = np.array(edges[:-1]), np.array(edges[1:]) - 1
-    counts = np.tile((last - first + 1).astype(float), (DOCUMENTS, 1))
-    bins = np.array([mean[a - 1 : b].mean() for a, b in zip(first, last, strict=True)])
-    hard = rng.normal(0, 0.1, (DOCUMENTS, 1))
-    hard -= hard.mean()
-    sums = (bins + hard) * counts
-    residuals = (sums.sum(1) / context) - loss
-    error = math.sqrt((residuals**2).sum() / (DOCUMENTS - 1) / DOCUMENTS)
-    about = {**about, "tokens": DOCUMENTS * context, "loss": loss, "loss_standard_error": error}
-    about = {**about, "perplexity": math.exp(loss)}
-    folder = workdir / "eval"
-    folder.mkdir(exist_ok=True)
-    of = "documents-" if about["of"] == "documents" else ""
-    stem = folder / f"{about['split']}-{of}{context}"
-    stem.with_suffix(".json").write_text(json.dumps(about))
-    arrays = {
-        "position": position,
-        "loss": mean + rng.normal(0, 0.05, context),
-        "standard_error": np.full(context, 0.05),
-        "count": np.full(context, DOCUMENTS),
-        "bin_first": first,
-        "bin_last": last,
-        "bin_loss": bins,
-        "bin_standard_error": np.full(len(bins), 0.03),
-        "bin_low": bins - 0.06,
-        "bin_high": bins + 0.06,
-        "bin_count": counts.sum(0),
-        "document_sums": sums,
-        "document_counts": counts,
-    }
-    np.savez(stem.with_suffix(".npz"), **arrays)
+    """Losses fall with the position, and windows, of a document each, differ in how hard they are."""
+    context, rng = about["context"], np.random.default_rng(seed)
+    curve = 1 / np.sqrt(np.arange(1, context + 1)) + rng.normal(0, 0.2, (WINDOWS, context))
+    nll = curve + rng.normal(0, 0.1, (WINDOWS, 1))
+    nll[:, 10] = np.nan  # a position that does not count
+    nll += loss - np.nanmean(nll)
+    found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
+    tokens, error = int(found.tokens.sum()), float(found.all.standard_error)
+    means = {"tokens": tokens, "loss": loss, "loss_standard_error": error, "perplexity": math.exp(loss)}
+    stem = evaluations.name(about["split"], context, by_document=about["of"] == "documents")
+    evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
 
 
 def save_inspection(workdir, losses, *, split="validation", **about):

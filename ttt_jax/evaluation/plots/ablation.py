@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import compare, evaluations
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
@@ -76,7 +77,7 @@ def rows(places: Sequence[str], *, split: str = "validation", published: bool = 
         perplexity = math.exp(point.about["loss"])
         difference = None if above is None else perplexity - math.exp(above.about["loss"])
         paired = (None, None) if above is None else _paired(above, point)
-        error = None if paired[1] is None or above is None else _error_of_perplexity(above, point, paired[1])
+        error = None if above is None or paired[1] is None else _error_of_perplexity(above, point, paired[1])
         name = points_lib.line_of(point.about) if above is None else _step(above, point)
         found.append(Row(name, perplexity, difference, error, *paired, known.perplexity if known else None))
     return found
@@ -136,15 +137,13 @@ def as_csv(found: Sequence[Row]) -> str:
 
 def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
     """The difference in loss to the row above, and its standard error: None where not the same text was read."""
-    from ttt_jax.evaluation import compare, evaluations
-
     split, context = point.about["split"], point.about["context"]
     a, b = (evaluations.read(each.workdir, split, context) for each in (point, above))
     try:
         difference = compare.paired_difference(a, b)
     except ConfigError:
         return point.about["loss"] - above.about["loss"], None
-    return difference.mean, difference.standard_error
+    return difference.mean, difference.standard_error if math.isfinite(difference.standard_error) else None
 
 
 def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float:

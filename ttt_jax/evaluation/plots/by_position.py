@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, style
+from ttt_jax.evaluation import compare, evaluations, style
 from ttt_jax.evaluation.evaluations import Evaluation
 from ttt_jax.evaluation.plots.points import line_of
 from ttt_jax.evaluation.style import Style
@@ -43,8 +42,9 @@ def loss_by_position(
       ConfigError: for a run without such an evaluation, for runs that cannot be compared, or an unknown kind of file.
     """
     style.check_output(output)
-    found = [evaluations.read(workdir, split, context, by_document) for workdir in workdirs]
-    _check_comparable(workdirs, found)
+    found = [evaluations.read(workdir, split, context, by_document=by_document) for workdir in workdirs]
+    for each in found[1:]:
+        compare.check_paired(each, found[0])
     styles = style.distinct([line_of(each.about) for each in found])
     rows, height, ratios = (1, 4.6, [1.0]) if against is None else (2, 7.0, [1.6, 1.0])
     figure, panels = plt.subplots(
@@ -53,7 +53,8 @@ def loss_by_position(
     first, last = panels.flat[0], panels.flat[-1]
     _draw_curves(first, found, styles, perplexity=perplexity, first=_SURPRISES if by_document else 0)
     if against is not None:
-        _draw_differences(last, against, workdirs, found, styles, (split, context, by_document))
+        reference = evaluations.read(against, split, found[0].about["context"], by_document=by_document)
+        _draw_differences(last, reference, found, styles)
 
     for axes in panels.flat:
         style.token_axis(axes.xaxis)
@@ -95,24 +96,18 @@ def _draw_curves(axes: Axes, found: Sequence[Evaluation], styles: Sequence[Style
         axes.plot(each.position, of_loss(each.loss), ".", rasterized=True, **points)
         curve = smooth(each.position, each.loss)
         axes.plot(each.position, of_loss(curve), color=color, linestyle=line, linewidth=1.8, label=label)
-        if each.bin_first is not None:
-            at = np.exp(_middles(each))
-            low, high = of_loss(each.bin_low), of_loss(each.bin_high)
-            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0, zorder=1.5)
+        low, high = of_loss(each.bin_low), of_loss(each.bin_high)
+        axes.fill_between(_middles(each), low, high, color=color, alpha=0.15, linewidth=0, zorder=1.5)
     axes.set_ylim(*(of_loss(limit) for limit in _limits(found, first)))
 
 
-def _draw_differences(axes: Axes, against, workdirs, found: Sequence[Evaluation], styles: Sequence[Style], which):
-    from ttt_jax.evaluation import compare
-
-    reference = evaluations.read(against, *which)
-    _check_comparable([against, *workdirs], [reference, *found])
+def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluation], styles: Sequence[Style]):
     axes.axhline(0, color="0.3", linewidth=0.8)
     for each, (color, line, marker) in zip(found, styles, strict=True):
         if each.about == reference.about:
             continue
         difference = compare.paired_difference(each, reference)
-        at = np.exp(_middles(each))
+        at = _middles(each)
         axes.plot(at, difference.bin_loss, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
         axes.fill_between(at, difference.bin_low, difference.bin_high, color=color, alpha=0.15, linewidth=0)
     axes.set_ylabel("difference in loss\n(nats per token)")
@@ -120,8 +115,8 @@ def _draw_differences(axes: Axes, against, workdirs, found: Sequence[Evaluation]
 
 
 def _middles(evaluation: Evaluation) -> np.ndarray:
-    """Logarithm of the geometric middles of the bins. [K]"""
-    return (np.log(evaluation.bin_first) + np.log(evaluation.bin_last)) / 2
+    """The geometric middles of the bins, [K]: where they stand on a log axis."""
+    return np.sqrt(evaluation.bin_first * evaluation.bin_last.astype(float))
 
 
 def _mark_training_contexts(axes: Axes, found: Sequence[Evaluation]) -> None:
@@ -147,15 +142,3 @@ def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
     low = min(np.nanmin(curves), np.percentile(raw, 0.5))
     high = max(np.nanmax(curves), np.percentile(raw, 99.5))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
-
-
-def _check_comparable(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> None:
-    """Curves on one figure must be of the same windows of the same text."""
-    first = found[0].about
-    for workdir, evaluation in zip(workdirs[1:], found[1:], strict=True):
-        for key in ("fingerprint", "context", "windows"):
-            if evaluation.about[key] != first[key]:
-                raise ConfigError(
-                    f"{workdir}: its evaluation has {key} {evaluation.about[key]}, that of {workdirs[0]} {first[key]}; "
-                    "expected the same data, context and windows (see ttt eval --help)"
-                )

@@ -62,7 +62,7 @@ def runs(places: Iterable[str]) -> list[Workdir]:
 
 
 def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None) -> list[Point]:
-    """The newest evaluation of each run on windows of its own data, at the context that it was trained at.
+    """The evaluation of each run on windows of its own data, at the context that it was trained at.
 
     Args:
       contexts: only runs that were trained at one of these.
@@ -70,8 +70,7 @@ def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None 
     Raises:
       ConfigError: where a run has none, or none was trained at one of the contexts.
     """
-    workdirs = runs(places)
-    points = [_newest(workdir, split) for workdir in workdirs]
+    points = files.on_each(lambda workdir: _of_run(workdir, split), runs(places))
     if contexts is None:
         return points
     known = sorted({point.about["training_context"] for point in points})
@@ -159,20 +158,13 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
     return [run for each in files.on_each(lambda path: _runs_of(path, depth - 1), below) for run in each]
 
 
-def _newest(workdir: Workdir, split: str) -> Point:
-    abouts = [
-        about
-        for about in evaluations.listed(workdir)
-        if about["split"] == split
-        and about["of"] == "windows"
-        and not about.get("carried")
-        and about["context"] == about["training_context"]
-    ]
-    if not abouts:
-        config = files.json_object(workdir / "config.json") or {}
-        context = config.get("data", {}).get("sequence_length", 2048)
+def _of_run(workdir: Workdir, split: str) -> Point:
+    config = files.json_object(workdir / "config.json") or {}
+    context = config.get("data", {}).get("sequence_length")
+    about = files.json_object(workdir / "eval" / f"{evaluations.name(split, context)}.json")
+    if about is None:
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split at its own context; run: "
             f"ttt eval --workdir {workdir} --split {split} --context {context}"
         )
-    return Point(workdir, max(abouts, key=lambda about: about["step"]))
+    return Point(workdir, about)
