@@ -18,7 +18,7 @@ four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, an
 
 The paper says what it adds, not how in detail. Here, biases of the learner come with LN and residual (without them
 linear attention has no counterpart), and a rate that is not learned is the one that learning starts with. RUNG:smoke is
-a run of seconds on the embedded corpus, RUNG:tiny one of half a minute (docs/reproduce.md).
+a tiny one, on the embedded corpus.
 """
 
 import runpy
@@ -39,9 +39,8 @@ RUNGS = (
 
 def get_config(arg: str = "mamba_backbone"):
     rung, _, variant = arg.partition(":")
-    if rung not in RUNGS or variant not in ("", "smoke", "tiny"):
-        expected = f"{', '.join(RUNGS)}, and :smoke, :tiny or nothing after it"
-        raise ConfigError(f"ablation.py:{arg}: expected one of {expected}")
+    if rung not in RUNGS or variant not in ("", "smoke"):
+        raise ConfigError(f"ablation.py:{arg}: expected one of {', '.join(RUNGS)}, and :smoke or nothing after it")
     paper = runpy.run_path(str(Path(__file__).with_name("paper.py")))
     c = paper["get_config"]("ttt_linear-125m-pile-2k")
     missing = RUNGS[RUNGS.index(rung) + 1 :]
@@ -57,6 +56,4 @@ def get_config(arg: str = "mamba_backbone"):
         c.model.ttt.learned_w0 = False
     if "equivalence" in missing:
         c.model.mixer = "linear_attention"
-    if variant == "tiny":
-        return paper["tiny"](c, "125m")
     return paper["smoke"](c) if variant else c

@@ -14,8 +14,7 @@ ARG is MIXER-SIZE-DATASET-CONTEXT:
 * pile or books: ``data.source`` is data/pile or data/books, tokenized by the tokenizer of Llama, 32,000 tokens
 * 1k, 2k, 4k, 8k, 16k, 32k
 
-and after any of it :smoke for a run of seconds on the embedded corpus, or :tiny for one of half a minute, on two CPU
-cores, that keeps what the recipes differ in: sizes, contexts (a 16th), steps, fine-tuning (docs/reproduce.md).
+and :smoke after any of it makes it tiny, on the embedded corpus.
 
 Hardware: 256 chips of TPU v5e (16x16), but for the 125m at 16k, 128 of them (8x16), and at 32k, 64 (8x8), for its 12
 heads cannot share a row in more than 4 parts. Half a million tokens a batch, whatever the context. Tokens, and what
@@ -53,13 +52,6 @@ CONTEXTS = {f"{k}k": k * 1024 for k in (1, 2, 4, 8, 16, 32)}
 BATCH = 512 * 1024  # tokens
 LONG_ROPE_THETA = 500_000.0  # of the Transformer on Books from 4k on, after Llama Long; 10,000 is worse there
 CHIPS = 256
-TINY_SIZES = {  # as SIZES: the four of them some way apart, in parameters and in tokens
-    "125m": (2, 32, 2, 80, 60, 1e-2),
-    "350m": (2, 48, 3, 128, 80, 1e-2),
-    "760m": (3, 64, 4, 176, 100, 1e-2),
-    "1.3b": (4, 80, 5, 208, 120, 7e-3),
-}
-TINY_BATCH = 2048  # tokens
 
 
 def get_config(arg: str = "ttt_linear-125m-pile-2k"):
@@ -99,23 +91,7 @@ def get_config(arg: str = "ttt_linear-125m-pile-2k"):
     c.mesh.tensor = min(max(1, CHIPS // c.data.batch_size), heads & -heads)  # a power of two that divides the heads
     c.mesh.fsdp = 1 if size == "125m" else 16 // c.mesh.tensor
     c.model.remat = "none" if CONTEXTS[context] <= 2048 and size in ("125m", "350m") else "block"
-    return {"": lambda c, size: c, "smoke": lambda c, size: smoke(c), "tiny": tiny}[variant](c, size)
-
-
-def tiny(c, size):
-    """The same experiment where a context of 1k is 64 tokens: one of its four sizes, with as many steps of its own."""
-    finetune = bool(c.training.start_from)
-    c.data.update(source="embedded", sequence_length=c.data.sequence_length // 16)
-    c.data.batch_size = TINY_BATCH // c.data.sequence_length
-    c.model.num_layers, c.model.width, c.model.num_heads, c.model.mlp_width, steps, peak_lr = TINY_SIZES[size]
-    c.model.update(vocab_size=257, dtype="float32", remat="none")
-    if c.model.ttt.mini_batch > 16:  # the whole sequence, one step of batch gradient descent
-        c.model.ttt.mini_batch = c.data.sequence_length
-    c.mesh.update(data=-1, fsdp=1, tensor=1)
-    c.optimizer.peak_lr = peak_lr / 10 if finetune else peak_lr
-    c.training.duration = f"{steps // 5 if finetune else steps} steps"
-    c.checkpoint.every = "50%"
-    return c
+    return smoke(c) if variant else c
 
 
 def smoke(c):
@@ -138,8 +114,8 @@ def _parsed(recipe, variant):
     if len(parts) != 4 or any(part not in names for part, names in zip(parts, known, strict=True)):
         listed = "; ".join(", ".join(names) for names in known)
         raise ConfigError(f"paper.py:{recipe}: expected MIXER-SIZE-DATASET-CONTEXT, one each of {listed}")
-    if variant not in ("", "smoke", "tiny"):
-        raise ConfigError(f"paper.py:{recipe}:{variant}: expected :smoke, :tiny, or nothing, after the recipe")
+    if variant not in ("", "smoke"):
+        raise ConfigError(f"paper.py:{recipe}:{variant}: expected :smoke, or nothing, after the recipe")
     if parts[0] == "transformer_finetune" and CONTEXTS[parts[3]] < 4096:
         raise ConfigError(f"paper.py:{recipe}: goes on from a model of 2k; expected a context of 4k, 8k, 16k or 32k")
     return parts

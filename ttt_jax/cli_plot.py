@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, counts, positive
+from ttt_jax.cli_types import SPLITS, counts, not_negative, positive
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
@@ -29,16 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The kinds of ``ttt plot``, and the options of each."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=argparse.SUPPRESS)
 
-    def kind(name: str, draw: Callable[[argparse.Namespace], None], description: str, *, output: str | None = None):
+    def kind(name: str, draw: Callable[[argparse.Namespace], None], description: str):
         style = argparse.RawDescriptionHelpFormatter
         p = kinds.add_parser(name, description=description, formatter_class=style, allow_abbrev=False)
-        p.set_defaults(draw=draw)
-        accepted = ".png, .pdf, .svg"
-        default = Path(output or f"{name}.png")
-        if output != "":
-            p.add_argument(
-                "--output", type=Path, default=default, metavar="FILE", help=f"{accepted} (default: {default})"
-            )
+        default = [] if name == "table" else [Path(f"{name}.png")]
+        p.set_defaults(draw=draw, default=default)
+        accepted = ".tex, .csv or .txt" if name == "table" else f".png, .pdf or .svg (default: {default[0]})"
+        several = f"{accepted}; may be given several times"
+        p.add_argument("--output", type=Path, action="append", metavar="FILE", help=several)
         p.add_argument("--split", default="validation", choices=SPLITS, help="(default: validation)")
         return p
 
@@ -68,21 +66,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p = kind("inner-loss", _inner_loss, _INNER_LOSS)
     p.add_argument("workdir", metavar="DIR", help="of an inspected run")
     p.add_argument("--context", type=positive, metavar="T", help="of the inspection (default: the longest)")
-    p.add_argument("--layers", type=_layers, metavar="I,J", help="from 1: 1,2,3 or 1-3 (default: all)")
+    p.add_argument("--layers", type=_layers, metavar="I,J", help="from 0: 0,1,2 or 0-2 (default: all)")
     p.add_argument("--window", type=positive, default=10, metavar="N", help="positions to average over (default: 10)")
 
-    p = kind("table", _table, _TABLE, output="")
+    p = kind("table", _table, _TABLE)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them, in the order of the rows")
-    p.add_argument(
-        "--output", type=Path, action="append", default=[], metavar="FILE", help=".tex, .csv or .txt; several"
-    )
     p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
 
 def run(options: argparse.Namespace) -> int:
     """``ttt plot``"""
+    options.output = options.output or options.default
     options.draw(options)
-    for path in options.output if isinstance(options.output, list) else [options.output]:
+    for path in options.output:
         print(path)
     return DONE
 
@@ -133,8 +129,7 @@ def _table(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots import ablation
     from ttt_jax.sweep import tables
 
-    for path in options.output:
-        style.check_output(path, accepted=ablation.SUFFIXES)
+    style.check_output(*options.output, accepted=ablation.SUFFIXES)
     rows = ablation.rows(options.workdir, split=options.split, published=options.published)
     tables.console().print(ablation.as_table(rows))
     for path in options.output:
@@ -146,7 +141,7 @@ def _layers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        found += range(positive(first), positive(last if dash else first) + 1)
+        found += range(not_negative(first), not_negative(last if dash else first) + 1)
     return found
 
 
@@ -174,7 +169,7 @@ model.ttt.mini_batch. Figure 7 of the paper.
 """
 _INNER_LOSS = """\
 Draws the loss of the inner loop by token index, after ttt inspect has been run: at W0, at the weights before each
-step, and after it; a panel for each layer. Figures 4 (--layers 1-3) and 14 of the paper.
+step, and after it; a panel for each layer. Figures 4 (--layers 0-2) and 14 of the paper.
 """
 _TABLE = """\
 Prints a table of runs: perplexity at the context of training, what each changes in the run before it, and the

@@ -1,5 +1,6 @@
 """How pictures look: one colour, line and marker for each kind of model in all of them, axes, and files."""
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -152,18 +153,22 @@ def log_ticks(axis: Axis) -> None:
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _number(x)))
 
 
-def check_output(output: Path, option: str = "--output", accepted: Sequence[str] = SUFFIXES) -> None:
+def check_output(*outputs: Path, option: str = "--output", accepted: Sequence[str] = SUFFIXES) -> None:
     """Raises :class:`ConfigError` for a kind of file that is not written."""
-    if output.suffix not in accepted:
-        listed = f"{', '.join(accepted[:-1])} or {accepted[-1]}"
-        raise ConfigError(f"{option} {output}: expected a name that ends in {listed}")
+    for output in outputs:
+        if output.suffix not in accepted:
+            listed = f"{', '.join(accepted[:-1])} or {accepted[-1]}"
+            raise ConfigError(f"{option} {output}: expected a name that ends in {listed}")
 
 
-def save(figure: Figure, output: Path) -> None:
-    """Writes a picture as .png, .pdf or .svg, by its name, and closes it."""
-    check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=160)
+def save(figure: Figure, *outputs: Path) -> None:
+    """Writes a picture as .png, .pdf or .svg, by the names of the files, and closes it."""
+    for output in outputs:
+        check_output(output)
+        content = io.BytesIO()
+        figure.savefig(content, format=output.suffix[1:], dpi=160)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(content.getvalue())  # an earlier picture is lost only to a whole one
     plt.close(figure)
 
 

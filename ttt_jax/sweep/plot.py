@@ -32,7 +32,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     Raises:
       ConfigError: where a key is unknown, or no point has a value.
     """
-    style.check_output(output, "--plot")
+    style.check_output(output, option="--plot")
     places = {each.standing.point.name: _value(found, each, x, "--x") for each in found.results}
     by = [lines] if lines is not None else _others(found, x)
     groups: dict[tuple, list[Result]] = {}

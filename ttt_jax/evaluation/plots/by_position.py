@@ -20,7 +20,7 @@ _SURPRISES = 2  # first tokens of a document, of which nobody can know anything
 
 def loss_by_position(
     workdirs: Sequence[str | os.PathLike],
-    output: Path,
+    outputs: Sequence[Path],
     *,
     split: str = "validation",
     context: int | None = None,
@@ -33,7 +33,7 @@ def loss_by_position(
     Curves are smoothed over a constant ratio of positions; the band about each is the 95 % interval of its bins.
 
     Args:
-      output: a path that ends in .png, .pdf or .svg.
+      outputs: paths that end in .png, .pdf or .svg.
       context: of the evaluations; None is the longest.
       against: a run; a second panel has the paired difference of each other run to it, by bin, with its 95 % interval.
       perplexity: the exponential of the mean loss, on a log axis.
@@ -41,7 +41,7 @@ def loss_by_position(
     Raises:
       ConfigError: for a run without such an evaluation, for runs that cannot be compared, or an unknown kind of file.
     """
-    style.check_output(output)
+    style.check_output(*outputs)
     found = [evaluations.read(workdir, split, context, by_document=by_document) for workdir in workdirs]
     for each in found[1:]:
         compare.check_paired(each, found[0])
@@ -71,7 +71,7 @@ def loss_by_position(
     what = "Perplexity" if perplexity else "Loss"
     first.set_title(f"{what} by token index, {about['source']}, {of}", fontsize=11)
     first.legend(loc="upper right", framealpha=0.8, edgecolor="none", handlelength=3)
-    style.save(figure, output)
+    style.save(figure, *outputs)
 
 
 def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15) -> np.ndarray:

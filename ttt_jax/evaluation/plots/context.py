@@ -15,7 +15,7 @@ LINES = ("size", "model")
 
 def perplexity_by_context(
     places: Sequence[str],
-    output: Path,
+    outputs: Sequence[Path],
     *,
     split: str = "validation",
     contexts: Sequence[int] | None = None,
@@ -25,6 +25,7 @@ def perplexity_by_context(
 
     Args:
       places: workdirs, sweeps, or folders of them.
+      outputs: paths that end in .png, .pdf or .svg.
       contexts: only these; None is all.
       lines: ``size``: a line for each size, a panel for each kind of model; ``model``: the other way round, as in the
         paper.
@@ -32,7 +33,7 @@ def perplexity_by_context(
     Raises:
       ConfigError: for runs that were not evaluated, or not on one text; where all have one context.
     """
-    style.check_output(output)
+    style.check_output(*outputs)
     points = points_lib.of_places(places, split, contexts)
     points_lib.check_same_text(points)
     known = sorted({point.about["training_context"] for point in points})
@@ -75,4 +76,4 @@ def perplexity_by_context(
         style.log_ticks(axes.yaxis)
     figure.suptitle(f"Perplexity by context, {points_lib.data_name(points)}", fontsize=11)
     style.legend_below(figure)
-    style.save(figure, output)
+    style.save(figure, *outputs)

@@ -15,7 +15,7 @@ from ttt_jax.sweep.results import flat
 
 def perplexity_by_flops(
     places: Sequence[str],
-    output: Path,
+    outputs: Sequence[Path],
     *,
     split: str = "validation",
     contexts: Sequence[int] | None = None,
@@ -28,13 +28,14 @@ def perplexity_by_flops(
 
     Args:
       places: workdirs, sweeps, or folders of them.
+      outputs: paths that end in .png, .pdf or .svg.
       contexts: only these; None is all.
       published: with the perplexities that the paper states.
 
     Raises:
       ConfigError: for runs that were not evaluated, are not of one text, or that the paper states nothing about.
     """
-    style.check_output(output)
+    style.check_output(*outputs)
     points = points_lib.of_places(places, split, contexts)
     by_context = dict(sorted(points_lib.grouped(points, lambda p: p.about["training_context"]).items()))
     if published and not any(_stated(members) for members in by_context.values()):
@@ -59,7 +60,7 @@ def perplexity_by_flops(
         style.log_ticks(axes.yaxis)
         axes.grid(alpha=0.25)
     style.legend_below(figure)
-    style.save(figure, output)
+    style.save(figure, *outputs)
 
 
 def _stated(members: Sequence[Point]) -> list[tuple[str, published_lib.Stated]]:

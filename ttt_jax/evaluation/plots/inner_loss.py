@@ -38,7 +38,7 @@ class Inspection(NamedTuple):
 
 def inner_loss(
     workdir: str | os.PathLike,
-    output: Path,
+    outputs: Sequence[Path],
     *,
     split: str = "validation",
     context: int | None = None,
@@ -49,20 +49,21 @@ def inner_loss(
     the weights before its mini-batch, and after it.
 
     Args:
+      outputs: paths that end in .png, .pdf or .svg.
       context: of the inspection; None is the longest.
-      layers: from 1; None is all.
+      layers: from 0; None is all.
       window: positions that are averaged over.
 
     Raises:
       ConfigError: where the run was not inspected, or has no such layer.
     """
-    style.check_output(output)
+    style.check_output(*outputs)
     found = read(workdir, split, context)
     count = len(found.losses["loss_at_w0"])
-    chosen = range(1, count + 1) if layers is None else layers
+    chosen = range(count) if layers is None else layers
     for layer in chosen:
-        if not 1 <= layer <= count:
-            raise ConfigError(f"--layers {layer}: no such layer; expected 1 to {count}")
+        if not 0 <= layer < count:
+            raise ConfigError(f"--layers {layer}: no such layer; expected 0 to {count - 1}")
     if not 1 <= window <= len(found.position):
         raise ConfigError(f"--window {window}: expected 1 to {len(found.position)}, the context")
     figure, panels = style.panels(
@@ -70,7 +71,7 @@ def inner_loss(
     )
     for axes, layer in zip(panels, chosen, strict=True):
         for name, (label, look) in _CURVES.items():
-            position, curve = (sliding_mean(x, window) for x in (found.position, found.losses[name][layer - 1]))
+            position, curve = (sliding_mean(x, window) for x in (found.position, found.losses[name][layer]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.grid(alpha=0.25)
@@ -88,7 +89,7 @@ def inner_loss(
         wrap=True,
     )
     style.legend_below(figure)
-    style.save(figure, output)
+    style.save(figure, *outputs)
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None) -> Inspection:

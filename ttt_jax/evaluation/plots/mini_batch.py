@@ -17,20 +17,23 @@ from ttt_jax.sweep.results import flat
 _KEY = "model.ttt.mini_batch"
 
 
-def by_mini_batch(places: Sequence[str], output: Path, *, split: str = "validation", published: bool = False) -> None:
+def by_mini_batch(
+    places: Sequence[str], outputs: Sequence[Path], *, split: str = "validation", published: bool = False
+) -> None:
     """Draws perplexity and seconds per training step against b, side by side, and saves the picture.
 
     Where the paper has the forward time of one layer, here stands the median time of a training step of the runs.
 
     Args:
       places: workdirs, sweeps, or folders of them.
+      outputs: paths that end in .png, .pdf or .svg.
       published: with the perplexity that the paper states.
 
     Raises:
       ConfigError: for runs that were not evaluated or have no inner loop, are not of one text, or that the paper
         states nothing about.
     """
-    style.check_output(output)
+    style.check_output(*outputs)
     points = points_lib.of_places(places, split)
     points_lib.check_same_text(points)
     for point in points:
@@ -64,7 +67,7 @@ def by_mini_batch(places: Sequence[str], output: Path, *, split: str = "validati
     context = ", ".join(style.tokens(c) for c in sorted({p.about["training_context"] for p in points}))
     figure.suptitle(f"Mini-batch size, {points_lib.data_name(points)}, {context} tokens", fontsize=11)
     style.legend_below(figure)
-    style.save(figure, output)
+    style.save(figure, *outputs)
 
 
 def _draw_stated(axes: Axes, points: Sequence[Point]) -> None:
