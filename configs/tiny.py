@@ -4,8 +4,8 @@
     ttt train --config configs/tiny.py:learned_w0 --workdir runs/learned_w0                # or any other of ablation.py
 
 ARG is that of paper.py, or of ablation.py. What recipes differ in is kept: mixer, backbone, four sizes, contexts (a
-16th: 2k is 128 tokens), steps that grow with the size, fine-tuning. Bytes, of the embedded corpus, 2048 of them a batch.
-It is what scripts/reproduce/ runs at --scale tiny (docs/reproduce.md), to see that an experiment works from end to end;
+16th: 2k is 128 tokens), steps that grow with the size, fine-tuning. Bytes, of the embedded corpus, 2048 a batch. It is
+what scripts/reproduce/ runs at --scale tiny (docs/reproduce.md), to see that an experiment works from end to end;
 results at this size say nothing about the paper's.
 
 Hardware: two CPU cores, 0.3 GiB beside the libraries; 120 to 250 thousand tokens, 10 to 60 s. Loss 2.2 to 2.9 nats per

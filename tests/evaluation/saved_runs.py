@@ -14,13 +14,13 @@ WINDOWS = 6  # of an evaluation, a document each
 
 
 def run(
-    workdir, *, perplexity=10.0, context=64, flops=1e15, parameters=1_234_567, seed=0, seconds=None, about=None, **keys
+    workdir, *, perplexity=10.0, context=64, flops=1e15, parameters=1_234_567, noise=0, seconds=None, about=None, **keys
 ):
     """The workdir of a run whose evaluation has exactly this perplexity.
 
     Args:
       flops, parameters: of training and model, as they are written down.
-      seed: of the noise of its documents; equal ones are equally hard for two runs.
+      noise: seed of what makes documents hard; equal ones are equally hard for two runs.
       seconds: per step, a record of metrics.jsonl each.
       about: what else the evaluation says.
       keys: of the config, with __ for a dot.
@@ -56,13 +56,13 @@ def run(
         "documents": WINDOWS,
         "config": config.to_dict(),
     }
-    save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), seed=seed)
+    save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), noise=noise)
     return workdir
 
 
-def save_evaluation(workdir, about, *, loss, seed=0):
+def save_evaluation(workdir, about, *, loss, noise=0):
     """Losses fall with the position, and windows, of a document each, differ in how hard they are."""
-    context, rng = about["context"], np.random.default_rng(seed)
+    context, rng = about["context"], np.random.default_rng(noise)
     curve = 1 / np.sqrt(np.arange(1, context + 1)) + rng.normal(0, 0.2, (WINDOWS, context))
     nll = curve + rng.normal(0, 0.1, (WINDOWS, 1))
     nll[:, 10] = np.nan  # a position that does not count
@@ -87,3 +87,9 @@ def save_inspection(workdir, losses, *, split="validation", **about):
 def words(path) -> list[str]:
     """The texts of a drawing, which Matplotlib leaves as comments beside the outlines of their letters."""
     return re.findall(r"<!-- (.*?) -->", path.read_text())
+
+
+def lines(axes) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn, by label: pairs of x and y."""
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    return {label: [tuple(pair) for pair in pairs] for label, pairs in found.items() if not label.startswith("_")}

@@ -1,90 +1,45 @@
-"""Pictures of evaluations: what is read, what is smoothed, and what a figure says."""
+"""``ttt plot loss-by-position``: what is smoothed, what a figure says, and differences."""
 
 import json
-import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib import colors, image
+from saved_runs import lines, run, save_evaluation, words
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, plot, statistics
+from ttt_jax.evaluation import compare, evaluations, style
+from ttt_jax.evaluation.plots import by_position
+from ttt_jax.evaluation.plots.by_position import loss_by_position
 
 LINEAR, MLP, TRANSFORMER = "TTT-Linear (Mamba backbone)", "TTT-MLP (Mamba backbone)", "Transformer"
+MIXERS = {LINEAR: "ttt_linear", MLP: "ttt_mlp", TRANSFORMER: "attention"}
 
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """``evaluated(name, model, ...)``: the workdir of a run that has been evaluated; its loss falls to ``end``."""
+    """``evaluated(name, model, ...)``: the workdir of a run that was trained at 64 tokens, and evaluated."""
 
-    def make(name, model=LINEAR, *, context=64, split="validation", end=1.5, **about):
-        rng = np.random.default_rng(len(name))
-        curve = end + 2 / np.sqrt(np.arange(1, context + 1))
-        nll = curve + rng.normal(0, 0.2, (6, context))
-        mask = np.ones_like(nll)
-        mask[:, 10] = 0  # a position without loss
-        nll = np.where(mask, nll, np.nan)
-        found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
-        result = evaluations.from_summary({}, found)
-        known = {
-            "workdir": name,
-            "model": model,
-            "parameters": 1_234_567,
-            "source": f"embedded/{split}",
-            "fingerprint": "f1",
-            "split": split,
-            "of": "windows",
-            "context": context,
-            "training_context": 64,
-            "windows": 6,
-            "loss": float(found.all.mean),
-        }
-        result.about.update({**known, **about})
-        evaluations.save(result, tmp_path / name / "eval", f"{split}-{context}")
-        return tmp_path / name
+    def make(name, model=LINEAR, *, context=64, loss=1.5, **about):
+        more = {"context": context, **about}
+        workdir = tmp_path / name
+        run(workdir, noise=len(name), model__mixer=MIXERS[model], about={**more, "split": "train"})
+        known = json.loads((workdir / f"eval/train-{context}.json").read_text())
+        save_evaluation(workdir, {**known, "split": "validation", **about}, loss=loss, noise=ord(name[0]))
+        return workdir
 
     return make
 
 
-def words(path) -> list[str]:
-    """The texts of a drawing, which Matplotlib leaves as comments beside the outlines of their letters."""
-    return re.findall(r"<!-- (.*?) -->", path.read_text())
-
-
-# ---- Reading
-
-
-def test_read(evaluated):
-    workdir = evaluated("a", context=64)
-    evaluated("a", context=128)
-    evaluated("a", context=256, split="test")
-    for context, length in ((None, 128), (64, 64)):
-        found = plot.read(workdir, "validation", context)
-        assert found.about == json.loads((workdir / f"eval/validation-{length}.json").read_text())
-        np.testing.assert_array_equal(found.position, np.arange(1, length + 1))
-        with np.load(workdir / f"eval/validation-{length}.npz") as file:
-            np.testing.assert_array_equal(found.loss, file["loss"])
-            np.testing.assert_array_equal(found.standard_error, file["standard_error"])
-    assert plot.read(workdir, "test", None).about["context"] == 256
-
-
-@pytest.mark.parametrize(
-    ("split", "context", "said"),
-    [
-        ("test", None, "no evaluation of the test split; run: ttt eval --workdir {} --split test --context 2048"),
-        (
-            "validation",
-            32,
-            "no evaluation of the validation split with context 32; "
-            "run: ttt eval --workdir {} --split validation --context 32",
-        ),
-    ],
-)
-def test_read_what_has_not_been_evaluated(evaluated, split, context, said):
-    workdir = evaluated("a", context=64)
-    with pytest.raises(ConfigError) as caught:
-        plot.read(workdir, split, context)
-    assert str(caught.value) == f"{workdir}: " + said.format(workdir)
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn without a file to go to."""
+    figures, save = [], style.save
+    monkeypatch.setattr(style, "save", lambda figure, *to: save(figure, *to) if to else figures.append(figure))
+    yield figures
+    for figure in figures:
+        plt.close(figure)
 
 
 # ---- Smoothing
@@ -94,7 +49,7 @@ def test_smoothing_is_a_mean_over_a_constant_ratio():
     position = np.arange(1, 301)
     loss = np.random.default_rng(0).normal(size=300)
     loss[[0, 40, 41, 200]] = np.nan
-    smoothed = plot.smooth(position, loss, 1.15)
+    smoothed = by_position.smooth(position, loss, 1.15)
     for i, p in enumerate(position):
         near = [x for q, x in zip(position, loss, strict=True) if p / 1.15 <= q <= p * 1.15 and np.isfinite(x)]
         assert smoothed[i] == pytest.approx(np.mean(near), rel=1e-9) if near else np.isnan(smoothed[i])
@@ -103,8 +58,8 @@ def test_smoothing_is_a_mean_over_a_constant_ratio():
 
 def test_smoothing_keeps_constants_and_the_first_points():
     position = np.arange(1, 101)
-    np.testing.assert_allclose(plot.smooth(position, np.full(100, 2.5)), 2.5, rtol=1e-12)
-    smoothed = plot.smooth(position, position.astype(float))
+    np.testing.assert_allclose(by_position.smooth(position, np.full(100, 2.5)), 2.5, rtol=1e-12)
+    smoothed = by_position.smooth(position, position.astype(float))
     np.testing.assert_array_equal(smoothed[:6], position[:6])  # 7 / 1.15 > 6: alone in their windows
     assert smoothed[49] == np.mean(np.arange(44, 58))  # from 43.5 to 57.5
 
@@ -114,12 +69,12 @@ def test_smoothing_keeps_constants_and_the_first_points():
 
 def test_a_figure_of_three_models(evaluated, tmp_path):
     runs = [
-        evaluated("a", LINEAR, end=1.0),
-        evaluated("b", MLP, end=1.5, parameters=123_456_789),
-        evaluated("c", TRANSFORMER, end=2.0),
+        evaluated("a", LINEAR, loss=1.0),
+        evaluated("b", MLP, loss=1.5, parameters=123_456_789),
+        evaluated("c", TRANSFORMER, loss=2.0),
     ]
     means = [json.loads((run / "eval/validation-64.json").read_text())["loss"] for run in runs]
-    plot.loss_by_position(runs, tmp_path / "abc.png")
+    loss_by_position(runs, [tmp_path / "abc.png"])
     pixels = image.imread(tmp_path / "abc.png")[..., :3]
     assert pixels.shape == (736, 1152, 3)
     places = []
@@ -130,12 +85,12 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
         places.append(np.nonzero(inside)[0].mean())
     assert places[0] > places[1] > places[2]  # a lower loss is further down
 
-    plot.loss_by_position(runs, tmp_path / "abc.svg")
+    loss_by_position(runs, [tmp_path / "abc.svg"])
     said = words(tmp_path / "abc.svg")
     for text in (
         "token index in the sequence (log scale)",
         "loss (nats per token)",
-        "Loss by token index, embedded/validation, 6 windows of 64 tokens",
+        "Loss by token index, books/validation, 6 windows of 64 tokens",
         f"{LINEAR}, 1.2 M parameters: mean {means[0]:.3f}",
         f"{MLP}, 123 M parameters: mean {means[1]:.3f}",
         f"{TRANSFORMER}, 1.2 M parameters: mean {means[2]:.3f}",
@@ -143,13 +98,13 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
         assert text in said
     assert {"1", "2", "4", "8", "16", "32", "64"} < set(said)  # ticks
 
-    plot.loss_by_position(runs, tmp_path / "abc.pdf")
+    loss_by_position(runs, [tmp_path / "abc.pdf"])
     assert (tmp_path / "abc.pdf").read_bytes().startswith(b"%PDF-")
 
 
 def test_runs_of_one_model_are_told_apart_by_name(evaluated, tmp_path):
-    runs = [evaluated("first"), evaluated("second", end=2.0), evaluated("third", TRANSFORMER)]
-    plot.loss_by_position(runs, tmp_path / "x.svg")
+    runs = [evaluated("first"), evaluated("second", loss=2.0), evaluated("third", TRANSFORMER)]
+    loss_by_position(runs, [tmp_path / "x.svg"])
     labels = [text for text in words(tmp_path / "x.svg") if "parameters" in text]
     assert [label.rpartition(": mean")[0] for label in labels] == [
         f"{LINEAR}, 1.2 M parameters, first",
@@ -163,7 +118,7 @@ def test_runs_of_one_model_are_told_apart_by_name(evaluated, tmp_path):
 
 def test_the_end_of_the_training_context_is_marked_where_it_is_passed(evaluated, tmp_path):
     for context, marked in ((64, False), (128, True)):
-        plot.loss_by_position([evaluated("a"), evaluated("a", context=128)], tmp_path / "x.svg", context=context)
+        loss_by_position([evaluated("a"), evaluated("a", context=128)], [tmp_path / "x.svg"], context=context)
         assert ("trained on 64" in words(tmp_path / "x.svg")) == marked
 
 
@@ -171,15 +126,62 @@ def test_the_end_of_the_training_context_is_marked_where_it_is_passed(evaluated,
 def test_evaluations_of_other_text_are_not_compared(evaluated, tmp_path, key, value):
     runs = [evaluated("a"), evaluated("b"), evaluated("c", **{key: value})]
     with pytest.raises(ConfigError) as caught:
-        plot.loss_by_position(runs, tmp_path / "x.png")
+        loss_by_position(runs, [tmp_path / "x.png"])
     message = str(caught.value)
-    assert message.startswith(f"{runs[2]}: its evaluation has {key} {value}, that of {runs[0]} ")
+    assert message.startswith(f"c: its evaluation has {key} {value}, that of a ")
     assert "expected the same data, context and windows" in message
     assert not (tmp_path / "x.png").exists()
+
+
+def test_bands_are_the_intervals_of_bins(evaluated, drawn):
+    workdir = evaluated("a", context=128)
+    loss_by_position([workdir], [])
+    (axes,) = drawn[0].axes
+    (band,) = axes.collections
+    found = evaluations.read(workdir, "validation", 128)
+    edge = {tuple(pair) for pair in band.get_paths()[0].vertices.round(9).tolist()}
+    middles = np.sqrt(found.bin_first * found.bin_last)
+    for bound in (found.bin_low, found.bin_high):
+        valid = np.isfinite(bound)
+        assert valid.sum() > 15
+        assert {tuple(x) for x in np.stack([middles, bound], 1)[valid].round(9).tolist()} <= edge
+
+
+def test_perplexity_is_that_of_the_mean_loss(evaluated, drawn):
+    workdir = evaluated("a", loss=1.5)
+    loss_by_position([workdir], [], perplexity=True)
+    loss_by_position([workdir], [])
+    ((as_perplexity,), (as_loss,)) = (figure.axes for figure in drawn)
+    label = f"{LINEAR}, 1.2 M parameters: "
+    curve = np.array(lines(as_perplexity)[f"{label}perplexity {np.exp(1.5):.2f}"])
+    losses = np.array(lines(as_loss)[f"{label}mean 1.500"])
+    np.testing.assert_allclose(curve[:, 1], np.exp(losses[:, 1]), rtol=1e-12)
+    assert as_perplexity.get_yscale() == "log"
+    assert as_perplexity.get_ylabel() == "perplexity (log scale)"
+
+
+def test_differences_are_paired(evaluated, drawn, tmp_path):
+    runs = [evaluated("a", LINEAR, loss=1.0), evaluated("b", MLP), evaluated("c", TRANSFORMER, loss=2.0)]
+    loss_by_position(runs, [], against=runs[2])
+    _, below = drawn[0].axes
+    differences = [line for line in below.get_lines() if len(line.get_xdata()) > 2]
+    assert [line.get_color() for line in differences] == [style.of(LINEAR).color, style.of(MLP).color]  # not to itself
+    found = [evaluations.read(workdir, "validation") for workdir in runs]
+    for each, line, band in zip(found, differences, below.collections, strict=False):
+        expected = compare.paired_difference(each, found[2])
+        np.testing.assert_allclose(line.get_ydata(), expected.bin_loss, rtol=1e-12)
+        top, bottom = band.get_paths()[0].vertices[:, 1].max(), band.get_paths()[0].vertices[:, 1].min()
+        assert top == pytest.approx(np.nanmax(expected.bin_high))
+        assert bottom == pytest.approx(np.nanmin(expected.bin_low))
+    assert below.get_title() == "difference to Transformer, 1.2 M parameters; paired, 95 % intervals"
+    assert below.get_xlim() == drawn[0].axes[0].get_xlim()
+
+    loss_by_position(runs[:1], [tmp_path / "x.svg"], against=runs[2])
+    assert "token index in the sequence (log scale)" in words(tmp_path / "x.svg")
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.jpeg"])
 def test_other_kinds_of_pictures(evaluated, tmp_path, name):
     with pytest.raises(ConfigError) as caught:
-        plot.loss_by_position([evaluated("a")], tmp_path / name)
+        loss_by_position([evaluated("a")], [tmp_path / name])
     assert str(caught.value) == f"--output {tmp_path / name}: expected a name that ends in .png, .pdf or .svg"

@@ -74,11 +74,13 @@ def _draw_stated(axes: Axes, points: Sequence[Point]) -> None:
     stated = published_lib.TTT_LINEAR
     b = stated.config[_KEY]
     # b is the axis: the paper's point belongs to the line whose other keys are those of its model.
-    like = [p for p in points if published_lib.of(flat(p.config) | {_KEY: b}) == stated]
+    at_its_context = [p for p in points if p.about["training_context"] == published_lib.CONTEXT]
+    like = [p for p in at_its_context if published_lib.of(flat(p.config) | {_KEY: b}) == stated]
     name = next((points_lib.line_of(p.about) for p in like), None)
     if name is None:
         raise ConfigError(
-            "--published: the paper states the perplexity of TTT-Linear (Mamba backbone), and none of these"
+            f"--published: the paper states the perplexity of TTT-Linear (Mamba backbone) at {published_lib.CONTEXT} "
+            "tokens, and of none of these runs"
         )
     axes.plot(b, stated.perplexity, label=f"paper: {name}, {published_lib.WHERE}", **style.of(name).hollow)
 
