@@ -5,7 +5,7 @@
 #   bash scripts/reproduce/figure_10.sh [--scale tiny]       trains, evaluates and draws; minutes on two CPU cores
 #   bash scripts/reproduce/figure_10.sh --scale paper --bucket gs://BUCKET/reproduce --pile gs://BUCKET/pile \
 #       --books gs://BUCKET/books --accelerator v5litepod-256 --zone ZONE [--spot]      prints the commands
-#   ... --run                                                and runs them
+#   ... --run                                                and runs them; evaluations on --eval-accelerator v5litepod-8
 #
 # At both scales:
 #   --mixers A,B --sizes A,B --contexts A,B    less (or more) than the figure has, by the names of configs/paper.py;
@@ -21,7 +21,7 @@
 # shellcheck disable=SC2034  # several variables are of the scripts that source this
 
 options() {
-    scale=tiny out=runs/reproduce bucket='' data_pile='' data_books='' accelerator='' zone='' spot='' really=''
+    scale=tiny out=runs/reproduce bucket='' data_pile='' data_books='' accelerator='' eval_accelerator=v5litepod-8 zone='' spot='' really=''
     data='' steps='' jobs=2 chosen_mixers='' mini_batches='' chosen_sizes='' chosen_contexts=''
     while [ $# -gt 0 ]; do
         case "$1" in
@@ -37,6 +37,7 @@ options() {
             --pile) data_pile="$2" ;;
             --books) data_books="$2" ;;
             --accelerator) accelerator="$2" ;;
+            --eval-accelerator) eval_accelerator="$2" ;;
             --zone) zone="$2" ;;
             --data) data="$2" ;;
             --steps) steps="$2" ;;
@@ -159,14 +160,14 @@ inspect() {
     there inspect --workdir "$2" --context "$length"
 }
 
-# there VERB ...: a command of ttt, here or, at the paper's scale, on the accelerator.
+# there VERB ...: a command of ttt, here or, at the paper's scale, on a host with TPUs.
 there() {
     if [ "$scale" = tiny ]; then
         do_ ttt "$@"
     else
         local name
         name="reproduce-$1-$(cksum <<<"$*" | cut -d ' ' -f 1)"
-        do_ ttt launch tpu --name "$name" --accelerator "$accelerator" --zone "$zone" ${spot:+--spot} -- "$@"
+        do_ ttt launch tpu --name "$name" --accelerator "$eval_accelerator" --zone "$zone" ${spot:+--spot} -- "$@"
     fi
 }
 
