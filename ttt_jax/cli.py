@@ -8,7 +8,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 import ttt_jax
-from ttt_jax import cli_eval, cli_launch, cli_plan, cli_plot, cli_sweep, cli_sweep_report, cli_tokenize, config_file
+from ttt_jax import (
+    cli_eval,
+    cli_inspect,
+    cli_launch,
+    cli_plan,
+    cli_plot,
+    cli_sweep,
+    cli_sweep_report,
+    cli_tokenize,
+    config_file,
+)
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import add_processes, not_negative, positive
@@ -26,6 +36,7 @@ verbs:
   train     train a model, or go on training one
   eval      loss and perplexity of a trained model, by token index
   plot      pictures of evaluations
+  inspect   what the inner loop of a trained model does, layer by layer
   bench     how fast a training step is
   sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
@@ -144,6 +155,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     cli_eval.add_arguments(verb("eval", lambda options, rest: cli_eval.run(options), cli_eval.DESCRIPTION))
     compare = verb("eval compare", lambda options, rest: cli_eval.compare(options), cli_eval.COMPARE)
     cli_eval.add_compare_arguments(compare)
+    cli_inspect.add_arguments(verb("inspect", lambda options, rest: cli_inspect.run(options), cli_inspect.DESCRIPTION))
     cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
 
     p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")

@@ -150,5 +150,42 @@ def test_target_spread_is_the_loss_of_the_mean_target(random_params, quick_jit, 
     params = random_params(module, X)
     _, extra = quick_jit(lambda p: module.apply({"params": p}, X, mutable=["statistics"]))(params)
     target = heads(X @ params["wv"]["kernel"] - X @ params["wk"]["kernel"]).astype(np.float64)
-    expected = ((target - target.mean(1, keepdims=True)) ** 2).sum(-1).mean((0, 2)) / 2
+    expected = ((target - target.mean(1, keepdims=True)) ** 2).sum(-1) / 2
     assert_close(extra["statistics"]["target_spread"], expected)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_rates_and_the_norm_of_w0_are_statistics(random_params, quick_jit, assert_close, learned):
+    """From the start, and with the state of a first piece that ends within a mini-batch."""
+    module = layer(base_lr=0.3, learned_eta=learned, learned_w0=learned)
+    params = random_params(module, X)
+
+    @quick_jit
+    def run(params):
+        _, whole = module.apply({"params": params}, X, None, 0.7, mutable=["statistics"])
+        state = module.initial_state(BATCH, WIDTH, TOKENS)
+        (_, state), first = module.apply({"params": params}, X[:, :4], state, 0.7, mutable=["statistics"])
+        _, rest = module.apply({"params": params}, X[:, 4:], state, 0.7, mutable=["statistics"])
+        return whole["statistics"], first["statistics"], rest["statistics"]
+
+    whole, *pieces = run(params)
+    if learned:
+        *_, eta, position_eta = numpy_inputs(float64(params), "mamba", 0.3, 0.7)
+        w0 = np.concatenate([params["inner_kernel_0"], params["inner_bias_0"]], axis=1).astype(np.float64)
+        w0_norm = np.sqrt((w0**2).sum((1, 2)))
+    else:
+        eta, position_eta, w0_norm = (
+            np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / 2 / HEAD_DIM),
+            [1, 1 / 2, 1 / 3],
+            [0, 0],
+        )
+    for found in (whole, *pieces):
+        assert_close(found["position_eta"], position_eta, 1e-6)
+        assert_close(found["w0_norm"], w0_norm, 1e-6)
+    assert_close(whole["eta"], eta, 1e-6)
+    for name in ("eta", "loss_at_w0", "loss_before"):
+        assert_close(np.concatenate([piece[name] for piece in pieces], axis=1), whole[name])
+    ends = [2, 5, 6]  # the last tokens of mini-batches
+    for name in ("loss_after", "weight_distance"):
+        joined = np.concatenate([piece[name] for piece in pieces], axis=1)
+        assert_close(joined[:, ends], whole[name][:, ends])

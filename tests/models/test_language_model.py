@@ -185,6 +185,9 @@ def test_hidden_states_and_statistics_are_collected_per_layer(draw):
         "final": (*TOKENS.shape, WIDTH),
     }
     statistics = extra["statistics"]["layers"]["mixer"]
-    assert {k: x.shape for k, x in statistics.items()} == dict.fromkeys(
-        ("loss_at_w0", "loss_before", "loss_after", "target_spread"), (2, TOKENS.shape[1])
-    )
+    by_token = "loss_at_w0", "loss_before", "loss_after", "target_spread", "weight_distance", "eta"
+    assert {k: x.shape for k, x in statistics.items()} == {
+        **dict.fromkeys(by_token, (2, *TOKENS.shape, HEADS)),
+        "w0_norm": (2, HEADS),
+        "position_eta": (2, B),
+    }

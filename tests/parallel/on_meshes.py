@@ -48,7 +48,9 @@ def train(mixer, shape):
         state, values = step(state, batch)
         metrics.append({name: float(x) for name, x in values.items()})
     text = step.as_text()
+    with_statistics = mixer == "ttt_mlp" and shape in ((1, 1, 1), (2, 2, 2))
     return {
+        "statistics": _statistics(run, state.params, batch["inputs"]) if with_statistics else None,
         "loss": [m["loss"] for m in metrics],
         "grad_norm": [m["grad_norm"] for m in metrics],
         "parts": parts,
@@ -58,6 +60,20 @@ def train(mixer, shape):
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
+
+
+def _statistics(run, params, tokens):
+    """What the inner loop of each layer did in a first and a second piece of the sequences, by name."""
+
+    @jax.jit
+    def read(params, tokens):
+        state = run.model.initial_state(*tokens.shape)
+        (_, state), first = run.model.apply({"params": params}, tokens[:, :5], state, mutable=["statistics"])
+        _, second = run.model.apply({"params": params}, tokens[:, 5:], state, mutable=["statistics"])
+        return first, second
+
+    with sharding.on_mesh(run.mesh, run.rules):
+        return _by_name(lambda x: np.asarray(x).tolist(), read(params, tokens))
 
 
 def _by_name(function, tree):

@@ -62,6 +62,18 @@ def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
         np.testing.assert_allclose(on_meshes(mixer)[mesh]["grad_norm"], one["grad_norm"], rtol=1e-5, err_msg=mesh)
 
 
+@pytest.mark.slow
+def test_inner_loop_statistics_are_the_same_on_a_mesh(on_meshes):
+    """Batch, heads and the hidden width of the learner are split; each sequence and head keeps its own."""
+    one, split = (on_meshes("ttt_mlp")[mesh]["statistics"] for mesh in ("1x1x1", "2x2x2"))
+    assert one.keys() == split.keys()
+    assert np.shape(one["0/statistics/layers/mixer/weight_distance"]) == (2, 8, 5, 4)
+    assert len(one) == 2 * 8
+    for name, value in one.items():
+        np.testing.assert_allclose(split[name], value, rtol=1e-3, err_msg=name)
+        assert np.ptp(value) > 0, name
+
+
 # ---- What devices tell each other
 
 

@@ -40,7 +40,7 @@ def one_head_from_the_spec(scale, bias, w, c, q, k, v, token_eta, position_eta):
 @pytest.mark.parametrize(("tokens", "b"), [(12, 4), (7, 3), (5, 1)])
 def test_linear_is_the_float64_loop_of_the_specification(make_case, run_scan, assert_close, tokens, b):
     case = make_case(1, tokens, b, seed=3)
-    z, state, _ = run_scan(*case)
+    z, state, statistics = run_scan(*case, statistics=True)
     weights = learner_lib.gradient_step(state.weights, state.pending, case.position_eta[(tokens - 1) % b])[0]
     norm, w0, *inputs, position_eta = jax.tree.map(lambda x: np.asarray(x, np.float64), case[1:])
     for i in range(2):
@@ -54,6 +54,9 @@ def test_linear_is_the_float64_loop_of_the_specification(make_case, run_scan, as
                 position_eta,
             )
             assert_close((z[i, :, h], weights.weight[i, h], weights.bias[i, h, 0]), expected)
+            steps = expected[1] - w0[0].weight[h], expected[2] - w0[0].bias[h, 0]
+            distance = np.sqrt(sum((step**2).sum() for step in steps))
+            assert statistics.weight_distance[i, -1, h] == pytest.approx(distance, rel=1e-5)
 
 
 def test_scan_is_a_loop_over_mini_batches(make_case, run_scan, quick_jit, assert_close):
@@ -81,8 +84,8 @@ def read_in_pieces(run_scan, case, lengths, state):
         results.append(run_scan(case.learner, case.norm, case.w0, *inputs, case.position_eta, state, statistics=True))
         state, start = results[-1].state, start + length
     z = np.concatenate([r.z for r in results], axis=1)
-    statistics = scan.Statistics(*(np.concatenate(s) for s in zip(*(r.statistics for r in results), strict=True)))
-    return z, statistics, state
+    statistics = zip(*(r.statistics for r in results), strict=True)
+    return z, scan.Statistics(*(np.concatenate(s, axis=1) for s in statistics)), state
 
 
 def assert_same_reading(assert_close, actual, whole):
@@ -111,7 +114,8 @@ def test_pieces_cut_anywhere_are_one_go(make_case, run_scan, assert_close, seed,
     assert_same_reading(assert_close, actual, whole)
     # In the piece that holds a mini-batch's last token, its step is the whole step.
     last = (3, 7, 10)
-    assert_close(actual[1].loss_after[last,], whole.statistics.loss_after[last,])
+    for name in ("loss_after", "weight_distance"):
+        assert_close(getattr(actual[1], name)[:, last], getattr(whole.statistics, name)[:, last])
 
 
 @pytest.mark.parametrize("first", [4, 5])
@@ -146,16 +150,14 @@ def test_remat_group_and_unroll_change_nothing_from_a_state(make_case, run_scan,
     assert_close(run_scan(*case, state, remat_group=3, unroll=2), run_scan(*case, state))
 
 
-def test_statistics_are_losses_at_the_weights_of_the_primal_form(
-    make_case, run_scan, run_primal, quick_jit, assert_close
-):
+def test_statistics_are_of_the_weights_of_the_primal_form(make_case, run_scan, run_primal, quick_jit, assert_close):
     """Two whole mini-batches and half of a third."""
     case = make_case(2, 10, 4)
     actual = run_scan(*case, statistics=True).statistics
     state = initial_state(case.w0, 2)
     w0 = state.weights
     loss_of = quick_jit(learner_lib.loss, static_argnums=0)
-    expected = [[], [], []]
+    expected = [[], [], [], []]
     for start in (0, 4, 8):
         q, k, v, token_eta = (x[:, start : start + 4] for x in case[3:7])
         before = state.weights
@@ -166,10 +168,14 @@ def test_statistics_are_losses_at_the_weights_of_the_primal_form(
             if used == 4
             else learner_lib.gradient_step(before, state.pending, case.position_eta[used - 1])
         )
-        for losses, weights in zip(expected, (w0, before, after), strict=True):
-            loss = loss_of(case.learner, case.norm, weights, k.swapaxes(1, 2), v.swapaxes(1, 2))
-            losses.append(np.mean(loss, axis=(0, 1)))
-    assert_close(actual, scan.Statistics(*(np.concatenate(x) for x in expected)))
+        for losses, weights in zip(expected, (w0, before, after), strict=False):
+            losses.append(loss_of(case.learner, case.norm, weights, k.swapaxes(1, 2), v.swapaxes(1, 2)).swapaxes(1, 2))
+        changes = [
+            np.asarray(new, np.float64) - old for new, old in zip(*map(jax.tree.leaves, (after, w0)), strict=True)
+        ]
+        distance = np.sqrt(sum((x**2).sum((2, 3)) for x in changes))  # [B, H]
+        expected[3].append(np.repeat(distance[:, None], used, axis=1))
+    assert_close(actual, scan.Statistics(*(np.concatenate(x, axis=1) for x in expected)))
     assert run_scan(*case).statistics is None
 
 

@@ -230,7 +230,7 @@ def _evaluate(lm: LanguageModel, oracle: Oracle) -> dict[str, Any]:
 
 def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
     """Relative. Theirs are means of squares over d, without the half, of the last token of each mini-batch (of the
-    first for the spread of the targets)."""
+    first for the spread of the targets), over batch and heads."""
     config = json.loads(str(oracle["config"]))
     b = config["mini_batch_size"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
@@ -239,7 +239,7 @@ def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
         if key.startswith("ttt_stats/"):
             _, layer, name = key.split("/")
             token = 0 if name == "ssl_tgt_from_mean_mse" else b - 1
-            mine = 2 / head_dim * ours[_STATISTICS[name]][int(layer), token::b]
+            mine = 2 / head_dim * ours[_STATISTICS[name]][int(layer)].mean((0, 2))[token::b]
             errors.append(_relative(mine, theirs))
     return max(errors)
 

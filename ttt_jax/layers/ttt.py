@@ -10,6 +10,15 @@ Linear and MLP differ in the learner only. Two ways to make q, k and v (the back
 Two parts can be left out, as on the paper's way from linear attention. Without ``learned_w0`` sequences start at
 W0 = 0. Without ``learned_eta`` the rate stays what it is before any learning, with w, c and tau all 0.
 
+The collection ``statistics``, filled on request (``mutable=["statistics"]``) and at no cost without, tells what the
+inner loop did, for each token of each sequence and head. Nothing in it is a mean:
+
+* ``loss_at_w0``, ``loss_before``, ``loss_after``, ``weight_distance`` [B, T, H]: :class:`ttt_jax.ttt.scan.Statistics`;
+* ``target_spread`` [B, T, H]: what the loss would be of a learner that knows nothing but the mean of its targets;
+* ``eta`` [B, T, H]: the rate of each token's gradient before its position counts, base_lr * ... / d in the above;
+* ``position_eta`` [b]: max(0, 1/t + tau[t]);
+* ``w0_norm`` [H]: Frobenius norm of W0.
+
 Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch.
 """
 
@@ -25,7 +34,7 @@ from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
-from ttt_jax.parallel.activations import locally, mean_over_parts
+from ttt_jax.parallel.activations import locally
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.state import InnerState, initial_state
@@ -73,21 +82,19 @@ class TTT(nn.Module):
         q, k, v, conv_q, conv_k = self._qkv(x, state)
         positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
         w0, norm = self._inner_parameters()
+        token_eta, position_eta = self._token_eta(x, inner_lr_scale), self._position_eta()
         result = self._inner_loop(
             norm,
             w0,
             rope.rotate(q, positions, self.rope_theta),
             rope.rotate(k, positions, self.rope_theta),
             v,
-            self._token_eta(x, inner_lr_scale),
-            self._position_eta(),
+            token_eta,
+            position_eta,
             None if state is None else _started(state.inner, w0),
         )
         if result.statistics is not None:
-            for name, value in result.statistics._asdict().items():
-                self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
-            spread = _target_spread(k, v)
-            self.sow("statistics", "target_spread", spread, reduce_fn=lambda _, new: new)
+            self._record(result.statistics, k, v, w0, token_eta, position_eta)
         z = post_norm()(result.z.reshape(x.shape))
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
@@ -113,17 +120,28 @@ class TTT(nn.Module):
                 unroll=self.unroll,
                 statistics=statistics,
             )
-            stats = jax.tree.map(lambda x: mean_over_parts(x, "batch", "num_heads"), stats)
             return z, None if state is None else tuple(end), stats
 
         heads, tokens = ("num_heads",), ("batch", None, "num_heads")
         states = None if state is None else (("batch", "num_heads"), ("batch", "num_heads"), ())
         inputs = (heads, heads, tokens, tokens, tokens, tokens, (), states)
         return scan.Result(
-            *locally(run, inputs, (tokens, states, ()))(
+            *locally(run, inputs, (tokens, states, tokens))(
                 norm, w0, q, k, v, token_eta, position_eta, None if state is None else tuple(state)
             )
         )
+
+    def _record(self, statistics: scan.Statistics, k, v, w0, token_eta, position_eta):
+        """Fills the collection ``statistics``."""
+        values = {
+            **statistics._asdict(),
+            "target_spread": _target_spread(k, v),
+            "w0_norm": learner_lib.norm_per_head(w0),
+            "eta": token_eta,
+            "position_eta": position_eta,
+        }
+        for name, value in values.items():
+            self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
 
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """The state before the first token; its size does not depend on ``length``."""
@@ -213,7 +231,7 @@ def _started(inner: InnerState, w0: learner_lib.Weights) -> InnerState:
 
 
 def _target_spread(k: jax.Array, v: jax.Array) -> jax.Array:
-    """Squared distance of each token's target v - k (before RoPE) from its mean over the sequence, [T]: what the
-    self-supervised loss would be if the learner knew nothing but the mean."""
+    """Half the squared distance of each token's target v - k (before RoPE) from its mean over the tokens read in one
+    go, [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
     target = (v - k).astype(jnp.float32)
-    return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1).mean((0, 2))
+    return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1)

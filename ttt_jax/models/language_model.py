@@ -22,8 +22,8 @@ class LanguageModel(nn.Module):
     stack is one scan, so that compile time does not grow with depth.
 
     Collections that ``apply`` fills on request (``mutable=``), and ``init`` always (parameters are its ``["params"]``):
-    ``statistics``, the self-supervised losses of TTT layers, [L, T]; ``hidden_states``, the block outputs ``h``
-    [L, B, T, D], with ``embedding`` and ``final``.
+    ``statistics``, what the inner loop of TTT layers did, [L, ...] of what :mod:`ttt_jax.layers.ttt` says;
+    ``hidden_states``, the block outputs ``h`` [L, B, T, D], with ``embedding`` and ``final``.
     """
 
     make_block: Callable[..., Block]

@@ -47,11 +47,6 @@ def locally(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def mean_over_parts(x: jax.Array, *axes: str) -> jax.Array:
-    """Within :func:`locally`: the mean of ``x`` over the devices that split these axes."""
-    return jax.lax.pmean(x, _mesh_axes(*axes)) if _on_mesh() else x
-
-
 def sum_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:
     """Within :func:`locally`: the sum of ``x`` over the devices that split the batch; each keeps its part of a sum that
     has these axes."""

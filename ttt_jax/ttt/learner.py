@@ -150,6 +150,11 @@ def gradient_step(weights: Weights, gradient: Weights, rate: jax.Array | float =
     return jax.tree.map(lambda w, g: w - rate * g, weights, gradient)
 
 
+def norm_per_head(weights: Weights) -> jax.Array:
+    """Frobenius norm over all weights and biases of a head, [..., d_in, d_out] leaves to [...]."""
+    return jnp.sqrt(sum((w**2).sum((-2, -1)) for w in jax.tree.leaves(weights)))
+
+
 def loss_gradient_at_f_res(
     learner: Learner, norm: LayerNormParams, k: jax.Array, v: jax.Array, f_res: jax.Array
 ) -> jax.Array:

@@ -20,11 +20,13 @@ from ttt_jax.ttt.state import InnerState, initial_state
 
 
 class Statistics(NamedTuple):
-    """Self-supervised loss of each token, mean over batch and heads, [T]."""
+    """What the inner loop did, for each token of each sequence and head, [B, T, H]: the self-supervised loss of the
+    token at three weights, and how far the last of them are from W0."""
 
     loss_at_w0: jax.Array  # at the W0 of the sequence
     loss_before: jax.Array  # at the weights that the token's mini-batch starts with
     loss_after: jax.Array  # after the step of the token's mini-batch (of its part in this piece)
+    weight_distance: jax.Array  # |W - W0| of those weights, over all weights and biases of the head (Frobenius)
 
 
 class Result(NamedTuple):
@@ -63,7 +65,7 @@ def run(
       remat_group: mini-batches between two stored W in the backward pass; what lies between is computed again.
         0 stores everything.
       unroll: mini-batches per iteration of the compiled loop.
-      statistics: also return the self-supervised losses.
+      statistics: also return :class:`Statistics`.
 
     Returns:
       Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.
@@ -97,7 +99,7 @@ def _whole(options: _Options, inputs):
     def step(weights, x):
         z, keys = _mini_batch(options, weights, None, x, options.position_eta)
         new_weights = learner_lib.gradient_step(weights, dual.gradient(options.learner, keys, options.position_eta[-1]))
-        return new_weights, (z, _losses(options, keys, x, new_weights))
+        return new_weights, (z, _statistics(options, keys, x, new_weights))
 
     start = initial_state(options.w0, batch)
     weights, pending = start.weights, start.pending
@@ -111,9 +113,9 @@ def _whole(options: _Options, inputs):
         position_eta = options.position_eta[:rest]
         z, keys = _mini_batch(options, weights, None, tail, position_eta)
         pending = dual.gradient(options.learner, keys)
-        losses = _losses(options, keys, tail, learner_lib.gradient_step(weights, pending, position_eta[-1]))
-        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], (z, losses))))
-    (z, stats) = outputs[0] if len(outputs) == 1 else _concatenate(*outputs)
+        stats = _statistics(options, keys, tail, learner_lib.gradient_step(weights, pending, position_eta[-1]))
+        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], (z, stats))))
+    z, stats = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *outputs)
     return z, InnerState(weights, pending, jnp.asarray(tokens, jnp.int32)), stats
 
 
@@ -134,14 +136,12 @@ def _continued(options: _Options, inputs, state: InnerState):
         pending = jax.tree.map(jnp.add, carry.pending, dual.gradient(options.learner, keys))
         new_weights = learner_lib.gradient_step(carry.weights, pending, options.position_eta[filled - 1])
         new = carry.advanced(pending, new_weights, 0, filled == b)
-        return new, (z, _losses(options, keys, x, new_weights))
+        return new, (z, _statistics(options, keys, x, new_weights))
 
     filled = jnp.clip(offset + tokens - b * jnp.arange(n), 0, b)  # places filled when this piece ends
     xs = (*(_split(on_grid(x), b) for x in inputs), filled)
     end, ys = _grouped_scan(step, state, xs, options.remat_group, options.unroll)
-    z, stats = _join_outputs(ys)
-    z = jax.lax.dynamic_slice_in_dim(z, offset, tokens, axis=1)
-    stats = tuple(jax.lax.dynamic_slice_in_dim(s, offset, tokens) for s in stats)
+    z, stats = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, offset, tokens, axis=1), _join_outputs(ys))
     return z, end._replace(position=state.position + tokens), stats
 
 
@@ -150,18 +150,20 @@ def _mini_batch(options: _Options, weights, pending, x, position_eta):
     return dual.mini_batch(options.learner, options.norm, weights, pending, q, k, v, token_eta, position_eta)
 
 
-def _losses(options: _Options, keys: dual.Pass, x, new_weights) -> tuple[jax.Array, ...]:
-    """The three losses of a mini-batch, [b] each; none when they were not asked for."""
+def _statistics(options: _Options, keys: dual.Pass, x, new_weights) -> tuple[jax.Array, ...]:
+    """Those of a mini-batch, [B, H, b] each; none when they were not asked for."""
     if not options.statistics:
         return ()
     _, k, v, _ = x
     learner, norm = options.learner, options.norm
-    losses = (
+    change = jax.lax.stop_gradient(learner_lib.gradient_step(new_weights, options.w0))  # |x| has no gradient at 0
+    distance = learner_lib.norm_per_head(change)
+    return (
         learner_lib.loss(learner, norm, options.w0, k, v),
         learner_lib.loss_from_output(learner_lib.output(learner, norm, k, keys.f_res), v),
         learner_lib.loss(learner, norm, new_weights, k, v),
+        jnp.broadcast_to(distance[..., None], k.shape[:-1]),
     )
-    return tuple(x.mean((0, 1)) for x in losses)
 
 
 def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
@@ -195,13 +197,10 @@ def _split(x: jax.Array, b: int) -> jax.Array:
 
 
 def _join_outputs(ys):
-    """z [n, B, H, b, d] -> [B, n * b, H, d] and losses [n, b] -> [n * b]"""
-    z, losses = ys
-    n, batch, heads, b, d = z.shape
-    return z.transpose(1, 0, 3, 2, 4).reshape(batch, n * b, heads, d), tuple(x.reshape(-1) for x in losses)
+    """[n, B, H, b, ...] -> [B, n * b, H, ...]"""
 
+    def join(y):
+        n, batch, heads, b, *rest = y.shape
+        return jnp.moveaxis(y, (1, 3), (0, 2)).reshape(batch, n * b, heads, *rest)
 
-def _concatenate(head, tail):
-    (z_head, losses_head), (z_tail, losses_tail) = head, tail
-    losses = tuple(jnp.concatenate(x) for x in zip(losses_head, losses_tail, strict=True))
-    return jnp.concatenate([z_head, z_tail], axis=1), losses
+    return jax.tree.map(join, ys)

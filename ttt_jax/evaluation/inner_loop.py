@@ -1,0 +1,257 @@
+"""What the inner loop of a trained model does: its loss and its weights by position, its rates, layer by layer.
+
+Figures 4 and 14 of the paper are ``loss_at_w0``, ``loss_before`` and ``loss_after``.
+
+Shapes: L layers, H heads, T tokens (the context), n mini-batches, b tokens of each, B sequences at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import pipeline, sequences, source, sources
+from ttt_jax.data.source import TokenSource
+from ttt_jax.evaluation.trained import Trained
+from ttt_jax.models import build
+from ttt_jax.parallel import sharding
+
+BY_POSITION = ("loss_at_w0", "loss_before", "loss_after", "target_spread")
+_WITH_ERRORS = (*BY_POSITION, "weight_change", "eta")  # means over heads, of each window
+_BY_HEAD = ("weight_distance", "eta")
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+    """Means over the windows (or documents) that were read; a loss, where nothing else is said, is also one over heads.
+
+    Attributes:
+      about: what was read and by what, as JSON holds it.
+      position: [T], from 1.
+      loss_at_w0, loss_before, loss_after: [L, T], the self-supervised loss of a token at W0, at the weights that its
+        mini-batch starts with, and after the step of its mini-batch.
+      target_spread: [L, T], what it would be if the learner knew nothing but the mean of its targets.
+      weight_position: [n], the last position of each mini-batch.
+      weight_distance: [L, H, n], |W - W0| after it, a Frobenius norm.
+      w0_norm: [L, H], |W0|.
+      weight_change: [L, n], the mean over heads of |W - W0| / |W0|; NaN where W0 = 0.
+      eta: [L, H, T], the learning rate of a token's gradient, but for the factor of the position that it is used at.
+      position_eta: [L, b], that factor: eta[t, s] = position_eta[t] * eta[s].
+      *_standard_error: [L, T] or [L, n], over windows, of the mean over heads; NaN with one window.
+    """
+
+    about: dict[str, Any]
+    position: np.ndarray
+    loss_at_w0: np.ndarray
+    loss_at_w0_standard_error: np.ndarray
+    loss_before: np.ndarray
+    loss_before_standard_error: np.ndarray
+    loss_after: np.ndarray
+    loss_after_standard_error: np.ndarray
+    target_spread: np.ndarray
+    target_spread_standard_error: np.ndarray
+    weight_position: np.ndarray
+    weight_change: np.ndarray
+    weight_change_standard_error: np.ndarray
+    weight_distance: np.ndarray
+    w0_norm: np.ndarray
+    eta: np.ndarray
+    eta_standard_error: np.ndarray
+    position_eta: np.ndarray
+
+
+class LayerSummary(NamedTuple):
+    """One layer in a line. Losses and spread are means over the last quarter of the positions.
+
+    Attributes:
+      explained: 1 - loss_before / target_spread, the share of the spread that W knew of before it saw the tokens.
+      weight_change: at the last position.
+      eta, eta_min, eta_max: mean over positions, of all heads and of the heads with the lowest and the highest.
+    """
+
+    loss_at_w0: float
+    loss_before: float
+    loss_after: float
+    explained: float
+    weight_change: float
+    eta: float
+    eta_min: float
+    eta_max: float
+
+
+def summary(found: InnerLoop) -> list[LayerSummary]:
+    """Of each layer."""
+    last_quarter = slice(len(found.position) * 3 // 4, None)
+    at_w0, before, after, spread = (getattr(found, name)[:, last_quarter].mean(1) for name in BY_POSITION)
+    eta = found.eta.mean(2)  # [L, H]
+    columns = (
+        at_w0, before, after, 1 - before / spread, found.weight_change[:, -1], eta.mean(1), eta.min(1), eta.max(1)
+    )  # fmt: skip
+    return [LayerSummary(*map(float, row)) for row in zip(*columns, strict=True)]
+
+
+def inspect(
+    trained: Trained,
+    *,
+    context: int,
+    split: str = "validation",
+    most_windows: int = 64,
+    by_document: bool = False,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> InnerLoop:
+    """Reads windows of ``context`` tokens, spread evenly over a split.
+
+    A context longer than that of training is read in pieces, the state carried from one to the next, so that memory
+    does not grow with it.
+
+    Args:
+      most_windows: reads all windows (or documents) of the split, or this many.
+      by_document: reads the first ``context`` tokens of documents that have more than so many; without, windows lie
+        anywhere in documents and across them.
+      batch_size: windows at a time, which changes no number; None is about as many tokens as a training step has.
+      progress: is called with tokens read and tokens in all.
+
+    Raises:
+      ConfigError: where the model has no inner loop, or there is no such split or context.
+    """
+    config = trained.config
+    if not build.learns(config.model):
+        raise ConfigError(
+            f"--workdir {trained.workdir}: its {build.describe(config.model)} has no inner loop; expected a run with "
+            "model.mixer=ttt_linear or ttt_mlp"
+        )
+    data = sources.from_config(config, split)
+    source.check(data, config.model.vocab_size, 1 if by_document else context)
+    starts = _starts(data, context, most_windows, by_document)
+    training_context, b = config.data.sequence_length, config.model.ttt.mini_batch
+    piece_length = context if context <= training_context else max(1, training_context // b) * b  # whole mini-batches
+    if batch_size is None:
+        batch_size = max(1, config.data.batch_size * training_context // piece_length)
+    batch_size = -(-min(batch_size, len(starts)) // trained.rows) * trained.rows
+
+    shape = config.model.num_layers, context
+    means = {name: _Mean(shape, len(starts)) for name in _WITH_ERRORS}
+    by_head = {name: np.zeros((*shape, config.model.num_heads)) for name in _BY_HEAD}
+    constants: dict[str, np.ndarray] = {}
+    done, total = 0, len(starts) * context
+    progress(done, total)
+    for offset, rows, statistics in _read(trained, data, starts, context, piece_length, batch_size):
+        constants = {name: statistics.pop(name) for name in ("w0_norm", "position_eta")}
+        values = {name: np.asarray(x[:, :rows], np.float64) for name, x in statistics.items()}
+        end = min(offset + piece_length, context)
+        for name, total_by_head in by_head.items():
+            total_by_head[:, offset:end] += values[name].sum(1)
+        values["eta"] = values["eta"].mean(-1)
+        for name, mean in means.items():
+            mean.add(offset, values[name])
+        done += rows * (end - offset)
+        progress(done, total)
+
+    ends = np.unique(np.append(np.arange(b - 1, context, b), context - 1))
+    arrays = {name: mean.mean for name, mean in means.items()}
+    arrays |= {f"{name}_standard_error": mean.standard_error for name, mean in means.items()}
+    arrays |= {name: x.swapaxes(1, 2) / len(starts) for name, x in by_head.items()}  # [L, H, T]
+    arrays |= {name: x[..., ends] for name, x in arrays.items() if name.startswith("weight_")}
+    arrays |= {"position": np.arange(1, context + 1), "weight_position": ends + 1, **constants}
+    about = _about(trained, data, split, context, by_document, len(starts))
+    return InnerLoop(about, **arrays)
+
+
+def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> list[int]:
+    """Where windows begin; of documents, those with more than ``context`` tokens."""
+    if not by_document:
+        total = data.windows(context)
+        count = min(total, most)
+        return [i * total // count * context for i in range(count)]
+    lengths = {start: stop - start for start, stop in sequences.bounds(data)}
+    found = [start for start, length in lengths.items() if length > context]
+    if not found:
+        raise ConfigError(
+            f"--context {context}: no document of {data.name} has more tokens; expected less than the longest, "
+            f"{max(lengths.values(), default=0)}"
+        )
+    count = min(len(found), most)
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _read(
+    trained: Trained, data: TokenSource, starts: list[int], context: int, piece_length: int, batch_size: int
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """For each piece: where in the windows it lies, how many rows are windows, and the statistics of all rows."""
+    in_one_go = context <= piece_length
+
+    @jax.jit
+    def read(params, state, inputs):
+        (_, state), filled = trained.model.apply({"params": params}, inputs, state, mutable=["statistics"])
+        found = dict(filled["statistics"]["layers"]["mixer"])
+        w0_norm = found["w0_norm"][:, None, None]
+        change = jnp.where(w0_norm > 0, found["weight_distance"] / w0_norm, jnp.nan)
+        return state, {
+            **found,
+            "weight_change": change.mean(-1),
+            **{name: found[name].mean(-1) for name in BY_POSITION},
+        }
+
+    for first in range(0, len(starts), batch_size):
+        group = starts[first : first + batch_size]
+        state = None
+        if not in_one_go:
+            with sharding.on_mesh(trained.mesh, trained.rules):
+                state = jax.jit(lambda: trained.model.initial_state(batch_size, context))()
+        for offset in range(0, context, piece_length):
+            end = min(offset + piece_length, context)
+            batch = pipeline.stacked([data.piece(start + offset, start + end) for start in group], batch_size)
+            inputs = jax.device_put(batch["inputs"], trained.batch_sharding)
+            with sharding.on_mesh(trained.mesh, trained.rules):
+                state, statistics = read(trained.params, state, inputs)
+            yield offset, len(group), jax.device_get(statistics)
+
+
+class _Mean:
+    """Mean over N windows and its standard error, [L, T], in float64."""
+
+    def __init__(self, shape: tuple[int, int], windows: int):
+        self._sum, self._squares, self._n = np.zeros(shape), np.zeros(shape), windows
+
+    def add(self, offset: int, values: np.ndarray) -> None:
+        """Values [L, windows, tokens] of the tokens from ``offset``."""
+        where = slice(offset, offset + values.shape[2])
+        self._sum[:, where] += values.sum(1)
+        self._squares[:, where] += (values**2).sum(1)
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self._sum / self._n
+
+    @property
+    def standard_error(self) -> np.ndarray:
+        if self._n == 1:
+            return np.full_like(self._sum, np.nan)
+        return np.sqrt(np.maximum(0, self._squares / self._n - self.mean**2) / (self._n - 1))
+
+
+def _about(
+    trained: Trained, data: TokenSource, split: str, context: int, by_document: bool, windows: int
+) -> dict[str, Any]:
+    model = trained.config.model
+    return {
+        "workdir": trained.workdir.resolve().name,
+        "model": build.describe(model),
+        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        "step": trained.step,
+        "source": data.name,
+        "fingerprint": data.fingerprint(),
+        "split": split,
+        "of": "documents" if by_document else "windows",
+        "context": context,
+        "training_context": trained.config.data.sequence_length,
+        "windows": windows,
+        "tokens": windows * context,
+        "mini_batch": model.ttt.mini_batch,
+        "config": trained.config.to_dict(),
+    }

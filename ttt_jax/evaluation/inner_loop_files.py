@@ -1,0 +1,106 @@
+"""Inner-loop diagnostics as files: ``WORKDIR/inspect/NAME.json``, ``.npz`` and ``.csv``.
+
+NAME is ``SPLIT[-documents]-T[-at-STEP]``, such as ``validation-2048``.
+
+``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each
+``.npz``   the arrays of :class:`ttt_jax.evaluation.inner_loop.InnerLoop`, by its names
+``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers and heads count from 0, positions
+           from 1. Without a head, the mean over heads; with one and no position, the mean over positions.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from ttt_jax import workdir as workdir_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, summary
+from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir, explained, is_local
+
+_COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
+
+
+def name(split: str, context: int, *, by_document: bool = False, step: int | None = None) -> str:
+    """NAME of the files; ``step`` where the checkpoint was asked for by it, rather than as the newest."""
+    return f"{split}{'-documents' * by_document}-{context}" + ("" if step is None else f"-at-{step}")
+
+
+def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
+    """Writes the three files; returns the path of the ``.npz``. The ``.json`` is written last."""
+    folder = workdir_lib.at(workdir) / "inspect"
+    if is_local(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
+    table, content = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.writer(table)
+    writer.writerow(_COLUMNS)
+    writer.writerows(_rows(found))
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    layers = [{key: _known(x) for key, x in layer._asdict().items()} for layer in summary(found)]
+    about = {**found.about, "layers": layers}
+    with explained(folder):
+        (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
+        (folder / f"{stem}.npz").write_bytes(content.getvalue())
+        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2) + "\n")
+    return folder / f"{stem}.npz"
+
+
+def read(
+    workdir: str | os.PathLike, split: str, context: int | None = None, *, by_document=False, step: int | None = None
+) -> InnerLoop:
+    """The diagnostics of a run on a split; of the longest context that there is, where none is given.
+
+    Raises:
+      ConfigError: where there are none.
+    """
+    workdir = workdir_lib.at(workdir)
+    with explained(workdir):
+        stems = {path.name.removesuffix(".json") for path in (workdir / "inspect").glob("*.json")}
+    if context is None:
+        form = name(split, 0, by_document=by_document, step=step)
+        pattern = re.compile(re.escape(form).replace(r"\-0", r"\-(\d+)", 1))
+        context = max((int(match[1]) for stem in stems if (match := pattern.fullmatch(stem))), default=None)
+    if context is None or (stem := name(split, context, by_document=by_document, step=step)) not in stems:
+        raise ConfigError(
+            f"{workdir}: no inner-loop diagnostics of the {split} split"
+            + ("" if context is None else f" with context {context}")
+            + f"; run: ttt inspect --workdir {workdir} --split {split} --context {context or 2048}"
+            + " --by-document" * by_document
+            + ("" if step is None else f" --step {step}")
+        )
+    path = workdir / "inspect" / f"{stem}.npz"
+    with explained(path):
+        about = json.loads(path.with_suffix(".json").read_text())
+        content = io.BytesIO(path.read_bytes())
+    with np.load(content, allow_pickle=False) as file:
+        return InnerLoop(about, **file)
+
+
+def _rows(found: InnerLoop) -> Iterator[tuple]:
+    """Of the table; what is not known is left empty."""
+    means = {key: (found.position, getattr(found, key)) for key in BY_POSITION}
+    means["weight_change"] = found.weight_position, found.weight_change
+    means["weight_distance"] = found.weight_position, found.weight_distance.mean(1)
+    means["eta"] = found.position, found.eta.mean(1)
+    for key, (positions, values) in means.items():
+        errors = getattr(found, f"{key}_standard_error", np.full_like(values, np.nan))
+        for layer, (line, line_errors) in enumerate(zip(values, errors, strict=True)):
+            for position, value, error in zip(positions.tolist(), line.tolist(), line_errors.tolist(), strict=True):
+                yield key, layer, None, position, _known(value), _known(error)
+    of_heads = {"w0_norm": found.w0_norm, "eta": found.eta.mean(2), "weight_distance": found.weight_distance.mean(2)}
+    for key, values in of_heads.items():
+        for (layer, head), value in np.ndenumerate(values):
+            yield key, layer, head, None, float(value), None
+    for (layer, place), value in np.ndenumerate(found.position_eta):
+        yield "position_eta", layer, None, place + 1, float(value), None
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else value
