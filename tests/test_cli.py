@@ -68,7 +68,7 @@ import contextlib, io, json, sys
 from ttt_jax import cli
 printed = {{}}
 for command in ["--help", "train --help", "eval --help", "plot --help", "plot loss-by-position --help",
-                "plot flops --help", "plot table --help", "bench --help", "--version", "trian",
+                "bench --help", "--version", "trian",
                 "train --workdir x", "train --workdir x --config {QUICKSTART} --config.model.widht=3",
                 "bench step --config {QUICKSTART} --config.model.num_heads=3"]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -104,9 +104,6 @@ print(json.dumps([printed, heavy]))
         assert kind in outputs["plot --help"]
     for option in ("--output", "--split", "--context", "--by-document", "--against", ".svg", "ttt eval"):
         assert option in outputs["plot loss-by-position --help"]
-    for option in ("--output", "--published", ".svg", "(default: flops.png)"):
-        assert option in outputs["plot flops --help"]
-    assert ".tex, .csv or .txt" in outputs["plot table --help"]
     for option in ("bench step", "--repeats", "--warmup", "--json", "matrix products"):
         assert option in outputs["bench --help"]
 
@@ -141,7 +138,6 @@ def test_a_verb_is_needed(refused):
         ("eval --work x", "error: the following arguments are required: --workdir"),  # no abbreviations
         ("eval --workdir x", "x/config.json: not found; expected the workdir of a run, with its config.json"),
         ("plot", "error: the following arguments are required: KIND"),
-        ("plot flops", "error: the following arguments are required: DIR"),
         (
             "plot loss-by-position x --output x.txt",
             "--output x.txt: expected a name that ends in .png, .pdf or .svg",

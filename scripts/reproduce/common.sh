@@ -18,6 +18,7 @@
 #   --jobs N              runs at a time (default: 2)
 #
 # What has been trained is not trained again, by any script: all share one folder of runs.
+
 # shellcheck disable=SC2034  # several variables are of the scripts that source this
 
 options() {

@@ -19,12 +19,12 @@ else
     transformer=(--config.model.num_layers=2 --config.model.mlp_width=304)
 fi
 grid_runs=()
-for mixer in $(chosen "ttt_linear ttt_mlp transformer_finetune" "$chosen_mixers"); do
+for mixer in $(chosen "ttt_linear ttt_mlp transformer" "$chosen_mixers"); do
     recipe="$mixer-1.3b-$books-32k"
     case "$mixer" in
         ttt_linear) train figure_2/linear "$recipe" -- "${linear[@]}" && folder=figure_2/linear ;;
         ttt_mlp) train figure_2/mlp "$recipe" -- "${mlp[@]}" && folder=figure_2/mlp ;;
-        transformer*)
+        transformer)
             base="transformer-1.3b-$books-2k" folder=figure_2/finetuned recipe="transformer_finetune-1.3b-$books-32k"
             train figure_2/transformer "$base" -- "${transformer[@]}"
             start="--config.training.start_from=$(workdir figure_2/transformer "$base")"

@@ -1,17 +1,13 @@
 """The loss of the inner loop by token index, layer by layer (Figures 4 and 14)."""
 
-import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import style
+from ttt_jax.evaluation import inner_loop_files, style
 from ttt_jax.evaluation.style import Style
 
 _WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
@@ -20,20 +16,6 @@ _CURVES = {  # as in the paper's legend; the learner's loss, by when it is taken
     "loss_before": (r"$\ell(W_{t-1}; x_t)$", Style("#E69F00", (0, (4, 1)), "")),
     "loss_after": (r"$\ell(W_t; x_t)$", Style("#009E73", (0, (1, 1)), "")),
 }
-
-
-class Inspection(NamedTuple):
-    """What ``ttt inspect`` has written about a run.
-
-    Attributes:
-      about: what it is of.
-      position: [T], from 1.
-      losses: of each name of ``loss_at_w0``, ``loss_before`` and ``loss_after``, [L, T].
-    """
-
-    about: dict[str, Any]
-    position: np.ndarray
-    losses: dict[str, np.ndarray]
 
 
 def inner_loss(
@@ -58,8 +40,8 @@ def inner_loss(
       ConfigError: where the run was not inspected, or has no such layer.
     """
     style.check_output(*outputs)
-    found = read(workdir, split, context)
-    count = len(found.losses["loss_at_w0"])
+    found = inner_loop_files.read(workdir, split, context)
+    count = len(found.loss_at_w0)
     chosen = range(count) if layers is None else layers
     for layer in chosen:
         if not 0 <= layer < count:
@@ -71,7 +53,7 @@ def inner_loss(
     )
     for axes, layer in zip(panels, chosen, strict=True):
         for name, (label, look) in _CURVES.items():
-            position, curve = (sliding_mean(x, window) for x in (found.position, found.losses[name][layer]))
+            position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[layer]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
         axes.set_title(f"layer {layer}", fontsize=10)
         axes.grid(alpha=0.25)
@@ -90,30 +72,6 @@ def inner_loss(
     )
     style.legend_below(figure)
     style.save(figure, *outputs)
-
-
-def read(workdir: str | os.PathLike, split: str, context: int | None = None) -> Inspection:
-    """The inspection of a run on a split; of the longest context, where none is given.
-
-    Raises:
-      ConfigError: where there is none.
-    """
-    workdir = workdir_lib.at(workdir)
-    with workdir_lib.explained(workdir):
-        files = {path.stem.removeprefix(f"{split}-"): path for path in (workdir / "inspect").glob(f"{split}-*.npz")}
-    known = {int(name): path for name, path in files.items() if name.isdecimal()}
-    chosen = max(known, default=None) if context is None else context
-    if chosen is None or chosen not in known:
-        with_context = "" if context is None else f" with context {context}"
-        raise ConfigError(
-            f"{workdir}: no inspection of the {split} split{with_context}; run: "
-            f"ttt inspect --workdir {workdir} --split {split} --context {context or 2048}"
-        )
-    with workdir_lib.explained(workdir):
-        about = json.loads(known[chosen].with_suffix(".json").read_text())
-        content = io.BytesIO(known[chosen].read_bytes())
-    with np.load(content, allow_pickle=False) as file:
-        return Inspection(about, file["position"], {name: file[name] for name in _CURVES})
 
 
 def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from ttt_jax import config as config_lib
-from ttt_jax.evaluation import evaluations, statistics
+from ttt_jax.evaluation import evaluations, inner_loop, inner_loop_files, statistics
 from ttt_jax.models import build
 
 WINDOWS = 6  # of an evaluation, a document each
@@ -74,14 +74,30 @@ def save_evaluation(workdir, about, *, loss, noise=0):
     evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
 
 
-def save_inspection(workdir, losses, *, split="validation", **about):
+def save_inspection(workdir, losses, *, split="validation"):
     """What ``ttt inspect`` writes; ``losses`` are [L, T] each, by name."""
-    context = losses["loss_at_w0"].shape[1]
-    folder = workdir / "inspect"
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {"model": "TTT-Linear (Mamba backbone)", "source": "books/validation", "windows": 6, "context": context}
-    (folder / f"{split}-{context}.json").write_text(json.dumps({**known, "split": split, **about}))
-    np.savez(folder / f"{split}-{context}.npz", position=np.arange(1, context + 1), **losses)
+    layers, context = losses["loss_at_w0"].shape
+    by_position = {"target_spread": np.ones((layers, context)), "weight_change": np.ones((layers, 1)), **losses}
+    by_position["eta"] = np.ones((layers, 2, context))
+    errors = {f"{name}_standard_error": np.zeros_like(values) for name, values in by_position.items() if name != "eta"}
+    found = inner_loop.InnerLoop(
+        about={
+            "model": "TTT-Linear (Mamba backbone)",
+            "source": "books/validation",
+            "windows": 6,
+            "of": "windows",
+            "context": context,
+        },
+        position=np.arange(1, context + 1),
+        weight_position=np.array([context]),
+        weight_distance=np.ones((layers, 2, 1)),
+        w0_norm=np.ones((layers, 2)),
+        eta_standard_error=np.zeros((layers, context)),
+        position_eta=np.ones((layers, 16)),
+        **by_position,
+        **errors,
+    )
+    inner_loop_files.save(found, workdir, inner_loop_files.name(split, context))
 
 
 def words(path) -> list[str]:
