@@ -47,6 +47,6 @@ class _Documents:
 def source(split: str, vocab_size: int) -> TokenSource:
     """A split without end, nearly: 2^40 tokens to train on."""
     salt = 1 + list(_LENGTHS).index(split)
-    tokens = _Tokens(_LENGTHS[split], vocab_size, salt)
+    tokens, documents = _Tokens(_LENGTHS[split], vocab_size, salt), _Documents(_LENGTHS[split])
     fingerprint = f"synthetic-{split}-{vocab_size}"
-    return TokenSource(f"synthetic/{split}", tokens, vocab_size, BOS, _Documents(_LENGTHS[split]), ("synthetic",), fingerprint)
+    return TokenSource(f"synthetic/{split}", tokens, vocab_size, BOS, documents, ("synthetic",), fingerprint)
