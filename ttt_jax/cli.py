@@ -21,7 +21,7 @@ from ttt_jax import (
 )
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import not_negative, positive
+from ttt_jax.cli_types import add_processes, not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -150,15 +150,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
     p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
-    several = p.add_argument_group("several processes, where the environment does not tell of them")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
-    several.add_argument("--processes", type=positive, metavar="N", help="how many")
-    several.add_argument("--process", type=not_negative, metavar="I", help="which one this is, from 0")
-    several.add_argument(
-        "--start-limit", type=positive, default=300, metavar="S", help="seconds to wait (default: 300)"
-    )
+    add_processes(p)
 
     cli_eval.add_arguments(verb("eval", lambda options, rest: cli_eval.run(options), cli_eval.DESCRIPTION))
+    compare = verb("eval compare", lambda options, rest: cli_eval.compare(options), cli_eval.COMPARE)
+    cli_eval.add_compare_arguments(compare)
     cli_inspect.add_arguments(verb("inspect", lambda options, rest: cli_inspect.run(options), cli_inspect.DESCRIPTION))
     cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
 

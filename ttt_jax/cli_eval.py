@@ -1,60 +1,214 @@
-"""``ttt eval``: loss and perplexity of trained models, by token index."""
+"""``ttt eval`` and ``ttt eval compare``: loss and perplexity of trained models by token index, and differences."""
 
 import argparse
-import sys
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, positive
+from ttt_jax.cli_types import SPLITS, add_processes, counts, not_negative, positive
+from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
+from ttt_jax.status_line import StatusLine, duration
+
+if TYPE_CHECKING:
+    from ttt_jax.evaluation.evaluations import Evaluation
 
 DESCRIPTION = """\
-Loss and perplexity of a trained model on windows of a split, and loss by token index with its standard error over
-windows. Writes DIR/eval/SPLIT-T.npz, .csv and .json. The context may be longer than that of training.
+Loss and perplexity of trained models on a split, and loss by token index. Of each run and context, writes
+DIR/eval/SPLIT-T.npz, .csv and .json (docs/evaluation.md tells what is in them). Errors are over documents. The context
+may be longer than that of training: it is read in pieces, the state carried on, so that TTT reads a book of any
+length in the same memory. A command that was stopped goes on where it was.
 
-With --by-document, of each document from its beginning to its end, or to T tokens: they are read in pieces of the
-training context, the state carried on, so that TTT reads a book of any length in the same memory.
+By default, windows of T tokens, whatever documents lie in them, as in training. With --by-document, documents, each
+from its beginning and a fresh state, to its end or to T tokens. With --carry-state, the same documents, but each
+begins with the state that the one before it left.
+"""
+COMPARE = """\
+The loss of runs minus that of the first one, on the same tokens, by token index, after ttt eval has been run on each.
+The error is that of the difference, over documents: much smaller than that of either loss.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ttt eval``."""
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of a run")
-    add("--context", type=positive, default=2048, metavar="T", help="tokens per window (default: 2048)")
+    add("--workdir", required=True, nargs="+", metavar="DIR", help="of runs")
+    add("--context", type=counts, default=[2048], metavar="T,...", help="tokens: 2048 (the default), or 2k,8k,32k")
+    _add_kind(parser)
+    add("--max-windows", type=positive, default=256, metavar="N", help="or documents, at most so many (default: 256)")
+    add("--chains", type=positive, default=8, metavar="N", help="with --carry-state: read side by side (default: 8)")
+    add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best, all or 100,200")
+    add("--batch-size", type=positive, metavar="B", help="sequences at a time (default: as many tokens as in training)")
+    add("--piece-length", type=positive, metavar="N", help="tokens at a time (default: the context of training)")
+    add("--csv", type=Path, metavar="FILE", help="also all of them in one table, by bins of positions")
+    several = parser.add_argument_group("several devices")
+    for axis, what in (("fsdp", "parameters"), ("tensor", "heads")):
+        several.add_argument(
+            f"--{axis}", type=positive, default=1, metavar="N", help=f"split {what} over N (default: 1)"
+        )
+    add_processes(parser)
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ttt eval compare``."""
+    add = parser.add_argument
+    add("workdir", nargs="+", metavar="DIR", help="of evaluated runs; the others are compared with the first")
+    add("--context", type=counts, metavar="T", help="(default: the longest)")
+    _add_kind(parser)
+    add("--step", type=not_negative, help="of evaluations that were asked for by step")
+
+
+def _add_kind(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
-    add("--max-windows", type=positive, default=256, metavar="N", help="at most so many (default: 256)")
     add("--by-document", action="store_true", help="whole documents, each from its beginning, not windows")
-    add("--step", type=int, help="which checkpoint (default: the newest)")
-    add("--batch-size", type=positive, metavar="B", help="windows at a time (default: as in training)")
+    add("--carry-state", action="store_true", help="whole documents, the state carried from one to the next")
+    add("--source", metavar="DIR", help="another dataset than that of training")
 
 
 def run(options: argparse.Namespace) -> int:
     """``ttt eval``"""
-    workdir = workdir_lib.at(options.workdir)
-    from ttt_jax.evaluation import loss_by_position
+    workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()
+    startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
+    import jax
 
-    def progress(done, total):
-        if sys.stderr.isatty():
-            print(f"\r{done}/{total} windows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    from ttt_jax.evaluation import evaluate, evaluations, trained
 
-    result, about = loss_by_position.evaluate(
-        workdir,
-        context=options.context,
-        split=options.split,
-        most_windows=options.max_windows,
-        by_document=options.by_document,
-        step=options.step,
-        batch_size=options.batch_size,
-        progress=progress,
-    )
-    path = loss_by_position.save(result, about, workdir / "eval")
-    print(
-        f"{about['model']}, step {about['step']}, {about['source']}, {result.windows} {about['of']} of "
-        f"{'up to ' * options.by_document}{options.context} tokens: "
-        f"loss {result.mean:.4f} +- {result.mean_standard_error:.4f}, perplexity {result.perplexity:.4f}"
-    )
-    print(f"  {path} (and .csv, .json)")
+    tell = jax.process_index() == 0
+    found = []
+    for workdir in workdirs:
+        for step in trained.steps(workdir, options.step):
+            model = trained.load(workdir, step, fsdp=options.fsdp, tensor=options.tensor)
+            named_step = None if options.step == "newest" else model.step
+            for context in options.context:
+                what = evaluate.What(
+                    context,
+                    options.split,
+                    options.max_windows,
+                    options.by_document,
+                    options.chains if options.carry_state else 0,
+                    options.source,
+                )
+                stem = what.stem(named_step)
+                progress = _Progress(f"{workdir.name} {stem}", tell)
+                try:
+                    evaluation = evaluate.evaluate(
+                        model,
+                        what,
+                        batch_size=options.batch_size,
+                        piece_length=options.piece_length,
+                        stem=stem,
+                        progress=progress,
+                    )
+                finally:
+                    progress.close()
+                if evaluation is not None:
+                    path = evaluations.save(evaluation, workdir / "eval", stem)
+                    print(f"{_words(evaluation)}\n  {path} (and .csv, .json)", flush=True)
+                    found.append(evaluation)
+    if options.csv and tell:
+        _write_table(options.csv, found)
+        print(options.csv)
     return DONE
+
+
+def compare(options: argparse.Namespace) -> int:
+    """``ttt eval compare``"""
+    from rich.table import Table
+
+    from ttt_jax.evaluation import compare as compare_lib
+    from ttt_jax.evaluation import evaluations, statistics
+    from ttt_jax.sweep import tables
+
+    if len(options.workdir) < 2:
+        raise ConfigError(f"{options.workdir[0]}: alone; expected two workdirs or more")
+    context = options.context[0] if options.context else None
+    kind = {
+        "by_document": options.by_document or options.carry_state,
+        "carried": options.carry_state,
+        "source": options.source,
+        "step": options.step,
+    }
+    base, *others = [evaluations.read(workdir, options.split, context, **kind) for workdir in options.workdir]
+    differences = [compare_lib.paired_difference(other, base) for other in others]
+    about = base.about
+    table = Table(
+        title=f"Loss minus that of {about['workdir']} ({about['model']}), nats per token, +- standard error\n"
+        f"{about['source']}, {about['windows']:,} {about['of']} of {about['context']:,} tokens, "
+        f"{about['documents']:,} documents",
+        title_justify="left",
+    )
+    table.add_column("positions")
+    table.add_column(f"{about['workdir']}", justify="right")
+    for other in others:
+        table.add_column(other.about["workdir"], justify="right")
+    table.add_row(
+        "all",
+        f"{about['loss']:.4f}",
+        *(f"{d.mean:+.4f} +- {d.standard_error:.4f}" for d in differences),
+        end_section=True,
+    )
+    for first, last in statistics.octaves(base.bin_first, base.bin_last):
+        row = [f"{base.bin_first[first]:,} - {base.bin_last[last - 1]:,}"]
+        where = slice(first, last)
+        counts = base.document_counts[:, where].sum(1)
+        row.append(f"{base.document_sums[:, where].sum() / counts.sum():.4f}")
+        for other in others:
+            sums = (other.document_sums - base.document_sums)[:, where].sum(1)
+            found = statistics.estimate(sums, counts)
+            row.append(f"{found.mean:+.4f} +- {found.standard_error:.4f}")
+        table.add_row(*row)
+    tables.console().print(table)
+    return DONE
+
+
+class _Progress:
+    """A line that says how far an evaluation is, from the second call on."""
+
+    def __init__(self, name: str, tell: bool):
+        self._name, self._tell, self._began, self._start = name, tell, time.monotonic(), 0
+        self._line: StatusLine | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._tell:
+            return
+        if self._line is None:
+            self._line, self._start = StatusLine(total, done, self._name), done
+            return
+        rate = (done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        left = duration((total - done) / rate)
+        self._line.show(done, f"{self._name}  {done:,}/{total:,} tokens  {rate:,.0f} tokens/s  {left} left")
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
+
+
+def _words(evaluation: "Evaluation") -> str:
+    a = evaluation.about
+    up_to = "up to " * (a["of"] == "documents")
+    error = "" if a["loss_standard_error"] is None else f" +- {a['loss_standard_error']:.4f}"
+    return (
+        f"{a['model']}, step {a['step']}, {a['source']}, {a['windows']} {a['of']} of {up_to}{a['context']} tokens"
+        f"{', the state carried' * a['carried']}: loss {a['loss']:.4f}{error}, perplexity {a['perplexity']:.4f}"
+    )
+
+
+def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:
+    """A line for each evaluation and bin."""
+    of = ("workdir", "model", "parameters", "step", "source", "split", "of", "carried", "context")
+    by_bin = ("first", "last", "loss", "standard_error", "low", "high", "count")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*of, *(f"bin_{name}" for name in by_bin)])
+        for evaluation in found:
+            about = [evaluation.about[name] for name in of]
+            columns = [getattr(evaluation, f"bin_{name}") for name in by_bin]
+            writer.writerows([*about, *row] for row in zip(*columns, strict=True))

@@ -18,3 +18,24 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 positive, not_negative = at_least(1), at_least(0)
+
+
+def counts(text: str) -> list[int]:
+    """Positive integers with commas between them; ``k`` is 1024 of them: ``2048,8k``."""
+    found = []
+    for part in text.split(","):
+        number, factor = (part[:-1], 1024) if part.endswith("k") else (part, 1)
+        if not number.strip().isdecimal() or int(number) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected integers from 1, such as 2048 or 2k,8k")
+        found.append(int(number) * factor)
+    return found
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """The options that say how several processes find each other."""
+    several = parser.add_argument_group("several processes, where the environment does not tell of them")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0")
+    several.add_argument("--processes", type=positive, metavar="N", help="how many")
+    several.add_argument("--process", type=not_negative, metavar="I", help="which one this is, from 0")
+    limit = "seconds to wait (default: 300)"
+    several.add_argument("--start-limit", type=positive, default=300, metavar="S", help=limit)

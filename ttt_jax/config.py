@@ -74,6 +74,13 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("checkpoint.every", "10%", "a duration"),
     ("checkpoint.keep_last", 2, "how many of the newest checkpoints are kept"),
     ("checkpoint.milestone_every", "", "a duration; checkpoints at its multiples are kept for good"),
+    (
+        "evaluation.every",
+        "",
+        "a duration: loss of held-out windows; the checkpoint of the lowest is kept",
+    ),
+    ("evaluation.split", "validation", "where they are from"),
+    ("evaluation.windows", 64, "at most so many, as long as those of training"),
     ("profile.steps", "", 'steps to trace into WORKDIR/profile, for xprof or TensorBoard: "10" or "10:13"'),
     ("log.every", "1 step", "a duration: one record of metrics.jsonl"),
     ("log.tensorboard", False, "also write TensorBoard files; needs the extra [tensorboard]"),
@@ -81,6 +88,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+_MAY_BE_EMPTY = ("checkpoint.milestone_every", "evaluation.every")
 _MOST = 1e18  # steps, tokens, or the width of anything: more is a slip, and would overflow
 
 
@@ -109,7 +117,7 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     but the run itself, ``"10%"`` of the run.
     """
     text = str(_get(config, key)).strip()
-    if not text and key == "checkpoint.milestone_every":
+    if not text and key in _MAY_BE_EMPTY:
         return 0
     match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)
     try:
@@ -137,10 +145,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
     _one_of(config, "model.remat", ("none", "block"))
     _one_of(config, "model.ttt.backbone", ("mamba", "transformer"))
+    _one_of(config, "evaluation.split", ("train", "validation", "test"))
     for key in (
         "model.vocab_size model.width model.num_layers model.num_heads model.mlp_width model.conv_width "
         "model.ttt.mini_batch model.ttt.mlp_depth model.ttt.unroll data.sequence_length data.batch_size "
-        "training.accumulation checkpoint.keep_last"
+        "training.accumulation checkpoint.keep_last evaluation.windows"
     ).split():
         _at_least(config, key, 1)
     _at_least(config, "model.ttt.remat_group", 0)
@@ -188,7 +197,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"training.accumulation={config.training.accumulation}: does not divide "
             f"data.batch_size={config.data.batch_size}; expected a divisor"
         )
-    for key in ("training.duration", "optimizer.warmup", "checkpoint.every", "checkpoint.milestone_every", "log.every"):
+    durations = (
+        "training.duration optimizer.warmup checkpoint.every checkpoint.milestone_every evaluation.every log.every"
+    )
+    for key in durations.split():
         steps(config, key)
     if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
         raise ConfigError(

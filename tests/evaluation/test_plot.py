@@ -8,7 +8,7 @@ import pytest
 from matplotlib import colors, image
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import loss_by_position, plot
+from ttt_jax.evaluation import evaluations, plot, statistics
 
 LINEAR, MLP, TRANSFORMER = "TTT-Linear (Mamba backbone)", "TTT-MLP (Mamba backbone)", "Transformer"
 
@@ -23,7 +23,9 @@ def evaluated(tmp_path):
         nll = curve + rng.normal(0, 0.2, (6, context))
         mask = np.ones_like(nll)
         mask[:, 10] = 0  # a position without loss
-        result = loss_by_position.summarise(nll, mask)
+        nll = np.where(mask, nll, np.nan)
+        found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
+        result = evaluations.from_summary({}, found)
         known = {
             "workdir": name,
             "model": model,
@@ -35,9 +37,10 @@ def evaluated(tmp_path):
             "context": context,
             "training_context": 64,
             "windows": 6,
-            "loss": result.mean,
+            "loss": float(found.all.mean),
         }
-        loss_by_position.save(result, {**known, **about}, tmp_path / name / "eval")
+        result.about.update({**known, **about})
+        evaluations.save(result, tmp_path / name / "eval", f"{split}-{context}")
         return tmp_path / name
 
     return make

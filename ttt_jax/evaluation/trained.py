@@ -1,5 +1,6 @@
 """A trained model, from the workdir of its run, laid out over the devices that are here."""
 
+import hashlib
 import os
 from typing import Any, NamedTuple
 
@@ -7,13 +8,12 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from ttt_jax import config as config_lib
 from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import sharding
-from ttt_jax.training import program
+from ttt_jax.training import checksums, program, validation
 from ttt_jax.training.checkpoint import Checkpoints
 
 
@@ -22,9 +22,10 @@ class Trained(NamedTuple):
 
     Attributes:
       workdir: of the run.
-      config: of the run; its mesh is the one here.
+      config: of the run.
       model, params: logits are ``model.apply({"params": params}, tokens)[0]``, traced within :func:`sharding.on_mesh`.
       step: optimizer steps behind it.
+      fingerprint: hash of the checkpoint's checksums; empty where it has none.
       mesh, rules: what lies where.
       batch_sharding: of arrays [B, T]; B is a multiple of :attr:`rows`.
     """
@@ -34,14 +35,58 @@ class Trained(NamedTuple):
     model: LanguageModel
     params: Any
     step: int
+    fingerprint: str
     mesh: Mesh
     rules: sharding.ShardingRules
     batch_sharding: NamedSharding
 
     @property
+    def name(self) -> str:
+        """Of the run: that of its folder."""
+        return self.workdir.resolve().name
+
+    @property
     def rows(self) -> int:
         """Devices that a batch is split over."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
+    """Steps of a run's checkpoints.
+
+    Args:
+      wanted: ``newest``, ``best`` (of the lowest validation loss during training), ``all``, or steps: ``100,200``.
+
+    Raises:
+      ConfigError: where there is no such checkpoint.
+    """
+    config_file.from_json(workdir / "config.json")  # without one it is no workdir at all
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    found = checkpoints.all_steps()
+    checkpoints.close()
+    if not found:
+        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
+    if wanted == "newest":
+        return found[-1:]
+    if wanted == "all":
+        return found
+    if wanted == "best":
+        best = validation.best_step(validation.read_losses(workdir), found)
+        if best is None:
+            raise ConfigError(
+                f"--step best: {workdir} was trained without evaluation.every; expected newest, all or steps"
+            )
+        return [best]
+    chosen = wanted.split(",")
+    for step in chosen:
+        if not step.isdecimal() or int(step) not in found:
+            raise ConfigError(
+                f"--step {step}: no such checkpoint in {workdir}; expected newest, best, all or some of "
+                f"{', '.join(map(str, found))}"
+            )
+    return [int(step) for step in chosen]
 
 
 def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Trained:
@@ -58,24 +103,21 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
     """
     workdir = workdir_lib.at(workdir)
     config = config_file.from_json(workdir / "config.json").copy_and_resolve_references()
-    config.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
+    run = program.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
+    [step] = steps(workdir, "newest" if step is None else str(step))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    params = checkpoints.restore_params(step, run.abstract_state.params)
+    checkpoints.close()
+    with workdir_lib.explained(workdir):
+        sums = workdir / "checkpoints" / str(step) / checksums.NAME
+        fingerprint = hashlib.blake2b(sums.read_bytes(), digest_size=8).hexdigest() if sums.exists() else ""
+    return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
+
+
+def _mesh_shape(config: ml_collections.ConfigDict, fsdp: int, tensor: int) -> dict[str, int]:
     devices = jax.device_count()
     if devices % (fsdp * tensor):
         raise ConfigError(f"--fsdp {fsdp}, --tensor {tensor}: their product does not divide the {devices} devices here")
-    config.data.batch_size, config.training.accumulation = devices // tensor, 1  # of training, where all fitted
-    config.mesh.update(config_lib.mesh_shape(config, devices))
-    run = program.make(config, sharding.make_mesh(config.mesh))
-    if not (workdir / "checkpoints").is_dir():
-        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    steps = checkpoints.all_steps()
-    if not steps:
-        raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
-    if step is not None and step not in steps:
-        raise ConfigError(f"--step {step}: no such checkpoint in {workdir}; expected one of {sorted(steps)}")
-    step = max(steps) if step is None else step
-    params = checkpoints.restore_params(step, run.abstract_state.params)
-    checkpoints.close()
-    config = config_file.from_json(workdir / "config.json").copy_and_resolve_references()
-    config.mesh.update(run.config.mesh)
-    return Trained(workdir, config, run.model, params, step, run.mesh, run.rules, run.batch_sharding)
+    if config.model.num_heads % tensor:
+        raise ConfigError(f"--tensor {tensor}: does not divide model.num_heads={config.model.num_heads}")
+    return {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}

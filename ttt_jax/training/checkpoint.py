@@ -54,6 +54,7 @@ class Checkpoints:
       workdir: a folder, or a place on gs://.
       keep_last: how many of the newest are kept.
       milestone_every: checkpoints at multiples of this many steps are kept for good; 0 for none.
+      keep: says which others are kept.
       read_only: whether nothing may be changed there.
       save_again_after: seconds between a save that failed and the next attempt, one after the other.
     """
@@ -64,12 +65,13 @@ class Checkpoints:
         *,
         keep_last: int = 1,
         milestone_every: int = 0,
+        keep: checkpoint_managers.PreservationPolicy | None = None,
         read_only: bool = False,
         save_again_after: Sequence[float] = _SAVE_AGAIN_AFTER,
     ):
         for name in ("absl", "asyncio"):  # orbax tells of every file; what fails is told here, once
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        policies = [checkpoint_managers.LatestN(keep_last)]
+        policies = [checkpoint_managers.LatestN(keep_last), *([] if keep is None else [keep])]
         if milestone_every:
             policies.append(checkpoint_managers.EveryNSteps(milestone_every))
         is_url = "://" in os.fspath(workdir)

@@ -27,7 +27,7 @@ from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, metrics, program, resume
+from ttt_jax.training import checkpoint, metrics, program, resume, validation
 from ttt_jax.training import start as start_lib
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
@@ -69,9 +69,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     workdir = workdir_lib.at(workdir)
     versions = checkpoint.versions()
     peers.check_same({"config": config.to_dict(), "workdir": str(workdir), "versions": versions, "code": _code()})
-    run, data = peers.on_all(lambda: _prepare(config, workdir))
+    run, data, held_out = peers.on_all(lambda: _prepare(config, workdir))
     total = config_lib.steps(config, "training.duration")
     save_every = config_lib.steps(config, "checkpoint.every")
+    validate_every = config_lib.steps(config, "evaluation.every")
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     fingerprint = data.fingerprint()
     peers.check_same({"data": {data.name: fingerprint}})
@@ -79,9 +80,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     # ---- Where it stands
     peers.check_shared(workdir)
     began = time.monotonic()
+    best = validation.KeepBest()
     checkpoints = checkpoint.Checkpoints(
         workdir,
         keep_last=config.checkpoint.keep_last,
+        keep=best,
         milestone_every=config_lib.steps(config, "checkpoint.milestone_every"),
     )
     restored = checkpoints.restore_newest(run.abstract_state)
@@ -89,6 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     if restored is not None:
         start, useful = restored.step, restored.meta["useful_seconds"]
         resume.check_same_data(restored.meta["data"], fingerprint, data.name)
+        best.losses = validation.read_losses(workdir, start)
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
@@ -154,6 +158,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                 worker_processes=config.data.worker_processes,
             )
             feed = Feed(batches)
+            validate = validation.Validation(run, held_out, config.evaluation.windows) if held_out else None
 
             # ---- Train
             def wish() -> int:
@@ -172,7 +177,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                 report.waited("data_wait_seconds", feed.waited)
                 watchdog.heard(report.seconds)
                 profile.after(step, values)
-                if step % save_every == 0 or step == total or checkpoints.wants_save(step):
+                best_so_far = False
+                if validate is not None and (step % validate_every == 0 or step == total):
+                    watchdog.rest()
+                    began = time.monotonic()
+                    held_out_loss = validate(state.params)
+                    report.also(held_out_loss, time.monotonic() - began)
+                    report.flush()
+                    watchdog.heard()
+                    best_so_far = best.add(step, held_out_loss)
+                if step % save_every == 0 or step == total or best_so_far or checkpoints.wants_save(step):
                     report.flush()  # a state is saved only once its step is known to be finite
                     watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
@@ -206,16 +220,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
 
 
-def _prepare(config: ml_collections.ConfigDict, workdir: Workdir) -> tuple[program.Program, source.TokenSource]:
+def _prepare(
+    config: ml_collections.ConfigDict, workdir: Workdir
+) -> tuple[program.Program, source.TokenSource, source.TokenSource | None]:
     """What can go wrong in one process alone, before they do anything together."""
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
     run = program.make(config, mesh)
     data = sources.from_config(config, "train")
     source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
+    held_out = None
+    if config_lib.steps(config, "evaluation.every"):
+        held_out = sources.from_config(config, config.evaluation.split)
+        source.check(held_out, config.model.vocab_size, config.data.sequence_length)
     metrics.check_place(workdir, tensorboard=config.log.tensorboard)
     workdir_lib.make(workdir)
     resume.check_same_run(config, workdir)
-    return run, data
+    return run, data, held_out
 
 
 def _output(config: ml_collections.ConfigDict, workdir: Workdir, start: int, useful: float) -> Output:

@@ -47,6 +47,7 @@ class Report:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._waits: dict[str, float] = {}  # seconds since the last record, by what for
         self._waited = 0.0  # since the last step
+        self._also: dict[str, float] = {}
         self.step = step
         self.loss: float | None = None
         self.seconds = 0.0
@@ -64,6 +65,11 @@ class Report:
         """Takes the metrics of a step that has been dispatched, and reports those of the step before it."""
         self._report()
         self._pending = (step, values)
+
+    def also(self, numbers: dict[str, float], seconds: float) -> None:
+        """Numbers for the record of the step that was taken last, which took so many seconds beside it."""
+        self._also = {**numbers, "evaluation_seconds": seconds}
+        self._clock += seconds
 
     def flush(self) -> None:
         """Waits for the step that was taken last, and reports it; all records are then where a resumed run finds them.
@@ -94,7 +100,8 @@ class Report:
 
     def _tell(self, output: Output, step: int, numbers: dict[str, float], bad: bool) -> None:
         output.goodput.add(max(self.seconds - self._waited, 0.0))
-        if step % output.log_every == 0 or bad:
+        also, self._also = self._also, {}
+        if step % output.log_every == 0 or bad or also:
             rate = self._tokens / self.seconds
             timing = {
                 "seconds_per_step": self.seconds,
@@ -105,7 +112,7 @@ class Report:
             }
             if self._peak is not None:
                 timing["model_flop_utilisation"] = self._flops / self.seconds / (self._chips * self._peak)
-            output.writer.write(step, {**numbers, "tokens": step * self._tokens, **timing})
+            output.writer.write(step, {**numbers, **also, "tokens": step * self._tokens, **timing})
             self._waits = {}
         if not bad:
             output.bar.update(step, numbers["loss"], self.seconds)

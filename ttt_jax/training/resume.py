@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.source",  # a copy elsewhere; that it holds the same tokens is checked
     "data.tokenizer",
     "data.worker_processes",
+    "evaluation.",
     "log.",
     "mesh.",
     "model.remat",

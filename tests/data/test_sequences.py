@@ -1,0 +1,138 @@
+"""What an evaluation reads: every token of every sequence once, whatever the pieces and batches."""
+
+import dataclasses
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import sequences
+from ttt_jax.data.sequences import Span
+from ttt_jax.data.source import TokenSource
+
+BOS = 99
+
+
+def a_source(lengths, known=True) -> TokenSource:
+    """Documents of so many tokens, BOS included; token i of document d is 100 (d + 1) + i."""
+    tokens = [token for d, n in enumerate(lengths) for token in (BOS, *range(100 * d + 101, 100 * d + 100 + n))]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return TokenSource("some/test", np.array(tokens, np.uint32), 10**6, BOS, starts if known else None)
+
+
+def read(source, wanted, piece_length=5, batch_size=2) -> list[dict[str, list[int]]]:
+    """The inputs, targets and masks of each sequence, put together from its pieces."""
+    found: list[dict[str, list[int]]] = []
+    begins = True
+    for piece in sequences.pieces(source, wanted, piece_length=piece_length, batch_size=batch_size):
+        assert piece.begins == begins  # after the last piece of a group, the first of the next
+        begins = piece.ends
+        if piece.begins:
+            found += [{"inputs": [], "targets": [], "mask": []} for _ in range(piece.rows)]
+        assert {x.shape for x in piece.batch.values()} == {(batch_size, piece_length)}
+        assert not piece.batch["mask"][piece.rows :].any()
+        for row, sequence in enumerate(found[-piece.rows :]):
+            for name, x in sequence.items():
+                x += piece.batch[name][row].tolist()
+    assert begins
+    for spans, sequence in zip(wanted, found, strict=True):
+        length = sequences.length(spans)
+        assert not any(sequence["mask"][length:])  # what is filled up stands behind
+        for name in sequence:
+            sequence[name] = sequence[name][:length]
+    return found
+
+
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@hypothesis.given(lengths=LENGTHS, piece_length=st.integers(1, 12), batch_size=st.integers(1, 4))
+def test_every_document_is_read_from_its_beginning_to_its_end(known, lengths, piece_length, batch_size):
+    source = a_source(lengths, known)
+    found = read(source, sequences.documents(source, 100, 100), piece_length, batch_size)
+    expected = [(BOS, *range(100 * d + 101, 100 * d + 100 + n)) for d, n in enumerate(lengths)]
+    assert [document["inputs"] for document in found] == [list(tokens[:-1]) for tokens in expected]
+    assert [document["targets"] for document in found] == [list(tokens[1:]) for tokens in expected]
+    assert all(all(document["mask"]) for document in found)
+
+
+@hypothesis.given(
+    lengths=LENGTHS,
+    length=st.integers(1, 40),
+    chains=st.integers(1, 5),
+    piece_length=st.integers(1, 12),
+    has_bos=st.booleans(),
+)
+def test_chains_read_documents_one_after_another_and_count_what_documents_count(
+    lengths, length, chains, piece_length, has_bos
+):
+    source = dataclasses.replace(a_source(lengths), **({} if has_bos else {"bos": None}))
+    alone = read(source, sequences.documents(source, length, 100))
+    wanted = sequences.chains(source, length, 100, chains)
+    found = read(source, wanted, piece_length)
+    assert len(found) == min(chains, len(lengths))
+    assert max(map(len, wanted)) - min(map(len, wanted)) <= 1
+    whole = [(BOS, *range(100 * d + 101, 100 * d + 100 + n))[:length] for d, n in enumerate(lengths)]
+    if len(whole[-1]) == lengths[-1]:
+        whole[-1] = whole[-1][:-1]  # the last token of all has no target
+    assert [token for chain in found for token in chain["inputs"]] == [
+        token for document in whole for token in document
+    ]
+    counted = [
+        (x, y)
+        for chain in found
+        for x, y, mask in zip(chain["inputs"], chain["targets"], chain["mask"], strict=True)
+        if mask
+    ]
+    assert counted == [pair for document in alone for pair in zip(document["inputs"], document["targets"], strict=True)]
+
+
+def test_windows_spread_over_the_split():
+    source = a_source([400])
+    assert sequences.windows(source, 39, 4) == [(Span(s, s + 39, 39),) for s in (0, 78, 195, 273)]  # of 10
+    assert len(sequences.windows(source, 39, 100)) == 10
+    found = read(source, sequences.windows(source, 39, 4), piece_length=8, batch_size=3)
+    assert found[1]["inputs"] == list(range(178, 178 + 39))
+    assert found[1]["targets"] == list(range(179, 179 + 39))
+
+
+def test_the_last_target_is_of_the_same_document_also_where_no_token_begins_the_next():
+    source = dataclasses.replace(a_source([5, 3, 7]), bos=None)
+    found = read(source, sequences.documents(source, 100, 100), piece_length=4)
+    assert [document["targets"][-1] for document in found] == [104, 202, 306]
+    assert [len(document["targets"]) for document in found] == [4, 2, 6]
+
+
+def test_no_more_of_a_document_than_asked():
+    source = a_source([30, 5, 12])
+    found = read(source, sequences.documents(source, 10, 100), piece_length=4)
+    assert [len(document["inputs"]) for document in found] == [10, 4, 10]
+    assert found[0]["targets"] == list(range(101, 111))
+
+
+def test_documents_spread_over_the_split():
+    source = a_source([5] * 10)
+    found = read(source, sequences.documents(source, 100, 4), piece_length=8, batch_size=3)
+    assert [document["targets"][0] // 100 - 1 for document in found] == [0, 2, 5, 7]
+
+
+def test_documents_without_anything_to_predict_are_left_out():
+    source = a_source([1, 7, 3, 1, 9])
+    assert sequences.documents(source, 100, 100) == [(Span(1, 7, 6),), (Span(8, 10, 2),), (Span(12, 20, 8),)]
+
+
+def test_documents_of_a_source_that_does_not_know_them():
+    unknown = dataclasses.replace(a_source([5, 5], known=False), bos=None)
+    with pytest.raises(ConfigError, match="some/test: does not say where documents begin; expected"):
+        sequences.starts(unknown)
+
+
+def test_documents_are_found_across_the_blocks_in_which_they_are_looked_for(monkeypatch):
+    monkeypatch.setattr(sequences, "_SCANNED", 7)
+    lengths = [5, 9, 2, 20, 3, 3]
+    expected = np.cumsum([0, *lengths[:-1]]).tolist()
+    assert sequences.starts(a_source(lengths, known=False)).tolist() == expected
+    assert sequences.starts(a_source(lengths)).tolist() == expected

@@ -1,0 +1,139 @@
+"""Statistics of losses against plain loops and against drawing documents again."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from ttt_jax.evaluation import statistics
+from ttt_jax.evaluation.statistics import Segment
+
+RNG = np.random.default_rng(0)
+
+
+def random_losses(n, tokens, density=0.6):
+    """[N, T], NaN where nothing counts."""
+    nll = RNG.gamma(2.0, 1.0, (n, tokens)) + RNG.normal(0, 1, (n, 1))
+    return np.where(RNG.random((n, tokens)) < density, nll, np.nan).astype(np.float32)
+
+
+def of_rows(nll):
+    """Each row a document."""
+    return statistics.summarise([Segment(i, 0, row) for i, row in enumerate(nll)], nll.shape[1])
+
+
+def by_loops(nll):
+    """Mean, standard error and count of each position, of documents that have one token there at most."""
+    rows = []
+    for t in range(nll.shape[1]):
+        values = [float(x) for x in nll[:, t] if math.isfinite(x)]
+        n = len(values)
+        mean = sum(values) / n if n else math.nan
+        error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+        rows.append((mean, error, n))
+    return (np.array(column) for column in zip(*rows, strict=True))
+
+
+def test_positions():
+    nll = random_losses(6, 9)
+    nll[:, 2] = np.nan  # counts in no document
+    nll[:, 5] = [np.nan, np.nan, 1, np.nan, np.nan, np.nan]  # in one
+    nll[:, 7] = 1.5  # in all
+    found = of_rows(nll)
+    loss, error, count = by_loops(nll)
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-12)
+    np.testing.assert_allclose(found.standard_error, error, rtol=1e-12)
+    np.testing.assert_array_equal(found.tokens, count)
+    assert (found.tokens[2], found.tokens[5], found.tokens[7]) == (0, 1, 6)
+    assert np.isnan(found.standard_error).tolist() == [t in (2, 5) for t in range(9)]
+
+
+def test_segments_of_one_document_are_one_draw():
+    """Two windows of one document, and one of another: at each position the residuals of the first two are added."""
+    nll = random_losses(3, 20, density=1).astype(np.float64)
+    found = statistics.summarise([Segment(7, 0, nll[0]), Segment(9, 0, nll[1]), Segment(7, 0, nll[2])], 20)
+    mean = nll.mean(0)
+    residuals = np.stack([nll[0] + nll[2] - 2 * mean, nll[1] - mean])
+    np.testing.assert_allclose(found.loss, mean, rtol=1e-12)
+    np.testing.assert_allclose(found.standard_error, np.sqrt(2 * (residuals**2).sum(0)) / 3, rtol=1e-10)
+    assert found.document_sums.shape == (2, len(statistics.bin_edges(20)) - 1)
+    np.testing.assert_allclose(found.document_sums.sum(1), [nll[0].sum() + nll[2].sum(), nll[1].sum()], rtol=1e-12)
+
+
+def test_the_mean_is_of_tokens_not_of_documents_or_positions():
+    nll = random_losses(5, 8)
+    nll[0] = [100, *[np.nan] * 7]
+    counted = nll[np.isfinite(nll)].astype(np.float64)
+    found = of_rows(nll)
+    assert found.all.mean == pytest.approx(sum(counted.tolist()) / len(counted), rel=1e-12)
+    assert found.all.tokens == len(counted)
+
+
+def test_bins_hold_what_their_positions_hold():
+    nll = random_losses(7, 300)
+    found = of_rows(nll)
+    edges = statistics.bin_edges(300)
+    assert len(found.bins.mean) == len(edges) - 1
+    for k, (first, stop) in enumerate(itertools.pairwise(edges)):
+        part = nll[:, first - 1 : stop - 1].astype(np.float64)
+        if np.isfinite(part).any():
+            assert found.bins.mean[k] == pytest.approx(np.nanmean(part), rel=1e-12)
+        assert found.bins.tokens[k] == np.isfinite(part).sum()
+        np.testing.assert_allclose(found.document_sums[:, k], np.nansum(part, 1), rtol=1e-12)
+    assert found.bins.tokens.sum() == np.isfinite(nll).sum()
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 5, 16, 17, 100, 2048, 32768])
+def test_bins_are_of_a_quarter_of_an_octave_whatever_the_context(positions):
+    edges = statistics.bin_edges(positions)
+    assert (edges[0], edges[-1]) == (1, positions + 1)
+    assert (np.diff(edges) > 0).all()
+    longer = statistics.bin_edges(4 * positions)
+    assert edges[:-1].tolist() == longer[: len(edges) - 1].tolist()
+    whole = edges[:-1][edges[:-1] >= 32]
+    np.testing.assert_allclose(whole[1:] / whole[:-1], 2**0.25, rtol=0.03)
+    octaves = {2**i for i in range(20) if 2**i <= positions}
+    assert octaves <= set(edges.tolist())
+    if positions == 100:
+        assert [edges[first] for first, _ in statistics.octaves(edges[:-1], edges[1:] - 1)] == sorted(octaves)
+
+
+def test_errors_are_what_drawing_other_documents_would_give():
+    """From a population: the spread of means of many samples, against what one sample says of itself."""
+
+    def draw(n):
+        length = RNG.integers(1, 40, n)  # documents of very different lengths, and of levels that depend on it
+        level = RNG.normal(3 + length / 40, 0.5)
+        return RNG.normal(level * length, 0.3 * np.sqrt(length)), length
+
+    samples = [statistics.estimate(*draw(80)) for _ in range(300)]
+    spread = np.std([float(s.mean) for s in samples])
+    assert np.mean([float(s.standard_error) for s in samples]) == pytest.approx(spread, rel=0.1)
+    truth = np.divide(*(x.sum() for x in draw(400_000)))
+    covered = np.mean([float(s.low) <= truth <= float(s.high) for s in samples])
+    assert 0.90 <= covered <= 0.98
+    assert np.mean([float(s.high - s.low) for s in samples]) == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
+def test_errors_over_documents_are_larger_than_over_tokens_where_documents_differ():
+    level = RNG.normal(0, 1, (40, 1))
+    nll = level + RNG.normal(0, 0.1, (40, 64))
+    found = of_rows(nll)
+    naive = nll.std() / math.sqrt(nll.size)
+    assert found.all.standard_error == pytest.approx(level.std(ddof=1) / math.sqrt(40), rel=0.02)
+    assert found.all.standard_error > 6 * naive
+
+
+def test_one_document_has_no_error():
+    found = of_rows(random_losses(1, 6, density=1))
+    for x in (*found.all[1:4], *(y for errors in found.bins[1:4] for y in errors), *found.standard_error):
+        assert math.isnan(x)
+    assert math.isfinite(found.all.mean)
+
+
+def test_the_same_again():
+    nll = random_losses(9, 50)
+    first, again = of_rows(nll), of_rows(nll[::-1])
+    np.testing.assert_array_equal(first.bins.low, of_rows(nll).bins.low)
+    np.testing.assert_allclose(first.bins.mean, again.bins.mean, rtol=1e-12)  # in whatever order they come

@@ -1,0 +1,211 @@
+"""Evaluates a trained model on a split: the loss of each token, by its position."""
+
+import bisect
+import hashlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import sequences as sequences_lib
+from ttt_jax.data import source as source_lib
+from ttt_jax.data import sources
+from ttt_jax.data.sequences import Sequences
+from ttt_jax.data.source import TokenSource
+from ttt_jax.evaluation import losses, statistics
+from ttt_jax.evaluation.evaluations import Evaluation, from_summary, name
+from ttt_jax.evaluation.statistics import Segment
+from ttt_jax.evaluation.trained import Trained
+from ttt_jax.evaluation.unfinished import Unfinished
+from ttt_jax.models import build, flops
+from ttt_jax.parallel.exchange import Exchange
+
+
+class What(NamedTuple):
+    """What is to be evaluated.
+
+    Attributes:
+      context: T. Windows of T tokens, or documents up to T tokens.
+      split: of the dataset.
+      most: windows or documents, spread evenly over the split; all, where it has no more.
+      by_document: documents, each from its beginning and a fresh state, rather than windows.
+      chains: where not 0, documents in so many chains: each begins with the state that the one before it left.
+      source: another dataset than the run's own.
+    """
+
+    context: int
+    split: str = "validation"
+    most: int = 256
+    by_document: bool = False
+    chains: int = 0
+    source: str | None = None
+
+    def stem(self, step: int | None) -> str:
+        """The name of its files."""
+        by_document, carried = self.by_document or bool(self.chains), bool(self.chains)
+        return name(self.split, self.context, by_document=by_document, carried=carried, source=self.source, step=step)
+
+
+def evaluate(
+    trained: Trained,
+    what: What,
+    *,
+    batch_size: int | None = None,
+    piece_length: int | None = None,
+    stem: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation | None:
+    """The loss by token index of one checkpoint, whatever the sizes of batches and pieces and the mesh.
+
+    What is found is kept in the workdir meanwhile, so that the same call goes on where it was stopped. On many
+    processes all make the same call.
+
+    Args:
+      batch_size: sequences at a time; None is about as many tokens as a training step has.
+      piece_length: tokens at a time, the state carried from piece to piece; None is the training context.
+      stem: of the files that are going to be written.
+      progress: is called with tokens done and tokens in all.
+
+    Returns:
+      None on all processes but the first.
+
+    Raises:
+      ConfigError: where there is no such data, or the model cannot read it so.
+    """
+    data = _data(trained, what)
+    sequences = _sequences(trained, data, what)
+    longest_first = sorted(range(len(sequences)), key=lambda i: -sequences_lib.length(sequences[i]))
+    order = [sequences[i] for i in longest_first]  # those that are read side by side are about as long
+    lengths = [sequences_lib.length(sequence) for sequence in order]
+    piece_length = min(piece_length or trained.config.data.sequence_length, lengths[0])
+    if batch_size is None:
+        c = trained.config.data
+        batch_size = max(1, c.batch_size * c.sequence_length // piece_length)
+
+    folder = trained.workdir / "eval" / f".{stem or what.stem(None)}.unfinished"
+    spans = hashlib.blake2b(repr(sequences).encode(), digest_size=8).hexdigest()
+    identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
+    unfinished = Unfinished(folder, identity, lengths)
+    first = jax.process_index() == 0
+    found: list[np.ndarray] = []
+
+    def restore():
+        found.extend(unfinished.restore())
+        return len(found)
+
+    done = Exchange("evaluation", ConfigError).on_first(restore)
+    tokens, total = sum(lengths[:done]), sum(lengths)
+    progress(tokens, total)
+    try:
+        if done < len(order):
+            for nll in losses.of_sequences(
+                trained, data, order[done:], piece_length=piece_length, batch_size=batch_size
+            ):
+                tokens += len(nll)
+                progress(tokens, total)
+                if first:
+                    found.append(nll)
+                    unfinished.add(nll)
+    finally:
+        if first and len(found) < len(order):
+            unfinished.flush()
+    if not first:
+        return None
+    by_sequence = [found[place] for place in np.argsort(longest_first)]
+    summary = statistics.summarise(_segments(data, sequences, by_sequence), what.context)
+    evaluation = from_summary(_about(trained, what, data, sequences, summary), summary)
+    unfinished.remove()
+    return evaluation
+
+
+def _data(trained: Trained, what: What) -> TokenSource:
+    model = trained.config.model
+    if what.source is None:
+        data = sources.from_config(trained.config, what.split)
+    else:
+        data = sources.load(what.source, what.split, vocab_size=model.vocab_size)
+    source_lib.check(data, model.vocab_size, 1 if what.by_document or what.chains else what.context)
+    return data
+
+
+def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
+    if what.chains:
+        if trained.config.model.mixer == "attention":
+            raise ConfigError(
+                f"--carry-state: {trained.workdir} is a Transformer, whose state grows with all that it has read; "
+                "expected a model with a state of one size, such as model.mixer=ttt_linear"
+            )
+        found = sequences_lib.chains(data, what.context, what.most, what.chains)
+    elif what.by_document:
+        found = sequences_lib.documents(data, what.context, what.most)
+    else:
+        found = sequences_lib.windows(data, what.context, what.most)
+    if not found:
+        raise ConfigError(f"{data.name}: has no document of {sequences_lib.LEAST_TOKENS} tokens or more")
+    return found
+
+
+def _segments(data: TokenSource, sequences: Sequences, nll: list[np.ndarray]) -> list[Segment]:
+    """Losses by document. Where a source does not know its documents, each span is taken for one."""
+    known = data.documents is not None or data.bos is not None
+    starts = sequences_lib.starts(data).tolist() if known else []
+    found = []
+    for sequence, losses_of_sequence in zip(sequences, nll, strict=True):
+        place = 0
+        for span in sequence:
+            losses_of_span = losses_of_sequence[place : place + len(span)]
+            place += len(span)
+            if not known:
+                found.append(Segment(span.start, 0, losses_of_span))
+                continue
+            document = bisect.bisect_right(starts, span.start) - 1
+            first = span.start
+            while first < span.stop:
+                stop = min(span.stop, starts[document + 1]) if document + 1 < len(starts) else span.stop
+                found.append(
+                    Segment(document, first - span.start, losses_of_span[first - span.start : stop - span.start])
+                )
+                first, document = stop, document + 1
+    return found
+
+
+def _about(trained: Trained, what: What, data: TokenSource, sequences: Sequences, found: statistics.Summary) -> dict:
+    c = trained.config
+    spans = sum(len(sequence) for sequence in sequences)
+    mean, error, low, high, _ = (float(x) for x in found.all)
+    return {
+        "workdir": trained.name,
+        "model": build.describe(c.model),
+        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        "step": trained.step,
+        "checkpoint": trained.fingerprint,
+        "training_tokens": trained.step * c.data.batch_size * c.data.sequence_length,
+        "training_flops": trained.step * flops.per_step(c.model, c.data.sequence_length, c.data.batch_size),
+        "source": data.name,
+        "fingerprint": data.fingerprint(),
+        "split": what.split,
+        "of": "documents" if what.by_document or what.chains else "windows",
+        "carried": bool(what.chains),
+        "chains": what.chains,
+        "context": what.context,
+        "training_context": c.data.sequence_length,
+        "windows": spans,
+        "documents": len(found.document_sums),
+        "tokens": int(found.tokens.sum()),
+        "loss": mean,
+        "loss_standard_error": _finite(error),
+        "loss_low": _finite(low),
+        "loss_high": _finite(high),
+        "perplexity": math.exp(mean),
+        "perplexity_low": _finite(math.exp(low)),
+        "perplexity_high": _finite(math.exp(high)),
+        "config": c.to_dict(),
+    }
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None

@@ -1,0 +1,161 @@
+"""Means over tokens, with errors that know that tokens of one document are not independent.
+
+A mean over tokens is a ratio of two sums over documents, sum_d s_d / sum_d c_d: of losses, and of how many there are.
+Documents are what was drawn, so they are what errors are taken over:
+
+* the standard error is that of the ratio to first order, sqrt(D / (D - 1) sum_d (s_d - m c_d)^2) / sum_d c_d;
+* the interval of 95 % is between percentiles of the mean over documents drawn again, with replacement (bootstrap).
+
+Positions are also taken together in bins, four to an octave, the same whatever the context.
+
+Shapes: T positions, D documents, K bins.
+"""
+
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_BINS_PER_OCTAVE = 4
+_REPETITIONS = 1000  # of the bootstrap
+_INTERVAL = (2.5, 97.5)  # percentiles
+
+
+class Segment(NamedTuple):
+    """Losses of tokens of one document that follow one another.
+
+    Attributes:
+      document: which one.
+      first: position of the first of them, from 0.
+      nll: losses in nats; NaN where a token does not count.
+    """
+
+    document: int
+    first: int
+    nll: np.ndarray
+
+
+class Estimate(NamedTuple):
+    """Means [...], with their errors; NaN where nothing counts, and errors where only one document does."""
+
+    mean: np.ndarray
+    standard_error: np.ndarray
+    low: np.ndarray  # of the interval of 95 %
+    high: np.ndarray
+    tokens: np.ndarray  # how many
+
+
+class Summary(NamedTuple):
+    """Of losses, what is needed to draw, to compare and to tell.
+
+    Attributes:
+      loss, standard_error, tokens: [T], of each position, from the first.
+      document_sums, document_counts: [D, K], loss and number of tokens by document and bin.
+      bins: of each bin.
+      all: of all tokens, scalars.
+    """
+
+    loss: np.ndarray
+    standard_error: np.ndarray
+    tokens: np.ndarray
+    document_sums: np.ndarray
+    document_counts: np.ndarray
+    bins: Estimate
+    all: Estimate
+
+
+def bin_edges(positions: int) -> np.ndarray:
+    """Where bins begin, and where the last one ends, [K + 1]: bin k is of positions ``[edges[k], edges[k + 1])``.
+
+    Positions are counted from 1. The last bin of a context ends with the context.
+    """
+    octaves = int(np.log2(positions)) + 1
+    edges = np.unique(np.ceil(2 ** (np.arange(octaves * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE)).astype(np.int64))
+    return np.append(edges[edges <= positions], positions + 1)
+
+
+def octaves(first: np.ndarray, last: np.ndarray) -> list[tuple[int, int]]:
+    """Bins by octaves of positions, ``[first bin, last bin + 1)`` of each, from their first and last positions."""
+    octave = np.log2(first).astype(np.int64)
+    cuts = [0, *(np.flatnonzero(np.diff(octave)) + 1).tolist(), len(last)]
+    return list(itertools.pairwise(cuts))
+
+
+def summarise(segments: Sequence[Segment], positions: int) -> Summary:
+    """Statistics of losses.
+
+    Args:
+      segments: in any order; at least one token counts.
+      positions: T, above those of all segments.
+    """
+    by_document: dict[int, list[Segment]] = {}
+    for segment in segments:
+        if np.isfinite(segment.nll).any():
+            by_document.setdefault(segment.document, []).append(segment)
+    total, count = np.zeros(positions), np.zeros(positions, np.int64)
+    edges = bin_edges(positions) - 1
+    sums = np.zeros((len(by_document), len(edges) - 1))
+    counts = np.zeros(sums.shape, np.int64)
+    for row, parts in enumerate(by_document.values()):
+        for part in parts:
+            where = slice(part.first, part.first + len(part.nll))
+            counted = np.isfinite(part.nll)
+            loss = np.where(counted, part.nll, 0.0).astype(np.float64)
+            total[where] += loss
+            count[where] += counted
+            bins = np.searchsorted(edges, np.arange(where.start, where.stop), side="right") - 1
+            sums[row] += np.bincount(bins, loss, len(edges) - 1)
+            counts[row] += np.bincount(bins, counted, len(edges) - 1).astype(np.int64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / count
+    error = _error_by_position(list(by_document.values()), mean, count)
+    overall = estimate(sums.sum(1), counts.sum(1))
+    return Summary(mean, error, count, sums, counts, estimate(sums, counts), overall)
+
+
+def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+    """Means of ratios of sums over documents, [D, ...] to [...]; documents are along the first axis."""
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    total = counts.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = sums.sum(0) / total
+        residuals = np.where(counts > 0, sums - mean * counts, 0.0)
+        n = (counts > 0).sum(0)
+        error = np.sqrt((residuals**2).sum(0) * n / (n - 1)) / total
+        low, high = (np.where(n > 1, bound, np.nan) for bound in _bootstrap(sums, counts))
+    return Estimate(mean, error, low, high, counts.sum(0).astype(np.int64))
+
+
+def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The interval of the mean over documents drawn again; the same draws for everything of as many documents."""
+    rng = np.random.default_rng(0)
+    documents, shape = len(sums), sums.shape[1:]
+    sums, counts = sums.reshape(documents, -1), counts.reshape(documents, -1)
+    means = np.empty((_REPETITIONS, sums.shape[1]))
+    for i in range(_REPETITIONS):
+        times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
+        means[i] = times @ sums / (times @ counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of what counts nowhere
+        low, high = (np.nanpercentile(means, q, axis=0).reshape(shape) for q in _INTERVAL)
+    return low, high
+
+
+def _error_by_position(by_document: Sequence[Sequence[Segment]], mean: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Standard errors of the means of positions, [T]."""
+    squares, n = np.zeros(len(mean)), np.zeros(len(mean))
+    for parts in by_document:
+        first = min(part.first for part in parts)
+        residual = np.zeros(max(part.first + len(part.nll) for part in parts) - first)
+        counted = np.zeros(len(residual), bool)
+        for part in parts:
+            where = slice(part.first - first, part.first - first + len(part.nll))
+            finite = np.isfinite(part.nll)
+            residual[where] += np.where(finite, part.nll - mean[part.first : part.first + len(part.nll)], 0.0)
+            counted[where] |= finite
+        squares[first : first + len(residual)] += residual**2
+        n[first : first + len(residual)] += counted
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(squares * n / (n - 1)) / count

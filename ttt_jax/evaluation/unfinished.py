@@ -1,0 +1,90 @@
+"""What an evaluation has found so far, on disk: one that is stopped goes on where it was."""
+
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir, explained, is_local
+
+_SECONDS_BETWEEN_PARTS = 10.0
+
+
+class Unfinished:
+    """Arrays, one after the other, in a folder ``NAME.unfinished`` that is removed in the end.
+
+    Args:
+      folder: where it lies; what is there of an evaluation that was another is removed.
+      identity: of the evaluation: JSON that says all that the arrays depend on.
+      lengths: of all arrays that there will be.
+    """
+
+    def __init__(self, folder: Workdir, identity: dict[str, Any], lengths: Sequence[int]):
+        self._folder, self._identity, self._lengths = folder, json.dumps(identity, sort_keys=True), lengths
+        self._waiting: list[np.ndarray] = []
+        self._written, self._clock = 0, time.monotonic()
+
+    def restore(self) -> list[np.ndarray]:
+        """The arrays that are there."""
+        found: list[np.ndarray] = []
+        with explained(self._folder):
+            plan = self._folder / "plan.json"
+            if plan.exists() and plan.read_text() == self._identity:
+                for path in sorted(self._folder.glob("*.npy")):
+                    found += self._read(path, len(found))
+            else:
+                self.remove()
+        self._written = len(found)
+        return found
+
+    def add(self, array: np.ndarray) -> None:
+        """Takes the next array; it is written within some seconds."""
+        self._waiting.append(array)
+        if time.monotonic() - self._clock > _SECONDS_BETWEEN_PARTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was not written yet."""
+        if not self._waiting:
+            return
+        content = io.BytesIO()
+        np.save(content, np.concatenate(self._waiting), allow_pickle=False)
+        name = f"{self._written:08}-{self._written + len(self._waiting):08}.npy"
+        with explained(self._folder):
+            if is_local(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._written:
+                write_atomically(self._folder / "plan.json", self._identity)
+            _write(self._folder / name, content.getvalue())
+        self._written += len(self._waiting)
+        self._waiting, self._clock = [], time.monotonic()
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        with explained(self._folder):
+            if self._folder.is_dir():
+                for path in self._folder.glob("*"):
+                    path.unlink()
+                self._folder.rmdir()
+
+    def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
+        """The arrays of one part, if it is the next one and whole."""
+        begin, _, end = path.stem.partition("-")
+        lengths = self._lengths[first : int(end)]
+        content = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        if int(begin) == first and len(content) == sum(lengths):
+            yield from np.split(content, np.cumsum(lengths)[:-1])
+
+
+def _write(path: Workdir, content: bytes) -> None:
+    """As a whole or not at all."""
+    if not is_local(path):
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,109 @@
+"""The loss on held-out text during training, and which checkpoint had the lowest.
+
+Shapes: B batch (over all devices), T tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers
+
+from ttt_jax.data import pipeline
+from ttt_jax.data.source import TokenSource
+from ttt_jax.parallel import sharding
+from ttt_jax.parallel.exchange import Exchange
+from ttt_jax.training import metrics
+from ttt_jax.training.loss import token_nll
+from ttt_jax.training.program import Program
+from ttt_jax.workdir import Workdir, explained
+
+LOSS = "validation_loss"  # in metrics.jsonl: mean over tokens, nats
+
+
+class Validation:
+    """The mean loss over tokens of windows as long as those of training, the same ones every time.
+
+    As in ``ttt eval``, the inner learning rate has its full size from the beginning. All processes make the same calls.
+
+    Args:
+      run: the program of the training run.
+      source: the split.
+      windows: at most so many, spread evenly over the split.
+    """
+
+    def __init__(self, run: Program, source: TokenSource, windows: int):
+        self._run, self._source, self._windows = run, source, windows
+        data, several = run.config.data, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        self._batch_size = math.ceil(data.batch_size / run.config.training.accumulation / several) * several
+
+        def total(params, inputs, targets, mask):
+            nll = token_nll(run.model.apply({"params": params}, inputs)[0], targets)
+            return (nll * mask).sum(), mask.sum()
+
+        self._total = jax.jit(total, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """``validation_loss`` and ``validation_perplexity``."""
+        where = self._run.batch_sharding
+        rows = sharding.rows_here(where, self._batch_size)
+        loss, tokens = [], []
+        for batch in pipeline.evaluation_batches(
+            self._source,
+            sequence_length=self._run.config.data.sequence_length,
+            batch_size=self._batch_size,
+            most_windows=self._windows,
+        ):
+            here = {key: x[rows] for key, x in batch.items()}
+            arrays = sharding.global_batch(here, rows, self._batch_size, where)
+            with sharding.on_mesh(self._run.mesh, self._run.rules):
+                sums = self._total(params, arrays["inputs"], arrays["targets"], arrays["mask"])
+            loss.append(float(np.asarray(sums[0])))
+            tokens.append(float(np.asarray(sums[1])))
+        mean = math.fsum(loss) / math.fsum(tokens)
+        return {LOSS: mean, "validation_perplexity": math.exp(min(mean, 700.0))}
+
+
+class KeepBest(checkpoint_managers.PreservationPolicy):
+    """Keeps, of the checkpoints that there are, the one with the lowest validation loss.
+
+    Attributes:
+      losses: by step.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def add(self, step: int, values: dict[str, float]) -> bool:
+        """Takes the loss of a step; returns whether it is the lowest so far."""
+        self.losses[step] = values[LOSS]
+        return best_step(self.losses, list(self.losses)) == step
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: checkpoint_managers.PreservationContext
+    ) -> Sequence[bool]:
+        """Which of the checkpoints are kept."""
+        del context
+        best = best_step(self.losses, [checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def best_step(losses: dict[int, float], steps: Sequence[int]) -> int | None:
+    """The one of these steps that has the lowest loss, the earliest of several; None where none has one."""
+    known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return min(known, key=lambda step: (losses[step], step), default=None)
+
+
+def read_losses(workdir: Workdir, last: int | None = None) -> dict[int, float]:
+    """Validation losses of a run by step, up to the last of them; on many processes, as the first one reads them."""
+
+    def read():
+        with explained(workdir):
+            records = metrics.read(workdir)
+        return [[record["step"], record[LOSS]] for record in records if LOSS in record]
+
+    found = Exchange("validation losses", OSError).on_first(read)
+    return {int(step): loss for step, loss in found if last is None or step <= last}
