@@ -15,6 +15,7 @@ from ttt_jax import (
     cli_launch,
     cli_plan,
     cli_plot,
+    cli_probe,
     cli_sweep,
     cli_sweep_report,
     cli_tokenize,
@@ -37,6 +38,7 @@ verbs:
   train     train a model, or go on training one
   eval      loss and perplexity of a trained model, by token index
   plot      pictures of evaluations
+  probe     what a trained model remembers: needles in haystacks, synthetic tasks
   inspect   what the inner loop of a trained model does, layer by layer
   harness   tasks of EleutherAI's lm-evaluation-harness
   bench     how fast a training step is
@@ -160,6 +162,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     cli_inspect.add_arguments(verb("inspect", lambda options, rest: cli_inspect.run(options), cli_inspect.DESCRIPTION))
     cli_harness.add_arguments(verb("harness", lambda options, rest: cli_harness.run(options), cli_harness.DESCRIPTION))
     cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
+    cli_probe.add_verbs(verb)
 
     p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
     p.add_argument("kind", choices=["step"], metavar="step")

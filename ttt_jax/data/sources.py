@@ -6,14 +6,15 @@ import os
 import ml_collections
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import dataset, embedded, files, official, synthetic
+from ttt_jax.data import dataset, embedded, files, official, synthetic, task_source
+from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.source import TokenSource
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED
 
 _EXPECTED = (
-    "embedded, synthetic, or the path or URL of a folder made by ttt tokenize, of one with train.npy, or of a zarr "
-    "group with train"
+    "embedded, synthetic, associative_recall, selective_copying, or the path or URL of a folder made by ttt tokenize, "
+    "of one with train.npy, or of a zarr group with train"
 )
 
 
@@ -29,7 +30,7 @@ def load(
     """A split of a dataset.
 
     Args:
-      location: ``embedded``, ``synthetic``, or a folder by its path or URL.
+      location: ``embedded``, ``synthetic``, a task (:func:`task_source.source`), or a folder by its path or URL.
       vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
       bos: the token that begins a document, where the dataset does not say it, or says something else.
       tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
@@ -46,10 +47,29 @@ def load(
         )
     elif location == "synthetic":
         source = synthetic.source(split, vocab_size or synthetic.VOCAB_SIZE)
+    elif task_source.named(location):
+        source = task_source.source(location, split, vocab_size or task_source.VOCAB_SIZE)
     else:
         source = _in_folder(location, split, vocab_size, bos)
     _check_tokenizer(source, tokenizer)
     return source
+
+
+def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
+    """The tokenizer that made a dataset: bytes of ``embedded``, else the one that is kept with the tokens.
+
+    Raises:
+      ConfigError: where there is none.
+    """
+    if location == "embedded":
+        return tokenizer_lib.byte()
+    description = None
+    if "://" in location or os.path.isdir(location):
+        description = dataset.read_description(Store(location))
+    if description is None:
+        raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
+    name = dataset.tokenizer_file(description["tokenizer"]["kind"])
+    return tokenizer_lib.load(Store(location).path(name) if name else "byte")
 
 
 def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None) -> TokenSource:

@@ -18,6 +18,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import files
 
 Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
+Decode = Callable[[np.ndarray], str]  # and back; BOS, EOS and other special tokens are left out
 
 _BYTE_BOS, _BYTE_EOS = 256, 257
 # What BOS and EOS are called where neither the user nor a tokenizer_config.json beside the tokenizer says it.
@@ -59,6 +60,16 @@ class Tokenizer:
         tokenizer = _huggingface(self.content, self.name)
         # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
         return lambda text: _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def decoder(self) -> Decode:
+        """Loads the tokenizer. Parts of characters, where a row of tokens begins or ends with some, become U+FFFD."""
+        if self.kind == "byte":
+            return lambda tokens: bytes(tokens[tokens < _BYTE_BOS].astype(np.uint8)).decode(errors="replace")
+        if self.kind == "sentencepiece":
+            processor = _sentencepiece(self.content, self.name)
+            return lambda tokens: processor.decode(tokens.tolist())
+        tokenizer = _huggingface(self.content, self.name)
+        return lambda tokens: tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
 
 def byte() -> Tokenizer:

@@ -124,7 +124,7 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
         residuals = np.where(counts > 0, sums - mean * counts, 0.0)
         n = (counts > 0).sum(0)
         error = np.sqrt((residuals**2).sum(0) * n / (n - 1)) / total
-        low, high = (np.where(n > 1, bound, np.nan) for bound in _bootstrap(sums, counts))
+        error, low, high = (np.where(n > 1, x, np.nan) for x in (error, *_bootstrap(sums, counts)))
     return Estimate(mean, error, low, high, counts.sum(0).astype(np.int64))
 
 
@@ -158,4 +158,4 @@ def _error_by_position(by_document: Sequence[Sequence[Segment]], mean: np.ndarra
         squares[first : first + len(residual)] += residual**2
         n[first : first + len(residual)] += counted
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.sqrt(squares * n / (n - 1)) / count
+        return np.where(n > 1, np.sqrt(squares * n / (n - 1)) / count, np.nan)

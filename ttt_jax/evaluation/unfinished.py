@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ class Unfinished:
     def __init__(self, folder: Workdir, identity: dict[str, Any], lengths: Sequence[int]):
         self._folder, self._identity, self._lengths = folder, json.dumps(identity, sort_keys=True), lengths
         self._waiting: list[np.ndarray] = []
-        self._written, self._clock = 0, time.monotonic()
+        self._written, self._clock = 0, -math.inf  # the first one is written at once
 
     def restore(self) -> list[np.ndarray]:
         """The arrays that are there."""
@@ -75,7 +76,10 @@ class Unfinished:
         """The arrays of one part, if it is the next one and whole."""
         begin, _, end = path.stem.partition("-")
         lengths = self._lengths[first : int(end)]
-        content = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        try:
+            content = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (ValueError, EOFError):  # not whole
+            return
         if int(begin) == first and len(content) == sum(lengths):
             yield from np.split(content, np.cumsum(lengths)[:-1])
 

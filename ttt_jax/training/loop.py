@@ -180,6 +180,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                 best_so_far = False
                 if validate is not None and (step % validate_every == 0 or step == total):
                     watchdog.rest()
+                    jax.block_until_ready(values)
                     began = time.monotonic()
                     held_out_loss = validate(state.params)
                     report.also(held_out_loss, time.monotonic() - began)

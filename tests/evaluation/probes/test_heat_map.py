@@ -1,0 +1,57 @@
+"""Heat maps: which number stands where, and what a picture says."""
+
+import re
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation.probes import heat_map
+
+
+def cells(contexts=(512, 1024, 4096), depths=(0.0, 50.0, 100.0)):
+    """All but one."""
+    return [
+        {"context": context, "depth": depth, "accuracy": i / 10 + j / 100}
+        for i, context in enumerate(contexts)
+        for j, depth in enumerate(depths)
+        if (i, j) != (2, 1)
+    ]
+
+
+@pytest.fixture
+def panel(loaded):
+    run = loaded("ttt_linear")
+    longer = run.config.copy_and_resolve_references()
+    longer.data.sequence_length = 1024
+    run = run._replace(config=longer)
+    return heat_map.panel(cells()[::-1], "a run: passkey", "depth", "{:g} %".format, "accuracy", run)
+
+
+def test_a_panel_is_a_table(panel):
+    assert panel.rows == ["0 %", "50 %", "100 %"]
+    assert panel.columns == ["512", "1k", "4k"]
+    np.testing.assert_allclose(panel.shares, [[0, 0.1, 0.2], [0.01, 0.11, np.nan], [0.02, 0.12, 0.22]])
+    assert panel.trained == 2
+    assert panel.title == "a run: passkey\ntrained on 1,024 tokens"
+
+
+def test_what_a_picture_says(panel, tmp_path):
+    path = tmp_path / "new" / "map.svg"
+    heat_map.save([[panel, panel], [panel]], path, "share right")
+    words = re.findall(r"<!-- (.*?) -->", path.read_text())
+    assert words.count("0.11") == 3
+    assert words.count("4k") == 3
+    assert words.count("context (tokens)") == 3
+    assert words.count("share right") == 1
+    assert "nan" not in words
+    heat_map.save([[panel]], tmp_path / "map.png", "share right")
+    pixels = image.imread(tmp_path / "map.png")
+    assert pixels.shape[0] > 200
+    assert np.ptp(pixels[..., :3]) > 0.9
+
+
+def test_a_kind_of_file_that_is_not_drawn(panel, tmp_path):
+    with pytest.raises(ConfigError, match=r"--plot .*map.txt: expected a name that ends in .png, .pdf or .svg"):
+        heat_map.save([[panel]], tmp_path / "map.txt", "share right")

@@ -1,0 +1,159 @@
+"""Needle probes of a run: what a cell says, and that what is known is not computed again."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import embedded
+from ttt_jax.evaluation.probes import needle, needle_probe, prompt, texts
+from ttt_jax.evaluation.probes.scoring import Scorer, Scores
+
+
+@pytest.fixture
+def text(loaded):
+    return texts.of_run(loaded("ttt_linear").config, sorted(needle.TASKS))
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Scores that need no model: the list of examples that were scored."""
+    seen = []
+
+    def score(self, examples, progress=None):
+        seen.append(examples)
+        rng = np.random.default_rng(len(examples[0].tokens))
+        log_likelihood = rng.normal(-20, 3, (len(examples), len(examples[0].candidates)))
+        return Scores(log_likelihood.astype(np.float32), log_likelihood[:, 0] > -20)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    return seen
+
+
+@pytest.fixture
+def run(loaded, tmp_path):
+    return loaded("ttt_linear")._replace(workdir=tmp_path / "some-run")
+
+
+def test_what_prompts_of_a_run_are_made_of(text):
+    assert (text.tokenizer.kind, text.bos) == ("byte", 256)
+    assert text.haystacks["passkey"].name == "noise"
+    assert text.haystacks["number"] is text.haystacks["uuid"]
+    assert text.haystacks["number"].name == "embedded/validation"
+    whole = bytes(embedded.tokens("validation")[embedded.tokens("validation") < 256].astype(np.uint8)).decode()
+    assert "".join(text.haystacks["number"].units(0.3, 5000)) in whole
+
+
+def test_a_cell_is_of_the_scores(run, text, scored):
+    options = {"contexts": [600], "depths": [0.0, 100.0], "samples": 30, "candidates": 4, "seed": 2}
+    first, second = needle_probe.probe(run, "number", text, **options)
+    rng = np.random.default_rng(600)
+    scores = rng.normal(-20, 3, (30, 4)).astype(np.float32).astype(np.float64)
+    correct = int((scores[:, 0] > -20).sum())
+    first_of_four = np.mean(scores.argmax(1) == 0)
+    advantage = scores[:, 0] - scores[:, 1:].mean(1)
+    assert 0 < correct < 30
+    known = {"context": 600, "depth": 0.0, "samples": 30, "candidates": 4, "seed": 2, "step": 3, "correct": correct}
+    assert known.items() <= first.items()
+    assert first["accuracy"] == correct / 30
+    assert first["low"] < first["accuracy"] < first["high"]
+    assert first["ranked_first"] == pytest.approx(first_of_four)
+    assert first["log_likelihood"] == pytest.approx(scores[:, 0].mean())
+    assert first["log_likelihood_error"] == pytest.approx(scores[:, 0].std(ddof=1) / 30**0.5)
+    assert first["advantage"] == pytest.approx(advantage.mean())
+    assert first["advantage_error"] == pytest.approx(advantage.std(ddof=1) / 30**0.5)
+    assert (first["actual_depth"], second["actual_depth"], second["depth"]) == (0, 100, 100)
+    assert [example.needle for example in scored[0]] == [example.needle for example in scored[1]]
+    assert {len(example.tokens) for examples in scored for example in examples} == {600}
+
+
+def test_scores_of_the_model_itself(loaded, runs, text):
+    """One cell without a stand-in: chance, as the parameters are random."""
+    options = {"contexts": [470], "depths": [50.0], "samples": 4, "candidates": 3, "batch_size": 2}
+    (cell,) = needle_probe.probe(loaded("ttt_linear"), "passkey", text, **options)
+    assert cell["correct"] == 0
+    assert -200 < cell["log_likelihood"] < -7 * np.log(10)
+    assert abs(cell["advantage"]) < 60
+    assert (runs("ttt_linear") / "probe" / "needle-passkey.csv").exists()
+
+
+def test_cells_that_are_known_are_not_computed_again(run, text, scored):
+    options = {"depths": [0.0, 50.0], "samples": 2, "candidates": 2}
+    once = needle_probe.probe(run, "passkey", text, contexts=[500], **options)
+    assert len(scored) == 2
+    said = []
+    more = needle_probe.probe(run, "passkey", text, contexts=[500, 600], progress=said.append, **options)
+    assert len(scored) == 4
+    assert more[:2] == once
+    assert [(cell["context"], cell["depth"]) for cell in more] == [(500, 0), (500, 50), (600, 0), (600, 50)]
+    assert said == [f"passkey, context 600{what}" for what in (": making prompts", ", depth 0 %", ", depth 50 %")]
+    for change in ({"seed": 1}, {"samples": 3}, {"candidates": 3}):  # other cells, beside these
+        needle_probe.probe(run, "passkey", text, contexts=[500], **{**options, **change})
+    assert len(scored) == 10
+    needle_probe.probe(run._replace(step=9), "passkey", text, contexts=[500], **options)
+    assert len(scored) == 12
+    assert needle_probe.probe(run, "passkey", text, contexts=[500, 600], **options) == more
+    assert len(scored) == 12
+
+
+def test_what_was_done_is_kept_when_a_probe_is_stopped(run, text, scored, monkeypatch):
+    examples, calls = prompt.examples, []
+
+    def stopped(*args, context, **options):
+        if context == 600:
+            raise KeyboardInterrupt
+        return calls.append(context) or examples(*args, context=context, **options)
+
+    monkeypatch.setattr(prompt, "examples", stopped)
+    options = {"depths": [0.0, 50.0], "samples": 2}
+    with pytest.raises(KeyboardInterrupt):
+        needle_probe.probe(run, "passkey", text, contexts=[500, 600], **options)
+    monkeypatch.setattr(prompt, "examples", examples)
+    needle_probe.probe(run, "passkey", text, contexts=[500, 600], **options)
+    assert len(scored) == 4
+
+
+def test_files(run, text, scored):
+    cells = needle_probe.probe(run, "uuid", text, contexts=[700, 800], depths=[0.0, 50.0], samples=2)
+    found = json.loads((run.workdir / "probe" / "needle-uuid.json").read_text())
+    assert found["cells"] == cells
+    known = {key: found[key] for key in ("task", "ruler_task", "workdir", "model", "training_context")}
+    assert known == {
+        "task": "uuid",
+        "ruler_task": "S-NIAH-3",
+        "workdir": "some-run",
+        "model": "TTT-Linear (Mamba backbone)",
+        "training_context": 100,
+    }
+    assert found["config"]["model"] == run.config.model.to_dict()
+    with (run.workdir / "probe" / "needle-uuid.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [cell["accuracy"] for cell in cells]
+    assert [(row["context"], row["depth"]) for row in rows] == [
+        ("700", "0.0"),
+        ("700", "50.0"),
+        ("800", "0.0"),
+        ("800", "50.0"),
+    ]
+
+
+def test_a_file_of_something_else_is_left_alone(run, text, scored):
+    path = run.workdir / "probe" / "needle-passkey.json"
+    path.parent.mkdir(parents=True)
+    for content in ("{", "[]", '{"cells": [{"step": 3}]}'):
+        path.write_text(content)
+        with pytest.raises(
+            ConfigError, match=r"needle-passkey.json: does not hold cells of a probe; expected what ttt"
+        ):
+            needle_probe.probe(run, "passkey", text, contexts=[500], depths=[0.0])
+        assert path.read_text() == content
+    assert not scored
+
+
+def test_a_tokenizer_that_the_model_does_not_know(run, text):
+    small = run.config.copy_and_resolve_references()
+    small.model.vocab_size = 100
+    with pytest.raises(ConfigError, match=r"--tokenizer byte: has token 256; .* knows 100 tokens; expected the"):
+        needle_probe.probe(run._replace(config=small), "passkey", text, contexts=[500], depths=[0.0])

@@ -1,0 +1,316 @@
+"""The evaluation of a run against its logits, whatever the batches, pieces and interruptions."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.data.source import TokenSource
+from ttt_jax.evaluation import evaluate as evaluate_lib
+from ttt_jax.evaluation import statistics, trained
+from ttt_jax.evaluation.evaluate import What, evaluate
+from ttt_jax.evaluation.statistics import Segment
+from ttt_jax.models import flops
+from ttt_jax.models.build import language_model
+from ttt_jax.parallel import sharding
+from ttt_jax.training import program
+from ttt_jax.training.checkpoint import Checkpoints
+
+RNG = np.random.default_rng(0)
+LENGTHS = [40, 7, 66, 2, 33, 120, 5, 90]  # of documents, BOS included
+PAD = 128  # all forward passes of the tests are as long, so that there is one to compile
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, random_params):
+    """A workdir with two checkpoints of random parameters, the config, and the parameters."""
+    config = config_lib.default()
+    config.model.update(width=8, num_layers=1, num_heads=2, mlp_width=8)
+    config.model.ttt.mini_batch = 4
+    config.data.update(sequence_length=16, batch_size=4)
+    workdir = tmp_path_factory.mktemp("evaluation") / "some-run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    abstract = program.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
+    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    checkpoints = Checkpoints(workdir, keep_last=2)
+    params = {}
+    for step in (3, 5):
+        params[step] = random_params(language_model(config.model), np.zeros((1, 1), np.int32), seed=step)
+        checkpoints.save(step, empty._replace(step=np.int32(step), params=params[step]), {})
+    checkpoints.close()
+    return workdir, config, params
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    """The newest checkpoint, loaded."""
+    return trained.load(run[0])
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """A split of eight documents that begin with BOS."""
+    documents = [np.append(256, RNG.integers(0, 256, n - 1)) for n in LENGTHS]
+    starts = np.cumsum([0, *LENGTHS[:-1]])
+    source = TokenSource("books/validation", np.concatenate(documents).astype(np.uint16), 257, 256, starts)
+    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def nll(run, quick_jit):
+    """``nll(tokens, step)``: the loss of each of the tokens but the first, float64, from the logits of one pass."""
+    _, config, params = run
+    model = language_model(config.model)
+    forward = quick_jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
+
+    def compute(tokens, step=5):
+        tokens = np.asarray(tokens, np.int32)
+        padded = np.zeros((1, 4 * PAD), np.int32)
+        padded[0, : len(tokens) - 1] = tokens[:-1]
+        logits = np.asarray(forward(params[step], padded), np.float64)[0]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -log_p[np.arange(len(tokens) - 1), tokens[1:]]
+
+    return compute
+
+
+def check_equal(actual, segments, context):
+    expected = statistics.summarise(segments, context)
+    pairs = {
+        "loss": expected.loss,
+        "standard_error": expected.standard_error,
+        "count": expected.tokens,
+        "bin_loss": expected.bins.mean,
+        "bin_standard_error": expected.bins.standard_error,
+        "bin_low": expected.bins.low,
+        "bin_high": expected.bins.high,
+        "bin_count": expected.bins.tokens,
+        "document_sums": expected.document_sums,
+        "document_counts": expected.document_counts,
+    }
+    for name, value in pairs.items():
+        np.testing.assert_allclose(getattr(actual, name), value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert actual.about["loss"] == pytest.approx(float(expected.all.mean), rel=1e-6)
+    assert actual.position.tolist() == list(range(1, context + 1))
+
+
+def of_windows(nll, source, context, windows, step=5):
+    """Segments of windows, cut at documents, with plain loops."""
+    tokens, total = source.tokens.astype(np.int64), (len(source.tokens) - 1) // context
+    found = []
+    for i in range(windows):
+        start = context * (i * total // windows)
+        window = tokens[start : start + context + 1]
+        losses = nll(window, step)
+        for place in range(context):
+            if window[place + 1] == 256:
+                continue
+            document = sum(start + place >= first for first in source.documents) - 1
+            found.append(Segment(document, place, losses[place : place + 1]))
+    return found
+
+
+@pytest.mark.parametrize(("batch_size", "piece_length"), [(2, None), (5, None), (3, 7), (None, None)])
+def test_windows_are_of_the_logits_whatever_the_batch_and_the_pieces(model, data, nll, batch_size, piece_length):
+    """The context is longer than that of training, and ends within a mini-batch."""
+    calls = []
+    found = evaluate(
+        model,
+        What(22, most=5),
+        batch_size=batch_size,
+        piece_length=piece_length,
+        progress=lambda *done: calls.append(done),
+    )
+    check_equal(found, of_windows(nll, data, 22, 5), 22)
+    assert calls == [(22 * i, 110) for i in range(6)]
+
+
+def test_what_an_evaluation_says_of_itself(run, model, data):
+    _, config, params = run
+    found = evaluate(model, What(22, most=5))
+    about = dict(found.about)
+    assert about.pop("config") == config.to_dict()
+    assert len(about.pop("checkpoint")) == 16
+    assert about == {
+        "workdir": "some-run",
+        "model": "TTT-Linear (Mamba backbone)",
+        "parameters": sum(x.size for x in jax.tree.leaves(params[5])),
+        "step": 5,
+        "training_tokens": 5 * 4 * 16,
+        "training_flops": 5 * flops.per_step(config.model, 16, 4),
+        "source": "books/validation",
+        "fingerprint": data.fingerprint(),
+        "split": "validation",
+        "of": "windows",
+        "carried": False,
+        "chains": 0,
+        "context": 22,
+        "training_context": 16,
+        "windows": 5,
+        "documents": len(found.document_sums),
+        "tokens": found.count.sum(),
+        "loss": pytest.approx(np.nansum(found.loss * found.count) / found.count.sum(), rel=1e-9),
+        "loss_standard_error": about["loss_standard_error"],
+        "loss_low": about["loss_low"],
+        "loss_high": about["loss_high"],
+        "perplexity": math.exp(about["loss"]),
+        "perplexity_low": math.exp(about["loss_low"]),
+        "perplexity_high": math.exp(about["loss_high"]),
+    }
+    assert about["loss_low"] < about["loss"] < about["loss_high"]
+
+
+def test_an_earlier_step(run, data, nll):
+    found = evaluate(trained.load(run[0], 3), What(22, most=5))
+    assert found.about["step"] == 3
+    check_equal(found, of_windows(nll, data, 22, 5, step=3), 22)
+
+
+@pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
+def test_documents_are_read_whole(model, data, nll, context):
+    """As one forward pass over each document, from its BOS, would have it: the state is carried over the pieces."""
+    found = evaluate(model, What(context, by_document=True), batch_size=2)
+    segments = []
+    for i, (start, n) in enumerate(zip(data.documents, LENGTHS, strict=True)):
+        segments.append(Segment(i, 0, nll(data.tokens[start : start + n])[:context]))
+    check_equal(found, segments, context)
+    assert (found.about["of"], found.about["windows"], found.about["documents"]) == ("documents", 8, 8)
+
+
+@pytest.mark.parametrize(("context", "batch_size"), [(200, 1), (200, 2), (30, 2)])
+def test_the_state_is_carried_from_document_to_document(model, data, nll, context, batch_size):
+    """As one pass over a chain of documents (their first ``context`` tokens), losses counted from each one's BOS."""
+    found = evaluate(model, What(context, chains=2), batch_size=batch_size)
+    alone = evaluate(model, What(context, by_document=True))
+    segments = []
+    for chain in (range(4), range(4, 8)):
+        parts = [data.tokens[data.documents[i] :][: min(LENGTHS[i], context)] for i in chain]
+        losses = nll(np.append(np.concatenate(parts), 0))  # each token but the last predicts the next one read
+        place = 0
+        for i, part in zip(chain, parts, strict=True):
+            counted = min(LENGTHS[i] - 1, context)
+            of_part = losses[place : place + counted].copy()
+            if counted == len(part):  # cut short: its last target is not what is read next
+                everything = np.append(
+                    np.concatenate(parts)[: place + counted], data.tokens[data.documents[i] + counted]
+                )
+                of_part[-1] = nll(everything)[-1]
+            segments.append(Segment(i, 0, of_part))
+            place += len(part)
+    check_equal(found, segments, context)
+    assert found.about["carried"]
+    np.testing.assert_array_equal(found.document_counts, alone.document_counts)  # so that both can be compared
+    first_in_chain = [0, 4]
+    np.testing.assert_allclose(found.document_sums[first_in_chain], alone.document_sums[first_in_chain], rtol=1e-4)
+    later = [1, 2, 5, 7]
+    assert (np.abs(found.document_sums - alone.document_sums).sum(1)[later] > 0.01).all()
+
+
+def test_without_documents_a_window_is_one(model, data, nll, monkeypatch):
+    unknown = dataclasses.replace(data, bos=None, documents=None)
+    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: unknown)
+    found = evaluate(model, What(22, most=5))
+    starts = [22 * (i * 16 // 5) for i in range(5)]
+    check_equal(found, [Segment(i, 0, nll(data.tokens[s : s + 23])) for i, s in enumerate(starts)], 22)
+
+
+def test_another_dataset(model, data, monkeypatch):
+    other = dataclasses.replace(data, name="other/test", tokens=data.tokens[::-1].copy(), documents=None)
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return other
+
+    monkeypatch.setattr(evaluate_lib.sources, "load", load)
+    found = evaluate(model, What(22, "test", most=5, source="far/away"))
+    assert asked == [(("far/away", "test"), {"vocab_size": 257})]
+    assert (found.about["source"], found.about["fingerprint"]) == ("other/test", other.fingerprint())
+    assert What(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
+
+
+# ---- Interruptions
+
+
+def test_a_stopped_evaluation_goes_on(run, model, data):
+    whole = evaluate(model, What(22, most=7), batch_size=1)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(tokens):
+        def progress(done, total):
+            if done >= tokens:
+                raise Stop
+
+        return progress
+
+    folder = run[0] / "eval" / ".validation-22.unfinished"
+    with pytest.raises(Stop):
+        evaluate(model, What(22, most=7), batch_size=1, progress=stop_at(44))
+    with pytest.raises(Stop):
+        evaluate(model, What(22, most=7), batch_size=2, progress=stop_at(110))
+    assert {path.suffix for path in folder.iterdir()} == {".npy", ".json"}
+    calls = []
+    found = evaluate(model, What(22, most=7), batch_size=3, progress=lambda *done: calls.append(done))
+    assert 22 <= calls[0][0] < 154  # some of it was there
+    assert not folder.exists()
+    np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
+    np.testing.assert_array_equal(found.document_counts, whole.document_counts)
+
+
+@pytest.mark.parametrize("changed", ["windows", "checkpoint", "cut short"])
+def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, changed):
+    def stop(done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    what = What(22, most=7)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, what, batch_size=2, progress=lambda done, total: stop(done // 66, total))
+    part = min((run[0] / "eval" / ".validation-22.unfinished").glob("*.npy"))
+    if changed == "windows":
+        what = What(22, most=6)
+    elif changed == "checkpoint":
+        model = trained.load(run[0], 3)
+    else:
+        part.write_bytes(part.read_bytes()[:-4])
+    calls = []
+    evaluate(model, what, progress=lambda done, total: calls.append(done))
+    assert calls[0] == 0
+
+
+# ---- What cannot be
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (What(400), "data.sequence_length=400: books/validation has 363 tokens, which is 0 windows"),
+        (What(8, source="nowhere"), "data.source='nowhere': no such folder"),
+    ],
+)
+def test_what_cannot_be_evaluated(model, data, what, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(model, what)
+
+
+def test_a_transformer_carries_nothing(model, data):
+    config = model.config.copy_and_resolve_references()
+    config.model.mixer = "attention"
+    with pytest.raises(ConfigError, match=r"--carry-state: .*some-run is a Transformer, whose state grows"):
+        evaluate(model._replace(config=config), What(22, chains=2))
+
+
+def test_a_split_without_documents(model, data, monkeypatch):
+    empty = dataclasses.replace(data, tokens=np.full(50, 256, np.uint16), documents=None)
+    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: empty)
+    with pytest.raises(ConfigError, match="books/validation: has no document of 2 tokens or more"):
+        evaluate(model, What(22, by_document=True))

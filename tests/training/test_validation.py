@@ -1,0 +1,129 @@
+"""The loss of held-out windows during training, and the checkpoint of the lowest."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import trained
+from ttt_jax.evaluation.evaluate import What, evaluate
+from ttt_jax.training import loop, metrics, validation
+from ttt_jax.training.checkpoint import Checkpoints
+
+EVERY = {"evaluation.every": "6 steps", "evaluation.windows": 5, "checkpoint.keep_last": 9, "log.every": "4 steps"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config, tmp_path_factory):
+    """The workdir of a run of 24 steps with four evaluations."""
+    workdir = tmp_path_factory.mktemp("validated") / "run"
+    loop.train(tiny_config(EVERY), workdir)
+    return workdir
+
+
+def test_losses_are_those_that_ttt_eval_finds(run):
+    found = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
+    assert list(found) == [6, 12, 18, 24]
+    for step in (6, 24):
+        expected = evaluate(trained.load(run, step), What(64, most=5)).about
+        assert found[step][validation.LOSS] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found[step]["validation_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert found[24][validation.LOSS] < found[6][validation.LOSS] - 0.05
+
+
+def test_they_stand_in_the_record_of_their_step(run):
+    """Also where that is no multiple of log.every; the other records are as they were."""
+    records = metrics.read(run)
+    assert [record["step"] for record in records] == [4, 6, 8, 12, 16, 18, 20, 24]
+    for record in records:
+        evaluated = record["step"] % 6 == 0
+        assert (validation.LOSS in record) == ("evaluation_seconds" in record) == evaluated
+        assert {"loss", "grad_norm", "tokens", "seconds_per_step"} <= record.keys()
+
+
+def test_training_is_not_changed_by_it(run, tiny_config, tmp_path):
+    loop.train(tiny_config({**EVERY, "evaluation.every": ""}), tmp_path)
+    with_it = {r["step"]: r["loss"] for r in metrics.read(run)}
+    without = {r["step"]: r["loss"] for r in metrics.read(tmp_path)}
+    assert without.keys() < with_it.keys()
+    assert all(with_it[step] == loss for step, loss in without.items())
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """``scripted({step: loss})``: what evaluations say, whatever the parameters."""
+
+    def script(losses, seconds=0.0):
+        steps = iter(sorted(losses))
+
+        def say(self, params):
+            time.sleep(seconds)
+            return {validation.LOSS: losses[next(steps)]}
+
+        monkeypatch.setattr(validation.Validation, "__call__", say)
+
+    return script
+
+
+def kept(workdir):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    steps = checkpoints.all_steps()
+    checkpoints.close()
+    return steps
+
+
+def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path):
+    """Evaluated at steps 4, 8, ... 24, saved at 10 and 20 beside; the newest alone is kept of the others."""
+    changes = {"evaluation.every": "4 steps", "checkpoint.every": "10 steps", "checkpoint.keep_last": 1}
+    scripted({4: 5.0, 8: 2.0, 12: 3.0, 16: float("nan"), 20: 2.0, 24: 4.0})
+    loop.train(tiny_config(changes), tmp_path)
+    assert kept(tmp_path) == [8, 24]
+    assert trained.steps(tmp_path, "best") == [8]
+
+
+def test_its_time_is_not_that_of_steps(scripted, tiny_config, tmp_path):
+    scripted({12: 1.0, 24: 1.0}, seconds=1.0)
+    loop.train(tiny_config({"evaluation.every": "12 steps"}), tmp_path)
+    records = metrics.read(tmp_path)
+    assert [record["evaluation_seconds"] >= 1 for record in records if "evaluation_seconds" in record] == [True, True]
+    assert sum(record["seconds_per_step"] for record in records) < 1.5
+
+
+def test_a_resumed_run_remembers_the_best(scripted, tiny_config, tmp_path):
+    changes = {"evaluation.every": "4 steps", "checkpoint.every": "4 steps", "checkpoint.keep_last": 1}
+    scripted({4: 2.0, 8: 3.0, 12: 4.0})
+    loop.train(tiny_config({**changes, "training.duration": "12 steps"}), tmp_path)
+    assert kept(tmp_path) == [4, 12]
+    scripted({16: 3.0, 20: 1.0, 24: 1.5})
+    loop.train(tiny_config(changes), tmp_path)
+    assert kept(tmp_path) == [20, 24]
+    assert trained.steps(tmp_path, "best") == [20]
+    assert validation.read_losses(tmp_path) == {4: 2.0, 8: 3.0, 12: 4.0, 16: 3.0, 20: 1.0, 24: 1.5}
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_run(tiny_config, tmp_path):
+    """A dataset with a train split alone."""
+    np.save(tmp_path / "train.npy", np.arange(5000, dtype=np.uint16) % 250)
+    config = tiny_config({"evaluation.every": "6 steps", "data.source": str(tmp_path)})
+    with pytest.raises(ConfigError, match="no validation tokens there"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"evaluation.split='valid': expected one of train, validation, test"):
+        tiny_config({"evaluation.split": "valid"})
+
+
+def test_the_best_of_some_steps():
+    losses = {1: 2.0, 2: float("nan"), 3: 1.0, 4: 1.0}
+    assert validation.best_step(losses, [1, 2, 3, 4]) == 3
+    assert validation.best_step(losses, [1, 2]) == 1
+    assert validation.best_step(losses, [2, 7]) is None
+
+
+def test_losses_up_to_a_step(tmp_path):
+    records = [{"step": 1, "loss": 1.0}, {"step": 2, validation.LOSS: 3.0}, {"step": 4, validation.LOSS: 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert validation.read_losses(tmp_path) == {2: 3.0, 4: 2.0}
+    assert validation.read_losses(tmp_path, 3) == {2: 3.0}
+    assert validation.read_losses(tmp_path / "elsewhere") == {}

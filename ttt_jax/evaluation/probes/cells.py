@@ -1,0 +1,76 @@
+"""The file of a probe: cells of its table, each with all that it depends on, as JSON and as CSV.
+
+Cells are added one by one and stay: those of another step or seed stand beside one another.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ttt_jax.config import ConfigError
+from ttt_jax.training.metrics import write_atomically
+from ttt_jax.workdir import Workdir, explained, is_local
+
+Cell = dict[str, Any]
+
+
+class Cells:
+    """The cells that a run has of one probe.
+
+    Args:
+      workdir: of the run.
+      name: of the probe, and of the files ``WORKDIR/probe/NAME.json`` and ``.csv``.
+      keys: what of a cell says which cell it is.
+    """
+
+    def __init__(self, workdir: Workdir, name: str, keys: Sequence[str]):
+        self._path, self._keys = workdir / "probe" / f"{name}.json", tuple(keys)
+
+    def read(self) -> dict[str, Any]:
+        """What is known of the run, with its ``cells``, oldest first; none where the probe has not been run.
+
+        Raises:
+          ConfigError: where the file is something else.
+        """
+        try:
+            with explained(self._path):
+                found = json.loads(self._path.read_text())
+            if all(key in cell for cell in found["cells"] for key in self._keys):
+                return found
+        except FileNotFoundError:
+            return {"cells": []}
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise ConfigError(f"{self._path}: does not hold cells of a probe; expected what ttt probe wrote, or no file")
+
+    def find(self, **which: Any) -> list[Cell]:
+        """The cells whose values are these, oldest first."""
+        return [cell for cell in self.read()["cells"] if which.items() <= cell.items()]
+
+    def add(self, cell: Cell, about: dict[str, Any]) -> None:
+        """Writes a cell beside the others, or in the place of the one with the same keys.
+
+        Args:
+          about: what is known of the run.
+        """
+        which = {key: cell[key] for key in self._keys}
+        cells = [other for other in self.read()["cells"] if not which.items() <= other.items()] + [cell]
+        if is_local(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps({**about, "cells": cells}, indent=2) + "\n")
+        write_atomically(self._path.with_suffix(".csv"), _table(cells))
+        for part in sorted(key for key in cell if isinstance(cell[key], list)):
+            rows = [{**{k: c[k] for k in self._keys}, **entry} for c in cells for entry in c[part]]
+            write_atomically(self._path.with_name(f"{self._path.stem}-{part}.csv"), _table(rows))
+
+
+def _table(rows: Sequence[Cell]) -> str:
+    """Rows as CSV, without what of them is a list."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list)))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,167 @@
+"""Needle probes of a run: accuracy by context and depth."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.evaluation.probes import needle, prompt
+from ttt_jax.evaluation.probes.cells import Cell, Cells
+from ttt_jax.evaluation.probes.haystack import Haystack
+from ttt_jax.evaluation.probes.interval import wilson
+from ttt_jax.evaluation.probes.scoring import Scorer
+from ttt_jax.evaluation.probes.texts import Texts
+from ttt_jax.evaluation.trained import Trained
+from ttt_jax.models import build
+from ttt_jax.workdir import Workdir
+
+# Everything that a cell depends on: one that is there with the same values is not computed again.
+CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer")
+PLACE = ("context", "depth")
+
+
+def cells(workdir: Workdir, task: str) -> Cells:
+    """The cells that a run has of a task, in ``WORKDIR/probe/needle-TASK.json`` and ``.csv``."""
+    return Cells(workdir, f"needle-{task}", (*CONDITIONS, *PLACE))
+
+
+def probe(
+    trained: Trained,
+    task: str,
+    texts: Texts,
+    *,
+    contexts: Sequence[int],
+    depths: Sequence[float],
+    samples: int = 20,
+    candidates: int = 8,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Accuracy of a trained model on one task, at every context and depth; each cell is saved once it is known.
+
+    Args:
+      task: of :data:`needle.TASKS`.
+      texts: of the run.
+      depths: in percent of the haystack.
+      samples: examples per cell.
+      candidates: values that are compared with the answer, itself among them: chance is one in so many.
+      batch_size: examples at a time; None for the batch size of training.
+      progress: is called with what is being done.
+
+    Returns:
+      The cells. ``accuracy`` is the share of examples whose answer greedy decoding would give, token by token;
+      ``ranked_first`` that of those whose answer is likelier than the other candidates; each with its 95 % interval;
+      ``log_likelihood`` is that of the whole answer, in nats, and ``advantage`` how far it is above the mean of the
+      other candidates, 0 for a model that remembers nothing; both are means over examples, with standard errors.
+
+    Raises:
+      ConfigError: where a prompt does not fit a context, or its tokens not the model.
+    """
+    tokenizer, haystack = texts.tokenizer, texts.haystacks[task]
+    conditions = {
+        "step": trained.step,
+        "checkpoint": trained.fingerprint,
+        "seed": seed,
+        "samples": samples,
+        "candidates": candidates,
+        "haystack": haystack.fingerprint,
+        "tokenizer": tokenizer.sha256[:16],
+    }
+    kept = cells(trained.workdir, task)
+    about = _about(trained, task, haystack, tokenizer)
+    known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
+    encode = tokenizer.encoder()
+    scorer = Scorer(trained, batch_size=min(batch_size or trained.config.data.batch_size, samples))
+    for context in contexts:
+        missing = [depth for depth in depths if (context, depth) not in known]
+        if not missing:
+            continue
+        progress(f"{task}, context {context}: making prompts")
+        drawn = [
+            prompt.examples(
+                needle.TASKS[task],
+                haystack,
+                encode,
+                texts.bos,
+                context=context,
+                depths=missing,
+                index=index,
+                candidates=candidates,
+                seed=seed,
+            )
+            for index in range(samples)
+        ]
+        _check_vocabulary(trained, drawn, tokenizer)
+        for depth, examples in zip(missing, zip(*drawn, strict=True), strict=True):
+            progress(f"{task}, context {context}, depth {depth:g} %")
+            cell = {**conditions, "context": context, "depth": depth, **_summary(scorer, examples)}
+            kept.add(cell, about)
+            known[context, depth] = cell
+    return [known[context, depth] for context in contexts for depth in depths]
+
+
+def _summary(scorer: Scorer, examples: Sequence[prompt.Example]) -> dict[str, Any]:
+    scores, n = scorer.score(examples), len(examples)
+    correct = int(scores.matched.sum())
+    others = scores.log_likelihood[:, 1:].max(1, initial=-np.inf)
+    first = int((scores.log_likelihood[:, 0] > others).sum())
+    low, high = wilson(correct, n)
+    ranked_low, ranked_high = wilson(first, n)
+    found = scores.log_likelihood[:, 0].astype(np.float64)
+    advantage = found - scores.log_likelihood[:, 1:].astype(np.float64).mean(1)
+    return {
+        "actual_depth": float(np.mean([example.depth for example in examples])),
+        "answer_tokens": float(np.mean([len(example.candidates[0]) for example in examples])),
+        "correct": correct,
+        "accuracy": correct / n,
+        "low": low,
+        "high": high,
+        "ranked_first": first / n,
+        "ranked_low": ranked_low,
+        "ranked_high": ranked_high,
+        "log_likelihood": float(found.mean()),
+        "log_likelihood_error": _error(found),
+        "advantage": float(advantage.mean()),
+        "advantage_error": _error(advantage),
+    }
+
+
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of a mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def _about(trained: Trained, task: str, haystack: Haystack, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "probe": "needle",
+        "task": task,
+        "ruler_task": needle.TASKS[task].name,
+        "haystacks": haystack.name,
+        "tokenizers": f"{tokenizer.kind} {tokenizer.name}",
+        **run_in_words(trained),
+    }
+
+
+def run_in_words(trained: Trained) -> dict[str, Any]:
+    """What a file of a probe says of the run."""
+    return {
+        "workdir": trained.name,
+        "model": build.describe(trained.config.model),
+        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        "training_context": trained.config.data.sequence_length,
+        "config": trained.config.to_dict(),
+    }
+
+
+def _check_vocabulary(trained: Trained, drawn: list[list[prompt.Example]], tokenizer: Tokenizer) -> None:
+    largest = max(int(tokens.max()) for row in drawn for one in row for tokens in (one.tokens, *one.candidates))
+    vocab_size = trained.config.model.vocab_size
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"--tokenizer {tokenizer.name}: has token {largest}; {trained.workdir} knows {vocab_size} tokens; "
+            "expected the tokenizer of its data"
+        )

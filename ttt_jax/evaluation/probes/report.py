@@ -1,0 +1,51 @@
+"""Tables of probes, for people."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.evaluation.probes.cells import Cell
+
+_WIDE = 1000  # characters: a file, or another program, takes lines of any length
+
+
+def show(
+    cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measures: Sequence[str], caption: str
+) -> None:
+    """Prints :func:`table` between a title and a caption: as wide as the terminal, or as wide as it takes."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    console.print(title, soft_wrap=True)
+    console.print(table(cells, row, row_name, measures))
+    console.print(caption, soft_wrap=True, end="\n\n")
+
+
+def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measures: Sequence[str]) -> Table:
+    """Cells by context, a row for each value of ``row``, and the means of the columns.
+
+    Args:
+      measures: shares that stand in a cell, the second in brackets.
+    """
+    contexts = sorted({cell["context"] for cell in cells})
+    rows = sorted({cell[row] for cell in cells})
+    found = Table(box=box.SIMPLE_HEAD)
+    found.add_column(row)
+    for context in contexts:
+        found.add_column(f"{context:,}", justify="right", no_wrap=True)
+
+    def shown(some: Sequence[Cell]) -> str:
+        if not some:
+            return "-"
+        first, *rest = (sum(cell[measure] for cell in some) / len(some) for measure in measures)
+        return f"{first:.2f}" + "".join(f" ({share:.2f})" for share in rest)
+
+    for value in rows:
+        here = [cell for cell in cells if cell[row] == value]
+        found.add_row(row_name(value), *(shown([c for c in here if c["context"] == context]) for context in contexts))
+    if len(rows) > 1:
+        found.add_section()
+        found.add_row("mean", *(shown([c for c in cells if c["context"] == context]) for context in contexts))
+    return found

@@ -1,0 +1,162 @@
+"""How well a run does the synthetic task it was trained on, by number of items, by context, and by distance.
+
+Shapes: B sequences side by side, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import task_source
+from ttt_jax.data.task_example import Example
+from ttt_jax.evaluation.probes.cells import Cell, Cells
+from ttt_jax.evaluation.probes.interval import wilson
+from ttt_jax.evaluation.probes.needle_probe import run_in_words
+from ttt_jax.evaluation.trained import Trained
+from ttt_jax.parallel import sharding
+from ttt_jax.workdir import Workdir
+
+CONDITIONS = ("step", "checkpoint", "split", "samples")
+PLACE = ("items", "context")
+
+
+def cells(workdir: Workdir, task: str) -> Cells:
+    """The cells that a run has of a task, in ``WORKDIR/probe/TASK.json`` and ``.csv``."""
+    return Cells(workdir, task, (*CONDITIONS, *PLACE))
+
+
+def task_of(config: ml_collections.ConfigDict) -> tuple[str, int]:
+    """The task that a run was trained on, and its number of items.
+
+    Raises:
+      ConfigError: where it was trained on something else.
+    """
+    location = config.data.source
+    if not task_source.named(location):
+        raise ConfigError(
+            f"data.source={location!r}: is no task to probe; expected a run on one of {', '.join(task_source.TASKS)}"
+        )
+    found = task_source.source(location, "train", config.model.vocab_size)
+    return found.task, found.items
+
+
+def probe(
+    trained: Trained,
+    *,
+    items: Sequence[int],
+    contexts: Sequence[int],
+    samples: int = 256,
+    split: str = "validation",
+    batch_size: int | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Accuracy of a trained model on sequences it has not seen; each cell is saved once it is known.
+
+    Args:
+      items: pairs to recall, or symbols to copy.
+      contexts: tokens of a sequence.
+      samples: sequences per cell.
+      batch_size: sequences at a time; None for as many tokens as a training step has.
+      progress: is called with what is being done.
+
+    Returns:
+      The cells. ``accuracy`` is the share of answers that are the likeliest token, with its 95 % interval where they
+      were independent; ``whole`` that of sequences with all answers right; ``loss`` is in nats per answer.
+      ``by_distance`` lists accuracies by the number of tokens between an answer and what it repeats, up to 1, 2, 4, ...
+
+    Raises:
+      ConfigError: where items do not fit a context or the vocabulary.
+    """
+    task, _ = task_of(trained.config)
+    kept, conditions = (
+        cells(trained.workdir, task),
+        {
+            "step": trained.step,
+            "checkpoint": trained.fingerprint,
+            "split": split,
+            "samples": samples,
+        },
+    )
+    about = {"probe": "task", "task": task, **run_in_words(trained)}
+    known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
+    wanted = [(number, context) for number in items for context in contexts]
+    read = _reader(trained)
+    sources = {n: task_source.source(f"{task}:{n}", split, trained.config.model.vocab_size) for n in items}
+    for number, context in wanted:  # what does not fit is told before anything is computed
+        sources[number].example(0, context)
+    for number, context in wanted:
+        if (number, context) in known:
+            continue
+        progress(f"{task}, {number} {task_source.TASKS[task].items}, context {context}")
+        examples = [sources[number].example(index, context) for index in range(samples)]
+        size = batch_size or trained.config.data.batch_size * trained.config.data.sequence_length // context
+        found = _summary(examples, *_predictions(trained, read, examples, max(1, min(size, samples))))
+        cell = {**conditions, "items": number, "context": context, **found}
+        kept.add(cell, about)
+        known[number, context] = cell
+    return [known[place] for place in wanted]
+
+
+def _reader(trained: Trained):
+    @jax.jit
+    def read(params, inputs, targets):
+        logits, _ = trained.model.apply({"params": params}, inputs)
+        log_likelihood = jax.nn.log_softmax(logits)
+        return logits.argmax(-1), -jnp.take_along_axis(log_likelihood, targets[..., None], -1)[..., 0]
+
+    return read
+
+
+def _predictions(trained: Trained, read, examples: Sequence[Example], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest next token and the loss of the true one, [samples, T] each."""
+    batch_size = -(-batch_size // trained.rows) * trained.rows
+    tokens = np.stack([example.tokens for example in examples])
+    likeliest: list[np.ndarray] = []
+    loss: list[np.ndarray] = []
+    with sharding.on_mesh(trained.mesh, trained.rules):
+        for first in range(0, len(tokens), batch_size):
+            rows = tokens[first : first + batch_size]
+            filled = np.concatenate([rows, np.repeat(rows[-1:], batch_size - len(rows), 0)])
+            batch = jax.device_put((filled[:, :-1], filled[:, 1:]), trained.batch_sharding)
+            for found, parts in zip(read(trained.params, *batch), (likeliest, loss), strict=True):
+                parts.append(np.asarray(found)[: len(rows)])
+    return np.concatenate(likeliest), np.concatenate(loss)
+
+
+def _summary(examples: Sequence[Example], likeliest: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
+    right = np.stack([e.tokens[e.answers] == row[e.answers - 1] for e, row in zip(examples, likeliest, strict=True)])
+    lost = np.stack([row[e.answers - 1] for e, row in zip(examples, loss, strict=True)])
+    distance = np.stack([e.answers - e.sources for e in examples])
+    low, high = wilson(int(right.sum()), right.size)
+    whole_low, whole_high = wilson(int(right.all(1).sum()), len(right))
+    return {
+        "answers": right.size,
+        "correct": int(right.sum()),
+        "accuracy": float(right.mean()),
+        "low": low,
+        "high": high,
+        "whole": float(right.all(1).mean()),
+        "whole_low": whole_low,
+        "whole_high": whole_high,
+        "loss": float(lost.astype(np.float64).mean()),
+        "by_distance": _by_distance(distance, right),
+    }
+
+
+def _by_distance(distance: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+    found, last = [], 1
+    while last // 2 < distance.max():
+        here = (distance > last // 2) & (distance <= last)
+        if here.any():
+            correct, n = int(right[here].sum()), int(here.sum())
+            low, high = wilson(correct, n)
+            first = last // 2 + 1
+            cell = {"first": first, "last": last, "answers": n, "correct": correct, "accuracy": correct / n}
+            found.append({**cell, "low": low, "high": high})
+        last *= 2
+    return found

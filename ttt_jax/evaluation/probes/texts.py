@@ -1,0 +1,70 @@
+"""What prompts for a run are made of: its tokenizer, and haystacks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+
+from ttt_jax.data import sources
+from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.evaluation.probes import haystack as haystack_lib
+from ttt_jax.evaluation.probes.haystack import Haystack
+from ttt_jax.evaluation.probes.needle import TASKS
+
+
+class Texts(NamedTuple):
+    """For the prompts of one run.
+
+    Attributes:
+      tokenizer: of all text.
+      bos: the token that prompts begin with; None for none.
+      haystacks: of each task.
+    """
+
+    tokenizer: Tokenizer
+    bos: int | None
+    haystacks: dict[str, Haystack]
+
+
+def of_run(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[str],
+    *,
+    tokenizer: str | None = None,
+    haystack: str | None = None,
+    split: str = "validation",
+) -> Texts:
+    """The texts that fit the data of a run.
+
+    Args:
+      config: of the run.
+      tasks: of :data:`TASKS`.
+      tokenizer: ``byte``, or a file; None for that of the run's data.
+      haystack: a text file; None for the documents of the run's data.
+      split: of the data.
+
+    Raises:
+      ConfigError: where no tokenizer or text is known, or a file is not what it should be.
+      DataError: where the data cannot be read.
+    """
+    if tokenizer:
+        found = tokenizer_lib.load(tokenizer)
+        bos = found.bos
+    else:
+        found = sources.tokenizer_of(config.data.source)
+        bos = sources.from_config(config, split).bos
+    haystacks, prose = {}, None
+    for task in tasks:
+        if TASKS[task].noise:
+            haystacks[task] = haystack_lib.noise()
+        else:
+            haystacks[task] = prose = prose or _prose(config, haystack, split)
+    return Texts(found, bos, haystacks)
+
+
+def _prose(config: ml_collections.ConfigDict, haystack: str | None, split: str) -> Haystack:
+    if haystack:
+        return haystack_lib.of_file(haystack)
+    decode = sources.tokenizer_of(config.data.source).decoder()
+    return haystack_lib.of_source(sources.from_config(config, split), decode)
