@@ -71,7 +71,7 @@ def tasks(tmp_path_factory):
             f"task: here_{name}\ndataset_path: json\ntest_split: test\noutput_type: {kind}\n"
             f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder / 'cache'}}}\n"
             f"doc_to_text: {text}\ndoc_to_target: {target}\n"
-            + "doc_to_choice: choices\n" * (name == "choice")
+            + 'doc_to_choice: choices\ntarget_delimiter: ""\n' * (name == "choice")
             + "metric_list:\n"
             + "".join(f"  - metric: {metric}\n" for metric in metrics)
         )
@@ -105,7 +105,7 @@ def instances(kind, *arguments):
 
 
 def test_both_kinds_of_tasks(run, tasks, model):
-    workdir, log_likelihoods = run
+    _, log_likelihoods = run
     results = harness.evaluate(model, ["here_choice", "here_rolling"], include_path=tasks)
     found = harness.by_task(results, model)
     right, right_by_length = [], []

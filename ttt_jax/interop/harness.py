@@ -15,10 +15,9 @@ import jax
 import numpy as np
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import dataset, sources
+from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, load, steps
@@ -80,8 +79,8 @@ class TTTModel(TemplateLM):
             raise ConfigError(f"max_length={max_length}: expected 1 or more")
         batch_size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
         self.trained: Trained = load(workdir, steps(at(workdir), str(step))[-1])
-        data = self.trained.config.data
-        self.tokenizer_of_run = _tokenizer(data.source, tokenizer)
+        source = self.trained.config.data.source
+        self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(source)
         self._encode = self.tokenizer_of_run.encoder()
         self._prefix = _begin(self.trained, self.tokenizer_of_run) if prefix_token is None else int(prefix_token)
         self._add_bos_token = add_bos_token
@@ -238,21 +237,6 @@ def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any
             **model.get_model_info(),
         }
     return found
-
-
-def _tokenizer(source: str, location: str | None) -> Tokenizer:
-    """The tokenizer at a location, or else the one that made a dataset."""
-    if location is not None:
-        return tokenizer_lib.load(location)
-    if source == "embedded":
-        return tokenizer_lib.byte()
-    description = None
-    if "://" in source or os.path.isdir(source):
-        description = dataset.read_description(Store(source))
-    if description is None:
-        raise ConfigError(f"data.source={source!r}: no tokenizer is kept with it; expected tokenizer=byte, or a file")
-    name = dataset.tokenizer_file(description["tokenizer"]["kind"])
-    return tokenizer_lib.load(Store(source).path(name) if name else "byte")
 
 
 def _begin(trained: Trained, tokenizer: Tokenizer) -> int:
