@@ -23,7 +23,7 @@ def get_config(arg: str = "associative_recall"):
     mixer = mixer or "ttt_linear"
     if task not in _SOURCES or mixer not in _MIXERS:
         raise ConfigError(
-            f"tasks.py:{arg}: expected one of {', '.join(_SOURCES)}, then nothing, or ',' and one of {', '.join(_MIXERS)}"
+            f"tasks.py:{arg}: expected {' or '.join(_SOURCES)}, then nothing or ,MIXER, one of {', '.join(_MIXERS)}"
         )
     c = config_lib.default()
     c.model.mixer = mixer

@@ -192,8 +192,9 @@ def test_refused_before_anything_is_compiled(refused, tmp_path):
     assert refused(*train, "--config.model.vocab_size=256").startswith("model.vocab_size=256: embedded/train has 257")
     assert refused(*train, "--config.data.sequence_length=100000000").startswith("data.sequence_length=100000000: ")
     assert refused(*train, "--config.data.source=wikipedia") == (
-        "data.source='wikipedia': no such folder; expected embedded, synthetic, or the path or URL of a folder made by "
-        "ttt tokenize, of one with train.npy, or of a zarr group with train"
+        "data.source='wikipedia': no such folder; expected embedded, synthetic, associative_recall, "
+        "selective_copying, or the path or URL of a folder made by ttt tokenize, of one with train.npy, or of a zarr "
+        "group with train"
     )
     assert refused("bench", "step", *TINY, "--config.mesh.data=3").startswith("mesh.data=3, ")
     assert not workdir.exists()

@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
+GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
 
 # Key, default and meaning of everything that can be configured. A type for a default means None, until set.
 KEYS: tuple[tuple[str, Any, str], ...] = (
@@ -41,7 +42,11 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
     ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
     ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
-    ("data.source", "embedded", "a folder or URL; embedded: the Python standard library as bytes; synthetic"),
+    (
+        "data.source",
+        "embedded",
+        "a folder or URL; embedded: the Python standard library as bytes; synthetic; a task: docs/probes.md",
+    ),
     ("data.tokenizer", "", "what must have made the tokens: its kind, name, file or hash; empty: anything"),
     ("data.bos", int, "token that begins documents and is no target; unset: what the dataset says"),
     ("data.worker_processes", 0, "that read batches ahead; 0: threads of this one do"),

@@ -14,6 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GOLDEN = Path(__file__).with_name("recipes.json")
 PAPER = runpy.run_path(str(CONFIGS / "paper.py"))
 ABLATION = runpy.run_path(str(CONFIGS / "ablation.py"))
+TASKS = runpy.run_path(str(CONFIGS / "tasks.py"))
 
 
 def get(name, *overrides):
@@ -40,6 +41,7 @@ def all_recipes() -> list[str]:
         *(f"books.py:{mixer}{tokens}" for mixer in mixers for tokens in ("", ",bpe")),
         *(f"paper.py:{recipe}" for recipe in paper_recipes()),
         *(f"paper.py:{mixer}-125m-books-8k:smoke" for mixer in PAPER["MIXERS"]),
+        *(f"tasks.py:{task},{mixer}" for task in TASKS["_SOURCES"] for mixer in TASKS["_MIXERS"]),
         *(f"ablation.py:{rung}{variant}" for rung in ABLATION["RUNGS"] for variant in ("", ":smoke")),
     ]
 

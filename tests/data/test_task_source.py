@@ -20,9 +20,10 @@ def drawn(draw, task):
     """A source of the task, an index, and a length that its sequences fit."""
     items = draw(st.integers(1, 12))
     vocab_size = draw(st.integers(task_source.TASKS[task].least_vocab_size(items), 80))
-    length = draw(st.integers(task_source.TASKS[task].least_length(items) - 1, 150))
-    found = sources.load(f"{task}:{items}", draw(st.sampled_from(("train", "test"))), vocab_size=vocab_size)
-    return found, draw(st.integers(0, 2**33)), length
+    length = draw(st.integers(task_source.TASKS[task].least_length(items), 150))
+    split = draw(st.sampled_from(("train", "test")))
+    found = sources.load(f"{task}:{items}", split, vocab_size=vocab_size, sequence_length=length)
+    return found, draw(st.integers(0, 2**22)), length
 
 
 def recall_by_lookup(tokens):
@@ -49,9 +50,9 @@ def copy_by_counting(tokens):
 @given(drawn("associative_recall"))
 def test_recall_is_pairs_then_queries_of_their_keys(given_source):
     data, index, length = given_source
-    tokens, answers, repeated = data.example(index, length)
+    tokens, answers, repeated = data.example(index)
     n, half = data.items, (data.vocab_size - 1) // 2
-    assert tokens.shape == (length + 1,)
+    assert tokens.shape == (length,)
     keys, values = tokens[0 : 2 * n : 2], tokens[1 : 2 * n : 2]
     assert len(set(keys.tolist())) == n
     assert ((keys >= 1) & (keys <= half)).all()
@@ -75,11 +76,11 @@ def dict_of(keys, values, asked):
 @given(drawn("selective_copying"))
 def test_copying_is_symbols_among_noise_then_the_same_in_order(given_source):
     data, index, length = given_source
-    tokens, answers, repeated = data.example(index, length)
-    marker = length - data.items
+    tokens, answers, repeated = data.example(index)
+    marker = length - data.items - 1
     assert np.flatnonzero(tokens == 1).tolist() == [marker]
     np.testing.assert_array_equal(tokens[:marker][tokens[:marker] > 0], tokens[marker + 1 :])
-    np.testing.assert_array_equal(answers, np.arange(marker + 1, length + 1))
+    np.testing.assert_array_equal(answers, np.arange(marker + 1, length))
     np.testing.assert_array_equal(repeated, np.flatnonzero(tokens[:marker]))
     assert tokens.max() < data.vocab_size
 
@@ -87,10 +88,10 @@ def test_copying_is_symbols_among_noise_then_the_same_in_order(given_source):
 @pytest.mark.parametrize(("task", "program"), [(TASKS[0], recall_by_lookup), (TASKS[1], copy_by_counting)])
 def test_a_program_with_a_memory_solves_it_and_none_without(task, program):
     """The best guess at an answer from the token before it, and its place, is right once in as many as there are."""
-    data, length = sources.load(f"{task}:6", "validation", vocab_size=33), 60
+    data = sources.load(f"{task}:6", "validation", vocab_size=33, sequence_length=60)
     right, seen, windows = 0, [], 500
     for index in range(windows):
-        tokens, answers, _ = data.example(index, length)
+        tokens, answers, _ = data.example(index)
         told = list(program(tokens.tolist()))
         right += sum(told[answer - 1] == tokens[answer] for answer in answers)
         seen += [(tokens[answer - 1], tokens[answer]) for answer in answers]
@@ -102,33 +103,38 @@ def test_a_program_with_a_memory_solves_it_and_none_without(task, program):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_windows_are_functions_of_their_index(task):
+def test_sequences_are_functions_of_their_index(task):
     here, again = (sources.load(task, "train", vocab_size=64) for _ in range(2))
-    assert (here.name, here.fingerprint()) == (f"{task}:8/train", f"{task}:8-train-64")
-    windows = [here.window(index, 64) for index in (0, 1, 2**32)]
-    for index, window in zip((2**32, 1, 0), windows[::-1], strict=True):
-        for key, value in again.window(index, 64).items():
-            np.testing.assert_array_equal(value, window[key])
-    assert len({window["inputs"].tobytes() for window in windows}) == 3
+    assert (here.name, here.fingerprint()) == (f"{task}:8/train", f"{task}:8-train-64-64")
+    indices = (0, 1, 2**32)
+    found = [here.example(index).tokens for index in indices]
+    for index, tokens in list(zip(indices, found, strict=True))[::-1]:
+        np.testing.assert_array_equal(again.example(index).tokens, tokens)
+    assert len({tokens.tobytes() for tokens in found}) == 3
     assert here.windows(64) > 10**10
     splits = [sources.load(task, split, vocab_size=64) for split in ("train", "validation", "test")]
-    firsts = {data.window(index, 64)["inputs"].tobytes() for data in splits for index in range(200)}
-    assert len(firsts) == 600
+    assert len({data.example(index).tokens.tobytes() for data in splits for index in range(200)}) == 600
     assert len({data.fingerprint() for data in splits}) == 3
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_loss_is_on_answers_alone(task):
-    data = sources.load(f"{task}:5", "train", vocab_size=64)
-    window, (tokens, answers, _) = data.window(7, 40), data.example(7, 40)
-    assert {key: (value.shape, value.dtype.name) for key, value in window.items()} == {
-        "inputs": ((40,), "int32"),
-        "targets": ((40,), "int32"),
-        "mask": ((40,), "float32"),
-    }
-    np.testing.assert_array_equal(np.append(window["inputs"], window["targets"][-1]), tokens)
-    np.testing.assert_array_equal(window["targets"][:-1], window["inputs"][1:])
-    np.testing.assert_array_equal(np.flatnonzero(window["mask"]), answers - 1)
+def test_a_row_of_sequences_in_which_answers_count(task):
+    """Windows, and pieces that begin and end anywhere, against a row that is joined here."""
+    data = sources.load(f"{task}:5", "train", vocab_size=64, sequence_length=40)
+    examples = [data.example(index) for index in range(5)]
+    row = np.concatenate([example.tokens for example in examples])
+    counts = np.concatenate([[place in example.answers for place in range(40)] for example in examples])
+    for start, stop in ((0, 40), (40, 80), (3, 17), (39, 41), (17, 130), (80, 80), (0, 199)):
+        piece = data.piece(start, stop)
+        assert [value.dtype.name for value in piece.values()] == ["int32", "int32", "float32"]
+        np.testing.assert_array_equal(piece["inputs"], row[start:stop])
+        np.testing.assert_array_equal(piece["targets"], row[start + 1 : stop + 1])
+        np.testing.assert_array_equal(piece["mask"], counts[start + 1 : stop + 1])
+        np.testing.assert_array_equal(data.tokens[start:stop], row[start:stop])
+    window = data.window(3, 40)
+    np.testing.assert_array_equal(window["inputs"], examples[3].tokens)
+    assert window["mask"].sum() == 5
+    assert data.window(1, 80)["mask"].sum() == 10
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -156,13 +162,11 @@ def test_it_feeds_the_pipeline(task):
     [
         ("associative_recall:x", 64, "data.source='associative_recall:x': expected a number of pairs after the colon"),
         ("selective_copying:0", 64, "expected a number of symbols after the colon, such as 8"),
-        ("associative_recall:16", 32, "model.vocab_size=32: associative_recall of 16 pairs needs 33 tokens or more"),
-        ("selective_copying", 3, "model.vocab_size=3: selective_copying of 8 symbols needs 4 tokens or more"),
-        (
-            "associative_recal",
-            64,
-            "no such folder; expected embedded, synthetic, associative_recall, selective_copying",
-        ),
+        ("associative_recall:16", 32, "model.vocab_size=32: associative_recall of 16 pairs needs 33 or more"),
+        ("selective_copying", 3, "model.vocab_size=3: selective_copying of 8 symbols needs 4 or more"),
+        ("associative_recall:17", 64, "data.sequence_length=64: associative_recall of 17 pairs needs 68 or more"),
+        ("selective_copying:32", 64, "data.sequence_length=64: selective_copying of 32 symbols needs 65 or more"),
+        ("associative_recal", 64, "no such folder; expected embedded, synthetic, associative_recall, selective"),
     ],
 )
 def test_what_there_is_not(location, vocab_size, message):
@@ -171,11 +175,5 @@ def test_what_there_is_not(location, vocab_size, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("task", "least"), [("associative_recall", 31), ("selective_copying", 16)])
-def test_a_sequence_that_does_not_fit(task, least):
-    data = sources.load(f"{task}:8", "train", vocab_size=64)
-    data.window(0, least)
-    with pytest.raises(ConfigError, match=f"8 .* do not fit {least - 1} tokens; expected {least} tokens or more"):
-        data.window(0, least - 1)
-    with pytest.raises(ConfigError, match="is sequences, not one long row of tokens"):
-        data.piece(0, 10)
+def test_tasks_are_known_to_need_no_files():
+    assert set(TASKS) == set(task_source.TASKS) < set(config_lib.GENERATED)

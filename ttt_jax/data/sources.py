@@ -21,11 +21,24 @@ _EXPECTED = (
 def from_config(config: ml_collections.ConfigDict, split: str) -> TokenSource:
     """The split of the dataset that ``config.data`` names; raises as :func:`load`."""
     data = config.data
-    return load(data.source, split, vocab_size=config.model.vocab_size, bos=data.bos, tokenizer=data.tokenizer)
+    return load(
+        data.source,
+        split,
+        vocab_size=config.model.vocab_size,
+        bos=data.bos,
+        tokenizer=data.tokenizer,
+        sequence_length=data.sequence_length,
+    )
 
 
 def load(
-    location: str, split: str, *, vocab_size: int | None = None, bos: int | None = None, tokenizer: str = ""
+    location: str,
+    split: str,
+    *,
+    vocab_size: int | None = None,
+    bos: int | None = None,
+    tokenizer: str = "",
+    sequence_length: int = 0,
 ) -> TokenSource:
     """A split of a dataset.
 
@@ -34,6 +47,7 @@ def load(
       vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
       bos: the token that begins a document, where the dataset does not say it, or says something else.
       tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
+      sequence_length: of a task's sequences; 0 is 64.
 
     Raises:
       ConfigError: for what does not exist, or is of another tokenizer.
@@ -48,7 +62,9 @@ def load(
     elif location == "synthetic":
         source = synthetic.source(split, vocab_size or synthetic.VOCAB_SIZE)
     elif task_source.named(location):
-        source = task_source.source(location, split, vocab_size or task_source.VOCAB_SIZE)
+        source = task_source.source(
+            location, split, vocab_size or task_source.VOCAB_SIZE, sequence_length or task_source.DEFAULT_LENGTH
+        )
     else:
         source = _in_folder(location, split, vocab_size, bos)
     _check_tokenizer(source, tokenizer)

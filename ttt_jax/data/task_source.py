@@ -1,8 +1,8 @@
-"""Synthetic tasks to train on: sequences without end, each a function of its index, with loss on the answers alone."""
+"""Synthetic tasks to train on: sequences without end, each a function of its index; only answers count."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,59 +32,57 @@ TASKS = {
     module.NAME: Task(module.draw, module.least_length, module.least_vocab_size, module.ITEMS)
     for module in (associative_recall, selective_copying)
 }
-DEFAULT_ITEMS, VOCAB_SIZE = 8, 64
+DEFAULT_ITEMS, DEFAULT_LENGTH, VOCAB_SIZE = 8, 64, 64
 _LENGTHS = {"train": 1 << 40, "validation": 1 << 30, "test": 1 << 30}  # tokens
 
 
-class _Nothing:
-    """The tokens of a source that has sequences only: so many, and none of them in a row."""
+class _Row:
+    """Sequences of equal length, one after another; each is drawn when it is read."""
 
-    def __init__(self, name: str, length: int):
-        self._name, self._length = name, length
+    def __init__(self, draw: Callable[[int], Example], sequence_length: int, length: int):
+        self._draw, self._sequence_length, self._length = draw, sequence_length, length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, where: slice, /) -> np.ndarray:
-        raise ConfigError(f"{self._name}: is sequences, not one long row of tokens; expected windows to be asked for")
+        start, stop, _ = where.indices(self._length)
+        return self.read(start, stop)[0]
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``[start, stop)``, and which of them are answers, 0 or 1."""
+        first, last = start // self._sequence_length, -(-stop // self._sequence_length)
+        examples = [self._draw(index) for index in range(first, max(last, first + 1))]
+        tokens = np.concatenate([example.tokens for example in examples])
+        answers = np.zeros(len(tokens), np.float32)
+        for i, example in enumerate(examples):
+            answers[i * self._sequence_length + example.answers] = 1
+        here = slice(start - first * self._sequence_length, stop - first * self._sequence_length)
+        return tokens[here], answers[here]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource(TokenSource):
-    """One split of a synthetic task: a source whose window ``index`` of T tokens is a sequence drawn for it.
+    """One split of a synthetic task: sequences of equal length in a row, of which only answers count as targets.
 
-    A longer window is a longer sequence of as many items, so a model can be evaluated on contexts beyond those it was
-    trained on. Splits draw from different seeds.
+    Windows of that length are a sequence each; longer windows are several sequences, one after another.
     """
 
     task: str = ""
     items: int = DEFAULT_ITEMS
+    sequence_length: int = DEFAULT_LENGTH
     split: str = "train"
 
-    _SEEDS: ClassVar = {split: i for i, split in enumerate(_LENGTHS)}
+    def example(self, index: int) -> Example:
+        """Sequence ``index``, with the places of its answers."""
+        key = list(_LENGTHS).index(self.split), self.items, self.sequence_length, index
+        return TASKS[self.task].draw(np.random.default_rng(key), self.sequence_length, self.items, self.vocab_size)
 
-    def example(self, index: int, sequence_length: int) -> Example:
-        """The sequence of a window, with the places of its answers: T + 1 tokens.
-
-        Raises:
-          ConfigError: where T is too short for the items.
-        """
-        task, length = TASKS[self.task], sequence_length + 1
-        if length < task.least_length(self.items):
-            raise ConfigError(
-                f"{self.name}: {self.items} {task.items} do not fit {sequence_length} tokens; "
-                f"expected {task.least_length(self.items) - 1} tokens or more"
-            )
-        rng = np.random.default_rng([self._SEEDS[self.split], self.items, sequence_length, index])
-        return task.draw(rng, length, self.items, self.vocab_size)
-
-    def window(self, index: int, sequence_length: int) -> dict[str, np.ndarray]:
-        """Window ``index``: int32 ``inputs`` and ``targets`` [T], float32 ``mask`` [T], 1 where the target is an
-        answer."""
-        tokens, answers, _ = self.example(index, sequence_length)
-        mask = np.zeros(sequence_length, np.float32)
-        mask[answers - 1] = 1
-        return {"inputs": tokens[:-1], "targets": tokens[1:], "mask": mask}
+    def piece(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """As of any source; the ``mask`` is 1 where the target is an answer."""
+        assert isinstance(self.tokens, _Row)
+        tokens, answers = self.tokens.read(start, stop + 1)
+        return {"inputs": tokens[:-1], "targets": tokens[1:], "mask": answers[1:]}
 
 
 def named(location: str) -> bool:
@@ -92,35 +90,37 @@ def named(location: str) -> bool:
     return location.partition(":")[0] in TASKS
 
 
-def source(location: str, split: str, vocab_size: int) -> TaskSource:
-    """A split of a task.
+def source(location: str, split: str, vocab_size: int, sequence_length: int = DEFAULT_LENGTH) -> TaskSource:
+    """A split of a task. Splits are drawn from different seeds.
 
     Args:
       location: ``associative_recall``, ``selective_copying``, or with the number of items, ``selective_copying:16``.
       vocab_size: of the model; all of it is used.
+      sequence_length: tokens of each sequence.
 
     Raises:
-      ConfigError: for a number of items that is none, or does not fit the vocabulary.
+      ConfigError: for a number of items that is none, or does not fit the vocabulary or the sequences.
     """
     name, _, number = location.partition(":")
     task = TASKS[name]
     if number and not (number.isdecimal() and 1 <= int(number) < 1 << 20):
         raise ConfigError(f"data.source={location!r}: expected a number of {task.items} after the colon, such as 8")
     items = int(number) if number else DEFAULT_ITEMS
+    needs = f"{name} of {items} {task.items} needs"
     if vocab_size < task.least_vocab_size(items):
-        raise ConfigError(
-            f"model.vocab_size={vocab_size}: {name} of {items} {task.items} needs {task.least_vocab_size(items)} "
-            "tokens or more"
-        )
-    full_name = f"{name}:{items}"
-    return TaskSource(
-        name=f"{full_name}/{split}",
-        tokens=_Nothing(f"{full_name}/{split}", _LENGTHS[split]),
+        raise ConfigError(f"model.vocab_size={vocab_size}: {needs} {task.least_vocab_size(items)} or more")
+    if sequence_length < task.least_length(items):
+        raise ConfigError(f"data.sequence_length={sequence_length}: {needs} {task.least_length(items)} or more")
+    found = TaskSource(
+        name=f"{name}:{items}/{split}",
+        tokens=np.zeros(0),
         vocab_size=vocab_size,
         bos=None,
         tokenizer=(name,),
-        known_fingerprint=f"{full_name}-{split}-{vocab_size}",
+        known_fingerprint=f"{name}:{items}-{split}-{sequence_length}-{vocab_size}",
         task=name,
         items=items,
+        sequence_length=sequence_length,
         split=split,
     )
+    return dataclasses.replace(found, tokens=_Row(found.example, sequence_length, _LENGTHS[split]))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ttt_jax.config import ConfigError
+from ttt_jax.config import GENERATED, ConfigError
 from ttt_jax.launch.job import Job
 
 
@@ -19,7 +19,7 @@ def no_local_files(job: Job) -> None:
         return
     places = {"data.source": config.data.source, "training.start_from": config.training.start_from}
     for key, place in places.items():
-        if place not in ("", "embedded", "synthetic") and "://" not in place:
+        if place and place.partition(":")[0] not in GENERATED and "://" not in place:
             raise ConfigError(
                 f"{key}={place!r}: a folder of this machine, not there; expected gs://bucket/name (copy it: "
                 f"gcloud storage cp -r {place} gs://bucket/), or another URL"

@@ -21,10 +21,10 @@ def run(made_run):
 
 def test_accuracies_are_of_the_logits(run, plain_logits):
     (cell,) = task_probe.probe(run, **OPTIONS, batch_size=4)
-    source = task_source.source("associative_recall:2", "validation", 12)
+    source = task_source.source("associative_recall:2", "validation", 12, 20)
     right, losses, whole, by_distance = [], [], 0, {}
     for index in range(7):
-        tokens, answers, sources = source.example(index, 20)
+        tokens, answers, sources = source.example(index)
         logits = plain_logits(run, tokens[None, :-1])[0]
         found = []
         for answer, repeated in zip(answers, sources, strict=True):
@@ -70,7 +70,7 @@ def test_a_model_that_knows_all_and_one_that_knows_nothing(run, monkeypatch, tmp
 
 def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        task_probe, "_predictions", lambda trained, read, examples, size: (np.zeros((50, 300)), np.zeros((50, 300)))
+        task_probe, "_predictions", lambda trained, read, examples, size: (np.zeros((50, 299)), np.zeros((50, 299)))
     )
     run = run._replace(workdir=tmp_path / "r")
     short, long = task_probe.probe(run, items=[4], contexts=[30, 300], samples=50)
@@ -89,9 +89,9 @@ def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
 def test_what_cannot_be_probed(run, loaded):
     with pytest.raises(ConfigError, match=r"data.source='embedded': is no task to probe; expected a run on"):
         task_probe.task_of(loaded("ttt_linear").config)
-    with pytest.raises(ConfigError, match="8 pairs do not fit 20 tokens; expected 31 tokens or more"):
+    with pytest.raises(ConfigError, match=r"data.sequence_length=20: associative_recall of 8 pairs needs 32 or"):
         task_probe.probe(run._replace(config=wider(run.config)), **{**OPTIONS, "items": [2, 8]})
-    with pytest.raises(ConfigError, match=r"model.vocab_size=12: associative_recall of 8 pairs needs 17 tokens"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=12: associative_recall of 8 pairs needs 17 or"):
         task_probe.probe(run, **{**OPTIONS, "items": [8]})
 
 

@@ -41,7 +41,7 @@ def task_of(config: ml_collections.ConfigDict) -> tuple[str, int]:
         raise ConfigError(
             f"data.source={location!r}: is no task to probe; expected a run on one of {', '.join(task_source.TASKS)}"
         )
-    found = task_source.source(location, "train", config.model.vocab_size)
+    found = task_source.source(location, "train", config.model.vocab_size, config.data.sequence_length)
     return found.task, found.items
 
 
@@ -86,14 +86,16 @@ def probe(
     known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
     wanted = [(number, context) for number in items for context in contexts]
     read = _reader(trained)
-    sources = {n: task_source.source(f"{task}:{n}", split, trained.config.model.vocab_size) for n in items}
-    for number, context in wanted:  # what does not fit is told before anything is computed
-        sources[number].example(0, context)
+    vocab_size = trained.config.model.vocab_size
+    sources = {  # what does not fit is told before anything is computed
+        (number, context): task_source.source(f"{task}:{number}", split, vocab_size, context)
+        for number, context in wanted
+    }
     for number, context in wanted:
         if (number, context) in known:
             continue
         progress(f"{task}, {number} {task_source.TASKS[task].items}, context {context}")
-        examples = [sources[number].example(index, context) for index in range(samples)]
+        examples = [sources[number, context].example(index) for index in range(samples)]
         size = batch_size or trained.config.data.batch_size * trained.config.data.sequence_length // context
         found = _summary(examples, *_predictions(trained, read, examples, max(1, min(size, samples))))
         cell = {**conditions, "items": number, "context": context, **found}
