@@ -76,6 +76,32 @@ def random_params() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def save_run(random_params) -> Callable[..., dict[int, Any]]:
+    """``save_run(workdir, config, steps)``: makes a workdir with checkpoints of random parameters, compiling nothing;
+    returns the parameters by step."""
+    from ttt_jax import config as config_lib
+    from ttt_jax.models.build import language_model
+    from ttt_jax.parallel import sharding
+    from ttt_jax.training import program
+    from ttt_jax.training.checkpoint import Checkpoints
+
+    def save(workdir: Path, config: Any, steps: tuple[int, ...] = (5,), stddev: float = 0.5) -> dict[int, Any]:
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+        mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
+        abstract = program.make(config, mesh).abstract_state
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+        checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), language_model(config.model), {}
+        for step in steps:
+            found[step] = random_params(model, np.zeros((1, 1), np.int32), seed=step, stddev=stddev)
+            checkpoints.save(step, empty._replace(step=np.int32(step), params=found[step]), {})
+        checkpoints.close()
+        return found
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def in_one_process(tmp_path_factory) -> Callable[[list[str]], dict[str, list]]:
     """``in_one_process(commands)``: status, stdout and stderr of each command of ttt, all of one process in an empty
     folder, which must neither load JAX nor leave a file."""

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def test_help_and_refusals_do_not_load_jax():
 import contextlib, io, json, sys
 from ttt_jax import cli
 printed = {{}}
-for command in ["--help", "train --help", "eval --help", "plot --help", "bench --help", "--version", "trian",
+for command in ["--help", "train --help", "eval --help", "plot --help", "plot loss-by-position --help",
+                "bench --help", "--version", "trian",
                 "train --workdir x", "train --workdir x --config {QUICKSTART} --config.model.widht=3",
                 "bench step --config {QUICKSTART} --config.model.num_heads=3"]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -99,8 +101,10 @@ print(json.dumps([printed, heavy]))
             assert lines[0].endswith(meaning)
     for option in ("--workdir", "--context", "--split", "--max-windows", "--step", "--batch-size", "SPLIT-T.npz"):
         assert option in outputs["eval --help"]
-    for option in ("loss-by-position", "--output", "--split", "--context", ".svg", "ttt eval"):
-        assert option in outputs["plot --help"]
+    for kind in ("loss-by-position", "flops", "context", "mini-batch", "inner-loss", "table", "ttt plot flops --help"):
+        assert kind in outputs["plot --help"]
+    for option in ("--output", "--split", "--context", "--by-document", "--against", ".svg", "ttt eval"):
+        assert option in outputs["plot loss-by-position --help"]
     for option in ("bench step", "--repeats", "--warmup", "--json", "matrix products"):
         assert option in outputs["bench --help"]
 
@@ -134,7 +138,7 @@ def test_a_verb_is_needed(refused):
         ("eval --workdir x --split test stray", "error: unexpected argument: stray"),
         ("eval --work x", "error: the following arguments are required: --workdir"),  # no abbreviations
         ("eval --workdir x", "x/config.json: not found; expected the workdir of a run, with its config.json"),
-        ("plot", "error: the following arguments are required: loss-by-position, workdir"),
+        ("plot", "error: the following arguments are required: KIND"),
         (
             "plot loss-by-position x --output x.txt",
             "--output x.txt: expected a name that ends in .png, .pdf or .svg",
@@ -293,6 +297,40 @@ def test_eval_writes_three_files_that_agree(evaluated):
     assert f"loss {about['loss']:.4f} +- {about['loss_standard_error']:.4f}" in printed
     assert f"perplexity {about['perplexity']:.4f}" in printed
     assert str(files[".npz"]) in printed
+
+
+def test_eval_of_several_at_once_and_how_they_differ(trained, tmp_path, capsys, refused):
+    runs = [tmp_path / name for name in ("first", "second")]
+    for workdir in runs:
+        shutil.copytree(trained, workdir)
+    shutil.rmtree(runs[1] / "checkpoints" / "4")  # leaves that of step 2
+    table = tmp_path / "all.csv"
+    few = ["--by-document", "--max-windows", 3, "--split", "test"]
+    assert ttt("eval", "--workdir", *runs, "--context", "20,40", *few, "--csv", table) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("3 documents of up to") == 4
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for run in runs:
+        for context in (20, 40):
+            about = json.loads((run / f"eval/test-documents-{context}.json").read_text())
+            found[run.name, context] = about["loss"]
+            of_it = [row for row in rows if (row["workdir"], row["context"]) == (run.name, str(context))]
+            assert sum(int(row["bin_count"]) for row in of_it) == about["tokens"]
+            total = sum(float(row["bin_loss"]) * int(row["bin_count"]) for row in of_it if int(row["bin_count"]))
+            assert total / about["tokens"] == pytest.approx(about["loss"], rel=1e-9)
+    assert len({*found.values()}) == 4
+
+    compare = ["eval", "compare", *runs, "--split", "test", "--by-document"]
+    assert ttt(*compare) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [overall] = [line for line in lines if re.search(r"\ball\b", line)]
+    first, difference = found["first", 40], found["second", 40] - found["first", 40]
+    assert re.search(rf"{first:.4f}.*{re.escape(f'{difference:+.4f}')} \+- 0\.\d{{4}}", overall)
+    positions = [match[1] for line in lines if (match := re.search(r"([\d]+ - \d+)", line))]
+    assert positions == ["1 - 1", "2 - 3", "4 - 7", "8 - 15", "16 - 31", "32 - 40"]
+    assert refused(*compare[:3], *compare[4:]).endswith(f"{runs[0]}: alone; expected two workdirs or more")
 
 
 def test_eval_of_what_is_not_there(trained, refused, tmp_path):

@@ -13,7 +13,8 @@ from ttt_jax.training import loop
 def test_what_there_is_not(argument):
     with pytest.raises(ConfigError) as error:
         get(f"tasks.py:{argument}")
-    said = "expected associative_recall or selective_copying, then nothing or ,MIXER, one of ttt_linear, ttt_mlp, attention"
+    mixers = "ttt_linear, ttt_mlp, attention"
+    said = f"expected associative_recall or selective_copying, then nothing or ,MIXER, one of {mixers}"
     assert str(error.value) == f"tasks.py:{argument}: {said}"
 
 

@@ -120,6 +120,14 @@ def test_synthetic_tokens_are_even_and_differ_between_splits():
     assert (found["test"] == found["validation"]).mean() < 0.08
 
 
+def test_synthetic_documents_begin_where_their_bos_is():
+    source = synthetic.source("train", 97)
+    assert len(source.documents) == len(source.tokens) // 4096
+    found = source.documents[2:5]
+    assert found.tolist() == [8192, 12288, 16384]
+    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.BOS] * 3
+
+
 def test_synthetic_is_without_end():
     source = sources.load("synthetic", "train")
     assert source.windows(2048) > 10**8

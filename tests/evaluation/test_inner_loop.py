@@ -46,7 +46,7 @@ def trained(tmp_path_factory, random_params):
     model, rules = language_model(config.model), sharding.ShardingRules()
     params = random_params(model, np.zeros((1, 1), np.int32))
     place = sharding.batch_sharding(mesh, rules)
-    return Trained(at(tmp_path_factory.mktemp("run")), config, model, params, 5, mesh, rules, place)
+    return Trained(at(tmp_path_factory.mktemp("run")), config, model, params, 5, "", mesh, rules, place)
 
 
 @pytest.fixture(autouse=True)

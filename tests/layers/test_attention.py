@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers import rope
-from ttt_jax.layers.attention import Attention, causal_attention
+from ttt_jax.layers.attention import Attention, cached_attention, causal_attention
 
 
 def numpy_attention(q, k, v):
@@ -23,6 +23,16 @@ def test_blocks_are_the_softmax(quick_jit, assert_close, tokens, block):
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
     actual = quick_jit(causal_attention, static_argnames="block")(q, k, v, block=block)
     assert_close(actual, numpy_attention(q, k, v), 1e-6)
+
+
+@pytest.mark.parametrize(("start", "tokens", "block"), [(5, 7, 3), (0, 6, 3), (9, 1, 4)])
+def test_queries_attend_to_a_cache_up_to_themselves(quick_jit, assert_close, start, tokens, block):
+    """Blocks that are not full, that are, and a single query; behind the last position the cache holds rubbish."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, start + tokens, 3, 6)).astype(np.float32)
+    keys, values = (np.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=1e3) for x in (k, v))
+    attend = quick_jit(cached_attention, static_argnames="block")
+    actual = attend(q[:, start:], keys, values, np.int32(start), block=block)
+    assert_close(actual, numpy_attention(q, k, v)[:, start:], 1e-6)
 
 
 def test_layer_attends_with_absolute_positions(random_params, assert_close):

@@ -90,12 +90,6 @@ def starts(source: TokenSource) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *found])
 
 
-def bounds(source: TokenSource) -> list[tuple[int, int]]:
-    """Where the documents of at least two tokens begin and end, in order; raises as :func:`starts`."""
-    pairs = itertools.pairwise([*starts(source).tolist(), len(source.tokens)])
-    return [(start, stop) for start, stop in pairs if stop - start >= LEAST_TOKENS]
-
-
 def length(sequence: tuple[Span, ...]) -> int:
     """Inputs of a sequence."""
     return sum(map(len, sequence))
@@ -136,7 +130,8 @@ def _row(source: TokenSource, sequence: tuple[Span, ...], offset: int, tokens: i
 
 def _whole(source: TokenSource, length: int, most: int) -> list[Span]:
     """Documents with all of their tokens as inputs, or the first so many."""
-    found = bounds(source)
+    pairs = itertools.pairwise([*starts(source).tolist(), len(source.tokens)])
+    found = [(start, stop) for start, stop in pairs if stop - start >= LEAST_TOKENS]
     count = min(len(found), most)
     spread = [found[i * len(found) // count] for i in range(count)]
     end = len(source.tokens) - 1  # the last token of all has no target

@@ -30,9 +30,23 @@ class _Tokens:
         return tokens
 
 
+class _Documents:
+    """Where documents begin."""
+
+    def __init__(self, length: int):
+        self._starts = range(0, length, _DOCUMENT)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, where: slice, /) -> np.ndarray:
+        part = self._starts[where]
+        return np.arange(part.start, part.stop, part.step)
+
+
 def source(split: str, vocab_size: int) -> TokenSource:
     """A split without end, nearly: 2^40 tokens to train on."""
     salt = 1 + list(_LENGTHS).index(split)
-    tokens = _Tokens(_LENGTHS[split], vocab_size, salt)
+    tokens, documents = _Tokens(_LENGTHS[split], vocab_size, salt), _Documents(_LENGTHS[split])
     fingerprint = f"synthetic-{split}-{vocab_size}"
-    return TokenSource(f"synthetic/{split}", tokens, vocab_size, BOS, None, ("synthetic",), fingerprint)
+    return TokenSource(f"synthetic/{split}", tokens, vocab_size, BOS, documents, ("synthetic",), fingerprint)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from ttt_jax.config import ConfigError
@@ -19,6 +20,7 @@ from ttt_jax.data.source import TokenSource
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import build
 from ttt_jax.parallel import sharding
+from ttt_jax.workdir import Workdir
 
 BY_POSITION = ("loss_at_w0", "loss_before", "loss_after", "target_spread")
 _WITH_ERRORS = (*BY_POSITION, "weight_change", "eta")  # means over heads, of each window
@@ -94,6 +96,15 @@ def summary(found: InnerLoop) -> list[LayerSummary]:
     return [LayerSummary(*map(float, row)) for row in zip(*columns, strict=True)]
 
 
+def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
+    """Raises :class:`ConfigError` where the model of a run has no inner loop."""
+    if not build.learns(model):
+        raise ConfigError(
+            f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with "
+            "model.mixer=ttt_linear or ttt_mlp"
+        )
+
+
 def inspect(
     trained: Trained,
     *,
@@ -120,11 +131,7 @@ def inspect(
       ConfigError: where the model has no inner loop, or there is no such split or context.
     """
     config = trained.config
-    if not build.learns(config.model):
-        raise ConfigError(
-            f"--workdir {trained.workdir}: its {build.describe(config.model)} has no inner loop; expected a run with "
-            "model.mixer=ttt_linear or ttt_mlp"
-        )
+    check(trained.workdir, config.model)
     data = sources.from_config(config, split)
     source.check(data, config.model.vocab_size, 1 if by_document else context)
     starts = _starts(data, context, most_windows, by_document)
@@ -165,15 +172,14 @@ def inspect(
 def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> list[int]:
     """Where windows begin; of documents, those with more than ``context`` tokens."""
     if not by_document:
-        total = data.windows(context)
-        count = min(total, most)
-        return [i * total // count * context for i in range(count)]
-    lengths = {start: stop - start for start, stop in sequences.bounds(data)}
-    found = [start for start, length in lengths.items() if length > context]
+        return [window[0].start for window in sequences.windows(data, context, most)]
+    starts = sequences.starts(data)
+    lengths = np.diff(starts, append=len(data.tokens))
+    found = starts[lengths > context].tolist()
     if not found:
         raise ConfigError(
             f"--context {context}: no document of {data.name} has more tokens; expected less than the longest, "
-            f"{max(lengths.values(), default=0)}"
+            f"{lengths.max(initial=0)}"
         )
     count = min(len(found), most)
     return [found[i * len(found) // count] for i in range(count)]
@@ -240,7 +246,7 @@ def _about(
 ) -> dict[str, Any]:
     model = trained.config.model
     return {
-        "workdir": trained.workdir.resolve().name,
+        "workdir": trained.name,
         "model": build.describe(model),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "step": trained.step,

@@ -48,8 +48,7 @@ class Attention(nn.Module):
         else:
             keys = jax.lax.dynamic_update_slice_in_dim(state.keys, k, start, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(state.values, v, start, axis=1)
-            visible = jnp.arange(keys.shape[1]) <= positions[:, None]  # [T, S]
-            y = jax.nn.dot_product_attention(q, keys, values, mask=visible[None, None])
+            y = cached_attention(q, keys, values, start)
             state = AttentionState(keys, values, start + tokens)
         y = y.reshape(batch, tokens, width)
         return Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(y), state
@@ -81,3 +80,24 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int = 256)
 
     y = jnp.concatenate([attend(start) for start in range(0, tokens, block)], axis=2)
     return y.swapaxes(1, 2)
+
+
+def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, block: int = 256) -> jax.Array:
+    """Softmax attention of queries [B, T, H, d], the first at position ``start``, each to the keys [B, S, H, d] of a
+    cache up to its own position; [B, T, H, d].
+
+    Queries are taken in blocks, one after the other, so that no more than ``block`` x S logits per head are in memory.
+    """
+    tokens, block = q.shape[1], min(block, q.shape[1])
+    blocks = -(-tokens // block)
+    q = jnp.pad(q, ((0, 0), (0, blocks * block - tokens), (0, 0), (0, 0)))
+
+    def attend(first: jax.Array | int) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(q, first, block, axis=1)
+        visible = jnp.arange(keys.shape[1]) <= (start + first + jnp.arange(block))[:, None]  # [block, S]
+        return jax.nn.dot_product_attention(part, keys, values, mask=visible[None, None])
+
+    if blocks == 1:
+        return attend(0)[:, :tokens]
+    y = jax.lax.map(attend, block * jnp.arange(blocks))  # [blocks, B, block, H, d]
+    return y.swapaxes(0, 1).reshape(q.shape)[:, :tokens]

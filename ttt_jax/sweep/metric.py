@@ -2,7 +2,7 @@
 
 Of ``metrics.jsonl``, any number that is recorded: the mean of those of the last 5 % of the steps so far, as the loss of
 a single batch is noisy; of speeds, the median of all. Of evaluations, ``SPLIT-T`` or ``SPLIT-T/NAME``, a number of
-``eval/SPLIT-T.json`` as ``ttt eval`` writes it; its loss, where none is named.
+``eval/SPLIT-T.json`` as ``ttt eval`` writes it (or of its other names); its loss, where none is named.
 """
 
 import math
@@ -17,7 +17,9 @@ from ttt_jax.workdir import Workdir, explained
 _LAST = 0.05  # of the steps
 _SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "model_flop_utilisation")
 _HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_per_chip", "model_flop_utilisation", "goodput")
-_EVALUATION = re.compile(r"((?:train|validation|test)(?:-documents)?-\d+)(?:/(\w+))?")
+_EVALUATION = re.compile(
+    r"((?:[\w.]+-)?(?:train|validation|test)(?:-documents)?(?:-carried)?-\d+(?:-at-\d+)?)(?:/(\w+))?"
+)
 
 
 class Value(NamedTuple):
