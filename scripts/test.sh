@@ -17,6 +17,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
-shellcheck scripts/*.sh launch/*.sh launch/*.sbatch .ci/run
+shellcheck scripts/*.sh scripts/reproduce/*.sh launch/*.sh launch/*.sbatch .ci/run
 if command -v hadolint >/dev/null; then hadolint launch/Dockerfile; fi # its wheel is for Linux on x86_64
 python -m pytest -n 2 --dist worksteal --durations 10 "$@"

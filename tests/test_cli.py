@@ -68,7 +68,8 @@ def test_help_and_refusals_do_not_load_jax():
 import contextlib, io, json, sys
 from ttt_jax import cli
 printed = {{}}
-for command in ["--help", "train --help", "eval --help", "plot --help", "bench --help", "--version", "trian",
+for command in ["--help", "train --help", "eval --help", "plot --help", "plot loss-by-position --help",
+                "bench --help", "--version", "trian",
                 "train --workdir x", "train --workdir x --config {QUICKSTART} --config.model.widht=3",
                 "bench step --config {QUICKSTART} --config.model.num_heads=3"]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -100,8 +101,10 @@ print(json.dumps([printed, heavy]))
             assert lines[0].endswith(meaning)
     for option in ("--workdir", "--context", "--split", "--max-windows", "--step", "--batch-size", "SPLIT-T.npz"):
         assert option in outputs["eval --help"]
-    for option in ("loss-by-position", "--output", "--split", "--context", ".svg", "ttt eval"):
-        assert option in outputs["plot --help"]
+    for kind in ("loss-by-position", "flops", "context", "mini-batch", "inner-loss", "table", "ttt plot flops --help"):
+        assert kind in outputs["plot --help"]
+    for option in ("--output", "--split", "--context", "--by-document", "--against", ".svg", "ttt eval"):
+        assert option in outputs["plot loss-by-position --help"]
     for option in ("bench step", "--repeats", "--warmup", "--json", "matrix products"):
         assert option in outputs["bench --help"]
 
@@ -135,7 +138,7 @@ def test_a_verb_is_needed(refused):
         ("eval --workdir x --split test stray", "error: unexpected argument: stray"),
         ("eval --work x", "error: the following arguments are required: --workdir"),  # no abbreviations
         ("eval --workdir x", "x/config.json: not found; expected the workdir of a run, with its config.json"),
-        ("plot", "error: the following arguments are required: loss-by-position, workdir"),
+        ("plot", "error: the following arguments are required: KIND"),
         (
             "plot loss-by-position x --output x.txt",
             "--output x.txt: expected a name that ends in .png, .pdf or .svg",

@@ -1,40 +1,177 @@
-"""``ttt plot``: pictures of evaluations."""
+"""``ttt plot``: pictures and tables from evaluations."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, positive
+from ttt_jax.cli_types import SPLITS, counts, not_negative, positive
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
-Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split
-and context: a smoothed curve over the raw points, on a log axis.
+Draws what ttt eval and ttt inspect have written about runs.
+
+kinds:
+  loss-by-position  loss by token index of several runs; paired differences
+  flops             perplexity against training FLOPs, a line per kind of model
+  context           perplexity against the context of training, a line per size
+  mini-batch        perplexity and time of a step against the inner mini-batch
+  inner-loss        the loss of the inner loop by token index, layer by layer
+  table             an ablation: each run, and its difference to the one before
+
+Each kind tells more: ttt plot flops --help. A DIR is the workdir of a run, that of a sweep, or a folder of those.
+What a run is, is read from what has been written about it, never from the names of folders.
 """
+_PUBLISHED = "with what the paper states in its text (2407.04620)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt plot``."""
-    add = parser.add_argument
-    add("kind", choices=["loss-by-position"], metavar="loss-by-position")
-    add("workdir", nargs="+", help="workdirs of evaluated runs")
-    output = Path("loss-by-position.png")
-    add("--output", type=Path, default=output, metavar="FILE", help=f".png, .pdf, .svg (default: {output})")
-    add("--split", default="validation", choices=SPLITS, help="(default: validation)")
-    add("--context", type=positive, metavar="T", help="of the evaluations (default: the longest)")
-    add("--by-document", action="store_true", help="the evaluations that were made with this option")
+    """The kinds of ``ttt plot``, and the options of each."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=argparse.SUPPRESS)
+
+    def kind(name: str, draw: Callable[[argparse.Namespace], None], description: str):
+        style = argparse.RawDescriptionHelpFormatter
+        p = kinds.add_parser(name, description=description, formatter_class=style, allow_abbrev=False)
+        default = [] if name == "table" else [Path(f"{name}.png")]
+        p.set_defaults(draw=draw, default=default)
+        accepted = ".tex, .csv or .txt" if name == "table" else f".png, .pdf or .svg (default: {default[0]})"
+        several = f"{accepted}; may be given several times"
+        p.add_argument("--output", type=Path, action="append", metavar="FILE", help=several)
+        p.add_argument("--split", default="validation", choices=SPLITS, help="(default: validation)")
+        return p
+
+    p = kind("loss-by-position", _loss_by_position, _LOSS_BY_POSITION)
+    p.add_argument("workdir", nargs="+", help="workdirs of evaluated runs")
+    p.add_argument("--context", type=positive, metavar="T", help="of the evaluations (default: the longest)")
+    p.add_argument("--by-document", action="store_true", help="the evaluations that were made with this option")
+    p.add_argument("--against", metavar="DIR", help="a run: also the paired difference of each other one to it")
+    p.add_argument("--perplexity", action="store_true", help="the exponential of the mean loss, on a log axis")
+
+    contexts = {"type": counts, "metavar": "T,T", "help": "only runs that were trained at these (default: all)"}
+    p = kind("flops", _flops, _FLOPS)
+    p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    p.add_argument("--context", **contexts)
+    p.add_argument("--published", action="store_true", help=_PUBLISHED)
+
+    p = kind("context", _context, _CONTEXT)
+    p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    p.add_argument("--context", **contexts)
+    lines = "a line for each size, or for each kind of model (default: size)"
+    p.add_argument("--lines", choices=["size", "model"], default="size", help=lines)
+
+    p = kind("mini-batch", _mini_batch, _MINI_BATCH)
+    p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    p.add_argument("--published", action="store_true", help=_PUBLISHED)
+
+    p = kind("inner-loss", _inner_loss, _INNER_LOSS)
+    p.add_argument("workdir", metavar="DIR", help="of an inspected run")
+    p.add_argument("--context", type=positive, metavar="T", help="of the inspection (default: the longest)")
+    p.add_argument("--layers", type=_layers, metavar="I,J", help="from 0: 0,1,2 or 0-2 (default: all)")
+    p.add_argument("--window", type=positive, default=10, metavar="N", help="positions to average over (default: 10)")
+
+    p = kind("table", _table, _TABLE)
+    p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them, in the order of the rows")
+    p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
 
 def run(options: argparse.Namespace) -> int:
-    """``ttt plot loss-by-position``"""
-    from ttt_jax.evaluation import plot as plot_lib
+    """``ttt plot``"""
+    options.output = options.output or options.default
+    options.draw(options)
+    for path in options.output:
+        print(path)
+    return DONE
 
-    plot_lib.loss_by_position(
+
+def _loss_by_position(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation.plots.by_position import loss_by_position
+
+    loss_by_position(
         [workdir_lib.at(workdir) for workdir in options.workdir],
         options.output,
         split=options.split,
         context=options.context,
         by_document=options.by_document,
+        against=options.against,
+        perplexity=options.perplexity,
     )
-    print(options.output)
-    return DONE
+
+
+def _flops(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation.plots.flops import perplexity_by_flops
+
+    chosen = {"split": options.split, "contexts": options.context}
+    perplexity_by_flops(options.workdir, options.output, published=options.published, **chosen)
+
+
+def _context(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation.plots.context import perplexity_by_context
+
+    chosen = {"split": options.split, "contexts": options.context}
+    perplexity_by_context(options.workdir, options.output, lines=options.lines, **chosen)
+
+
+def _mini_batch(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation.plots.mini_batch import by_mini_batch
+
+    by_mini_batch(options.workdir, options.output, split=options.split, published=options.published)
+
+
+def _inner_loss(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation.plots.inner_loss import inner_loss
+
+    chosen = {"split": options.split, "context": options.context, "layers": options.layers}
+    inner_loss(options.workdir, options.output, window=options.window, **chosen)
+
+
+def _table(options: argparse.Namespace) -> None:
+    from ttt_jax.evaluation import style
+    from ttt_jax.evaluation.plots import ablation
+    from ttt_jax.sweep import tables
+
+    style.check_output(*options.output, accepted=ablation.SUFFIXES)
+    rows = ablation.rows(options.workdir, split=options.split, published=options.published)
+    tables.console().print(ablation.as_table(rows))
+    for path in options.output:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ablation.as_text(rows, path.suffix), newline="")
+
+
+def _layers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        found += range(not_negative(first), not_negative(last if dash else first) + 1)
+    return found
+
+
+_LOSS_BY_POSITION = """\
+Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split
+and context: a smoothed curve over the raw points, on a log axis, with the 95 % interval of the mean in each bin.
+
+--against adds what stands between the curves: their difference to one run on the same text, which is known better than
+either, as what is hard to predict is hard for both.
+"""
+_FLOPS = """\
+Draws the perplexity of runs, each at the context of its training, against the FLOPs of its training, both on log axes:
+a panel for each context, a line for each kind of model through its sizes. Figures 10, 11, 15 of the paper.
+
+FLOPs are counted from the config: matrix products, forward and backward, without recomputation; of a run that started
+from another's parameters, those of its own steps.
+"""
+_CONTEXT = """\
+Draws the perplexity of runs against the context of their training, at which each is evaluated. Figure 16 of the paper
+is --lines model.
+"""
+_MINI_BATCH = """\
+Draws perplexity, and seconds per training step, against the mini-batch size of the inner loop: a sweep over
+model.ttt.mini_batch. Figure 7 of the paper.
+"""
+_INNER_LOSS = """\
+Draws the loss of the inner loop by token index, after ttt inspect has been run: at W0, at the weights before each
+step, and after it; a panel for each layer. Figures 4 (--layers 0-2) and 14 of the paper.
+"""
+_TABLE = """\
+Prints a table of runs: perplexity at the context of training, what each changes in the run before it, and the
+difference in perplexity, with its standard error over documents, paired. Table 1 of the paper.
+"""

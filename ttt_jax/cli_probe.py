@@ -97,11 +97,12 @@ def needle(options: argparse.Namespace) -> int:
     """``ttt probe needle``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
+    from ttt_jax.evaluation import style
     from ttt_jax.evaluation.probes import heat_map, needle_probe, report, texts
     from ttt_jax.evaluation.probes.needle import TASKS
 
     if options.plot:
-        heat_map.check_output(options.plot)
+        style.check_output(options.plot, option="--plot")
     chosen = {"tokenizer": options.tokenizer, "haystack": options.haystack, "split": options.split}
     prepared = [texts.of_run(config, options.task, **chosen) for config in configs]
     n = options.depths
@@ -142,10 +143,11 @@ def task(options: argparse.Namespace) -> int:
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
     from ttt_jax.data.task_source import TASKS
+    from ttt_jax.evaluation import style
     from ttt_jax.evaluation.probes import heat_map, report, task_probe
 
     if options.plot:
-        heat_map.check_output(options.plot)
+        style.check_output(options.plot, option="--plot")
     for config in configs:  # whatever is wrong with one of them is told before any is loaded
         task_probe.task_of(config)
     panels = []

@@ -74,6 +74,8 @@ def make(
     if options.verb in _HERE_ONLY:
         raise ConfigError(f"ttt {options.verb}: runs here; expected a command for other machines, such as ttt train")
     workdir = getattr(options, "workdir", None) or getattr(options, "output", None)
+    if isinstance(workdir, list):  # of ttt eval: the first stands for all, but the name is of all of them
+        name, workdir = name or default_name(None, command), workdir[0]
     config = config_file.from_arguments(rest) if options.takes_config else None
     command = tuple(_config_in(root, command) if options.takes_config and sends_sources else command)
     return Job(

@@ -5,28 +5,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import style
 from ttt_jax.sweep import names, results
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.results import Result, Results
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import NullLocator
-
-# Told apart without colour too (Okabe and Ito's palette).
-_STYLES = [
-    ("#0072B2", "-", "o"),
-    ("#D55E00", "--", "s"),
-    ("#000000", "-.", "^"),
-    ("#009E73", ":", "D"),
-    ("#CC79A7", (0, (5, 1)), "v"),
-    ("#E69F00", (0, (3, 1, 1, 1)), "P"),
-    ("#56B4E9", (0, (8, 2)), "X"),
-    ("#8C6D1F", (0, (1, 1)), "*"),
-]
 _MOST_TICKS = 12
 _MOST_IN_PICTURE = 4  # names of lines; more would cover them
 
@@ -45,8 +32,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     Raises:
       ConfigError: where a key is unknown, or no point has a value.
     """
-    if output.suffix not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--plot {output}: expected a name that ends in .png, .pdf or .svg")
+    style.check_output(output, option="--plot")
     places = {each.standing.point.name: _value(found, each, x, "--x") for each in found.results}
     by = [lines] if lines is not None else _others(found, x)
     groups: dict[tuple, list[Result]] = {}
@@ -60,7 +46,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     hollow = means = False
     for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
-        color, line, marker = _STYLES[index % len(_STYLES)]
+        color, line, marker = style.SERIES[index % len(style.SERIES)]
         label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
         at: dict[float, list[float]] = {}
         for each in members:
@@ -94,9 +80,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
             figure.legend(loc="outside lower center", ncols=2, fontsize=8, edgecolor="none")
         else:
             axes.legend(loc="best", framealpha=0.8, edgecolor="none")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=160)
-    plt.close(figure)
+    style.save(figure, output)
 
 
 class _Axis:

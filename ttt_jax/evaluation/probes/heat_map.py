@@ -4,15 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
-from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import style
 from ttt_jax.evaluation.probes.cells import Cell
 from ttt_jax.evaluation.trained import Trained
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 class Panel(NamedTuple):
@@ -60,7 +57,7 @@ def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
     Raises:
       ConfigError: for another kind of file.
     """
-    check_output(output)
+    style.check_output(output, option="--plot")
     across, down = max(map(len, panels)), len(panels)
     tallest = max(len(panel.rows) for line in panels for panel in line)
     widest = max(len(panel.columns) for line in panels for panel in line)
@@ -73,15 +70,7 @@ def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
         for panel, place in zip(line, places, strict=False):
             images.append(_draw(panel, place))
     figure.colorbar(images[0], ax=axes, label=what, fraction=0.04, pad=0.02)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
-
-
-def check_output(output: Path) -> None:
-    """Raises :class:`ConfigError` where a picture cannot have that name."""
-    if output.suffix not in (".png", ".pdf", ".svg"):
-        raise ConfigError(f"--plot {output}: expected a name that ends in .png, .pdf or .svg")
+    style.save(figure, output)
 
 
 def _draw(panel: Panel, axes):

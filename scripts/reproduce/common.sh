@@ -1,0 +1,235 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it, one for each figure and table of the paper: the same ttt sweep, eval, inspect and
+# plot at two scales. docs/reproduce.md has the pictures.
+#
+#   bash scripts/reproduce/figure_10.sh [--scale tiny]       trains, evaluates and draws; minutes on two CPU cores
+#   bash scripts/reproduce/figure_10.sh --scale paper --bucket gs://BUCKET/reproduce --pile gs://BUCKET/pile \
+#       --books gs://BUCKET/books --accelerator v5litepod-256 --zone ZONE [--spot]      prints the commands
+#   ... --run                                                and runs them; evaluations on --eval-accelerator v5litepod-8
+#
+# At both scales:
+#   --mixers A,B --sizes A,B --contexts A,B    less (or more) than the figure has, by the names of configs/paper.py;
+#                         of table_1, --mixers are its rungs
+#   --mini-batches A,B    of figure_7
+#   --out DIR             of pictures, and at tiny scale of runs (default: runs/reproduce)
+# At tiny scale:
+#   --data DIR            a dataset of ttt tokenize with at most 257 tokens (default: the embedded corpus)
+#   --steps N             shorter runs, in a folder of their own
+#   --jobs N              runs at a time (default: 2)
+#
+# What has been trained is not trained again, by any script: all share one folder of runs.
+
+# shellcheck disable=SC2034  # several variables are of the scripts that source this
+
+options() {
+    scale=tiny out=runs/reproduce bucket='' data_pile='' data_books='' accelerator='' eval_accelerator=v5litepod-8 zone='' spot='' really=''
+    data='' steps='' jobs=2 chosen_mixers='' mini_batches='' chosen_sizes='' chosen_contexts=''
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --spot) spot=yes && shift && continue ;;
+            --run) really=yes && shift && continue ;;
+            --help) sed -n '2,/^$/s/^#\{0,1\} \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        esac
+        [ $# -gt 1 ] || fail "$1: expected an option and its value; --help lists them"
+        case "$1" in
+            --scale) scale="$2" ;;
+            --out) out="$2" ;;
+            --bucket) bucket="${2%/}" ;;
+            --pile) data_pile="$2" ;;
+            --books) data_books="$2" ;;
+            --accelerator) accelerator="$2" ;;
+            --eval-accelerator) eval_accelerator="$2" ;;
+            --zone) zone="$2" ;;
+            --data) data="$2" ;;
+            --steps) steps="$2" ;;
+            --jobs) jobs="$2" ;;
+            --mixers) chosen_mixers="$2" ;;
+            --mini-batches) mini_batches="$2" ;;
+            --sizes) chosen_sizes="$2" ;;
+            --contexts) chosen_contexts="$2" ;;
+            *) fail "$1: no such option; --help lists them" ;;
+        esac
+        shift 2
+    done
+    case "$scale" in
+        tiny)
+            # One text stands for both datasets, so that figures share their runs.
+            file=tiny shorter=16 pile=books books=books data_books="${data:-embedded}" evaluated=65536
+            sizes='125m 350m 760m' contexts='2k 8k 32k' layers=0,1 published=()
+            [ -z "$steps" ] || evaluated=8192
+            pictures="$out/tiny${steps:+-$steps-steps}" runs="$out/tiny${steps:+-$steps-steps}"
+            really=yes
+            ;;
+        paper)
+            file=paper shorter=1 pile=pile books=books evaluated=16777216
+            sizes='125m 350m 760m 1.3b' contexts='1k 2k 4k 8k 16k 32k' layers=0-2 published=(--published)
+            pictures="$out/paper" runs="$bucket"
+            [ -z "$steps$data" ] || fail "--steps, --data: are of --scale tiny"
+            [ -n "$bucket" ] || fail "--bucket: missing; expected where runs live, such as gs://BUCKET/reproduce"
+            [ -n "$accelerator" ] || fail "--accelerator: missing; expected a TPU slice, such as v5litepod-256"
+            [ -n "$zone" ] || fail "--zone: missing; expected a zone of Google Cloud, such as us-west4-a"
+            ;;
+        *) fail "--scale $scale: expected tiny or paper" ;;
+    esac
+}
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# chosen DEFAULT CHOICE: the names in the choice (a,b), or the default ones (a b).
+chosen() {
+    echo "${2:-$1}" | tr ',' ' '
+}
+
+# tokens 2k: how many these are at this scale.
+tokens() {
+    echo $((${1%k} * 1024 / shorter))
+}
+
+# dataset_of RECIPE: where the text lies; a recipe of configs/ablation.py is of the Pile.
+dataset_of() {
+    local name="$pile" at
+    case "$1" in *-books-*) name=books ;; esac
+    case "$name" in books) at="$data_books" ;; *) at="$data_pile" ;; esac
+    [ -n "$at" ] || fail "--$name: missing; expected a dataset of ttt tokenize, such as gs://BUCKET/$name"
+    echo "$at"
+}
+
+# chips_for RECIPE: the accelerator; rows of the 125m cannot be split over all of 256 chips where contexts are long.
+chips_for() {
+    case "${accelerator:-here}:$1" in
+        v5litepod-256:*-125m-*-16k) echo v5litepod-128 ;;
+        v5litepod-256:*-125m-*-32k) echo v5litepod-64 ;;
+        *) echo "${accelerator:-here}" ;;
+    esac
+}
+
+# workdir FOLDER RECIPE: where the run of a recipe lies, as ttt sweep calls it.
+workdir() {
+    local stem="$file"
+    [[ "$2" == *-* ]] || [ "$file" = tiny ] || stem=ablation
+    echo "$runs/$1/$stem.$2"
+}
+
+# config RECIPE: the config file and its argument.
+config() {
+    local stem="$file"
+    [[ "$1" == *-* ]] || [ "$file" = tiny ] || stem=ablation
+    echo "configs/$stem.py:$1"
+}
+
+# train FOLDER RECIPE... [-- OPTIONS]: a sweep of the recipes; those that are done are left alone.
+train() {
+    local folder="$1" recipes=() recipe accelerators chips command text
+    shift
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do recipes+=("$1") && shift; done
+    [ $# -eq 0 ] || shift
+    text=$(dataset_of "${recipes[0]}")
+    accelerators=$(for recipe in "${recipes[@]}"; do chips_for "$recipe"; done | sort -u)
+    for chips in $accelerators; do
+        command=(ttt sweep)
+        for recipe in "${recipes[@]}"; do
+            [ "$(chips_for "$recipe")" != "$chips" ] || command+=(--config "$(config "$recipe")")
+        done
+        command+=("--config.data.source=$text" "$@" --workdir "$runs/$folder")
+        if [ "$scale" = tiny ]; then
+            command+=(${steps:+"--config.training.duration=$steps steps"} --jobs "$jobs")
+        else
+            command+=(-- launch tpu --accelerator "$chips" --zone "$zone" ${spot:+--spot})
+        fi
+        do_ "${command[@]}"
+    done
+}
+
+# evaluate CONTEXT WORKDIR...: their perplexity at 2k, 8k, ...; locally, of those that have none yet.
+evaluate() {
+    local length windows left=() each
+    length=$(tokens "$1") && shift
+    windows=$((evaluated / length))
+    for each in "$@"; do [ -f "$each/eval/validation-$length.json" ] || left+=("$each"); done
+    [ ${#left[@]} -gt 0 ] || return 0
+    there eval --workdir "${left[@]}" --context "$length" --max-windows "$windows"
+}
+
+# inspect CONTEXT WORKDIR: the loss of its inner loop.
+inspect() {
+    local length
+    length=$(tokens "$1")
+    [ ! -f "$2/inspect/validation-$length.json" ] || return 0
+    there inspect --workdir "$2" --context "$length"
+}
+
+# there VERB ...: a command of ttt, here or, at the paper's scale, on a host with TPUs.
+there() {
+    if [ "$scale" = tiny ]; then
+        do_ ttt "$@"
+    else
+        local name
+        name="reproduce-$1-$(cksum <<<"$*" | cut -d ' ' -f 1)"
+        do_ ttt launch tpu --name "$name" --accelerator "$eval_accelerator" --zone "$zone" ${spot:+--spot} -- "$@"
+    fi
+}
+
+# draw NAME KIND ARGUMENTS...: a picture, as .png and .svg.
+draw() {
+    local name="$1" kind="$2"
+    shift 2
+    do_ ttt plot "$kind" "$@" --output "$pictures/$name.png" --output "$pictures/$name.svg"
+}
+
+# grid DATASET CONTEXTS SIZES MIXERS: trains and evaluates all of them, or what of them is chosen; `grid_runs` are their
+# workdirs.
+grid() {
+    local dataset="$1" mixers contexts sizes context mixer size recipes=()
+    contexts=$(chosen "$2" "$chosen_contexts") sizes=$(chosen "$3" "$chosen_sizes") mixers=$(chosen "$4" "$chosen_mixers")
+    for context in $contexts; do
+        for size in $sizes; do
+            for mixer in $mixers; do recipes+=("$mixer-$size-$dataset-$context"); done
+        done
+    done
+    train "$dataset" "${recipes[@]}"
+    grid_runs=()
+    for context in $contexts; do evaluate_recipes "$dataset" "$context" "${recipes[@]}"; done
+}
+
+# finetune CONTEXTS SIZES: Transformers that were trained at 2k of Books go on at longer contexts; adds to `grid_runs`.
+finetune() {
+    local contexts sizes context size recipes base="transformer"
+    contexts=$(chosen "$1" "$chosen_contexts") sizes=$(chosen "$2" "$chosen_sizes")
+    for size in $sizes; do
+        recipes=()
+        for context in $contexts; do
+            case "$context" in 1k | 2k) ;; *) recipes+=("transformer_finetune-$size-$books-$context") ;; esac
+        done
+        [ ${#recipes[@]} -gt 0 ] || continue
+        base="transformer-$size-$books-2k"
+        train "$books" "$base"
+        train "finetune-$size" "${recipes[@]}" -- "--config.training.start_from=$(workdir "$books" "$base")"
+        for context in $contexts; do evaluate_recipes "finetune-$size" "$context" "${recipes[@]}"; done
+    done
+}
+
+# evaluate_recipes FOLDER CONTEXT RECIPE...: of the recipes, those of this context; adds to `grid_runs`.
+evaluate_recipes() {
+    local folder="$1" context="$2" recipe found=()
+    shift 2
+    for recipe in "$@"; do
+        [[ "$recipe" != *-"$context" ]] || found+=("$(workdir "$folder" "$recipe")")
+    done
+    [ ${#found[@]} -gt 0 ] || return 0
+    evaluate "$context" "${found[@]}"
+    grid_runs+=("${found[@]}")
+}
+
+# do_ COMMAND...: shows a command as one would type it, and runs it.
+do_() {
+    local word line=''
+    for word in "$@"; do
+        case "$word" in *[\ \'\"]* | '') word="'$word'" ;; esac
+        line+="$word "
+    done
+    echo "${line% }"
+    [ -z "$really" ] || "$@"
+}

@@ -1,0 +1,111 @@
+"""Runs as they look after ``ttt train``, ``ttt eval`` and ``ttt inspect``, made up; and what a picture says."""
+
+import json
+import math
+import re
+
+import numpy as np
+
+from ttt_jax import config as config_lib
+from ttt_jax.evaluation import evaluations, inner_loop, inner_loop_files, statistics
+from ttt_jax.models import build
+
+WINDOWS = 6  # of an evaluation, a document each
+
+
+def run(
+    workdir, *, perplexity=10.0, context=64, flops=1e15, parameters=1_234_567, noise=0, seconds=None, about=None, **keys
+):
+    """The workdir of a run whose evaluation has exactly this perplexity.
+
+    Args:
+      flops, parameters: of training and model, as they are written down.
+      noise: seed of what makes documents hard; equal ones are equally hard for two runs.
+      seconds: per step, a record of metrics.jsonl each.
+      about: what else the evaluation says.
+      keys: of the config, with __ for a dot.
+    """
+    config = config_lib.default()
+    config.data.sequence_length = context
+    for key, value in keys.items():
+        *sections, name = key.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    if seconds is not None:
+        records = [{"step": step, "loss": 2.0, "seconds_per_step": each} for step, each in enumerate(seconds, 1)]
+        (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = {
+        "workdir": workdir.name,
+        "model": build.describe(config.model),
+        "parameters": parameters,
+        "step": 100,
+        "training_tokens": 1e6,
+        "training_flops": flops,
+        "source": "books/validation",
+        "fingerprint": "f1",
+        "split": "validation",
+        "of": "windows",
+        "carried": False,
+        "context": context,
+        "training_context": context,
+        "windows": WINDOWS,
+        "documents": WINDOWS,
+        "config": config.to_dict(),
+    }
+    save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), noise=noise)
+    return workdir
+
+
+def save_evaluation(workdir, about, *, loss, noise=0):
+    """Losses fall with the position, and windows, of a document each, differ in how hard they are."""
+    context, rng = about["context"], np.random.default_rng(noise)
+    curve = 1 / np.sqrt(np.arange(1, context + 1)) + rng.normal(0, 0.2, (WINDOWS, context))
+    nll = curve + rng.normal(0, 0.1, (WINDOWS, 1))
+    nll[:, 10] = np.nan  # a position that does not count
+    nll += loss - np.nanmean(nll)
+    found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
+    tokens, error = int(found.tokens.sum()), float(found.all.standard_error)
+    means = {"tokens": tokens, "loss": loss, "loss_standard_error": error, "perplexity": math.exp(loss)}
+    stem = evaluations.name(about["split"], context, by_document=about["of"] == "documents")
+    evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
+
+
+def save_inspection(workdir, losses, *, split="validation"):
+    """What ``ttt inspect`` writes; ``losses`` are [L, T] each, by name."""
+    layers, context = losses["loss_at_w0"].shape
+    by_position = {"target_spread": np.ones((layers, context)), "weight_change": np.ones((layers, 1)), **losses}
+    by_position["eta"] = np.ones((layers, 2, context))
+    errors = {f"{name}_standard_error": np.zeros_like(values) for name, values in by_position.items() if name != "eta"}
+    found = inner_loop.InnerLoop(
+        about={
+            "model": "TTT-Linear (Mamba backbone)",
+            "source": "books/validation",
+            "windows": 6,
+            "of": "windows",
+            "context": context,
+        },
+        position=np.arange(1, context + 1),
+        weight_position=np.array([context]),
+        weight_distance=np.ones((layers, 2, 1)),
+        w0_norm=np.ones((layers, 2)),
+        eta_standard_error=np.zeros((layers, context)),
+        position_eta=np.ones((layers, 16)),
+        **by_position,
+        **errors,
+    )
+    inner_loop_files.save(found, workdir, inner_loop_files.name(split, context))
+
+
+def words(path) -> list[str]:
+    """The texts of a drawing, which Matplotlib leaves as comments beside the outlines of their letters."""
+    return re.findall(r"<!-- (.*?) -->", path.read_text())
+
+
+def lines(axes) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn, by label: pairs of x and y."""
+    found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    return {label: [tuple(pair) for pair in pairs] for label, pairs in found.items() if not label.startswith("_")}

@@ -1,0 +1,179 @@
+"""``scripts/reproduce/``: every script from end to end, tiny and cut short; the commands of the paper's scale."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from saved_runs import words
+
+from ttt_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts" / "reproduce").glob("*_*.sh"))
+PAPER = "--scale paper --pile gs://b/pile --books gs://b/books --accelerator v5litepod-256 --zone z --spot"
+LINEAR, TRANSFORMER = "TTT-Linear (Mamba backbone)", "Transformer"
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """``reproduce(script, *options)``: what a script prints; ``ttt`` is that of this tree."""
+    (tmp_path / "bin").mkdir()
+    ttt = tmp_path / "bin" / "ttt"
+    ttt.write_text('#!/bin/sh\nexec python -m ttt_jax "$@"\n')
+    ttt.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+    def run(script, *options, status=0):
+        command = ["bash", str(ROOT / "scripts" / "reproduce" / f"{script}.sh"), *map(str, options)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == status, f"{script}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout if status == 0 else done.stderr
+
+    return run
+
+
+def test_there_is_one_of_each():
+    figures = [f"figure_{number}" for number in (2, 4, 7, 10, 11, 14, 15, 16)]
+    assert sorted(SCRIPTS) == sorted([*figures, "table_1"])
+    listed = (ROOT / "docs" / "reproduce.md").read_text()
+    assert all(f"{script}.sh" in listed for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_of_the_papers_scale(reproduce, tmp_path, capsys, script):
+    """They are printed, not run; each can be parsed, and each sweep, of recipes that there are, can be planned."""
+    out = reproduce(script, *PAPER.split(), "--bucket", tmp_path / "bucket")
+    commands = [shlex.split(line) for line in out.splitlines()]
+    assert all(command[0] == "ttt" for command in commands)
+    assert commands[-1][:2] == ["ttt", "plot"]
+    assert not (tmp_path / "bucket").exists()
+    points, evaluated = [], []
+    for _, *command in commands:
+        options, _ = cli.parse(command)
+        if options.verb == "sweep":
+            assert options.command[:2] == ["launch", "tpu"]
+            end = command.index("--")
+            assert cli.main([*command[:end], "--dry-run", *command[end:]]) == 0
+            trains = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ttt launch")]
+            points += [line.rpartition("--workdir ")[2].strip("'") for line in trains]
+        elif options.verb == "launch":
+            inner, _ = cli.parse(options.command)
+            assert inner.verb in ("eval", "inspect")
+            assert "v5litepod-8" in command
+            evaluated += inner.workdir
+    assert points
+    # Each run that is evaluated or drawn is one that was trained.
+    drawn = [word for word in commands[-1] if word.startswith(str(tmp_path / "bucket"))]
+    assert drawn
+    assert {*evaluated, *drawn} <= set(points)
+    assert set(drawn) <= set(evaluated)
+
+
+def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce, tmp_path):
+    out = reproduce("figure_11", *PAPER.split(), "--bucket", tmp_path / "bucket", "--mixers", "ttt_linear")
+    sweeps = [line for line in out.splitlines() if line.startswith("ttt sweep")]
+    recipes = {re.search(r"v5litepod-\d+", line)[0]: re.findall(r"paper\.py:(\S+)", line) for line in sweeps}
+    assert recipes == {
+        "v5litepod-256": [
+            *(f"ttt_linear-{size}-books-2k" for size in ("125m", "350m", "760m", "1.3b")),
+            *(f"ttt_linear-{size}-books-32k" for size in ("350m", "760m", "1.3b")),
+        ],
+        "v5litepod-64": ["ttt_linear-125m-books-32k"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--scale large", "--scale large: expected tiny or paper"),
+        ("--scale paper", "--bucket: missing; expected where runs live, such as gs://BUCKET/reproduce"),
+        ("--scale paper --bucket gs://b", "--accelerator: missing; expected a TPU slice, such as v5litepod-256"),
+        ("--scale paper --bucket gs://b --accelerator a", "--zone: missing; expected a zone of Google Cloud"),
+        (
+            "--scale paper --bucket gs://b --accelerator a --zone z",
+            "--pile: missing; expected a dataset of ttt tokenize",
+        ),
+        ("--scale paper --bucket gs://b --accelerator a --zone z --steps 2", "--steps, --data: are of --scale tiny"),
+        ("--scale", "--scale: expected an option and its value; --help lists them"),
+        ("--sizes 2m --colour blue", "--colour: no such option; --help lists them"),
+    ],
+)
+def test_refused(reproduce, options, said):
+    message = reproduce("figure_10", *options.split(), status=2)
+    assert message.startswith(f"figure_10.sh: {said}")
+    assert message.count("\n") == 1
+
+
+def test_help(reproduce):
+    out = reproduce("table_1", "--help")
+    for text in ("--scale tiny", "--bucket gs://BUCKET", "--run", "--steps N", "--mixers A,B"):
+        assert text in out
+    assert "shellcheck" not in out
+
+
+@pytest.mark.slow
+def test_every_script_tiny(reproduce, tmp_path):
+    """All of them, from training to pictures, sharing their runs; two steps each, of the smallest models."""
+    common = ("--out", tmp_path / "out", "--steps", 2)
+    two = ("--mixers", "ttt_linear,transformer", "--sizes", "125m", "--contexts", "2k,8k")
+    folder = tmp_path / "out" / "tiny-2-steps"
+
+    def said(name):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        return words(folder / f"{name}.svg")
+
+    out = reproduce("figure_10", *common, *two)
+    assert "4 points: 4 done" in out
+    text = said("figure_10")
+    for expected in (LINEAR, TRANSFORMER, "training FLOPs (log scale)", "perplexity (log scale)"):
+        assert expected in text
+    assert {"embedded/validation, 128 tokens", "embedded/validation, 512 tokens"} < set(text)
+
+    trained = sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl"))
+    reproduce("figure_11", *common, *two)
+    assert said("figure_11") == text  # the same runs, of the text that stands for both datasets
+    assert sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")) == trained
+
+    reproduce("figure_15", *common, *two)
+    assert {LINEAR, TRANSFORMER, "Transformer, fine-tuned"} < set(said("figure_15"))
+    started = json.loads((folder / "finetune-125m/tiny.transformer_finetune-125m-books-8k/config.json").read_text())
+    assert started["training"]["start_from"] == str(folder / "books/tiny.transformer-125m-books-2k")
+
+    reproduce("figure_16", *common, "--mixers", "ttt_linear", "--sizes", "125m", "--contexts", "2k,8k")
+    for name in ("figure_16", "figure_16_by_model"):
+        text = said(name)
+        assert {"Perplexity by context, embedded/validation", "context, tokens (log scale)", LINEAR, "512"} < set(text)
+
+    reproduce("figure_2", *common, "--mixers", "ttt_linear,transformer", "--sizes", "125m")
+    assert {"token index in the sequence (log scale)", "perplexity (log scale)"} < set(said("figure_2_right"))
+    labels = [label for label in said("figure_2_right") if "parameters: perplexity" in label]
+    assert [label.partition(" parameters")[0].rpartition(", ")[0] for label in labels] == [
+        LINEAR,
+        "Transformer, fine-tuned",
+    ]
+    assert "embedded/validation, 512 tokens" in said("figure_2_left")
+
+    reproduce("figure_7", *common, "--mini-batches", "1,16")
+    text = said("figure_7")
+    assert {"mini-batch size b of the inner loop, tokens (log scale)", "seconds per training step (median)"} < set(text)
+    reproduce("figure_4", *common)
+    reproduce("figure_14", *common)
+    for name in ("figure_4", "figure_14"):
+        assert {"layer 0", "layer 1", "inner loss", "token index t"} < set(said(name))
+
+    out = reproduce("table_1", *common, "--mixers", "linear_attention,equivalence")
+    assert "TTT equivalence" in out
+    assert {path.suffix for path in folder.glob("table_1.*")} == {".txt", ".tex", ".csv"}

@@ -1,0 +1,190 @@
+"""A table of runs that differ by a step each: an ablation, as text, LaTeX and CSV (Table 1)."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import compare, evaluations
+from ttt_jax.evaluation import published as published_lib
+from ttt_jax.evaluation.plots import points as points_lib
+from ttt_jax.evaluation.plots.points import Point
+from ttt_jax.sweep import names
+from ttt_jax.sweep.results import flat
+
+SUFFIXES = (".tex", ".csv", ".txt")
+_EQUIVALENCE = "TTT equivalence"
+_WORDS = {  # steps of the paper's Table 1, by key and value
+    ("model.ttt.learned_w0", True): "learnable W0",
+    ("model.ttt.norm_residual", True): "LN and residual in f",
+    ("model.ttt.learned_eta", True): "learnable eta",
+    ("model.ttt.backbone", "mamba"): "Mamba backbone",
+    ("model.mixer", "ttt_linear"): _EQUIVALENCE,
+}
+
+
+class Row(NamedTuple):
+    """A run.
+
+    Attributes:
+      name: the model of the first row; what a later one changes in the row above.
+      perplexity: of the evaluation.
+      difference: to the perplexity of the row above; None in the first row.
+      standard_error: of the difference, over the documents that both were evaluated on; None where the evaluations
+        cannot be paired.
+      loss_difference, loss_standard_error: the same in nats per token.
+      published: the perplexity that the paper states about such a model; None where it states none.
+    """
+
+    name: str
+    perplexity: float
+    difference: float | None
+    standard_error: float | None
+    loss_difference: float | None
+    loss_standard_error: float | None
+    published: float | None
+
+
+def rows(places: Sequence[str], *, split: str = "validation", published: bool = False) -> list[Row]:
+    """The rows of a table: a run each, in the order in which they are named, or stand in their sweep.
+
+    Args:
+      places: workdirs, sweeps, or folders of them.
+      published: with the perplexities that the paper states.
+
+    Raises:
+      ConfigError: for runs that were not evaluated, or are not of one text and context, or that the paper states
+        nothing about.
+    """
+    points = points_lib.of_places(places, split)
+    points_lib.check_same_text(points)
+    contexts = {point.about["training_context"] for point in points}
+    if len(contexts) > 1:
+        raise ConfigError(f"runs of contexts {', '.join(map(str, sorted(contexts)))}; expected one")
+    stated = [published_lib.of(flat(point.config)) if published else None for point in points]
+    if published and not any(stated):
+        raise ConfigError(
+            "--published: the paper states the perplexities of the models of its Table 1, and none of these"
+        )
+    found = []
+    for above, point, known in zip([None, *points[:-1]], points, stated, strict=True):
+        perplexity = math.exp(point.about["loss"])
+        difference = None if above is None else perplexity - math.exp(above.about["loss"])
+        paired = (None, None) if above is None else _paired(above, point)
+        error = None if above is None or paired[1] is None else _error_of_perplexity(above, point, paired[1])
+        name = points_lib.line_of(point.about) if above is None else _step(above, point)
+        found.append(Row(name, perplexity, difference, error, *paired, known.perplexity if known else None))
+    return found
+
+
+def as_text(found: Sequence[Row], suffix: str) -> str:
+    """What a file of this kind holds, of :data:`SUFFIXES`."""
+    if suffix == ".txt":
+        console = Console(width=100, file=io.StringIO(), record=True)
+        console.print(as_table(found))
+        return console.export_text()
+    return as_latex(found) if suffix == ".tex" else as_csv(found)
+
+
+def as_table(found: Sequence[Row]) -> Table:
+    """For people."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("configuration", overflow="fold")
+    for name in ("perplexity", "difference", *(["paper"] if _has_published(found) else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found:
+        published = [] if not _has_published(found) else [_number(row.published, ".2f")]
+        table.add_row(row.name, f"{row.perplexity:.3f}", _with_error(row, "±"), *published)
+    return table
+
+
+def as_latex(found: Sequence[Row]) -> str:
+    """A ``tabular`` with booktabs' rules."""
+    published = _has_published(found)
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{lr@{{\\hspace{{1.5em}}}}r{'r' if published else ''}}}",
+        "\\toprule",
+        f"Configuration & Ppl. & Diff.{' & Paper' if published else ''} \\\\",
+        "\\midrule",
+    ]
+    for row in found:
+        difference = f"${_with_error(row, chr(92) + 'pm')}$" if row.difference is not None else "--"
+        cells = [
+            _escaped(row.name),
+            f"{row.perplexity:.3f}",
+            difference,
+            *([_number(row.published, ".2f")] * published),
+        ]
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def as_csv(found: Sequence[Row]) -> str:
+    """With a line of names; what is not known is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Row._fields)
+    writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in found)
+    return text.getvalue()
+
+
+def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
+    """The difference in loss to the row above, and its standard error: None where not the same text was read."""
+    split, context = point.about["split"], point.about["context"]
+    a, b = (evaluations.read(each.workdir, split, context) for each in (point, above))
+    try:
+        difference = compare.paired_difference(a, b)
+    except ConfigError:
+        return point.about["loss"] - above.about["loss"], None
+    return difference.mean, difference.standard_error if math.isfinite(difference.standard_error) else None
+
+
+def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float:
+    """Standard error of exp(x) - exp(y) to first order, from those of x, y and x - y, whose covariance they tell."""
+    (p, u), (q, v) = ((math.exp(each["loss"]), each["loss_standard_error"] ** 2) for each in (point.about, above.about))
+    return math.sqrt(max(0.0, (p - q) * (p * u - q * v) + p * q * of_loss**2))
+
+
+def _step(above: Point, point: Point) -> str:
+    """What a run changes in the one above it, in the paper's words where it has some."""
+    before, after = flat(above.config), flat(point.config)
+    changes = []
+    for key in points_lib.differing(above.config, point.config):
+        value = after.get(key)
+        if key == "model.ttt.mini_batch" and value < before.get(key, 0) == before["data.sequence_length"]:
+            changes.append(f"mini-batch TTT, b = {value}")
+        else:
+            changes.append(
+                _WORDS.get((key, value), f"{names.short(key)}={'unset' if value is None else names.text(value)}")
+            )
+    if not changes:
+        seed = after.get("seed")
+        return f"seed={seed}" if seed != before.get("seed") else "the same again"
+    return _EQUIVALENCE if changes == [_EQUIVALENCE] else f"+ {', '.join(changes)}"  # which adds nothing
+
+
+def _with_error(row: Row, sign: str) -> str:
+    if row.difference is None:
+        return "-"
+    error = "" if row.standard_error is None else f" {sign} {row.standard_error:.3f}"
+    return f"{row.difference:+.3f}{error}"
+
+
+def _number(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def _has_published(found: Sequence[Row]) -> bool:
+    return any(row.published is not None for row in found)
+
+
+def _escaped(text: str) -> str:
+    text = "".join({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$"}.get(c, c) for c in text)
+    return text.replace("learnable W0", "learnable $W_0$").replace("learnable eta", r"learnable $\eta$")

@@ -1,0 +1,80 @@
+"""The loss of the inner loop by token index, layer by layer (Figures 4 and 14)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import inner_loop_files, style
+from ttt_jax.evaluation.style import Style
+
+_WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
+_CURVES = {  # as in the paper's legend; the learner's loss, by when it is taken
+    "loss_at_w0": (r"$\ell(W_0; x_t)$", Style("#0072B2", "-", "")),
+    "loss_before": (r"$\ell(W_{t-1}; x_t)$", Style("#E69F00", (0, (4, 1)), "")),
+    "loss_after": (r"$\ell(W_t; x_t)$", Style("#009E73", (0, (1, 1)), "")),
+}
+
+
+def inner_loss(
+    workdir: str | os.PathLike,
+    outputs: Sequence[Path],
+    *,
+    split: str = "validation",
+    context: int | None = None,
+    layers: Sequence[int] | None = None,
+    window: int = _WINDOW,
+) -> None:
+    """Draws three curves for each layer, in a panel of its own, and saves the picture: the loss of a token at W0, at
+    the weights before its mini-batch, and after it.
+
+    Args:
+      outputs: paths that end in .png, .pdf or .svg.
+      context: of the inspection; None is the longest.
+      layers: from 0; None is all.
+      window: positions that are averaged over.
+
+    Raises:
+      ConfigError: where the run was not inspected, or has no such layer.
+    """
+    style.check_output(*outputs)
+    found = inner_loop_files.read(workdir, split, context)
+    count = len(found.loss_at_w0)
+    chosen = range(count) if layers is None else layers
+    for layer in chosen:
+        if not 0 <= layer < count:
+            raise ConfigError(f"--layers {layer}: no such layer; expected 0 to {count - 1}")
+    if not 1 <= window <= len(found.position):
+        raise ConfigError(f"--window {window}: expected 1 to {len(found.position)}, the context")
+    figure, panels = style.panels(
+        len(chosen), columns=3 if len(chosen) in (3, 5, 6, 9) else min(4, len(chosen)), width=3.4, height=2.5
+    )
+    for axes, layer in zip(panels, chosen, strict=True):
+        for name, (label, look) in _CURVES.items():
+            position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[layer]))
+            axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
+        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.02)
+        grid = axes.get_subplotspec()
+        if grid is None or layer in list(chosen)[-grid.get_gridspec().ncols :]:
+            axes.set_xlabel("token index t")
+        if grid is None or grid.is_first_col():
+            axes.set_ylabel("inner loss")
+    about = found.about
+    figure.suptitle(
+        f"Loss of the inner loop, {about['model']}, {about['source']}, {about['windows']:,} windows of "
+        f"{about['context']:,} tokens; mean over {window} positions",
+        fontsize=10,
+        wrap=True,
+    )
+    style.legend_below(figure)
+    style.save(figure, *outputs)
+
+
+def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over ``window`` neighbours: of T values, T + 1 - window."""
+    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, np.float64)]))
+    return (total[window:] - total[:-window]) / window

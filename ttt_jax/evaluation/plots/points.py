@@ -1,0 +1,170 @@
+"""The points of pictures that compare models: one evaluated run each, found by what it says about itself."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ttt_jax import config as config_lib
+from ttt_jax import workdir as workdir_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import evaluations, style
+from ttt_jax.sweep import files, sweep_file
+from ttt_jax.workdir import Workdir, explained
+
+_NOT_OF_THE_MODEL = (
+    "seed",
+    "checkpoint.",
+    "log.",
+    "mesh.",
+    "profile.",
+    "training.accumulation",
+    "training.stall_limit",
+)
+_OF_THE_RUN = (*_NOT_OF_THE_MODEL, "model.remat", "model.ttt.remat_group", "model.ttt.unroll", "data.worker_processes")
+
+
+class Point(NamedTuple):
+    """An evaluation of a run.
+
+    Attributes:
+      workdir: of the run.
+      about: what ``ttt eval`` says about the evaluation, with the config of the run.
+    """
+
+    workdir: Workdir
+    about: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the run."""
+        return self.about["config"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Equal for models of one size, whatever their mixer and so the number of their parameters: blocks, width."""
+        return self.config["model"]["num_layers"], self.config["model"]["width"]
+
+
+def runs(places: Iterable[str]) -> list[Workdir]:
+    """The runs in some places: each a workdir, a sweep, or a folder with either in it.
+
+    Raises:
+      ConfigError: for a place that holds no run.
+    """
+    found: dict[str, Workdir] = {}
+    for place in places:
+        directory = workdir_lib.at(place)
+        below = _runs_of(directory)
+        if not below:
+            raise ConfigError(f"{place}: holds no run; expected a workdir of ttt train, or of ttt sweep")
+        found.update((str(run), run) for run in below)
+    return list(found.values())
+
+
+def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None) -> list[Point]:
+    """The evaluation of each run on windows of its own data, at the context that it was trained at.
+
+    Args:
+      contexts: only runs that were trained at one of these.
+
+    Raises:
+      ConfigError: where a run has none, or none was trained at one of the contexts.
+    """
+    points = files.on_each(lambda workdir: _of_run(workdir, split), runs(places))
+    if contexts is None:
+        return points
+    known = sorted({point.about["training_context"] for point in points})
+    for context in contexts:
+        if context not in known:
+            raise ConfigError(f"--context {context}: no run was trained at it; expected {' or '.join(map(str, known))}")
+    return [point for point in points if point.about["training_context"] in contexts]
+
+
+def line_of(about: dict[str, Any]) -> str:
+    """What a model is called: its mixer and backbone, and that it was fine-tuned."""
+    started = about.get("config", {}).get("training", {}).get("start_from")
+    return about["model"] + (style.FINETUNED if started else "")
+
+
+def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
+    """Points by a key, keys in the order in which they come."""
+    groups: dict[Any, list[Point]] = {}
+    for point in points:
+        groups.setdefault(key(point), []).append(point)
+    return groups
+
+
+def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[float, float]]:
+    """The line through some points: pairs of x and perplexity. Of runs that differ in nothing but the seed, the
+    exponential of their mean loss.
+
+    Raises:
+      ConfigError: where two runs stand at the same place of a line, and differ in more.
+    """
+    line = []
+    for place, members in sorted(grouped(points, x).items()):
+        first, *others = members
+        for other in others:
+            keys = differing(first.config, other.config)
+            if keys:
+                raise ConfigError(
+                    f"{first.workdir}, {other.workdir}: would be one point of a line, and differ in {', '.join(keys)}; "
+                    "expected one of them, or runs that differ in the seed"
+                )
+        line.append((place, math.exp(math.fsum(each.about["loss"] for each in members) / len(members))))
+    return line
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two runs differ, with both values, but for those that do not change what is learned, and seeds."""
+    found = config_lib.differing_keys(a, b)
+    return {key: values for key, values in found.items() if not key.startswith(_OF_THE_RUN)}
+
+
+def size_name(points: Sequence[Point]) -> str:
+    """Parameters of models of one size: 125 M, or 125 M to 137 M."""
+    counts = [point.about["parameters"] for point in points]
+    low, high = style.millions(min(counts)), style.millions(max(counts))
+    return high if low == high else f"{low} to {high}"
+
+
+def data_name(points: Sequence[Point]) -> str:
+    """What the points were evaluated on, for titles."""
+    return ", ".join(dict.fromkeys(point.about["source"] for point in points))
+
+
+def check_same_text(points: Sequence[Point]) -> None:
+    """Raises :class:`ConfigError` where points of one panel were evaluated on different text."""
+    first = points[0]
+    for point in points[1:]:
+        if point.about["fingerprint"] != first.about["fingerprint"]:
+            raise ConfigError(
+                f"{point.workdir}: was evaluated on {point.about['source']} {point.about['fingerprint']}, and "
+                f"{first.workdir} on {first.about['source']} {first.about['fingerprint']}; expected the same text"
+            )
+
+
+def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
+    with explained(directory):
+        if (directory / "config.json").exists():
+            return [directory]
+        sweep = sweep_file.read(directory)
+        if sweep is not None:
+            below = [directory / point.name for point in sweep.points]
+        elif depth and directory.is_dir():
+            below = sorted((path for path in directory.iterdir() if path.is_dir()), key=str)
+        else:
+            below = []
+    return [run for each in files.on_each(lambda path: _runs_of(path, depth - 1), below) for run in each]
+
+
+def _of_run(workdir: Workdir, split: str) -> Point:
+    config = files.json_object(workdir / "config.json") or {}
+    context = config.get("data", {}).get("sequence_length")
+    about = files.json_object(workdir / "eval" / f"{evaluations.name(split, context)}.json")
+    if about is None:
+        raise ConfigError(
+            f"{workdir}: no evaluation of the {split} split at its own context; run: "
+            f"ttt eval --workdir {workdir} --split {split} --context {context}"
+        )
+    return Point(workdir, about)
