@@ -75,7 +75,7 @@ def test_fine_tuning_counts_what_it_started_from(tmp_path, drawn):
     small |= {"model__width": 24, "model__mlp_width": 48, "data__batch_size": 2}
     run(tmp_path / "base", training__duration="50 steps", flops=1.0, **small)
     first = run(tmp_path / "tuned", training__start_from=str(tmp_path / "base"), flops=1e9, **small)
-    second = run(tmp_path / "again", training__start_from=f"{first}/checkpoints/7", flops=1e10, **small)
+    second = run(tmp_path / "again", training__start_from=f"{first}/checkpoints/7", flops=1e10, perplexity=9, **small)
     perplexity_by_flops([str(first), str(second)], [])
     ((name, pairs),) = lines(drawn[0].axes[0]).items()
     assert name == "Transformer, fine-tuned"
