@@ -3,7 +3,7 @@
     ttt train --config configs/tasks.py:associative_recall,ttt_linear --workdir runs/recall
     ttt probe task --workdir runs/recall --items 2,4,8 --context 64,128,256
 
-TASK[,MIXER]: associative_recall (4 pairs) or selective_copying (8 symbols), then ttt_linear (the default), ttt_mlp or
+TASK[,MIXER]: associative_recall (4 pairs) or selective_copying (4 symbols), then ttt_linear (the default), ttt_mlp or
 attention. Sequences of 64 tokens, drawn anew for every step: no text, no files.
 
 MEASURED
@@ -12,7 +12,7 @@ MEASURED
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 
-_SOURCES = {"associative_recall": "associative_recall:4", "selective_copying": "selective_copying:8"}
+_SOURCES = {"associative_recall": "associative_recall:4", "selective_copying": "selective_copying:4"}
 _MIXERS = ("ttt_linear", "ttt_mlp", "attention")
 _BASE_LR = {"ttt_linear": 10.0, "ttt_mlp": 1.0}  # ten times the paper's: a sequence has only four mini-batches
 
@@ -42,4 +42,5 @@ def get_config(arg: str = "associative_recall"):
     c.optimizer.peak_lr = 1e-2
     c.optimizer.weight_decay = 0.01
     c.training.duration = "300 steps"
+    c.log.every = "10 steps"
     return c

@@ -58,9 +58,8 @@ def examples(
     """
     rng = np.random.default_rng([seed, list(needle_lib.TASKS.values()).index(task), index])
     hidden, place = needle_lib.draw(rng, task, candidates), rng.random()
-    beginning = _following(encode, hidden.introduction) if bos is None else encode(hidden.introduction)
     start = [] if bos is None else [np.array([bos])]
-    start += [beginning, *([] if task.noise else [_following(encode, "\n")])]
+    start += [encode(hidden.introduction), *([] if task.noise else [_following(encode, "\n")])]
     sentence = _following(encode, haystack.before_needle + hidden.sentence)
     question, answers = _question(encode, "\n" + hidden.question, hidden.values)
     rest = sum(map(len, start)) + len(sentence) + len(question) + len(answers[0])
