@@ -108,7 +108,8 @@ def needle(options: argparse.Namespace) -> int:
     n = options.depths
     panels: dict[str, list[heat_map.Panel]] = {task: [] for task in options.task}
     for workdir, text in zip(workdirs, prepared, strict=True):
-        with _loaded(workdir, options.step, len(options.task) * len(options.context) * n) as (trained, progress):
+        steps = len(options.task) * len(options.context) * (n + 1)
+        with _loaded(workdir, options.step, steps) as (trained, progress):
             for task in options.task:
                 cells = needle_probe.probe(
                     trained,
@@ -151,14 +152,14 @@ def task(options: argparse.Namespace) -> int:
     for config in configs:  # whatever is wrong with one of them is told before any is loaded
         task_probe.task_of(config)
     panels = []
-    for workdir in workdirs:
-        with _loaded(workdir, options.step, 0) as (trained, progress):
-            name, items = task_probe.task_of(trained.config)
-            length = trained.config.data.sequence_length
+    for workdir, config in zip(workdirs, configs, strict=True):
+        (name, items), length = task_probe.task_of(config), config.data.sequence_length
+        numbers, contexts = options.items or [items], options.context or [length, 2 * length, 4 * length]
+        with _loaded(workdir, options.step, len(numbers) * len(contexts)) as (trained, progress):
             cells = task_probe.probe(
                 trained,
-                items=options.items or (items,),
-                contexts=options.context or (length, 2 * length, 4 * length),
+                items=numbers,
+                contexts=contexts,
                 samples=options.samples,
                 split=options.split,
                 batch_size=options.batch_size,
@@ -176,18 +177,18 @@ def task(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _loaded(workdir: workdir_lib.Workdir, step: int | None, cells: int) -> Iterator[tuple["Trained", Callable]]:
-    """A trained model, and what shows what is being done with it."""
+def _loaded(workdir: workdir_lib.Workdir, step: int | None, steps: int) -> Iterator[tuple["Trained", Callable]]:
+    """A trained model, and what shows which of so many steps is being done with it."""
     from ttt_jax.evaluation import trained
     from ttt_jax.parallel import startup
     from ttt_jax.status_line import StatusLine
 
     startup.use_compilation_cache()
     found = trained.load(workdir, step)
-    line = StatusLine(cells + 1, text=f"{workdir}")
+    line = StatusLine(steps, text=found.name)
     done = itertools.count()
     try:
-        yield found, lambda text: line.show(next(done), f"{workdir.name}: {text}")
+        yield found, lambda text: line.show(next(done), f"{found.name}: {text}")
     finally:
         line.close()
 

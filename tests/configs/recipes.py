@@ -41,7 +41,7 @@ def all_recipes() -> list[str]:
         *(f"books.py:{mixer}{tokens}" for mixer in mixers for tokens in ("", ",bpe")),
         *(f"paper.py:{recipe}" for recipe in paper_recipes()),
         *(f"paper.py:{mixer}-125m-books-8k:smoke" for mixer in PAPER["MIXERS"]),
-        *(f"tasks.py:{task},{mixer}" for task in TASKS["_SOURCES"] for mixer in TASKS["_MIXERS"]),
+        *(f"tasks.py:{task},{mixer}" for task in TASKS["_TASKS"] for mixer in TASKS["_MIXERS"]),
         *(f"tiny.py:{recipe}" for recipe in paper_recipes() if recipe.endswith(("pile-2k", "books-32k"))),
         *(f"tiny.py:{rung}" for rung in ABLATION["RUNGS"]),
         *(f"ablation.py:{rung}{variant}" for rung in ABLATION["RUNGS"] for variant in ("", ":smoke")),
