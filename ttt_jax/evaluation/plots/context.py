@@ -71,7 +71,7 @@ def perplexity_by_context(
     if lines == "size":  # panels can be compared
         low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
         for axes in panels:
-            axes.set_ylim(min(low), max(high))
+            axes.set_ylim(min(low) / 1.02, max(high) * 1.02)
     for axes in panels:
         style.log_ticks(axes.yaxis)
     figure.suptitle(f"Perplexity by context, {points_lib.data_name(points)}", fontsize=11)
