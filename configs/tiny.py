@@ -8,7 +8,7 @@ ARG is that of paper.py, or of ablation.py. What recipes differ in is kept: mixe
 what scripts/reproduce/ runs at --scale tiny (docs/reproduce.md), to see that an experiment works from end to end;
 results at this size say nothing about the paper's.
 
-Hardware: two CPU cores, 0.3 GiB beside the libraries; 120 to 250 thousand tokens, 10 to 60 s. Loss 2.2 to 2.9 nats per
+Hardware: two CPU cores, 0.3 GiB beside the libraries; 120 to 250 thousand tokens, 10 to 60 s. Loss 2.1 to 2.9 nats per
 byte.
 """
 

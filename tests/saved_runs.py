@@ -74,7 +74,7 @@ def save_evaluation(workdir, about, *, loss, noise=0):
     evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
 
 
-def save_inspection(workdir, losses, *, split="validation"):
+def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
     """What ``ttt inspect`` writes; ``losses`` are [L, T] each, by name."""
     layers, context = losses["loss_at_w0"].shape
     by_position = {"target_spread": np.ones((layers, context)), "weight_change": np.ones((layers, 1)), **losses}
@@ -93,7 +93,7 @@ def save_inspection(workdir, losses, *, split="validation"):
         weight_distance=np.ones((layers, 2, 1)),
         w0_norm=np.ones((layers, 2)),
         eta_standard_error=np.zeros((layers, context)),
-        position_eta=np.ones((layers, 16)),
+        position_eta=np.ones((layers, mini_batch)),
         **by_position,
         **errors,
     )

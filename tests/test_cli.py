@@ -385,7 +385,7 @@ def test_plot(evaluated, tmp_path, capsys):
     ):
         assert f"<!-- {text}" in words or f", {text} -->" in words
     parameters = 257 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8  # embedding, attention, feed-forward, norms
-    assert f"<!-- Transformer, {parameters / 1e6:.4f} M parameters: mean {loss:.3f} -->" in words
+    assert f"<!-- Transformer, {parameters / 1e3:.2g} k parameters: mean {loss:.3f} -->" in words
 
 
 def test_bench_prints_json(capsys):

@@ -157,7 +157,7 @@ Draws the perplexity of runs, each at the context of its training, against the F
 a panel for each context, a line for each kind of model through its sizes. Figures 10, 11, 15 of the paper.
 
 FLOPs are counted from the config: matrix products, forward and backward, without recomputation; of a run that started
-from another's parameters, those of its own steps.
+from another's parameters, those of both.
 """
 _CONTEXT = """\
 Draws the perplexity of runs against the context of their training, at which each is evaluated. Figure 16 of the paper

@@ -13,7 +13,7 @@
 #   --mini-batches A,B    of figure_7
 #   --out DIR             of pictures, and at tiny scale of runs (default: runs/reproduce)
 # At tiny scale:
-#   --data DIR            a dataset of ttt tokenize with at most 257 tokens (default: the embedded corpus)
+#   --data DIR            a dataset of ttt tokenize --tokenizer byte (default: the embedded corpus); has a folder of its own
 #   --steps N             shorter runs, in a folder of their own
 #   --jobs N              runs at a time (default: 2)
 #
@@ -22,8 +22,9 @@
 # shellcheck disable=SC2034  # several variables are of the scripts that source this
 
 options() {
-    scale=tiny out=runs/reproduce bucket='' data_pile='' data_books='' accelerator='' eval_accelerator=v5litepod-8 zone='' spot='' really=''
-    data='' steps='' jobs=2 chosen_mixers='' mini_batches='' chosen_sizes='' chosen_contexts=''
+    scale=tiny out=runs/reproduce chosen_mixers='' chosen_sizes='' chosen_contexts='' mini_batches=''
+    data='' steps='' jobs=2
+    bucket='' data_pile='' data_books='' accelerator='' eval_accelerator=v5litepod-8 zone='' spot='' really=''
     while [ $# -gt 0 ]; do
         case "$1" in
             --spot) spot=yes && shift && continue ;;
@@ -57,7 +58,7 @@ options() {
             file=tiny shorter=16 pile=books books=books data_books="${data:-embedded}" evaluated=65536
             sizes='125m 350m 760m' contexts='2k 8k 32k' layers=0,1 published=()
             [ -z "$steps" ] || evaluated=8192
-            pictures="$out/tiny${steps:+-$steps-steps}" runs="$out/tiny${steps:+-$steps-steps}"
+            runs="$out/tiny${data:+-$(basename "$data")}${steps:+-$steps-steps}" pictures="$runs"
             really=yes
             ;;
         paper)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -92,31 +93,36 @@ def expected(trained, quick_jit):
     primal_run = quick_jit(primal.run, static_argnums=0)
     loss_of = quick_jit(learner_lib.loss, static_argnums=0)
 
+    class Inputs(NamedTuple):
+        """Stands where the statistics of a scan stood, so that the layer hands out the inputs of its scan."""
+
+        norm: learner_lib.LayerNormParams
+        w0: learner_lib.Weights
+        q: jax.Array
+        k: jax.Array
+        v: jax.Array
+        token_eta: jax.Array
+        position_eta: jax.Array
+
+    def recording(run):
+        def spy(learner, *inputs, **options):
+            return run(learner, *inputs, **options)._replace(statistics=Inputs(*inputs[:7]))
+
+        return spy
+
     def read(starts, tokens):
-        found, run = [], scan.run
-
-        def spy(learner, norm, w0, q, k, v, token_eta, position_eta, state, **options):
-            inputs = (norm, w0, q, k, v, token_eta, position_eta)
-            jax.debug.callback(lambda *xs: found.append((learner, *xs)), *inputs, ordered=True)
-            return run(learner, *inputs, state, **options)
-
-        spreads = []
-        spread = ttt_layer._target_spread
-
-        def spy_spread(k, v):
-            jax.debug.callback(lambda k, v: spreads.append(np.asarray(v, np.float64) - np.asarray(k, np.float64)), k, v)
-            return spread(k, v)
-
         inputs = np.stack([TOKENS[start : start + tokens] for start in starts]).astype(np.int32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scan, "run", spy)
-            patch.setattr(ttt_layer, "_target_spread", spy_spread)
+            patch.setattr(scan, "run", recording(scan.run))
+            patch.setattr(ttt_layer, "_target_spread", lambda k, v: v - k)
             forward = quick_jit(lambda params: trained.model.apply({"params": params}, inputs, mutable=["statistics"]))
-            jax.block_until_ready(forward(trained.params))
-            jax.effects_barrier()
-        layers = []
-        for inputs, target in zip(found, spreads, strict=True):
-            layer = by_the_primal_form(primal_run, loss_of, *inputs)
+            _, filled = forward(trained.params)
+        recorded = filled["statistics"]["layers"]["mixer"]
+        learner, layers = learner_lib.linear(trained.config.model.width // HEADS), []
+        for i in range(LAYERS):
+            of_layer = jax.tree.map(lambda x, i=i: x[i], recorded)
+            layer = by_the_primal_form(primal_run, loss_of, learner, *(of_layer[name] for name in Inputs._fields))
+            target = np.asarray(of_layer["target_spread"], np.float64)
             length = tokens if tokens <= TRAINING else PIECE
             pieces = [target[:, i : i + length] for i in range(0, tokens, length)]
             layer["target_spread"] = np.concatenate(

@@ -70,6 +70,26 @@ def test_one_context_and_what_is_written(runs, tmp_path):
     assert outputs[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_fine_tuning_counts_what_it_started_from(tmp_path, drawn):
+    small = {"context": 64, "model__mixer": "attention", "model__num_layers": 1, "model__vocab_size": 1000}
+    small |= {"model__width": 24, "model__mlp_width": 48, "data__batch_size": 2}
+    run(tmp_path / "base", training__duration="50 steps", flops=1.0, **small)
+    first = run(tmp_path / "tuned", training__start_from=str(tmp_path / "base"), flops=1e9, **small)
+    second = run(tmp_path / "again", training__start_from=f"{first}/checkpoints/7", flops=1e10, perplexity=9, **small)
+    perplexity_by_flops([str(first), str(second)], [])
+    ((name, pairs),) = lines(drawn[0].axes[0]).items()
+    assert name == "Transformer, fine-tuned"
+    per_token = 2 * (4 * 24**2 + 3 * 24 * 48 + 24 * 1000) + 4 * 24 * 65 / 2
+    step = 3 * per_token * 64 * 2
+    np.testing.assert_allclose([x for x, _ in pairs], [1e9 + 50 * step, 1e10 + (50 + 7) * step], rtol=1e-12)
+
+    run(first, training__start_from="nowhere", **small)
+    with pytest.raises(
+        ConfigError, match=r"tuned: started from nowhere, whose training counts too, and cannot be read"
+    ):
+        perplexity_by_flops([str(first)], [])
+
+
 def test_published_points(tmp_path, drawn):
     """11.09 and 11.99 are in the paper's Table 1, at the FLOPs of 2.5 B tokens: 6 N D and what the inner loop adds."""
     run(tmp_path / "a", context=2048, flops=1e18, perplexity=11.5)

@@ -19,9 +19,9 @@ def losses():
     return {name: 3 - i + rng.random((4, 40)) for i, name in enumerate(NAMES)}
 
 
-@pytest.mark.parametrize(("layers", "window"), [(None, 10), ([2, 0], 1)])
-def test_curves_are_sliding_means(tmp_path, losses, monkeypatch, layers, window):
-    save_inspection(tmp_path, losses)
+@pytest.mark.parametrize(("layers", "window", "mini_batch"), [(None, 10, 1), ([2, 0], 1, 16)])
+def test_curves_are_sliding_means(tmp_path, losses, monkeypatch, layers, window, mini_batch):
+    save_inspection(tmp_path, losses, mini_batch=mini_batch)
     figures = []
     monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
     inner_loss(tmp_path, [tmp_path / "x.png"], layers=layers, window=window)
@@ -30,7 +30,7 @@ def test_curves_are_sliding_means(tmp_path, losses, monkeypatch, layers, window)
     assert [axes.get_title() for axes in figures[0].axes] == [f"layer {layer}" for layer in chosen]
     for axes, layer in zip(figures[0].axes, chosen, strict=True):
         found = lines(axes)
-        assert tuple(found) == LABELS
+        assert tuple(found) == LABELS if mini_batch == 1 else [label[-10:] for label in found][1:] == ["mini-batch"] * 2
         for name, pairs in zip(NAMES, found.values(), strict=True):
             curve = losses[name][layer]
             expected = [

@@ -48,6 +48,13 @@ def test_jobs_of_other_commands_have_another_identity():
     assert len(a.identity) == 12
 
 
+def test_an_evaluation_of_several_runs_is_named_after_all_of_them():
+    jobs = [make("eval", "--workdir", *workdirs) for workdirs in (["gs://b/a"], ["gs://b/a", "gs://b/c"], ["gs://b/c"])]
+    assert len({job.name for job in jobs}) == 3
+    assert jobs[1].workdir == "gs://b/a"
+    assert make("eval", "--workdir", "gs://b/a", name="mine").name == "mine"
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

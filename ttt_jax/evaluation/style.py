@@ -122,7 +122,9 @@ def tokens(count: float) -> str:
 
 
 def millions(parameters: float) -> str:
-    """A number of parameters: 0.57 M, 125 M, 1.3 B."""
+    """A number of parameters: 32 k, 0.57 M, 125 M, 1.3 B."""
+    if parameters < 9.95e4:
+        return f"{parameters / 1e3:.2g} k"
     if parameters >= 9.995e8:
         return f"{parameters / 1e9:.2g} B"
     return f"{parameters / 1e6:.2g} M" if parameters < 9.95e6 else f"{parameters / 1e6:,.0f} M"

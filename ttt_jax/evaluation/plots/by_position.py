@@ -46,10 +46,9 @@ def loss_by_position(
     for each in found[1:]:
         compare.check_paired(each, found[0])
     styles = style.distinct([line_of(each.about) for each in found])
-    rows, height, ratios = (1, 4.6, [1.0]) if against is None else (2, 7.0, [1.6, 1.0])
-    figure, panels = plt.subplots(
-        rows, 1, figsize=(7.2, height), height_ratios=ratios, layout="constrained", squeeze=False
-    )
+    rows, height, ratios = (1, 4.4, [1.0]) if against is None else (2, 6.8, [1.6, 1.0])
+    size = 7.2, height + 0.2 * len(found)  # inches; the legend stands below, a line for each run
+    figure, panels = plt.subplots(rows, 1, figsize=size, height_ratios=ratios, layout="constrained", squeeze=False)
     first, last = panels.flat[0], panels.flat[-1]
     _draw_curves(first, found, styles, perplexity=perplexity, first=_SURPRISES if by_document else 0)
     if against is not None:
@@ -70,7 +69,7 @@ def loss_by_position(
     of = f"{about['windows']:,} {about.get('of', 'windows')} of {'up to ' * by_document}{about['context']:,} tokens"
     what = "Perplexity" if perplexity else "Loss"
     first.set_title(f"{what} by token index, {about['source']}, {of}", fontsize=11)
-    first.legend(loc="upper right", framealpha=0.8, edgecolor="none", handlelength=3)
+    style.legend_below(figure)
     style.save(figure, *outputs)
 
 

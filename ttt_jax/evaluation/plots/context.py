@@ -56,6 +56,7 @@ def perplexity_by_context(
     by_panel = points_lib.grouped(ordered, panel_of)
     figure, panels = style.panels(len(by_panel))
     for axes, (panel, members) in zip(panels, by_panel.items(), strict=True):
+        axes.set_yscale("log")
         for line, of_line in points_lib.grouped(members, line_of).items():
             look: Style = styles[line] if lines == "size" else style.of(line)
             label = f"{names[line]} parameters" if lines == "size" else line
@@ -64,14 +65,13 @@ def perplexity_by_context(
         axes.set_title(panel if lines == "size" else f"{names[panel]} parameters", fontsize=11)
         style.token_axis(axes.xaxis, known)
         axes.set_xlim(known[0] / 1.2, known[-1] * 1.2)
-        axes.set_yscale("log")
         axes.set_xlabel("context, tokens (log scale)")
         axes.set_ylabel("perplexity (log scale)")
         axes.grid(alpha=0.25)
     if lines == "size":  # panels can be compared
         low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
         for axes in panels:
-            axes.set_ylim(min(low), max(high))
+            axes.set_ylim(min(low) / 1.02, max(high) * 1.02)
     for axes in panels:
         style.log_ticks(axes.yaxis)
     figure.suptitle(f"Perplexity by context, {points_lib.data_name(points)}", fontsize=11)

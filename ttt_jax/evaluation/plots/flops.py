@@ -5,12 +5,16 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from ttt_jax import config as config_lib
+from ttt_jax import config_file
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
 from ttt_jax.sweep.results import flat
+from ttt_jax.workdir import Workdir
 
 
 def perplexity_by_flops(
@@ -24,7 +28,8 @@ def perplexity_by_flops(
     """Draws a panel for each training context, and saves the picture.
 
     Training FLOPs are those that the model needs, by its config (:mod:`ttt_jax.models.flops`), to the step that was
-    evaluated. Points are joined, as in the paper, which found no line that would fit them.
+    evaluated; of a fine-tuned one, with those of the run that it started from. Points are joined, as in the paper,
+    which found no line that would fit them.
 
     Args:
       places: workdirs, sweeps, or folders of them.
@@ -46,21 +51,46 @@ def perplexity_by_flops(
     figure, panels = style.panels(len(by_context))
     for axes, (context, members) in zip(panels, by_context.items(), strict=True):
         points_lib.check_same_text(members)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
         for name, line in points_lib.grouped(members, lambda p: points_lib.line_of(p.about)).items():
-            pairs = points_lib.joined(line, lambda p: p.about["training_flops"])
+            pairs = points_lib.joined(line, _training_flops)
             axes.plot(*zip(*pairs, strict=True), label=name, **style.of(name).of_points)
         if published:
             _draw_stated(axes, members)
         axes.set_title(f"{points_lib.data_name(members)}, {style.tokens(context)} tokens", fontsize=11)
         axes.set_xlabel("training FLOPs (log scale)")
         axes.set_ylabel("perplexity (log scale)")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
         style.log_ticks(axes.xaxis)
         style.log_ticks(axes.yaxis)
         axes.grid(alpha=0.25)
     style.legend_below(figure)
     style.save(figure, *outputs)
+
+
+def _training_flops(point: Point) -> float:
+    started = point.config["training"].get("start_from")
+    return point.about["training_flops"] + (_flops_of_run(started, point.workdir) if started else 0.0)
+
+
+def _flops_of_run(location: str, asked_by: Workdir) -> float:
+    """Of all steps of a run, or to the checkpoint that ``location`` is, and of what it started from itself."""
+    from ttt_jax.models import flops
+
+    place = workdir_lib.at(location)
+    of_checkpoint = place.parent.name == "checkpoints"
+    workdir = place.parent.parent if of_checkpoint else place
+    try:
+        config = config_file.from_json(workdir / "config.json")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{asked_by}: started from {location}, whose training counts too, and cannot be read: {error}"
+        ) from error
+    steps = int(place.name) if of_checkpoint else config_lib.steps(config, "training.duration")
+    before = config.training.start_from
+    return steps * flops.per_step(config.model, config.data.sequence_length, config.data.batch_size) + (
+        _flops_of_run(before, workdir) if before else 0.0
+    )
 
 
 def _stated(members: Sequence[Point]) -> list[tuple[str, published_lib.Stated]]:

@@ -11,11 +11,13 @@ from ttt_jax.evaluation import inner_loop_files, style
 from ttt_jax.evaluation.style import Style
 
 _WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
-_CURVES = {  # as in the paper's legend; the learner's loss, by when it is taken
-    "loss_at_w0": (r"$\ell(W_0; x_t)$", Style("#0072B2", "-", "")),
-    "loss_before": (r"$\ell(W_{t-1}; x_t)$", Style("#E69F00", (0, (4, 1)), "")),
-    "loss_after": (r"$\ell(W_t; x_t)$", Style("#009E73", (0, (1, 1)), "")),
+_STYLES = {  # of the learner's loss, by when it is taken
+    "loss_at_w0": Style("#0072B2", "-", ""),
+    "loss_before": Style("#E69F00", (0, (4, 1)), ""),
+    "loss_after": Style("#009E73", (0, (1, 1)), ""),
 }
+_ONLINE = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")  # b = 1, as in the paper's legend
+_MINI_BATCH = (r"$\ell(W_0; x_t)$", r"$\ell(W; x_t)$ before its mini-batch", r"$\ell(W; x_t)$ after its mini-batch")
 
 
 def inner_loss(
@@ -52,7 +54,8 @@ def inner_loss(
         len(chosen), columns=3 if len(chosen) in (3, 5, 6, 9) else min(4, len(chosen)), width=3.4, height=2.5
     )
     for axes, layer in zip(panels, chosen, strict=True):
-        for name, (label, look) in _CURVES.items():
+        labels = _ONLINE if found.position_eta.shape[1] == 1 else _MINI_BATCH
+        for (name, look), label in zip(_STYLES.items(), labels, strict=True):
             position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[layer]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
         axes.set_title(f"layer {layer}", fontsize=10)

@@ -42,6 +42,7 @@ def by_mini_batch(
     seconds = dict(zip((p.workdir for p in points), files.on_each(_seconds, points), strict=True))
     sizes = sorted({_b(point) for point in points})
     figure, (left, right) = style.panels(2)
+    left.set_yscale("log")
     for name, line in points_lib.grouped(points, lambda p: points_lib.line_of(p.about)).items():
         look = style.of(name).of_points
         left.plot(*zip(*points_lib.joined(line, _b), strict=True), label=name, **look)
@@ -50,7 +51,6 @@ def by_mini_batch(
             right.plot(*zip(*timed, strict=True), label=name, **look)
     if published:
         _draw_stated(left, points)
-    left.set_yscale("log")
     left.set_ylabel("perplexity (log scale)")
     right.set_ylabel("seconds per training step (median)")
     right.set_ylim(bottom=0)
