@@ -6,7 +6,9 @@
 ARG is a task, associative_recall (4 pairs in 64 tokens) or selective_copying (4 symbols in 32 tokens), and after a
 comma the mixer: ttt_linear (the default), ttt_mlp or attention. No files: sequences are drawn anew for every step.
 
-MEASURED
+Hardware: two CPU cores, 500 steps, one to four minutes of CPU time. Accuracy on sequences that were never seen, at the
+loss of the last steps: associative_recall 1.00 at 0.01 nats (attention 1.00 at 0.00), selective_copying 0.99 at 0.08
+(ttt_mlp 0.99 at 0.05, attention 0.99 at 0.03). Recall with ttt_mlp takes more than that: 0.31 at 1.33.
 """
 
 from ttt_jax import config as config_lib

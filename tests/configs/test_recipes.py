@@ -138,7 +138,9 @@ def count_by_hand(c):
             weights = head_dim**2 if kind == "ttt_linear" else 8 * head_dim**2
             block += heads * (weights + biases)
         if ttt.backbone == "mamba":
-            block += 3 * 5 * d + d  # convolutions of 4 taps and a bias: before the mixer (with its norm), of q, of k
+            block += 2 * 5 * d  # convolutions of 4 taps and a bias, of q and of k
+    if c.model.pre_conv or (c.model.pre_conv is None and kind.startswith("ttt") and ttt.backbone == "mamba"):
+        block += 5 * d + d  # one before the mixer, with its norm
     return c.model.vocab_size * d + d + c.model.num_layers * block
 
 

@@ -266,3 +266,28 @@ def test_equal_content_equal_hash(tmp_path, sentencepiece_model):
 def test_tokens_fit_the_type_of_the_library(tmp_path):
     path = write(tmp_path / "a.json", byte_level_bpe())
     assert tokenizer_lib.load(path).encoder()("").dtype == np.uint32
+
+
+# ---- Back to text
+
+
+@hypothesis.given(st.text())
+def test_bytes_back_to_text(text):
+    byte = tokenizer_lib.byte()
+    tokens = np.concatenate([[256], byte.encoder()(text), [257]])
+    assert byte.decoder()(tokens) == text
+
+
+def test_part_of_a_character_is_replaced():
+    assert tokenizer_lib.byte().decoder()(np.frombuffer("né".encode()[:-1], np.uint8)) == "n\ufffd"
+
+
+def test_tokens_of_libraries_back_to_text(tmp_path, sentencepiece_model):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    write(tmp_path / "of_words" / "tokenizer.json", byte_level_bpe())
+    text = "The river bent and the Ünder grew 12."
+    for location in (tmp_path / "tokenizer.model", tmp_path / "of_words" / "tokenizer.json"):
+        tokenizer = tokenizer_lib.load(str(location))
+        tokens = tokenizer.encoder()(text)
+        assert tokenizer.decoder()(tokens) == text
+        assert tokenizer.decoder()(np.concatenate([[tokenizer.bos], tokens, [tokenizer.eos]])) == text
