@@ -169,7 +169,8 @@ def task(options: argparse.Namespace) -> int:
             title = f"{_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
             caption = f"{of} by context: share of answers right (of sequences all right); {options.samples} sequences"
             report.show(cells, title, "items", str, ("accuracy", "whole"), caption)
-            panels.append(heat_map.panel(cells, f"{trained.name}: {name}", "items", str, "accuracy", trained))
+            panel = heat_map.panel(cells, f"{trained.name}: {name}", "items", str, "accuracy", trained)
+            panels.append(panel._replace(row_title=of))
     if options.plot:
         heat_map.save([panels], options.plot, "share of answers right")
         print(options.plot)
