@@ -329,7 +329,7 @@ def test_eval_of_several_at_once_and_how_they_differ(trained, tmp_path, capsys, 
     first, difference = found["first", 40], found["second", 40] - found["first", 40]
     assert re.search(rf"{first:.4f}.*{re.escape(f'{difference:+.4f}')} \+- 0\.\d{{4}}", overall)
     positions = [match[1] for line in lines if (match := re.search(r"([\d]+ - \d+)", line))]
-    assert positions == ["1 - 1", "2 - 3", "4 - 7", "8 - 15", "16 - 31", "32 - 40"]
+    assert positions == ["1 - 1", "2 - 2", "3 - 4", "5 - 8", "9 - 16", "17 - 32", "33 - 40"]
     assert refused(*compare[:3], *compare[4:]).endswith(f"{runs[0]}: alone; expected two workdirs or more")
 
 

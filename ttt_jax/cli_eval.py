@@ -154,7 +154,7 @@ def compare(options: argparse.Namespace) -> int:
         *(f"{d.mean:+.4f} +- {d.standard_error:.4f}" for d in differences),
         end_section=True,
     )
-    for first, last in statistics.octaves(base.bin_first, base.bin_last):
+    for first, last in statistics.octaves(base.bin_last):
         row = [f"{base.bin_first[first]:,} - {base.bin_last[last - 1]:,}"]
         where = slice(first, last)
         counts = base.document_counts[:, where].sum(1)

@@ -69,16 +69,16 @@ class Summary(NamedTuple):
 def bin_edges(positions: int) -> np.ndarray:
     """Where bins begin, and where the last one ends, [K + 1]: bin k is of positions ``[edges[k], edges[k + 1])``.
 
-    Positions are counted from 1. The last bin of a context ends with the context.
+    Positions are counted from 1. Bins end at powers of two and three places between; the last one, with the context.
     """
     octaves = int(np.log2(positions)) + 1
-    edges = np.unique(np.ceil(2 ** (np.arange(octaves * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE)).astype(np.int64))
-    return np.append(edges[edges <= positions], positions + 1)
+    ends = np.unique(np.ceil(2 ** (np.arange(octaves * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE)).astype(np.int64))
+    return np.concatenate([[1], ends[ends < positions] + 1, [positions + 1]])
 
 
-def octaves(first: np.ndarray, last: np.ndarray) -> list[tuple[int, int]]:
-    """Bins by octaves of positions, ``[first bin, last bin + 1)`` of each, from their first and last positions."""
-    octave = np.log2(first).astype(np.int64)
+def octaves(last: np.ndarray) -> list[tuple[int, int]]:
+    """Bins by octaves of positions, which end at powers of two: ``[first bin, last bin + 1)`` of each."""
+    octave = np.ceil(np.log2(last)).astype(np.int64)
     cuts = [0, *(np.flatnonzero(np.diff(octave)) + 1).tolist(), len(last)]
     return list(itertools.pairwise(cuts))
 
