@@ -7,7 +7,7 @@
 Bytes, windows of 2048, width 128; 480 steps of 8 windows, 7.9 M tokens. A token takes 1.9 million FLOPs forward in each
 of the three (within 0.3 %): as in the paper, numbers of blocks and feed-forward widths differ so that it does.
 
-Hardware: two CPU cores, half an hour each (docs/results.md has the times); loss there too.
+Hardware: two CPU cores, 20 minutes for ttt_linear, longer for the others; the losses are in docs/results.md.
 """
 
 from ttt_jax import config as config_lib
