@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, sources
+from ttt_jax.data import pipeline, sequences, sources
 from ttt_jax.data.errors import DataError
 
 E2E = Path(__file__).parents[1] / "oracles" / "e2e"
@@ -39,8 +39,8 @@ def test_e2e_tokens(version, expected):
 def test_e2e_validation_batches(version, expected):
     length, rows = int(expected["seq_len"]), int(expected["global_batch_size"])
     source = e2e(version, "validation")
-    batches = pipeline.evaluation_batches(source, sequence_length=length, batch_size=rows, most_windows=10**9)
-    found = list(batches)
+    windows = sequences.windows(source, length, 10**9)
+    found = [piece.batch for piece in sequences.pieces(source, windows, piece_length=length, batch_size=rows)]
     assert len(found) == expected["val_num_batches"]
     for name, theirs in (("inputs", "input_ids"), ("targets", "target_tokens"), ("mask", "loss_masks")):
         np.testing.assert_array_equal([batch[name] for batch in found[:2]], expected[f"val_{theirs}"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ttt_jax.data import pipeline
+from ttt_jax.data import pipeline, sequences
 from ttt_jax.data.errors import DataError
 from ttt_jax.data.source import TokenSource
 
@@ -190,9 +190,9 @@ def test_nothing_to_read():
 
 
 def evaluation(windows, batch_size, most):
-    return list(
-        pipeline.evaluation_batches(numbered(windows), sequence_length=T, batch_size=batch_size, most_windows=most)
-    )
+    source = numbered(windows)
+    chosen = sequences.windows(source, T, most)
+    return [piece.batch for piece in sequences.pieces(source, chosen, piece_length=T, batch_size=batch_size)]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ The order is that of the TTT-E2E authors' code for the same seed, batch size and
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -75,21 +75,6 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()  # grain asks for the value of a flag, and nobody here parses absl's
         found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_processes))
     return iter(found)
-
-
-def evaluation_batches(
-    source: TokenSource, *, sequence_length: int, batch_size: int, most_windows: int
-) -> Iterator[Batch]:
-    """At most ``most_windows`` windows, spread evenly over the split, in order: arrays [B, T].
-
-    The last batch is filled up with rows that are masked throughout.
-    """
-    total = source.windows(sequence_length)
-    count = min(total, most_windows)
-    indices = [i * total // count for i in range(count)]
-    for start in range(0, count, batch_size):
-        rows = [source.window(i, sequence_length) for i in indices[start : start + batch_size]]
-        yield stacked(rows, batch_size)
 
 
 def stacked(rows: list[Batch], batch_size: int) -> Batch:

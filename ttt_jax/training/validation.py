@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
-from ttt_jax.data import pipeline
+from ttt_jax.data import sequences
 from ttt_jax.data.source import TokenSource
 from ttt_jax.parallel import sharding
 from ttt_jax.parallel.exchange import Exchange
@@ -51,13 +51,10 @@ class Validation:
         where = self._run.batch_sharding
         rows = sharding.rows_here(where, self._batch_size)
         loss, tokens = [], []
-        for batch in pipeline.evaluation_batches(
-            self._source,
-            sequence_length=self._run.config.data.sequence_length,
-            batch_size=self._batch_size,
-            most_windows=self._windows,
-        ):
-            here = {key: x[rows] for key, x in batch.items()}
+        length = self._run.config.data.sequence_length
+        windows = sequences.windows(self._source, length, self._windows)
+        for piece in sequences.pieces(self._source, windows, piece_length=length, batch_size=self._batch_size):
+            here = {key: x[rows] for key, x in piece.batch.items()}
             arrays = sharding.global_batch(here, rows, self._batch_size, where)
             with sharding.on_mesh(self._run.mesh, self._run.rules):
                 sums = self._total(params, arrays["inputs"], arrays["targets"], arrays["mask"])
