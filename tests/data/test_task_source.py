@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, source, sources, task_source
+from ttt_jax.data import pipeline, sequences, source, sources, task_source
 
 TASKS = ("associative_recall", "selective_copying")
 
@@ -153,8 +153,8 @@ def test_it_feeds_the_pipeline(task):
     for key in second:
         np.testing.assert_array_equal(second[key], later[key])
     assert (first["inputs"] != second["inputs"]).any()
-    held_out = list(pipeline.evaluation_batches(data, sequence_length=32, batch_size=2, most_windows=3))
-    assert [batch["mask"].sum() for batch in held_out] == [8, 4]
+    held_out = sequences.pieces(data, sequences.windows(data, 32, 3), piece_length=32, batch_size=2)
+    assert [piece.batch["mask"].sum() for piece in held_out] == [8, 4]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ class Unfinished:
             if self._folder.is_dir():
                 for path in self._folder.glob("*"):
                     path.unlink()
-                self._folder.rmdir()
+                if is_local(self._folder):  # a folder of a bucket is gone with its last file
+                    self._folder.rmdir()
 
     def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
         """The arrays of one part, if it is the next one and whole."""
