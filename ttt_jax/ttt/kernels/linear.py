@@ -24,9 +24,9 @@ from ttt_jax.ttt.kernels import layout as layout_lib
 from ttt_jax.ttt.kernels import norm
 from ttt_jax.ttt.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, stack_heads
-from ttt_jax.ttt.learner import Dense, Weights
+from ttt_jax.ttt.learner import Dense, Learner, Weights
 
-CHAIN = ((1, LANES),)
+coefficients = layout_lib.coefficients
 
 
 class State(NamedTuple):
@@ -34,6 +34,11 @@ class State(NamedTuple):
 
     weight: jax.Array
     bias: jax.Array
+
+
+def chain(layout: Layout, learner: Learner) -> tuple[tuple[int, int], ...]:
+    """Rows per token and lanes of Z."""
+    return ((1, LANES),)
 
 
 def group(

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ttt_jax.ttt.kernels.blocks import Blocks
-from ttt_jax.ttt.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
+from ttt_jax.ttt.kernels.layout import LANES, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.weave import Read, Write, weave
 
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     tokens: Tokens  # q, k, v [B, T, P * 128], eta [B, blocks of packs, T, heads of a block]
     state: Any  # a named tuple of arrays [B, P, ...]: the weights at the start
     norm: Norm  # [P, 1, 128]
-    coefficients: Coefficients
+    coefficients: Any  # a named tuple of arrays [rows, lanes]
 
 
 class Program(NamedTuple):
@@ -65,7 +65,7 @@ class Kept(NamedTuple):
 def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array, Any, Kept | None]:
     """Outputs z [B, T, P * 128] in the dtype of q, the state at the end, and, where wanted, what was kept."""
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape)
-    state_type, state = type(inputs.state), tuple(inputs.state)
+    structure, state = jax.tree.structure(inputs), tuple(inputs.state)
     shapes: list = [inputs.tokens.q, *state]
     specs = [blocks.tokens(), *(blocks.of_sequence(x) for x in state)]
     if keep:
@@ -74,7 +74,7 @@ def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array,
         shapes += [*kept, *chain]
         specs += [*(blocks.of_groups(x) for x in kept), *(blocks.of_chain(*each) for each in program.chain)]
     z, *rest = pl.pallas_call(
-        partial(_forward, program, state_type, keep),
+        partial(_forward, program, structure, keep),
         name=f"ttt_{_name(program)}_forward",
         grid=blocks.grid,
         in_specs=_specs_of(blocks, inputs),
@@ -85,18 +85,18 @@ def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs))
     n = len(state)
-    return z, state_type(*rest[:n]), Kept(tuple(rest[n : 2 * n]), tuple(rest[2 * n :])) if keep else None
+    return z, type(inputs.state)(*rest[:n]), Kept(tuple(rest[n : 2 * n]), tuple(rest[2 * n :])) if keep else None
 
 
 def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end: Any) -> Inputs:
     """Gradients with respect to all inputs, from those of z and of the state at the end. Those of what is shared by
     sequences or packs have axes for them, to be added up."""
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
-    state_type, state = type(inputs.state), tuple(inputs.state)
+    structure, state = jax.tree.structure(inputs), tuple(inputs.state)
     norm = [jax.ShapeDtypeStruct((blocks.grid[0], *x.shape), x.dtype) for x in inputs.norm]
     coefficients = [jax.ShapeDtypeStruct((*blocks.grid[:2], *x.shape), x.dtype) for x in inputs.coefficients]
     results = pl.pallas_call(
-        partial(_backward, program, state_type),
+        partial(_backward, program, structure),
         name=f"ttt_{_name(program)}_backward",
         grid=blocks.grid,
         in_specs=[
@@ -117,12 +117,12 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
         interpret=program.interpret,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs), *kept.state, *kept.chain, dz, *d_end)
-    return _take(results, state_type)[0]
+    return _take(results, structure)[0]
 
 
-def _forward(program: Program, state_type: Any, keep: bool, *refs) -> None:
-    n = len(state_type._fields)
-    inputs, (z_ref, *rest) = _take(refs, state_type)
+def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
+    inputs, (z_ref, *rest) = _take(refs, structure)
+    n, state_type = len(inputs.state), type(inputs.state)
     end_refs, kept_refs, state_refs = rest[:n], rest[n:-n], rest[-n:]
     layout = program.numerics.layout
     packs, unrolled = range(layout.block_packs), range(program.unroll)
@@ -160,11 +160,11 @@ def _forward(program: Program, state_type: Any, keep: bool, *refs) -> None:
     _copy(state_refs, end_refs)
 
 
-def _backward(program: Program, state_type: Any, *refs) -> None:
-    n, m = len(state_type._fields), len(program.chain)
-    inputs, rest = _take(refs, state_type)
+def _backward(program: Program, structure: Any, *refs) -> None:
+    inputs, rest = _take(refs, structure)
+    n, m, state_type = len(inputs.state), len(program.chain), type(inputs.state)
     kept_refs, chain_refs, dz_ref, d_end_refs = rest[:n], rest[n : n + m], rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
-    (d_tokens, d_start, *shared), state_refs = _take(rest[2 * n + m + 1 :], state_type)
+    (d_tokens, d_start, *shared), state_refs = _take(rest[2 * n + m + 1 :], structure)
     layout = program.numerics.layout
     packs, unrolled = range(layout.block_packs), range(program.unroll)
 
@@ -204,7 +204,7 @@ def _backward(program: Program, state_type: Any, *refs) -> None:
             d_before = state_type(*(_into(ref.at[p], over) for ref, over in zip(state_refs, d_state, strict=True)))
             arguments.append((d_state, *_shared(inputs, p), groups))
             norm = Norm(*(_onto(ref.at[p]) for ref in shared[0]))
-            results.append((d_before, [norm, Coefficients(*map(_onto, shared[1]))], d_groups))
+            results.append((d_before, [norm, jax.tree.map(_onto, shared[1])], d_groups))
         weave(derivatives, arguments, results)
         return 0
 
@@ -226,7 +226,7 @@ def _kept_state(program: Program, blocks: Blocks, x: jax.Array) -> jax.ShapeDtyp
     """The states of all groups. Matrices are read as operands only, so rounding them here changes nothing."""
     batch, _, steps = blocks.grid
     shape = (batch, steps * program.numerics.layout.block_groups, *x.shape[1:])
-    return jax.ShapeDtypeStruct(shape, program.numerics.operands if x.shape[2] > 1 else x.dtype)
+    return jax.ShapeDtypeStruct(shape, program.numerics.operands if x.shape[2] == LANES else x.dtype)
 
 
 def _of_group(ref: Any, layout: Layout, p: int, i) -> Any:
@@ -234,12 +234,10 @@ def _of_group(ref: Any, layout: Layout, p: int, i) -> Any:
     return ref.at[p, pl.ds(pl.multiple_of(i * rows, rows), rows)]
 
 
-def _take(refs: Sequence, state_type: Any) -> tuple[Inputs, Sequence]:
+def _take(refs: Sequence, structure: Any) -> tuple[Inputs, Sequence]:
     """The first refs as :class:`Inputs`, and the others."""
-    n = len(state_type._fields)
-    tokens, state, norm, coefficients = refs[:4], refs[4 : 4 + n], refs[4 + n : 6 + n], refs[6 + n : 9 + n]
-    inputs = Inputs(Tokens(*tokens), state_type(*state), Norm(*norm), Coefficients(*coefficients))
-    return inputs, refs[9 + n :]
+    n = structure.num_leaves
+    return jax.tree.unflatten(structure, refs[:n]), refs[n:]
 
 
 def _tokens(layout: Layout, inputs: Inputs, p: int, i) -> Tokens:
@@ -249,8 +247,8 @@ def _tokens(layout: Layout, inputs: Inputs, p: int, i) -> Tokens:
     return Tokens(q, k, v, _whole(inputs.tokens.eta.at[rows, _heads(layout, p)]))
 
 
-def _shared(inputs: Inputs, p: int) -> tuple[Norm, Coefficients]:
-    return Norm(*(_whole(ref.at[p]) for ref in inputs.norm)), Coefficients(*map(_whole, inputs.coefficients))
+def _shared(inputs: Inputs, p: int) -> tuple[Norm, Any]:
+    return Norm(*(_whole(ref.at[p]) for ref in inputs.norm)), jax.tree.map(_whole, inputs.coefficients)
 
 
 def _whole(ref: Any) -> Read:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ttt.kernels import layout as layout_lib
-from ttt_jax.ttt.kernels import linear, program
+from ttt_jax.ttt.kernels import linear, mlp, program
 from ttt_jax.ttt.kernels.layout import Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.program import Inputs, Program
@@ -21,8 +21,10 @@ def unsupported(learner: Learner, mini_batch: int) -> str | None:
         return "the learner has no LN and residual"
     if not learner.bias:
         return "the learner has no biases"
-    if learner.depth != 1:
+    if learner.depth > 2:
         return f"the learner has {learner.depth} dense layers"
+    if learner.depth == 2 and learner.widths[1] > 4 * learner.widths[0]:
+        return f"the hidden layer of the learner has more than 4 times the {learner.widths[0]} features of a head"
     if not layout_lib.supported(learner.widths[0], mini_batch):
         return f"heads of {learner.widths[0]} features and mini-batches of {mini_batch} tokens do not fill registers"
     return None
@@ -58,16 +60,18 @@ def run(
     _, tokens, heads, head_dim = q.shape
     layout = Layout(heads, head_dim, len(position_eta))
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-    how = Program(linear.group, linear.CHAIN, Numerics(layout, jnp.dtype(operands)), _UNROLL, interpret)
+    kernel = linear if learner.depth == 1 else mlp
+    chain = kernel.chain(layout, learner)
+    how = Program(kernel.group, chain, Numerics(layout, jnp.dtype(operands)), _UNROLL, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
-        linear.pack(layout, start),
+        kernel.pack(layout, start),
         Norm(*(layout_lib.pack_features_in_lanes(layout, x, 0) for x in norm)),
-        layout_lib.coefficients(layout, position_eta),
+        kernel.coefficients(layout, position_eta),
     )
     z, end = _run(how, inputs)
-    return layout_lib.unpack_tokens(layout, z, tokens), linear.unpack(layout, end, start)
+    return layout_lib.unpack_tokens(layout, z, tokens), kernel.unpack(layout, end, start)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

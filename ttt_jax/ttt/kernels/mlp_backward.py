@@ -1,0 +1,172 @@
+"""The derivative of a group of TTT-MLP, by the names of :mod:`ttt_jax.ttt.kernels.mlp`; dA is that of the loss by A.
+
+Z1 and Z2 are known, so all of the forward pass comes from them at once. What is left of the recurrence is a chain from
+the last mini-batch of the group to the first,
+
+    dS1 += - E1^T dZ1                                      of later mini-batches
+    dGX = eta dS1 * gelu'(Z1)          dF = - dGX X^T
+    dT2 += dF^T G2 - E2^T dZ2                              of later mini-batches
+    dG2 = dGX W2 + dF T2 + eta dT2     dZ2 = (dG2 / dZ2)^T dG2          dE2 = - dZ2 T2^T
+    dX += dZ2 W2^T + dE2 X + dE2^T X - F^T dGX             the last two of later mini-batches
+    dZ1 = dX * gelu'(Z1) + dGX / gelu'(Z1) * GX * gelu''(Z1)
+
+(eta times the rate of the last position for all that has come by T). The weights, K, and what the queries have to do
+with all that are done for the whole group, before or after.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.ttt.kernels import norm
+from ttt_jax.ttt.kernels.gelu import gelu_and_derivative, gelu_and_derivatives
+from ttt_jax.ttt.kernels.heads import (
+    apart,
+    product,
+    products,
+    stack_swapped,
+    swap,
+    together,
+    transposed_product,
+    unstack_swapped,
+)
+from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
+from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, rows_of, sum_per_head, tile
+from ttt_jax.ttt.kernels.ops import dot, spread, stack_heads, unspread, unstack_heads
+
+
+def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
+    layout, operands = numerics
+    b, g = layout.mini_batch, layout.group
+    w1, c1, w2, c2 = state
+    q, k, v, eta = tokens
+    queries, of_keys, last = coefficients
+    z1, z2 = chain
+    d_w1, d_c1, d_w2, d_c2 = d_new
+    scale2, target = ln.scale * ln.scale, v - k
+    shift = ln.scale * (ln.bias - target)
+    rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, z1.shape[1])
+    last1 = jnp.tile(last, (1, z1.shape[1] // LANES))
+    before = earlier(layout)
+
+    def mm(a, b, how="nn"):
+        return dot(a, b, how, operands)
+
+    def stacked(x):
+        return stack_swapped(layout, x)
+
+    # The forward pass over keys, known but for products.
+    at = norm.loss_gradient(z2, scale2, shift, numerics)
+    g2 = at.value
+    s2 = rates * g2
+    t2 = last * s2
+    x, slope, curve = gelu_and_derivatives(z1)
+    similarity = mm(jnp.concatenate([k, q], 0), stacked(k), "nt") + 1.0
+    a1, a1_q = similarity[: layout.group_tokens], similarity[layout.group_tokens :]
+    f = jnp.where(before, mm(g2, stacked(t2), "nt"), 0.0)
+    gx = product(g2, -f, w2, x, numerics)
+    s1 = rates1 * (gx * slope)
+
+    # Queries, forward and backward.
+    y1 = product(q, -(queries * a1_q), w1, s1, numerics) + rows_of(layout, c1)
+    xq, slope_q = gelu_and_derivative(y1)
+    y2, e2_q = products(xq, w2, x, numerics)
+    e2_q += 1.0
+    y2 += c2 - mm(queries * e2_q, stacked(s2))
+    y2, root = norm._normalise(y2, numerics)[1]
+    d_scale, d_bias = (d_out * y2).sum(0, keepdims=True), d_out.sum(0, keepdims=True)
+    (d_y2,) = norm._normalise_backward(numerics, (y2, root), d_out * ln.scale)
+    u2 = mm(d_y2, stacked(s2), "nt")
+    d_xq = product(d_y2, -(queries * u2), w2, x, numerics)
+    d_s2 = -unstack_swapped(layout, mm(queries * e2_q, d_y2, "tn"))
+    d_y1 = d_xq * slope_q
+    d_q, u1 = products(d_y1, w1, s1, numerics)
+    d_a1_q = -(queries * u1)
+    d_q += d_out + mm(d_a1_q, stacked(k))
+    d_queries = -(u1 * a1_q + u2 * e2_q)
+
+    # What the queries and the new weights ask of the keys.
+    d_x = product(-t2, -(of_keys * mm(s2, stacked(d_y2), "nt")), d_w2, xq, numerics)
+    by_w2, xx = products(x, d_w2, x, numerics)
+    d_t2 = -by_w2 - d_c2
+    of_queries = of_keys * (mm(k, stacked(q), "nt") + 1.0)
+    d_s1 = product(-last * k, -of_queries, d_w1, d_y1, numerics) - last1 * rows_of(layout, d_c1)
+    by_w1 = unstack_heads(layout, mm(s1, d_w1, "nt"))
+
+    # The chain.
+    e1 = last[:, : a1.shape[1]] * a1
+    means = norm.means_for_backward(at, scale2, numerics)
+    tiles = [jax.tree.map(lambda y, t=t: y[t * b : (t + 1) * b], (at, means)) for t in range(g)]
+    g2_stacked, t2_stacked = stacked(g2), stacked(t2)
+    dz1s, dgxs, ds1s = ([None] * g for _ in range(3))
+    nothing = jnp.zeros((b, LANES), jnp.float32)
+    dz2s, dhs, dt2s = ([nothing] * g for _ in range(3))
+    for t in reversed(range(g)):
+        now = slice(t * b, (t + 1) * b)
+        later = t < g - 1
+        d_s1_t, d_t2_t, d_x_t = tile(layout, d_s1, t), d_t2[now], tile(layout, d_x, t)
+        x_t, slope_t, gx_t = (tile(layout, y, t) for y in (x, slope, gx))
+        if later:
+            d_z1, d_gx = (join(layout, y) for y in (dz1s, dgxs))
+            d_z2 = stacked(jnp.concatenate(dz2s, 0))
+            d_s1_t -= mm(apart(layout, e1[now]), swap(layout, d_z1))
+            f_t = together(layout, mm(x_t, swap(layout, d_gx), "nt"))
+            d_t2_t -= mm(f_t, g2_stacked) + mm(xx[now] + 1.0, d_z2)
+            e_t = mm(t2[now], d_z2, "nt")
+            f_t = mm(t2[now], stack_heads(layout, g2), "nt")
+            d_x_t -= product(f_t, e_t, d_gx, x, numerics)
+        ds1s[t], dt2s[t] = d_s1_t, d_t2_t
+        d_g1 = tile(layout, rates1, t) * d_s1_t
+        dgxs[t] = d_g1 * slope_t
+        d_g2, d_f = products(dgxs[t], w2, x, numerics)
+        d_g2 += rates[now] * (d_s2[now] + last * d_t2_t)
+        if t:
+            d_g2 -= mm(jnp.where(before[now], d_f, 0.0), t2_stacked)
+        dz2s[t], dhs[t] = norm.loss_gradient_backward(d_g2, *tiles[t], scale2, numerics)
+        if t:
+            e_t = jnp.where(before[now], mm(dz2s[t], t2_stacked, "nt"), 0.0)
+            d_x_t += product(dz2s[t], -e_t, w2, x, numerics)
+        else:
+            d_x_t += mm(stack_heads(layout, dz2s[t]), w2)
+        dz1s[t] = d_x_t * slope_t + d_g1 * (gx_t * tile(layout, curve, t))
+    d_z1, d_gx, d_s1 = (join(layout, y) for y in (dz1s, dgxs, ds1s))
+    d_z2, d_h, d_t2 = (jnp.concatenate(y, 0) for y in (dz2s, dhs, dt2s))
+
+    # All else.
+    d_k, u1 = products(d_z1, w1, s1, numerics)
+    u1 = jnp.where(before, u1, 0.0)
+    d_a1 = -last[:, : u1.shape[1]] * u1
+    both = mm(jnp.concatenate([d_a1, d_a1_q], 0), jnp.concatenate([k, q], 0), "tn")
+    d_k += mm(d_a1, stacked(k)) + unstack_swapped(layout, both) - last * by_w1 + ln.scale * d_h
+    d_start = type(state)(
+        d_w1 + transposed_product((q, k), (d_y1, d_z1), numerics),
+        d_c1 + sum_per_head(layout, d_y1 + d_z1),
+        d_w2 + transposed_product((d_y2, d_z2), (xq, x), numerics) + transposed_product((g2,), (d_gx,), numerics),
+        d_c2 + (d_y2 + d_z2).sum(0, keepdims=True),
+    )
+    d_scale += 2 * ln.scale * (d_h * at.x).sum(0, keepdims=True) + (d_h * (ln.bias - target)).sum(0, keepdims=True)
+    d_bias += ln.scale * d_h.sum(0, keepdims=True)
+    d_eta = unspread((d_s2 + last * d_t2) * g2, layout) + _by_head(layout, (d_s1 * slope * gx).sum(-1, keepdims=True))
+    d_last = (d_t2 * s2 - k * by_w1).sum(0, keepdims=True)
+    d_last -= _in_lanes((u1 * a1).sum(0, keepdims=True)) + _in_lanes(
+        (d_c1 * sum_per_head(layout, s1)).sum(0, keepdims=True)
+    )
+    return (
+        d_start,
+        Tokens(d_q, d_k, -ln.scale * d_h, d_eta),
+        Norm(d_scale, d_bias),
+        type(coefficients)(d_queries, jnp.zeros_like(of_keys), d_last),
+        tuple(map(jnp.zeros_like, chain)),
+    )
+
+
+def _by_head(layout, x):
+    """[s L, 1] to [L, s]"""
+    tokens = layout.group_tokens
+    return jnp.concatenate([x[i * tokens : (i + 1) * tokens] for i in range(layout.pack)], 1)
+
+
+def _in_lanes(x):
+    """[1, any lanes] to [1, 128], of the same sum."""
+    if x.shape[1] < LANES:
+        return jnp.concatenate([x, jnp.zeros((1, LANES - x.shape[1]), x.dtype)], 1)
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
