@@ -51,16 +51,16 @@ class Blocks:
         block = (None, self._layout.block_groups, self._layout.block_packs, *x.shape[3:])
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j, 0, 0))
 
-    def of_chain(self, rows: int, lanes: int) -> pl.BlockSpec:
+    def of_chain(self, rows: int, lanes: int, _: Any) -> pl.BlockSpec:
         """Of :meth:`chain_shape`"""
         block = (None, self._layout.block_packs, rows * self._layout.block_tokens, lanes)
         return pl.BlockSpec(block, lambda i, j, t: (i, j, self._at(t), 0))
 
-    def chain_shape(self, rows: int, lanes: int) -> jax.ShapeDtypeStruct:
+    def chain_shape(self, rows: int, lanes: int, dtype: Any) -> jax.ShapeDtypeStruct:
         """[B, P, T * rows per token, lanes]"""
         batch, _, steps = self.grid
         shape = (batch, self._layout.packs, steps * self._layout.block_tokens * rows, lanes)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def of_packs(self, x: Any) -> pl.BlockSpec:
         """Of [P, rows, lanes]"""

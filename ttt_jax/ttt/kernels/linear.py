@@ -24,6 +24,7 @@ from ttt_jax.ttt.kernels import layout as layout_lib
 from ttt_jax.ttt.kernels import norm
 from ttt_jax.ttt.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, stack_heads
+from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
 coefficients = layout_lib.coefficients
@@ -36,9 +37,9 @@ class State(NamedTuple):
     bias: jax.Array
 
 
-def chain(layout: Layout, learner: Learner) -> tuple[tuple[int, int], ...]:
-    """Rows per token and lanes of Z."""
-    return ((1, LANES),)
+def chain(numerics: Numerics, learner: Learner) -> tuple[Saved, ...]:
+    """Z."""
+    return (Saved(1, LANES, jnp.float32),)
 
 
 def group(
@@ -77,6 +78,22 @@ def group(
     weight = state.weight - dot(stacked, step, "tn", operands)
     bias = state.bias - step.sum(0, keepdims=True)
     return State(weight, bias), out, chain
+
+
+def derivative(
+    numerics: Numerics,
+    state: State,
+    tokens: Tokens,
+    ln: Norm,
+    coefficients: Coefficients,
+    chain: tuple[jax.Array, ...],
+    d_new: State,
+    d_z: jax.Array,
+) -> tuple[State, Tokens, Norm, Coefficients]:
+    """Gradients with respect to the arguments of :func:`group`, from those of the new state and of z."""
+    state = State(*(x.astype(jnp.float32) for x in state))
+    _, vjp = jax.vjp(lambda *x: group(numerics, *x, chain)[:2], state, tokens, ln, coefficients)
+    return vjp((d_new, d_z))
 
 
 def pack(layout: Layout, weights: Weights) -> State:

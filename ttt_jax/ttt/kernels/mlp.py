@@ -19,20 +19,20 @@ Shapes: L tokens of the group, s heads of the pack, b tokens of a mini-batch, m 
 *compact*, *rows* and *pairs* see :mod:`ttt_jax.ttt.kernels.heads`.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.ttt.kernels import layout as layout_lib
-from ttt_jax.ttt.kernels import mlp_backward, norm
+from ttt_jax.ttt.kernels import norm
 from ttt_jax.ttt.kernels.gelu import gelu, gelu_and_derivative
-from ttt_jax.ttt.kernels.heads import apart, by_head, product, products, stack_swapped, swap
+from ttt_jax.ttt.kernels.heads import apart, product, products, stack_swapped, swap
 from ttt_jax.ttt.kernels.layout import LANES, Layout, Norm, Tokens
-from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, rows_of, tile
+from ttt_jax.ttt.kernels.mlp_backward import derivative as derivative
+from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, over_hidden, rows_of, sum_per_head, tile
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, spread, stack_heads, unstack_heads
+from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
 
@@ -67,9 +67,10 @@ def coefficients(layout: Layout, position_eta: jax.Array) -> Coefficients:
     return Coefficients(jnp.tile(queries, per_head), jnp.tile(of_keys, per_head), jnp.broadcast_to(last, (1, LANES)))
 
 
-def chain(layout: Layout, learner: Learner) -> tuple[tuple[int, int], ...]:
-    """Rows per token and lanes of Z1, in rows, and of Z2."""
-    return (layout.pack, hidden(learner)), (1, LANES)
+def chain(numerics: Numerics, learner: Learner) -> tuple[Saved, ...]:
+    """Z1, in rows, and Z2."""
+    layout, operands = numerics
+    return Saved(layout.pack, hidden(learner), operands), Saved(1, LANES, jnp.float32)
 
 
 def hidden(learner: Learner) -> int:
@@ -78,99 +79,72 @@ def hidden(learner: Learner) -> int:
 
 
 def group(
-    numerics: Numerics,
-    state: State,
-    tokens: Tokens,
-    ln: Norm,
-    coefficients: Coefficients,
-    chain: tuple[jax.Array, ...] | None = None,
+    numerics: Numerics, state: State, tokens: Tokens, ln: Norm, coefficients: Coefficients
 ) -> tuple[State, jax.Array, tuple[jax.Array, ...]]:
-    """The state after a group, the outputs z [L, 128], and (Z1 [s L, m], Z2 [L, 128]), the chain.
-
-    It can be differentiated with a chain that was saved.
-    """
-    if chain is None:
-        return _group(numerics, state, tokens, ln, coefficients)
-    return *_known(numerics, state, tokens, ln, coefficients, chain), chain
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _known(numerics, state, tokens, ln, coefficients, chain):
-    return _group(numerics, state, tokens, ln, coefficients)[:2]
-
-
-def _known_backward(numerics, saved, cotangents):
-    return mlp_backward.group(numerics, *saved, *cotangents)
-
-
-_known.defvjp(lambda numerics, *x: (_known(numerics, *x), x), _known_backward)
-
-
-def _group(numerics, state, tokens, ln, coefficients):
+    """The state after a group, the outputs z [L, 128], and (Z1 [s L, m], Z2 [L, 128]), the chain."""
     layout, operands = numerics
     q, k, _, _ = tokens
     last = coefficients.last
+    weights = state.weight1.astype(operands), state.weight2.astype(operands)
     similarity = split(dot(jnp.concatenate([k, q], 0), stack_swapped(layout, k), "nt", operands) + 1.0, 2)
     e1 = jnp.where(earlier(layout), similarity[0], 0.0)
-    s1, s2, x, kept = _chain(numerics, state, tokens, ln, last, e1)
+    s1, s2, x, kept = _chain(numerics, state, weights, tokens, ln, last, e1)
 
     e1_q = coefficients.queries * similarity[1]
-    y1 = product(q, -e1_q, state.weight1, s1, numerics) + rows_of(layout, state.bias1)
-    y2, e2_q = products(gelu(y1), state.weight2, x, numerics)
+    y1 = product(q, -e1_q, weights[0], s1, numerics) + rows_of(layout, state.bias1)
+    y2, e2_q = products(gelu(y1), weights[1], x, numerics)
     y2 += state.bias2 - dot(coefficients.queries * (e2_q + 1.0), stack_swapped(layout, s2), "nn", operands)
     out = q + norm.normalise(y2, numerics) * ln.scale + ln.bias
 
-    t1, t2 = jnp.tile(last, (1, s1.shape[1] // LANES)) * s1, last * s2
+    t1, t2 = over_hidden(last, s1.shape[1]) * s1, last * s2
     new = State(
         state.weight1 - dot(stack_heads(layout, k), t1, "tn", operands),
-        state.bias1 - jnp.concatenate([x.sum(0, keepdims=True) for x in by_head(layout, t1)], 0),
+        state.bias1 - sum_per_head(layout, t1),
         state.weight2 - dot(stack_heads(layout, t2), x, "tn", operands),
         state.bias2 - t2.sum(0, keepdims=True),
     )
     return new, out, kept
 
 
-def _chain(numerics, state, tokens, ln, last, e1):
+def _chain(numerics, state, weights, tokens, ln, last, e1):
     """S1 and X in rows, S2 compact, and (Z1, Z2), one mini-batch after the other."""
     layout, operands = numerics
-    _, k, v, eta = tokens
-    b = layout.mini_batch
+    (w1, w2), (_, k, v, eta) = weights, tokens
+    b, m = layout.mini_batch, w1.shape[1]
     scale2, shift = ln.scale * ln.scale, ln.scale * (ln.bias - (v - k))
     means = norm.means_for_chain(scale2, shift, numerics)
-    z1_start = dot(stack_heads(layout, k), state.weight1, "nn", operands) + rows_of(layout, state.bias1)
-    rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, z1_start.shape[1])
-    last1 = jnp.tile(last, (1, z1_start.shape[1] // LANES))
-    z1s, z2s, xs, s1s, s2s = ([] for _ in range(5))
+    z1_start = dot(stack_heads(layout, k), w1, "nn", operands) + rows_of(layout, state.bias1)
+    rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, m)
+    z1s, z2s, xs, s1s, t1s, s2s = ([None] * layout.group for _ in range(6))
     for t in range(layout.group):
         now = slice(t * b, (t + 1) * b)
         z1 = tile(layout, z1_start, t)
         if t:
-            t1 = last1 * join(layout, s1s)
-            z1 -= dot(apart(layout, e1[now]), swap(layout, t1), "nn", operands)
+            z1 -= dot(apart(layout, e1[now]), swap(layout, join(layout, t1s)), "nn", operands)
         x, slope = gelu_and_derivative(z1)
         if t:
             before, t2 = join(layout, xs), stack_swapped(layout, last * _compact(layout, s2s))
-            z2, e2 = products(x, state.weight2, before, numerics)
+            z2, e2 = products(x, w2, before, numerics)
             z2 -= dot(e2 + 1.0, t2, "nn", operands)
         else:
-            z2 = unstack_heads(layout, dot(x, state.weight2, "nt", operands))
+            z2 = unstack_heads(layout, dot(x, w2, "nt", operands))
         z2 += state.bias2
         g2 = norm.loss_gradient_in_chain(z2, scale2, shift[now], means[0], means[1][now], numerics)
         if t:
-            gx = product(g2, -dot(g2, t2, "nt", operands), state.weight2, before, numerics)
+            gx = product(g2, -dot(g2, t2, "nt", operands), w2, before, numerics)
         else:
-            gx = dot(stack_heads(layout, g2), state.weight2, "nn", operands)
-        for values, value in zip(
-            (z1s, z2s, xs, s1s, s2s), (z1, z2, x, tile(layout, rates1, t) * (gx * slope), rates[now] * g2), strict=True
-        ):
-            values.append(value)
+            gx = dot(stack_heads(layout, g2), w2, "nn", operands)
+        s1s[t], s2s[t] = tile(layout, rates1, t) * (gx * slope), rates[now] * g2
+        xs[t], t1s[t] = x.astype(operands), (over_hidden(last, m) * s1s[t]).astype(operands)
+        z1s[t], z2s[t] = z1, z2
     z1, x, s1 = (join(layout, each) for each in (z1s, xs, s1s))
     return s1, _compact(layout, s2s), x, (z1, _compact(layout, z2s))
 
 
-def _compact(layout: Layout, tiles: Sequence[jax.Array]) -> jax.Array:
-    missing = layout.group - len(tiles)
-    return jnp.concatenate([*tiles, *[jnp.zeros_like(tiles[0])] * missing], 0)
+def _compact(layout, tiles):
+    """[L, 128] of mini-batches [b, 128]; zeros where there is none."""
+    nothing = jnp.zeros((layout.mini_batch, LANES), jnp.float32)
+    return jnp.concatenate([nothing if x is None else x for x in tiles], 0)
 
 
 def pack(layout: Layout, weights: Weights) -> State:

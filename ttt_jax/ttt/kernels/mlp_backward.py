@@ -25,27 +25,25 @@ from ttt_jax.ttt.kernels.heads import (
     products,
     stack_swapped,
     swap,
-    together,
     transposed_product,
     unstack_swapped,
 )
 from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
-from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, rows_of, sum_per_head, tile
+from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, over_hidden, rows_of, sum_per_head, tile
 from ttt_jax.ttt.kernels.ops import dot, spread, stack_heads, unspread, unstack_heads
 
 
-def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
+def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     layout, operands = numerics
-    b, g = layout.mini_batch, layout.group
+    b, g, m = layout.mini_batch, layout.group, state[0].shape[1]
     w1, c1, w2, c2 = state
     q, k, v, eta = tokens
     queries, of_keys, last = coefficients
     z1, z2 = chain
-    d_w1, d_c1, d_w2, d_c2 = d_new
+    d_w1, d_w2 = d_new[0].astype(operands), d_new[2].astype(operands)
     scale2, target = ln.scale * ln.scale, v - k
     shift = ln.scale * (ln.bias - target)
-    rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, z1.shape[1])
-    last1 = jnp.tile(last, (1, z1.shape[1] // LANES))
+    rates = spread(eta, layout)
     before = earlier(layout)
 
     def mm(a, b, how="nn"):
@@ -59,16 +57,20 @@ def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     g2 = at.value
     s2 = rates * g2
     t2 = last * s2
-    x, slope, curve = gelu_and_derivatives(z1)
+    t2_stacked = stacked(t2).astype(operands)
+    x, slope = gelu_and_derivative(z1.astype(jnp.float32))
+    x = x.astype(operands)
     similarity = mm(jnp.concatenate([k, q], 0), stacked(k), "nt") + 1.0
     a1, a1_q = similarity[: layout.group_tokens], similarity[layout.group_tokens :]
-    f = jnp.where(before, mm(g2, stacked(t2), "nt"), 0.0)
+    f = jnp.where(before, mm(g2, t2_stacked, "nt"), 0.0)
     gx = product(g2, -f, w2, x, numerics)
-    s1 = rates1 * (gx * slope)
+    s1 = hidden_rates(layout, eta, m) * (gx * slope)
+    s1_sums, s1 = sum_per_head(layout, s1), s1.astype(operands)
 
     # Queries, forward and backward.
     y1 = product(q, -(queries * a1_q), w1, s1, numerics) + rows_of(layout, c1)
     xq, slope_q = gelu_and_derivative(y1)
+    xq = xq.astype(operands)
     y2, e2_q = products(xq, w2, x, numerics)
     e2_q += 1.0
     y2 += c2 - mm(queries * e2_q, stacked(s2))
@@ -79,6 +81,7 @@ def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     d_xq = product(d_y2, -(queries * u2), w2, x, numerics)
     d_s2 = -unstack_swapped(layout, mm(queries * e2_q, d_y2, "tn"))
     d_y1 = d_xq * slope_q
+    d_y1_sums, d_y1 = sum_per_head(layout, d_y1), d_y1.astype(operands)
     d_q, u1 = products(d_y1, w1, s1, numerics)
     d_a1_q = -(queries * u1)
     d_q += d_out + mm(d_a1_q, stacked(k))
@@ -87,49 +90,56 @@ def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     # What the queries and the new weights ask of the keys.
     d_x = product(-t2, -(of_keys * mm(s2, stacked(d_y2), "nt")), d_w2, xq, numerics)
     by_w2, xx = products(x, d_w2, x, numerics)
-    d_t2 = -by_w2 - d_c2
+    d_t2 = -by_w2 - d_new[3]
     of_queries = of_keys * (mm(k, stacked(q), "nt") + 1.0)
-    d_s1 = product(-last * k, -of_queries, d_w1, d_y1, numerics) - last1 * rows_of(layout, d_c1)
+    d_s1 = product(-last * k, -of_queries, d_w1, d_y1, numerics) - rows_of(layout, over_hidden(last, m) * d_new[1])
     by_w1 = unstack_heads(layout, mm(s1, d_w1, "nt"))
 
     # The chain.
     e1 = last[:, : a1.shape[1]] * a1
     means = norm.means_for_backward(at, scale2, numerics)
     tiles = [jax.tree.map(lambda y, t=t: y[t * b : (t + 1) * b], (at, means)) for t in range(g)]
-    g2_stacked, t2_stacked = stacked(g2), stacked(t2)
-    dz1s, dgxs, ds1s = ([None] * g for _ in range(3))
+    g2_rows = _mini_batches(layout, stack_heads(layout, g2)).astype(operands)
+    t2_rows = _mini_batches(layout, stack_heads(layout, t2)).astype(operands)
+    x_rows = _mini_batches(layout, x)
+    t2_g2 = mm(t2_rows, g2_rows, "nt")
+    rows = layout.pack * b
+    dz1s, dgxs, detas = ([None] * g for _ in range(3))
     nothing = jnp.zeros((b, LANES), jnp.float32)
     dz2s, dhs, dt2s = ([nothing] * g for _ in range(3))
     for t in reversed(range(g)):
         now = slice(t * b, (t + 1) * b)
-        later = t < g - 1
         d_s1_t, d_t2_t, d_x_t = tile(layout, d_s1, t), d_t2[now], tile(layout, d_x, t)
-        x_t, slope_t, gx_t = (tile(layout, y, t) for y in (x, slope, gx))
-        if later:
-            d_z1, d_gx = (join(layout, y) for y in (dz1s, dgxs))
-            d_z2 = stacked(jnp.concatenate(dz2s, 0))
-            d_s1_t -= mm(apart(layout, e1[now]), swap(layout, d_z1))
-            f_t = together(layout, mm(x_t, swap(layout, d_gx), "nt"))
-            d_t2_t -= mm(f_t, g2_stacked) + mm(xx[now] + 1.0, d_z2)
-            e_t = mm(t2[now], d_z2, "nt")
-            f_t = mm(t2[now], stack_heads(layout, g2), "nt")
-            d_x_t -= product(f_t, e_t, d_gx, x, numerics)
-        ds1s[t], dt2s[t] = d_s1_t, d_t2_t
-        d_g1 = tile(layout, rates1, t) * d_s1_t
-        dgxs[t] = d_g1 * slope_t
-        d_g2, d_f = products(dgxs[t], w2, x, numerics)
-        d_g2 += rates[now] * (d_s2[now] + last * d_t2_t)
+        gx_t = tile(layout, gx, t)
+        _, slope_t, curve_t = gelu_and_derivatives(tile(layout, z1, t).astype(jnp.float32))
+        if t < g - 1:
+            later, here = slice(0, (g - 1 - t) * rows), slice((g - 1 - t) * rows, (g - t) * rows)
+            d_gx = jnp.concatenate(dgxs[:t:-1], 0)
+            d_z2 = jnp.concatenate([stack_heads(layout, y) for y in dz2s[:t:-1]], 0).astype(operands)
+            d_s1_t -= mm(apart(layout, e1[now]), swap(layout, join(layout, dz1s)))
+            d_t2_t -= unstack_heads(layout, mm(mm(x_rows[here], d_gx, "nt"), g2_rows[later]))
+            d_t2_t -= mm(xx[now] + 1.0, stacked(jnp.concatenate(dz2s, 0)))
+            d_x_t -= mm(mm(t2_rows[here], d_z2, "nt"), x_rows[later]) + mm(t2_g2[here, later], d_gx)
+        dt2s[t] = d_t2_t
+        d_g1 = tile(layout, hidden_rates(layout, eta, m), t) * d_s1_t
+        detas[t] = (d_s1_t * (slope_t * gx_t)).sum(-1, keepdims=True)
+        dgxs[t] = (d_g1 * slope_t).astype(operands)
         if t:
+            d_g2, d_f = products(dgxs[t], w2, x, numerics)
             d_g2 -= mm(jnp.where(before[now], d_f, 0.0), t2_stacked)
+        else:
+            d_g2 = unstack_heads(layout, mm(dgxs[t], w2, "nt"))
+        d_g2 += rates[now] * (d_s2[now] + last * d_t2_t)
         dz2s[t], dhs[t] = norm.loss_gradient_backward(d_g2, *tiles[t], scale2, numerics)
         if t:
             e_t = jnp.where(before[now], mm(dz2s[t], t2_stacked, "nt"), 0.0)
             d_x_t += product(dz2s[t], -e_t, w2, x, numerics)
         else:
             d_x_t += mm(stack_heads(layout, dz2s[t]), w2)
-        dz1s[t] = d_x_t * slope_t + d_g1 * (gx_t * tile(layout, curve, t))
-    d_z1, d_gx, d_s1 = (join(layout, y) for y in (dz1s, dgxs, ds1s))
+        dz1s[t] = d_x_t * slope_t + d_g1 * (gx_t * curve_t)
+    d_z1, d_gx = (join(layout, y) for y in (dz1s, dgxs))
     d_z2, d_h, d_t2 = (jnp.concatenate(y, 0) for y in (dz2s, dhs, dt2s))
+    d_z1_sums, d_z1 = sum_per_head(layout, d_z1), d_z1.astype(operands)
 
     # All else.
     d_k, u1 = products(d_z1, w1, s1, numerics)
@@ -138,25 +148,27 @@ def group(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     both = mm(jnp.concatenate([d_a1, d_a1_q], 0), jnp.concatenate([k, q], 0), "tn")
     d_k += mm(d_a1, stacked(k)) + unstack_swapped(layout, both) - last * by_w1 + ln.scale * d_h
     d_start = type(state)(
-        d_w1 + transposed_product((q, k), (d_y1, d_z1), numerics),
-        d_c1 + sum_per_head(layout, d_y1 + d_z1),
-        d_w2 + transposed_product((d_y2, d_z2), (xq, x), numerics) + transposed_product((g2,), (d_gx,), numerics),
-        d_c2 + (d_y2 + d_z2).sum(0, keepdims=True),
+        d_new[0] + transposed_product((q, k), (d_y1, d_z1), numerics),
+        d_new[1] + d_y1_sums + d_z1_sums,
+        d_new[2] + transposed_product((d_y2, d_z2), (xq, x), numerics) + transposed_product((g2,), (d_gx,), numerics),
+        d_new[3] + (d_y2 + d_z2).sum(0, keepdims=True),
     )
     d_scale += 2 * ln.scale * (d_h * at.x).sum(0, keepdims=True) + (d_h * (ln.bias - target)).sum(0, keepdims=True)
     d_bias += ln.scale * d_h.sum(0, keepdims=True)
-    d_eta = unspread((d_s2 + last * d_t2) * g2, layout) + _by_head(layout, (d_s1 * slope * gx).sum(-1, keepdims=True))
-    d_last = (d_t2 * s2 - k * by_w1).sum(0, keepdims=True)
-    d_last -= _in_lanes((u1 * a1).sum(0, keepdims=True)) + _in_lanes(
-        (d_c1 * sum_per_head(layout, s1)).sum(0, keepdims=True)
-    )
+    d_eta = unspread((d_s2 + last * d_t2) * g2, layout) + _by_head(layout, join(layout, detas))
+    d_last = (d_t2 * s2 - k * by_w1).sum(0, keepdims=True) - _in_lanes((u1 * a1).sum(0, keepdims=True))
+    d_last -= _in_lanes((d_new[1] * s1_sums).sum(0, keepdims=True))
     return (
         d_start,
         Tokens(d_q, d_k, -ln.scale * d_h, d_eta),
         Norm(d_scale, d_bias),
         type(coefficients)(d_queries, jnp.zeros_like(of_keys), d_last),
-        tuple(map(jnp.zeros_like, chain)),
     )
+
+
+def _mini_batches(layout, x):
+    """Rows by mini-batch, the last one first."""
+    return jnp.concatenate([tile(layout, x, t) for t in reversed(range(layout.group))], 0)
 
 
 def _by_head(layout, x):

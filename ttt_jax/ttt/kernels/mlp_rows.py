@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ttt_jax.ttt.kernels.layout import Layout
+from ttt_jax.ttt.kernels.layout import LANES, Layout
 
 
 def tile(layout: Layout, x: jax.Array, t: int) -> jax.Array:
@@ -40,6 +40,11 @@ def sum_per_head(layout: Layout, x: jax.Array) -> jax.Array:
     """The transpose of :func:`rows_of`."""
     tokens = layout.group_tokens
     return jnp.concatenate([x[i * tokens : (i + 1) * tokens].sum(0, keepdims=True) for i in range(layout.pack)], 0)
+
+
+def over_hidden(x: jax.Array, width: int) -> jax.Array:
+    """The same number in 128 lanes to as many lanes as there are hidden features."""
+    return jnp.concatenate([x] * (width // LANES), 1)
 
 
 def hidden_rates(layout: Layout, eta: jax.Array, width: int) -> jax.Array:

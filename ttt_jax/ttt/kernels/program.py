@@ -37,19 +37,30 @@ class Inputs(NamedTuple):
     coefficients: Any  # a named tuple of arrays [rows, lanes]
 
 
+class Saved(NamedTuple):
+    """One array of what is kept of each group besides the weights it starts from."""
+
+    rows: int  # per token
+    lanes: int
+    dtype: Any
+
+
 class Program(NamedTuple):
     """How the programs compute.
 
     Attributes:
       group: of the learner: ``(numerics, state, tokens, norm, coefficients, chain) -> (state, z, chain)``, for a pack.
-      chain: ``(rows per token, lanes)`` of each array of the chain: what a group can be computed from without waiting.
+      derivative: of it: ``(numerics, state, tokens, norm, coefficients, chain, d_state, d_z)`` to those with respect to
+        state, tokens, norm and coefficients. Matrices of the state and the chain come in the dtypes they are kept in.
+      chain: what the chain is: arrays that a group can be computed from without waiting.
       numerics: layout and dtype of operands.
       unroll: groups that are computed together.
       interpret: run as ordinary XLA operations, where there is no TPU.
     """
 
     group: Callable
-    chain: tuple[tuple[int, int], ...]
+    derivative: Callable
+    chain: tuple[Saved, ...]
     numerics: Numerics
     unroll: int = 1
     interpret: bool = False
@@ -177,12 +188,8 @@ def _backward(program: Program, structure: Any, *refs) -> None:
     def derivatives(d_state, norm, coefficients, groups):
         d_groups, d_shared = [], None
         for state, tokens, chain, dz in groups:
-
-            def group(state, tokens, norm, coefficients, chain=chain):
-                return program.group(program.numerics, state, tokens, norm, coefficients, chain)[:2]
-
-            _, vjp = jax.vjp(group, state, tokens, norm, coefficients)
-            d_state, d_tokens, *new = vjp((d_state, dz))
+            inputs = state, tokens, norm, coefficients, chain
+            d_state, d_tokens, *new = program.derivative(program.numerics, *inputs, d_state, dz)
             d_groups.append(d_tokens)
             d_shared = new if d_shared is None else jax.tree.map(jnp.add, d_shared, new)
         return d_state, d_shared, d_groups
@@ -194,8 +201,8 @@ def _backward(program: Program, structure: Any, *refs) -> None:
             groups, d_groups = [], []
             for i in indices:
                 rows = (_rows(layout, i), _lanes(p))
-                state = state_type(*(_whole(ref.at[i, p]) for ref in kept_refs))
-                chain = tuple(_whole(_of_group(ref, layout, p, i)) for ref in chain_refs)
+                state = state_type(*(_as_kept(ref.at[i, p]) for ref in kept_refs))
+                chain = tuple(_as_kept(_of_group(ref, layout, p, i)) for ref in chain_refs)
                 groups.append((state, _tokens(layout, inputs, p, i), chain, _whole(dz_ref.at[rows])))
                 eta = d_tokens.eta.at[_rows(layout, i), _heads(layout, p)]
                 d_q, d_k, d_v = (_into(ref.at[rows]) for ref in d_tokens[:3])
@@ -253,6 +260,10 @@ def _shared(inputs: Inputs, p: int) -> tuple[Norm, Any]:
 
 def _whole(ref: Any) -> Read:
     return Read(ref.shape, jnp.float32, lambda: ref[...].astype(jnp.float32))
+
+
+def _as_kept(ref: Any) -> Read:
+    return Read(ref.shape, ref.dtype, lambda: ref[...])
 
 
 def _into(ref: Any, over: Read | None = None) -> Write:

@@ -61,8 +61,8 @@ def run(
     layout = Layout(heads, head_dim, len(position_eta))
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     kernel = linear if learner.depth == 1 else mlp
-    chain = kernel.chain(layout, learner)
-    how = Program(kernel.group, chain, Numerics(layout, jnp.dtype(operands)), _UNROLL, interpret)
+    numerics = Numerics(layout, jnp.dtype(operands))
+    how = Program(kernel.group, kernel.derivative, kernel.chain(numerics, learner), numerics, _UNROLL, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
