@@ -111,7 +111,10 @@ def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
         now = slice(t * b, (t + 1) * b)
         d_s1_t, d_t2_t, d_x_t = tile(layout, d_s1, t), d_t2[now], tile(layout, d_x, t)
         gx_t = tile(layout, gx, t)
-        _, slope_t, curve_t = gelu_and_derivatives(tile(layout, z1, t).astype(jnp.float32))
+        z1_t = tile(layout, z1, t).astype(jnp.float32)
+        if t < g - 1:
+            z1_t += 0.0 * dgx
+        _, slope_t, curve_t = gelu_and_derivatives(z1_t)
         if t < g - 1:
             later, here = slice(0, (g - 1 - t) * rows), slice((g - 1 - t) * rows, (g - t) * rows)
             d_gx = jnp.concatenate(dgxs[:t:-1], 0)
@@ -123,7 +126,8 @@ def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
         dt2s[t] = d_t2_t
         d_g1 = tile(layout, hidden_rates(layout, eta, m), t) * d_s1_t
         detas[t] = (d_s1_t * (slope_t * gx_t)).sum(-1, keepdims=True)
-        dgxs[t] = (d_g1 * slope_t).astype(operands)
+        dgx = d_g1 * slope_t
+        dgxs[t] = dgx.astype(operands)
         if t:
             d_g2, d_f = products(dgxs[t], w2, x, numerics)
             d_g2 -= mm(jnp.where(before[now], d_f, 0.0), t2_stacked)
