@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from ttt_jax.ttt.kernels.layout import LANES, Layout
 
@@ -73,7 +71,3 @@ class Blocks:
     def whole(self, x: Any) -> pl.BlockSpec:
         """Of [rows, lanes]"""
         return pl.BlockSpec(x.shape, lambda i, j, t: (0, 0))
-
-    def scratch(self, x: Any) -> Any:
-        """Fast memory for [B, P, rows, lanes]"""
-        return pltpu.VMEM((self._layout.block_packs, *x.shape[2:]), jnp.float32)

@@ -91,7 +91,6 @@ def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array,
         in_specs=_specs_of(blocks, inputs),
         out_specs=specs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
-        scratch_shapes=[blocks.scratch(x) for x in state],
         interpret=program.interpret,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs))
@@ -124,7 +123,6 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
             *(blocks.of_program(x) for x in coefficients),
         ],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs.tokens, *state, *norm, *coefficients)],
-        scratch_shapes=[blocks.scratch(x) for x in state],
         interpret=program.interpret,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs), *kept.state, *kept.chain, dz, *d_end)
@@ -134,7 +132,7 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
 def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
     inputs, (z_ref, *rest) = _take(refs, structure)
     n, state_type = len(inputs.state), type(inputs.state)
-    end_refs, kept_refs, state_refs = rest[:n], rest[n:-n], rest[-n:]
+    state_refs, kept_refs = rest[:n], rest[n:]
     layout = program.numerics.layout
     packs, unrolled = range(layout.block_packs), range(program.unroll)
 
@@ -168,14 +166,13 @@ def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
         return 0
 
     lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
-    _copy(state_refs, end_refs)
 
 
 def _backward(program: Program, structure: Any, *refs) -> None:
     inputs, rest = _take(refs, structure)
     n, m, state_type = len(inputs.state), len(program.chain), type(inputs.state)
     kept_refs, chain_refs, dz_ref, d_end_refs = rest[:n], rest[n : n + m], rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
-    (d_tokens, d_start, *shared), state_refs = _take(rest[2 * n + m + 1 :], structure)
+    d_tokens, state_refs, *shared = _take(rest[2 * n + m + 1 :], structure)[0]
     layout = program.numerics.layout
     packs, unrolled = range(layout.block_packs), range(program.unroll)
 
@@ -216,7 +213,6 @@ def _backward(program: Program, structure: Any, *refs) -> None:
         return 0
 
     lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
-    _copy(state_refs, d_start)
 
 
 def _specs_of(blocks: Blocks, inputs: Inputs) -> list[pl.BlockSpec]:
