@@ -1,7 +1,8 @@
 """What runs between operations: the top-level program, which calls them one after the other, in loops."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from ttt_jax.benchmark.tpu_schedule import bundles
 
@@ -13,8 +14,10 @@ def called(listing: str) -> list[str]:
     return _CALL.findall(listing)
 
 
-def cycles(listing: str, times: Mapping[str, int]) -> int:
-    """Bundles of the top-level program that run, each as often as the operations that are called around it.
+def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
+    """Bundles of the top-level program that run, by the operation that they call or have called; of none, ``""``.
+
+    Each runs as often as the operations that are called around it, in the same loop.
 
     Args:
       listing: its ``packed-bundles-post-ra``.
@@ -24,17 +27,30 @@ def cycles(listing: str, times: Mapping[str, int]) -> int:
       ScheduleError: for a listing of an unknown form.
     """
     lines = bundles.raw_bundles(listing)
-    calls = {index: match[1] for index, line in enumerate(lines) if (match := _CALL.search(line))}
     branches = bundles.branches(bundles.parse(listing))
-    loops = sorted((target, at) for at, (_, target) in branches.items() if target <= at)
-    weights = [1] * len(lines)
-    for first, last in sorted(loops, key=lambda loop: loop[0] - loop[1]):  # inner ones after those around them
-        inner = [loop for loop in loops if loop != (first, last) and first <= loop[0] and loop[1] <= last]
-        own = [
-            times.get(name, 1)
-            for index, name in calls.items()
-            if first <= index <= last and not any(a <= index <= b for a, b in inner)
-        ]
-        for index in range(first, min(len(lines), last + 1 + bundles.DELAY_SLOTS)):
-            weights[index] = max(own, default=weights[first])
-    return sum(weights)
+    loops = sorted((target - at, target, at) for at, (_, target) in branches.items() if target <= at)
+    loop_of: list[int | None] = [None] * len(lines)
+    for number, (_, first, last) in enumerate(loops):  # those around others first
+        end = min(len(lines), last + 1 + bundles.DELAY_SLOTS)
+        loop_of[first:end] = [number] * (end - first)
+    calls = [match[1] if (match := _CALL.search(line)) else "" for line in lines]
+    following, before = (
+        _nearest(reversed(range(len(lines))), calls, loop_of),
+        _nearest(range(len(lines)), calls, loop_of),
+    )
+    found = Counter[str]()
+    for index in range(len(lines)):
+        name = following[index] or before[index]
+        found[name] += times.get(name, 1)
+    return dict(found)
+
+
+def _nearest(order: Iterable[int], calls: Sequence[str], loop_of: Sequence[int | None]) -> dict[int, str]:
+    """For each bundle the operation that was called last in its own loop, in this order."""
+    last: dict[int | None, str] = {}
+    nearest = {}
+    for index in order:
+        if calls[index]:
+            last[loop_of[index]] = calls[index]
+        nearest[index] = last.get(loop_of[index], "")
+    return nearest

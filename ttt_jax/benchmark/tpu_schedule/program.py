@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ttt_jax.planning import hlo_text
@@ -24,8 +24,9 @@ class Operation:
       times: executions per run of the program.
       hbm_bytes: that one execution reads from and writes to HBM, padding included; an operand counts once, of one
         that is only sliced the slice, of one that is updated in place the update. Of a collective, 0.
-      asynchronous: whether it runs beside others, such as a copy between HBM and VMEM.
-      op_name: where in the traced program it comes from: ``jit(step)/.../layers/mixer/wq/dot_general``.
+      asynchronous: whether it runs beside others, such as a copy between HBM and VMEM, or waits for other chips.
+      op_name: where in the traced program it comes from: ``jit(step)/.../layers/mixer/wq/dot_general``; of what the
+        compiler added, where its result goes.
       signature: what it computes, of which shapes and layouts. The compiler makes one schedule for operations that
         share it and names that after one of them.
       vmem_bytes: of vector memory that it has for itself while it runs.
@@ -68,8 +69,9 @@ def read(text: str) -> Program:
     def walk(name: str, times: int, caller: str) -> Iterator[Operation]:
         nonlocal conditionals
         shapes = {i.name: i.shape for i in computations[name]}
+        names = _Names(computations[name])
         for instruction in computations[name]:
-            op_name = instruction.op_name or caller
+            op_name = instruction.op_name or names.near(instruction.name) or caller
             if instruction.opcode == "while":
                 trips = hlo_text.trip_count(instruction, computations)
                 program.loops.append((op_name, trips))
@@ -98,6 +100,32 @@ def read(text: str) -> Program:
     return dataclasses.replace(program, conditionals=conditionals)
 
 
+class _Names:
+    """The ``op_name`` of instructions around others, in one computation."""
+
+    def __init__(self, instructions: list[Instruction]):
+        self._by_name = {i.name: i for i in instructions}
+        self._users: dict[str, list[str]] = {}
+        for i in instructions:
+            for operand in i.operands:
+                self._users.setdefault(operand, []).append(i.name)
+
+    def near(self, name: str) -> str:
+        """Of the nearest instruction that has one: of those that take the result, else of those that give operands."""
+        users = self._search(name, lambda at: self._users.get(at, []))
+        return users or self._search(name, lambda at: self._by_name[at].operands)
+
+    def _search(self, start: str, following: Callable[[str], list[str]]) -> str:
+        seen, level = {start}, [start]
+        while level:
+            level = [n for at in level for n in following(at) if n in self._by_name and n not in seen]
+            seen.update(level)
+            for name in level:
+                if self._by_name[name].opcode != "parameter" and self._by_name[name].op_name:
+                    return self._by_name[name].op_name
+        return ""
+
+
 def _moved(computations: Computations, shapes: dict[str, str], instruction: Instruction) -> tuple[int, bool]:
     """Bytes of HBM that one execution reads and writes, and whether it runs beside others."""
     opcode = instruction.opcode
@@ -105,6 +133,8 @@ def _moved(computations: Computations, shapes: dict[str, str], instruction: Inst
         return 0, True
     if _allocates(instruction):
         return 0, False
+    if any(name.startswith("all-reduce-scatter") for name in instruction.called):
+        return 0, True
     if opcode.endswith("-done") or opcode.endswith("-update"):
         return 0, True
     if opcode.endswith("-start"):

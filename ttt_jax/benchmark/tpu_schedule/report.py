@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ttt_jax.benchmark.tpu_schedule import parts
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
 
 _UNITS = {
@@ -49,6 +50,9 @@ def text(schedule: Schedule, top: int = 15) -> str:
     for name, value in lines:
         console.print(f"{name:<12}{value}", soft_wrap=True)
     console.print()
+    for part, seconds in parts.seconds(s.operations).items():
+        console.print(f"{part:<24}{_us(seconds):>12} us  {seconds / s.seconds:>6.1%}")
+    console.print()
     console.print(_operations(s.operations, top, s.seconds))
     console.print()
     for line in (*_remarks(s), _NOT_MODELLED):
@@ -70,6 +74,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "control_cycles": s.control_cycles,
         "hbm_bytes": s.hbm_bytes,
         "utilization": {unit: s.utilization(unit) for unit in s.units},
+        "parts": parts.seconds(s.operations),
         "vmem_bytes": s.vmem_bytes,
         "argument_bytes": s.compiled.arguments,
         "output_bytes": s.compiled.outputs,

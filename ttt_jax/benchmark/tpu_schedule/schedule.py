@@ -18,17 +18,23 @@ from ttt_jax.planning import hlo, topology
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """An operation as it is scheduled; ``counts`` is None where it has no schedule of its own: what only moves data or
-    handles scalars."""
+    """An operation as it is scheduled.
+
+    Attributes:
+      counts: of one execution; None where it has no schedule of its own, as it only starts a copy or handles scalars,
+        and where its cycles mean nothing, as it waits for other chips.
+      control_cycles: around it, of all executions.
+    """
 
     operation: Operation
     counts: Counts | None
+    control_cycles: int
     chip: chips.Clocked
 
     @property
     def cycles(self) -> int:
-        """Of all executions."""
-        return self.operation.times * self.counts.cycles if self.counts else 0
+        """Of all executions, with what is around them."""
+        return self.control_cycles + (self.operation.times * self.counts.cycles if self.counts else 0)
 
     @property
     def hbm_bytes(self) -> int:
@@ -47,8 +53,8 @@ class Scheduled:
 
     @property
     def seconds(self) -> float:
-        """The larger of both; none where it runs beside others."""
-        return 0.0 if self.operation.asynchronous else max(self.compute_seconds, self.memory_seconds)
+        """The larger of both; the time of its bytes does not count where they move beside other operations."""
+        return self.compute_seconds if self.operation.asynchronous else max(self.compute_seconds, self.memory_seconds)
 
     def utilization(self, unit: str) -> float:
         """The share of its cycles, times units, in which one of a kind is used."""
@@ -63,7 +69,7 @@ class Schedule:
 
     Attributes:
       operations: in the order of the program.
-      control_cycles: of what runs between operations.
+      other_cycles: before the first operation and after the last.
       loops: where each comes from, and its trips; None where these are not known: they count as one.
       conditionals: of the program; all of their branches count.
       collectives: between chips; they have bytes and no time.
@@ -76,7 +82,7 @@ class Schedule:
     chip: chips.Clocked
     compiled: Compiled
     operations: list[Scheduled]
-    control_cycles: int
+    other_cycles: int
     loops: list[tuple[str, int | None]]
     conditionals: int
     collectives: list[hlo.Collective]
@@ -86,7 +92,12 @@ class Schedule:
     @cached_property
     def cycles(self) -> int:
         """Of all operations and what is between them."""
-        return sum(o.cycles for o in self.operations) + self.control_cycles
+        return sum(o.cycles for o in self.operations) + self.other_cycles
+
+    @property
+    def control_cycles(self) -> int:
+        """Of these, between operations."""
+        return sum(o.control_cycles for o in self.operations) + self.other_cycles
 
     @cached_property
     def hbm_bytes(self) -> int:
@@ -107,7 +118,7 @@ class Schedule:
     def seconds(self) -> float:
         """The estimate: every operation as long as the longer of its cycles and its bytes take, one after the other;
         at least as long as all bytes take."""
-        one_by_one = sum(o.seconds for o in self.operations) + self.control_cycles / self.chip.clock
+        one_by_one = sum(o.seconds for o in self.operations) + self.other_cycles / self.chip.clock
         return max(one_by_one, self.memory_seconds)
 
     def utilization(self, unit: str) -> float:
@@ -172,21 +183,29 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
     calls = set(control.called(listing))
     counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}
     by_signature = {o.signature: counted[o.name] for o in found.operations if o.name in counted}
-    operations = [Scheduled(o, counted.get(o.name, by_signature.get(o.signature)), chip) for o in found.operations]
-    around = sum(counts.cycles for name, counts in counted.items() if name.startswith("<late-"))
-    names = {o.name for o in found.operations}
+    times = {o.name: o.times for o in found.operations}
+    around = control.cycles(listing, times)
+    operations = []
+    for o in found.operations:
+        counts = None if o.asynchronous else counted.get(o.name, by_signature.get(o.signature))
+        operations.append(Scheduled(o, counts, around.pop(o.name, 0), chip))
+    ends = sum(counts.cycles for name, counts in counted.items() if name.startswith("<late-"))
     return Schedule(
         target=target,
         topology=topology_name,
         chip=chip,
         compiled=compiled,
         operations=operations,
-        control_cycles=around + control.cycles(listing, {o.name: o.times for o in found.operations}),
+        other_cycles=ends + sum(around.values()),
         loops=found.loops,
         conditionals=found.conditionals,
         collectives=hlo.collectives(compiled.text),
-        without_schedule=[o.operation.name for o in operations if o.counts is None and o.operation.name in calls],
-        unmatched=[name for name in counted if name not in names and not name.startswith("<late-")],
+        without_schedule=[
+            o.operation.name
+            for o in operations
+            if o.counts is None and o.operation.name in calls and not o.operation.asynchronous
+        ],
+        unmatched=[name for name in counted if name not in times and not name.startswith("<late-")],
     )
 
 
