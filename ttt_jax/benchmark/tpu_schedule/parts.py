@@ -1,5 +1,6 @@
 """The parts of a training step, by where in the model its operations come from."""
 
+import re
 from collections.abc import Iterable
 
 from ttt_jax.benchmark.tpu_schedule.schedule import Scheduled
@@ -16,12 +17,12 @@ def of(op_name: str) -> str:
         ("/mixer", MIXER),
         ("/mlp", FEED_FORWARD),
         ("/layers", BLOCK),
-        ("(LanguageModel)/while", BLOCK),  # slices of what is stacked over layers
-        ("(LanguageModel)", ENDS),
-        ("jvp(", ENDS),  # the loss
-        ("jit(step)", OPTIMIZER),
+        (r"\(LanguageModel\)+/while", BLOCK),  # slices of what is stacked over layers
+        (r"\(LanguageModel\)", ENDS),
+        (r"jvp\(", ENDS),  # the loss
+        (r"jit\(step\)", OPTIMIZER),
     ):
-        if pattern in op_name:
+        if re.search(pattern, op_name):
             return part
     return UNKNOWN
 

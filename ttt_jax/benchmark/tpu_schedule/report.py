@@ -49,9 +49,8 @@ def text(schedule: Schedule, top: int = 15) -> str:
     ]
     for name, value in lines:
         console.print(f"{name:<12}{value}", soft_wrap=True)
-    console.print()
-    for part, seconds in parts.seconds(s.operations).items():
-        console.print(f"{part:<24}{_us(seconds):>12} us  {seconds / s.seconds:>6.1%}")
+    for number, (part, seconds) in enumerate(parts.seconds(s.operations).items()):
+        console.print(f"{'' if number else 'of these':<12}{_us(seconds):>10} us {seconds / s.seconds:>6.1%}  {part}")
     console.print()
     console.print(_operations(s.operations, top, s.seconds))
     console.print()

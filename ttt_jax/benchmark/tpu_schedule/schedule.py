@@ -172,13 +172,13 @@ def measure(target: Function | Step, topology_name: str = "v5e:1x1", keep: Path 
 def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Schedule:
     """Counts what a compilation left."""
     chip = chips.CLOCKED[topology.parse(topology_name).chip]
-    found = program.read(compiled.text)
     files = _files(dump)
     if "TLP" not in files:
         raise ScheduleError(
             f"the compiler left {len(files)} schedules and none of the program that calls them; "
             "known to work: libtpu 0.0.52"
         )
+    found = program.read(compiled.text)
     listing = files["TLP"][0].read_text(errors="replace")
     calls = set(control.called(listing))
     counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}
