@@ -95,27 +95,29 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
     variants = options.compare or [""]
     if options.compare and len(options.compare) < 2:
         raise ConfigError("--compare: expected two or more of KEY=VALUE[,KEY=VALUE...]")
+    if len(set(variants)) < len(variants):
+        raise ConfigError(f"--compare {' '.join(variants)}: expected each once")
     targets = [_target(options, list(rest), variant) for variant in variants]
     from ttt_jax.benchmark.tpu_schedule import report
     from ttt_jax.benchmark.tpu_schedule.bundles import ScheduleError
     from ttt_jax.benchmark.tpu_schedule.schedule import measure
 
-    schedules = []
-    for number, target in enumerate(targets):
+    found, failed = {}, {}
+    for number, (variant, target) in enumerate(zip(variants, targets, strict=True)):
         keep = options.keep / str(number) if options.keep and options.compare else options.keep
         try:
-            schedules.append(measure(target, options.topology, keep))
-        except ScheduleError as error:
+            found[variant] = measure(target, options.topology, keep)
+        except ScheduleError as error:  # the other variants are worth their time
+            failed[variant] = str(error)
             print(f"ttt bench tpu-schedule: {target}: {error}", file=sys.stderr)
-            return 1
     if options.json:
-        found = [report.as_dict(schedule) for schedule in schedules]
-        print(json.dumps(dict(zip(variants, found, strict=True)) if options.compare else found[0], indent=2))
-    elif options.compare:
-        print(report.comparison(variants, schedules))
-    else:
-        print(report.text(schedules[0], options.top))
-    return 0
+        shown = {v: report.as_dict(found[v]) if v in found else {"error": failed[v]} for v in variants}
+        print(json.dumps(shown if options.compare else shown[""], indent=2))
+    elif options.compare and found:
+        print(report.comparison(found))
+    elif found:
+        print(report.text(found[""], options.top))
+    return 1 if failed else 0
 
 
 def _target(options: argparse.Namespace, rest: list[str], variant: str) -> "Function | Step":

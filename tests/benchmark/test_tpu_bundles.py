@@ -39,13 +39,14 @@ def counted(*texts: str, slots: dict[int, str] | None = None) -> bundles.Counts:
 
 
 # A pipelined loop of 5 turns: the first only loads and the last only stores, so that bundles 9 to 11 run in the three
-# between them. After a branch, 4 more bundles run. The comment has a line break in it, as those of DMAs have.
+# between them. After a branch, 4 more bundles run. The comment has lines and comments in it, as those of DMAs have.
 PIPELINED = (
     "  :  { %s9_s7 = smov.u32 0 /* copy for cssa */ }",
     "LB: > { %s40_s8 = sadd.s32 4294967295, %s10_s7 /* iteration index, stage = 1 */"
     "  ;;  %s10_s7 = sphi %s9_s7, %s11_s7 /* phi copy */ }",
     "  : > { %p12_p0 = scmp.ge.s32.totalorder %s40_s8, 0  ;;  %p13_p1 = scmp.lt.s32.totalorder %s10_s7, 4 }",
-    "  : > { %p14_p2 = pnand %p13_p1, %p12_p0 /* both,\n or not */ }",
+    "  : > { %p14_p2 = pnand %p13_p1, %p12_p0 "
+    "/*\nhlo: f.36\nbase: (%s49 = scalar_select /*predicate=*/%p48, 16)\n */ }",
     "  : > { %17 = sbr.rel (%p14_p2) target bundleno = 12 (0xc), region = 16 }",
     *["  : > {}"] * 4,
     "  : > { %v1_v0 = vld [vmem:[%s40_s8 + $0x38] sm:$0xff] }",

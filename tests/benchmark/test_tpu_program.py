@@ -192,3 +192,29 @@ def test_parts_of_a_step():
         "": "of unknown origin",
     }
     assert {name: parts.of(name) for name in names} == names
+
+
+def test_a_collective_within_a_fusion():
+    """It is carried on beside the fusion's work: neither it nor the array that passes through counts."""
+    text = """\
+%gather (p0: bf16[8,256], p1: bf16[32,256], p2: f32[8,128]) -> (f32[8,128], bf16[32,256], bf16[32,256]) {
+  %p0 = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %work = f32[8,128]{1,0:T(8,128)} negate(%p2)
+  %all = bf16[32,256]{1,0:T(8,128)(2,1)} all-gather(%p0), channel_id=4, replica_groups=[1,4]<=[4]
+  ROOT %t = (f32[8,128]{1,0:T(8,128)}, bf16[32,256]{1,0:T(8,128)(2,1)}, bf16[32,256]{1,0:T(8,128)(2,1)}) \
+tuple(%work, %all, %p1)
+}
+
+ENTRY %main (a: bf16[8,256], b: bf16[32,256], c: f32[8,128]) -> f32[8,128] {
+  %a = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(1)
+  %c = f32[8,128]{1,0:T(8,128)} parameter(2)
+  %f = (f32[8,128]{1,0:T(8,128)}, bf16[32,256]{1,0:T(8,128)(2,1)}, bf16[32,256]{1,0:T(8,128)(2,1)}) fusion(%a, %b, \
+%c), kind=kLoop, calls=%gather
+  ROOT %r = f32[8,128]{1,0:T(8,128)} get-tuple-element(%f), index=0
+}
+"""
+    (fusion,) = program.read(text).operations
+    assert (fusion.name, fusion.hbm_bytes, fusion.asynchronous) == ("f", 2 * 8 * 128 * 4, False)

@@ -101,7 +101,7 @@ def test_reports(known):
     numbers = json.loads(json.dumps(report.as_dict(known[0])))
     assert numbers["cycles"] == known[0].cycles
     assert sum(o["hbm_bytes"] for o in numbers["operations"]) <= numbers["hbm_bytes"] == known[0].hbm_bytes
-    compared = report.comparison(["a", "b"], [known[0], known[0]])
+    compared = report.comparison({"a": known[0], "b": known[0]})
     assert [line.split()[2] for line in compared.splitlines() if line[:1] in ("a", "b")] == ["1.00x", "1.00x"]
 
 

@@ -13,13 +13,12 @@ import bisect
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 DELAY_SLOTS = 4  # bundles after a branch that run in any case
 _MOST_SEGMENTS = 2_000_000  # straight runs between branches; a second of time each
 _WORD = 1 << 32
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:[> ]*\{(.*)\}")
-_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)  # some have several lines
 
 
 class ScheduleError(RuntimeError):
@@ -87,20 +86,40 @@ def parse(listing: str) -> list[str]:
     Raises:
       ScheduleError: where there are no bundles, or some are missing.
     """
-    return [_COMMENT.sub("", text).strip() for text in raw_bundles(listing)]
+    return [text for text, _ in with_comments(listing)]
 
 
-def raw_bundles(listing: str) -> list[str]:
-    """As :func:`parse`, with comments."""
-    bundles: list[str] = []
-    for line in _COMMENT.sub(lambda comment: comment[0].replace("\n", " "), listing).splitlines():
-        if match := _BUNDLE.match(line):
+def with_comments(listing: str) -> list[tuple[str, str]]:
+    """The instructions of each bundle, and its comments; raises as :func:`parse`."""
+    bundles: list[tuple[str, str]] = []
+    for text, comments in _lines(listing):
+        if match := _BUNDLE.match(text):
             if int(match[1], 16) != len(bundles):
                 raise ScheduleError(f"bundle {match[1]} in the place of bundle {len(bundles):x}; expected all in order")
-            bundles.append(match[2].strip())
+            bundles.append((match[2].strip(), comments))
     if not bundles:
         raise ScheduleError("no bundles in the schedule; expected lines such as '0x1 : { %3 = vadd ... }'")
     return bundles
+
+
+def _lines(listing: str) -> Iterator[tuple[str, str]]:
+    """Lines without comments, and their comments. Comments have lines in them, and comments."""
+    text: list[str] = []
+    comments: list[str] = []
+    depth = 0
+    for part in re.split(r"(/\*|\*/|\n)", listing):
+        if part == "/*":
+            depth += 1
+        elif part == "*/":
+            depth -= 1
+        elif depth > 0:
+            comments.append(part)
+        elif part == "\n":
+            yield "".join(text), "".join(comments)
+            text, comments = [], []
+        else:
+            text.append(part)
+    yield "".join(text), "".join(comments)
 
 
 def branches(bundles: list[str]) -> dict[int, tuple[str, int]]:

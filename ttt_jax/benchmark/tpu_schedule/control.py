@@ -6,12 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ttt_jax.benchmark.tpu_schedule import bundles
 
-_CALL = re.compile(r"inlined_call\b[^/]*/\* %([\w.$-]+) = ")
-
 
 def called(listing: str) -> list[str]:
     """The operations that it calls, in order."""
-    return _CALL.findall(listing)
+    return [name for name in _calls(bundles.with_comments(listing)) if name]
+
+
+def _calls(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """For each bundle, the operation that it calls, which a comment names: ``%fusion.1 = fusion(%x, %y)``."""
+    return [
+        match[1] if "inlined_call" in text and (match := re.search(r"%([\w.$-]+) = ", comments)) else ""
+        for text, comments in lines
+    ]
 
 
 def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
@@ -26,14 +32,14 @@ def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
     Raises:
       ScheduleError: for a listing of an unknown form.
     """
-    lines = bundles.raw_bundles(listing)
-    branches = bundles.branches(bundles.parse(listing))
+    lines = bundles.with_comments(listing)
+    branches = bundles.branches([text for text, _ in lines])
     loops = sorted((target - at, target, at) for at, (_, target) in branches.items() if target <= at)
     loop_of: list[int | None] = [None] * len(lines)
     for number, (_, first, last) in enumerate(loops):  # those around others first
         end = min(len(lines), last + 1 + bundles.DELAY_SLOTS)
         loop_of[first:end] = [number] * (end - first)
-    calls = [match[1] if (match := _CALL.search(line)) else "" for line in lines]
+    calls = _calls(lines)
     following, before = (
         _nearest(reversed(range(len(lines))), calls, loop_of),
         _nearest(range(len(lines)), calls, loop_of),

@@ -129,7 +129,7 @@ class _Names:
 def _moved(computations: Computations, shapes: dict[str, str], instruction: Instruction) -> tuple[int, bool]:
     """Bytes of HBM that one execution reads and writes, and whether it runs beside others."""
     opcode = instruction.opcode
-    if opcode.removesuffix("-start").removesuffix("-done") in _COLLECTIVES:
+    if _is_collective(opcode):
         return 0, True
     if _allocates(instruction):
         return 0, False
@@ -145,6 +145,10 @@ def _moved(computations: Computations, shapes: dict[str, str], instruction: Inst
 def _scoped(instruction: Instruction) -> int:
     listed = instruction.attribute(r'"used_scoped_memory_configs":\[([^\]]*)\]')
     return sum(int(size) for size in re.findall(r'"memory_space":"1",[^}]*"size":"(\d+)"', listed))
+
+
+def _is_collective(opcode: str) -> bool:
+    return opcode.removesuffix("-start").removesuffix("-done") in _COLLECTIVES
 
 
 def _allocates(instruction: Instruction) -> bool:
@@ -240,7 +244,7 @@ def _read(lines: dict[str, _Line], array: str) -> int:
     read = 0
     for name, use in lines.items():
         places = [index for index, operand in enumerate(use.operands) if operand == array]
-        if not places or use.opcode == "tuple":
+        if not places or use.opcode == "tuple" or _is_collective(use.opcode):
             continue
         if use.opcode in _SLICES and places == [0]:
             read += sum(hlo_text.padded_bytes(use.shape))
@@ -252,7 +256,11 @@ def _read(lines: dict[str, _Line], array: str) -> int:
 
 
 def _written(lines: dict[str, _Line], result: str, whole: int) -> int:
-    """Bytes that are written of a result: the update, where it updates an array in place."""
+    """Bytes that are written of a result: the update, where it updates an array in place; none of an operand that only
+    passes through, nor of what a collective, which some fusions carry on beside their work, makes of it."""
+    passed = lines[_through_views(lines, result, ("bitcast",))].opcode
+    if passed == "parameter" or _is_collective(passed):
+        return 0
     line = lines[_through_views(lines, result, _VIEWS)]
     if line.opcode not in _UPDATES:
         return whole

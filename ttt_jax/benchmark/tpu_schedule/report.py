@@ -1,7 +1,7 @@
 """Schedules as text and as JSON."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -90,16 +90,17 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def comparison(names: Sequence[str], schedules: Sequence[Schedule]) -> str:
-    """A line per schedule, with its ratio to the first: how many times as fast."""
+def comparison(schedules: Mapping[str, Schedule]) -> str:
+    """A line per schedule, by its name, with its ratio to the first: how many times as fast."""
+    first = next(iter(schedules.values()))
+    of_step = bool(parts.seconds(first.operations))
     table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
-    for title in ("us", "ratio", "computing", "HBM", "cycles", "MXU", "XLU", "VPU", "store", "spills", "temporaries"):
+    titles = ["us", "ratio", "computing", "HBM", "cycles", "MXU", "XLU", "VPU", "store", "spills", "temporaries"]
+    for title in titles + ["inner loop"] * of_step:
         table.add_column(title, justify="right", no_wrap=True)
-    first = schedules[0]
-    for name, s in zip(names, schedules, strict=True):
-        table.add_row(
-            name,
+    for name, s in schedules.items():
+        row = [
             _us(s.seconds),
             f"{first.seconds / s.seconds:.2f}x",
             _us(s.compute_seconds),
@@ -107,12 +108,15 @@ def comparison(names: Sequence[str], schedules: Sequence[Schedule]) -> str:
             f"{s.cycles:,}",
             *(f"{s.utilization(unit):.0%}" for unit in ("MATMUL", "XLU", "VALU", "VSTORE", "VSTORE:SPILL")),
             _size(s.compiled.temporaries),
-        )
+        ]
+        inner = parts.seconds(s.operations).get(parts.INNER_LOOP, 0.0)
+        table.add_row(name, *row, *([f"{_us(inner)} us, {inner / s.seconds:.0%}"] * of_step))
     console = _console()
-    console.print(f"{first.target} on {first.topology}, against the first\n", soft_wrap=True)
+    console.print(f"{first.target} on {first.topology}, against the first", soft_wrap=True)
+    console.print()
     console.print(table)
     console.print()
-    for name, s in zip(names, schedules, strict=True):
+    for name, s in schedules.items():
         for line in _remarks(s):
             console.print(f"{name}: {line}", soft_wrap=True)
     console.print(_NOT_MODELLED, soft_wrap=True)
