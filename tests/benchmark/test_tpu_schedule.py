@@ -172,6 +172,11 @@ def test_functions_that_cannot_be(function, settings, message):
         measure(Function(function, settings))
 
 
+def test_a_topology_without_a_schedule():
+    with pytest.raises(ConfigError, match="--topology cpu:1: has no schedule; expected one of v5e, v6e, v5p"):
+        measure(Function(KNOWN), "cpu:1")
+
+
 def test_without_libtpu(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['libtpu'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -207,6 +212,7 @@ def test_a_training_step():
     assert numbers["parts"]["inner loop"] > 0.5 * numbers["seconds"]
     assert sum(numbers["parts"].values()) <= numbers["seconds"]
     assert "all-gather" in numbers["collectives"]
+    assert schedule.without_schedule == []  # also of operations whose schedule has the name of an equal one
     trips = sorted(trips for name, trips in schedule.loops if "_inner_loop" in name)
     assert set(trips) == {128 // 16}
     assert max(o.operation.times for o in schedule.operations) == 3 * 128 // 16
