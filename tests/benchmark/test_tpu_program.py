@@ -26,8 +26,8 @@ dynamic_slice_sizes={1,16,64}
 }
 
 %slices.2 (q0: f32[100,16,64], q1: s32[], q2: bf16[512,256]) -> f32[1,16,64] {
-  %q0 = f32[100,16,64]{2,1,0:T(8,128)} parameter(0)
   %q1 = s32[]{:T(128)S(6)} parameter(1)
+  %q0 = f32[100,16,64]{2,1,0:T(8,128)} parameter(0)
   %q2 = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(2)
   %nested.2 = bf16[512,256]{1,0:T(8,128)(2,1)} fusion(%q2), kind=kLoop, calls=%view
   %zero.2 = s32[]{:T(128)} constant(0)

@@ -175,12 +175,23 @@ def _signature(computations: Computations, shapes: dict[str, str], instruction: 
 
 
 def _canonical(computations: Computations, name: str) -> str:
-    """A computation with numbers for names."""
-    lines, numbers = [], {i.name: str(n) for n, i in enumerate(computations[name])}
-    for i in computations[name]:
+    """A computation with numbers for names, in the order in which its result needs them."""
+    by_name = {i.name: i for i in computations[name]}
+    numbers: dict[str, int] = {}
+    lines = []
+    left = [(i.name, False) for i in computations[name] if i.root]
+    while left:
+        at, operands_done = left.pop()
+        if at in numbers or at not in by_name:
+            continue
+        i = by_name[at]
+        if not operands_done:
+            left += [(at, True), *((operand, False) for operand in reversed(i.operands))]
+            continue
+        numbers[at] = len(numbers)
         inside = "".join(_canonical(computations, called) for called in i.called if called in computations)
-        operands = ",".join(numbers.get(operand, "?") for operand in i.operands) or i.rest.partition(")")[0]
-        lines.append(f"{'ROOT ' * i.root}{i.shape} {i.opcode}({operands}){_attributes(i)}{inside}")
+        operands = ",".join(str(numbers.get(o, "?")) for o in i.operands) or i.rest.partition(")")[0]
+        lines.append(f"{i.shape} {i.opcode}({operands}){_attributes(i)}{inside}")
     return "{" + ";".join(lines) + "}"
 
 
