@@ -222,7 +222,7 @@ def _size(size: float) -> str:
 
 
 def _console() -> Console:
-    return Console(file=io.StringIO(), width=150, markup=False, highlight=False)
+    return Console(file=io.StringIO(), width=165, markup=False, highlight=False)
 
 
 def _text(console: Console) -> str:
