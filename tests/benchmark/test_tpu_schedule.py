@@ -46,6 +46,9 @@ def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
     assert 1 <= cycles / (4096**3 / (4 * 128 * 128)) < 1.05
     product = max(known[0].operations, key=lambda o: o.cycles)
     assert product.utilization("MATMUL") == pytest.approx(4096**3 / (4 * 128 * 128) / cycles, rel=0.01)
+    assert product.counts.empty / product.counts.cycles == pytest.approx(
+        0.2251, abs=0.005
+    )  # the compiler: 2519 of 11191
     assert product.seconds == pytest.approx(4096**3 * 2 / 197e12, rel=0.05)
 
 
@@ -77,6 +80,8 @@ def test_what_a_schedule_adds_up_to(known):
     assert schedule.hbm_bytes == pytest.approx(product + COPIED, rel=0.05)  # and little for the loops
     assert schedule.compiled.arguments == pytest.approx((2 * product) / 3 + COPIED / 2, rel=0.05)
     assert (schedule.without_schedule, schedule.unmatched) == ([], [])
+    empty = sum(o.operation.times * o.counts.empty for o in schedule.operations if o.counts)
+    assert schedule.waiting == empty / schedule.cycles
     assert (schedule.unknown_loops, schedule.uncertain_cycles, schedule.conditionals) == (0, 0, 0)
 
 

@@ -31,7 +31,7 @@ class Counts:
 
     Attributes:
       cycles: bundles that run.
-      empty: of these, the bundles without an instruction: waiting for results.
+      empty: of these, the bundles without an instruction: waiting for results or for a unit.
       slots: how much of each kind of unit is used, in cycles of one: ``MATMUL`` counts the cycles for which a matrix
         unit takes rows. ``VLOAD:FILL`` and ``VSTORE:SPILL`` are the part of ``VLOAD`` and ``VSTORE`` that moves
         registers from and to memory for want of registers.

@@ -73,6 +73,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "control_cycles": s.control_cycles,
         "hbm_bytes": s.hbm_bytes,
         "utilization": {unit: s.utilization(unit) for unit in s.units},
+        "waiting": s.waiting,
         "parts": parts.seconds(s.operations),
         "vmem_bytes": s.vmem_bytes,
         "argument_bytes": s.compiled.arguments,
@@ -128,6 +129,7 @@ def _units(s: Schedule) -> list[tuple[str, str]]:
     spills, fills = (f"{s.utilization(unit):.1%}" for unit in ("VSTORE:SPILL", "VLOAD:FILL"))
     return [
         ("units", used),
+        ("waiting", f"{s.waiting:.0%} of all cycles: nothing is issued"),
         ("spills", f"{spills} of the store slots, filled again in {fills} of the load slots"),
         ("VMEM", f"{_size(s.vmem_bytes)}, the most that one operation has for itself"),
     ]

@@ -129,6 +129,11 @@ class Schedule:
         return used / (self.cycles * capacity) if capacity else 0.0
 
     @property
+    def waiting(self) -> float:
+        """The share of all cycles in which operations issue nothing, as they wait for results or for a unit."""
+        return sum(o.operation.times * o.counts.empty for o in self.operations if o.counts) / self.cycles
+
+    @property
     def units(self) -> list[str]:
         """Kinds of units, as the compiler calls them."""
         return next((list(o.counts.slots) for o in self.operations if o.counts), [])
