@@ -20,7 +20,14 @@ _NOT_OF_THE_MODEL = (
     "training.accumulation",
     "training.stall_limit",
 )
-_OF_THE_RUN = (*_NOT_OF_THE_MODEL, "model.remat", "model.ttt.remat_group", "model.ttt.unroll", "data.worker_processes")
+_OF_THE_RUN = (
+    *_NOT_OF_THE_MODEL,
+    "model.remat",
+    "model.ttt.kernel",
+    "model.ttt.remat_group",
+    "model.ttt.unroll",
+    "data.worker_processes",
+)
 
 
 class Point(NamedTuple):
