@@ -198,6 +198,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
     workdir = str(run[0])
     for options, message in (
         ({"step": 4}, "--step 4: no such checkpoint"),
+        ({"step": "all"}, "--step all: several checkpoints; expected newest, best or a number"),
         ({"max_length": 0}, "max_length=0: expected 1 or more"),
         ({"tokenizer": "words.txt"}, "--tokenizer words.txt: expected byte"),
     ):
