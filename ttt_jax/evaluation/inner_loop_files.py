@@ -68,6 +68,7 @@ def read(
         pattern = re.compile(re.escape(form).replace(r"\-0", r"\-(\d+)", 1))
         context = max((int(match[1]) for stem in stems if (match := pattern.fullmatch(stem))), default=None)
     if context is None or (stem := name(split, context, by_document=by_document, step=step)) not in stems:
+        workdir_lib.check_exists(workdir)
         raise ConfigError(
             f"{workdir}: no inner-loop diagnostics of the {split} split"
             + ("" if context is None else f" with context {context}")
