@@ -21,7 +21,7 @@ import numpy as np
 
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import statistics
+from ttt_jax.evaluation import saved, statistics
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -159,17 +159,9 @@ def read_file(path: Workdir) -> Evaluation:
     """The evaluation in an ``.npz`` file and the ``.json`` beside it.
 
     Raises:
-      ConfigError: where it is of an older version of this package.
+      ConfigError: where it is damaged, or of an older version of this package.
     """
-    with explained(path):
-        about = json.loads(path.with_suffix(".json").read_text())
-        content = io.BytesIO(path.read_bytes())
-    with np.load(content, allow_pickle=False) as file:
-        arrays = dict(file)
-    fields = {field.name for field in dataclasses.fields(Evaluation)} - {"about"}
-    if arrays.keys() != fields:
-        raise ConfigError(f"{path}: not of this version of ttt_jax; expected the arrays that ttt eval writes now")
-    return Evaluation(about, **arrays)
+    return saved.read(path, Evaluation, "ttt eval")
 
 
 def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
