@@ -70,7 +70,7 @@ def loss_by_position(
     last.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
     about = found[0].about
     what = "Perplexity" if perplexity else "Loss"
-    first.set_title(f"{what} by token index, {about['source']}, {evaluations.read_of(about)}", fontsize=11)
+    first.set_title(f"{what} by token index, {about['source']}, {evaluations.read_of(about)}", fontsize=11, wrap=True)
     style.legend_below(figure)
     style.save(figure, *outputs)
 
