@@ -1,0 +1,1 @@
+"""Fused kernels for TPUs behind the face of the scan."""

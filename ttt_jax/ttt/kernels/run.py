@@ -1,0 +1,96 @@
+"""Whole mini-batches through fused kernels: what :mod:`ttt_jax.ttt.scan` computes, by two programs for a TPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.ttt.kernels import layout as layout_lib
+from ttt_jax.ttt.kernels import linear, program
+from ttt_jax.ttt.kernels.layout import Layout, Norm, Tokens
+from ttt_jax.ttt.kernels.ops import Numerics
+from ttt_jax.ttt.kernels.program import Inputs, Program
+from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
+
+_UNROLL = 2
+
+
+def unsupported(learner: Learner, mini_batch: int) -> str | None:
+    """Why there is no kernel for a learner and a size of mini-batches; None where there is one."""
+    if not learner.norm_residual:
+        return "the learner has no LN and residual"
+    if not learner.bias:
+        return "the learner has no biases"
+    if learner.depth != 1:
+        return f"the learner has {learner.depth} dense layers"
+    if not layout_lib.supported(learner.widths[0], mini_batch):
+        return f"heads of {learner.widths[0]} features and mini-batches of {mini_batch} tokens do not fill registers"
+    return None
+
+
+def run(
+    learner: Learner,
+    norm: LayerNormParams,
+    start: Weights,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    token_eta: jax.Array,
+    position_eta: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, Weights]:
+    """Reads whole mini-batches.
+
+    Args:
+      learner: one that is not :func:`unsupported`.
+      norm: its LN, [H, 1, d].
+      start: weights before the first token, leaves [B, H, ...].
+      q, k, v: [B, n * b, H, d]. In bfloat16, operands of matrix products are rounded to bfloat16; in float32 they are
+        not (TPUs do it all the same, unless ``jax_default_matmul_precision`` says otherwise). All else is float32.
+      token_eta: [B, n * b, H].
+      position_eta: [b].
+      interpret: for machines without a TPU.
+
+    Returns:
+      z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
+    """
+    _, tokens, heads, head_dim = q.shape
+    layout = Layout(heads, head_dim, len(position_eta))
+    operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
+    how = Program(linear.group, linear.CHAIN, Numerics(layout, jnp.dtype(operands)), _UNROLL, interpret)
+    q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
+    inputs = Inputs(
+        Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
+        linear.pack(layout, start),
+        Norm(*(layout_lib.pack_features_in_lanes(layout, x, 0) for x in norm)),
+        layout_lib.coefficients(layout, position_eta),
+    )
+    z, end = _run(how, inputs)
+    return layout_lib.unpack_tokens(layout, z, tokens), linear.unpack(layout, end, start)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(how: Program, inputs: Inputs):
+    z, end, _ = program.forward(how, inputs, keep=False)
+    return z, end
+
+
+def _run_forward(how: Program, inputs: Inputs):
+    z, end, kept = program.forward(how, inputs, keep=True)
+    return (z, end), (inputs, kept)
+
+
+def _run_backward(how: Program, saved, cotangents):
+    inputs, kept = saved
+    dz, d_end = cotangents
+    d = program.backward(how, inputs, kept, dz, d_end)
+    return (
+        d._replace(
+            norm=jax.tree.map(lambda x: x.sum(0), d.norm),
+            coefficients=jax.tree.map(lambda x: x.sum((0, 1)), d.coefficients),
+        ),
+    )
+
+
+_run.defvjp(_run_forward, _run_backward)
