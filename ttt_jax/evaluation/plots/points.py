@@ -14,6 +14,7 @@ from ttt_jax.workdir import Workdir, explained
 _NOT_OF_THE_MODEL = (
     "seed",
     "checkpoint.",
+    "evaluation.",
     "log.",
     "mesh.",
     "profile.",
