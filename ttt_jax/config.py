@@ -40,8 +40,13 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.norm_residual", True, "f(x) = x + LN(f_res(x)), its dense layers with biases; false: f_res, without"),
     ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
     ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
-    ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
-    ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
+    ("model.ttt.kernel", "auto", "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one"),
+    (
+        "model.ttt.remat_group",
+        1,
+        "of the scan: mini-batches between two inner states that the backward pass keeps; 0: keep all",
+    ),
+    ("model.ttt.unroll", 1, "of the scan: mini-batches per iteration of the compiled loop"),
     (
         "data.source",
         "embedded",
@@ -150,6 +155,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
     _one_of(config, "model.remat", ("none", "block"))
     _one_of(config, "model.ttt.backbone", ("mamba", "transformer"))
+    _one_of(config, "model.ttt.kernel", ("auto", "pallas", "scan"))
     _one_of(config, "evaluation.split", ("train", "validation", "test"))
     for key in (
         "model.vocab_size model.width model.num_layers model.num_heads model.mlp_width model.conv_width "
