@@ -99,7 +99,7 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"--compare {' '.join(variants)}: expected each once")
     targets = [_target(options, list(rest), variant) for variant in variants]
     from ttt_jax.benchmark.tpu_schedule import report
-    from ttt_jax.benchmark.tpu_schedule.bundles import ScheduleError
+    from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
     from ttt_jax.benchmark.tpu_schedule.schedule import measure
 
     found, failed = {}, {}

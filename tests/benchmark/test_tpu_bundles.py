@@ -2,8 +2,8 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import bundles, control
-from ttt_jax.benchmark.tpu_schedule.bundles import ScheduleError
+from ttt_jax.benchmark.tpu_schedule import bundles, control, scalar
+from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 
 KEY = """\
 = control target key start
@@ -149,7 +149,7 @@ def test_another_form_is_an_error(text, rows, message):
 
 
 def test_a_loop_without_an_end(monkeypatch):
-    monkeypatch.setattr(bundles, "_MOST_SEGMENTS", 100)
+    monkeypatch.setattr(scalar, "_MOST_SEGMENTS", 100)
     with pytest.raises(ScheduleError, match="does not end within 100 runs"):
         counted("LB: > { %1 = sbr.rel target bundleno = 0 (0x0), region = 1 }", *["  : > {}"] * 4)
 

@@ -15,8 +15,8 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.benchmark import inner_loop
 from ttt_jax.benchmark.tpu_schedule import chips, compile, report
-from ttt_jax.benchmark.tpu_schedule.bundles import ScheduleError
 from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
+from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.benchmark.tpu_schedule.schedule import measure
 from ttt_jax.config import ConfigError
 

@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 
 import ttt_jax
-from ttt_jax.benchmark.tpu_schedule.bundles import ScheduleError
+from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.config import ConfigError
 
 LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out

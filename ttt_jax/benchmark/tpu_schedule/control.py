@@ -4,12 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from ttt_jax.benchmark.tpu_schedule import bundles
+from ttt_jax.benchmark.tpu_schedule import listing as listing_lib
 
 
 def called(listing: str) -> list[str]:
     """The operations that it calls, in order."""
-    return [name for name in _calls(bundles.with_comments(listing)) if name]
+    return [name for name in _calls(listing_lib.with_comments(listing)) if name]
 
 
 def _calls(lines: Sequence[tuple[str, str]]) -> list[str]:
@@ -32,12 +32,12 @@ def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
     Raises:
       ScheduleError: for a listing of an unknown form.
     """
-    lines = bundles.with_comments(listing)
-    branches = bundles.branches([text for text, _ in lines])
+    lines = listing_lib.with_comments(listing)
+    branches = listing_lib.branches([text for text, _ in lines])
     loops = sorted((target - at, target, at) for at, (_, target) in branches.items() if target <= at)
     loop_of: list[int | None] = [None] * len(lines)
     for number, (_, first, last) in enumerate(loops):  # those around others first
-        end = min(len(lines), last + 1 + bundles.DELAY_SLOTS)
+        end = min(len(lines), last + 1 + listing_lib.DELAY_SLOTS)
         loop_of[first:end] = [number] * (end - first)
     calls = _calls(lines)
     following, before = (

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from ttt_jax.benchmark.tpu_schedule import bundles, chips, compile, control, program
-from ttt_jax.benchmark.tpu_schedule.bundles import Counts, ScheduleError
+from ttt_jax.benchmark.tpu_schedule.bundles import Counts
 from ttt_jax.benchmark.tpu_schedule.compile import Compiled, Function, Step
+from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.benchmark.tpu_schedule.program import Operation
 from ttt_jax.config import ConfigError
 from ttt_jax.planning import hlo, topology
