@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ttt_jax.config import ConfigError
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import run as kernels
 
 PATHS = ("official", "scan", "pallas")
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -40,7 +41,7 @@ def build(
       backward: also the gradients of all of these, for a first argument that is the gradient of the outputs.
       path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
         :func:`ttt_jax.ttt.scan.run`; ``pallas``, the fused kernel.
-      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` has no unrolling.
+      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` has no unrolling, ``pallas`` neither of them.
 
     Raises:
       ConfigError: for names that are not among these.
@@ -48,11 +49,13 @@ def build(
     for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
         if value not in known:
             raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
-    if path == "pallas":
-        raise ConfigError("path=pallas: there is no such kernel yet; expected official or scan")
     learner = learner_lib.linear(head_dim) if kind == "linear" else learner_lib.mlp(head_dim)
     if path == "official":
         run = partial(official, learner, remat_group=remat_group)
+    elif path == "pallas":
+        if reason := kernels.unsupported(learner, mini_batch):
+            raise ConfigError(f"path=pallas: no kernel: {reason}; expected official or scan")
+        run = partial(_scan, learner, kernel=kernels.run)
     else:
         run = partial(_scan, learner, remat_group=remat_group, unroll=unroll)
 
@@ -77,8 +80,7 @@ def build(
     return forward_backward, (tokenwise, *arguments)
 
 
-def _scan(learner, q, k, v, token_eta, position_eta, w0, norm, *, remat_group, unroll):
-    options = {"remat_group": remat_group, "unroll": unroll}
+def _scan(learner, q, k, v, token_eta, position_eta, w0, norm, **options):
     return scan.run(learner, norm, w0, q, k, v, token_eta, position_eta, **options).z
 
 

@@ -43,6 +43,20 @@ def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_err
 
 
 @pytest.mark.slow
+def test_groups_that_are_mixed_change_nothing(make_problem, with_gradients, relative_error):
+    problem = make_problem(tokens=256, heads=2)
+
+    def mixed(unroll):
+        def solve(learner, norm, w0, q, *arguments):
+            start = initial_state(w0, q.shape[0]).weights
+            return run.run(learner, norm, start, q, *arguments, interpret=True, unroll=unroll)
+
+        return with_gradients(solve, problem)
+
+    assert relative_error(mixed(2), mixed(1)) < 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [32, 37])
 def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first):
     """Also where the second piece begins inside a mini-batch, and ends inside one."""
