@@ -58,8 +58,7 @@ class TTT(nn.Module):
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
-      kernel: see :mod:`ttt_jax.ttt.kernels.choice`.
-      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`.
+      kernel, remat_group, unroll: see :mod:`ttt_jax.ttt.kernels.choice`.
     """
 
     learner: learner_lib.Learner
@@ -74,8 +73,8 @@ class TTT(nn.Module):
     rope_theta: float = 10000.0
     init_stddev: float = 0.02
     kernel: str = "auto"
-    remat_group: int = 0
-    unroll: int = 1
+    remat_group: int | None = None
+    unroll: int | None = None
 
     @nn.compact
     def __call__(
@@ -120,10 +119,9 @@ class TTT(nn.Module):
                 token_eta,
                 position_eta,
                 None if state is None else InnerState(*state),
-                remat_group=self.remat_group,
-                unroll=self.unroll,
                 statistics=statistics,
                 kernel=kernel,
+                **choice.scan_options(self.remat_group, self.unroll, platform()),
             )
             return z, None if state is None else tuple(end), stats
 

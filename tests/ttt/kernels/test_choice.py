@@ -37,3 +37,9 @@ def test_a_kernel_that_there_is_not():
     with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
         choice.choose("pallas", mlp(64, depth=3), 16, "tpu")
     assert run.unsupported(linear(128), 64) is None
+
+
+def test_the_scan_as_it_is_best_on_each_platform():
+    assert choice.scan_options(None, None, "tpu") == {"remat_group": 4, "unroll": 4}
+    assert choice.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
+    assert choice.scan_options(0, 2, "tpu") == {"remat_group": 0, "unroll": 2}

@@ -10,11 +10,22 @@ from ttt_jax.ttt.scan import Kernel
 KERNELS = ("auto", "pallas", "scan")
 
 
+# Mini-batches between two kept states and per iteration of the scan, the fastest measured: docs/kernels.md.
+_SCAN = {"tpu": 4}
+_SCAN_ELSEWHERE = 1
+
+
 class Choice(NamedTuple):
     """A kernel for :func:`ttt_jax.ttt.scan.run`, None for none, and why."""
 
     kernel: Kernel | None
     why: str
+
+
+def scan_options(remat_group: int | None, unroll: int | None, platform: str) -> dict[str, int]:
+    """``remat_group`` and ``unroll`` of :func:`ttt_jax.ttt.scan.run`, where they are unset the best of the platform."""
+    best = _SCAN.get(platform, _SCAN_ELSEWHERE)
+    return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
 
 
 def choose(kernel: str, learner: Learner, mini_batch: int, platform: str) -> Choice:
