@@ -104,9 +104,9 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
 @pytest.fixture(scope="session")
 def in_one_process(tmp_path_factory) -> Callable[[list[str]], dict[str, list]]:
     """``in_one_process(commands)``: status, stdout and stderr of each command of ttt, all of one process in an empty
-    folder, which must neither load JAX nor leave a file."""
+    folder, which must neither load JAX (nor others that are ``unwanted``) nor leave a file."""
 
-    def run(commands: list[str]) -> dict[str, list]:
+    def run(commands: list[str], unwanted: tuple[str, ...] = ("jax",)) -> dict[str, list]:
         program = f"""
 import contextlib, io, json, os, sys
 from ttt_jax import cli
@@ -118,7 +118,7 @@ for command in {commands!r}:
         except SystemExit as end:
             status = end.code
     printed[command] = [status, out.getvalue(), err.getvalue()]
-print(json.dumps([printed, "jax" in sys.modules, os.listdir()]))
+print(json.dumps([printed, [name for name in {unwanted!r} if name in sys.modules], os.listdir()]))
 """
         folder = tmp_path_factory.mktemp("empty")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

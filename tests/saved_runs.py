@@ -70,7 +70,7 @@ def save_evaluation(workdir, about, *, loss, noise=0):
     found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
     tokens, error = int(found.tokens.sum()), float(found.all.standard_error)
     means = {"tokens": tokens, "loss": loss, "loss_standard_error": error, "perplexity": math.exp(loss)}
-    stem = evaluations.name(about["split"], context, by_document=about["of"] == "documents")
+    stem = evaluations.name(about["split"], context, by_document=about["of"] == "documents", carried=about["carried"])
     evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
 
 

@@ -62,30 +62,17 @@ def refused(capsys, monkeypatch):
 # ---- Without a model
 
 
-def test_help_and_refusals_do_not_load_jax():
-    """One new process for all of it: what a person waits for before they see what they did wrong."""
-    program = f"""
-import contextlib, io, json, sys
-from ttt_jax import cli
-printed = {{}}
-for command in ["--help", "train --help", "eval --help", "plot --help", "plot loss-by-position --help",
-                "bench --help", "--version", "trian",
-                "train --workdir x", "train --workdir x --config {QUICKSTART} --config.model.widht=3",
-                "bench step --config {QUICKSTART} --config.model.num_heads=3"]:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = cli.main(command.split())
-        except SystemExit as end:
-            status = end.code
-    printed[command] = [status, out.getvalue(), err.getvalue()]
-heavy = sorted({{"jax", "numpy", "matplotlib", "flax", "orbax", "grain"}} & set(sys.modules))
-print(json.dumps([printed, heavy]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    printed, heavy = json.loads(done.stdout)
-    assert "jax" not in heavy
-    assert not {"matplotlib", "flax", "orbax", "grain"} & set(heavy)
-
+def test_help_and_refusals_do_not_load_jax(in_one_process):
+    """What a person waits for before they see what they did wrong."""
+    printed = in_one_process(
+        [
+            *("--help", "train --help", "eval --help", "plot --help", "plot loss-by-position --help", "bench --help"),
+            *("--version", "trian", "train --workdir x"),
+            f"train --workdir x --config {QUICKSTART} --config.model.widht=3",
+            f"bench step --config {QUICKSTART} --config.model.num_heads=3",
+        ],
+        unwanted=("jax", "matplotlib", "flax", "orbax", "grain"),
+    )
     outputs = {command: out for command, (status, out, err) in printed.items() if (status, err) == (0, "")}
     assert outputs.keys() == {c for c in printed if "--help" in c or "--version" in c}
     assert outputs["--version"] == f"ttt_jax {__version__}\n"
@@ -145,8 +132,7 @@ def test_a_verb_is_needed(refused):
         ),
         (
             "plot loss-by-position x --context 64",
-            "x: no evaluation of the validation split with context 64; "
-            "run: ttt eval --workdir x --split validation --context 64",
+            "x: no such folder; expected the workdir of a run",
         ),
         ("bench step", "--config: missing; expected a config file, such as --config configs/quickstart.py"),
         (f"bench step --config {QUICKSTART} stray", "'stray': unexpected argument; expected --config.KEY=VALUE"),
@@ -325,6 +311,10 @@ def test_eval_of_several_at_once_and_how_they_differ(trained, tmp_path, capsys, 
     compare = ["eval", "compare", *runs, "--split", "test", "--by-document"]
     assert ttt(*compare) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "Loss minus that of first (Transformer), nats per token, +- standard error",
+        "embedded/test, 3 documents of up to 40 tokens; errors over 3 documents",
+    ]
     [overall] = [line for line in lines if re.search(r"\ball\b", line)]
     first, difference = found["first", 40], found["second", 40] - found["first", 40]
     assert re.search(rf"{first:.4f}.*{re.escape(f'{difference:+.4f}')} \+- 0\.\d{{4}}", overall)
@@ -343,13 +333,19 @@ def test_eval_of_what_is_not_there(trained, refused, tmp_path):
     )
     message = refused(*evaluate, "--split", "dev")
     assert all(word in message for word in ("--split", "dev", "train", "validation", "test"))
-    assert refused(*evaluate, "--context", 10**8).startswith("data.sequence_length=100000000: embedded/validation has ")
+    assert refused(*evaluate, "--context", 10**8).startswith("--context 100000000: embedded/validation has ")
+    assert refused(*evaluate, "--source", "wikipedia").startswith("--source 'wikipedia': no such folder; expected ")
+    assert refused(*evaluate, "--csv", tmp_path) == f"--csv {tmp_path}: is a folder; expected a file"
+    assert refused(*evaluate, "--chains", 3) == "--chains 3: expected --carry-state with it"
+    message = refused("eval", "--workdir", trained, tmp_path)
+    assert message == f"{tmp_path}/config.json: not found; expected the workdir of a run, with its config.json"
 
     without_checkpoint = tmp_path / "run"
     without_checkpoint.mkdir()
     shutil.copy(trained / "config.json", without_checkpoint)
     message = refused("eval", "--workdir", without_checkpoint)
     assert message == f"--workdir {without_checkpoint}: holds no checkpoint yet"
+    assert refused("eval", "--workdir", trained, without_checkpoint) == message
     assert [path.name for path in without_checkpoint.iterdir()] == ["config.json"]
     assert not (trained / "eval").exists()
 

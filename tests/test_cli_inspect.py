@@ -59,7 +59,7 @@ def test_runs_that_cannot_be_inspected_are_refused_before_any_is_read(runs, caps
         ),
         ((learns, tmp_path), f"{tmp_path}/config.json: not found"),
         ((learns, "--step", 4), f"--step 4: no such checkpoint in {learns}; expected "),
-        ((learns, "--context", 10**8), "data.sequence_length=100000000: embedded/validation has "),
+        ((learns, "--context", 10**8), "--context 100000000: embedded/validation has "),
     ):
         assert ttt("inspect", "--workdir", *arguments) == 2
         printed = capsys.readouterr()

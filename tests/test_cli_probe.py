@@ -120,6 +120,23 @@ def test_a_run_whose_tokenizer_is_not_known(run, capsys):
     assert capsys.readouterr().err == f"ttt probe needle: {said}"
 
 
+def test_a_run_whose_data_is_gone(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["source"] = "data/books"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for more in ((), ("--tokenizer", "byte")):  # whose haystacks are the documents of the run
+        assert ttt("probe", "needle", "--workdir", tmp_path, *more) == 2
+        assert capsys.readouterr().err.startswith(
+            "ttt probe needle: data.source='data/books': no such folder; expected "
+        )
+
+
+def test_a_run_without_text_needs_a_haystack(run, capsys):
+    assert ttt("probe", "needle", "--workdir", run, "--tokenizer", "byte", "--task", "number") == 2
+    said = "data.source='associative_recall:2': holds no text that could be read; expected --haystack FILE\n"
+    assert capsys.readouterr().err == f"ttt probe needle: {said}"
+
+
 def test_a_picture_that_cannot_be_drawn_is_refused_first(run, tmp_path, capsys):
     for kind in ("needle", "task"):
         assert ttt("probe", kind, "--workdir", run, "--plot", tmp_path / "map.txt") == 2

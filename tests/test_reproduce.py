@@ -95,6 +95,12 @@ def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce, tmp_path):
     }
 
 
+def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce, tmp_path):
+    chosen = (*PAPER.split(), "--bucket", tmp_path / "bucket", "--sizes", "125m", "--mixers")
+    assert "paper.py:transformer" not in reproduce("figure_15", *chosen, "ttt_linear")
+    assert "paper.py:transformer_finetune-125m-books-8k" in reproduce("figure_15", *chosen, "ttt_linear,transformer")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

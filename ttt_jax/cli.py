@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import ttt_jax
 from ttt_jax import (
+    cli_bench,
     cli_eval,
     cli_harness,
     cli_inspect,
@@ -23,7 +24,7 @@ from ttt_jax import (
 )
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import add_processes, not_negative, positive
+from ttt_jax.cli_types import add_processes
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -41,7 +42,7 @@ verbs:
   probe     what a trained model remembers: needles in haystacks, synthetic tasks
   inspect   what the inner loop of a trained model does, layer by layer
   harness   tasks of EleutherAI's lm-evaluation-harness
-  bench     how fast a training step is
+  bench     how fast a training step is; what it takes on a TPU, without one
   sweep     many runs at once, where they stand, how they compare
   plan      whether a run fits a TPU pod, its time and price, without one
   launch    a command on other machines: a TPU pod, a cluster
@@ -124,16 +125,6 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
     return status
 
 
-def bench(options: argparse.Namespace, rest: list[str]) -> int:
-    """``ttt bench step``"""
-    config = config_file.from_arguments(rest)
-    from ttt_jax.benchmark import step
-
-    measurement = step.measure(config, repeats=options.repeats, warmup=options.warmup)
-    print(json.dumps(measurement.as_dict(), indent=2) if options.json else measurement)
-    return 0
-
-
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = _manual(argparse.ArgumentParser, _DESCRIPTION, _EPILOG, prog="ttt")
     parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
@@ -164,11 +155,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     cli_plot.add_arguments(verb("plot", lambda options, rest: cli_plot.run(options), cli_plot.DESCRIPTION))
     cli_probe.add_verbs(verb)
 
-    p = verb("bench", bench, _BENCH, f"ttt bench step {config} [--repeats N] [--warmup N] [--json]")
-    p.add_argument("kind", choices=["step"], metavar="step")
-    p.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed steps (default: 7)")
-    p.add_argument("--warmup", type=not_negative, default=2, metavar="N", help="steps before them (default: 2)")
-    p.add_argument("--json", action="store_true", help="print JSON")
+    cli_bench.add_arguments(verb("bench", cli_bench.step, cli_bench.DESCRIPTION, cli_bench.USAGE))
+    p = verb("bench tpu-schedule", cli_bench.tpu_schedule, cli_bench.TPU_SCHEDULE, cli_bench.TPU_SCHEDULE_USAGE)
+    p.epilog = f"{cli_bench.TPU_SCHEDULE_EPILOG}\n{p.epilog}"
+    cli_bench.add_tpu_schedule_arguments(p)
 
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
     p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
@@ -193,10 +183,6 @@ Trains the model of a config, or goes on training the one in the workdir.
 The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same command again continues at the newest
 checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
 first; a second Ctrl-C does not wait.
-"""
-_BENCH = """\
-Compiles the training step of a config and times it on random tokens: step time, tokens/s, model FLOP/s, peak memory,
-and the ratio to plain matrix products of as many FLOPs, measured in between.
 """
 
 

@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, add_processes, counts, not_negative, positive
+from ttt_jax.cli_types import (
+    SPLITS,
+    add_evaluation_kind,
+    add_processes,
+    count,
+    counts,
+    evaluation_kind,
+    not_negative,
+    positive,
+)
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine, duration
@@ -25,7 +35,10 @@ length in the same memory. A command that was stopped goes on where it was.
 By default, windows of T tokens, whatever documents lie in them, as in training. With --by-document, documents, each
 from its beginning and a fresh state, to its end or to T tokens. With --carry-state, the same documents, but each
 begins with the state that the one before it left.
+
+ttt eval compare tells by how much runs differ, on the same tokens: ttt eval compare --help
 """
+_CHAINS = 8
 COMPARE = """\
 The loss of runs minus that of the first one, on the same tokens, by token index, after ttt eval has been run on each.
 The error is that of the difference, over documents: much smaller than that of either loss.
@@ -37,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", required=True, nargs="+", metavar="DIR", help="of runs")
     add("--context", type=counts, default=[2048], metavar="T,...", help="tokens: 2048 (the default), or 2k,8k,32k")
-    _add_kind(parser)
+    add("--split", default="validation", choices=SPLITS, help="(default: validation)")
+    add_evaluation_kind(parser)
     add("--max-windows", type=positive, default=256, metavar="N", help="or documents, at most so many (default: 256)")
-    add("--chains", type=positive, default=8, metavar="N", help="with --carry-state: read side by side (default: 8)")
+    add("--chains", type=positive, metavar="N", help=f"with --carry-state: read side by side (default: {_CHAINS})")
     add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best, all or 100,200")
     add("--batch-size", type=positive, metavar="B", help="sequences at a time (default: as many tokens as in training)")
     add("--piece-length", type=positive, metavar="N", help="tokens at a time (default: the context of training)")
@@ -56,22 +70,21 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``ttt eval compare``."""
     add = parser.add_argument
     add("workdir", nargs="+", metavar="DIR", help="of evaluated runs; the others are compared with the first")
-    add("--context", type=counts, metavar="T", help="(default: the longest)")
-    _add_kind(parser)
-    add("--step", type=not_negative, help="of evaluations that were asked for by step")
-
-
-def _add_kind(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add("--context", type=count, metavar="T", help="(default: the longest that all have)")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
-    add("--by-document", action="store_true", help="whole documents, each from its beginning, not windows")
-    add("--carry-state", action="store_true", help="whole documents, the state carried from one to the next")
-    add("--source", metavar="DIR", help="another dataset than that of training")
+    add_evaluation_kind(parser)
+    add("--step", type=not_negative, help="of evaluations that were asked for by step")
 
 
 def run(options: argparse.Namespace) -> int:
     """``ttt eval``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
+    for workdir in workdirs:  # whatever is wrong with one of them is told before any is evaluated
+        config_file.from_json(workdir / "config.json")
+    if options.chains and not options.carry_state:
+        raise ConfigError(f"--chains {options.chains}: expected --carry-state with it")
+    if options.csv and options.csv.is_dir():
+        raise ConfigError(f"--csv {options.csv}: is a folder; expected a file")
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()
@@ -82,8 +95,8 @@ def run(options: argparse.Namespace) -> int:
 
     tell = jax.process_index() == 0
     found = []
-    for workdir in workdirs:
-        for step in trained.steps(workdir, options.step):
+    for workdir, steps in [(workdir, trained.steps(workdir, options.step)) for workdir in workdirs]:
+        for step in steps:
             model = trained.load(workdir, step, fsdp=options.fsdp, tensor=options.tensor)
             named_step = None if options.step == "newest" else model.step
             for context in options.context:
@@ -92,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
                     options.split,
                     options.max_windows,
                     options.by_document,
-                    options.chains if options.carry_state else 0,
+                    (options.chains or _CHAINS) if options.carry_state else 0,
                     options.source,
                 )
                 stem = what.stem(named_step)
@@ -128,22 +141,13 @@ def compare(options: argparse.Namespace) -> int:
 
     if len(options.workdir) < 2:
         raise ConfigError(f"{options.workdir[0]}: alone; expected two workdirs or more")
-    context = options.context[0] if options.context else None
-    kind = {
-        "by_document": options.by_document or options.carry_state,
-        "carried": options.carry_state,
-        "source": options.source,
-        "step": options.step,
-    }
-    base, *others = [evaluations.read(workdir, options.split, context, **kind) for workdir in options.workdir]
+    chosen = {**evaluation_kind(options), "step": options.step}
+    base, *others = evaluations.read_all(options.workdir, options.split, options.context, **chosen)
     differences = [compare_lib.paired_difference(other, base) for other in others]
     about = base.about
-    table = Table(
-        title=f"Loss minus that of {about['workdir']} ({about['model']}), nats per token, +- standard error\n"
-        f"{about['source']}, {about['windows']:,} {about['of']} of {about['context']:,} tokens, "
-        f"{about['documents']:,} documents",
-        title_justify="left",
-    )
+    print(f"Loss minus that of {about['workdir']} ({about['model']}), nats per token, +- standard error")
+    print(f"{about['source']}, {evaluations.read_of(about)}; errors over {about['documents']:,} documents")
+    table = Table()
     table.add_column("positions")
     table.add_column(f"{about['workdir']}", justify="right")
     for other in others:
@@ -191,12 +195,13 @@ class _Progress:
 
 
 def _words(evaluation: "Evaluation") -> str:
+    from ttt_jax.evaluation import evaluations
+
     a = evaluation.about
-    up_to = "up to " * (a["of"] == "documents")
     error = "" if a["loss_standard_error"] is None else f" +- {a['loss_standard_error']:.4f}"
     return (
-        f"{a['model']}, step {a['step']}, {a['source']}, {a['windows']} {a['of']} of {up_to}{a['context']} tokens"
-        f"{', the state carried' * a['carried']}: loss {a['loss']:.4f}{error}, perplexity {a['perplexity']:.4f}"
+        f"{a['model']}, step {a['step']}, {a['source']}, {evaluations.read_of(a)}: "
+        f"loss {a['loss']:.4f}{error}, perplexity {a['perplexity']:.4f}"
     )
 
 

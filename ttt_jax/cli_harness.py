@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import not_negative, positive
+from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """``ttt harness``"""
     workdir = workdir_lib.at(options.workdir)
+    if options.output and options.output.is_dir():
+        raise ConfigError(f"--output {options.output}: is a folder; expected a file")
     from rich.console import Console
 
     from ttt_jax.interop import harness

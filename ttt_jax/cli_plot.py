@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, counts, not_negative, positive
+from ttt_jax.cli_types import SPLITS, add_evaluation_kind, count, counts, evaluation_kind, not_negative, positive
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
@@ -27,7 +27,8 @@ _PUBLISHED = "with what the paper states in its text (2407.04620)"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The kinds of ``ttt plot``, and the options of each."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=argparse.SUPPRESS)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=argparse.SUPPRESS, prog=parser.prog)
+    parser.usage = f"{parser.prog} [-h] KIND ..."
 
     def kind(name: str, draw: Callable[[argparse.Namespace], None], description: str):
         style = argparse.RawDescriptionHelpFormatter
@@ -41,9 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return p
 
     p = kind("loss-by-position", _loss_by_position, _LOSS_BY_POSITION)
-    p.add_argument("workdir", nargs="+", help="workdirs of evaluated runs")
-    p.add_argument("--context", type=positive, metavar="T", help="of the evaluations (default: the longest)")
-    p.add_argument("--by-document", action="store_true", help="the evaluations that were made with this option")
+    p.add_argument("workdir", nargs="+", metavar="DIR", help="workdirs of evaluated runs")
+    p.add_argument("--context", type=count, metavar="T", help="of the evaluations (default: the longest that all have)")
+    add_evaluation_kind(p)
+    p.add_argument("--step", type=not_negative, help="of evaluations that were asked for by step")
     p.add_argument("--against", metavar="DIR", help="a run: also the paired difference of each other one to it")
     p.add_argument("--perplexity", action="store_true", help="the exponential of the mean loss, on a log axis")
 
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     p = kind("inner-loss", _inner_loss, _INNER_LOSS)
     p.add_argument("workdir", metavar="DIR", help="of an inspected run")
-    p.add_argument("--context", type=positive, metavar="T", help="of the inspection (default: the longest)")
+    p.add_argument("--context", type=count, metavar="T", help="of the inspection (default: the longest)")
     p.add_argument("--layers", type=_layers, metavar="I,J", help="from 0: 0,1,2 or 0-2 (default: all)")
     p.add_argument("--window", type=positive, default=10, metavar="N", help="positions to average over (default: 10)")
 
@@ -91,9 +93,10 @@ def _loss_by_position(options: argparse.Namespace) -> None:
         options.output,
         split=options.split,
         context=options.context,
-        by_document=options.by_document,
         against=options.against,
         perplexity=options.perplexity,
+        step=options.step,
+        **evaluation_kind(options),
     )
 
 
@@ -141,7 +144,10 @@ def _layers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        found += range(not_negative(first), not_negative(last if dash else first) + 1)
+        chosen = range(not_negative(first), not_negative(last if dash else first) + 1)
+        if not chosen:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected the lower one first")
+        found += chosen
     return found
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,6 +30,30 @@ def counts(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{part!r}: expected integers from 1, such as 2048 or 2k,8k")
         found.append(int(number) * factor)
     return found
+
+
+def count(text: str) -> int:
+    """One of :func:`counts`: ``2048`` or ``2k``."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one integer from 1, such as 2048 or 2k")
+    return counts(text)[0]
+
+
+def add_evaluation_kind(parser: argparse.ArgumentParser) -> None:
+    """The options that say which kind of evaluation is meant; :func:`evaluation_kind` is what they say."""
+    add = parser.add_argument
+    add("--by-document", action="store_true", help="whole documents, each from its beginning, not windows")
+    add("--carry-state", action="store_true", help="whole documents, the state carried from one to the next")
+    add("--source", metavar="DIR", help="another dataset than that of training")
+
+
+def evaluation_kind(options: argparse.Namespace) -> dict[str, Any]:
+    """As :func:`ttt_jax.evaluation.evaluations.name` takes it."""
+    return {
+        "by_document": options.by_document or options.carry_state,
+        "carried": options.carry_state,
+        "source": options.source,
+    }
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -40,8 +40,14 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.norm_residual", True, "f(x) = x + LN(f_res(x)), its dense layers with biases; false: f_res, without"),
     ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
     ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
-    ("model.ttt.remat_group", 1, "mini-batches between two inner states that the backward pass keeps; 0: keep all"),
-    ("model.ttt.unroll", 1, "mini-batches per iteration of the compiled loop"),
+    ("model.ttt.kernel", "auto", "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one"),
+    (
+        "model.ttt.remat_group",
+        int,
+        "of the scan: mini-batches between two inner states that the backward pass keeps; 0: all; unset: 4 on TPUs, "
+        "else 1",
+    ),
+    ("model.ttt.unroll", int, "of the scan: mini-batches per iteration of the compiled loop; unset: 4 on TPUs, else 1"),
     (
         "data.source",
         "embedded",
@@ -150,14 +156,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
     _one_of(config, "model.remat", ("none", "block"))
     _one_of(config, "model.ttt.backbone", ("mamba", "transformer"))
+    _one_of(config, "model.ttt.kernel", ("auto", "pallas", "scan"))
     _one_of(config, "evaluation.split", ("train", "validation", "test"))
     for key in (
         "model.vocab_size model.width model.num_layers model.num_heads model.mlp_width model.conv_width "
-        "model.ttt.mini_batch model.ttt.mlp_depth model.ttt.unroll data.sequence_length data.batch_size "
+        "model.ttt.mini_batch model.ttt.mlp_depth data.sequence_length data.batch_size "
         "training.accumulation checkpoint.keep_last evaluation.windows"
     ).split():
         _at_least(config, key, 1)
-    _at_least(config, "model.ttt.remat_group", 0)
+    for key, least in (("model.ttt.remat_group", 0), ("model.ttt.unroll", 1)):
+        if _get(config, key) is not None:
+            _at_least(config, key, least)
     _at_least(config, "data.worker_processes", 0)
     for key in (
         "model.rope_theta model.norm_epsilon model.init_stddev model.ttt.mlp_width_factor model.ttt.base_lr "

@@ -66,6 +66,13 @@ def make(workdir: Workdir) -> None:
         ) from error
 
 
+def check_exists(workdir: Workdir) -> None:
+    """Raises :class:`ConfigError` where there is no such folder."""
+    with explained(workdir):
+        if not workdir.is_dir():
+            raise ConfigError(f"{workdir}: no such folder; expected the workdir of a run")
+
+
 @contextmanager
 def explained(path: Workdir) -> Iterator[None]:
     """Turns whatever fails in a bucket, in one of the libraries on the way there, into an OSError of one line."""

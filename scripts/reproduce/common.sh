@@ -195,9 +195,11 @@ grid() {
     for context in $contexts; do evaluate_recipes "$dataset" "$context" "${recipes[@]}"; done
 }
 
-# finetune CONTEXTS SIZES: Transformers that were trained at 2k of Books go on at longer contexts; adds to `grid_runs`.
+# finetune CONTEXTS SIZES: Transformers, if chosen, that were trained at 2k of Books go on at longer contexts; adds to
+# `grid_runs`.
 finetune() {
-    local contexts sizes context size recipes base="transformer"
+    local contexts sizes context size recipes base
+    case ",${chosen_mixers:-transformer}," in *,transformer,*) ;; *) return 0 ;; esac
     contexts=$(chosen "$1" "$chosen_contexts") sizes=$(chosen "$2" "$chosen_sizes")
     for size in $sizes; do
         recipes=()

@@ -231,7 +231,7 @@ def test_another_dataset(model, data, monkeypatch):
 
     monkeypatch.setattr(evaluate_lib.sources, "load", load)
     found = evaluate(model, What(22, "test", most=5, source="far/away"))
-    assert asked == [(("far/away", "test"), {"vocab_size": 257})]
+    assert asked == [(("far/away", "test"), {"vocab_size": 257, "named_by": "--source "})]
     assert (found.about["source"], found.about["fingerprint"]) == ("other/test", other.fingerprint())
     assert What(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
 
@@ -293,8 +293,8 @@ def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, cha
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (What(400), "data.sequence_length=400: books/validation has 363 tokens, which is 0 windows"),
-        (What(8, source="nowhere"), "data.source='nowhere': no such folder"),
+        (What(400), "--context 400: books/validation has 363 tokens, which is 0 windows"),
+        (What(8, source="nowhere"), "--source 'nowhere': no such folder"),
     ],
 )
 def test_what_cannot_be_evaluated(model, data, what, message):

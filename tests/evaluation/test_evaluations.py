@@ -91,6 +91,22 @@ def test_where_there_is_none_the_command_is_named(tmp_path, arguments, kind, com
     assert str(caught.value).endswith(f"; run: ttt eval --workdir {tmp_path} {command}")
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"garbage", None])
+def test_damaged_files_are_named(evaluation, tmp_path, suffix, content):
+    path = evaluations.save(evaluation, tmp_path / "eval", "test-6")
+    evaluations.read_file(path)
+    path.with_suffix(suffix).unlink()
+    if content is not None:
+        path.with_suffix(suffix).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"test-6.npz: missing or damaged, or .*; expected what ttt eval wrote"):
+        evaluations.read_file(path)
+    whole = evaluations.save(evaluation, tmp_path / "eval", "test-6").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"test-6.npz: missing or damaged"):
+        evaluations.read_file(path)
+
+
 def test_files_of_another_version(evaluation, tmp_path):
     path = evaluations.save(evaluation, tmp_path / "eval", "test-6")
     np.savez(path, allow_pickle=False, position=evaluation.position, loss=evaluation.loss)

@@ -184,7 +184,7 @@ def test_no_number_depends_on_the_batch_size(trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 200}, "data.sequence_length=200: books/validation has 124 tokens, which is 0 windows"),
+        ({"context": 200}, "--context 200: books/validation has 124 tokens, which is 0 windows"),
         ({"context": 40, "by_document": True}, "--context 40: no document of books/validation has more tokens; .* 40"),
     ],
 )

@@ -122,7 +122,7 @@ def test_the_end_of_the_training_context_is_marked_where_it_is_passed(evaluated,
         assert ("trained on 64" in words(tmp_path / "x.svg")) == marked
 
 
-@pytest.mark.parametrize(("key", "value"), [("fingerprint", "f2"), ("windows", 7), ("context", 65)])
+@pytest.mark.parametrize(("key", "value"), [("fingerprint", "f2"), ("windows", 7)])
 def test_evaluations_of_other_text_are_not_compared(evaluated, tmp_path, key, value):
     runs = [evaluated("a"), evaluated("b"), evaluated("c", **{key: value})]
     with pytest.raises(ConfigError) as caught:
@@ -131,6 +131,26 @@ def test_evaluations_of_other_text_are_not_compared(evaluated, tmp_path, key, va
     assert message.startswith(f"c: its evaluation has {key} {value}, that of a ")
     assert "expected the same data, context and windows" in message
     assert not (tmp_path / "x.png").exists()
+
+
+def test_the_context_is_the_longest_that_all_have(evaluated, tmp_path):
+    for context in (64, 128):
+        evaluated("a", context=context)
+    loss_by_position([tmp_path / "a", evaluated("b")], [tmp_path / "x.svg"], against=tmp_path / "a")
+    assert "Loss by token index, books/validation, 6 windows of 64 tokens" in words(tmp_path / "x.svg")
+    with pytest.raises(ConfigError) as caught:
+        loss_by_position([tmp_path / "a", evaluated("c", context=65)], [tmp_path / "x.svg"])
+    command = f"ttt eval --workdir {tmp_path / 'c'} --split validation --context 128"
+    assert (
+        str(caught.value) == f"{tmp_path / 'c'}: no evaluation of the validation split with context 128; run: {command}"
+    )
+
+
+def test_evaluations_with_a_carried_state_are_said_to_be(tmp_path):
+    workdir = run(tmp_path / "a", about={"of": "documents", "carried": True})
+    loss_by_position([workdir], [tmp_path / "x.svg"], by_document=True, carried=True)
+    title = "Loss by token index, books/validation, 6 documents of up to 64 tokens, the state carried"
+    assert title in " ".join(words(tmp_path / "x.svg"))  # in two lines
 
 
 def test_bands_are_the_intervals_of_bins(evaluated, drawn):

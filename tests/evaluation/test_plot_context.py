@@ -54,6 +54,15 @@ def test_a_line_for_each_size(runs, tmp_path, monkeypatch):
     assert panels[0].get_ylim() == panels[1].get_ylim()
 
 
+def test_a_panel_of_one_point_leaves_the_others_their_room(tmp_path, monkeypatch):
+    for context, more in ((64, {}), (128, {}), (128, {"model__mixer": "attention"})):
+        run(tmp_path / f"{context}{len(more)}", perplexity=10 + context / 100, context=context, **more)
+    for axes in drawing(monkeypatch, [str(tmp_path)], [tmp_path / "x.png"]):
+        low, high = axes.get_ylim()
+        assert 10 < low < 10.64
+        assert 11.28 < high < 12
+
+
 def test_a_line_for_each_model(runs, tmp_path, monkeypatch):
     panels = drawing(monkeypatch, [str(runs)], [tmp_path / "x.png"], lines="model", contexts=[64, 256])
     assert [axes.get_title() for axes in panels] == ["2 M to 2.1 M parameters", "30 M parameters"]

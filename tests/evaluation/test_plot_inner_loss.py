@@ -77,3 +77,12 @@ def test_refused(tmp_path, losses, options, said):
     with pytest.raises(ConfigError, match=said):
         inner_loss(tmp_path, [tmp_path / "x.png"], **options)
     assert not (tmp_path / "x.png").exists()
+
+
+def test_damaged_files_are_named(tmp_path, losses):
+    save_inspection(tmp_path, losses)
+    (tmp_path / "inspect" / "validation-40.npz").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"validation-40.npz: missing or damaged, .*; expected what ttt inspect wrote"
+    ):
+        inner_loss(tmp_path, [tmp_path / "x.png"])

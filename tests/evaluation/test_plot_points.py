@@ -65,7 +65,7 @@ def test_a_line_passes_through_the_mean_loss_of_seeds(tmp_path):
     perplexities = {("a", 0): 8.0, ("a", 1): 12.0, ("b", 0): 5.0}
     for (name, seed), value in perplexities.items():
         flops = {"a": 1e12, "b": 4e12}[name]
-        more = {"log__every": "5 steps", "mesh__fsdp": 2} if seed else {}
+        more = {"log__every": "5 steps", "mesh__fsdp": 2, "evaluation__windows": 9} if seed else {}
         run(tmp_path / f"{name}{seed}", perplexity=value, flops=flops, seed=seed, **more)
     found = points.of_places([str(tmp_path)], "validation")
     line = points.joined(found, lambda p: p.about["training_flops"])

@@ -198,6 +198,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
     workdir = str(run[0])
     for options, message in (
         ({"step": 4}, "--step 4: no such checkpoint"),
+        ({"step": "all"}, "--step all: several checkpoints; expected newest, best or a number"),
         ({"max_length": 0}, "max_length=0: expected 1 or more"),
         ({"tokenizer": "words.txt"}, "--tokenizer words.txt: expected byte"),
     ):
@@ -240,9 +241,13 @@ def test_the_command(run, tasks, tmp_path, capsys):
 
 
 def test_help_and_refusals_do_not_load_jax(in_one_process):
-    found = in_one_process(["harness --help", "harness --workdir x", "harness --workdir x --tasks a --limit 0"])
+    a_folder = "harness --workdir x --tasks a --output /"
+    found = in_one_process(
+        ["harness --help", "harness --workdir x", "harness --workdir x --tasks a --limit 0", a_folder]
+    )
     status, out, _ = found["harness --help"]
     assert status == 0
     assert all(text in out for text in ("--include-path DIR", "--max-length N", "pip install 'ttt_jax[harness]'"))
     assert "required: --tasks" in found["harness --workdir x"][2]
     assert found["harness --workdir x --tasks a --limit 0"][0] == 2
+    assert found[a_folder] == [2, "", "ttt harness: --output /: is a folder; expected a file\n"]

@@ -1,6 +1,7 @@
 """The collectives of training steps, as compiled for eight TPU chips; prints JSON. No TPU is needed."""
 
 import json
+import re
 import sys
 
 from ttt_jax.planning import topology as topology_lib
@@ -14,8 +15,9 @@ from ttt_jax.planning import hlo  # noqa: E402
 from ttt_jax.training import program  # noqa: E402
 
 
-def collectives(mixer, shape):
+def collectives(mixer, shape, kernel):
     config = config_lib.default()
+    config.model.ttt.kernel = kernel
     config.model.update(mixer=mixer, vocab_size=512, width=256, num_heads=4, num_layers=3, mlp_width=512, remat="block")
     config.model.dtype = "bfloat16"
     config.data.update(sequence_length=128, batch_size=8)
@@ -24,6 +26,7 @@ def collectives(mixer, shape):
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8), topology_lib.devices(topology))
     text = program.make(config, mesh).compiled_step().as_text()
     return {
+        "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text),
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
@@ -31,4 +34,4 @@ def collectives(mixer, shape):
 
 if __name__ == "__main__":
     shape = tuple(map(int, sys.argv[2].split("x")))
-    print(json.dumps(collectives(sys.argv[1], shape)))
+    print(json.dumps(collectives(sys.argv[1], shape, sys.argv[3])))

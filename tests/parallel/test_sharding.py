@@ -63,6 +63,16 @@ def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
 
 
 @pytest.mark.slow
+def test_fused_kernels_compute_on_a_mesh_what_the_scan_does_without():
+    """Each device its own sequences and heads."""
+    found = run("on_meshes.py", "ttt_linear", jax.config.jax_compilation_cache_dir, "kernel")
+    one, split = found["1x1x1"], found["2x2x2"]
+    assert one["loss"][0] - one["loss"][-1] > 0.2
+    np.testing.assert_allclose(split["loss"], one["loss"], rtol=2e-6)
+    np.testing.assert_allclose(split["grad_norm"], one["grad_norm"], rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_inner_loop_statistics_are_the_same_on_a_mesh(on_meshes):
     """Batch, heads and the hidden width of the learner are split; each sequence and head keeps its own."""
     one, split = (on_meshes("ttt_mlp")[mesh]["statistics"] for mesh in ("1x1x1", "2x2x2"))
@@ -89,12 +99,24 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(("mixer", "mesh"), [("ttt_linear", "1x8x1"), ("ttt_mlp", "2x2x2"), ("attention", "1x8x1")])
-def test_what_tpus_send(mixer, mesh):
+@pytest.mark.parametrize(
+    ("mixer", "mesh", "kernel"),
+    [
+        ("ttt_linear", "2x2x2", "auto"),
+        ("ttt_linear", "1x8x1", "scan"),
+        ("ttt_mlp", "2x2x2", "scan"),
+        ("attention", "1x8x1", "auto"),
+    ],
+)
+def test_what_tpus_send(mixer, mesh, kernel):
     """Nothing in the inner loop; gradients of matrices are scattered as they are summed, and none is sent whole."""
-    found = run("on_tpus.py", mixer, mesh)
+    found = run("on_tpus.py", mixer, mesh, kernel)
     kinds, sizes, times, loops, _ = zip(*found["collectives"], strict=True)
-    assert found["inner_loops"] == (0 if mixer == "attention" else 3)  # forwards, again for remat, and backwards
+    # Forwards, again for remat, and backwards.
+    fused = kernel == "auto" and mixer != "attention"
+    forward, backward = (f"{mixer}_{way}" for way in ("forward", "backward"))
+    assert sorted(found["kernels"]) == ([backward, forward, forward] if fused else [])
+    assert found["inner_loops"] == (0 if fused or mixer == "attention" else 3)
     assert not any("_inner_loop" in loop for stack in loops for loop in stack)
 
     _, fsdp, tensor = map(int, mesh.split("x"))

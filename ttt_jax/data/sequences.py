@@ -145,6 +145,8 @@ def _known_starts(documents: Tokens) -> Iterator[np.ndarray]:
 
 def _found_starts(source: TokenSource) -> Iterator[np.ndarray]:
     if source.bos is None:
-        raise ConfigError(f"{source.name}: does not say where documents begin; expected data.bos to be set")
+        raise ConfigError(
+            f"{source.name}: does not say where documents begin; expected a run with data.bos, or windows"
+        )
     for first in range(0, len(source.tokens), _SCANNED):
         yield first + np.flatnonzero(source.tokens[first : first + _SCANNED] == source.bos)

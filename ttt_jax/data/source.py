@@ -89,8 +89,15 @@ class TokenSource:
         return digest.hexdigest()
 
 
-def check(source: TokenSource, vocab_size: int, sequence_length: int, windows: int = 1) -> None:
-    """Raises :class:`ConfigError` where a source cannot feed a model."""
+def check(
+    source: TokenSource,
+    vocab_size: int,
+    sequence_length: int,
+    windows: int = 1,
+    *,
+    length_is: str = "data.sequence_length=",
+) -> None:
+    """Raises :class:`ConfigError` where a source cannot feed a model; ``length_is`` says where the length is from."""
     if source.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: {source.name} has {source.vocab_size} tokens; "
@@ -98,6 +105,6 @@ def check(source: TokenSource, vocab_size: int, sequence_length: int, windows: i
         )
     if source.windows(sequence_length) < windows:
         raise ConfigError(
-            f"data.sequence_length={sequence_length}: {source.name} has {len(source.tokens)} tokens, which is "
+            f"{length_is}{sequence_length}: {source.name} has {len(source.tokens)} tokens, which is "
             f"{source.windows(sequence_length)} windows; expected at least {windows}"
         )

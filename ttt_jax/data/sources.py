@@ -39,6 +39,7 @@ def load(
     bos: int | None = None,
     tokenizer: str = "",
     sequence_length: int = 0,
+    named_by: str = "data.source=",
 ) -> TokenSource:
     """A split of a dataset.
 
@@ -48,6 +49,7 @@ def load(
       bos: the token that begins a document, where the dataset does not say it, or says something else.
       tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
       sequence_length: of a task's sequences; 0 is 64.
+      named_by: what the location was given by, for messages.
 
     Raises:
       ConfigError: for what does not exist, or is of another tokenizer.
@@ -66,7 +68,7 @@ def load(
             location, split, vocab_size or task_source.VOCAB_SIZE, sequence_length or task_source.DEFAULT_LENGTH
         )
     else:
-        source = _in_folder(location, split, vocab_size, bos)
+        source = _in_folder(location, split, vocab_size, bos, f"{named_by}{location!r}")
     _check_tokenizer(source, tokenizer)
     return source
 
@@ -80,7 +82,9 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
     if location == "embedded":
         return tokenizer_lib.byte()
     description = None
-    if "://" in location or os.path.isdir(location):
+    if location != "synthetic" and not task_source.named(location):
+        if not _is_folder(location):
+            raise ConfigError(f"data.source={location!r}: no such folder; expected the dataset that the run is of")
         description = dataset.read_description(Store(location))
     if description is None:
         raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
@@ -88,9 +92,9 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
     return tokenizer_lib.load(Store(location).path(name) if name else "byte")
 
 
-def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None) -> TokenSource:
-    if not location or ("://" not in location and not os.path.isdir(location)):
-        raise ConfigError(f"data.source={location!r}: no such folder; expected {_EXPECTED}")
+def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None, named: str) -> TokenSource:
+    if not _is_folder(location):
+        raise ConfigError(f"{named}: no such folder; expected {_EXPECTED}")
     store = Store(location)
     description = dataset.read_description(store)
     if description is not None:
@@ -106,11 +110,16 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
             description["splits"][split]["fingerprint"],
         )
     if store.exists(f"{UNFINISHED}/state.json"):
-        raise ConfigError(f"data.source={location!r}: is not finished; run the same ttt tokenize command again")
+        raise ConfigError(f"{named}: is not finished; run the same ttt tokenize command again")
     found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
     if found is None:
-        raise ConfigError(f"data.source={location!r}: no {split} tokens there; expected {_EXPECTED}")
+        raise ConfigError(f"{named}: no {split} tokens there; expected {_EXPECTED}")
     return found
+
+
+def _is_folder(location: str) -> bool:
+    """Whether there may be one: that of a URL is only known when it is read."""
+    return "://" in location or os.path.isdir(location)
 
 
 def _check_tokenizer(source: TokenSource, wanted: str) -> None:

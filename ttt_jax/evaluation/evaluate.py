@@ -126,8 +126,9 @@ def _data(trained: Trained, what: What) -> TokenSource:
     if what.source is None:
         data = sources.from_config(trained.config, what.split)
     else:
-        data = sources.load(what.source, what.split, vocab_size=model.vocab_size)
-    source_lib.check(data, model.vocab_size, 1 if what.by_document or what.chains else what.context)
+        data = sources.load(what.source, what.split, vocab_size=model.vocab_size, named_by="--source ")
+    length = 1 if what.by_document or what.chains else what.context
+    source_lib.check(data, model.vocab_size, length, length_is="--context ")
     return data
 
 

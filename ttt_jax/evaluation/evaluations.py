@@ -14,13 +14,14 @@ import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import statistics
+from ttt_jax.evaluation import saved, statistics
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -125,11 +126,10 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
     """
     workdir = workdir_lib.at(workdir)
     if context is None:
-        pattern = re.compile(re.escape(name(split, 0, **kind)).replace("-0", r"-(\d+)", 1))
-        found = [int(match[1]) for stem in _stems(workdir) if (match := pattern.fullmatch(stem))]
-        context = max(found, default=None)
+        context = max(_contexts(workdir, split, **kind), default=None)
     stem = None if context is None else name(split, context, **kind)
     if stem is None or stem not in _stems(workdir):
+        workdir_lib.check_exists(workdir)
         length = "" if context is None else f" with context {context}"
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split{length}; run: "
@@ -138,21 +138,30 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
     return read_file(workdir / "eval" / f"{stem}.npz")
 
 
+def read_all(
+    workdirs: Sequence[str | os.PathLike], split: str, context: int | None = None, **kind: Any
+) -> list[Evaluation]:
+    """As :func:`read`, of several runs at one context; at the longest that all have, where none is given."""
+    if context is None:
+        known = [_contexts(workdir_lib.at(workdir), split, **kind) for workdir in workdirs]
+        context = max(set.intersection(*known) or set.union(*known), default=None)
+    return [read(workdir, split, context, **kind) for workdir in workdirs]
+
+
+def read_of(about: dict[str, Any]) -> str:
+    """What was read, in words: 256 windows of 2,048 tokens."""
+    of = about.get("of", "windows")
+    carried = ", the state carried" * about.get("carried", False)
+    return f"{about['windows']:,} {of} of {'up to ' * (of == 'documents')}{about['context']:,} tokens{carried}"
+
+
 def read_file(path: Workdir) -> Evaluation:
     """The evaluation in an ``.npz`` file and the ``.json`` beside it.
 
     Raises:
-      ConfigError: where it is of an older version of this package.
+      ConfigError: where it is damaged, or of an older version of this package.
     """
-    with explained(path):
-        about = json.loads(path.with_suffix(".json").read_text())
-        content = io.BytesIO(path.read_bytes())
-    with np.load(content, allow_pickle=False) as file:
-        arrays = dict(file)
-    fields = {field.name for field in dataclasses.fields(Evaluation)} - {"about"}
-    if arrays.keys() != fields:
-        raise ConfigError(f"{path}: not of this version of ttt_jax; expected the arrays that ttt eval writes now")
-    return Evaluation(about, **arrays)
+    return saved.read(path, Evaluation, "ttt eval")
 
 
 def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -160,6 +169,11 @@ def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     workdir = workdir_lib.at(workdir)
     with explained(workdir):
         return [json.loads((workdir / "eval" / f"{stem}.json").read_text()) for stem in sorted(_stems(workdir))]
+
+
+def _contexts(workdir: Workdir, split: str, **kind: Any) -> set[int]:
+    pattern = re.compile(re.escape(name(split, 0, **kind)).replace("-0", r"-(\d+)", 1))
+    return {int(match[1]) for stem in _stems(workdir) if (match := pattern.fullmatch(stem))}
 
 
 def _stems(workdir: Workdir) -> set[str]:

@@ -133,7 +133,7 @@ def inspect(
     config = trained.config
     check(trained.workdir, config.model)
     data = sources.from_config(config, split)
-    source.check(data, config.model.vocab_size, 1 if by_document else context)
+    source.check(data, config.model.vocab_size, 1 if by_document else context, length_is="--context ")
     starts = _starts(data, context, most_windows, by_document)
     training_context, b = config.data.sequence_length, config.model.ttt.mini_batch
     piece_length = context if context <= training_context else max(1, training_context // b) * b  # whole mini-batches

@@ -20,6 +20,7 @@ import numpy as np
 
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import saved
 from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, summary
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
@@ -58,7 +59,7 @@ def read(
     """The diagnostics of a run on a split; of the longest context that there is, where none is given.
 
     Raises:
-      ConfigError: where there are none.
+      ConfigError: where there are none, or they are damaged.
     """
     workdir = workdir_lib.at(workdir)
     with explained(workdir):
@@ -68,6 +69,7 @@ def read(
         pattern = re.compile(re.escape(form).replace(r"\-0", r"\-(\d+)", 1))
         context = max((int(match[1]) for stem in stems if (match := pattern.fullmatch(stem))), default=None)
     if context is None or (stem := name(split, context, by_document=by_document, step=step)) not in stems:
+        workdir_lib.check_exists(workdir)
         raise ConfigError(
             f"{workdir}: no inner-loop diagnostics of the {split} split"
             + ("" if context is None else f" with context {context}")
@@ -75,12 +77,7 @@ def read(
             + " --by-document" * by_document
             + ("" if step is None else f" --step {step}")
         )
-    path = workdir / "inspect" / f"{stem}.npz"
-    with explained(path):
-        about = json.loads(path.with_suffix(".json").read_text())
-        content = io.BytesIO(path.read_bytes())
-    with np.load(content, allow_pickle=False) as file:
-        return InnerLoop(about, **file)
+    return saved.read(workdir / "inspect" / f"{stem}.npz", InnerLoop, "ttt inspect")
 
 
 def _rows(found: InnerLoop) -> Iterator[tuple]:

@@ -78,7 +78,10 @@ class TTTModel(TemplateLM):
         if max_length is not None and int(max_length) < 1:
             raise ConfigError(f"max_length={max_length}: expected 1 or more")
         batch_size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
-        self.trained: Trained = load(workdir, steps(at(workdir), str(step))[-1])
+        chosen = steps(at(workdir), str(step))
+        if len(chosen) > 1:
+            raise ConfigError(f"--step {step}: several checkpoints; expected newest, best or a number")
+        self.trained: Trained = load(workdir, chosen[0])
         source = self.trained.config.data.source
         self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(source)
         self._encode = self.tokenizer_of_run.encoder()

@@ -34,9 +34,10 @@ from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
-from ttt_jax.parallel.activations import locally
+from ttt_jax.parallel.activations import locally, platform
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import choice
 from ttt_jax.ttt.state import InnerState, initial_state
 
 
@@ -57,7 +58,7 @@ class TTT(nn.Module):
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
-      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`.
+      kernel, remat_group, unroll: see :mod:`ttt_jax.ttt.kernels.choice`.
     """
 
     learner: learner_lib.Learner
@@ -71,8 +72,9 @@ class TTT(nn.Module):
     conv_width: int = 4
     rope_theta: float = 10000.0
     init_stddev: float = 0.02
-    remat_group: int = 0
-    unroll: int = 1
+    kernel: str = "auto"
+    remat_group: int | None = None
+    unroll: int | None = None
 
     @nn.compact
     def __call__(
@@ -102,8 +104,9 @@ class TTT(nn.Module):
         return y, None if state is None else TTTState(InnerState(*result.state), conv_q, conv_k)
 
     def _inner_loop(self, norm, w0, q, k, v, token_eta, position_eta, state) -> scan.Result:
-        """The scan over mini-batches, by each device for its own sequences and heads: it communicates nothing."""
+        """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics")
+        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, platform()).kernel
 
         def run(norm, w0, q, k, v, token_eta, position_eta, state):
             z, end, stats = scan.run(
@@ -116,9 +119,9 @@ class TTT(nn.Module):
                 token_eta,
                 position_eta,
                 None if state is None else InnerState(*state),
-                remat_group=self.remat_group,
-                unroll=self.unroll,
                 statistics=statistics,
+                kernel=kernel,
+                **choice.scan_options(self.remat_group, self.unroll, platform()),
             )
             return z, None if state is None else tuple(end), stats
 

@@ -8,18 +8,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from ttt_jax.config import ConfigError
 from ttt_jax.layers.attention import Attention
 from ttt_jax.layers.linear_attention import LinearAttention
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.parallel.activations import platform
 from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt.kernels import choice
 
 PAPER_BASE_LR = {"ttt_linear": 1.0, "ttt_mlp": 0.1}
 
 
 def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
-    """Builds the model that a validated ``config.model`` describes."""
+    """Builds the model that a validated ``config.model`` describes.
+
+    Raises:
+      ConfigError: where it asks for a kernel that there is not.
+    """
     dtype = jnp.dtype(model.dtype)
     common = {"num_heads": model.num_heads, "dtype": dtype, "init_stddev": model.init_stddev}
     mamba_style = False
@@ -29,6 +36,8 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
         mixer = partial(kind, rope_theta=model.rope_theta, **common)
     else:
         ttt = model.ttt
+        if ttt.kernel == "pallas":
+            inner_loop(model)  # refuses what there is not
         mamba_style = ttt.backbone == "mamba"
         mixer = partial(
             TTT,
@@ -40,6 +49,7 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
             learned_eta=ttt.learned_eta,
             conv_width=model.conv_width,
             rope_theta=model.rope_theta,
+            kernel=ttt.kernel,
             remat_group=ttt.remat_group,
             unroll=ttt.unroll,
             **common,
@@ -80,6 +90,18 @@ def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
     else:
         found = learner_lib.mlp(head_dim, depth=ttt.mlp_depth, width_factor=ttt.mlp_width_factor)
     return dataclasses.replace(found, norm_residual=ttt.norm_residual, bias=ttt.norm_residual)
+
+
+def inner_loop(model: ml_collections.ConfigDict) -> str:
+    """How the inner loop of a TTT mixer is computed on the devices of the present mesh, and why, in words.
+
+    Raises:
+      ConfigError: where a kernel is asked for that there is not.
+    """
+    try:
+        return choice.choose(model.ttt.kernel, learner(model), model.ttt.mini_batch, platform()).why
+    except ValueError as error:
+        raise ConfigError(f"model.ttt.kernel={model.ttt.kernel}: {error}; expected auto or scan") from error
 
 
 def base_lr(model: ml_collections.ConfigDict) -> float:

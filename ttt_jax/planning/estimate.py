@@ -9,6 +9,8 @@ import ml_collections
 
 from ttt_jax.models import build, flops
 from ttt_jax.parallel.chips import Chip
+from ttt_jax.ttt.kernels import choice
+from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
 
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
 MATRIX_UNIT = 128  # rows and columns of it, on TPUs
@@ -61,17 +63,20 @@ def step_time(
         + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
     ]
     if inner:
+        platform = "tpu" if chip.topology else "gpu"
+        fused = choice.choose(model.ttt.kernel, build.learner(model), model.ttt.mini_batch, platform).kernel is not None
+        scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, platform)
         b = min(model.ttt.mini_batch, data.sequence_length)
-        fill = min(1.0, b / MATRIX_UNIT)
+        fill = min(1.0, (max(b, GROUP_TOKENS) if fused else b) / MATRIX_UNIT)
         for width in build.learner(model).widths[:2]:
             fill *= min(1.0, width / MATRIX_UNIT)
-        passes = 3 + again + (1 if model.ttt.remat_group else 0)
+        passes = 3 + again + (1 if scan["remat_group"] and not fused else 0)
         turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)
-        by_work, by_turns = passes * inner * tokens / (rate * fill), turns / model.ttt.unroll * TURN
-        compute += max(by_work, by_turns)
+        by_work, by_turns = passes * inner * tokens / (rate * fill), turns / scan["unroll"] * TURN
+        compute += by_work if fused else max(by_work, by_turns)
         assumptions += [
-            f"inner loop: its products fill {fill:.1%} of a matrix unit ({MATRIX_UNIT} x {MATRIX_UNIT}); "
-            f"{TURN * 1e6:.0f} us per turn of its scan at least"
+            f"inner loop, {'fused' if fused else 'scan'}: its products fill {fill:.1%} of a matrix unit "
+            f"({MATRIX_UNIT} x {MATRIX_UNIT})" + ("" if fused else f"; {TURN * 1e6:.0f} us per turn at least")
         ]
     assumptions += [
         f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",

@@ -8,6 +8,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from ttt_jax.planning import hlo_text
+from ttt_jax.planning.hlo_text import Computations, Instruction
+
 _ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"  # how TPUs write what goes over the data center network, whatever the collective
 KINDS = (*_ON_DEVICE, BETWEEN_SLICES)
@@ -51,52 +54,14 @@ def collectives(text: str) -> list[Collective]:
     Args:
       text: ``compiled.as_text()``.
     """
-    computations, entry = _parse(text)
+    computations, entry = hlo_text.parse(text)
     match = re.search(r"num_partitions=(\d+)", text[:100_000])
     devices = int(match[1]) if match else 1
     return list(_walk(computations, entry, devices, 1, (), set(), ""))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    shape: str
-    opcode: str
-    rest: str  # operands and attributes
-
-    def attribute(self, pattern: str) -> str:
-        match = re.search(pattern, self.rest)
-        return match[1] if match else ""
-
-    @property
-    def op_name(self) -> str:
-        return self.attribute(r'op_name="([^"]*)"')
-
-
-_Computations = dict[str, list[_Instruction]]
-_HEADER = re.compile(r"(ENTRY )?%?([\w.$-]+) \(.*\{$")
-_ASSIGNMENT = re.compile(r"\s+(?:ROOT )?%?[\w.$-]+ = ")
-_CALLED = re.compile(
-    r"(?:to_apply|calls|branch_computations|true_computation|false_computation)=\{?([^,}]+(?:, ?%[^,}]+)*)"
-)
-
-
-def _parse(text: str) -> tuple[_Computations, str]:
-    """The instructions of each computation, and the name of the computation that the program starts with."""
-    computations: _Computations = {}
-    entry, instructions = "", []
-    for line in text.splitlines():
-        if match := _HEADER.match(line):
-            instructions = computations.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        elif match := _ASSIGNMENT.match(line):
-            shape, rest = _split_shape(line[match.end() :])
-            opcode, _, rest = rest.partition("(")
-            instructions.append(_Instruction(shape, opcode.strip(), rest))
-    return computations, entry
-
-
 def _walk(
-    computations: _Computations,
+    computations: Computations,
     name: str,
     devices: int,
     times: int,
@@ -113,7 +78,7 @@ def _walk(
         op_name = instruction.op_name or caller
         kind = instruction.opcode.removesuffix("-start")
         if kind == "send" and "megascale" in instruction.rest:
-            size = _bytes(_elements(instruction.shape)[0])
+            size = hlo_text.array_bytes(hlo_text.elements(instruction.shape)[0])
             yield Collective(BETWEEN_SLICES, size, 2, times, loops, name, op_name)
         elif kind in _ON_DEVICE:
             if "chain_id=" in instruction.rest:
@@ -123,7 +88,7 @@ def _walk(
                 started.add(channel)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # a fusion of TPUs: the sum, of which each device keeps a part
-                size = _bytes(instruction.shape)
+                size = hlo_text.array_bytes(instruction.shape)
                 group = _group(instruction, devices)
             else:
                 group = _group(instruction, devices)
@@ -131,28 +96,16 @@ def _walk(
             yield Collective(kind, size, group, times, loops, name, op_name)
         elif instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.$-]+)")
-            trips = _trip_count(instruction, computations)
+            trips = hlo_text.trip_count(instruction, computations) or 1
             yield from _walk(computations, body, devices, times * trips, (*loops, op_name), set(started), op_name)
         else:
-            for match in _CALLED.finditer(instruction.rest):
-                for called in re.findall(r"[\w.$-]+", match[1]):
-                    inside = started if instruction.opcode == "fusion" else set()
-                    if called in computations:
-                        yield from _walk(computations, called, devices, times, loops, inside, op_name)
+            for called in instruction.called:
+                inside = started if instruction.opcode == "fusion" else set()
+                if called in computations:
+                    yield from _walk(computations, called, devices, times, loops, inside, op_name)
 
 
-def _trip_count(loop: _Instruction, computations: _Computations) -> int:
-    """As the compiler states it, or the constant that the counter, from 0, is compared with."""
-    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
-        return int(known)
-    condition = computations.get(loop.attribute(r"condition=%?([\w.$-]+)"), [])
-    limits = [
-        int(i.rest.partition(")")[0]) for i in condition if i.opcode == "constant" and i.shape[:3] in ("s32", "u32")
-    ]
-    return limits[0] if len(limits) == 1 else 1
-
-
-def _group(instruction: _Instruction, devices: int) -> int:
+def _group(instruction: Instruction, devices: int) -> int:
     """Devices that take part in a collective, from any of the ways in which HLO writes its groups."""
     if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return listed.count(",") + 1
@@ -165,41 +118,8 @@ def _group(instruction: _Instruction, devices: int) -> int:
     return devices
 
 
-def _result_bytes(instruction: _Instruction) -> int:
+def _result_bytes(instruction: Instruction) -> int:
     """Of what a collective ends with; the shape of an asynchronous start has the operands before it."""
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
-        return _bytes(_elements(instruction.shape)[1])
-    return _bytes(instruction.shape)
-
-
-def _bytes(shape: str) -> int:
-    """Of an array ``bf16[8,256]{1,0}`` or of all arrays of a tuple, without the padding of layouts."""
-    bits = 0
-    for dtype, size, dimensions in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
-        bits += (8 if dtype == "pred" else int(size)) * math.prod(int(n) for n in dimensions.split(",") if n)
-    return bits // 8
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """A shape, of which tuples have spaces in them, and what follows it."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    depth = 0
-    for index, character in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if not depth:
-            return text[: index + 1], text[index + 1 :].lstrip()
-    return text, ""
-
-
-def _elements(shape: str) -> list[str]:
-    """The elements of a tuple shape."""
-    elements, depth = [""], 0
-    for character in shape[1:-1]:
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
-        if character == "," and not depth:
-            elements.append("")
-        else:
-            elements[-1] += character
-    return elements
+        return hlo_text.array_bytes(hlo_text.elements(instruction.shape)[1])
+    return hlo_text.array_bytes(instruction.shape)

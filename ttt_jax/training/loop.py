@@ -113,6 +113,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
+    if build.learns(config.model):
+        with sharding.on_mesh(run.mesh, run.rules):
+            peers.say(f"inner loop: {build.inner_loop(config.model)}")
     first = jax.process_index() == 0
     output = peers.on_all(lambda: _output(config, workdir, start, useful) if first else None)
     report = Report(

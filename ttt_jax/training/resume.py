@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "log.",
     "mesh.",
     "model.remat",
+    "model.ttt.kernel",
     "model.ttt.remat_group",
     "model.ttt.unroll",
     "profile.",

@@ -37,6 +37,10 @@ class Result(NamedTuple):
     statistics: Statistics | None
 
 
+# (learner, norm, weights at the start, q, k, v, token_eta, position_eta) -> (z, weights at the end)
+Kernel = Callable[..., tuple[jax.Array, Weights]]
+
+
 def run(
     learner: Learner,
     norm: LayerNormParams,
@@ -51,6 +55,7 @@ def run(
     remat_group: int = 0,
     unroll: int = 1,
     statistics: bool = False,
+    kernel: Kernel | None = None,
 ) -> Result:
     """Reads T tokens, taking one gradient step per mini-batch of b.
 
@@ -65,15 +70,16 @@ def run(
       remat_group: mini-batches between two stored W in the backward pass; what lies between is computed again.
         0 stores everything.
       unroll: mini-batches per iteration of the compiled loop.
-      statistics: also return :class:`Statistics`.
+      statistics: also return :class:`Statistics`; always by the scan.
+      kernel: reads the mini-batches that are known to be whole instead of the scan, such as
+        :func:`ttt_jax.ttt.kernels.run.run`.
 
     Returns:
       Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.
     """
     dtype = q.dtype
-    q, k, v, token_eta = (x.astype(jnp.float32) for x in (q, k, v, token_eta[..., None]))
-    inputs = (q, k, v, token_eta)
-    options = _Options(learner, norm, w0, position_eta, remat_group, unroll, statistics)
+    inputs = (q, k, v, token_eta[..., None])
+    options = _Options(learner, norm, w0, position_eta, remat_group, unroll, statistics, kernel)
     z, state, stats = _whole(options, inputs) if state is None else _continued(options, inputs, state)
     return Result(z.astype(dtype), state, Statistics(*stats) if statistics else None)
 
@@ -88,6 +94,11 @@ class _Options(NamedTuple):
     remat_group: int
     unroll: int
     statistics: bool
+    kernel: Kernel | None
+
+    @property
+    def uses_kernel(self) -> bool:
+        return self.kernel is not None and not self.statistics
 
 
 def _whole(options: _Options, inputs):
@@ -97,6 +108,7 @@ def _whole(options: _Options, inputs):
     n, rest = divmod(tokens, b)
 
     def step(weights, x):
+        x = _float32(x)
         z, keys = _mini_batch(options, weights, None, x, options.position_eta)
         new_weights = learner_lib.gradient_step(weights, dual.gradient(options.learner, keys, options.position_eta[-1]))
         return new_weights, (z, _statistics(options, keys, x, new_weights))
@@ -104,12 +116,15 @@ def _whole(options: _Options, inputs):
     start = initial_state(options.w0, batch)
     weights, pending = start.weights, start.pending
     outputs = []
-    if n:
+    if n and options.uses_kernel:
+        weights, z = _by_kernel(options, weights, tuple(x[:, : n * b] for x in inputs))
+        outputs.append((z, ()))
+    elif n:
         head = tuple(_split(x[:, : n * b], b) for x in inputs)
         weights, ys = _grouped_scan(step, weights, head, options.remat_group, options.unroll)
         outputs.append(_join_outputs(ys))
     if rest:
-        tail = tuple(_split(x[:, n * b :], rest)[0] for x in inputs)
+        tail = _float32(tuple(_split(x[:, n * b :], rest)[0] for x in inputs))
         position_eta = options.position_eta[:rest]
         z, keys = _mini_batch(options, weights, None, tail, position_eta)
         pending = dual.gradient(options.learner, keys)
@@ -132,6 +147,7 @@ def _continued(options: _Options, inputs, state: InnerState):
 
     def step(carry: InnerState, x):
         *x, filled = x
+        x = _float32(x)
         z, keys = _mini_batch(options, carry.weights, carry.pending, x, options.position_eta)
         pending = jax.tree.map(jnp.add, carry.pending, dual.gradient(options.learner, keys))
         new_weights = learner_lib.gradient_step(carry.weights, pending, options.position_eta[filled - 1])
@@ -139,10 +155,35 @@ def _continued(options: _Options, inputs, state: InnerState):
         return new, (z, _statistics(options, keys, x, new_weights))
 
     filled = jnp.clip(offset + tokens - b * jnp.arange(n), 0, b)  # places filled when this piece ends
-    xs = (*(_split(on_grid(x), b) for x in inputs), filled)
-    end, ys = _grouped_scan(step, state, xs, options.remat_group, options.unroll)
-    z, stats = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, offset, tokens, axis=1), _join_outputs(ys))
+    grid = tuple(map(on_grid, inputs))
+
+    def scan(state, first, last):
+        xs = (*(_split(x[:, first * b : last * b], b) for x in grid), filled[first:last])
+        state, ys = _grouped_scan(step, state, xs, options.remat_group, options.unroll)
+        return state, _join_outputs(ys)
+
+    if options.uses_kernel and n > 3:  # all but the first and the last two mini-batches are whole at every offset
+        state_then, first = scan(state, 0, 1)
+        weights, z = _by_kernel(options, state_then.weights, tuple(x[:, b : (n - 2) * b] for x in grid))
+        end, last = scan(state_then._replace(weights=weights), n - 2, n)
+        ys = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), first, (z, ()), last)
+    else:
+        end, ys = scan(state, 0, n)
+    z, stats = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, offset, tokens, axis=1), ys)
     return z, end._replace(position=state.position + tokens), stats
+
+
+def _by_kernel(options: _Options, weights: Weights, inputs) -> tuple[Weights, jax.Array]:
+    """Whole mini-batches; the weights after them, and z."""
+    assert options.kernel is not None
+    *qkv, token_eta = inputs
+    eta = token_eta[..., 0].astype(jnp.float32)
+    z, weights = options.kernel(options.learner, options.norm, weights, *qkv, eta, options.position_eta)
+    return weights, z.astype(jnp.float32)
+
+
+def _float32(x):
+    return jax.tree.map(lambda y: y.astype(jnp.float32), x)
 
 
 def _mini_batch(options: _Options, weights, pending, x, position_eta):

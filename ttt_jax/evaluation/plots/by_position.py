@@ -24,9 +24,10 @@ def loss_by_position(
     *,
     split: str = "validation",
     context: int | None = None,
-    by_document: bool = False,
     against: str | os.PathLike | None = None,
     perplexity: bool = False,
+    by_document: bool = False,
+    **kind: Any,
 ) -> None:
     """Draws the loss by token index of several runs on one figure, and saves it.
 
@@ -34,15 +35,18 @@ def loss_by_position(
 
     Args:
       outputs: paths that end in .png, .pdf or .svg.
-      context: of the evaluations; None is the longest.
+      context: of the evaluations; None is the longest that all have.
       against: a run; a second panel has the paired difference of each other run to it, by bin, with its 95 % interval.
       perplexity: the exponential of the mean loss, on a log axis.
+      by_document, kind: of the evaluations, as :func:`evaluations.name` takes them.
 
     Raises:
       ConfigError: for a run without such an evaluation, for runs that cannot be compared, or an unknown kind of file.
     """
     style.check_output(*outputs)
-    found = [evaluations.read(workdir, split, context, by_document=by_document) for workdir in workdirs]
+    places = [*workdirs, *([] if against is None else [against])]
+    read = evaluations.read_all(places, split, context, by_document=by_document, **kind)
+    found = read[: len(workdirs)]
     for each in found[1:]:
         compare.check_paired(each, found[0])
     styles = style.distinct([line_of(each.about) for each in found])
@@ -52,8 +56,7 @@ def loss_by_position(
     first, last = panels.flat[0], panels.flat[-1]
     _draw_curves(first, found, styles, perplexity=perplexity, first=_SURPRISES if by_document else 0)
     if against is not None:
-        reference = evaluations.read(against, split, found[0].about["context"], by_document=by_document)
-        _draw_differences(last, reference, found, styles)
+        _draw_differences(last, read[-1], found, styles)
 
     for axes in panels.flat:
         style.token_axis(axes.xaxis)
@@ -66,9 +69,8 @@ def loss_by_position(
     first.set_ylabel("perplexity (log scale)" if perplexity else "loss (nats per token)")
     last.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
     about = found[0].about
-    of = f"{about['windows']:,} {about.get('of', 'windows')} of {'up to ' * by_document}{about['context']:,} tokens"
     what = "Perplexity" if perplexity else "Loss"
-    first.set_title(f"{what} by token index, {about['source']}, {of}", fontsize=11)
+    first.set_title(f"{what} by token index, {about['source']}, {evaluations.read_of(about)}", fontsize=11, wrap=True)
     style.legend_below(figure)
     style.save(figure, *outputs)
 

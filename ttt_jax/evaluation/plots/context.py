@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
@@ -69,9 +71,9 @@ def perplexity_by_context(
         axes.set_ylabel("perplexity (log scale)")
         axes.grid(alpha=0.25)
     if lines == "size":  # panels can be compared
-        low, high = zip(*(axes.get_ylim() for axes in panels), strict=True)
+        shown = [y for axes in panels for line in axes.get_lines() for y in np.asarray(line.get_ydata())]
         for axes in panels:
-            axes.set_ylim(min(low) / 1.02, max(high) * 1.02)
+            axes.set_ylim(min(shown) / 1.05, max(shown) * 1.05)
     for axes in panels:
         style.log_ticks(axes.yaxis)
     figure.suptitle(f"Perplexity by context, {points_lib.data_name(points)}", fontsize=11)

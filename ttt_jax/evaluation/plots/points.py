@@ -14,13 +14,21 @@ from ttt_jax.workdir import Workdir, explained
 _NOT_OF_THE_MODEL = (
     "seed",
     "checkpoint.",
+    "evaluation.",
     "log.",
     "mesh.",
     "profile.",
     "training.accumulation",
     "training.stall_limit",
 )
-_OF_THE_RUN = (*_NOT_OF_THE_MODEL, "model.remat", "model.ttt.remat_group", "model.ttt.unroll", "data.worker_processes")
+_OF_THE_RUN = (
+    *_NOT_OF_THE_MODEL,
+    "model.remat",
+    "model.ttt.kernel",
+    "model.ttt.remat_group",
+    "model.ttt.unroll",
+    "data.worker_processes",
+)
 
 
 class Point(NamedTuple):

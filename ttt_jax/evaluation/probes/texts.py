@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import ml_collections
 
+from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.tokenizer import Tokenizer
@@ -66,5 +67,11 @@ def of_run(
 def _prose(config: ml_collections.ConfigDict, haystack: str | None, split: str) -> Haystack:
     if haystack:
         return haystack_lib.of_file(haystack)
-    decode = sources.tokenizer_of(config.data.source).decoder()
-    return haystack_lib.of_source(sources.from_config(config, split), decode)
+    source = sources.from_config(config, split)
+    try:
+        decode = sources.tokenizer_of(config.data.source).decoder()
+    except ConfigError as error:
+        raise ConfigError(
+            f"data.source={config.data.source!r}: holds no text that could be read; expected --haystack FILE"
+        ) from error
+    return haystack_lib.of_source(source, decode)

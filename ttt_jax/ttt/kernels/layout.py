@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 LANES = 128
-_GROUP_TOKENS = 64
+GROUP_TOKENS = 64  # that a group has, whatever b
 _BLOCK_TOKENS = 256
 _BLOCK_PACKS = 8
 
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     @property
     def group(self) -> int:
         """Mini-batches in a group."""
-        return max(1, _GROUP_TOKENS // self.mini_batch)
+        return max(1, GROUP_TOKENS // self.mini_batch)
 
     @property
     def group_tokens(self) -> int:
@@ -80,7 +80,7 @@ class Layout(NamedTuple):
 
 def supported(head_dim: int, mini_batch: int) -> bool:
     """Whether there is a layout: up to 128 features, and mini-batches that divide a group and fill registers."""
-    return head_dim <= LANES and mini_batch % 8 == 0 and _GROUP_TOKENS % mini_batch == 0
+    return head_dim <= LANES and mini_batch % 8 == 0 and GROUP_TOKENS % mini_batch == 0
 
 
 def pack_heads(layout: Layout, x: jax.Array, axis: int) -> jax.Array:

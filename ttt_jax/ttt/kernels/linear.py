@@ -92,7 +92,11 @@ def derivative(
 ) -> tuple[State, Tokens, Norm, Coefficients]:
     """Gradients with respect to the arguments of :func:`group`, from those of the new state and of z."""
     state = State(*(x.astype(jnp.float32) for x in state))
-    _, vjp = jax.vjp(lambda *x: group(numerics, *x, chain)[:2], state, tokens, ln, coefficients)
+
+    def known(state, tokens, ln, coefficients):
+        return group(numerics, state, tokens, ln, coefficients, chain)[:2]
+
+    _, vjp = jax.vjp(known, state, tokens, ln, coefficients)
     return vjp((d_new, d_z))
 
 

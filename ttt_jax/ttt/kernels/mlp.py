@@ -30,7 +30,7 @@ from ttt_jax.ttt.kernels.gelu import gelu, gelu_and_derivative
 from ttt_jax.ttt.kernels.heads import apart, product, products, stack_swapped, swap
 from ttt_jax.ttt.kernels.layout import LANES, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.mlp_backward import derivative as derivative
-from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, over_hidden, rows_of, sum_per_head, tile
+from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, no_tiles, over_hidden, rows_of, sum_per_head, tile
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, spread, stack_heads, unstack_heads
 from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
@@ -115,7 +115,7 @@ def _chain(numerics, state, weights, tokens, ln, last, e1):
     means = norm.means_for_chain(scale2, shift, numerics)
     z1_start = dot(stack_heads(layout, k), w1, "nn", operands) + rows_of(layout, state.bias1)
     rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, m)
-    z1s, z2s, xs, s1s, t1s, s2s = ([None] * layout.group for _ in range(6))
+    z1s, z2s, xs, s1s, t1s, s2s = (no_tiles(layout) for _ in range(6))
     for t in range(layout.group):
         now = slice(t * b, (t + 1) * b)
         z1 = tile(layout, z1_start, t)
@@ -151,11 +151,11 @@ def pack(layout: Layout, weights: Weights) -> State:
     """Weights [B, H, ...] to those of packs, the second layer without its mean over output features, which LN takes
     out anyway."""
     first, second = weights
-    w1, w2 = first.weight, jnp.swapaxes(_centred(second.weight), -1, -2)
+    w1, w2 = first.weight, jnp.swapaxes(second.weight - _mean(second.weight), -1, -2)
     w1, w2 = (_pack_hidden(layout_lib.pack_features(layout, x, 2)) for x in (w1, w2))  # [B, H, slot, m]
     c1 = layout_lib.pack_heads(layout, _pack_hidden(first.bias), 1)  # [B, P, s, 1, m]
     w1, w2 = (layout_lib.pack_heads(layout, x, 1).reshape(x.shape[0], layout.packs, LANES, -1) for x in (w1, w2))
-    c2 = layout_lib.pack_features_in_lanes(layout, _centred(second.bias), 1)
+    c2 = layout_lib.pack_features_in_lanes(layout, second.bias - _mean(second.bias), 1)
     return State(w1, c1[:, :, :, 0], w2, c2)
 
 
@@ -173,12 +173,12 @@ def unpack(layout: Layout, state: State, start: Weights) -> Weights:
     w2 = jnp.swapaxes(unpack_weight(state.weight2), -1, -2)
     return (
         Dense(unpack_weight(state.weight1), c1),
-        Dense(w2 + second.weight.mean(-1, keepdims=True), c2 + second.bias.mean(-1, keepdims=True)),
+        Dense(w2 + _mean(second.weight), c2 + _mean(second.bias)),
     )
 
 
-def _centred(x):
-    return x - x.mean(-1, keepdims=True)
+def _mean(x: Any) -> Any:
+    return x.mean(-1, keepdims=True)
 
 
 def _pack_hidden(x):

@@ -14,6 +14,8 @@ the last mini-batch of the group to the first,
 with all that are done for the whole group, before or after.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,11 +31,25 @@ from ttt_jax.ttt.kernels.heads import (
     unstack_swapped,
 )
 from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
-from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, over_hidden, rows_of, sum_per_head, tile
-from ttt_jax.ttt.kernels.ops import dot, spread, stack_heads, unspread, unstack_heads
+from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, no_tiles, over_hidden, rows_of, sum_per_head, tile
+from ttt_jax.ttt.kernels.ops import Numerics, dot, spread, stack_heads, unspread, unstack_heads
 
 
-def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
+def derivative(
+    numerics: Numerics,
+    state: Any,
+    tokens: Tokens,
+    ln: Norm,
+    coefficients: Any,
+    chain: tuple[jax.Array, ...],
+    d_new: Any,
+    d_out: jax.Array,
+) -> tuple[Any, Tokens, Norm, Any]:
+    """Gradients with respect to state, tokens, LN and coefficients, from those of the new state and of the outputs.
+
+    Weights of the state and Z1 can be in the dtype of operands. The gradient of ``coefficients.of_keys`` is zero: that
+    of ``coefficients.queries`` is for both.
+    """
     layout, operands = numerics
     b, g, m = layout.mini_batch, layout.group, state[0].shape[1]
     w1, c1, w2, c2 = state
@@ -98,22 +114,22 @@ def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
     # The chain.
     e1 = last[:, : a1.shape[1]] * a1
     means = norm.means_for_backward(at, scale2, numerics)
-    tiles = [jax.tree.map(lambda y, t=t: y[t * b : (t + 1) * b], (at, means)) for t in range(g)]
     g2_rows = _mini_batches(layout, stack_heads(layout, g2)).astype(operands)
     t2_rows = _mini_batches(layout, stack_heads(layout, t2)).astype(operands)
     x_rows = _mini_batches(layout, x)
     t2_g2 = mm(t2_rows, g2_rows, "nt")
     rows = layout.pack * b
-    dz1s, dgxs, detas = ([None] * g for _ in range(3))
+    dz1s, dgxs, detas = (no_tiles(layout) for _ in range(3))
     nothing = jnp.zeros((b, LANES), jnp.float32)
     dz2s, dhs, dt2s = ([nothing] * g for _ in range(3))
     for t in reversed(range(g)):
         now = slice(t * b, (t + 1) * b)
         d_s1_t, d_t2_t, d_x_t = tile(layout, d_s1, t), d_t2[now], tile(layout, d_x, t)
         gx_t = tile(layout, gx, t)
+        at_t, means_t = jax.tree.map(lambda y, now=now: y[now], (at, means))
         z1_t = tile(layout, z1, t).astype(jnp.float32)
         if t < g - 1:
-            z1_t += 0.0 * dgx
+            z1_t = _not_before(dgxs[t + 1].astype(jnp.float32), z1_t)
         _, slope_t, curve_t = gelu_and_derivatives(z1_t)
         if t < g - 1:
             later, here = slice(0, (g - 1 - t) * rows), slice((g - 1 - t) * rows, (g - t) * rows)
@@ -126,15 +142,14 @@ def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
         dt2s[t] = d_t2_t
         d_g1 = tile(layout, hidden_rates(layout, eta, m), t) * d_s1_t
         detas[t] = (d_s1_t * (slope_t * gx_t)).sum(-1, keepdims=True)
-        dgx = d_g1 * slope_t
-        dgxs[t] = dgx.astype(operands)
+        dgxs[t] = (d_g1 * slope_t).astype(operands)
         if t:
             d_g2, d_f = products(dgxs[t], w2, x, numerics)
             d_g2 -= mm(jnp.where(before[now], d_f, 0.0), t2_stacked)
         else:
             d_g2 = unstack_heads(layout, mm(dgxs[t], w2, "nt"))
         d_g2 += rates[now] * (d_s2[now] + last * d_t2_t)
-        dz2s[t], dhs[t] = norm.loss_gradient_backward(d_g2, *tiles[t], scale2, numerics)
+        dz2s[t], dhs[t] = norm.loss_gradient_backward(d_g2, at_t, means_t, scale2, numerics)
         if t:
             e_t = jnp.where(before[now], mm(dz2s[t], t2_stacked, "nt"), 0.0)
             d_x_t += product(dz2s[t], -e_t, w2, x, numerics)
@@ -173,6 +188,11 @@ def derivative(numerics, state, tokens, ln, coefficients, chain, d_new, d_out):
 def _mini_batches(layout, x):
     """Rows by mini-batch, the last one first."""
     return jnp.concatenate([tile(layout, x, t) for t in reversed(range(layout.group))], 0)
+
+
+def _not_before(y, x):
+    """x, once y is there: what comes of it would be computed long before, and take up registers until then."""
+    return x + 0.0 * y
 
 
 def _by_head(layout, x):

@@ -4,6 +4,7 @@ Shapes: L tokens of the group, s heads of the pack, b tokens of a mini-batch, m 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ def tile(layout: Layout, x: jax.Array, t: int) -> jax.Array:
     b, tokens = layout.mini_batch, layout.group_tokens
     starts = [head * tokens + t * b for head in range(layout.pack)]
     return jnp.concatenate([x[i : i + b] for i in starts], 0)
+
+
+def no_tiles(layout: Layout) -> list[Any]:
+    """A place for each mini-batch of a group."""
+    return [None] * layout.group
 
 
 def join(layout: Layout, tiles: Sequence[jax.Array | None]) -> jax.Array:

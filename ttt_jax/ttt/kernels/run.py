@@ -12,8 +12,6 @@ from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.program import Inputs, Program
 from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
 
-_UNROLL = 2
-
 
 def unsupported(learner: Learner, mini_batch: int) -> str | None:
     """Why there is no kernel for a learner and a size of mini-batches; None where there is one."""
@@ -41,6 +39,7 @@ def run(
     position_eta: jax.Array,
     *,
     interpret: bool = False,
+    unroll: int | None = None,
 ) -> tuple[jax.Array, Weights]:
     """Reads whole mini-batches.
 
@@ -53,6 +52,7 @@ def run(
       token_eta: [B, n * b, H].
       position_eta: [b].
       interpret: for machines without a TPU.
+      unroll: groups of mini-batches whose operations are mixed; 2, or 1 where that would be of no use.
 
     Returns:
       z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
@@ -62,7 +62,8 @@ def run(
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     kernel = linear if learner.depth == 1 else mlp
     numerics = Numerics(layout, jnp.dtype(operands))
-    how = Program(kernel.group, kernel.derivative, kernel.chain(numerics, learner), numerics, _UNROLL, interpret)
+    unroll = unroll or (1 if interpret else 2)
+    how = Program(kernel.group, kernel.derivative, kernel.chain(numerics, learner), numerics, unroll, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),

@@ -1,0 +1,61 @@
+"""Functions whose schedule is known before it is counted: what ``ttt bench tpu-schedule --function`` names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+
+def known():
+    """A product that fills the matrix units, an array read and written, a loop of 50 and one of 200 turns."""
+
+    def loop(x, w):
+        def body(w, x):
+            y = jnp.tanh(x @ w)
+            return w - 0.1 * x.T @ y, y
+
+        return jax.lax.scan(body, w, x)
+
+    def run(a, b, c, x, y, w):
+        with jax.named_scope("product"):
+            product = a @ b
+        with jax.named_scope("copied"):
+            copied = c + 1
+        with jax.named_scope("short"):
+            short = loop(x, w)
+        with jax.named_scope("long"):
+            long = loop(y, w)
+        return product, copied, short, long
+
+    square = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    tall = jax.ShapeDtypeStruct((16384, 4096), jnp.bfloat16)
+    short, long, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((50, 16, 128), (200, 16, 128), (128, 128)))
+    return run, (square, square, tall, short, long, w)
+
+
+def kernel(turns: int = 8, first: bool = True):
+    """A Pallas kernel with a grid of ``turns``; its first turn does a matrix product more than the others."""
+
+    def body(x, w, out, sum_):
+        if first:
+
+            @pl.when(pl.program_id(0) == 0)
+            def _():
+                sum_[...] = jnp.dot(w[...], w[...], preferred_element_type=jnp.float32)
+
+        out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    run = pl.pallas_call(
+        body,
+        grid=(turns,),
+        in_specs=[pl.BlockSpec((128, 256), lambda i: (i, 0)), pl.BlockSpec((256, 256), lambda i: (0, 0))],
+        out_specs=[pl.BlockSpec((128, 256), lambda i: (i, 0)), pl.BlockSpec((256, 256), lambda i: (0, 0))],
+        out_shape=[f32((128 * turns, 256)), f32((256, 256))],
+    )
+    return run, (f32((128 * turns, 256)), f32((256, 256)))
+
+
+def broken():
+    raise RuntimeError("what the function says\nin two lines")

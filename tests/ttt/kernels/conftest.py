@@ -1,0 +1,114 @@
+"""Problems for the fused kernels, at the size that they are made for."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import run
+from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner, Weights, mlp
+from ttt_jax.ttt.state import initial_state
+
+
+class Problem(NamedTuple):
+    """The arguments of scan.run."""
+
+    learner: Learner
+    norm: LayerNormParams
+    w0: Weights
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    token_eta: jax.Array
+    position_eta: jax.Array
+
+
+@pytest.fixture(scope="session")
+def make_problem() -> Callable[..., Problem]:
+    """``make_problem(depth, batch, tokens, heads, head_dim, b)``, drawn by NumPy; with ``initial`` as at the start of
+    training, else everything of a size to be felt."""
+
+    def make(
+        depth: int = 1, batch: int = 1, tokens: int = 64, heads: int = 1, head_dim: int = 64, b: int = 16, **options
+    ) -> Problem:
+        dtype, initial = options.get("dtype", jnp.float32), options.get("initial", False)
+        rng = np.random.default_rng(options.get("seed", 0))
+
+        def normal(*shape):
+            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+        learner = mlp(head_dim, depth=depth)
+        weight, bias, inputs = (0.02, 0.0, 0.55) if initial else (0.1, 0.1, 1.0)
+        w0 = tuple(
+            Dense(weight * normal(heads, n_in, n_out), bias * normal(heads, 1, n_out))
+            for n_in, n_out in pairwise(learner.widths)
+        )
+        rate = (1.0 if depth == 1 else 0.1) / head_dim
+        noise = 0.0 if initial else 0.01
+        return Problem(
+            learner,
+            LayerNormParams(1 + 0.1 * normal(heads, 1, head_dim), 0.1 * normal(heads, 1, head_dim)),
+            w0,
+            *((inputs * normal(batch, tokens, heads, head_dim)).astype(dtype) for _ in "qkv"),
+            rate * jax.nn.sigmoid(normal(batch, tokens, heads)),
+            1 / jnp.arange(1, b + 1) + noise * normal(b),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def by_scan() -> Callable:
+    """``(problem) -> (z, weights at the end)``"""
+
+    def solve(learner, *arguments):
+        result = scan.run(learner, *arguments)
+        return result.z, result.state.weights
+
+    return solve
+
+
+@pytest.fixture(scope="session")
+def by_kernel() -> Callable:
+    """The same by the fused kernels, interpreted."""
+
+    def solve(learner, norm, w0, q, *arguments):
+        start = initial_state(w0, q.shape[0]).weights
+        return run.run(learner, norm, start, q, *arguments, interpret=True)
+
+    return solve
+
+
+@pytest.fixture(scope="session")
+def with_gradients(quick_jit) -> Callable:
+    """``with_gradients(solve, problem)``: what it computes, and the gradients of a random functional of all of it."""
+
+    def compute(solve, problem):
+        def functional(arguments):
+            results = solve(problem.learner, *arguments)
+            rng = np.random.default_rng(1)
+            products = jax.tree.map(lambda x: (x.astype(jnp.float32) * rng.standard_normal(x.shape)).sum(), results)
+            return sum(jax.tree.leaves(products)), results
+
+        return quick_jit(jax.grad(functional, has_aux=True))(problem[1:])
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[..., float]:
+    """Of a tree of arrays, the largest of any of them, in the Euclidean norm."""
+
+    def error(actual, desired):
+        def of(x, y):
+            x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+            return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+        return max(jax.tree.leaves(jax.tree.map(of, actual, desired)))
+
+    return error

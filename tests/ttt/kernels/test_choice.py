@@ -1,0 +1,45 @@
+"""Which way the inner loop is computed, and why."""
+
+from functools import partial
+
+import pytest
+
+from ttt_jax.ttt.kernels import choice, run
+from ttt_jax.ttt.learner import Learner, linear, mlp
+
+
+@pytest.mark.parametrize(
+    ("kernel", "learner", "b", "platform", "expected"),
+    [
+        ("auto", linear(64), 16, "tpu", ("kernel", "fused kernel, for tpu")),
+        ("auto", linear(64), 16, "cpu", ("scan", "scan, for cpu (fused kernels are for TPUs)")),
+        ("auto", linear(64), 16, "gpu", ("scan", "scan, for gpu (fused kernels are for TPUs)")),
+        ("auto", linear(192), 16, "tpu", ("scan", "scan, for heads of 192 features")),
+        ("auto", linear(64), 12, "tpu", ("scan", "mini-batches of 12 tokens do not fill registers")),
+        ("auto", linear(64), 1, "tpu", ("scan", "mini-batches of 1 tokens do not fill registers")),
+        ("auto", mlp(64, depth=3), 16, "tpu", ("scan", "scan, for the learner has 3 dense layers")),
+        ("auto", Learner((64, 64), norm_residual=False), 16, "tpu", ("scan", "has no LN and residual")),
+        ("auto", Learner((64, 64), bias=False), 16, "tpu", ("scan", "has no biases")),
+        ("scan", linear(64), 16, "tpu", ("scan", "scan, as configured")),
+        ("pallas", linear(64), 16, "tpu", ("kernel", "fused kernel, as configured")),
+        ("pallas", linear(64), 16, "cpu", ("interpreted", "fused kernel, as configured, interpreted: slow on cpu")),
+    ],
+)
+def test_choice(kernel, learner, b, platform, expected):
+    found = choice.choose(kernel, learner, b, platform)
+    way = "scan" if found.kernel is None else "kernel"
+    if isinstance(found.kernel, partial) and found.kernel.keywords["interpret"]:
+        way = "interpreted"
+    assert (way, expected[1] in found.why) == (expected[0], True), found.why
+
+
+def test_a_kernel_that_there_is_not():
+    with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
+        choice.choose("pallas", mlp(64, depth=3), 16, "tpu")
+    assert run.unsupported(linear(128), 64) is None
+
+
+def test_the_scan_as_it_is_best_on_each_platform():
+    assert choice.scan_options(None, None, "tpu") == {"remat_group": 4, "unroll": 4}
+    assert choice.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
+    assert choice.scan_options(0, 2, "tpu") == {"remat_group": 0, "unroll": 2}

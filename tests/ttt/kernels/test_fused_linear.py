@@ -1,0 +1,85 @@
+"""The fused kernels of TTT-Linear, interpreted, against the scan."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import run
+from ttt_jax.ttt.state import initial_state
+
+# Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block.
+SHAPES = [
+    {"tokens": 48, "heads": 1},
+    pytest.param({"batch": 2, "tokens": 288, "heads": 3}, marks=pytest.mark.slow),
+    pytest.param({"tokens": 40, "heads": 2, "head_dim": 96, "b": 8}, marks=pytest.mark.slow),
+    pytest.param({"tokens": 64, "heads": 1, "head_dim": 128, "b": 32}, marks=pytest.mark.slow),
+    pytest.param({"tokens": 64, "heads": 1, "head_dim": 20, "b": 64}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_end_and_gradients_are_those_of_the_scan(
+    make_problem, by_scan, by_kernel, with_gradients, relative_error, shape
+):
+    problem = make_problem(**shape)
+    gradients, results = with_gradients(by_kernel, problem)
+    expected_gradients, expected = with_gradients(by_scan, problem)
+    assert relative_error(results, expected) < 1e-6
+    assert relative_error(gradients, expected_gradients) < 5e-6
+
+
+@pytest.mark.slow
+def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_error):
+    problem = make_problem(tokens=128, heads=2, dtype=jnp.bfloat16)
+    gradients, (z, end) = with_gradients(by_kernel, problem)
+    exact = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
+    expected_gradients, expected = with_gradients(by_scan, exact)
+    assert z.dtype == gradients[2].dtype == jnp.bfloat16
+    assert end[0].weight.dtype == jnp.float32
+    assert relative_error((z, end), expected) < 1e-2
+    assert relative_error(gradients, expected_gradients) < 2e-2
+
+
+@pytest.mark.slow
+def test_groups_that_are_mixed_change_nothing(make_problem, with_gradients, relative_error):
+    problem = make_problem(tokens=256, heads=2)
+
+    def mixed(unroll):
+        def solve(learner, norm, w0, q, *arguments):
+            start = initial_state(w0, q.shape[0]).weights
+            return run.run(learner, norm, start, q, *arguments, interpret=True, unroll=unroll)
+
+        return with_gradients(solve, problem)
+
+    assert relative_error(mixed(2), mixed(1)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [32, 37])
+def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first):
+    """Also where the second piece begins inside a mini-batch, and ends inside one."""
+    problem = make_problem(tokens=131, heads=2)
+    learner, norm, w0, *inputs, token_eta, position_eta = problem
+    kernel = partial(run.run, interpret=True)
+
+    def read(start, stop, state):
+        tokens = (x[:, start:stop] for x in (*inputs, token_eta))
+        return scan.run(learner, norm, w0, *tokens, position_eta, state, kernel=kernel)
+
+    def pieces():
+        one = read(0, first, initial_state(w0, 1))
+        two = read(first, 131, one.state)
+        return jnp.concatenate([one.z, two.z], axis=1), two.state
+
+    whole = quick_jit(lambda: scan.run(*problem))()
+    assert_close(quick_jit(pieces)(), (whole.z, whole.state))
+
+
+def test_statistics_are_taken_by_the_scan(make_problem, quick_jit):
+    """And nothing is by the kernel, which here would fail."""
+    problem = make_problem(tokens=32, head_dim=8)
+    result = quick_jit(lambda: scan.run(*problem, statistics=True, kernel=None))()
+    same = quick_jit(lambda: scan.run(*problem, statistics=True, kernel=lambda *_: 1 / 0))()
+    assert (result.statistics.loss_after == same.statistics.loss_after).all()

@@ -1,0 +1,40 @@
+"""The schedules of the kernels by the compiler of TPUs, as ratios to the structure of the authors' code."""
+
+import importlib.util
+
+import pytest
+
+from ttt_jax.benchmark.tpu_schedule.compile import Function
+from ttt_jax.benchmark.tpu_schedule.schedule import measure
+
+BUILD = "ttt_jax.benchmark.inner_loop:build"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+
+
+def seconds(**settings):
+    return measure(Function(BUILD, {"tokens": 512, "backward": True, **settings}), "v5e:1x1").seconds
+
+
+@pytest.mark.parametrize(("kind", "at_least"), [("linear", 7.8)])
+def test_fused_kernels_are_as_much_faster_as_they_were(kind, at_least):
+    """12 heads of 64, b = 16, bfloat16, forward and backward; 512 tokens, to which what is around them is a tenth."""
+    assert seconds(kind=kind, path="official") / seconds(kind=kind, path="pallas") > at_least
+
+
+@pytest.mark.parametrize(
+    ("chip", "settings"),
+    [
+        ("v6e:1x1", {"head_dim": 128, "heads": 3}),
+        ("v5p:2x2x1", {"head_dim": 96, "heads": 2, "dtype": "f32"}),
+        ("v5e:1x1", {"mini_batch": 64, "heads": 5}),
+    ],
+)
+def test_they_compile_for_other_chips_and_shapes(chip, settings):
+    """Within the memory that a program may use, which is what the compiler checks."""
+    found = measure(Function(BUILD, {"tokens": 256, "backward": True, "path": "pallas", **settings}), chip)
+    names = " ".join(o.operation.op_name for o in found.operations if o.cycles > 2000)
+    assert "ttt_linear_forward" in names
+    assert "ttt_linear_backward" in names

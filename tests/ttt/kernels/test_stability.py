@@ -1,0 +1,83 @@
+"""The error of the kernels in bfloat16 by position: it does not grow with the sequence.
+
+At the weights of initialisation, whose outputs are small: there an instability has room to grow.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttt_jax.ttt.kernels import norm, ops
+
+pytestmark = pytest.mark.slow
+
+
+def float64_loop(norm_params, w0, q, k, v, token_eta, position_eta):
+    """TTT-Linear for one head of one sequence, mini-batch by mini-batch: [T, d]."""
+    scale, bias = (np.asarray(x[0, 0], np.float64) for x in norm_params)
+    w, c = (np.asarray(x[0], np.float64) for x in w0[0])
+    q, k, v, token_eta = (np.asarray(x[0, :, 0], np.float64) for x in (q, k, v, token_eta))
+    position_eta = np.asarray(position_eta, np.float64)
+
+    def normalise(z):
+        centred = z - z.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6), centred
+
+    z, b = np.zeros_like(q), len(position_eta)
+    for start in range(0, len(q), b):
+        tokens = slice(start, start + b)
+        x, centred = normalise(k[tokens] @ w + c)
+        std = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        g = scale * (scale * x + bias - (v[tokens] - k[tokens]))
+        g = (g - g.mean(-1, keepdims=True) - x * (g * x).mean(-1, keepdims=True)) / std
+        for t in range(b):
+            eta = position_eta[t] * token_eta[tokens][: t + 1, None]
+            step, step_c = k[tokens][: t + 1].T @ (eta * g[: t + 1]), (eta * g[: t + 1]).sum(0)
+            x_t, _ = normalise(q[start + t] @ (w - step) + c - step_c)
+            z[start + t] = q[start + t] + scale * x_t + bias
+        w, c = w - step, c - step_c
+    return z
+
+
+@pytest.fixture
+def errors(by_kernel, by_scan, quick_jit):
+    """Of an eighth of the sequence each, relative to the size of the outputs there."""
+
+    def compute(problem, exact=None):
+        learner, *arguments = problem
+        z, _ = quick_jit(lambda *x: by_kernel(learner, *x))(*arguments)  # traced anew each time
+        if exact is None:
+            float32 = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
+            exact, _ = quick_jit(lambda *x: by_scan(learner, *x))(*float32[1:])
+        parts = [np.split(np.asarray(x, np.float64), 8, axis=1) for x in (z, exact)]
+        return [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(*parts, strict=True)]
+
+    return compute
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192, 32768])
+def test_the_error_does_not_grow(make_problem, errors, tokens):
+    """It is what bfloat16 outputs cost (2e-3), and products of bfloat16 as much again."""
+    found = errors(make_problem(tokens=tokens, initial=True, dtype=jnp.bfloat16))
+    assert max(found) < 6e-3
+    assert max(found[4:]) < 1.3 * max(found[:4])
+
+
+def test_against_float64(make_problem, errors):
+    problem = make_problem(tokens=2048, initial=True, dtype=jnp.bfloat16)
+    float32 = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
+    exact = float64_loop(*problem[1:])[None, :, None]
+    assert max(errors(problem, exact)) < 6e-3
+    assert max(errors(float32, exact)) < 5e-6
+
+
+def test_the_mean_that_is_next_to_nothing_is_needed(make_problem, errors, monkeypatch):
+    """Without taking it out of z, rounding errors grow with the sequence."""
+
+    def head_mean(xs, numerics, by_lanes=False):
+        means = ops.head_mean(xs, numerics, by_lanes)
+        return [0 * means[0], *means[1:]]  # the first is that of z
+
+    monkeypatch.setattr(norm, "head_mean", head_mean)
+    found = errors(make_problem(tokens=2048, initial=True, dtype=jnp.bfloat16))
+    assert found[-1] > 10 * found[0]

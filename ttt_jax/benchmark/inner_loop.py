@@ -1,0 +1,155 @@
+"""The inner loop alone, for benchmarks: in this package's ways and in the structure of the authors' code.
+
+Shapes: B batch, T tokens, H heads, d head width, b tokens per mini-batch.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.config import ConfigError
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import run as kernels
+
+PATHS = ("official", "scan", "pallas")
+_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+def build(
+    kind: str = "linear",
+    heads: int = 12,
+    head_dim: int = 64,
+    tokens: int = 2048,
+    batch: int = 1,
+    mini_batch: int = 16,
+    dtype: str = "bf16",
+    backward: bool = False,
+    path: str = "scan",
+    remat_group: int = 4,
+    unroll: int = 1,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of q, k, v [B, T, H d], token_eta [B, T, H], position_eta [b], W0 and LN, and the shapes of these. Its
+    outputs are [B, T, H d] too: as projections leave what goes into the inner loop, and take what comes out of it.
+
+    Args:
+      kind: the learner, ``linear`` or ``mlp``.
+      dtype: of q, k, v and the outputs, ``bf16`` or ``f32``.
+      backward: also the gradients of all of these, for a first argument that is the gradient of the outputs.
+      path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
+        :func:`ttt_jax.ttt.scan.run`; ``pallas``, the fused kernel.
+      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` has no unrolling, ``pallas`` neither of them.
+
+    Raises:
+      ConfigError: for names that are not among these.
+    """
+    for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
+        if value not in known:
+            raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
+    learner = learner_lib.linear(head_dim) if kind == "linear" else learner_lib.mlp(head_dim)
+    if path == "official":
+        run = partial(official, learner, remat_group=remat_group)
+    elif path == "pallas":
+        if reason := kernels.unsupported(learner, mini_batch):
+            raise ConfigError(f"path=pallas: no kernel: {reason}; expected official or scan")
+        run = partial(_scan, learner, kernel=kernels.run)
+    else:
+        run = partial(_scan, learner, remat_group=remat_group, unroll=unroll)
+
+    def forward(q, k, v, *others):
+        by_head = (x.reshape(batch, tokens, heads, head_dim) for x in (q, k, v))
+        return run(*by_head, *others).reshape(batch, tokens, heads * head_dim)
+
+    def array(*shape: int, of: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, of)
+
+    tokenwise = array(batch, tokens, heads * head_dim, of=_DTYPES[dtype])
+    w0 = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), learner, heads))
+    norm = learner_lib.LayerNormParams(array(heads, 1, head_dim), array(heads, 1, head_dim))
+    arguments = (tokenwise, tokenwise, tokenwise, array(batch, tokens, heads), array(mini_batch), w0, norm)
+    if not backward:
+        return forward, arguments
+
+    def forward_backward(gradient, *arguments):
+        z, pullback = jax.vjp(forward, *arguments)
+        return z, pullback(gradient)
+
+    return forward_backward, (tokenwise, *arguments)
+
+
+def _scan(learner, q, k, v, token_eta, position_eta, w0, norm, **options):
+    return scan.run(learner, norm, w0, q, k, v, token_eta, position_eta, **options).z
+
+
+def official(
+    learner: learner_lib.Learner,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    token_eta: jax.Array,
+    position_eta: jax.Array,
+    w0: learner_lib.Weights,
+    norm: learner_lib.LayerNormParams,
+    *,
+    remat_group: int = 4,
+) -> jax.Array:
+    """Outputs [B, T, H, d], computed as the authors' JAX code does: a function of one head of one sequence, scanned
+    over mini-batches in groups that are computed again backwards, under ``vmap`` over heads and over the batch; in the
+    dtype of q with W in float32, eta formed for every pair of tokens, the gradient of LN by autodiff.
+
+    A baseline for speed. T is a multiple of b times ``remat_group``.
+    """
+    batch, tokens, heads, d = q.shape
+    b = len(position_eta)
+
+    def split(x):
+        return x.reshape(batch, tokens // b, b, heads, d).transpose(0, 3, 1, 2, 4)  # [B, H, n, b, d]
+
+    rates = token_eta.reshape(batch, tokens // b, b, heads).transpose(0, 3, 1, 2)[..., None, :]
+    eta = position_eta[:, None] * rates  # [B, H, n, b, b]
+
+    def head(q, k, v, eta, w0, norm):
+        def step(weights, x):
+            return _official_mini_batch(norm, weights, *x)
+
+        xs = jax.tree.map(lambda x: x.reshape(-1, remat_group, *x.shape[1:]), (q, k, v, eta))
+        group = jax.checkpoint(partial(jax.lax.scan, step), prevent_cse=False)
+        return jax.lax.scan(group, w0, xs)[1].reshape(tokens, d)
+
+    sequences = jax.vmap(jax.vmap(head), in_axes=(0, 0, 0, 0, None, None))
+    return sequences(split(q), split(k), split(v), eta, w0, norm).transpose(0, 2, 1, 3)
+
+
+def _official_mini_batch(norm, weights, q, k, v, eta):
+    """The dual form of one mini-batch of one head, q, k, v [b, d], eta [b, b]."""
+
+    def layer_norm(z):
+        mean = z.mean(-1, keepdims=True)
+        variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
+        scale = jax.lax.rsqrt(variance + learner_lib.LAYER_NORM_EPSILON) * norm.scale
+        return ((z - mean) * scale + norm.bias).astype(q.dtype)
+
+    last, lower = eta[-1][:, None], jnp.tril(jnp.ones_like(eta))
+    inputs, hidden = [k], []
+    for layer in weights:
+        hidden.append(inputs[-1] @ layer.weight + layer.bias)
+        inputs.append(jax.nn.gelu(hidden[-1]))
+    normed, pullback = jax.vjp(layer_norm, hidden[-1])
+    gradients = list(pullback((normed - (v - k)).astype(normed.dtype)))
+    for layer, z in zip(weights[:0:-1], hidden[-2::-1], strict=True):
+        gradients.insert(0, gradients[0] @ layer.weight.T * learner_lib.gelu_and_derivative(z)[1])
+    x_bar, new = q, []
+    for index, (layer, x, g) in enumerate(zip(weights, inputs[:-1], gradients, strict=True)):
+        x_bar = jax.nn.gelu(x_bar) if index else x_bar
+        attention = jnp.tril(x_bar @ x.T)
+        x_bar = x_bar @ layer.weight - (eta * attention) @ g + (layer.bias - (eta * lower) @ g)
+        new.append(
+            learner_lib.Dense(
+                (layer.weight - (last * x).T @ g).astype(jnp.float32),
+                (layer.bias - (last * g).sum(0, keepdims=True)).astype(jnp.float32),
+            )
+        )
+    return tuple(new), (q + layer_norm(x_bar)).astype(q.dtype)

@@ -1,0 +1,212 @@
+"""Compiles a program for TPUs in a process of its own, which leaves the program and its schedule in a folder.
+
+A process of its own, because the compiler reads its flags once, when it is loaded.
+
+    python -m ttt_jax.benchmark.tpu_schedule.compile FOLDER        with FOLDER/request.json
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import ttt_jax
+from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
+from ttt_jax.config import ConfigError
+
+LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out
+UTILIZATION = "pre-delay_hlo-static-per-bundle-utilization"
+_REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "program.hlo.txt", "schedule"
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function by name.
+
+    Attributes:
+      name: ``MODULE:NAME``, of an importable module or a Python file. ``NAME(**settings)`` returns a function and a
+        tuple of its arguments, trees of ``jax.ShapeDtypeStruct``.
+      settings: the keyword arguments of NAME: int, float, bool, str.
+    """
+
+    name: str
+    settings: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The training step of a validated config, over all chips of the topology; ``name`` is what it is called."""
+
+    config: ml_collections.ConfigDict
+    name: str = "training step"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says.
+
+    Attributes:
+      text: the optimized HLO.
+      seconds: that it took.
+      arguments, outputs, temporaries: bytes of HBM on one chip; outputs that take no argument's place.
+    """
+
+    text: str
+    seconds: float
+    arguments: int
+    outputs: int
+    temporaries: int
+
+
+def run(target: Function | Step, topology: str, folder: Path) -> Compiled:
+    """Compiles a target; the schedule is in ``folder / DUMP`` then.
+
+    Raises:
+      ConfigError: where target and topology do not exist or do not fit together.
+      ScheduleError: where the compiler fails.
+    """
+    request: dict[str, Any] = {"topology": topology}
+    if isinstance(target, Step):
+        request["config"] = target.config.to_dict()
+    else:
+        request |= {"function": target.name, "settings": target.settings}
+    (folder / _REQUEST).write_text(json.dumps(request))
+    (folder / DUMP).mkdir(exist_ok=True)
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, str(folder)]
+    done = subprocess.run(command, env=_environment(folder / DUMP), capture_output=True, text=True, errors="replace")
+    try:
+        answer = json.loads((folder / _COMPILED).read_text())
+    except FileNotFoundError:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        last = " ".join(said[-1].split())[:300] if said else "it said nothing"
+        raise ScheduleError(f"the compiler ended with status {done.returncode}: {last}") from None
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    if "failed" in answer:
+        raise ScheduleError(answer["failed"])
+    return Compiled(text=(folder / _PROGRAM).read_text(), **answer)
+
+
+def _environment(dump: Path) -> dict[str, str]:
+    flags = (
+        f"--xla_jf_dump_to={dump}",
+        "--xla_jf_dump_hlo_text=false",
+        "--xla_jf_dump_llo_text=true",
+        "--xla_jf_dump_llo_html=false",
+        f"--xla_jf_dump_llo_pass_label_regex=({LISTING}|{UTILIZATION})",
+    )
+    package = str(Path(ttt_jax.__file__).resolve().parents[1])
+    return {
+        **os.environ,
+        "LIBTPU_INIT_ARGS": " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip(),
+        "TPU_LOG_DIR": os.environ.get("TPU_LOG_DIR", "disabled"),
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
+
+def main(folder: Path) -> None:
+    """The process: writes what became of the request."""
+    request = json.loads((folder / _REQUEST).read_text())
+    from ttt_jax.planning import topology as topology_lib
+
+    try:
+        topology = topology_lib.parse(request["topology"])
+        topology_lib.prepare(topology)
+        devices = topology_lib.devices(topology)
+        start = time.perf_counter()
+        if "config" in request:
+            compiled = _step(request["config"], devices)
+        else:
+            compiled = _function(request["function"], request["settings"], devices)
+        analysis = compiled.memory_analysis()
+        answer: dict[str, Any] = {
+            "seconds": time.perf_counter() - start,
+            "arguments": analysis.argument_size_in_bytes,
+            "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+            "temporaries": analysis.temp_size_in_bytes,
+        }
+        (folder / _PROGRAM).write_text(compiled.as_text())
+    except ConfigError as error:
+        answer = {"refused": str(error)}
+    except Exception as error:
+        answer = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
+    (folder / _COMPILED).write_text(json.dumps(answer))
+
+
+def _step(values: dict[str, Any], devices: list):
+    from ttt_jax import config as config_lib
+    from ttt_jax.parallel import sharding
+    from ttt_jax.training import program
+
+    config = config_lib.default()
+    config.update(values)
+    config_lib.validate(config)
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
+    return program.make(config, mesh).compiled_step()
+
+
+def _function(name: str, settings: dict[str, Any], devices: list):
+    """The function, compiled for the first of the devices."""
+    import jax
+
+    build = _named(name)
+    try:
+        inspect.signature(build).bind(**settings)
+    except TypeError as error:
+        known = f"{name.rpartition(':')[2]}{inspect.signature(build)}"
+        raise ConfigError(f"--function {name}: {error}; expected settings of {known}") from error
+    function, arguments = build(**settings)
+    here = jax.sharding.SingleDeviceSharding(devices[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def _named(name: str):
+    """What ``MODULE:NAME`` names."""
+    module_name, _, attribute = name.rpartition(":")
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        if not path.is_file():
+            raise ConfigError(f"--function {name}: no such file; expected MODULE:NAME or FILE.py:NAME")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None  # of a .py file there is one
+        assert spec.loader is not None
+        sys.path.insert(0, str(path.resolve().parent))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--function {name}: {error}; expected MODULE:NAME or FILE.py:NAME") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise ConfigError(f"--function {name}: no such function; {module_name} has {', '.join(known) or 'none'}")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", next((line for line in str(error).splitlines() if line.strip()), ""))[:500]
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(Path(sys.argv[1]))
