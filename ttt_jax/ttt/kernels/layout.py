@@ -21,7 +21,6 @@ import jax.numpy as jnp
 LANES = 128
 GROUP_TOKENS = 64  # that a group has, whatever b
 _BLOCK_TOKENS = 256
-_BLOCK_PACKS = 8
 
 
 class Layout(NamedTuple):
@@ -30,11 +29,13 @@ class Layout(NamedTuple):
     Attributes:
       heads, head_dim: H and d.
       mini_batch: b.
+      most_packs: that a block may have; more of them fill more pauses, and take more memory.
     """
 
     heads: int
     head_dim: int
     mini_batch: int
+    most_packs: int = 8
 
     @property
     def slot(self) -> int:
@@ -70,7 +71,7 @@ class Layout(NamedTuple):
     def block_packs(self) -> int:
         """Packs in a block: they are computed in lock-step, so that one fills the pauses of another."""
         wanted = math.ceil(self.heads / self.pack)
-        return math.ceil(wanted / math.ceil(wanted / _BLOCK_PACKS))
+        return math.ceil(wanted / math.ceil(wanted / self.most_packs))
 
     @property
     def packs(self) -> int:

@@ -27,7 +27,18 @@ from ttt_jax.ttt.kernels.ops import Numerics, dot, split, stack_heads
 from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
+STAGGER = 0.0  # cycles of the model of the scheduler, by which a pack is behind the one before it
 coefficients = layout_lib.coefficients
+
+
+def most_packs(learner: Learner) -> int:
+    """Packs that are computed together, at most."""
+    return 8
+
+
+def unroll(layout: Layout) -> int:
+    """Groups that are computed together."""
+    return 2
 
 
 class State(NamedTuple):

@@ -35,6 +35,18 @@ from ttt_jax.ttt.kernels.ops import Numerics, dot, split, spread, stack_heads, u
 from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
+STAGGER = 200.0  # cycles of the model of the scheduler, by which a pack is behind the one before it
+
+
+def most_packs(learner: Learner) -> int:
+    """Packs that are computed together, at most: what fits into the fast memory of the chip."""
+    return max(1, min(8, 8 * 256 // hidden(learner)))
+
+
+def unroll(layout: Layout) -> int:
+    """Groups that are computed together: two, unless many packs fill the pauses, or the memory."""
+    return 2 if layout.block_packs <= 6 else 1
+
 
 class State(NamedTuple):
     """Weights of packs. The second layer has no mean over the features of a head."""

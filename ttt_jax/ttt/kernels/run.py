@@ -52,18 +52,19 @@ def run(
       token_eta: [B, n * b, H].
       position_eta: [b].
       interpret: for machines without a TPU.
-      unroll: groups of mini-batches whose operations are mixed; 2, or 1 where that would be of no use.
+      unroll: groups of mini-batches whose operations are mixed; what is best, and 1 where that would be of no use.
 
     Returns:
       z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
     """
     _, tokens, heads, head_dim = q.shape
-    layout = Layout(heads, head_dim, len(position_eta))
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     kernel = linear if learner.depth == 1 else mlp
+    layout = Layout(heads, head_dim, len(position_eta), kernel.most_packs(learner))
     numerics = Numerics(layout, jnp.dtype(operands))
-    unroll = unroll or (1 if interpret else 2)
-    how = Program(kernel.group, kernel.derivative, kernel.chain(numerics, learner), numerics, unroll, interpret)
+    unroll = unroll or (1 if interpret else kernel.unroll(layout))
+    chain = kernel.chain(numerics, learner)
+    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll, kernel.STAGGER, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),

@@ -49,13 +49,14 @@ class Write(NamedTuple):
     over: Read | None = None
 
 
-def weave(function: Callable, arguments: Sequence[tuple], results: Sequence) -> None:
+def weave(function: Callable, arguments: Sequence[tuple], results: Sequence, stagger: float = 0.0) -> None:
     """Evaluates ``function(*x)`` for each x of ``arguments``, interleaved, and writes what it returns.
 
     Args:
       function: of arrays, to a tree of arrays.
       arguments: for each copy a tuple of trees of :class:`Read`; all have the same shapes.
       results: for each copy a tree of :class:`Write` as the function returns it.
+      stagger: cycles of the model by which each copy starts after the one before, so that not all want the same unit.
     """
     reads, tree = jax.tree.flatten(arguments[0], is_leaf=_is_read)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in reads]
@@ -71,7 +72,7 @@ def weave(function: Callable, arguments: Sequence[tuple], results: Sequence) -> 
         )
         for each, writes in zip(arguments, results, strict=True)
     ]
-    for operation, which in _schedule(jaxpr, len(copies)):
+    for operation, which in _schedule(jaxpr, len(copies), stagger):
         copies[which].evaluate(jaxpr.eqns[operation])
     for copy in copies:
         copy.finish()
@@ -143,7 +144,7 @@ def _inline(jaxpr: Jaxpr, constants: Sequence, arguments: Sequence) -> list:
     return read(jaxpr.outvars)
 
 
-def _schedule(jaxpr: Jaxpr, copies: int) -> list[tuple[int, int]]:
+def _schedule(jaxpr: Jaxpr, copies: int, stagger: float = 0.0) -> list[tuple[int, int]]:
     """The order of all operations of all copies, as (operation, copy)."""
     costs = [_cost(equation) for equation in jaxpr.eqns]
     made_by = {variable: i for i, equation in enumerate(jaxpr.eqns) for variable in equation.outvars}
@@ -161,7 +162,7 @@ def _schedule(jaxpr: Jaxpr, copies: int) -> list[tuple[int, int]]:
 
     missing = [[len(sources) for sources in needs] for _ in range(copies)]
     ready_at = [[0.0] * len(costs) for _ in range(copies)]
-    waiting = [(0.0, i, copy) for copy in range(copies) for i, sources in enumerate(needs) if not sources]
+    waiting = [(copy * stagger, i, copy) for copy in range(copies) for i, sources in enumerate(needs) if not sources]
     heapq.heapify(waiting)
     ready: dict[str, list] = {unit: [] for unit in _UNITS}
     free_at = dict.fromkeys(_UNITS, 0.0)
