@@ -27,7 +27,11 @@ from ttt_jax.ttt.kernels.ops import Numerics, dot, split, stack_heads
 from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
-STAGGER = 0.0  # cycles of the model of the scheduler, by which a pack is behind the one before it
+# Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
+STAGGER = (0.0, 0.0)
+    0.0,
+    0.0,
+)  # forward and backward: cycles of the scheduler's model by which a pack starts after the one before it
 coefficients = layout_lib.coefficients
 
 

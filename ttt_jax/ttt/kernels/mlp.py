@@ -35,7 +35,11 @@ from ttt_jax.ttt.kernels.ops import Numerics, dot, split, spread, stack_heads, u
 from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
-STAGGER = 200.0  # cycles of the model of the scheduler, by which a pack is behind the one before it
+# Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
+STAGGER = (200.0, 1200.0)
+    200.0,
+    1200.0,
+)  # forward and backward: cycles of the scheduler's model by which a pack starts after the one before it
 
 
 def most_packs(learner: Learner) -> int:

@@ -55,7 +55,7 @@ class Program(NamedTuple):
       chain: what the chain is: arrays that a group can be computed from without waiting.
       numerics: layout and dtype of operands.
       unroll: groups that are computed together.
-      stagger: cycles by which each pack starts after the one before.
+      stagger: forward and backward, cycles by which each pack starts after the one before.
       interpret: run as ordinary XLA operations, where there is no TPU.
     """
 
@@ -64,7 +64,7 @@ class Program(NamedTuple):
     chain: tuple[Saved, ...]
     numerics: Numerics
     unroll: int = 1
-    stagger: float = 0.0
+    stagger: tuple[float, float] = (0.0, 0.0)
     interpret: bool = False
 
 
@@ -164,7 +164,7 @@ def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
                 chain = tuple(_into(_of_group(ref, layout, p, i)) for ref in kept_refs[n:])
                 done.append((_into(z_ref.at[_rows(layout, i), _lanes(p)]), (kept, chain) if keep else ()))
             results.append((end, done))
-        weave(groups, arguments, results, program.stagger)
+        weave(groups, arguments, results, program.stagger[0])
         return 0
 
     lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
@@ -211,7 +211,7 @@ def _backward(program: Program, structure: Any, *refs) -> None:
             arguments.append((d_state, *_shared(inputs, p), groups))
             norm = Norm(*(_onto(ref.at[p]) for ref in shared[0]))
             results.append((d_before, [norm, jax.tree.map(_onto, shared[1])], d_groups))
-        weave(derivatives, arguments, results, program.stagger)
+        weave(derivatives, arguments, results, program.stagger[1])
         return 0
 
     lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
