@@ -29,9 +29,6 @@ from ttt_jax.ttt.learner import Dense, Learner, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
 STAGGER = (0.0, 0.0)
-    0.0,
-    0.0,
-)  # forward and backward: cycles of the scheduler's model by which a pack starts after the one before it
 coefficients = layout_lib.coefficients
 
 

@@ -37,9 +37,6 @@ from ttt_jax.ttt.learner import Dense, Learner, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
 STAGGER = (200.0, 1200.0)
-    200.0,
-    1200.0,
-)  # forward and backward: cycles of the scheduler's model by which a pack starts after the one before it
 
 
 def most_packs(learner: Learner) -> int:
