@@ -32,7 +32,7 @@ STAGGER = (0.0, 0.0)
 coefficients = layout_lib.coefficients
 
 
-def most_packs(learner: Learner) -> int:
+def most_packs(learner: Learner, operands: jnp.dtype) -> int:
     """Packs that are computed together, at most."""
     return 8
 

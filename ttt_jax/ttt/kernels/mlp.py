@@ -39,9 +39,10 @@ from ttt_jax.ttt.learner import Dense, Learner, Weights
 STAGGER = (200.0, 1200.0)
 
 
-def most_packs(learner: Learner) -> int:
+def most_packs(learner: Learner, operands: jnp.dtype) -> int:
     """Packs that are computed together, at most: what fits into the fast memory of the chip."""
-    return max(1, min(8, 8 * 256 // hidden(learner)))
+    of_256 = 4 if operands == jnp.float32 else 8
+    return max(1, min(of_256, of_256 * 256 // hidden(learner)))
 
 
 def unroll(layout: Layout) -> int:

@@ -60,7 +60,7 @@ def run(
     _, tokens, heads, head_dim = q.shape
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     kernel = linear if learner.depth == 1 else mlp
-    layout = Layout(heads, head_dim, len(position_eta), kernel.most_packs(learner))
+    layout = Layout(heads, head_dim, len(position_eta), kernel.most_packs(learner, operands))
     numerics = Numerics(layout, jnp.dtype(operands))
     unroll = unroll or (1 if interpret else kernel.unroll(layout))
     chain = kernel.chain(numerics, learner)
