@@ -32,7 +32,7 @@ def test_help(printed):
     assert status == 0
     for text in ("--function MODULE:NAME", "--set KEY=VALUE", "--topology", "--compare", "--top", "--json", "--keep"):
         assert text in out
-    assert "--config.model.ttt.unroll=1" in out
+    assert "--config.model.ttt.mini_batch=16" in out
 
 
 @pytest.mark.parametrize("rest", REFUSED)

@@ -12,7 +12,7 @@ from ttt_jax.ttt.state import initial_state
 # Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block.
 SHAPES = [
     {"tokens": 48, "heads": 1},
-    pytest.param({"batch": 2, "tokens": 288, "heads": 3}, marks=pytest.mark.slow),
+    pytest.param({"batch": 2, "tokens": 272, "heads": 3}, marks=pytest.mark.slow),
     pytest.param({"tokens": 40, "heads": 2, "head_dim": 96, "b": 8}, marks=pytest.mark.slow),
     pytest.param({"tokens": 64, "heads": 1, "head_dim": 128, "b": 32}, marks=pytest.mark.slow),
     pytest.param({"tokens": 64, "heads": 1, "head_dim": 20, "b": 64}, marks=pytest.mark.slow),
@@ -57,7 +57,7 @@ def test_groups_that_are_mixed_change_nothing(make_problem, with_gradients, rela
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [32, 37])
+@pytest.mark.parametrize("first", [37])
 def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first):
     """Also where the second piece begins inside a mini-batch, and ends inside one."""
     problem = make_problem(tokens=131, heads=2)
