@@ -51,7 +51,7 @@ def measurements(tiny: bool) -> list[list[str]]:
 def measure_inner(kind: str, heads: str, path: str) -> dict[str, Any]:
     """The inner loop alone: one layer, one sequence of 2048 tokens (64 for one head), forward and backward."""
     way, *scan = path.split(",")
-    options = dict(zip(("remat_group", "unroll"), map(int, scan), strict=False))
+    options: dict[str, Any] = dict(zip(("remat_group", "unroll"), map(int, scan), strict=False))
     tokens = 64 if heads == "1" else 2048
     function, shapes = inner_loop.build(kind=kind, heads=int(heads), tokens=tokens, backward=True, path=way, **options)
     arguments = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.01, x.dtype), shapes)

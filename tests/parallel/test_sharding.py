@@ -104,7 +104,7 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
     [
         ("ttt_linear", "2x2x2", "auto"),
         ("ttt_linear", "1x8x1", "scan"),
-        ("ttt_mlp", "2x2x2", "scan"),
+        ("ttt_mlp", "1x8x1", "auto"),
         ("attention", "1x8x1", "auto"),
     ],
 )

@@ -12,6 +12,8 @@ from ttt_jax.ttt.learner import Learner, linear, mlp
     ("kernel", "learner", "b", "platform", "expected"),
     [
         ("auto", linear(64), 16, "tpu", ("kernel", "fused kernel, for tpu")),
+        ("auto", mlp(64), 16, "tpu", ("kernel", "fused kernel, for tpu")),
+        ("auto", mlp(64, width_factor=8), 16, "tpu", ("scan", "has more than 4 times the 64 features")),
         ("auto", linear(64), 16, "cpu", ("scan", "scan, for cpu (fused kernels are for TPUs)")),
         ("auto", linear(64), 16, "gpu", ("scan", "scan, for gpu (fused kernels are for TPUs)")),
         ("auto", linear(192), 16, "tpu", ("scan", "scan, for heads of 192 features")),
