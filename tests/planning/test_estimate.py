@@ -64,7 +64,7 @@ def test_a_fused_inner_loop_fills_it_with_groups():
     c = config("ttt_linear", dtype="bfloat16")
     c.model.update(width=128, num_heads=2)
     c.data.batch_size = 2**20
-    tpu = dataclasses.replace(CHIP, topology="v5e:1x1")
+    tpu = dataclasses.replace(CHIP, device_kinds=("TPU v5 lite",))
 
     def compute(kernel):
         c.model.ttt.kernel = kernel

@@ -34,7 +34,7 @@ from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
-from ttt_jax.parallel.activations import locally, platform
+from ttt_jax.parallel.activations import device_kind, locally
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.kernels import choice
@@ -106,7 +106,7 @@ class TTT(nn.Module):
     def _inner_loop(self, norm, w0, q, k, v, token_eta, position_eta, state) -> scan.Result:
         """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics")
-        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, platform()).kernel
+        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, device_kind()).kernel
 
         def run(norm, w0, q, k, v, token_eta, position_eta, state):
             z, end, stats = scan.run(
@@ -121,7 +121,7 @@ class TTT(nn.Module):
                 None if state is None else InnerState(*state),
                 statistics=statistics,
                 kernel=kernel,
-                **choice.scan_options(self.remat_group, self.unroll, platform()),
+                **choice.scan_options(self.remat_group, self.unroll, device_kind()),
             )
             return z, None if state is None else tuple(end), stats
 

@@ -14,7 +14,7 @@ from ttt_jax.layers.linear_attention import LinearAttention
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.models.language_model import LanguageModel
-from ttt_jax.parallel.activations import platform
+from ttt_jax.parallel.activations import device_kind
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt.kernels import choice
 
@@ -99,7 +99,7 @@ def inner_loop(model: ml_collections.ConfigDict) -> str:
       ConfigError: where a kernel is asked for that there is not.
     """
     try:
-        return choice.choose(model.ttt.kernel, learner(model), model.ttt.mini_batch, platform()).why
+        return choice.choose(model.ttt.kernel, learner(model), model.ttt.mini_batch, device_kind()).why
     except ValueError as error:
         raise ConfigError(f"model.ttt.kernel={model.ttt.kernel}: {error}; expected auto or scan") from error
 

@@ -47,11 +47,11 @@ def locally(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def platform() -> str:
-    """What is traced now is compiled for: ``cpu``, ``gpu`` or ``tpu``. Devices of a mesh need not be those that are
-    here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+def device_kind() -> str:
+    """What is traced now is compiled for, as JAX calls it: ``TPU v5 lite``, ``NVIDIA H200``, ``cpu``. Devices of a mesh
+    need not be those that are here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind
 
 
 def sum_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -63,9 +63,9 @@ def step_time(
         + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
     ]
     if inner:
-        platform = "tpu" if chip.topology else "gpu"
-        fused = choice.choose(model.ttt.kernel, build.learner(model), model.ttt.mini_batch, platform).kernel is not None
-        scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, platform)
+        device = chip.device_kinds[0]
+        fused = choice.choose(model.ttt.kernel, build.learner(model), model.ttt.mini_batch, device).kernel is not None
+        scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
         b = min(model.ttt.mini_batch, data.sequence_length)
         fill = min(1.0, (max(b, GROUP_TOKENS) if fused else b) / MATRIX_UNIT)
         for width in build.learner(model).widths[:2]:

@@ -9,26 +9,28 @@ from ttt_jax.ttt.learner import Learner, linear, mlp
 
 
 @pytest.mark.parametrize(
-    ("kernel", "learner", "b", "platform", "expected"),
+    ("kernel", "learner", "b", "device", "expected"),
     [
-        ("auto", linear(64), 16, "tpu", ("kernel", "fused kernel, for tpu")),
-        ("auto", mlp(64), 16, "tpu", ("kernel", "fused kernel, for tpu")),
-        ("auto", mlp(64, width_factor=8), 16, "tpu", ("scan", "has more than 4 times the 64 features")),
+        ("auto", linear(64), 16, "TPU v5 lite", ("kernel", "fused kernel, for TPU v5 lite")),
+        ("auto", linear(64), 16, "TPU v4", ("scan", "scan, for too little fast memory on TPU v4")),
+        ("auto", linear(64), 16, "TPU v6 lite", ("kernel", "fused kernel, for TPU v6 lite")),
+        ("auto", mlp(64), 16, "TPU v5 lite", ("kernel", "fused kernel, for TPU v5 lite")),
+        ("auto", mlp(64, width_factor=8), 16, "TPU v5 lite", ("scan", "has more than 4 times the 64 features")),
         ("auto", linear(64), 16, "cpu", ("scan", "scan, for cpu (fused kernels are for TPUs)")),
-        ("auto", linear(64), 16, "gpu", ("scan", "scan, for gpu (fused kernels are for TPUs)")),
-        ("auto", linear(192), 16, "tpu", ("scan", "scan, for heads of 192 features")),
-        ("auto", linear(64), 12, "tpu", ("scan", "mini-batches of 12 tokens do not fill registers")),
-        ("auto", linear(64), 1, "tpu", ("scan", "mini-batches of 1 tokens do not fill registers")),
-        ("auto", mlp(64, depth=3), 16, "tpu", ("scan", "scan, for the learner has 3 dense layers")),
-        ("auto", Learner((64, 64), norm_residual=False), 16, "tpu", ("scan", "has no LN and residual")),
-        ("auto", Learner((64, 64), bias=False), 16, "tpu", ("scan", "has no biases")),
-        ("scan", linear(64), 16, "tpu", ("scan", "scan, as configured")),
-        ("pallas", linear(64), 16, "tpu", ("kernel", "fused kernel, as configured")),
+        ("auto", linear(64), 16, "NVIDIA H200", ("scan", "scan, for NVIDIA H200 (fused kernels are for TPUs)")),
+        ("auto", linear(192), 16, "TPU v5 lite", ("scan", "scan, for heads of 192 features")),
+        ("auto", linear(64), 12, "TPU v5 lite", ("scan", "mini-batches of 12 tokens do not fill registers")),
+        ("auto", linear(64), 1, "TPU v5 lite", ("scan", "mini-batches of 1 tokens do not fill registers")),
+        ("auto", mlp(64, depth=3), 16, "TPU v5 lite", ("scan", "scan, for the learner has 3 dense layers")),
+        ("auto", Learner((64, 64), norm_residual=False), 16, "TPU v5 lite", ("scan", "has no LN and residual")),
+        ("auto", Learner((64, 64), bias=False), 16, "TPU v5 lite", ("scan", "has no biases")),
+        ("scan", linear(64), 16, "TPU v5 lite", ("scan", "scan, as configured")),
+        ("pallas", linear(64), 16, "TPU v5 lite", ("kernel", "fused kernel, as configured")),
         ("pallas", linear(64), 16, "cpu", ("interpreted", "fused kernel, as configured, interpreted: slow on cpu")),
     ],
 )
-def test_choice(kernel, learner, b, platform, expected):
-    found = choice.choose(kernel, learner, b, platform)
+def test_choice(kernel, learner, b, device, expected):
+    found = choice.choose(kernel, learner, b, device)
     way = "scan" if found.kernel is None else "kernel"
     if isinstance(found.kernel, partial) and found.kernel.keywords["interpret"]:
         way = "interpreted"
@@ -37,11 +39,11 @@ def test_choice(kernel, learner, b, platform, expected):
 
 def test_a_kernel_that_there_is_not():
     with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
-        choice.choose("pallas", mlp(64, depth=3), 16, "tpu")
+        choice.choose("pallas", mlp(64, depth=3), 16, "TPU v5 lite")
     assert run.unsupported(linear(128), 64) is None
 
 
 def test_the_scan_as_it_is_best_on_each_platform():
-    assert choice.scan_options(None, None, "tpu") == {"remat_group": 4, "unroll": 4}
+    assert choice.scan_options(None, None, "TPU v5 lite") == {"remat_group": 4, "unroll": 4}
     assert choice.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
-    assert choice.scan_options(0, 2, "tpu") == {"remat_group": 0, "unroll": 2}
+    assert choice.scan_options(0, 2, "TPU v5 lite") == {"remat_group": 0, "unroll": 2}

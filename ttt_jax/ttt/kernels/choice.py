@@ -11,8 +11,8 @@ KERNELS = ("auto", "pallas", "scan")
 
 
 # Mini-batches between two kept states and per iteration of the scan, the fastest measured: docs/kernels.md.
-_SCAN = {"tpu": 4}
-_SCAN_ELSEWHERE = 1
+_ON_TPUS, _ELSEWHERE = 4, 1
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # whose fast memory is 16 MiB: kernels take up to 48
 
 
 class Choice(NamedTuple):
@@ -22,18 +22,18 @@ class Choice(NamedTuple):
     why: str
 
 
-def scan_options(remat_group: int | None, unroll: int | None, platform: str) -> dict[str, int]:
-    """``remat_group`` and ``unroll`` of :func:`ttt_jax.ttt.scan.run`, where they are unset the best of the platform."""
-    best = _SCAN.get(platform, _SCAN_ELSEWHERE)
+def scan_options(remat_group: int | None, unroll: int | None, device: str) -> dict[str, int]:
+    """``remat_group`` and ``unroll`` of :func:`ttt_jax.ttt.scan.run`, where they are unset the best of the device."""
+    best = _ON_TPUS if _is_tpu(device) else _ELSEWHERE
     return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
 
 
-def choose(kernel: str, learner: Learner, mini_batch: int, platform: str) -> Choice:
+def choose(kernel: str, learner: Learner, mini_batch: int, device: str) -> Choice:
     """What ``auto``, ``pallas`` or ``scan`` comes to.
 
     Args:
-      platform: that programs are compiled for, as JAX names it. On any but ``tpu`` the kernels are interpreted, where
-        they are asked for: slow, with the same numbers.
+      device: that programs are compiled for, its kind as JAX names it. On any but TPUs the kernels are interpreted,
+        where they are asked for: slow, with the same numbers.
 
     Raises:
       ValueError: for ``pallas`` where there is no kernel.
@@ -41,13 +41,19 @@ def choose(kernel: str, learner: Learner, mini_batch: int, platform: str) -> Cho
     if kernel == "scan":
         return Choice(None, "scan, as configured")
     reason = run.unsupported(learner, mini_batch)
+    if device.startswith(_SMALL):
+        reason = reason or f"too little fast memory on {device}"
     if kernel == "pallas":
         if reason:
             raise ValueError(f"no kernel: {reason}")
-        how = "fused kernel, as configured" + ("" if platform == "tpu" else f", interpreted: slow on {platform}")
-        return Choice(partial(run.run, interpret=platform != "tpu"), how)
-    if platform != "tpu":
-        return Choice(None, f"scan, for {platform} (fused kernels are for TPUs)")
+        how = "fused kernel, as configured" + ("" if _is_tpu(device) else f", interpreted: slow on {device}")
+        return Choice(partial(run.run, interpret=not _is_tpu(device)), how)
+    if not _is_tpu(device):
+        return Choice(None, f"scan, for {device} (fused kernels are for TPUs)")
     if reason:
         return Choice(None, f"scan, for {reason}")
-    return Choice(run.run, "fused kernel, for tpu")
+    return Choice(run.run, f"fused kernel, for {device}")
+
+
+def _is_tpu(device: str) -> bool:
+    return device.startswith("TPU")
