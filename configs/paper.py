@@ -18,7 +18,8 @@ and :smoke after any of it makes it tiny, on the embedded corpus.
 
 Hardware: 256 chips of TPU v5e (16x16), but for the 125m at 16k, 128 of them (8x16), and at 32k, 64 (8x8), for its 12
 heads cannot share a row in more than 4 parts. Half a million tokens a batch, whatever the context. Tokens, and what
-``ttt plan`` expects of TTT-Linear: memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
+``ttt plan`` expects of TTT-Linear with the inner loop as a scan (fused, as docs/kernels.md has it, it takes less time):
+memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
 
             steps   tokens    at 2k                at 32k
     125m    4,800    2.5 B     5.8 GiB, 3 min      2.2 GiB, 38 min (64 chips)
