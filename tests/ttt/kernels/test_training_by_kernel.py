@@ -34,8 +34,9 @@ def calls(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_steps_of_the_authors(calls):
-    report = oracles.check(ORACLES / "traj_ttt_linear.npz")
+@pytest.mark.parametrize("name", ["traj_ttt_linear", "traj_ttt_mlp"])
+def test_ten_steps_of_the_authors(calls, name):
+    report = oracles.check(ORACLES / f"{name}.npz")
     assert report.passed, report
     assert calls
 
