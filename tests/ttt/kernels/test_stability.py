@@ -68,6 +68,13 @@ def test_the_error_does_not_grow(make_problem, errors):
         assert max(found[parts // 2 : parts]) < 1.3 * max(found[: parts // 2])
 
 
+def test_nor_that_of_ttt_mlp(make_problem, errors):
+    """Small weights grow first, and with them what rounding costs; then it stays."""
+    found = errors(make_problem(2, tokens=8192, initial=True, dtype=jnp.bfloat16))
+    assert max(found) < 6e-3
+    assert max(found[4:]) < 1.2 * max(found[:4])
+
+
 def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
     """Large weights forget rounding errors slowly, in the authors' structure too: as much is allowed."""
     problem = make_problem(tokens=2048, dtype=jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The fused kernels of TTT-Linear, interpreted, against the scan."""
+"""The fused kernels of TTT-Linear (depth 1) and TTT-MLP (depth 2), interpreted, against the scan."""
 
 from functools import partial
 
@@ -12,18 +12,20 @@ from ttt_jax.ttt.state import initial_state
 # Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block.
 SHAPES = [
     {"tokens": 48, "heads": 1},
-    pytest.param({"batch": 2, "tokens": 272, "heads": 3}, marks=pytest.mark.slow),
-    pytest.param({"tokens": 40, "heads": 2, "head_dim": 96, "b": 8}, marks=pytest.mark.slow),
-    pytest.param({"tokens": 64, "heads": 1, "head_dim": 128, "b": 32}, marks=pytest.mark.slow),
-    pytest.param({"tokens": 64, "heads": 1, "head_dim": 20, "b": 64}, marks=pytest.mark.slow),
+    {"batch": 2, "tokens": 272, "heads": 3},
+    {"tokens": 40, "heads": 2, "head_dim": 96, "b": 8},
+    {"tokens": 64, "heads": 1, "head_dim": 128, "b": 32},
+    {"tokens": 64, "heads": 1, "head_dim": 20, "b": 64},
 ]
+CASES = [(1, SHAPES[0]), *(pytest.param(n, shape, marks=pytest.mark.slow) for n in (1, 2) for shape in SHAPES[2 - n :])]
+both = pytest.mark.parametrize("depth", [1, 2])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("depth", "shape"), CASES)
 def test_outputs_end_and_gradients_are_those_of_the_scan(
-    make_problem, by_scan, by_kernel, with_gradients, relative_error, shape
+    make_problem, by_scan, by_kernel, with_gradients, relative_error, depth, shape
 ):
-    problem = make_problem(**shape)
+    problem = make_problem(depth, **shape)
     gradients, results = with_gradients(by_kernel, problem)
     expected_gradients, expected = with_gradients(by_scan, problem)
     assert relative_error(results, expected) < 1e-6
@@ -31,8 +33,9 @@ def test_outputs_end_and_gradients_are_those_of_the_scan(
 
 
 @pytest.mark.slow
-def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_error):
-    problem = make_problem(tokens=128, heads=2, dtype=jnp.bfloat16)
+@both
+def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_error, depth):
+    problem = make_problem(depth, tokens=128, heads=2, dtype=jnp.bfloat16)
     gradients, (z, end) = with_gradients(by_kernel, problem)
     exact = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
     expected_gradients, expected = with_gradients(by_scan, exact)

@@ -1,4 +1,4 @@
-"""The fused kernels of TTT-MLP, interpreted, against the scan, and the parts that they are made of."""
+"""The parts that the fused kernels of TTT-MLP are made of."""
 
 import jax
 import jax.numpy as jnp
@@ -6,56 +6,9 @@ import numpy as np
 import pytest
 
 from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt.kernels import gelu, heads, mlp, run
+from ttt_jax.ttt.kernels import gelu, heads, mlp
 from ttt_jax.ttt.kernels.layout import Layout
 from ttt_jax.ttt.kernels.ops import Numerics, stack_heads
-from ttt_jax.ttt.learner import Learner
-
-# Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block.
-SHAPES = [
-    {"tokens": 48, "heads": 1},
-    {"batch": 2, "tokens": 304, "heads": 3},
-    {"tokens": 40, "heads": 2, "head_dim": 96, "b": 8},
-    {"tokens": 96, "heads": 1, "head_dim": 128, "b": 32},
-    {"tokens": 64, "heads": 3, "head_dim": 20, "b": 64},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_end_and_gradients_are_those_of_the_scan(
-    make_problem, by_scan, by_kernel, with_gradients, relative_error, shape
-):
-    problem = make_problem(2, **shape)
-    gradients, results = with_gradients(by_kernel, problem)
-    expected_gradients, expected = with_gradients(by_scan, problem)
-    assert relative_error(results, expected) < 1e-6
-    assert relative_error(gradients, expected_gradients) < 5e-6
-
-
-@pytest.mark.slow
-def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_error):
-    problem = make_problem(2, tokens=128, heads=2, dtype=jnp.bfloat16)
-    gradients, (z, end) = with_gradients(by_kernel, problem)
-    exact = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
-    expected_gradients, expected = with_gradients(by_scan, exact)
-    assert z.dtype == gradients[2].dtype == jnp.bfloat16
-    assert end[0].weight.dtype == jnp.float32
-    assert relative_error((z, end), expected) < 1e-2
-    assert relative_error(gradients, expected_gradients) < 2e-2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokens", [2048, 8192])
-def test_the_error_does_not_grow(make_problem, by_scan, by_kernel, quick_jit, tokens):
-    """That of bfloat16 by position, relative to the size of the outputs there, at the weights of initialisation."""
-    learner, *arguments = problem = make_problem(2, tokens=tokens, initial=True, dtype=jnp.bfloat16)
-    z, _ = quick_jit(lambda *x: by_kernel(learner, *x))(*arguments)
-    float32 = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
-    exact, _ = quick_jit(lambda *x: by_scan(learner, *x))(*float32[1:])
-    parts = [np.split(np.asarray(x, np.float64), 8, axis=1) for x in (z, exact)]
-    errors = [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(*parts, strict=True)]
-    assert max(errors) < 6e-3
 
 
 def test_gelu_and_its_derivatives():
@@ -111,9 +64,3 @@ def test_weights_of_packs_and_back(heads, head_dim):
     np.testing.assert_allclose(state.weight2.reshape(2, -1, layout.slot, mlp.hidden(learner)).sum(2), 0, atol=1e-4)
     back = mlp.unpack(layout, state, weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), back, weights)
-
-
-def test_what_there_is_a_kernel_for():
-    assert run.unsupported(learner_lib.mlp(64), 16) is None
-    assert "3 dense layers" in run.unsupported(learner_lib.mlp(64, depth=3), 16)
-    assert "more than 4 times the 64 features" in run.unsupported(Learner((64, 257, 64)), 16)
