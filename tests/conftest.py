@@ -33,6 +33,14 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 
+_MINUTES = ("test_ten_kills_leave_no_trace", "test_every_script_tiny")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: in the end, one process would go on with it alone."""
+    items.sort(key=lambda item: not item.name.startswith(_MINUTES))
+
+
 @pytest.fixture(scope="session")
 def quick_jit() -> Callable[..., Callable]:
     """jax.jit with little optimisation, which takes 0.6 of the time to compile; what is computed is the same."""

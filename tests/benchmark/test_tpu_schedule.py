@@ -208,7 +208,7 @@ def test_a_training_step():
     """On four chips: parts of the model, collectives, and as many turns of the loops as layers and mini-batches."""
     config = config_lib.default()
     config.model.update(vocab_size=256, width=64, num_heads=2, num_layers=3, mlp_width=128, dtype="bfloat16")
-    config.model.ttt.kernel = "scan"
+    config.model.ttt.update(kernel="scan", remat_group=1, unroll=1)
     config.data.update(sequence_length=128, batch_size=4)
     config.mesh.fsdp = 4
     config_lib.validate(config)
