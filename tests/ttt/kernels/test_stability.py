@@ -70,9 +70,9 @@ def test_the_error_does_not_grow(make_problem, errors):
 
 def test_nor_that_of_ttt_mlp(make_problem, errors):
     """Small weights grow first, and with them what rounding costs; then it stays."""
-    found = errors(make_problem(2, tokens=8192, initial=True, dtype=jnp.bfloat16))
+    found = errors(make_problem(2, tokens=32768, initial=True, dtype=jnp.bfloat16), parts=64)
     assert max(found) < 6e-3
-    assert max(found[4:]) < 1.2 * max(found[:4])
+    assert max(found[32:]) < 1.1 * max(found[:32])
 
 
 def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
