@@ -55,14 +55,6 @@ def apart(layout: Layout, e: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.where(_slot(layout.pack - 1 - head), e, 0.0) for head in range(layout.pack)], 0)
 
 
-def together(layout: Layout, e: jax.Array) -> jax.Array:
-    """The transpose of :func:`apart`: of [s * rows, s L] the pairs of the same head."""
-    if layout.pack == 1:
-        return e
-    first, second = by_head(layout, e)
-    return jnp.where(_slot(0), second, first)
-
-
 def product(x: jax.Array, e: jax.Array, w: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
     """``x w + e y`` per head: compact x, pairs e, w [128, m] and rows y [s L, m] to rows."""
     layout, operands = numerics

@@ -90,9 +90,9 @@ def derivative(
     y2, e2_q = products(xq, w2, x, numerics)
     e2_q += 1.0
     y2 += c2 - mm(queries * e2_q, stacked(s2))
-    y2, root = norm._normalise(y2, numerics)[1]
+    y2, root = norm.normalise_with_root(y2, numerics)
     d_scale, d_bias = (d_out * y2).sum(0, keepdims=True), d_out.sum(0, keepdims=True)
-    (d_y2,) = norm._normalise_backward(numerics, (y2, root), d_out * ln.scale)
+    d_y2 = norm.normalise_backward(d_out * ln.scale, y2, root, numerics)
     u2 = mm(d_y2, stacked(s2), "nt")
     d_xq = product(d_y2, -(queries * u2), w2, x, numerics)
     d_s2 = -unstack_swapped(layout, mm(queries * e2_q, d_y2, "tn"))

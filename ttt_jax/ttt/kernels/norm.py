@@ -29,23 +29,33 @@ from ttt_jax.ttt.kernels.ops import Numerics, head_mean, inverse_root
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalise(z: jax.Array, numerics: Numerics) -> jax.Array:
     """x"""
-    return _normalise(z, numerics)[0]
+    return normalise_with_root(z, numerics)[0]
 
 
-def _normalise(z, numerics):
+def normalise_with_root(z: jax.Array, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
+    """x and r"""
     mean, square = head_mean((z, z * z), numerics)
     r = inverse_root(square - mean * mean)
-    x = (z - mean) * r
+    return (z - mean) * r, r
+
+
+def normalise_backward(dx: jax.Array, x: jax.Array, r: jax.Array, numerics: Numerics) -> jax.Array:
+    """dz"""
+    mean, product = head_mean((dx, dx * x), numerics)
+    return r * (dx - mean - x * product)
+
+
+def _normalise_forward(z, numerics):
+    x, r = normalise_with_root(z, numerics)
     return x, (x, r)
 
 
 def _normalise_backward(numerics, saved, dx):
     x, r = saved
-    mean, product = head_mean((dx, dx * x), numerics)
-    return (r * (dx - mean - x * product),)
+    return (normalise_backward(dx, x, r, numerics),)
 
 
-normalise.defvjp(_normalise, _normalise_backward)
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class LossGradient(NamedTuple):
@@ -60,7 +70,7 @@ class LossGradient(NamedTuple):
 
 def loss_gradient(z: jax.Array, s2: jax.Array, h: jax.Array, numerics: Numerics) -> LossGradient:
     """G, from z [rows, 128], s^2 [1, 128] and h [rows, 128]."""
-    x, (_, r) = _normalise(z, numerics)
+    x, r = normalise_with_root(z, numerics)
     g = s2 * x + h
     mean, gx = head_mean((g, g * x), numerics)
     return LossGradient(r * (g - mean - x * gx), x, r, g, gx)
