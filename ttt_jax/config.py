@@ -44,8 +44,8 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     (
         "model.ttt.remat_group",
         int,
-        "of the scan: mini-batches between two inner states that the backward pass keeps; 0: all; unset: 4 on TPUs, "
-        "else 1",
+        "mini-batches between two inner states that the backward pass keeps; 0: all; unset: what is fastest "
+        "(docs/kernels.md)",
     ),
     ("model.ttt.unroll", int, "of the scan: mini-batches per iteration of the compiled loop; unset: 4 on TPUs, else 1"),
     (

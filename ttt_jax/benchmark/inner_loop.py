@@ -41,7 +41,7 @@ def build(
       backward: also the gradients of all of these, for a first argument that is the gradient of the outputs.
       path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
         :func:`ttt_jax.ttt.scan.run`; ``pallas``, the fused kernel.
-      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` has no unrolling, ``pallas`` neither of them.
+      remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` and ``pallas`` have no unrolling.
 
     Raises:
       ConfigError: for names that are not among these.
@@ -55,7 +55,7 @@ def build(
     elif path == "pallas":
         if reason := kernels.unsupported(learner, mini_batch):
             raise ConfigError(f"path=pallas: no kernel: {reason}; expected official or scan")
-        run = partial(_scan, learner, kernel=kernels.run)
+        run = partial(_scan, learner, kernel=partial(kernels.run, remat_group=remat_group))
     else:
         run = partial(_scan, learner, remat_group=remat_group, unroll=unroll)
 

@@ -106,7 +106,7 @@ class TTT(nn.Module):
     def _inner_loop(self, norm, w0, q, k, v, token_eta, position_eta, state) -> scan.Result:
         """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics")
-        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, device_kind()).kernel
+        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, device_kind(), self.remat_group).kernel
 
         def run(norm, w0, q, k, v, token_eta, position_eta, state):
             z, end, stats = scan.run(

@@ -9,7 +9,7 @@ import ml_collections
 
 from ttt_jax.models import build, flops
 from ttt_jax.parallel.chips import Chip
-from ttt_jax.ttt.kernels import choice
+from ttt_jax.ttt.kernels import choice, run
 from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
 
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
@@ -70,7 +70,8 @@ def step_time(
         fill = min(1.0, (max(b, GROUP_TOKENS) if fused else b) / MATRIX_UNIT)
         for width in build.learner(model).widths[:2]:
             fill *= min(1.0, width / MATRIX_UNIT)
-        passes = 3 + again + (1 if scan["remat_group"] and not fused else 0)
+        kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
+        passes = 3 + again + kept
         turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)
         by_work, by_turns = passes * inner * tokens / (rate * fill), turns / scan["unroll"] * TURN
         compute += by_work if fused else max(by_work, by_turns)

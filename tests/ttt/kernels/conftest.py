@@ -75,11 +75,11 @@ def by_scan() -> Callable:
 
 @pytest.fixture(scope="session")
 def by_kernel() -> Callable:
-    """The same by the fused kernels, interpreted."""
+    """The same by the fused kernels, interpreted, with options of run.run."""
 
-    def solve(learner, norm, w0, q, *arguments):
+    def solve(learner, norm, w0, q, *arguments, **options):
         start = initial_state(w0, q.shape[0]).weights
-        return run.run(learner, norm, start, q, *arguments, interpret=True)
+        return run.run(learner, norm, start, q, *arguments, interpret=True, **options)
 
     return solve
 

@@ -46,17 +46,22 @@ def test_bfloat16(make_problem, by_scan, by_kernel, with_gradients, relative_err
 
 
 @pytest.mark.slow
-def test_groups_that_are_mixed_change_nothing(make_problem, with_gradients, relative_error):
+def test_groups_that_are_mixed_change_nothing(make_problem, by_kernel, with_gradients, relative_error):
     problem = make_problem(tokens=256, heads=2)
+    mixed = with_gradients(partial(by_kernel, unroll=2), problem)
+    assert relative_error(mixed, with_gradients(by_kernel, problem)) < 1e-6
 
-    def mixed(unroll):
-        def solve(learner, norm, w0, q, *arguments):
-            start = initial_state(w0, q.shape[0]).weights
-            return run.run(learner, norm, start, q, *arguments, interpret=True, unroll=unroll)
 
-        return with_gradients(solve, problem)
-
-    assert relative_error(mixed(2), mixed(1)) < 1e-6
+@pytest.mark.slow
+@both
+def test_weights_that_are_kept_further_apart_change_nothing(
+    make_problem, by_kernel, with_gradients, relative_error, depth
+):
+    """Two blocks, in bfloat16: of the first one other weights are computed again than would have been kept, were they
+    rounded where they are kept."""
+    problem = make_problem(depth, batch=2, tokens=304, heads=3, dtype=jnp.bfloat16)
+    apart = with_gradients(partial(by_kernel, remat_group=16), problem)
+    assert relative_error(apart, with_gradients(partial(by_kernel, remat_group=4), problem)) < 1e-6
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 The grid is (sequence, block of packs, block of tokens).
 
-Shapes: B batch, T tokens in whole blocks, P packs, n groups; see :mod:`ttt_jax.ttt.kernels.layout`.
+Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens; see :mod:`ttt_jax.ttt.kernels.layout`.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,11 @@ class Blocks:
     def of_groups(self, x: Any) -> pl.BlockSpec:
         """Of [B, n, P, rows, lanes]"""
         block = (None, self._layout.block_groups, self._layout.block_packs, *x.shape[3:])
+        return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j, 0, 0))
+
+    def of_blocks(self, x: Any) -> pl.BlockSpec:
+        """Of [B, N, P, rows, lanes]"""
+        block = (None, None, self._layout.block_packs, *x.shape[3:])
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j, 0, 0))
 
     def of_chain(self, rows: int, lanes: int, _: Any) -> pl.BlockSpec:

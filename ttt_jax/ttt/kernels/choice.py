@@ -28,12 +28,13 @@ def scan_options(remat_group: int | None, unroll: int | None, device: str) -> di
     return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
 
 
-def choose(kernel: str, learner: Learner, mini_batch: int, device: str) -> Choice:
+def choose(kernel: str, learner: Learner, mini_batch: int, device: str, remat_group: int | None = None) -> Choice:
     """What ``auto``, ``pallas`` or ``scan`` comes to.
 
     Args:
       device: that programs are compiled for, its kind as JAX names it. On any but TPUs the kernels are interpreted,
         where they are asked for: slow, with the same numbers.
+      remat_group: mini-batches between two W that the kernel keeps; see :func:`ttt_jax.ttt.kernels.run.run`.
 
     Raises:
       ValueError: for ``pallas`` where there is no kernel.
@@ -41,18 +42,19 @@ def choose(kernel: str, learner: Learner, mini_batch: int, device: str) -> Choic
     if kernel == "scan":
         return Choice(None, "scan, as configured")
     reason = run.unsupported(learner, mini_batch)
+    there = partial(run.run, remat_group=remat_group, interpret=not _is_tpu(device))
     if device.startswith(_SMALL):
         reason = reason or f"too little fast memory on {device}"
     if kernel == "pallas":
         if reason:
             raise ValueError(f"no kernel: {reason}")
         how = "fused kernel, as configured" + ("" if _is_tpu(device) else f", interpreted: slow on {device}")
-        return Choice(partial(run.run, interpret=not _is_tpu(device)), how)
+        return Choice(there, how)
     if not _is_tpu(device):
         return Choice(None, f"scan, for {device} (fused kernels are for TPUs)")
     if reason:
         return Choice(None, f"scan, for {reason}")
-    return Choice(run.run, f"fused kernel, for {device}")
+    return Choice(there, f"fused kernel, for {device}")
 
 
 def _is_tpu(device: str) -> bool:

@@ -2,10 +2,11 @@
 
 A program runs over a grid (sequence, block of packs, block of tokens), the last in order; the weights stay in the fast
 memory of the chip from one block of tokens to the next. Forward, it keeps the weights that every group starts from, and
-the chain of each group. Backward, it goes through the groups from the last to the first, and differentiates each from
-what was kept: the derivative is that of the group itself, taken inside the kernel.
+the chain of each group; or, to keep less, only the weights that every block of tokens starts from. Backward, it goes
+through the groups from the last to the first, and differentiates each from what was kept, or from what it computes
+again for the block: the derivative is that of the group itself, taken inside the kernel.
 
-Shapes: B batch, T tokens in whole blocks, P packs, n groups, s heads per pack; see
+Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens, s heads per pack; see
 :mod:`ttt_jax.ttt.kernels.layout`.
 """
 
@@ -19,10 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ttt_jax.ttt.kernels import access
 from ttt_jax.ttt.kernels.blocks import Blocks
-from ttt_jax.ttt.kernels.layout import LANES, Layout, Norm, Tokens
+from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
-from ttt_jax.ttt.kernels.weave import Read, Write, weave
+from ttt_jax.ttt.kernels.weave import weave
 
 _VMEM = 48 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
 _PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM)
@@ -56,6 +58,7 @@ class Program(NamedTuple):
       numerics: layout and dtype of operands.
       unroll: groups that are computed together.
       stagger: forward and backward, cycles by which each pack starts after the one before.
+      again: keep only the weights that blocks of tokens start from, and compute what is in a block again backwards.
       interpret: run as ordinary XLA operations, where there is no TPU.
     """
 
@@ -65,14 +68,17 @@ class Program(NamedTuple):
     numerics: Numerics
     unroll: int = 1
     stagger: tuple[float, float] = (0.0, 0.0)
+    again: bool = False
     interpret: bool = False
 
 
 class Kept(NamedTuple):
-    """What the backward program needs of the forward one."""
+    """What the backward program needs of the forward one, or computes again for a block."""
 
-    state: tuple[jax.Array, ...]  # [B, n, P, ...]: what groups start from; matrices in the dtype of operands
-    chain: tuple[jax.Array, ...]  # [B, P, rows, lanes]
+    state: Sequence[
+        Any
+    ]  # what groups start from [B, n, P, ...], matrices in the dtype of operands; or blocks, [B, N, P]
+    chain: Sequence[Any]  # [B, P, rows, lanes]; none where it is computed again
 
 
 def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array, Any, Kept | None]:
@@ -82,10 +88,9 @@ def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array,
     shapes: list = [inputs.tokens.q, *state]
     specs = [blocks.tokens(), *(blocks.of_sequence(x) for x in state)]
     if keep:
-        kept = [_kept_state(program, blocks, x) for x in state]
-        chain = [blocks.chain_shape(*each) for each in program.chain]
-        shapes += [*kept, *chain]
-        specs += [*(blocks.of_groups(x) for x in kept), *(blocks.of_chain(*each) for each in program.chain)]
+        kept = _kept(program, blocks, state)
+        shapes += [*kept.state, *kept.chain]
+        specs += _specs_of_kept(program, blocks, kept)
     z, *rest = pl.pallas_call(
         partial(_forward, program, structure, keep),
         name=f"ttt_{_name(program)}_forward",
@@ -97,7 +102,7 @@ def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs))
     n = len(state)
-    return z, type(inputs.state)(*rest[:n]), Kept(tuple(rest[n : 2 * n]), tuple(rest[2 * n :])) if keep else None
+    return z, type(inputs.state)(*rest[:n]), Kept(rest[n : 2 * n], rest[2 * n :]) if keep else None
 
 
 def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end: Any) -> Inputs:
@@ -113,8 +118,7 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
         grid=blocks.grid,
         in_specs=[
             *_specs_of(blocks, inputs),
-            *(blocks.of_groups(x) for x in kept.state),
-            *(blocks.of_chain(*each) for each in program.chain),
+            *_specs_of_kept(program, blocks, kept),
             blocks.tokens(),
             *(blocks.of_sequence(x) for x in state),
         ],
@@ -125,6 +129,7 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
             *(blocks.of_program(x) for x in coefficients),
         ],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs.tokens, *state, *norm, *coefficients)],
+        scratch_shapes=_scratch(program, blocks, state) if program.again else (),
         interpret=program.interpret,
         compiler_params=_PARAMETERS,
     )(*jax.tree.leaves(inputs), *kept.state, *kept.chain, dz, *d_end)
@@ -133,36 +138,44 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
 
 def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
     inputs, (z_ref, *rest) = _take(refs, structure)
-    n, state_type = len(inputs.state), type(inputs.state)
-    state_refs, kept_refs = rest[:n], rest[n:]
-    layout = program.numerics.layout
-    packs, unrolled = range(layout.block_packs), range(program.unroll)
+    n = len(inputs.state)
+    state_refs, kept = rest[:n], Kept(rest[n : 2 * n], rest[2 * n :])
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         _copy(inputs.state, state_refs)
 
+    if keep and program.again:
+        _copy(state_refs, kept.state)
+    _through_block(program, inputs, state_refs, z_ref, kept if keep and not program.again else None)
+
+
+def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref: Any, kept: Kept | None) -> None:
+    """The groups of a block of tokens in order. Writes the weights after them over those before, and, where they are
+    wanted, the outputs and what a derivative needs of each group."""
+    layout, state_type = program.numerics.layout, type(inputs.state)
+    wanted = z_ref is not None, kept is not None
+
     def groups(state, tokens, norm, coefficients):
         done = []
         for each in tokens:
             new, z, chain = program.group(program.numerics, state, each, norm, coefficients)
-            done.append((z, (state, chain) if keep else ()))
+            done.append(_those((z, (state, chain)), wanted))
             state = new
         return state, done
 
     def body(step, _):
-        indices = [step * program.unroll + u for u in unrolled]
+        indices = [step * program.unroll + u for u in range(program.unroll)]
         arguments, results = [], []
-        for p in packs:
-            state = state_type(*(_whole(ref.at[p]) for ref in state_refs))
-            tokens = [_tokens(layout, inputs, p, i) for i in indices]
-            arguments.append((state, tokens, *_shared(inputs, p)))
-            end = state_type(*(_into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
+        for p in range(layout.block_packs):
+            state = state_type(*(access.whole(ref.at[p]) for ref in state_refs))
+            tokens = [access.tokens(layout, inputs.tokens, p, i) for i in indices]
+            arguments.append((state, tokens, *access.shared(inputs.norm, inputs.coefficients, p)))
+            end = state_type(*(access.into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
             done = []
             for i in indices:
-                kept = tuple(_into(ref.at[i, p]) for ref in kept_refs[:n])
-                chain = tuple(_into(_of_group(ref, layout, p, i)) for ref in kept_refs[n:])
-                done.append((_into(z_ref.at[_rows(layout, i), _lanes(p)]), (kept, chain) if keep else ()))
+                z = access.into(z_ref.at[access.rows_of(layout, i), access.lanes_of(p)]) if z_ref is not None else None
+                done.append(_those((z, _into_kept(program, kept, p, i)), wanted))
             results.append((end, done))
         weave(groups, arguments, results, program.stagger[0])
         return 0
@@ -170,19 +183,35 @@ def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
     lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
 
 
+def _into_kept(program: Program, kept: Kept | None, p: int, i) -> Any:
+    if kept is None:
+        return None
+    layout = program.numerics.layout
+    return (
+        tuple(access.into(ref.at[i, p]) for ref in kept.state),
+        tuple(access.into(access.chain(layout, ref, p, i)) for ref in kept.chain),
+    )
+
+
 def _backward(program: Program, structure: Any, *refs) -> None:
     inputs, rest = _take(refs, structure)
-    n, m, state_type = len(inputs.state), len(program.chain), type(inputs.state)
-    kept_refs, chain_refs, dz_ref, d_end_refs = rest[:n], rest[n : n + m], rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
-    d_tokens, state_refs, *shared = _take(rest[2 * n + m + 1 :], structure)[0]
+    n, state_type = len(inputs.state), type(inputs.state)
+    m = 0 if program.again else len(program.chain)
+    kept, dz_ref, d_end_refs = Kept(rest[:n], rest[n : n + m]), rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
+    (d_tokens, state_refs, *shared), scratch = _take(rest[2 * n + m + 1 :], structure)
     layout = program.numerics.layout
-    packs, unrolled = range(layout.block_packs), range(program.unroll)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         _copy(d_end_refs, state_refs)
         for ref in jax.tree.leaves(shared):
             ref[...] = jnp.zeros_like(ref)
+
+    if program.again:
+        weights, at_start = scratch[:n], kept.state
+        kept = Kept(scratch[n : 2 * n], scratch[2 * n :])
+        _copy(at_start, weights)
+        _through_block(program, inputs, weights, None, kept)
 
     def derivatives(d_state, norm, coefficients, groups):
         d_groups, d_shared = [], None
@@ -194,23 +223,21 @@ def _backward(program: Program, structure: Any, *refs) -> None:
         return d_state, d_shared, d_groups
 
     def body(step, _):
-        indices = [layout.block_groups - 1 - step * program.unroll - u for u in unrolled]
+        indices = [layout.block_groups - 1 - step * program.unroll - u for u in range(program.unroll)]
         arguments, results = [], []
-        for p in packs:
+        for p in range(layout.block_packs):
             groups, d_groups = [], []
             for i in indices:
-                rows = (_rows(layout, i), _lanes(p))
-                state = state_type(*(_as_kept(ref.at[i, p]) for ref in kept_refs))
-                chain = tuple(_as_kept(_of_group(ref, layout, p, i)) for ref in chain_refs)
-                groups.append((state, _tokens(layout, inputs, p, i), chain, _whole(dz_ref.at[rows])))
-                eta = d_tokens.eta.at[_rows(layout, i), _heads(layout, p)]
-                d_q, d_k, d_v = (_into(ref.at[rows]) for ref in d_tokens[:3])
-                d_groups.append(Tokens(d_q, d_k, d_v, _into(eta)))
-            d_state = state_type(*(_whole(ref.at[p]) for ref in state_refs))
-            d_before = state_type(*(_into(ref.at[p], over) for ref, over in zip(state_refs, d_state, strict=True)))
-            arguments.append((d_state, *_shared(inputs, p), groups))
-            norm = Norm(*(_onto(ref.at[p]) for ref in shared[0]))
-            results.append((d_before, [norm, jax.tree.map(_onto, shared[1])], d_groups))
+                state = state_type(*(access.as_kept(ref.at[i, p]) for ref in kept.state))
+                chain = tuple(access.as_kept(access.chain(layout, ref, p, i)) for ref in kept.chain)
+                dz = access.whole(dz_ref.at[access.rows_of(layout, i), access.lanes_of(p)])
+                groups.append((state, access.tokens(layout, inputs.tokens, p, i), chain, dz))
+                d_groups.append(access.into_tokens(layout, d_tokens, p, i))
+            d_state = state_type(*(access.whole(ref.at[p]) for ref in state_refs))
+            d_before = state_type(*(access.into(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
+            arguments.append((d_state, *access.shared(inputs.norm, inputs.coefficients, p), groups))
+            norm = Norm(*(access.onto(ref.at[p]) for ref in shared[0]))
+            results.append((d_before, [norm, jax.tree.map(access.onto, shared[1])], d_groups))
         weave(derivatives, arguments, results, program.stagger[1])
         return 0
 
@@ -227,16 +254,39 @@ def _specs_of(blocks: Blocks, inputs: Inputs) -> list[pl.BlockSpec]:
     ]
 
 
-def _kept_state(program: Program, blocks: Blocks, x: jax.Array) -> jax.ShapeDtypeStruct:
-    """The states of all groups. Matrices are read as operands only, so rounding them here changes nothing."""
+def _specs_of_kept(program: Program, blocks: Blocks, kept: Kept) -> list[pl.BlockSpec]:
+    if program.again:
+        return [blocks.of_blocks(x) for x in kept.state]
+    return [*(blocks.of_groups(x) for x in kept.state), *(blocks.of_chain(*each) for each in program.chain)]
+
+
+def _kept(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> Kept:
+    """Shapes of what is kept. At the start of a block weights are kept as they are: others are computed from them."""
+    layout = program.numerics.layout
     batch, _, steps = blocks.grid
-    shape = (batch, steps * program.numerics.layout.block_groups, *x.shape[1:])
-    return jax.ShapeDtypeStruct(shape, program.numerics.operands if x.shape[2] == LANES else x.dtype)
+    if program.again:
+        return Kept([jax.ShapeDtypeStruct((batch, steps, *x.shape[1:]), x.dtype) for x in state], [])
+    groups = steps * layout.block_groups
+    return Kept(
+        [jax.ShapeDtypeStruct((batch, groups, *x.shape[1:]), _kept_dtype(program, x)) for x in state],
+        [blocks.chain_shape(*each) for each in program.chain],
+    )
 
 
-def _of_group(ref: Any, layout: Layout, p: int, i) -> Any:
-    rows = ref.shape[1] // layout.block_groups
-    return ref.at[p, pl.ds(pl.multiple_of(i * rows, rows), rows)]
+def _scratch(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> list:
+    """For a block that is computed again: its weights, and what is kept elsewhere."""
+    layout = program.numerics.layout
+    shapes = [(layout.block_packs, *x.shape[2:]) for x in state]
+    return [
+        *(pltpu.VMEM(shape, x.dtype) for shape, x in zip(shapes, state, strict=True)),
+        *(pltpu.VMEM((layout.block_groups, *s), _kept_dtype(program, x)) for s, x in zip(shapes, state, strict=True)),
+        *(pltpu.VMEM((layout.block_packs, r * layout.block_tokens, lanes), of) for r, lanes, of in program.chain),
+    ]
+
+
+def _kept_dtype(program: Program, x: jax.Array) -> Any:
+    """Matrices are read as operands only, so rounding what groups start from changes nothing."""
+    return program.numerics.operands if x.shape[2] == LANES else x.dtype
 
 
 def _take(refs: Sequence, structure: Any) -> tuple[Inputs, Sequence]:
@@ -245,49 +295,8 @@ def _take(refs: Sequence, structure: Any) -> tuple[Inputs, Sequence]:
     return jax.tree.unflatten(structure, refs[:n]), refs[n:]
 
 
-def _tokens(layout: Layout, inputs: Inputs, p: int, i) -> Tokens:
-    """Group i of pack p."""
-    rows = _rows(layout, i)
-    q, k, v = (_whole(ref.at[rows, _lanes(p)]) for ref in inputs.tokens[:3])
-    return Tokens(q, k, v, _whole(inputs.tokens.eta.at[rows, _heads(layout, p)]))
-
-
-def _shared(inputs: Inputs, p: int) -> tuple[Norm, Any]:
-    return Norm(*(_whole(ref.at[p]) for ref in inputs.norm)), jax.tree.map(_whole, inputs.coefficients)
-
-
-def _whole(ref: Any) -> Read:
-    return Read(ref.shape, jnp.float32, lambda: ref[...].astype(jnp.float32))
-
-
-def _as_kept(ref: Any) -> Read:
-    return Read(ref.shape, ref.dtype, lambda: ref[...])
-
-
-def _into(ref: Any, over: Read | None = None) -> Write:
-    def write(value):
-        ref[...] = value.astype(ref.dtype)
-
-    return Write(write, over)
-
-
-def _onto(ref: Any) -> Write:
-    def write(value):
-        ref[...] += value
-
-    return Write(write)
-
-
-def _rows(layout: Layout, i) -> Any:
-    return pl.ds(pl.multiple_of(i * layout.group_tokens, layout.group_tokens), layout.group_tokens)
-
-
-def _lanes(p: int) -> slice:
-    return slice(p * LANES, (p + 1) * LANES)
-
-
-def _heads(layout: Layout, p: int) -> slice:
-    return slice(p * layout.pack, (p + 1) * layout.pack)
+def _those(values: Sequence, wanted: Sequence[bool]) -> list:
+    return [x for x, yes in zip(values, wanted, strict=True) if yes]
 
 
 def _copy(sources: Sequence, targets: Sequence) -> None:

@@ -28,6 +28,11 @@ def unsupported(learner: Learner, mini_batch: int) -> str | None:
     return None
 
 
+def keeps_blocks(mini_batch: int, remat_group: int | None) -> bool:
+    """Whether the weights of blocks are kept for the backward pass, not those of groups."""
+    return mini_batch * (remat_group or 0) > layout_lib.GROUP_TOKENS
+
+
 def run(
     learner: Learner,
     norm: LayerNormParams,
@@ -39,6 +44,7 @@ def run(
     position_eta: jax.Array,
     *,
     interpret: bool = False,
+    remat_group: int | None = None,
     unroll: int | None = None,
 ) -> tuple[jax.Array, Weights]:
     """Reads whole mini-batches.
@@ -52,6 +58,9 @@ def run(
       token_eta: [B, n * b, H].
       position_eta: [b].
       interpret: for machines without a TPU.
+      remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
+        again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
+        is every 64 tokens.
       unroll: groups of mini-batches whose operations are mixed; what is best, and 1 where that would be of no use.
 
     Returns:
@@ -60,11 +69,13 @@ def run(
     _, tokens, heads, head_dim = q.shape
     operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
     kernel = linear if learner.depth == 1 else mlp
-    layout = Layout(heads, head_dim, len(position_eta), kernel.most_packs(learner, operands))
+    b = len(position_eta)
+    layout = Layout(heads, head_dim, b, kernel.most_packs(learner, operands))
+    again = keeps_blocks(b, remat_group)
     numerics = Numerics(layout, jnp.dtype(operands))
     unroll = unroll or (1 if interpret else kernel.unroll(layout))
     chain = kernel.chain(numerics, learner)
-    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll, kernel.STAGGER, interpret)
+    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll, kernel.STAGGER, again, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
