@@ -37,7 +37,7 @@ def forward(
     for t, (z, e_t, h_t, mean_h_t, eta_t) in enumerate(tiles):
         if t:
             z -= dot(e_t, jnp.concatenate(steps + [nothing] * (layout.group - t), 0), "nn", operands)
-        gradient = norm.loss_gradient_in_chain(z, s2, h_t, mean_s2, mean_h_t, numerics)
+        gradient = norm.loss_gradient_in_chain(z, s2, h_t, mean_s2, mean_h_t, numerics, by_lanes=False)
         zs.append(z)
         steps.append(stack_heads(layout, spread(eta_t, layout) * gradient))
     return jnp.concatenate(steps, 0), jnp.concatenate(zs, 0)

@@ -33,13 +33,13 @@ coefficients = layout_lib.coefficients
 
 
 def most_packs(learner: Learner, operands: jnp.dtype) -> int:
-    """Packs that are computed together, at most."""
-    return 8
+    """Packs that are computed together, at most: what fits into the fast memory of the chip."""
+    return 8 if operands == jnp.float32 else 16
 
 
-def unroll(layout: Layout) -> int:
-    """Groups that are computed together."""
-    return 2
+def unroll(layout: Layout) -> tuple[int, int]:
+    """Forward and backward, groups that are computed together: two, unless many packs fill the pauses."""
+    return (2 if layout.block_packs <= 8 else 1), 2
 
 
 class State(NamedTuple):

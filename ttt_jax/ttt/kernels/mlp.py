@@ -45,9 +45,10 @@ def most_packs(learner: Learner, operands: jnp.dtype) -> int:
     return max(1, min(of_256, of_256 * 256 // hidden(learner)))
 
 
-def unroll(layout: Layout) -> int:
-    """Groups that are computed together: two, unless many packs fill the pauses, or the memory."""
-    return 2 if layout.block_packs <= 6 else 1
+def unroll(layout: Layout) -> tuple[int, int]:
+    """Forward and backward, groups computed together: two, unless many packs fill the pauses, or the memory."""
+    best = 2 if layout.block_packs <= 6 else 1
+    return best, best
 
 
 class State(NamedTuple):

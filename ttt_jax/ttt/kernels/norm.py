@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt.kernels.ops import Numerics, head_mean, inverse_root
+from ttt_jax.ttt.kernels.ops import Numerics, head_mean, head_sum, inverse_root
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -83,11 +83,20 @@ def means_for_chain(s2: jax.Array, h: jax.Array, numerics: Numerics) -> tuple[ja
 
 
 def loss_gradient_in_chain(
-    z: jax.Array, s2: jax.Array, h: jax.Array, mean_s2: jax.Array, mean_h: jax.Array, numerics: Numerics
+    z: jax.Array,
+    s2: jax.Array,
+    h: jax.Array,
+    mean_s2: jax.Array,
+    mean_h: jax.Array,
+    numerics: Numerics,
+    by_lanes: bool = True,
 ) -> jax.Array:
-    """G as well, sooner: no mean waits for another."""
-    products = (z, z * z, s2 * z, s2 * z * z, h * z)
-    mean, square, s2_z, s2_zz, hz = head_mean(products, numerics, by_lanes=True)
+    """G as well, sooner: no mean waits for another. Those with s^2 and h are taken by lanes or by matrix units; that
+    of z, which must leave nothing behind, by lanes."""
+    part = 1 / numerics.layout.head_dim  # sums of parts are means
+    zd, s2d = z * part, (s2 * part) * z
+    mean, square = head_sum((zd, zd * z), numerics, by_lanes=True)
+    s2_z, s2_zz, hz = head_sum((s2d, s2d * z, (h * part) * z), numerics, by_lanes)
     r = inverse_root(square - mean * mean)
     x = (z - mean) * r
     s2_x = r * (s2_z - mean * mean_s2)

@@ -66,32 +66,36 @@ def _is_of_head(layout, head, shape, axis):
 
 def _over_heads(layout, per_head):
     """``per_head(mask, head)`` in the lanes of each head, 0 elsewhere."""
-    out: Any = 0.0
-    for head in range(layout.pack):
+    full = layout.pack * layout.head_dim == LANES  # then all lanes that the others leave are of the last head
+    out: Any = per_head(lanes_of_head(layout, layout.pack - 1), layout.pack - 1) if full else 0.0
+    for head in range(layout.pack - full):
         mask = lanes_of_head(layout, head)
         out = jnp.where(mask, per_head(mask, head), out)
     return out
 
 
 def head_mean(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
-    """Means over the features of each head, in all their lanes, of arrays [rows, 128].
+    """Means over the features of each head, in all their lanes, of arrays [rows, 128]: sums, and divided."""
+    return [x * (1 / numerics.layout.head_dim) for x in head_sum(xs, numerics, by_lanes)]
+
+
+def head_sum(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
+    """Sums over the features of each head, in all their lanes, of arrays [rows, 128].
 
     The matrix units take many rows at once, rounded as all their operands are; by lanes nothing is rounded.
     """
     layout, operands = numerics
     if by_lanes or operands == jnp.float32:
-        return [_mean_over_lanes(x, layout) for x in xs]
+        return [_sum_over_lanes(x, layout) for x in xs]
     sums = _dot(jnp.concatenate(xs, 0).astype(operands), _ones_per_head(layout).astype(operands), "nn")
     ends = list(itertools.accumulate(x.shape[0] for x in xs))
-    means = sums * (1 / layout.head_dim)
-    return [means[end - x.shape[0] : end] for x, end in zip(xs, ends, strict=True)]
+    return [sums[end - x.shape[0] : end] for x, end in zip(xs, ends, strict=True)]
 
 
-def _mean_over_lanes(x, layout):
+def _sum_over_lanes(x, layout):
     if layout.head_dim == LANES:
-        return jnp.broadcast_to(jnp.sum(x, -1, keepdims=True) * (1 / LANES), x.shape)
-    total = _over_heads(layout, lambda mask, head: jnp.sum(jnp.where(mask, x, 0.0), -1, keepdims=True))
-    return total * (1 / layout.head_dim)
+        return jnp.broadcast_to(jnp.sum(x, -1, keepdims=True), x.shape)
+    return _over_heads(layout, lambda mask, head: jnp.sum(jnp.where(mask, x, 0.0), -1, keepdims=True))
 
 
 def _ones_per_head(layout):

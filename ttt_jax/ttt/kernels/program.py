@@ -56,7 +56,7 @@ class Program(NamedTuple):
         state, tokens, norm and coefficients. Matrices of the state and the chain come in the dtypes they are kept in.
       chain: what the chain is: arrays that a group can be computed from without waiting.
       numerics: layout and dtype of operands.
-      unroll: groups that are computed together.
+      unroll: forward and backward, groups that are computed together.
       stagger: forward and backward, cycles by which each pack starts after the one before.
       again: keep only the weights that blocks of tokens start from, and compute what is in a block again backwards.
       interpret: run as ordinary XLA operations, where there is no TPU.
@@ -66,7 +66,7 @@ class Program(NamedTuple):
     derivative: Callable
     chain: tuple[Saved, ...]
     numerics: Numerics
-    unroll: int = 1
+    unroll: tuple[int, int] = (1, 1)
     stagger: tuple[float, float] = (0.0, 0.0)
     again: bool = False
     interpret: bool = False
@@ -154,7 +154,7 @@ def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref
     """The groups of a block of tokens in order. Writes the weights after them over those before, and, where they are
     wanted, the outputs and what a derivative needs of each group."""
     layout, state_type = program.numerics.layout, type(inputs.state)
-    wanted = z_ref is not None, kept is not None
+    unroll, wanted = program.unroll[0], (z_ref is not None, kept is not None)
 
     def groups(state, tokens, norm, coefficients):
         done = []
@@ -165,7 +165,7 @@ def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref
         return state, done
 
     def body(step, _):
-        indices = [step * program.unroll + u for u in range(program.unroll)]
+        indices = [step * unroll + u for u in range(unroll)]
         arguments, results = [], []
         for p in range(layout.block_packs):
             state = state_type(*(access.whole(ref.at[p]) for ref in state_refs))
@@ -180,7 +180,7 @@ def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref
         weave(groups, arguments, results, program.stagger[0])
         return 0
 
-    lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
+    lax.fori_loop(0, layout.block_groups // unroll, body, 0)
 
 
 def _into_kept(program: Program, kept: Kept | None, p: int, i) -> Any:
@@ -199,7 +199,7 @@ def _backward(program: Program, structure: Any, *refs) -> None:
     m = 0 if program.again else len(program.chain)
     kept, dz_ref, d_end_refs = Kept(rest[:n], rest[n : n + m]), rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
     (d_tokens, state_refs, *shared), scratch = _take(rest[2 * n + m + 1 :], structure)
-    layout = program.numerics.layout
+    layout, unroll = program.numerics.layout, program.unroll[1]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -223,7 +223,7 @@ def _backward(program: Program, structure: Any, *refs) -> None:
         return d_state, d_shared, d_groups
 
     def body(step, _):
-        indices = [layout.block_groups - 1 - step * program.unroll - u for u in range(program.unroll)]
+        indices = [layout.block_groups - 1 - step * unroll - u for u in range(unroll)]
         arguments, results = [], []
         for p in range(layout.block_packs):
             groups, d_groups = [], []
@@ -241,7 +241,7 @@ def _backward(program: Program, structure: Any, *refs) -> None:
         weave(derivatives, arguments, results, program.stagger[1])
         return 0
 
-    lax.fori_loop(0, layout.block_groups // program.unroll, body, 0)
+    lax.fori_loop(0, layout.block_groups // unroll, body, 0)
 
 
 def _specs_of(blocks: Blocks, inputs: Inputs) -> list[pl.BlockSpec]:

@@ -73,9 +73,10 @@ def run(
     layout = Layout(heads, head_dim, b, kernel.most_packs(learner, operands))
     again = keeps_blocks(b, remat_group)
     numerics = Numerics(layout, jnp.dtype(operands))
-    unroll = unroll or (1 if interpret else kernel.unroll(layout))
+    best = (1, 1) if interpret else kernel.unroll(layout)
+    unrolled = (unroll, unroll) if unroll else best
     chain = kernel.chain(numerics, learner)
-    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll, kernel.STAGGER, again, interpret)
+    how = Program(kernel.group, kernel.derivative, chain, numerics, unrolled, kernel.STAGGER, again, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
