@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.layers.mlp import SwiGLU
+from ttt_jax.layers.mlp import SwiGLU, gated
 from ttt_jax.layers.norm import RMSNorm
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
@@ -43,3 +43,19 @@ def test_swiglu(random_params, assert_close):
     assert (gate.shape, up.shape, down.shape) == ((8, 5), (8, 5), (5, 8))
     expected = ((X @ gate) / (1 + np.exp(-(X @ gate))) * (X @ up)) @ down
     assert_close(jax.jit(module.apply)({"params": params}, X), expected)
+
+
+def test_gradient_of_the_gate_is_that_of_autodiff(assert_close):
+    gate, up, g = np.random.default_rng(1).standard_normal((3, 2, 3, 8)).astype(np.float32)
+    _, pull = jax.vjp(gated, 3 * gate, up)
+    _, plain = jax.vjp(lambda gate, up: gate / (1 + jnp.exp(-gate)) * up, 3 * gate, up)
+    assert_close(pull(g), plain(g), 1e-6)
+
+
+def test_what_the_backward_pass_of_swiglu_keeps():
+    """In bfloat16 gate, up, what they come to, and x for each of them (compiled it is one)."""
+    module, x = SwiGLU(64, jnp.bfloat16, 0.02), jnp.ones((1, 1024, 8))
+    params = module.init(jax.random.key(0), x)
+    _, pull = jax.vjp(module.apply, params, x)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if leaf.shape[:2] == (1, 1024))
+    assert kept == 1024 * 2 * (3 * 64 + 2 * 8)

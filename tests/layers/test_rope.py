@@ -1,5 +1,6 @@
 """Rotary positions against complex numbers in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ POSITIONS = np.array([0, 1, 31, 255, 2048, 32767, 32768])
 X = np.random.default_rng(0).standard_normal((2, len(POSITIONS), 3, 8))
 
 
-def complex_rotation(x, positions, theta):
+def complex_rotation(x, positions, theta, xp=np):
     d = x.shape[-1]
     turns = np.exp(1j * positions[:, None, None] * theta ** (-np.arange(0, d, 2) / d))
     z = (x[..., ::2] + 1j * x[..., 1::2]) * turns
-    return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+    return xp.stack([z.real, z.imag], axis=-1).reshape(x.shape)
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
@@ -33,3 +34,11 @@ def test_angles_of_bfloat16_inputs_are_float32():
     assert actual.dtype == jnp.bfloat16
     expected = complex_rotation(np.asarray(low, np.float64), POSITIONS, 10000.0)
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-2)
+
+
+def test_the_gradient_turns_back():
+    """As autodiff of the complex one finds."""
+    x, g = (jnp.asarray(np.random.default_rng(i).standard_normal(X.shape), jnp.float32) for i in range(2))
+    _, pull = jax.vjp(lambda x: rope.rotate(x, POSITIONS[:4], 500.0), x[:, :4])
+    _, expected = jax.vjp(lambda x: complex_rotation(x, POSITIONS[:4], 500.0, jnp), x[:, :4])
+    np.testing.assert_allclose(pull(g[:, :4])[0], expected(g[:, :4])[0], rtol=0, atol=1e-5)

@@ -84,14 +84,15 @@ def test_a_step_is_three_forward_passes(name):
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba"])
 def test_most_of_what_xla_counts(name, quick_jit):
-    """XLA counts elementwise operations too, at this width 1 to 3 percent. It counts the body of a loop once, whatever
-    its length, so the loop over mini-batches is unrolled here, and that over layers has one turn."""
+    """XLA counts elementwise operations too, at this width 1 to 12 percent: what comes before the inner loop (RoPE, the
+    convolutions) it computes again for each of its mini-batches here. It counts the body of a loop once, whatever its
+    length, so the loop over mini-batches is unrolled, and that over layers has one turn."""
     model = model_config(name, width=128, num_heads=2, mlp_width=256, vocab_size=257)
     model.ttt.unroll = T // B
     function, params, tokens = forward(model)
     counted = quick_jit(function).lower(params, tokens).compile().cost_analysis()["flops"]
     ours = flops.per_token(model, T) * T + (attention_that_is_masked(model) if name == "attention" else 0)
-    assert ours < counted < 1.05 * ours
+    assert ours < counted < 1.15 * ours
 
 
 def test_by_hand():

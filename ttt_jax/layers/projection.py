@@ -31,33 +31,36 @@ def to_heads(x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float,
     return y.reshape(*x.shape[:2], num_heads, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def project(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: jnp.dtype, out_dtype: jnp.dtype | None = None
 ) -> jax.Array:
     """``x @ kernel`` computed in ``dtype`` and returned in it, or in ``out_dtype``; ``axes`` are those of the kernel.
-    The gradient of the kernel is summed and kept in float32.
+    The gradient of the kernel is summed and kept in float32. The backward pass keeps x in ``dtype``."""
+    return _project(x.astype(dtype), kernel, axes, dtype, out_dtype)
 
-    The backward pass is written out for its operand order. Autodiff asks for (g^T x)^T, which XLA on a CPU serves by
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _project(x, kernel, axes, dtype, out_dtype):
+    """The backward pass is written out for its operand order. Autodiff asks for (g^T x)^T, which XLA on a CPU serves by
     fusing the elementwise operations that made g into a transposed, strided copy. With x^T g the copy is of x, a
     plain array, and is shared by the projections of the same x: a SwiGLU layer takes 0.7 of the time.
     """
-    y = jnp.matmul(x.astype(dtype), gathered(kernel.astype(dtype), *axes), preferred_element_type=out_dtype)
+    y = jnp.matmul(x, gathered(kernel.astype(dtype), *axes), preferred_element_type=out_dtype)
     return _laid_out(y, axes[1])
 
 
 def _forward(x, kernel, axes, dtype, out_dtype):
-    return project(x, kernel, axes, dtype, out_dtype), (x, kernel)
+    return _project(x, kernel, axes, dtype, out_dtype), (x, kernel)
 
 
 def _backward(axes, dtype, out_dtype, saved, g):
     x, kernel = saved
     x_gradient = _laid_out((g @ gathered(kernel.astype(dtype), *axes).T).astype(x.dtype), axes[0])
-    kernel_gradient = jnp.einsum("btd,btf->df", x.astype(dtype), g, preferred_element_type=jnp.float32)
+    kernel_gradient = jnp.einsum("btd,btf->df", x, g, preferred_element_type=jnp.float32)
     return x_gradient, constrain(kernel_gradient, *axes).astype(kernel.dtype)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def _laid_out(activation: jax.Array, last: str) -> jax.Array:

@@ -15,13 +15,20 @@ pytestmark = [
 
 
 def seconds(**settings):
-    return measure(Function(BUILD, {"tokens": 512, "backward": True, **settings}), "v5e:1x1").seconds
+    return measure(Function(BUILD, {"tokens": 512, **settings}), "v5e:1x1").seconds
 
 
-@pytest.mark.parametrize(("kind", "at_least"), [("linear", 7.8), ("mlp", 5.0)])
-def test_fused_kernels_are_as_much_faster_as_they_were(kind, at_least):
-    """12 heads of 64, b = 16, bfloat16, forward and backward; 512 tokens, to which what is around them is a tenth."""
-    assert seconds(kind=kind, path="official") / seconds(kind=kind, path="pallas") > at_least
+@pytest.mark.parametrize(
+    ("settings", "at_least"),
+    [
+        ({"kind": "linear", "backward": True}, 7.9),
+        ({"kind": "linear", "heads": 32}, 4.7),
+        ({"kind": "mlp", "backward": True}, 5.8),
+    ],
+)
+def test_fused_kernels_are_as_much_faster_as_they_were(settings, at_least):
+    """12 heads of 64 or 32, b = 16, bfloat16; 512 tokens, to which what is around them is a tenth, or a quarter."""
+    assert seconds(**settings, path="official") / seconds(**settings, path="pallas") > at_least
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from ttt_jax.ttt.kernels.program import Saved
 from ttt_jax.ttt.learner import Dense, Learner, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
-STAGGER = (200.0, 1200.0)
+STAGGER = (300.0, 1200.0)
 
 
 def most_packs(learner: Learner, operands: jnp.dtype) -> int:
