@@ -25,10 +25,9 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Ar
     frequencies = jnp.repeat(theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d), 2)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies  # [T, 1, d]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x32 = x.astype(jnp.float32)
     # With the pairs on an axis of their own, a TPU lays out tokens along lanes, and what is around pays for it.
-    partner = jnp.where(is_even, jnp.roll(x32, -1, -1), jnp.roll(x32, 1, -1))
-    return (x32 * cos + partner * jnp.where(is_even, -sin, sin)).astype(x.dtype)
+    partner = jnp.where(is_even, _shifted(x, -1), _shifted(x, 1)).astype(jnp.float32)
+    return (x.astype(jnp.float32) * cos + partner * jnp.where(is_even, -sin, sin)).astype(x.dtype)
 
 
 def _rotate_forward(x, positions, theta):
@@ -37,6 +36,11 @@ def _rotate_forward(x, positions, theta):
 
 def _rotate_backward(theta, positions, g):
     return rotate(g, -positions, theta), None
+
+
+def _shifted(x, by):
+    """Features moved by one place, zero where there is none: unlike jnp.roll it is fused into what uses it."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [*[(0, 0, 0)] * (x.ndim - 1), (by, -by, 0)])
 
 
 rotate.defvjp(_rotate_forward, _rotate_backward)
