@@ -83,16 +83,18 @@ def test_a_step_is_three_forward_passes(name):
 
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba"])
-def test_most_of_what_xla_counts(name, quick_jit):
-    """XLA counts elementwise operations too, at this width 1 to 12 percent: what comes before the inner loop (RoPE, the
-    convolutions) it computes again for each of its mini-batches here. It counts the body of a loop once, whatever its
-    length, so the loop over mini-batches is unrolled, and that over layers has one turn."""
+def test_most_of_what_xla_counts(name):
+    """XLA counts elementwise operations too, at this width 1 to 5 percent, and leaves out the last step of the inner
+    loop, whose weights nobody reads here. It counts the body of a loop once, whatever
+    its length, so the loop over mini-batches is unrolled here, and that over layers has one turn. It may not fuse:
+    then it would compute RoPE again for each of those mini-batches."""
     model = model_config(name, width=128, num_heads=2, mlp_width=256, vocab_size=257)
     model.ttt.unroll = T // B
     function, params, tokens = forward(model)
-    counted = quick_jit(function).lower(params, tokens).compile().cost_analysis()["flops"]
+    options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
+    counted = jax.jit(function, compiler_options=options).lower(params, tokens).compile().cost_analysis()["flops"]
     ours = flops.per_token(model, T) * T + (attention_that_is_masked(model) if name == "attention" else 0)
-    assert ours < counted < 1.15 * ours
+    assert 0.98 * ours < counted < 1.05 * ours
 
 
 def test_by_hand():
