@@ -85,9 +85,9 @@ def test_a_step_is_three_forward_passes(name):
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba"])
 def test_most_of_what_xla_counts(name):
     """XLA counts elementwise operations too, at this width 1 to 5 percent, and leaves out the last step of the inner
-    loop, whose weights nobody reads here. It counts the body of a loop once, whatever
-    its length, so the loop over mini-batches is unrolled here, and that over layers has one turn. It may not fuse:
-    then it would compute RoPE again for each of those mini-batches."""
+    loop, whose weights nobody reads here. It counts the body of a loop once, whatever its length, so the loop over
+    mini-batches is unrolled here, and that over layers has one turn. It may not fuse: then it would compute RoPE again
+    for each of those mini-batches."""
     model = model_config(name, width=128, num_heads=2, mlp_width=256, vocab_size=257)
     model.ttt.unroll = T // B
     function, params, tokens = forward(model)
