@@ -168,8 +168,6 @@ class Checkpoints:
             self._failures, self._due = 0, None
             return
         self._failures += 1
-        with contextlib.suppress(CheckpointError):
-            self._writer.open()  # which removes what is half written, for it takes space
         problem = f"cannot save {self.directory / str(step)}: {problem}"
         if self._failures > len(self._save_again_after):
             complete = [str(self.directory / str(step)) for step in self._known_steps()[-1:]]

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,8 +15,10 @@ from orbax.checkpoint import checkpoint_managers
 
 from ttt_jax.parallel.exchange import Exchange, barrier_that_fails_together, describe
 from ttt_jax.training import checksums
+from ttt_jax.training.errors import CheckpointError
 
 _TIMEOUT = 1800  # seconds in which a checkpoint must be on disk
+_LOOK_AGAIN_AFTER = (0.1, 0.3, 1.0)  # seconds in which a save that failed comes to rest
 _numbers = itertools.count()
 
 
@@ -51,15 +54,21 @@ class Writer:
         return all(done == "done" for done in self._exchange("done" if self._end.done() else "busy"))
 
     def end(self) -> str | None:
-        """Waits until all is written; returns what failed on any of the processes, in one line."""
-        error, self.step = self._end.exception(), None
+        """Waits until all is written; returns what failed on any of the processes, in one line.
+
+        What is half written is removed then, for it takes space.
+        """
+        error = self._end.exception()
+        self._end, self.step = Future(), None  # the error holds on to what was to be written
         problem = self._exchange.first_problem("" if error is None else describe(error))
         if problem is not None:
             self.close()  # what has failed half is best forgotten: the next one starts from what is on disk
+            with contextlib.suppress(CheckpointError):
+                self._exchange.on_first(self._remove_half_written)
         return problem
 
     def open(self) -> None:
-        """Makes ready to write, and removes what was left half written; :meth:`start` does it too."""
+        """Makes ready to write, and removes what an earlier process left half written."""
         if self._manager is not None:
             return
         self._barrier = barrier_that_fails_together("save")
@@ -91,6 +100,17 @@ class Writer:
         if manager is not None:
             with contextlib.suppress(Exception):  # of a save that failed, once more
                 manager.close()
+
+    def _remove_half_written(self) -> None:
+        """Until nothing comes back: TensorStore goes on for a moment with the other files of a save that failed."""
+        for seconds in _LOOK_AGAIN_AFTER:
+            half_written = ocp.utils.tmp_checkpoints(self._directory)
+            if not half_written:
+                return
+            for path in half_written:
+                with contextlib.suppress(OSError):  # a file came into the folder, or went, meanwhile
+                    path.get().rmtree()
+            time.sleep(seconds)
 
     def _fail(self, error: Exception) -> None:
         if self._manager is not None and jax.process_count() > 1:
