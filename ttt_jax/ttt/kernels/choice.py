@@ -12,7 +12,7 @@ KERNELS = ("auto", "pallas", "scan")
 
 # Mini-batches between two kept states and per iteration of the scan, the fastest measured: docs/kernels.md.
 _ON_TPUS, _ELSEWHERE = 4, 1
-_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # whose fast memory is 16 MiB: kernels take up to 48
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # whose fast memory is 16 MiB: kernels take up to 50
 
 
 class Choice(NamedTuple):

@@ -26,7 +26,7 @@ from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.weave import weave
 
-_VMEM = 48 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
+_VMEM = 56 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
 _PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM)
 
 
@@ -110,6 +110,8 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
     sequences or packs have axes for them, to be added up."""
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
     structure, state = jax.tree.structure(inputs), tuple(inputs.state)
+    in_specs = Inputs(*_take(_specs_of(blocks, inputs), structure)[0])
+    unread = [pl.BlockSpec(memory_space=pl.ANY)] * len(state)  # groups start from what was kept
     norm = [jax.ShapeDtypeStruct((blocks.grid[0], *x.shape), x.dtype) for x in inputs.norm]
     coefficients = [jax.ShapeDtypeStruct((*blocks.grid[:2], *x.shape), x.dtype) for x in inputs.coefficients]
     results = pl.pallas_call(
@@ -117,7 +119,10 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
         name=f"ttt_{_name(program)}_backward",
         grid=blocks.grid,
         in_specs=[
-            *_specs_of(blocks, inputs),
+            *in_specs.tokens,
+            *unread,
+            *in_specs.norm,
+            *in_specs.coefficients,
             *_specs_of_kept(program, blocks, kept),
             blocks.tokens(),
             *(blocks.of_sequence(x) for x in state),
