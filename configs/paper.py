@@ -18,14 +18,13 @@ and :smoke after any of it makes it tiny, on the embedded corpus.
 
 Hardware: 256 chips of TPU v5e (16x16), but for the 125m at 16k, 128 of them (8x16), and at 32k, 64 (8x8), for its 12
 heads cannot share a row in more than 4 parts. Half a million tokens a batch, whatever the context. Tokens, and what
-``ttt plan`` expects of TTT-Linear with the inner loop as a scan (fused, as docs/kernels.md has it, it takes less time):
-memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
+``ttt plan`` expects of TTT-Linear: memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
 
             steps   tokens    at 2k                at 32k
-    125m    4,800    2.5 B     5.8 GiB, 3 min      2.2 GiB, 38 min (64 chips)
-    350m   13,500      7 B    11.0 GiB, 21 min     3.1 GiB, 3.3 h
-    760m   29,000     15 B     1.4 GiB, 1.6 h      4.8 GiB, 7.9 h
-    1.3b   50,000     26 B     2.3 GiB, 4.8 h      6.7 GiB, 15 h
+    125m    4,800    2.5 B     3.9 GiB, 2 min      2.1 GiB, 9 min (64 chips)
+    350m   13,500      7 B     6.3 GiB, 15 min     3.0 GiB, 33 min
+    760m   29,000     15 B     1.4 GiB, 1.3 h      4.7 GiB, 2.0 h
+    1.3b   50,000     26 B     2.3 GiB, 4.0 h      6.6 GiB, 5.4 h
 
 The paper reports perplexity 11.09 for ttt_linear-125m-pile-2k, and 0.27 s a step for ttt_linear-1.3b at 2k, 0.30 s for
 the transformer; its other results are in figures.
