@@ -151,14 +151,15 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     parameters = m.num_layers * (3 * m.mlp_width + 4 * d) * d + m.vocab_size * d
     tokens = data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length  # of a micro-batch, on a chip
     itemsize = 2 if m.dtype == "bfloat16" else 4
-    # What the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, of which those
-    # that are split between heads or over the feed-forward width lie in parts.
-    inside = 4 * ((3 * m.mlp_width + 25 * d) / choice.tensor + 11 * d)
+    # What the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, by the plans in
+    # docs/benchmarks.md. Those that are split between heads or over the feed-forward width lie in parts.
+    arrays = 14 if m.mixer == "attention" else 25
+    inside = itemsize * ((3 * m.mlp_width + arrays * d) / choice.tensor + arrays * d)
     if m.mixer == "attention":
         inside += (4 + itemsize) * m.num_heads / choice.tensor * length / 2  # softmax of a token over those before it
     elif build.learns(m):
         states = sum(a * b for a, b in itertools.pairwise(build.learner(m).widths))
-        inside += 4 * states * m.num_heads / choice.tensor / m.ttt.mini_batch  # W once per mini-batch
+        inside += itemsize * states * m.num_heads / choice.tensor / max(64, m.ttt.mini_batch)  # W, so often kept
     kept = d * itemsize
     activations = kept * m.num_layers + inside if choice.remat == "block" else (kept + inside) * m.num_layers
     logits = 3 * 4 * m.vocab_size / choice.tensor
