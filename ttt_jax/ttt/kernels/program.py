@@ -110,8 +110,6 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
     sequences or packs have axes for them, to be added up."""
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
     structure, state = jax.tree.structure(inputs), tuple(inputs.state)
-    in_specs = Inputs(*_take(_specs_of(blocks, inputs), structure)[0])
-    unread = [pl.BlockSpec(memory_space=pl.ANY)] * len(state)  # groups start from what was kept
     norm = [jax.ShapeDtypeStruct((blocks.grid[0], *x.shape), x.dtype) for x in inputs.norm]
     coefficients = [jax.ShapeDtypeStruct((*blocks.grid[:2], *x.shape), x.dtype) for x in inputs.coefficients]
     results = pl.pallas_call(
@@ -119,10 +117,7 @@ def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end:
         name=f"ttt_{_name(program)}_backward",
         grid=blocks.grid,
         in_specs=[
-            *in_specs.tokens,
-            *unread,
-            *in_specs.norm,
-            *in_specs.coefficients,
+            *_specs_of(blocks, inputs, reads_state=False),
             *_specs_of_kept(program, blocks, kept),
             blocks.tokens(),
             *(blocks.of_sequence(x) for x in state),
@@ -249,11 +244,13 @@ def _backward(program: Program, structure: Any, *refs) -> None:
     lax.fori_loop(0, layout.block_groups // unroll, body, 0)
 
 
-def _specs_of(blocks: Blocks, inputs: Inputs) -> list[pl.BlockSpec]:
+def _specs_of(blocks: Blocks, inputs: Inputs, reads_state: bool = True) -> list[pl.BlockSpec]:
+    """Backwards the state is not read, and takes no fast memory: groups start from what was kept."""
+    state = [blocks.of_sequence(x) if reads_state else pl.BlockSpec(memory_space=pl.ANY) for x in inputs.state]
     return [
         *[blocks.tokens()] * 3,
         blocks.rates(),
-        *(blocks.of_sequence(x) for x in inputs.state),
+        *state,
         *(blocks.of_packs(x) for x in inputs.norm),
         *(blocks.whole(x) for x in inputs.coefficients),
     ]
