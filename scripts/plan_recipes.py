@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plans the recipes of configs/paper.py on TPU v5e, and prints what comes out as the tables of the documentation.
 
-    python scripts/plan_recipes.py plans.jsonl                     # all of them, two at a time: about an hour
+    python scripts/plan_recipes.py plans.jsonl                     # all of them, two at a time
     python scripts/plan_recipes.py plans.jsonl --only 1.3b-pile-2k # those that have this in their names
     python scripts/plan_recipes.py plans.jsonl --jobs 0            # the tables of what is there
 
