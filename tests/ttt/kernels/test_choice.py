@@ -1,5 +1,6 @@
 """Which way the inner loop is computed, and why."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -41,6 +42,30 @@ def test_a_kernel_that_there_is_not():
     with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
         choice.choose("pallas", mlp(64, depth=3), 16, "TPU v5 lite")
     assert run.unsupported(linear(128), 64) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Relu(Learner):
+    """A learner of the same widths with another nonlinearity."""
+
+
+@pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("widths", [(64, 64), (64, 256, 64)])
+def test_a_learner_that_kernels_do_not_compute_uses_the_scan(widths, device):
+    found = choice.choose("auto", Relu(widths), 16, device)
+    assert found == (None, "scan, for the learner is a Relu, which the kernels do not compute")
+    with pytest.raises(ValueError, match="no kernel: the learner is a Relu"):
+        choice.choose("pallas", Relu(widths), 16, device)
+
+
+def test_a_learner_with_a_field_that_kernels_do_not_know_uses_the_scan(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class WithActivation(Learner):
+        activation: str = "gelu"
+
+    monkeypatch.setattr(run, "Learner", WithActivation)  # as if the field had been added to it
+    assert run.unsupported(WithActivation((64, 64)), 16) is None
+    assert "'relu'" in run.unsupported(WithActivation((64, 64), activation="relu"), 16)
 
 
 def test_the_scan_as_it_is_best_on_each_platform():

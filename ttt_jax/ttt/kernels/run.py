@@ -14,7 +14,13 @@ from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
 
 
 def unsupported(learner: Learner, mini_batch: int) -> str | None:
-    """Why there is no kernel for a learner and a size of mini-batches; None where there is one."""
+    """Say why no kernel exists for a learner and a size of mini-batches; return None where one does.
+
+    Kernels compute one function: dense layers with GELU, LN and residual. A learner is accepted only where it equals the
+    one of its widths that they compute, so that a subclass, or a field that is added to :class:`Learner`, is refused.
+    """
+    if type(learner) is not Learner:
+        return f"the learner is a {type(learner).__name__}, which the kernels do not compute"
     if not learner.norm_residual:
         return "the learner has no LN and residual"
     if not learner.bias:
@@ -23,6 +29,8 @@ def unsupported(learner: Learner, mini_batch: int) -> str | None:
         return f"the learner has {learner.depth} dense layers"
     if learner.depth == 2 and learner.widths[1] > 4 * learner.widths[0]:
         return f"the hidden layer of the learner has more than 4 times the {learner.widths[0]} features of a head"
+    if learner != Learner(learner.widths):
+        return f"{learner} is not one that the kernels compute"
     if not layout_lib.supported(learner.widths[0], mini_batch):
         return f"heads of {learner.widths[0]} features and mini-batches of {mini_batch} tokens do not fill registers"
     return None
