@@ -16,8 +16,8 @@ from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
 def unsupported(learner: Learner, mini_batch: int) -> str | None:
     """Say why no kernel exists for a learner and a size of mini-batches; return None where one does.
 
-    Kernels compute one function: dense layers with GELU, LN and residual. A learner is accepted only where it equals the
-    one of its widths that they compute, so that a subclass, or a field that is added to :class:`Learner`, is refused.
+    Kernels compute one function: dense layers with GELU, LN and residual. A learner is accepted only where it equals
+    the one of its widths that they compute, so a subclass, or a field added to :class:`Learner`, is refused.
     """
     if type(learner) is not Learner:
         return f"the learner is a {type(learner).__name__}, which the kernels do not compute"
