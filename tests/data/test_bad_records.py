@@ -69,7 +69,7 @@ VALUES = [
     (b'{"text": "a"} 5 {"text": "c"}', [(1, "a"), Problem(2, "expected a JSON object, found a number"), (3, "c")]),
     (b'[{"text": "a"}, {"text": "b"', [(1, "a"), Problem(2, "not JSON from here on: ")]),
     (b'[{"text": "a"}] [{"text": "b"}]', [(1, "a"), Problem(2, "not JSON from here on: ")]),
-    (b'[{"text": "a"}, {"text": "\xff"}]', [(1, "a"), Problem(2, "not JSON from here on: ")]),
+    (b'[{"text": "a"}, {"text": "\xff"}, {"text": "c"}]', [(1, "a"), Problem(2, "not valid UTF-8"), (3, "c")]),
     (b"junk", [Problem(1, "not JSON from here on: ")]),
     (b"[" * 3000, [Problem(1, "not JSON from here on: ")]),
     (b"[]", [Problem(1, "no records")]),

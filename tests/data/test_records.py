@@ -170,3 +170,12 @@ def test_all_string_types_of_parquet(tmp_path):
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         file = corpus.input_file(tmp_path / "a.parquet", corpus.parquet_file(texts, type=kind))
         assert found([file], unit_bytes=50) == list(enumerate(texts, 1))
+
+
+def test_an_array_takes_what_json_lines_take(tmp_path):
+    """Values that strict JSON lacks, in keys that nobody asked for, cost no record."""
+    rows = ['"a": NaN', '"a": -Infinity', '"a": 1' + "0" * 400, '"a": 1, "a": 2', '"a": "\\ud800"', '"a": 1e999']
+    rows = [f'{{"text": "t{i}", {row}}}' for i, row in enumerate(rows)]
+    expected = [(i + 1, f"t{i}") for i in range(len(rows))]
+    for name, content in (("a.jsonl", "\n".join(rows)), ("a.json", f"[{', '.join(rows)}]")):
+        assert found([corpus.input_file(tmp_path / name, content.encode())]) == expected

@@ -5,11 +5,13 @@ that memory stays bounded whatever the size of a file. It knows the position beh
 on. Reading files in order is one process' work, and cheap; parsing and tokenizing units is many processes'.
 """
 
+import codecs
 import dataclasses
 import gzip
 import itertools
 import json
 import numbers
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,8 @@ from ttt_jax.data.files import InputFile
 
 _LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
 _PARQUET_ROWS = 256
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
+_BLANK = re.compile(r"[ \t\r\n]*")
 _CORRUPT = (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile)
 
 
@@ -285,16 +289,53 @@ def _begin(stream: Any) -> bytes:
 
 
 def _json(stream: Any, skip: int, text_key: str) -> Iterator[Any]:
-    """The text of each record of one JSON array, or of JSON objects one after another, but the first ``skip``."""
-    import ijson
+    """Yield the text of each record of one JSON array, or of JSON values one after another, but the first ``skip``.
 
+    Values are decoded as those of JSON lines are, so that both formats take the same records.
+    """
+    for number, record in enumerate(_json_values(stream), 1):
+        if number > skip:
+            yield record if isinstance(record, Problem) else _text_of(number, record, text_key)
+
+
+def _json_values(stream: Any) -> Iterator[Any]:
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    text, place, ended, size = "", 0, False, 1 << 16
+    number = 0
     try:
         is_array = _begin(stream) == b"["
-        records = ijson.items(stream, "item") if is_array else ijson.items(stream, "", multiple_values=True)
-        for number, record in enumerate(records, 1):
-            if number > skip:
-                yield _text_of(number, record, text_key)
-    except (ijson.JSONError, UnicodeDecodeError, *_CORRUPT) as error:
+        state = "open" if is_array else "value"
+        while True:
+            place = _BLANK.match(text, place).end()  # type: ignore[union-attr]
+            mark = text[place : place + 1]
+            if mark and state == "open":
+                place, state = place + 1, "first"
+            elif mark == "]" and state in ("first", "next"):
+                place, state = place + 1, "closed"
+            elif mark == "," and state == "next":
+                place, state = place + 1, "value"
+            elif mark and state in ("next", "closed"):
+                what = "',' or ']'" if state == "next" else "the end of the file"
+                raise _BrokenFileError(f"not JSON from here on: expected {what}, found {mark!r}")
+            else:
+                if ended and not mark and (state == "closed" or not is_array):
+                    return
+                try:
+                    value, end = decoder.raw_decode(text, place)
+                except ValueError:
+                    if ended:
+                        raise
+                    end = len(text)
+                if end == len(text) and not ended:  # a number may go on in the next block
+                    block = stream.read(size)
+                    ended, size = not block, min(2 * size, _LONGEST_RECORD)
+                    text, place = text[place:] + utf8.decode(block, final=ended), 0
+                    continue
+                source, number = text[place:end], number + 1
+                place, size, state = end, 1 << 16, "next" if is_array else "value"
+                is_utf8 = source.isascii() or not _ESCAPED.search(source)
+                yield value if is_utf8 else Problem(number, "not valid UTF-8")
+    except (ValueError, RecursionError, *_CORRUPT) as error:
         raise _BrokenFileError(f"not JSON from here on: {_reason(error)}") from error
 
 
