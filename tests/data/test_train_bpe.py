@@ -118,6 +118,14 @@ def test_what_it_refuses(file):
         train_bpe.train([InputFile("validation", file.location, file.size)], 300, JOB)
 
 
+def test_long_words_are_trained_on_in_bounded_parts():
+    for text in ("", *TEXTS, "a " * 5000):
+        assert list(train_bpe._bounded(text)) == [text]
+    parts = list(train_bpe._bounded(f"ab {'x' * 9000} cd"))
+    assert [len(part) for part in parts] == [3 + 4096, 4096, 9000 - 2 * 4096 + 3]
+    assert "".join(parts) == f"ab {'x' * 9000} cd"
+
+
 # ---- Kept with its dataset
 
 

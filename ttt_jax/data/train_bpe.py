@@ -1,5 +1,6 @@
 """A byte-level BPE tokenizer, trained on the documents of a train split with Hugging Face ``tokenizers``."""
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from ttt_jax.data.tokenize import UNFINISHED, check_empty
 from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
 
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
+_LONGEST_WORD = 4096  # characters
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 MOST_BYTES = 1 << 30  # of text; more does not make it better
 LEAST_VOCAB_SIZE = 258  # BOS, EOS and every byte
 _KEPT, _PURPOSE = f"{UNFINISHED}/tokenizer.json", f"{UNFINISHED}/tokenizer-made-for.json"
@@ -84,6 +87,16 @@ def _texts(files: list[InputFile], job: Job, skip_problems: bool) -> Iterator[st
             text = record[1].encode()
             if job.split_of("train", text) == "train":
                 size += len(text)
-                yield record[1]
+                yield from _bounded(record[1])
             if size >= MOST_BYTES:
                 return
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """Yield a text cut inside words beyond ``_LONGEST_WORD``: the time of training is quadratic in their length."""
+    begin = 0
+    for found in _LONG_WORD.finditer(text):
+        yield text[begin : found.end()]
+        begin = found.end()
+    if begin < len(text) or not text:
+        yield text[begin:]
