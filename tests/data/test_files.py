@@ -154,3 +154,19 @@ def test_a_small_file_that_is_not_there_or_none(tmp_path):
     with pytest.raises(ConfigError) as caught:
         files.read(str(tmp_path), "--tokenizer")
     assert str(caught.value) == f"--tokenizer {tmp_path}: Is a directory"
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_named(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(b"a")
+    (tmp_path / "in/c.jsonl.xz").write_bytes(b"c")
+    (tmp_path / "other/b.jsonl").write_bytes(b"bb")
+    (tmp_path / "in/more").symlink_to(tmp_path / "other")
+    (tmp_path / "in/round").symlink_to(tmp_path / "in")
+    assert [file.size for file in found(tmp_path / "in")] == [1, 2]
+    said = capsys.readouterr().err
+    assert "in/round: left out; it leads to a folder that is read already, " in said
+    assert said.endswith("left out 1 files that are hidden or of unknown endings: c.jsonl.xz\n")
+    (tmp_path / "in/x.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert "x.jsonl" in refused(tmp_path / "in")

@@ -4,12 +4,14 @@ import dataclasses
 import gzip
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
 from backports import zstd
+from fsspec.implementations.local import LocalFileSystem
 
 from ttt_jax.config import ConfigError
 
@@ -64,7 +66,9 @@ def find(split: str, patterns: list[str]) -> list[InputFile]:
         with _explained(option):
             if fs.isdir(path):
                 root = fs._strip_protocol(path)
-                paths = [p for p in fs.find(path) if _kind(p)[0] and "/." not in p.removeprefix(root)]
+                below = _below(path) if isinstance(fs, LocalFileSystem) else fs.find(path)
+                paths = [p for p in below if _kind(p)[0] and "/." not in p.removeprefix(root)]
+                _name_left_out(option, [p.removeprefix(root).lstrip("/") for p in below if p not in set(paths)])
             elif fs.exists(path):
                 paths = [path]
             else:
@@ -77,8 +81,36 @@ def find(split: str, patterns: list[str]) -> list[InputFile]:
                     raise ConfigError(
                         f"--{split} {location}: cannot be read; expected a name that ends in {_expected()}"
                     )
-                found.append(InputFile(split, location, fs.info(each)["size"]))
+                with _explained(f"--{split} {location}"):
+                    found.append(InputFile(split, location, _size(fs, each)))
     return found
+
+
+def _size(fs: Any, path: str) -> int:
+    if isinstance(fs, LocalFileSystem):
+        return os.stat(path).st_size  # which fails for a link to nowhere
+    return fs.info(path)["size"]
+
+
+def _below(folder: str) -> list[str]:
+    """Return all files below a local folder; links are followed, but no folder is entered twice."""
+    found, entered = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            print(f"{place}: left out; it leads to a folder that is read already, {real}", file=sys.stderr)
+            continue
+        entered.add(real)
+        folders.sort()
+        found += [os.path.join(place, name) for name in sorted(names)]
+    return found
+
+
+def _name_left_out(option: str, names: list[str]) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+        print(f"{option}: left out {len(names)} files that are hidden or of unknown endings: {some}", file=sys.stderr)
 
 
 def read(location: str, option: str) -> bytes:
