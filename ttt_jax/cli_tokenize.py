@@ -64,7 +64,11 @@ def run(options: argparse.Namespace) -> int:
     from ttt_jax.data.store import Store
 
     _check(options)
-    found = [file for split in ("train", "validation", "test") for file in files.find(split, getattr(options, split))]
+    found = [
+        file
+        for split in ("train", "validation", "test")
+        for file in files.find(split, getattr(options, split), options.output)
+    ]
     _check_files(found)
     output, skip = Store(options.output), options.on_error == "skip"
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}

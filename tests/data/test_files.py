@@ -170,3 +170,15 @@ def test_links_are_followed_once_and_what_is_left_out_is_named(tmp_path, capsys)
     assert said.endswith("left out 1 files that are hidden or of unknown endings: c.jsonl.xz\n")
     (tmp_path / "in/x.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     assert "x.jsonl" in refused(tmp_path / "in")
+
+
+def test_an_output_below_an_input_folder_is_no_input(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"a")
+    said = []
+    for _ in range(2):
+        (file,) = files.find("train", [str(tmp_path)], str(tmp_path / "out"))
+        assert file.size == 1
+        said.append(capsys.readouterr().err)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/zarr.json").write_bytes(b"{}")
+    assert said[0] == said[1] == f"--output {tmp_path}/out: lies in {tmp_path}, of which it is no input\n"

@@ -51,7 +51,7 @@ class InputFile:
         return gzip.GzipFile(fileobj=raw, mode="rb") if compression == "gz" else io.BufferedReader(raw, 1 << 20)
 
 
-def find(split: str, patterns: list[str]) -> list[InputFile]:
+def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
     """The files that paths, globs and folders name, in this order; those of one pattern sorted by name.
 
     Of a folder, all files that can be read, at any depth; hidden ones are left out.
@@ -66,7 +66,7 @@ def find(split: str, patterns: list[str]) -> list[InputFile]:
         with _explained(option):
             if fs.isdir(path):
                 root = fs._strip_protocol(path)
-                below = _below(path) if isinstance(fs, LocalFileSystem) else fs.find(path)
+                below = _below(path, output) if isinstance(fs, LocalFileSystem) else fs.find(path)
                 paths = [p for p in below if _kind(p)[0] and "/." not in p.removeprefix(root)]
                 _name_left_out(option, [p.removeprefix(root).lstrip("/") for p in below if p not in set(paths)])
             elif fs.exists(path):
@@ -92,13 +92,19 @@ def _size(fs: Any, path: str) -> int:
     return fs.info(path)["size"]
 
 
-def _below(folder: str) -> list[str]:
+def _below(folder: str, output: str) -> list[str]:
     """Return all files below a local folder; links are followed, but no folder is entered twice."""
     found, entered = [], set()
+    target = os.path.realpath(output) if output and "://" not in output else ""
+    if target.startswith(f"{os.path.realpath(folder)}/"):
+        print(f"--output {output}: lies in {folder}, of which it is no input", file=sys.stderr)
+        entered.add(target)
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in entered:
             folders.clear()
+            if real == target:
+                continue
             print(f"{place}: left out; it leads to a folder that is read already, {real}", file=sys.stderr)
             continue
         entered.add(real)
