@@ -106,6 +106,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()
+    startup.keep_freed_memory()
     startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
     import jax
 

@@ -230,3 +230,19 @@ def test_evaluation_reads_distinct_windows_at_even_distances(windows, most, batc
     assert windows - firsts[-1] >= windows // len(firsts)
     assert (steps >= 1).all()
     assert len(steps) == 0 or steps.max() - steps.min() <= 1
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 5, 17, 257, 4097, 65535, 65536, 65537, 65538])
+def test_an_epoch_reads_every_window_once(windows):
+    """Also where grain's shuffle does not: 2^16 + 1."""
+    order = pipeline._order(windows, 3)
+    for epoch in (0, 1) if windows < 5000 else (1,):
+        read = sorted(order[epoch * windows + i] for i in range(windows))
+        assert read == list(range(windows))
+
+
+def test_an_order_of_its_own_changes_with_seed_and_epoch():
+    windows = 65537
+    by_seed = [[pipeline._order(windows, seed)[i] for i in range(20)] for seed in (0, 1, 0)]
+    assert by_seed[0] == by_seed[2] != by_seed[1]
+    assert by_seed[0] != [pipeline._order(windows, 0)[windows + i] for i in range(20)]

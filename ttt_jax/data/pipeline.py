@@ -4,9 +4,11 @@ Row r of step s is window ``order[s B + r]``, where ``order`` shuffles all windo
 follow one another without dropping or repeating a window (a batch may span two). Any row of any step can be had by
 itself, so starting at step s reads nothing of what came before, and the number of hosts may change.
 
-The order is that of the TTT-E2E authors' code for the same seed, batch size and number of windows.
+The order is that of the TTT-E2E authors' code for the same seed, batch size and number of windows, but for the few
+numbers of windows for which grain's shuffle is not a permutation.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +30,7 @@ class _Rows:
         if not windows:
             raise DataError(f"{source.name}: {len(source.tokens)} tokens are no window of {sequence_length}")
         self._source, self._sequence_length, self._batch_size = source, sequence_length, batch_size
-        self._order = grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
+        self._order = _order(windows, seed)
         self._rows = tuple(rows)
 
     def __len__(self) -> int:
@@ -41,6 +43,34 @@ class _Rows:
 
     def __repr__(self) -> str:
         return f"windows of {self._source.name}"
+
+
+class _Permutations:
+    """The windows of epoch after epoch, each epoch permuted by NumPy."""
+
+    def __init__(self, windows: int, seed: int):
+        self._windows, self._seed = windows, seed
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self._windows)
+        return int(_permutation(self._windows, self._seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def _permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+def _order(windows: int, seed: int):
+    """Return the window of each place in the row of all epochs, by index.
+
+    grain shuffles 2^k + 1 windows wrongly where k is even and at least 16: it reads one of them twice in an epoch and
+    another never. Those numbers of windows are permuted by NumPy.
+    """
+    k = (windows - 1).bit_length() - 1
+    if windows - 1 == 1 << max(k, 0) and k >= 16 and k % 2 == 0:
+        return _Permutations(windows, seed)
+    return grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
 
 
 def train_batches(

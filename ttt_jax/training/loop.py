@@ -125,6 +125,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         chips=jax.device_count(),
         peak=chip.peak_flops if chip else None,
         step=start,
+        total=total,
     )
     step = start
     watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(report.step + 1, seconds), armed=False)

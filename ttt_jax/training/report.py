@@ -35,14 +35,24 @@ class Report:
       flops: model FLOPs of a step.
       chips: how many; ``peak``: FLOP/s of one, None where that is not known.
       step: that the run goes on from.
+      total: the last step of the run, which always has a record; None where it is not known.
 
     Attributes:
       step: the last one that was reported; ``loss`` and ``seconds`` are its.
     """
 
     def __init__(
-        self, output: Output | None, *, tokens: int, flops: float, chips: int, peak: float | None, step: int = 0
+        self,
+        output: Output | None,
+        *,
+        tokens: int,
+        flops: float,
+        chips: int,
+        peak: float | None,
+        step: int = 0,
+        total: int | None = None,
     ):
+        self._total = total
         self._output, self._tokens, self._flops, self._chips, self._peak = output, tokens, flops, chips, peak
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._waits: dict[str, float] = {}  # seconds since the last record, by what for
@@ -101,7 +111,7 @@ class Report:
     def _tell(self, output: Output, step: int, numbers: dict[str, float], bad: bool) -> None:
         output.goodput.add(max(self.seconds - self._waited, 0.0))
         also, self._also = self._also, {}
-        if step % output.log_every == 0 or bad or also:
+        if step % output.log_every == 0 or step == self._total or bad or also:
             rate = self._tokens / self.seconds
             timing = {
                 "seconds_per_step": self.seconds,
