@@ -1,9 +1,10 @@
 """``ttt harness``: tasks of EleutherAI's lm-evaluation-harness."""
 
 import argparse
+import importlib.util
 import json
 import logging
-import re
+import os
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
@@ -13,7 +14,9 @@ from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
 Tasks of EleutherAI's lm-evaluation-harness that ask for likelihoods, by a trained model with the tokenizer of its data.
-Writes DIR/harness/TASK.json of each task and prints the harness's table. Needs: pip install 'ttt_jax[harness]'
+Writes DIR/harness/TASK.json of each task and prints the harness's table. Needs: pip install 'lm-eval>=0.4.13'
+
+A file of other options than the usual ones is named by them: TASK-at-500-first-100-5-shot-windows-2048.json.
 
 Texts of any length are read whole, each token with all that comes before it; --max-length gives the harness's windows.
 """
@@ -30,54 +33,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best or a number")
     add("--tokenizer", metavar="FILE", help="byte, .model or .json, where the data does not hold its own")
     add("--max-length", type=positive, metavar="N", help="read windows of so many tokens (default: whole texts)")
+    prefix = "before the first token of a text (default: what begins, or else ends, documents of the training data)"
+    add("--prefix-token", type=not_negative, metavar="ID", help=prefix)
     add("--batch-size", type=positive, metavar="B", help="texts of the training context at a time")
     add("--output", type=Path, metavar="FILE", help="also all that the harness tells, with each answer, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """``ttt harness``"""
+    """Run ``ttt harness``."""
     workdir = workdir_lib.at(options.workdir)
-    if options.output and options.output.is_dir():
-        raise ConfigError(f"--output {options.output}: is a folder; expected a file")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'")
+    if options.output:
+        _check_output(options.output)
     from rich.console import Console
 
-    from ttt_jax.interop import harness
+    from ttt_jax.interop import harness, harness_files
     from ttt_jax.parallel import startup
     from ttt_jax.training.metrics import write_atomically
 
     startup.use_compilation_cache()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = harness.TTTModel(
-        str(workdir),
-        options.step,
-        tokenizer=options.tokenizer,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-    )
+    read = {name: getattr(options, name) for name in ("tokenizer", "max_length", "prefix_token")}
+    model = harness.TTTModel(str(workdir), options.step, batch_size=options.batch_size, **read)
+    asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
     results = harness.evaluate(
-        model,
-        options.tasks,
-        include_path=options.include_path,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        log_samples=options.output is not None,
+        model, options.tasks, include_path=options.include_path, log_samples=options.output is not None, **asked
     )
-    folder = workdir / "harness"
-    if workdir_lib.is_local(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     found = harness.by_task(results, model)
+    named_by = {**read, **asked, "step": None if options.step == "newest" else model.trained.step}
+    named_by["tokenizer"] = model.tokenizer_of_run.sha256 if options.tokenizer else None
     for task, about in found.items():
-        stem = re.sub(r"[^\w.-]+", "_", task)
-        stem += "" if options.step == "newest" else f"-at-{model.trained.step}"
-        stem += "" if options.limit is None else f"-first-{options.limit}"
-        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2, default=str) + "\n")
-        print(folder / f"{stem}.json")
+        print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))
     if options.output:
+        told, missing = harness_files.without_nan(results)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps(results, indent=2, default=str) + "\n")
-        print(options.output)
+        write_atomically(options.output, json.dumps(told, indent=2, default=str, allow_nan=False) + "\n")
+        print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))
     Console().print(_table(found))
     return DONE
+
+
+def _check_output(path: Path) -> None:
+    """Raise ConfigError where a file cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: is a folder; expected a file")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"--output {path}: {there} is no folder that can be written to; expected one")
 
 
 def _table(found):
@@ -92,6 +95,7 @@ def _table(found):
     for task, about in found.items():
         documents = (about["documents"] or {}).get("effective", "")
         for name, metric in about["metrics"].items():
-            value, error = (f"{x:.4f}" if isinstance(x, float) else str(x or "") for x in metric.values())
+            known = (metric.get("not_finite", metric["value"]), metric["standard_error"])
+            value, error = (f"{x:.4f}" if isinstance(x, float) else "" if x is None else str(x) for x in known)
             table.add_row(task, name, value, error, str(about["num_fewshot"]), str(documents))
     return table

@@ -14,13 +14,17 @@ from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.build import language_model
 
-pytest.importorskip("lm_eval", reason="pip install 'ttt_jax[harness]' runs the tests of ttt harness")
+pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
+from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.errors import DataError
-from ttt_jax.interop import harness
+from ttt_jax.evaluation.likelihood import Score
+from ttt_jax.interop import harness, harness_files
+from ttt_jax.interop.prefix import prefix_token_of
+from ttt_jax.training.errors import NonFiniteLossError
 
 TRAINING, BOS, LONGEST = 16, 256, 64
 QUESTIONS = [
@@ -194,12 +198,166 @@ def test_the_token_before_a_text(run):
         assert found[1][0] == pytest.approx(log_likelihoods([*without, *b"abc"])[0].sum(), rel=1e-5)
 
 
+@pytest.fixture
+def joining(model, monkeypatch):
+    """The model with a tokenizer in which some words are one token, and for which a snowman is none."""
+    tokens = {"Answer": [1], "Ans": [2, 3, 4], "hello world": [5, 6], "hello wor": [5, 7, 8], "\u2603": []}
+    monkeypatch.setattr(model, "_encode", lambda text: np.array(tokens.get(text, [*text.encode()]), np.int64))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pair", "shown"),
+    [
+        (("Ans", "wer"), "the answer 'wer' behind 'Ans'"),
+        (("hello wor", "ld"), "the answer 'ld' behind 'hello wor'"),
+        (("abc", ""), "the answer '' behind 'abc'"),
+        (("", ""), "the answer '' behind ''"),
+        (("", "\u2603"), "the answer '\u2603' behind ''"),
+    ],
+)
+def test_an_answer_without_tokens_is_refused(joining, pair, shown):
+    with pytest.raises(ConfigError) as error:
+        joining.loglikelihood(instances("loglikelihood", pair), disable_tqdm=True)
+    assert str(error.value).startswith(f"tokenizer byte: {shown} has no token of its own; expected")
+    assert "\n" not in str(error.value)
+
+
+def test_answers_are_encoded_as_the_harness_encodes_them(model):
+    for pair in (("The sky is", " blue"), ("It is  ", "so"), ("It is ", ""), ("  ", "x")):
+        expected = harness.TemplateLM._encode_pair(model, *pair)
+        assert model._encode_pair(*pair) == expected
+
+
+def test_an_answer_behind_white_space_alone_is_scored_whole(run):
+    workdir, log_likelihoods = run
+    model = harness.TTTModel(str(workdir), add_bos_token=False)
+    [(total, _)] = model.loglikelihood(instances("loglikelihood", (" ", "x")), disable_tqdm=True)
+    assert total == pytest.approx(log_likelihoods([BOS, *b" x"])[0].sum(), rel=1e-5)
+
+
+def test_an_answer_longer_than_the_windows_is_refused(run):
+    workdir, log_likelihoods = run
+    limited = harness.TTTModel(str(workdir), max_length=3)
+    with pytest.raises(ConfigError) as error:
+        limited.loglikelihood(instances("loglikelihood", ("q", "abcd")), disable_tqdm=True)
+    assert str(error.value) == (
+        "max_length=3: the answer 'abcd' behind 'q' has 4 tokens; expected max_length 4 or more"
+    )
+    [(total, _)] = limited.loglikelihood(instances("loglikelihood", ("pq", "abc")), disable_tqdm=True)
+    assert total == pytest.approx(log_likelihoods([*b"qabc"])[0].sum(), rel=1e-5)
+
+
+def test_windows_of_one_token(run):
+    workdir, log_likelihoods = run
+    limited = harness.TTTModel(str(workdir), max_length=1)
+    [total] = limited.loglikelihood_rolling(instances("loglikelihood_rolling", ("No.",)), disable_tqdm=True)
+    row = [BOS, *b"No."]
+    expected = sum(log_likelihoods(row[i : i + 2])[0][0] for i in range(3))
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_documents_without_tokens(joining):
+    with pytest.raises(ConfigError, match="tokenizer byte: the document '\u2603' has no tokens; expected documents"):
+        joining.loglikelihood_rolling(instances("loglikelihood_rolling", ("\u2603",)), disable_tqdm=True)
+    empty = [Instance("loglikelihood_rolling", {}, ("",), 0, ("blank", 0, 1))]
+    with pytest.raises(ConfigError, match="--tasks blank: all of its documents are empty; expected some text"):
+        joining.loglikelihood_rolling(empty, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_scores_that_are_not_finite_are_errors(run, model, monkeypatch, value):
+    monkeypatch.setattr(model._scorer, "score", lambda texts, progress: [Score(value, True)] * len(texts))
+    with pytest.raises(NonFiniteLossError) as error:
+        model.loglikelihood(instances("loglikelihood", ("a", "b")), disable_tqdm=True)
+    assert str(error.value) == (
+        f"{run[0]}, step 5: the log-likelihood of the answer 'b' behind 'a' is {value}; expected a model that gives "
+        "finite numbers"
+    )
+    with pytest.raises(NonFiniteLossError, match="the log-likelihood of the document 'No' is"):
+        model.loglikelihood_rolling(instances("loglikelihood_rolling", ("No",)), disable_tqdm=True)
+
+
+def test_a_perplexity_that_overflows_is_infinite_and_null_in_json(model):
+    with harness._overflow_is_infinite():
+        perplexity = harness.lm_eval_metrics.weighted_perplexity([(-2000.0, 1)])
+    assert perplexity == math.inf
+    assert harness.lm_eval_metrics.math is math
+    results = {"results": {"t": {"word_perplexity,none": perplexity, "word_perplexity_stderr,none": math.nan}}}
+    assert harness.by_task(results, model)["t"]["metrics"] == {
+        "word_perplexity": {"value": None, "standard_error": None, "not_finite": "inf"}
+    }
+    assert harness_files.without_nan({"a": [1.5, math.nan], "b": (math.inf, "x")}) == (
+        {"a": [1.5, None], "b": [None, "x"]},
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "bos", "expected"),
+    [
+        ([], None, 256),
+        (["--no-bos"], None, 257),
+        (["--no-bos", "--no-eos"], None, None),
+        (["--no-bos", "--no-eos"], 10, 10),
+    ],
+)
+def test_the_prefix_token_is_one_of_the_training_data(tmp_path, options, bos, expected):
+    (tmp_path / "t.jsonl").write_text('{"text": "one two"}\n' * 3)
+    files = ["--train", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "data")]
+    assert cli.main(["tokenize", *files, "--tokenizer", "byte", *options]) == 0
+    config = config_lib.default()
+    config.data.source = str(tmp_path / "data")
+    config.model.vocab_size = 258
+    if bos is not None:
+        config.data.bos = bos
+    byte = tokenizer_lib.byte()
+    assert prefix_token_of(config, byte, 7) == 7
+    with pytest.raises(ConfigError, match="prefix_token=258: expected a token of the model, below 258"):
+        prefix_token_of(config, byte, 258)
+    if expected is not None:
+        assert prefix_token_of(config, byte) == expected
+        return
+    with pytest.raises(ConfigError, match=r"no token begins or ends its documents; expected prefix_token=ID"):
+        prefix_token_of(config, byte)
+
+
+def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
+    names = [
+        harness_files.name_of("a/b", **options)
+        for options in ({}, {"num_fewshot": 0}, {"max_length": 64}, {"prefix_token": 0}, {"tokenizer": "0123456789"})
+    ]
+    assert names == ["a_b", "a_b-0-shot", "a_b-windows-64", "a_b-prefix-0", "a_b-tokenizer-01234567"]
+    about = {"task": "a/b", "max_length": None, "num_fewshot": 0, "identity": "11", "model_step": 5}
+    other = {**about, "task": "a_b", "identity": "22"}
+    assert harness_files.save(tmp_path, "a_b", about) == str(tmp_path / "a_b.json")
+    note = " (beside a_b.json, which is of other options or texts)"
+    assert harness_files.save(tmp_path, "a_b", other) == f"{tmp_path / 'a_b-22.json'}{note}"
+    replaced = {**about, "model_step": 9}
+    note = " (in place of the result of step 5)"
+    assert harness_files.save(tmp_path, "a_b", replaced) == f"{tmp_path / 'a_b.json'}{note}"
+    assert json.loads((tmp_path / "a_b.json").read_text()) == replaced
+    assert json.loads((tmp_path / "a_b-22.json").read_text()) == other
+
+
+def test_identity_is_of_texts_and_options(model):
+    def identity(*pairs):
+        model.forget_requests()
+        model._note([Instance("loglikelihood", {}, pair, 0, ("t", 0, 1)) for pair in pairs])
+        return model.identity(["t"])
+
+    assert identity(("a", "b")) == identity(("a", "b"))
+    assert len({identity(("a", "b")), identity(("ab", "")), identity(("a", "b"), ("a", "c"))}) == 3
+
+
 def test_what_cannot_be_run(run, tasks, model, tmp_path):
     workdir = str(run[0])
     for options, message in (
         ({"step": 4}, "--step 4: no such checkpoint"),
         ({"step": "all"}, "--step all: several checkpoints; expected newest, best or a number"),
         ({"max_length": 0}, "max_length=0: expected 1 or more"),
+        ({"max_length": "x"}, "max_length=x: expected 1 or more"),
+        ({"prefix_token": 257}, "prefix_token=257: expected a token of the model, below 257"),
         ({"tokenizer": "words.txt"}, "--tokenizer words.txt: expected byte"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -247,7 +405,7 @@ def test_help_and_refusals_do_not_load_jax(in_one_process):
     )
     status, out, _ = found["harness --help"]
     assert status == 0
-    assert all(text in out for text in ("--include-path DIR", "--max-length N", "pip install 'ttt_jax[harness]'"))
+    assert all(text in out for text in ("--include-path DIR", "--max-length N", "pip install 'lm-eval>=0.4.13'"))
     assert "required: --tasks" in found["harness --workdir x"][2]
     assert found["harness --workdir x --tasks a --limit 0"][0] == 2
     assert found[a_folder] == [2, "", "ttt harness: --output /: is a folder; expected a file\n"]

@@ -1,4 +1,4 @@
-"""Trained models for EleutherAI's lm-evaluation-harness (``pip install 'ttt_jax[harness]'``).
+"""Trained models for EleutherAI's lm-evaluation-harness (``pip install 'lm-eval>=0.4.13'``).
 
 Importing this module registers the model type ``ttt_jax`` with the harness. ``ttt harness`` runs tasks; the harness's
 own command, with this model type known to it, is
@@ -6,9 +6,15 @@ own command, with this model type known to it, is
     python -m ttt_jax.interop.harness run --model ttt_jax --model_args workdir=runs/a --tasks lambada_openai
 """
 
+import hashlib
 import itertools
+import json
+import logging
+import math
 import os
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -18,24 +24,27 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, load, steps
+from ttt_jax.interop.prefix import prefix_token_of
+from ttt_jax.training.errors import NonFiniteLossError
 from ttt_jax.workdir import at
 
 try:
     from lm_eval import utils
+    from lm_eval.api import metrics as lm_eval_metrics
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.tasks import TaskManager
 except ImportError as error:
-    raise ConfigError(f"lm-evaluation-harness: {error}; pip install 'ttt_jax[harness]'") from error
+    raise ConfigError(f"lm-evaluation-harness: {error}; pip install 'lm-eval>=0.4.13'") from error
 
 from tqdm import tqdm  # with the harness
 
 NO_GENERATION = "text is not generated yet; expected tasks that ask for likelihoods: multiple_choice, loglikelihood or "
 NO_GENERATION += "loglikelihood_rolling"
 _RESAMPLES = 1000  # for the standard errors of metrics that are no means
+_LOG = logging.getLogger(__name__)
 
 
 @register_model("ttt_jax")
@@ -50,10 +59,10 @@ class TTTModel(TemplateLM):
       step: which checkpoint: newest, best or a number.
       tokenizer: ``byte``, or a ``.model`` or ``.json`` file, where the dataset does not hold its own.
       prefix_token: the id of the token before the first one of a text; by default the one that begins (or else ends)
-        documents in the training data.
+        documents in the training data, see :func:`prefix_token_of`.
       add_bos_token: whether it stands before a text that has a context, too, as it does in training.
       max_length: reads windows of so many tokens: a context loses its beginning, and of a long document each window is
-        read for itself. None is no limit.
+        read for itself. An answer of more tokens is refused. None is no limit.
       batch_size: texts of the training context at a time; by default, or with 'auto', as in training.
       max_batch_size, device: as the harness passes them; not used.
 
@@ -75,9 +84,9 @@ class TTTModel(TemplateLM):
     ):
         super().__init__()
         del max_batch_size, device
-        if max_length is not None and int(max_length) < 1:
-            raise ConfigError(f"max_length={max_length}: expected 1 or more")
-        batch_size = None if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        self._max_length = None if max_length is None else _integer("max_length", max_length, 1)
+        automatic = batch_size is None or str(batch_size).startswith("auto")
+        rows = None if automatic else _integer("batch_size", batch_size, 1)
         chosen = steps(at(workdir), str(step))
         if len(chosen) > 1:
             raise ConfigError(f"--step {step}: several checkpoints; expected newest, best or a number")
@@ -85,10 +94,11 @@ class TTTModel(TemplateLM):
         source = self.trained.config.data.source
         self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(source)
         self._encode = self.tokenizer_of_run.encoder()
-        self._prefix = _begin(self.trained, self.tokenizer_of_run) if prefix_token is None else int(prefix_token)
+        chosen_prefix = None if prefix_token is None else _integer("prefix_token", prefix_token, 0)
+        self._prefix = prefix_token_of(self.trained.config, self.tokenizer_of_run, chosen_prefix)
         self._add_bos_token = add_bos_token
-        self._max_length = None if max_length is None else int(max_length)
-        self._scorer = Scorer(self.trained, batch_size)
+        self._scorer = Scorer(self.trained, rows)
+        self._asked: dict[str, Any] = {}  # by task, the hash of the texts that it has asked for
 
     @property
     def eot_token_id(self) -> int:
@@ -129,30 +139,97 @@ class TTTModel(TemplateLM):
             )
         return tokens.tolist()
 
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each answer behind its context, and whether greedy decoding gives it.
+
+        Raises:
+          ConfigError: for an answer that has no token of its own, or more of them than ``max_length``.
+          NonFiniteLossError: where the model gives NaN or infinity.
+        """
+        self._note(requests)
+        encoded, joined = [], 0
+        for context, continuation in (request.args for request in requests):
+            before, answer, joins = self._encode_both(context, continuation)
+            encoded.append(((context, continuation), before, answer))
+            joined += joins
+        if joined:
+            _LOG.warning(
+                f"{joined} of {len(requests)} answers share a token with their context; as with the harness's own "
+                "models, their tokens are those behind as many as the context has"
+            )
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, answer, _ = self._encode_both(context, continuation)
+        return before, answer
+
+    def _encode_both(self, context: str, continuation: str) -> tuple[list[int], list[int], bool]:
+        """Return tokens of context and answer as ``TemplateLM._encode_pair`` does, and whether the two share a token.
+
+        White space at the end of the context is part of the answer. The answer's tokens are those of the whole text
+        behind as many as the context has by itself.
+        """
+        stripped = context.rstrip()
+        before = self.tok_encode(stripped)
+        whole = self.tok_encode(context + continuation)
+        return before, whole[len(before) :], whole[: len(before)] != before
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         texts = []
-        for _, context, continuation in requests:
-            if self._add_bos_token and context[:1] != [self._prefix]:
+        for request, context, continuation in requests:
+            self._check_answer(_shown(request), continuation)
+            if not context or (self._add_bos_token and context[:1] != [self._prefix]):
                 context = [self._prefix, *context]
             tokens = np.array([*context, *continuation])
             if self._max_length is not None:
                 tokens = tokens[-(self._max_length + 1) :]
-            texts.append(Text(tokens, min(len(continuation), len(tokens) - 1)))
-        found = [tuple(score) for score in self._score(texts, disable_tqdm)]
+            texts.append(Text(tokens, len(continuation)))
+        names = [_shown(request) for request, *_ in requests]
+        found = [tuple(score) for score in self._score(texts, names, disable_tqdm)]
         for (request, *_), answer in zip(requests, found, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
         return found
 
+    def _check_answer(self, shown: str, continuation: list[int]) -> None:
+        """Raise ConfigError for an answer that would be scored without, or with only some, of its tokens."""
+        if not continuation:
+            raise ConfigError(
+                f"tokenizer {self.tokenizer_of_run.name}: {shown} has no token of its own; expected answers that have "
+                "some, such as those that begin with a space"
+            )
+        if self._max_length is not None and len(continuation) > self._max_length:
+            raise ConfigError(
+                f"max_length={self._max_length}: {shown} has {len(continuation)} tokens; expected max_length "
+                f"{len(continuation)} or more"
+            )
+
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each document, its first token given the prefix."""
-        texts, owners = [], []
+        """Return the log-likelihood of each document, its first token given the prefix; 0 for an empty one.
+
+        Raises:
+          ConfigError: for a document of characters that have no tokens, and for a task without any text.
+          NonFiniteLossError: where the model gives NaN or infinity.
+        """
+        self._note(requests)
+        texts, owners, with_text = [], [], set()
         for i, request in enumerate(requests):
-            for text in self._document(self.tok_encode(request.args[0])):
+            (document,) = request.args
+            tokens = self.tok_encode(document)
+            if document and not tokens:
+                raise ConfigError(
+                    f"tokenizer {self.tokenizer_of_run.name}: the document {document[:40]!r} has no tokens; expected "
+                    "documents in characters that it knows"
+                )
+            with_text |= {request.task_name} if tokens else set()
+            for text in self._document(tokens):
                 texts.append(text)
                 owners.append(i)
+        for task in {request.task_name for request in requests} - with_text - {None}:
+            raise ConfigError(f"--tasks {task}: all of its documents are empty; expected some text")
         totals = np.zeros(len(requests))
-        np.add.at(totals, owners, [score.log_likelihood for score in self._score(texts, disable_tqdm)])
+        names = [f"the document {requests[i].args[0][:40]!r}" for i in owners]
+        np.add.at(totals, owners, [score.log_likelihood for score in self._score(texts, names, disable_tqdm)])
         for request, total in zip(requests, totals.tolist(), strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals.tolist()
@@ -170,15 +247,38 @@ class TTTModel(TemplateLM):
         pairs = map(utils.make_disjoint_window, windows)
         return [Text(np.array([*context, *predicted]), len(predicted)) for context, predicted in pairs]
 
-    def _score(self, texts: Sequence[Text], disable_tqdm: bool):
+    def _score(self, texts: Sequence[Text], names: Sequence[str], disable_tqdm: bool):
         with tqdm(total=len(texts), desc="Scoring texts", disable=disable_tqdm) as bar:
-            return self._scorer.score(texts, bar.update)
+            found = self._scorer.score(texts, bar.update)
+        for score, name in zip(found, names, strict=True):
+            if not math.isfinite(score.log_likelihood):
+                raise NonFiniteLossError(
+                    f"{self.trained.workdir}, step {self.trained.step}: the log-likelihood of {name} is "
+                    f"{score.log_likelihood}; expected a model that gives finite numbers"
+                )
+        return found
+
+    def _note(self, requests) -> None:
+        """Remember which texts each task has asked for."""
+        for request in requests:
+            digest = self._asked.setdefault(request.task_name, hashlib.blake2b(digest_size=8))
+            digest.update(json.dumps([request.request_type, *request.args]).encode())
+
+    def forget_requests(self) -> None:
+        """Forget what tasks have asked for: :meth:`identity` is of what they ask for from now on."""
+        self._asked.clear()
+
+    def identity(self, tasks: Sequence[str]) -> str:
+        """Return a short hash of all that the results of tasks depend on, but for the model's weights and metrics."""
+        asked = [self._asked[task].hexdigest() for task in tasks if task in self._asked]
+        read = [self.tokenizer_of_run.sha256, self._prefix, bool(self._add_bos_token), self._max_length]
+        return hashlib.blake2b(json.dumps([asked, read]).encode(), digest_size=4).hexdigest()
 
 
 def evaluate(
     model: TTTModel, tasks: Sequence[str], *, include_path: str | os.PathLike | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Runs tasks of the harness; returns its results.
+    """Run tasks of the harness and return its results. A perplexity that overflows is infinity.
 
     Args:
       tasks: names of tasks, groups or tags.
@@ -188,6 +288,7 @@ def evaluate(
     Raises:
       ConfigError: where there is no such task, or it asks for generated text.
       DataError: where a task or its data cannot be loaded.
+      NonFiniteLossError: where the model gives NaN or infinity.
     """
     from lm_eval import simple_evaluate
 
@@ -210,17 +311,20 @@ def evaluate(
     within = set(itertools.chain(*loaded["group_map"].values()))
     found = [x for kind in ("groups", "tasks") for name, x in loaded[kind].items() if name not in within]
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstraps would fork this process, which JAX may not survive
-    results = simple_evaluate(model, tasks=found, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
+    model.forget_requests()
+    with _overflow_is_infinite():
+        results = simple_evaluate(model, tasks=found, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
     assert results is not None  # of the only process
     return results
 
 
 def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any]]:
-    """What :func:`evaluate` found, for each task and group.
+    """Return what :func:`evaluate` found, for each task and group.
 
     Returns:
-      ``metrics``: of each, by its name, ``value`` and ``standard_error`` (None where the harness gives none). Beside
-      them what they are of: ``num_fewshot``, ``version`` and ``documents`` of the task, ``model_step`` and the like.
+      ``metrics``: of each, by its name, ``value`` and ``standard_error`` (None where the harness gives none, or NaN or
+      infinity; a value that is not finite is spelled out in ``not_finite``). Beside them what they are of:
+      ``num_fewshot``, ``version`` and ``documents`` of the task, ``identity``, ``model_step`` and the like.
     """
     keys = {"num_fewshot": "n-shot", "version": "versions", "documents": "n-samples"}
     found = {}
@@ -231,25 +335,57 @@ def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any
             if kept and not name.endswith("_stderr"):
                 error = values.get(f"{name}_stderr,{kept}")
                 name += "" if kept == "none" else f",{kept}"
-                metrics[name] = {"value": value, "standard_error": error if isinstance(error, float) else None}
+                metrics[name] = _metric(value, error)
+        within = results.get("group_subtasks", {}).get(task) or [task]
         found[task] = {
             "task": task,
             "metrics": metrics,
             **{key: results.get(theirs, {}).get(task) for key, theirs in keys.items()},
             "lm_eval": results.get("lm_eval_version"),
+            "identity": model.identity(within),
             **model.get_model_info(),
         }
     return found
 
 
-def _begin(trained: Trained, tokenizer: Tokenizer) -> int:
-    """The token that stands before the first one of a document in the training data."""
-    found = sources.from_config(trained.config, "train").bos
-    for token in (tokenizer.bos, tokenizer.eos):
-        found = token if found is None else found
-    if found is None:
-        raise ConfigError(f"tokenizer {tokenizer.name}: has neither BOS nor EOS; expected prefix_token=ID")
-    return found
+def _metric(value: Any, error: Any) -> dict[str, Any]:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    known = isinstance(error, float) and math.isfinite(error)
+    metric = {"value": value if finite else None, "standard_error": error if known else None}
+    return metric if finite else {**metric, "not_finite": str(value)}
+
+
+@contextmanager
+def _overflow_is_infinite() -> Iterator[None]:
+    """Let the harness's perplexities be infinity where ``math.exp`` would end the run with an OverflowError."""
+
+    def exp(x: float) -> float:
+        try:
+            return math.exp(x)
+        except OverflowError:
+            return math.inf
+
+    theirs = lm_eval_metrics.math
+    lm_eval_metrics.math = types.SimpleNamespace(**{**vars(math), "exp": exp})
+    try:
+        yield
+    finally:
+        lm_eval_metrics.math = theirs
+
+
+def _shown(request: tuple[str | None, str | None] | None) -> str:
+    """Return an answer and the end of its context, for messages."""
+    context, answer = request or (None, None)
+    return "an answer" if answer is None else f"the answer {answer[:40]!r} behind {(context or '')[-40:]!r}"
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    try:
+        if int(value) >= least:
+            return int(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"{name}={value}: expected {least} or more")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ def test_what_a_picture_says(panel, tmp_path):
     assert np.ptp(pixels[..., :3]) > 0.9
 
 
+def test_a_share_that_is_not_known_is_said(loaded, tmp_path):
+    unknown = [{"context": 512, "depth": 0.0, "accuracy": None}, {"context": 512, "depth": 50.0, "accuracy": 0.5}]
+    found = heat_map.panel(unknown, "a run", "depth", "{:g} %".format, "accuracy", loaded("ttt_linear"))
+    heat_map.save([[found]], tmp_path / "map.svg", "share right")
+    words = re.findall(r"<!-- (.*?) -->", (tmp_path / "map.svg").read_text())
+    assert words.count("not finite") == 1
+
+
 def test_a_kind_of_file_that_is_not_drawn(panel, tmp_path):
     with pytest.raises(ConfigError, match=r"--plot .*map.txt: expected a name that ends in .png, .pdf or .svg"):
         heat_map.save([[panel]], tmp_path / "map.txt", "share right")

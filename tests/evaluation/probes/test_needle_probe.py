@@ -157,3 +157,29 @@ def test_a_tokenizer_that_the_model_does_not_know(run, text):
     small.model.vocab_size = 100
     with pytest.raises(ConfigError, match=r"--tokenizer byte: has token 256; .* knows 100 tokens; expected the"):
         needle_probe.probe(run._replace(config=small), "passkey", text, contexts=[500], depths=[0.0])
+
+
+def test_scores_that_are_not_finite_show(run, text, monkeypatch):
+    """None of the shares is known where one of the answers is not; the file stays JSON."""
+    scores = np.array([[-5.0, -6.0], [np.nan, -6.0], [-5.0, -np.inf]], np.float32)
+    monkeypatch.setattr(Scorer, "score", lambda *args: Scores(scores, np.array([True, False, True])))
+    [cell] = needle_probe.probe(run, "passkey", text, contexts=[500], depths=[0.0], samples=3, candidates=2)
+    unknown = ("correct", "accuracy", "low", "ranked_first", "ranked_high", "log_likelihood", "advantage")
+    assert [cell[key] for key in unknown] == [None] * 7
+    assert cell["log_likelihood_error"] is None
+    assert cell["not_finite"] == 2
+    stored = (run.workdir / "probe" / "needle-passkey.json").read_text()
+    assert json.loads(stored, parse_constant=pytest.fail)["cells"] == [cell]
+
+
+def test_prompts_of_another_beginning_are_other_cells(run, text, scored):
+    options = {"contexts": [500], "depths": [0.0], "samples": 2, "candidates": 2}
+    [with_bos] = needle_probe.probe(run, "passkey", text, **options)
+    [without] = needle_probe.probe(run, "passkey", text._replace(bos=None), **options)
+    assert (with_bos["bos"], without["bos"], len(scored)) == (256, None, 2)
+    path = run.workdir / "probe" / "needle-passkey.json"
+    found = json.loads(path.read_text())
+    del found["cells"][0]["bos"]  # of an earlier version
+    path.write_text(json.dumps(found))
+    needle_probe.probe(run, "passkey", text, **options)
+    assert len(scored) == 2

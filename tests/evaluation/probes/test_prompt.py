@@ -212,8 +212,22 @@ def test_what_is_no_haystack(byte, tmp_path, content, message):
 
 def test_a_source_without_text(byte):
     source = TokenSource("empty/test", np.full(5000, BOS, np.uint16), 257, BOS)
-    with pytest.raises(ConfigError, match=r"^--haystack: empty/test has hardly any text; expected enough for"):
+    with pytest.raises(ConfigError, match=r"^empty/test: no text in it; expected --haystack FILE"):
         made(byte, haystack=haystack_lib.of_source(source, byte.decoder()))
+
+
+def test_a_split_without_tokens(byte):
+    with pytest.raises(ConfigError, match=r"^books/validation: no text in it; expected --haystack FILE"):
+        haystack_lib.of_source(byte_source(""), byte.decoder())
+
+
+def test_a_short_text_is_read_once_however_long_the_haystack_is(byte):
+    reads, decode = [], byte.decoder()
+    found = haystack_lib.of_source(byte_source("Ab c. "), lambda tokens: reads.append(len(tokens)) or decode(tokens))
+    units = found.units(0.5, 100_000)
+    assert len(reads) <= 4
+    assert "".join(units) in "Ab c. " * 20_000
+    assert len("".join(units)) > 99_000
 
 
 def test_a_context_that_is_too_short(byte):

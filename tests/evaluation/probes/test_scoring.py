@@ -82,3 +82,24 @@ def test_no_more_is_read_at_a_time_than_a_piece(scorers, monkeypatch):
     scorer.score([example(RNG.integers(0, 257, T), [[1, 2], [3, 4]])] * 3, calls.append)
     assert seen == [(2, 23), (2, 23), (2, 6)] * 2  # 61 tokens, but those where an answer may begin
     assert calls == [2, 3]
+
+
+def test_what_stands_behind_an_answer_is_not_scored():
+    """NaN behind an answer leaves its score as it is; NaN within it shows."""
+    import jax.numpy as jnp
+
+    logits = jnp.zeros((1, 4, 3)).at[0, 2:].set(jnp.nan)
+
+    class Model:
+        def apply(self, params, inputs, state):
+            return logits, state
+
+    class Run:
+        model, rows, config = Model(), 1, None
+
+    answer = Scorer(Run, batch_size=1, piece_length=4)._answer
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    total, matched = answer({}, None, tokens, tokens, jnp.array([[1.0, 1, 0, 0]]))
+    assert float(total[0]) == pytest.approx(2 * np.log(1 / 3))
+    assert bool(matched[0])
+    assert np.isnan(float(answer({}, None, tokens, tokens, jnp.array([[1.0, 1, 1, 0]]))[0][0]))

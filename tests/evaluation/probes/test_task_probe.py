@@ -68,6 +68,21 @@ def test_a_model_that_knows_all_and_one_that_knows_nothing(run, monkeypatch, tmp
         assert cell["loss"] == 3
 
 
+def test_answers_that_are_not_finite_show(run, monkeypatch, tmp_path):
+    def predictions(trained, read, examples, batch_size):
+        loss = np.zeros((len(examples), len(examples[0].tokens) - 1))
+        loss[0] = np.nan
+        return np.zeros_like(loss, int), loss
+
+    monkeypatch.setattr(task_probe, "_predictions", predictions)
+    run = run._replace(workdir=tmp_path / "r")
+    [cell] = task_probe.probe(run, **OPTIONS)
+    assert [cell[key] for key in ("correct", "accuracy", "whole", "loss", "low", "whole_high")] == [None] * 6
+    assert (cell["not_finite"], cell["answers"]) == (2, 14)
+    stored = (run.workdir / "probe" / "associative_recall.json").read_text()
+    assert json.loads(stored, parse_constant=pytest.fail)["cells"] == [cell]
+
+
 def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
         task_probe, "_predictions", lambda trained, read, examples, size: (np.zeros((50, 299)), np.zeros((50, 299)))

@@ -23,10 +23,12 @@ class Cells:
       workdir: of the run.
       name: of the probe, and of the files ``WORKDIR/probe/NAME.json`` and ``.csv``.
       keys: what of a cell says which cell it is.
+      of_old: values of keys in cells of earlier versions, which do not have them.
     """
 
-    def __init__(self, workdir: Workdir, name: str, keys: Sequence[str]):
+    def __init__(self, workdir: Workdir, name: str, keys: Sequence[str], of_old: Cell | None = None):
         self._path, self._keys = workdir / "probe" / f"{name}.json", tuple(keys)
+        self._of_old = of_old or {}
 
     def read(self) -> dict[str, Any]:
         """What is known of the run, with its ``cells``, oldest first; none where the probe has not been run.
@@ -37,7 +39,7 @@ class Cells:
         try:
             with explained(self._path):
                 found = json.loads(self._path.read_text())
-            if all(key in cell for cell in found["cells"] for key in self._keys):
+            if all(key in {**self._of_old, **cell} for cell in found["cells"] for key in self._keys):
                 return found
         except FileNotFoundError:
             return {"cells": []}
@@ -47,7 +49,7 @@ class Cells:
 
     def find(self, **which: Any) -> list[Cell]:
         """The cells whose values are these, oldest first."""
-        return [cell for cell in self.read()["cells"] if which.items() <= cell.items()]
+        return [cell for cell in self.read()["cells"] if self._is(which, cell)]
 
     def add(self, cell: Cell, about: dict[str, Any]) -> None:
         """Writes a cell beside the others, or in the place of the one with the same keys.
@@ -56,14 +58,17 @@ class Cells:
           about: what is known of the run.
         """
         which = {key: cell[key] for key in self._keys}
-        cells = [other for other in self.read()["cells"] if not which.items() <= other.items()] + [cell]
+        cells = [other for other in self.read()["cells"] if not self._is(which, other)] + [cell]
         if is_local(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps({**about, "cells": cells}, indent=2) + "\n")
+        write_atomically(self._path, json.dumps({**about, "cells": cells}, indent=2, allow_nan=False) + "\n")
         write_atomically(self._path.with_suffix(".csv"), _table(cells))
         for part in sorted(key for key in cell if isinstance(cell[key], list)):
-            rows = [{**{k: c[k] for k in self._keys}, **entry} for c in cells for entry in c[part]]
+            rows = [{**{k: c.get(k) for k in self._keys}, **entry} for c in cells for entry in c[part]]
             write_atomically(self._path.with_name(f"{self._path.stem}-{part}.csv"), _table(rows))
+
+    def _is(self, which: dict[str, Any], cell: Cell) -> bool:
+        return which.items() <= {**self._of_old, **{k: v for k, v in cell.items() if not isinstance(v, list)}}.items()
 
 
 def _table(rows: Sequence[Cell]) -> str:

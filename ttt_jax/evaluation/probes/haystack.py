@@ -15,6 +15,7 @@ from ttt_jax.evaluation.probes import needle
 
 # A unit ends with a sentence or a paragraph, and begins with the white space before it.
 _END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s)|[^\n](?=\n\s*\n)")
+_LOOKED_AT = 1 << 16  # tokens at a time, until some text is found
 _LONGEST = 300  # characters; longer ones are cut between words
 
 
@@ -45,11 +46,17 @@ def noise() -> Haystack:
 
 
 def of_source(source: TokenSource, decode: Decode) -> Haystack:
-    """The text of a split of a dataset, documents one after another."""
+    """Return the text of a split of a dataset, documents one after another.
+
+    Raises:
+      ConfigError: where there is no text in it.
+    """
 
     def read(start: int, stop: int) -> str:
         return decode(np.asarray(source.tokens[start:stop]))
 
+    if not any(read(start, start + _LOOKED_AT).strip() for start in range(0, len(source.tokens), _LOOKED_AT)):
+        raise ConfigError(f"{source.name}: no text in it; expected --haystack FILE, or a --split that has some")
     return _prose(source.name, source.fingerprint(), len(source.tokens), read)
 
 
@@ -71,11 +78,10 @@ def of_file(location: str) -> Haystack:
 
 def _prose(name: str, fingerprint: str, length: int, read: Callable[[int, int], str]) -> Haystack:
     def units(place: float, size: int) -> list[str]:
-        start, parts = int(place * length), []
-        while size > 0:
-            stop = min(start + size, length)
-            parts.append(read(start, stop))
-            size, start = size - (stop - start), 0
+        start = int(place * length)
+        stop = min(start + size, length)
+        again, rest = divmod(size - (stop - start), length)
+        parts = [read(start, stop), read(0, length) * again if again else "", read(0, rest) if rest else ""]
         return split("".join(parts))[1:]  # the first one has lost its beginning
 
     return Haystack(name, fingerprint, " ", units)

@@ -18,7 +18,7 @@ class Panel(NamedTuple):
     Attributes:
       title: above it.
       rows, columns: what stands beside and below it.
-      shares: [rows, columns], 0 to 1; NaN where nothing is known.
+      shares: [rows, columns], 0 to 1; NaN where nothing is known, infinity where the model gave NaN or infinity.
       trained: the column from which on contexts are longer than that of training: a line stands before it.
       row_title: beside the rows.
     """
@@ -38,7 +38,8 @@ def panel(
     contexts, rows = (sorted({cell[key] for cell in cells}) for key in ("context", row))
     shares = np.full((len(rows), len(contexts)), np.nan)
     for cell in cells:
-        shares[rows.index(cell[row]), contexts.index(cell["context"])] = cell[measure]
+        share = np.inf if cell[measure] is None else cell[measure]
+        shares[rows.index(cell[row]), contexts.index(cell["context"])] = share
     columns = [f"{context // 1024}k" if context % 1024 == 0 else f"{context}" for context in contexts]
     length = trained.config.data.sequence_length
     longer = sum(context <= length for context in contexts)
@@ -74,7 +75,7 @@ def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
 
 
 def _draw(panel: Panel, axes):
-    image = axes.imshow(panel.shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    image = axes.imshow(np.ma.masked_invalid(panel.shares), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(panel.columns)), panel.columns)
     axes.set_yticks(range(len(panel.rows)), panel.rows)
     axes.set_xlabel("context (tokens)")
@@ -83,6 +84,8 @@ def _draw(panel: Panel, axes):
     for (y, x), share in np.ndenumerate(panel.shares):
         if np.isfinite(share):  # dark letters on light ground
             axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="k" if share > 0.6 else "w")
+        elif np.isinf(share):
+            axes.text(x, y, "not finite", ha="center", va="center", fontsize=6, color="#D55E00")
     if 0 < panel.trained < len(panel.columns):
         axes.axvline(panel.trained - 0.5, color="w", linewidth=2)
         axes.axvline(panel.trained - 0.5, color="#D55E00", linewidth=1.2, linestyle="--")

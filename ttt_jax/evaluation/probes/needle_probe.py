@@ -11,7 +11,7 @@ from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.evaluation.probes import needle, prompt
 from ttt_jax.evaluation.probes.cells import Cell, Cells
 from ttt_jax.evaluation.probes.haystack import Haystack
-from ttt_jax.evaluation.probes.interval import wilson
+from ttt_jax.evaluation.probes.interval import finite_or_none, share
 from ttt_jax.evaluation.probes.scoring import Scorer
 from ttt_jax.evaluation.probes.texts import Texts
 from ttt_jax.evaluation.trained import Trained
@@ -19,13 +19,17 @@ from ttt_jax.models import build
 from ttt_jax.workdir import Workdir
 
 # Everything that a cell depends on: one that is there with the same values is not computed again.
-CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer")
+CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer", "bos")
 PLACE = ("context", "depth")
 
 
-def cells(workdir: Workdir, task: str) -> Cells:
-    """The cells that a run has of a task, in ``WORKDIR/probe/needle-TASK.json`` and ``.csv``."""
-    return Cells(workdir, f"needle-{task}", (*CONDITIONS, *PLACE))
+def cells(workdir: Workdir, task: str, of_old: dict[str, Any] | None = None) -> Cells:
+    """Return the cells that a run has of a task, in ``WORKDIR/probe/needle-TASK.json`` and ``.csv``.
+
+    Args:
+      of_old: the BOS of prompts in cells that do not say it: they are of a version that took that of the tokenizer.
+    """
+    return Cells(workdir, f"needle-{task}", (*CONDITIONS, *PLACE), {"bos": None} if of_old is None else of_old)
 
 
 def probe(
@@ -57,6 +61,7 @@ def probe(
       ``ranked_first`` that of those whose answer is likelier than the other candidates; each with its 95 % interval;
       ``log_likelihood`` is that of the whole answer, in nats, and ``advantage`` how far it is above the mean of the
       other candidates, 0 for a model that remembers nothing; both are means over examples, with standard errors.
+      What depends on a score that is NaN or infinite is None, and ``not_finite`` counts the examples with such scores.
 
     Raises:
       ConfigError: where a prompt does not fit a context, or its tokens not the model.
@@ -70,8 +75,9 @@ def probe(
         "candidates": candidates,
         "haystack": haystack.fingerprint,
         "tokenizer": tokenizer.sha256[:16],
+        "bos": texts.bos,
     }
-    kept = cells(trained.workdir, task)
+    kept = cells(trained.workdir, task, of_old={"bos": tokenizer.bos})
     about = _about(trained, task, haystack, tokenizer)
     known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
     encode = tokenizer.encoder()
@@ -106,33 +112,38 @@ def probe(
 
 def _summary(scorer: Scorer, examples: Sequence[prompt.Example]) -> dict[str, Any]:
     scores, n = scorer.score(examples), len(examples)
-    correct = int(scores.matched.sum())
+    finite = np.isfinite(scores.log_likelihood)  # [N, C]
+    correct = int(scores.matched.sum()) if finite[:, 0].all() else None
     others = scores.log_likelihood[:, 1:].max(1, initial=-np.inf)
-    first = int((scores.log_likelihood[:, 0] > others).sum())
-    low, high = wilson(correct, n)
-    ranked_low, ranked_high = wilson(first, n)
+    first = int((scores.log_likelihood[:, 0] > others).sum()) if finite.all() else None
+    accuracy, low, high = share(correct, n)
+    ranked_first, ranked_low, ranked_high = share(first, n)
     found = scores.log_likelihood[:, 0].astype(np.float64)
-    advantage = found - scores.log_likelihood[:, 1:].astype(np.float64).mean(1)
+    with np.errstate(invalid="ignore"):
+        advantage = found - scores.log_likelihood[:, 1:].astype(np.float64).mean(1)
     return {
         "actual_depth": float(np.mean([example.depth for example in examples])),
         "answer_tokens": float(np.mean([len(example.candidates[0]) for example in examples])),
+        "not_finite": int((~finite.all(1)).sum()),
         "correct": correct,
-        "accuracy": correct / n,
+        "accuracy": accuracy,
         "low": low,
         "high": high,
-        "ranked_first": first / n,
+        "ranked_first": ranked_first,
         "ranked_low": ranked_low,
         "ranked_high": ranked_high,
-        "log_likelihood": float(found.mean()),
+        "log_likelihood": finite_or_none(found.mean()),
         "log_likelihood_error": _error(found),
-        "advantage": float(advantage.mean()),
+        "advantage": finite_or_none(advantage.mean()),
         "advantage_error": _error(advantage),
     }
 
 
 def _error(values: np.ndarray) -> float | None:
-    """Standard error of a mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    """Return the standard error of a mean; None where it is not known."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def _about(trained: Trained, task: str, haystack: Haystack, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tables of probes, for people."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measu
     def shown(some: Sequence[Cell]) -> str:
         if not some:
             return "-"
-        first, *rest = (sum(cell[measure] for cell in some) / len(some) for measure in measures)
+        first, *rest = (_mean([cell[measure] for cell in some]) for measure in measures)
         return f"{first:.2f}" + "".join(f" ({share:.2f})" for share in rest)
 
     for value in rows:
@@ -49,3 +50,8 @@ def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measu
         found.add_section()
         found.add_row("mean", *(shown([c for c in cells if c["context"] == context]) for context in contexts))
     return found
+
+
+def _mean(shares: Sequence[float | None]) -> float:
+    """Return the mean of shares, NaN where one of them is not known because the model gave NaN or infinity."""
+    return sum(math.nan if share is None else share for share in shares) / len(shares)

@@ -24,7 +24,8 @@ class Scores(NamedTuple):
 
     Attributes:
       log_likelihood: [N, C], of all tokens of a candidate together, in nats.
-      matched: [N], whether each token of the answer is the likeliest one.
+      matched: [N], whether each token of the answer is the likeliest one; of no meaning where ``log_likelihood`` of
+        the answer is NaN or infinite.
     """
 
     log_likelihood: np.ndarray
@@ -56,7 +57,7 @@ class Scorer:
             # Greedy decoding gives the answer if and only if each of its tokens is the likeliest one behind the true
             # ones before it: the first token that is not would be the first that decoding gets wrong.
             likeliest = (logits.argmax(-1) == targets) | (mask == 0)
-            return (found * mask).sum(-1), likeliest.all(-1)
+            return jnp.where(mask > 0, found, 0).sum(-1), likeliest.all(-1)
 
         self._read, self._answer = read, answer
         self._start = jax.jit(lambda length: model.initial_state(self._batch_size, length), static_argnums=0)

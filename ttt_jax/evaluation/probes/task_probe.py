@@ -15,7 +15,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import task_source
 from ttt_jax.data.task_example import Example
 from ttt_jax.evaluation.probes.cells import Cell, Cells
-from ttt_jax.evaluation.probes.interval import wilson
+from ttt_jax.evaluation.probes.interval import finite_or_none, share
 from ttt_jax.evaluation.probes.needle_probe import run_in_words
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.parallel import sharding
@@ -67,6 +67,7 @@ def probe(
     Returns:
       The cells. ``accuracy`` is the share of answers that are the likeliest token, with its 95 % interval where they
       were independent; ``whole`` that of sequences with all answers right; ``loss`` is in nats per answer.
+      What depends on a loss that is NaN or infinite is None, and ``not_finite`` counts the answers with such losses.
       ``by_distance`` lists accuracies by the number of tokens between an answer and what it repeats, up to 1, 2, 4, ...
 
     Raises:
@@ -134,31 +135,35 @@ def _summary(examples: Sequence[Example], likeliest: np.ndarray, loss: np.ndarra
     right = np.stack([e.tokens[e.answers] == row[e.answers - 1] for e, row in zip(examples, likeliest, strict=True)])
     lost = np.stack([row[e.answers - 1] for e, row in zip(examples, loss, strict=True)])
     distance = np.stack([e.answers - e.sources for e in examples])
-    low, high = wilson(int(right.sum()), right.size)
-    whole_low, whole_high = wilson(int(right.all(1).sum()), len(right))
+    finite = np.isfinite(lost)  # [samples, answers]
+    known = bool(finite.all())
+    correct = int(right.sum()) if known else None
+    accuracy, low, high = share(correct, right.size)
+    whole, whole_low, whole_high = share(int(right.all(1).sum()) if known else None, len(right))
     return {
         "answers": right.size,
-        "correct": int(right.sum()),
-        "accuracy": float(right.mean()),
+        "not_finite": int((~finite).sum()),
+        "correct": correct,
+        "accuracy": accuracy,
         "low": low,
         "high": high,
-        "whole": float(right.all(1).mean()),
+        "whole": whole,
         "whole_low": whole_low,
         "whole_high": whole_high,
-        "loss": float(lost.astype(np.float64).mean()),
-        "by_distance": _by_distance(distance, right),
+        "loss": finite_or_none(lost.astype(np.float64).mean()),
+        "by_distance": _by_distance(distance, right, finite),
     }
 
 
-def _by_distance(distance: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+def _by_distance(distance: np.ndarray, right: np.ndarray, finite: np.ndarray) -> list[dict[str, Any]]:
     found, last = [], 1
     while last // 2 < distance.max():
         here = (distance > last // 2) & (distance <= last)
         if here.any():
-            correct, n = int(right[here].sum()), int(here.sum())
-            low, high = wilson(correct, n)
+            correct, n = int(right[here].sum()) if finite[here].all() else None, int(here.sum())
+            accuracy, low, high = share(correct, n)
             first = last // 2 + 1
-            cell = {"first": first, "last": last, "answers": n, "correct": correct, "accuracy": correct / n}
+            cell = {"first": first, "last": last, "answers": n, "correct": correct, "accuracy": accuracy}
             found.append({**cell, "low": low, "high": high})
         last *= 2
     return found

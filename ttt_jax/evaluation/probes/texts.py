@@ -49,12 +49,8 @@ def of_run(
       ConfigError: where no tokenizer or text is known, or a file is not what it should be.
       DataError: where the data cannot be read.
     """
-    if tokenizer:
-        found = tokenizer_lib.load(tokenizer)
-        bos = found.bos
-    else:
-        found = sources.tokenizer_of(config.data.source)
-        bos = sources.from_config(config, split).bos
+    found = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(config.data.source)
+    bos = sources.from_config(config, "train").bos  # of the data, whichever tokenizer is given: the model saw it
     haystacks, prose = {}, None
     for task in tasks:
         if TASKS[task].noise:
