@@ -103,7 +103,8 @@ def test_needles(run, tmp_path, capsys):
     command = ("probe", "needle", "--workdir", run, "--tokenizer", "byte", "--haystack", book, "--samples", "2")
     command = (*command, "--context", "500", "--depths", "2", "--task", "number,passkey", "--candidates", "3")
     assert ttt(*command, "--plot", picture, "--show", "ranked_first") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.search(r"tiny: 4,000 tokens of prompts to read, about \d+:\d\d left", err)
     assert "tiny: Transformer, step 2; number (S-NIAH-2)" in out
     assert "tiny: Transformer, step 2; passkey (S-NIAH-1)" in out
     assert "share right (share likelier than 2 other answers); 2 samples, book.txt" in out
@@ -112,6 +113,9 @@ def test_needles(run, tmp_path, capsys):
     found = json.loads((run / "probe" / "needle-number.json").read_text())
     assert [(cell["context"], cell["depth"]) for cell in found["cells"]] == [(500, 0.0), (500, 100.0)]
     assert found["haystacks"] == "book.txt"
+    assert {cell["bos"] for cell in found["cells"]} == {None}  # the data has none, whatever the tokenizer has
+    assert ttt(*command) == 0
+    assert "to read" not in capsys.readouterr().err
 
 
 def test_a_run_whose_tokenizer_is_not_known(run, capsys):

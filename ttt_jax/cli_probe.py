@@ -3,9 +3,9 @@
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
@@ -100,6 +100,7 @@ def needle(options: argparse.Namespace) -> int:
     from ttt_jax.evaluation import style
     from ttt_jax.evaluation.probes import heat_map, needle_probe, report, texts
     from ttt_jax.evaluation.probes.needle import TASKS
+    from ttt_jax.evaluation.probes.progress import Progress
 
     if options.plot:
         style.check_output(options.plot, option="--plot")
@@ -107,21 +108,24 @@ def needle(options: argparse.Namespace) -> int:
     prepared = [texts.of_run(config, options.task, **chosen) for config in configs]
     n = options.depths
     panels: dict[str, list[heat_map.Panel]] = {task: [] for task in options.task}
+    asked: dict[str, Any] = {
+        "contexts": options.context,
+        "depths": [100 * i / (n - 1) for i in range(n)] if n > 1 else [50.0],
+        **{name: getattr(options, name) for name in ("samples", "candidates", "seed")},
+    }
     for workdir, text in zip(workdirs, prepared, strict=True):
-        steps = len(options.task) * len(options.context) * (n + 1)
-        with _loaded(workdir, options.step, steps) as (trained, progress):
+        trained = _load(workdir, options.step)
+        total = sum(needle_probe.tokens_to_read(trained, task, text, **asked) for task in options.task)
+        with closing(Progress(trained.name, total)) as line:
             for task in options.task:
                 cells = needle_probe.probe(
                     trained,
                     task,
                     text,
-                    contexts=options.context,
-                    depths=[100 * i / (n - 1) for i in range(n)] if n > 1 else [50.0],
-                    samples=options.samples,
-                    candidates=options.candidates,
-                    seed=options.seed,
                     batch_size=options.batch_size,
-                    progress=progress,
+                    progress=line.show,
+                    scored=line.add,
+                    **asked,
                 )
                 title = f"{_in_words(trained)}; {task} ({TASKS[task].name})"
                 caption = (
@@ -180,18 +184,23 @@ def task(options: argparse.Namespace) -> int:
 @contextmanager
 def _loaded(workdir: workdir_lib.Workdir, step: int | None, steps: int) -> Iterator[tuple["Trained", Callable]]:
     """A trained model, and what shows which of so many steps is being done with it."""
-    from ttt_jax.evaluation import trained
-    from ttt_jax.parallel import startup
     from ttt_jax.status_line import StatusLine
 
-    startup.use_compilation_cache()
-    found = trained.load(workdir, step)
+    found = _load(workdir, step)
     line = StatusLine(steps, text=found.name)
     done = itertools.count()
     try:
         yield found, lambda text: line.show(next(done), f"{found.name}: {text}")
     finally:
         line.close()
+
+
+def _load(workdir: workdir_lib.Workdir, step: int | None) -> "Trained":
+    from ttt_jax.evaluation import trained
+    from ttt_jax.parallel import startup
+
+    startup.use_compilation_cache()
+    return trained.load(workdir, step)
 
 
 def _in_words(trained: "Trained") -> str:

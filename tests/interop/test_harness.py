@@ -398,6 +398,13 @@ def test_the_command(run, tasks, tmp_path, capsys):
     assert len(samples) == 2
 
 
+def test_without_the_harness_nothing_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main("harness --workdir nowhere --tasks a".split()) == 2
+    said = "lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'"
+    assert capsys.readouterr().err == f"ttt harness: {said}\n"
+
+
 def test_help_and_refusals_do_not_load_jax(in_one_process):
     a_folder = "harness --workdir x --tasks a --output /"
     found = in_one_process(

@@ -44,6 +44,7 @@ def probe(
     seed: int = 0,
     batch_size: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    scored: Callable[[int], None] = lambda tokens: None,
 ) -> list[Cell]:
     """Accuracy of a trained model on one task, at every context and depth; each cell is saved once it is known.
 
@@ -55,6 +56,7 @@ def probe(
       candidates: values that are compared with the answer, itself among them: chance is one in so many.
       batch_size: examples at a time; None for the batch size of training.
       progress: is called with what is being done.
+      scored: is called with the number of tokens of the prompts that have just been read.
 
     Returns:
       The cells. ``accuracy`` is the share of examples whose answer greedy decoding would give, token by token;
@@ -67,16 +69,7 @@ def probe(
       ConfigError: where a prompt does not fit a context, or its tokens not the model.
     """
     tokenizer, haystack = texts.tokenizer, texts.haystacks[task]
-    conditions = {
-        "step": trained.step,
-        "checkpoint": trained.fingerprint,
-        "seed": seed,
-        "samples": samples,
-        "candidates": candidates,
-        "haystack": haystack.fingerprint,
-        "tokenizer": tokenizer.sha256[:16],
-        "bos": texts.bos,
-    }
+    conditions = _conditions(trained, task, texts, samples=samples, candidates=candidates, seed=seed)
     kept = cells(trained.workdir, task, of_old={"bos": tokenizer.bos})
     about = _about(trained, task, haystack, tokenizer)
     known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
@@ -104,14 +97,56 @@ def probe(
         _check_vocabulary(trained, drawn, tokenizer)
         for depth, examples in zip(missing, zip(*drawn, strict=True), strict=True):
             progress(f"{task}, context {context}, depth {depth:g} %")
-            cell = {**conditions, "context": context, "depth": depth, **_summary(scorer, examples)}
+            cell = {**conditions, "context": context, "depth": depth, **_summary(scorer, examples, context, scored)}
             kept.add(cell, about)
             known[context, depth] = cell
     return [known[context, depth] for context in contexts for depth in depths]
 
 
-def _summary(scorer: Scorer, examples: Sequence[prompt.Example]) -> dict[str, Any]:
-    scores, n = scorer.score(examples), len(examples)
+def tokens_to_read(
+    trained: Trained,
+    task: str,
+    texts: Texts,
+    *,
+    contexts: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    candidates: int,
+    seed: int,
+) -> int:
+    """Return the number of tokens of all prompts that :func:`probe` would read."""
+    conditions = _conditions(trained, task, texts, samples=samples, candidates=candidates, seed=seed)
+    kept = cells(trained.workdir, task, of_old={"bos": texts.tokenizer.bos}).find(**conditions)
+    known = {tuple(cell[key] for key in PLACE) for cell in kept}
+    return sum(samples * context for context in contexts for depth in depths if (context, depth) not in known)
+
+
+def _conditions(
+    trained: Trained, task: str, texts: Texts, *, samples: int, candidates: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "step": trained.step,
+        "checkpoint": trained.fingerprint,
+        "seed": seed,
+        "samples": samples,
+        "candidates": candidates,
+        "haystack": texts.haystacks[task].fingerprint,
+        "tokenizer": texts.tokenizer.sha256[:16],
+        "bos": texts.bos,
+    }
+
+
+def _summary(
+    scorer: Scorer, examples: Sequence[prompt.Example], context: int, scored: Callable[[int], None]
+) -> dict[str, Any]:
+    done = 0
+
+    def progress(now: int) -> None:
+        nonlocal done
+        scored((now - done) * context)
+        done = now
+
+    scores, n = scorer.score(examples, progress), len(examples)
     finite = np.isfinite(scores.log_likelihood)  # [N, C]
     correct = int(scores.matched.sum()) if finite[:, 0].all() else None
     others = scores.log_likelihood[:, 1:].max(1, initial=-np.inf)
