@@ -200,9 +200,10 @@ def _words(evaluation: "Evaluation") -> str:
 
     a = evaluation.about
     error = "" if a["loss_standard_error"] is None else f" +- {a['loss_standard_error']:.4f}"
+    perplexity = "too large for a number" if a["perplexity"] is None else f"{a['perplexity']:.4f}"
     return (
         f"{a['model']}, step {a['step']}, {a['source']}, {evaluations.read_of(a)}: "
-        f"loss {a['loss']:.4f}{error}, perplexity {a['perplexity']:.4f}"
+        f"loss {a['loss']:.4f}{error}, perplexity {perplexity}"
     )
 
 

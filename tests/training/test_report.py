@@ -141,3 +141,16 @@ def test_a_feed_is_one_batch_ahead():
     assert str(feed.problem) == "the third cannot be read"
     with pytest.raises(AssertionError):
         feed.take()
+
+
+def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):
+    lines = Lines()
+    output = report.Output(lines, lines, goodput.Goodput(tmp_path), log_every=4)
+    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None, total=6)
+    steps.start()
+    for step in range(1, 7):
+        clock.now += 1
+        steps(step, numbers(loss=step))
+    clock.now += 1
+    steps.flush()
+    assert [(line["step"], line["loss"]) for line in lines] == [(4, 4.0), (6, 6.0)]

@@ -200,11 +200,19 @@ def _about(trained: Trained, what: What, data: TokenSource, sequences: Sequences
         "loss_standard_error": _finite(error),
         "loss_low": _finite(low),
         "loss_high": _finite(high),
-        "perplexity": math.exp(mean),
-        "perplexity_low": _finite(math.exp(low)),
-        "perplexity_high": _finite(math.exp(high)),
+        "perplexity": _finite(_exp(mean)),
+        "perplexity_low": _finite(_exp(low)),
+        "perplexity_high": _finite(_exp(high)),
         "config": c.to_dict(),
     }
+
+
+def _exp(x: float) -> float:
+    """Return e^x, infinity where it overflows."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _finite(x: float) -> float | None:
