@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from ttt_jax import cli_eval
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.source import TokenSource
@@ -314,3 +316,12 @@ def test_a_split_without_documents(model, data, monkeypatch):
     monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: empty)
     with pytest.raises(ConfigError, match="books/validation: has no document of 2 tokens or more"):
         evaluate(model, What(22, by_document=True))
+
+
+def test_a_perplexity_that_overflows_is_null_and_said():
+    assert evaluate._finite(evaluate._exp(709.0)) == math.exp(709.0)
+    assert evaluate._finite(evaluate._exp(710.0)) is None
+    about = {"model": "m", "step": 1, "source": "s", "windows": 2, "context": 8, "loss": 710.0}
+    about |= {"loss_standard_error": None, "perplexity": None}
+    words = cli_eval._words(types.SimpleNamespace(about=about))
+    assert words == "m, step 1, s, 2 windows of 8 tokens: loss 710.0000, perplexity too large for a number"
