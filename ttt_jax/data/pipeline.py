@@ -8,7 +8,6 @@ The order is that of the TTT-E2E authors' code for the same seed, batch size and
 numbers of windows for which grain's shuffle is not a permutation.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
@@ -45,31 +44,30 @@ class _Rows:
         return f"windows of {self._source.name}"
 
 
-class _Permutations:
-    """The windows of epoch after epoch, each epoch permuted by NumPy."""
+class _OrderWithOneMore:
+    """The windows of epoch after epoch, each epoch shuffled by grain as if it had one window more, which is skipped."""
 
     def __init__(self, windows: int, seed: int):
-        self._windows, self._seed = windows, seed
+        self._windows = windows
+        self._shuffled = grain.MapDataset.range(windows + 1).shuffle(seed=seed).repeat()
 
     def __getitem__(self, index: int) -> int:
         epoch, place = divmod(index, self._windows)
-        return int(_permutation(self._windows, self._seed, epoch)[place])
-
-
-@functools.lru_cache(maxsize=2)  # a batch may span two epochs
-def _permutation(windows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(windows)
+        window = self._shuffled[epoch * (self._windows + 1) + place]
+        if window == self._windows:  # the place that the added window would have taken has the one for it
+            window = self._shuffled[epoch * (self._windows + 1) + self._windows]
+        return int(window)
 
 
 def _order(windows: int, seed: int):
     """Return the window of each place in the row of all epochs, by index.
 
     grain shuffles 2^k + 1 windows wrongly where k is even and at least 16: it reads one of them twice in an epoch and
-    another never. Those numbers of windows are permuted by NumPy.
+    another never. Such an epoch is shuffled as one of a window more.
     """
     k = (windows - 1).bit_length() - 1
     if windows - 1 == 1 << max(k, 0) and k >= 16 and k % 2 == 0:
-        return _Permutations(windows, seed)
+        return _OrderWithOneMore(windows, seed)
     return grain.MapDataset.range(windows).shuffle(seed=seed).repeat()
 
 
