@@ -111,6 +111,10 @@ def run(options: argparse.Namespace) -> int:
             f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
             f"{counts['text_bytes']:,} bytes of text"
         )
+        if counts.get("unknown_tokens"):
+            print(
+                f"    {counts['unknown_tokens']:,} of the tokens stand for characters that the tokenizer does not know"
+            )
     if about["skipped_records"]:
         print(f"  left out: {about['skipped_records']:,} records, listed in {output.path('problems.jsonl')}")
     return 0

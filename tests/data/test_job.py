@@ -16,6 +16,7 @@ from ttt_jax.data import job as job_lib
 from ttt_jax.data import tokenizer
 from ttt_jax.data.job import Job
 from ttt_jax.data.records import Position, Problem, Unit
+from ttt_jax.data.source import TokenSource
 
 BYTE = tokenizer.byte()
 
@@ -35,7 +36,7 @@ def split_by_hand(text, seed, validation, test):
     return "validation" if place < validation else "test" if place < validation + test else "train"
 
 
-@pytest.mark.parametrize(("bos", "eos"), [(256, 257), (None, 257), (256, None), (None, None), (7, 7)])
+@pytest.mark.parametrize(("bos", "eos"), [(256, 257), (None, 257), (256, None), (None, None)])
 def test_a_document_is_bos_its_tokens_and_eos(bos, eos):
     texts = ["abc", "", "é\n"]
     part = job_lib.tokenize(Job(BYTE, bos, eos), "validation", unit(texts))
@@ -46,6 +47,24 @@ def test_a_document_is_bos_its_tokens_and_eos(bos, eos):
     assert piece.lengths.tolist() == [len(row) for row in rows]
     assert piece.text_bytes == 6
     assert (piece.tokens.dtype, piece.lengths.dtype) == (np.uint16, np.int64)
+
+
+def test_one_token_that_is_bos_and_eos_is_put_after_documents_alone():
+    job = Job(BYTE, 7, 7)
+    assert (job.bos, job.eos) == (None, 7)
+    piece = job_lib.tokenize(job, "train", unit(["ab", "c"])).pieces["train"]
+    assert piece.tokens.tolist() == [97, 98, 7, 99, 7]
+    assert piece.lengths.tolist() == [3, 2]
+    source = TokenSource("two", piece.tokens, 258, job.bos)
+    assert source.piece(0, 4)["mask"].tolist() == [1, 1, 1, 1]
+
+
+def test_unknown_tokens_are_counted_by_split():
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, None)
+    part = job_lib.tokenize(job, "train", unit(["a", "b", "a", "c"]))
+    assert (part.pieces["train"].tokens.tolist(), part.pieces["train"].unknown) == ([0, 1, 0, 1], 2)
+    assert part.problems == []
 
 
 def test_problems_are_told_in_order_beside_what_could_be_read():
@@ -62,7 +81,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_a_problem_of_its_record():
     part = job_lib.tokenize(job, "train", unit(["a", "b", "a"]))
     assert part.pieces["train"].tokens.tolist() == [0, 0]
     (problem,) = part.problems
-    assert (problem.record, problem.what[:22]) == (2, "the tokenizer failed: ")
+    assert problem == Problem(2, "the tokenizer failed: word 'b' has no token")
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_no_problem_of_a_record():

@@ -60,9 +60,27 @@ def test_a_source_goes_to_another_process(made):
 
 def test_from_config(made):
     config = config_lib.default()
-    config.data.update(source=str(made[0]), bos=257, tokenizer="byte")
+    config.data.update(source=str(made[0]), bos=65, tokenizer="byte")
     source = sources.from_config(config, "train")
-    assert (source.name, source.bos) == (f"{made[0]}/train", 257)
+    assert (source.name, source.bos) == (f"{made[0]}/train", 65)
+
+
+def test_bos_that_ends_documents_is_refused(made):
+    with pytest.raises(ConfigError, match=r"^data\.bos=257: is the token that ends the documents of "):
+        sources.load(str(made[0]), "train", bos=257)
+
+
+def test_a_dataset_of_before_that_separates_twice_is_read_as_it_was(tmp_path, made):
+    folder = tmp_path / "dataset"
+    shutil.copytree(made[0], folder)
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**description, "bos": 257}))
+    assert sources.load(str(folder), "train").bos == sources.load(str(folder), "train", bos=257).bos == 257
+
+
+def test_the_tokenizer_of_a_dataset_has_its_bos_and_eos(made):
+    found = sources.tokenizer_of(str(made[0]))
+    assert (found.bos, found.eos) == (256, 257)
 
 
 def test_tokenizers_that_made_it(made):

@@ -184,7 +184,10 @@ def test_a_token_that_was_added_behind_the_vocabulary_counts(tmp_path):
         (["[BOS]", "<s>", "</s>"], None, {}, (1, 2)),  # the more usual
         (["<s>", "<a>", "</s>", "<b>"], {"bos_token": "<a>", "eos_token": {"content": "<b>", "special": True}},
          {}, (1, 3)),
-        (["<s>", "<a>", "</s>"], {"bos_token": "<a>", "eos_token": None}, {}, (1, 2)),
+        (["<s>", "<a>", "</s>"], {"bos_token": "<a>", "eos_token": None}, {}, (1, None)),
+        (["<s>", "</s>"], {"bos_token": None, "eos_token": None}, {}, (None, None)),
+        (["<s>", "</s>"], {"bos_token": None, "eos_token": None}, {"bos_token": "<s>"}, (0, None)),
+        (["<s>", "</s>"], {"bos_token": None, "add_bos_token": False}, {}, (None, 1)),
         (["<s>", "</s>", "<a>", "<b>"], {"bos_token": "<s>"}, {"bos_token": "<a>", "eos_token": "<b>"}, (2, 3)),
         (["<a>"], None, {}, (None, None)),
         (["<s>", "</s>"], ["no", "object"], {}, (0, 1)),

@@ -16,7 +16,8 @@ class Job:
     """How texts become tokens, the same for all units.
 
     Attributes:
-      bos, eos: ids put before and after every document; None for none.
+      bos, eos: ids put before and after every document; None for none. Where both are one token, as in GPT-2, it is put
+        after documents alone and ``bos`` is None: documents are separated once, and their ends are targets.
       text_key: of a record.
       validation_fraction, test_fraction: of the documents of the train files that go to these splits instead, by a
         hash of their text and ``split_seed``.
@@ -29,6 +30,11 @@ class Job:
     validation_fraction: float = 0.0
     test_fraction: float = 0.0
     split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Leave out a BOS that is the EOS, too."""
+        if self.bos is not None and self.bos == self.eos:
+            object.__setattr__(self, "bos", None)
 
     @property
     def dtype(self) -> str:
@@ -64,6 +70,7 @@ class Piece(NamedTuple):
     tokens: np.ndarray  # [N]
     lengths: np.ndarray  # [documents], tokens of each
     text_bytes: int
+    unknown: int = 0  # tokens that stand for characters without one of their own
 
 
 class Part(NamedTuple):
@@ -75,9 +82,9 @@ class Part(NamedTuple):
 
 def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
     """The tokens of the documents of a unit, by split."""
-    found: dict[str, tuple[list[np.ndarray], list[int], list[int]]] = {}
+    found: dict[str, tuple[list[np.ndarray], list[int], list[int], list[int]]] = {}
     problems = []
-    encode = job.encode
+    encode, unknown = job.encode, job.tokenizer.unknown
     first, last = ([] if token is None else [np.array([token], job.dtype)] for token in (job.bos, job.eos))
     for record in records.texts(unit, job.text_key):
         if isinstance(record, records.Problem):
@@ -92,14 +99,15 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
             problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
             continue
         text = content.encode()
-        tokens, lengths, sizes = found.setdefault(job.split_of(split, text), ([], [], []))
+        tokens, lengths, sizes, unknowns = found.setdefault(job.split_of(split, text), ([], [], [], []))
         document = [*first, encoded, *last]
         tokens += document
         lengths.append(sum(map(len, document)))
         sizes.append(len(text))
+        unknowns.append(0 if unknown is None else int(np.count_nonzero(encoded == unknown)))
     pieces = {
-        name: Piece(np.concatenate(tokens), np.array(lengths, np.int64), sum(sizes))
-        for name, (tokens, lengths, sizes) in found.items()
+        name: Piece(np.concatenate(tokens), np.array(lengths, np.int64), sum(sizes), sum(unknowns))
+        for name, (tokens, lengths, sizes, unknowns) in found.items()
         if lengths
     }
     return Part(pieces, problems)

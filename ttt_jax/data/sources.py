@@ -1,5 +1,6 @@
 """The datasets that ``data.source`` can name, each as a :class:`~ttt_jax.data.source.TokenSource`."""
 
+import dataclasses
 import hashlib
 import os
 
@@ -89,7 +90,9 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
     if description is None:
         raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
     name = dataset.tokenizer_file(description["tokenizer"]["kind"])
-    return tokenizer_lib.load(Store(location).path(name) if name else "byte")
+    found = tokenizer_lib.load(Store(location).path(name) if name else "byte")
+    known = {key: description[key] for key in ("bos", "eos") if description[key] is not None}
+    return dataclasses.replace(found, **known)
 
 
 def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None, named: str) -> TokenSource:
@@ -100,6 +103,11 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
     if description is not None:
         tokens, documents = dataset.open_split(store, description, split)
         made_by = description["tokenizer"]
+        if bos is not None and bos == description["eos"] != description["bos"]:
+            raise ConfigError(
+                f"data.bos={bos}: is the token that ends the documents of {location}, and ends would be no targets; "
+                "expected data.bos unset"
+            )
         return TokenSource(
             store.path(split),
             tokens,

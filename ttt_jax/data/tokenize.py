@@ -169,12 +169,14 @@ class _Split:
             )
         self.name, self.tokens, self.documents = name, arrays["tokens"], arrays["documents"]
         self.text_bytes: int = there.get("text_bytes", 0)
+        self.unknown: int = there.get("unknown_tokens", 0)
 
     def append(self, piece: Piece) -> None:
         ends = len(self.tokens) + np.cumsum(piece.lengths)
         self.documents.append(ends - piece.lengths)
         self.tokens.append(piece.tokens)
         self.text_bytes += piece.text_bytes
+        self.unknown += piece.unknown
 
     def save(self, output: Store, folder: str) -> dict[str, Any]:
         """Writes what does not fill a shard; returns the rest of what :meth:`__init__` needs to go on."""
@@ -182,13 +184,14 @@ class _Split:
         documents, more_documents = self.documents.state()
         output.write(f"{folder}/{self.name}", more_tokens)
         output.write(f"{folder}/{dataset.documents_of(self.name)}", more_documents)
-        return {"tokens": tokens, "documents": documents, "text_bytes": self.text_bytes}
+        return {"tokens": tokens, "documents": documents, "text_bytes": self.text_bytes, "unknown_tokens": self.unknown}
 
     def finish(self) -> dict[str, Any]:
         return {
             "tokens": len(self.tokens),
             "documents": len(self.documents),
             "text_bytes": self.text_bytes,
+            **({"unknown_tokens": self.unknown} if self.unknown else {}),
             "fingerprint": self.tokens.finish(),
             "document_offsets": dataset.documents_of(self.name),
             "document_offsets_fingerprint": self.documents.finish(),

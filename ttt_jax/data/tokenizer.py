@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import files
+from ttt_jax.data import files, special_tokens
 
 Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
 Decode = Callable[[np.ndarray], str]  # and back; BOS, EOS and other special tokens are left out
@@ -50,16 +50,39 @@ class Tokenizer:
         """Of the content: equal hash, equal tokens."""
         return hashlib.sha256(self.content).hexdigest()
 
+    @functools.cached_property
+    def unknown(self) -> int | None:
+        """Return the id of the token for characters that have no other; None where there is none."""
+        if self.kind == "byte":
+            return None
+        if self.kind == "sentencepiece":
+            return _sentencepiece(self.content, self.name).unk_id()
+        model = json.loads(self.content)["model"]
+        if isinstance(model["vocab"], list):
+            return model.get("unk_id")
+        return model["vocab"].get(model.get("unk_token"))
+
     def encoder(self) -> Encode:
-        """Loads the tokenizer."""
+        """Load the tokenizer. It raises ValueError for characters that it would drop, and for BOS or EOS in a text."""
         if self.kind == "byte":
             return lambda text: np.frombuffer(text.encode(), np.uint8)
+        special = {token for token in (self.bos, self.eos) if token is not None}
         if self.kind == "sentencepiece":
             processor = _sentencepiece(self.content, self.name)
-            return lambda text: _ids(processor.encode(text))
-        tokenizer = _huggingface(self.content, self.name)
+            if not all(map(processor.is_control, special)):
+                content = special_tokens.unreachable_in_sentencepiece(self.content, special)
+                processor = _sentencepiece(content, self.name)
+            return _checked(lambda text: _ids(processor.encode(text)), special)
+        _huggingface(self.content, self.name)  # refuses what is no tokenizer
+        content, lost = special_tokens.unreachable_in_huggingface(self.content, special)
+        tokenizer = _huggingface(content, self.name)
+
         # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
-        return lambda text: _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        def encode(text: str) -> np.ndarray:
+            return _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+        words = tokenizer.model.__class__.__name__ in ("WordLevel", "WordPiece")
+        return _checked(encode, special, lost, words)
 
     def decoder(self) -> Decode:
         """Loads the tokenizer. Parts of characters, where a row of tokens begins or ends with some, become U+FFFD."""
@@ -82,7 +105,8 @@ def load(location: str, *, bos_token: str | None = None, eos_token: str | None =
 
     Args:
       bos_token, eos_token: spelling of the tokens that begin and end a document. By default a SentencePiece model says
-        itself; for a ``tokenizer.json``, the ``tokenizer_config.json`` beside it, or else the usual names.
+        itself; for a ``tokenizer.json``, the ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it, or
+        else the usual names. A token that is null there does not exist.
 
     Raises:
       ConfigError: where there is no such tokenizer or token.
@@ -117,15 +141,20 @@ def from_huggingface(
 ) -> Tokenizer:
     """The tokenizer in the content of a ``tokenizer.json``; as :func:`load`."""
     tokenizer, beside = _huggingface(content, location), beside or {}
-    bos = _special(tokenizer, location, "bos", bos_token, beside.get("bos_token"), _BOS_NAMES)
-    eos = _special(tokenizer, location, "eos", eos_token, beside.get("eos_token"), _EOS_NAMES)
+    bos = _special(tokenizer, location, "bos", bos_token, beside, _BOS_NAMES)
+    eos = _special(tokenizer, location, "eos", eos_token, beside, _EOS_NAMES)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # there may be gaps
     if not vocab_size:
         raise ConfigError(f"{location}: not a Hugging Face tokenizer: it has no tokens")
     return Tokenizer("huggingface", os.path.basename(location), content, vocab_size, bos, eos)
 
 
-def _special(tokenizer, location: str, key: str, asked: str | None, beside, usual: tuple[str, ...]) -> int | None:
+def _special(
+    tokenizer, location: str, key: str, asked: str | None, config: dict[str, Any], usual: tuple[str, ...]
+) -> int | None:
+    beside = config.get(f"{key}_token")
+    if beside is None and f"{key}_token" in config and not asked:
+        return None  # the config says that there is none
     if isinstance(beside, dict):
         beside = beside.get("content")
     for name in [asked] if asked else [beside] if beside else usual:
@@ -137,15 +166,60 @@ def _special(tokenizer, location: str, key: str, asked: str | None, beside, usua
     return None
 
 
-def _tokenizer_config(location: str) -> dict:
-    beside = os.path.join(os.path.dirname(location), "tokenizer_config.json")
-    if os.path.basename(location) != "tokenizer.json" or not files.exists(beside):
-        return {}
+def _tokenizer_config(location: str) -> dict[str, Any]:
+    """Return what the files beside a ``tokenizer.json`` say of its tokens; ``tokenizer_config.json`` comes first."""
+    said: dict[str, Any] = {}
+    if os.path.basename(location) != "tokenizer.json":
+        return said
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        beside = os.path.join(os.path.dirname(location), name)
+        if not files.exists(beside):
+            continue
+        try:
+            found = json.loads(files.read(beside, "--tokenizer"))
+        except ValueError as error:
+            raise ConfigError(f"{beside}: not JSON: {error}") from error
+        said.update(found if isinstance(found, dict) else {})
+    return said
+
+
+def _checked(encode: Encode, special: set[int], lost: int | None = None, words: bool = False) -> Encode:
+    """Return ``encode`` such that it raises ValueError rather than lose a character or give a special token.
+
+    Args:
+      special: the tokens that no text may have.
+      lost: the token that stands for characters that have none.
+      words: whether the tokenizer has tokens of words rather than of characters.
+    """
+
+    def checked(text: str) -> np.ndarray:
+        try:
+            tokens = encode(text)
+        except Exception as error:  # the libraries raise nothing more special
+            raise ValueError(_without_token(encode, text, lost, words) or str(error)) from error
+        if lost is not None and (tokens == lost).any():
+            raise ValueError(_without_token(encode, text, lost, words) or "some characters have no token")
+        for token in special:
+            if (tokens == token).any():
+                raise ValueError(f"the text has token {token}, which begins or ends documents")
+        return tokens
+
+    return checked
+
+
+def _without_token(encode: Encode, text: str, lost: int | None, words: bool) -> str | None:
+    """Return which character or word of a text has no token; None where each has some by itself."""
+    for part in dict.fromkeys(text.split() if words else text):
+        if _loses(encode, part, lost):
+            return f"word {part!r} has no token" if words else f"character {part!r} (U+{ord(part):04X}) has no token"
+    return None
+
+
+def _loses(encode: Encode, text: str, lost: int | None) -> bool:
     try:
-        found = json.loads(files.read(beside, "--tokenizer"))
-    except ValueError as error:
-        raise ConfigError(f"{beside}: not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+        return bool((encode(text) == lost).any())
+    except Exception:  # the libraries raise nothing more special
+        return True
 
 
 def _ids(tokens: list[int]) -> np.ndarray:

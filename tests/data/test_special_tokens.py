@@ -1,0 +1,163 @@
+"""Documents that spell special tokens, and characters that have no token, for every kind of tokenizer file."""
+
+import io
+import json
+import re
+
+import corpus
+import hypothesis
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+
+from ttt_jax.data import tokenizer as tokenizer_lib
+
+LETTERS = "pqrs<>/\u2581"
+CONTROL = ("<unk>", "<s>", "</s>")
+METASPACE = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+
+
+def unigram():
+    made = tokenizers.Tokenizer(
+        models.Unigram([*((name, 0.0) for name in CONTROL), *((c, -4.0) for c in LETTERS)], unk_id=0)
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    return made
+
+
+def word_level():
+    made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "pq": 3}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def word_piece():
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "p": 3, "##q": 4, "<": 5, "##s": 6, "##>": 7, "##/": 8}
+    made = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def metaspace_bpe():
+    """As Llama 2's, with merges that make </s>."""
+    vocab = {name: id for id, name in enumerate([*CONTROL, *LETTERS, "</", "s>"])}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True))
+    made.normalizer = METASPACE
+    return made
+
+
+def byte_level_bpe():
+    vocab = {name: id for id, name in enumerate([*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return made
+
+
+def encoder_of(folder, made, **options):
+    path = folder / "tokenizer.json"
+    path.write_text(made.to_str())
+    return tokenizer_lib.load(str(path), **options)
+
+
+@pytest.mark.parametrize("make", [unigram, word_level, word_piece, metaspace_bpe, byte_level_bpe])
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"normalized": True}])
+@pytest.mark.parametrize("special", [True, False])
+def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, special):
+    """Also where the file does not call BOS and EOS special, or does not list them."""
+    made = make()
+    made.add_special_tokens(["<unk>"])
+    if special:
+        made.add_special_tokens([AddedToken(name, special=True, **flags) for name in CONTROL[1:]])
+    elif flags:
+        made.add_tokens([AddedToken(name, **flags) for name in CONTROL[1:]])
+    ours = encoder_of(tmp_path, made)
+    assert (ours.bos, ours.eos, ours.unknown) == (1, 2, None if make is byte_level_bpe else 0)
+    encode = ours.encoder()
+
+    @hypothesis.given(st.lists(st.sampled_from([*CONTROL, "pq", "p", " ", "</", "s>", "<", "pq </s>"])).map("".join))
+    @hypothesis.settings(max_examples=20, deadline=None)
+    def holds(text):
+        assert not {1, 2} & set(encode(text).tolist())
+
+    holds()
+    assert not {1, 2} & set(encode("pq </s> p <s></s> <unk> pq").tolist())
+
+
+def test_other_text_keeps_its_tokens(tmp_path):
+    """An added token that is no special one is text and keeps its id, as in the library."""
+    made = metaspace_bpe()
+    made.add_special_tokens(list(CONTROL))
+    made.add_special_tokens(["<pad>"])
+    made.add_tokens(["qq"])
+    encode = encoder_of(tmp_path, made).encoder()
+    assert made.token_to_id("qq") == 14
+    for text in ("pq qq rs", "qq", "s> </ pqrs", "p x"):
+        assert encode(text).tolist() == made.encode(text, add_special_tokens=False).ids
+
+
+def test_a_special_token_becomes_the_pieces_of_its_spelling(tmp_path):
+    made = metaspace_bpe()
+    made.add_special_tokens(list(CONTROL))
+    ids = encoder_of(tmp_path, made).encoder()("</s>").tolist()
+    assert [made.id_to_token(id) for id in ids] == ["\u2581", "</", "s>"]
+
+
+def test_a_named_user_symbol_of_sentencepiece_is_not_spelled(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.documents(100)),
+        model_writer=model,
+        vocab_size=50,
+        user_defined_symbols=["<end>", "<other>"],
+        minloglevel=2,
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    named = tokenizer_lib.load(str(tmp_path / "a.model"), eos_token="<end>")
+    plain = tokenizer_lib.load(str(tmp_path / "a.model"))
+    assert named.eos == 3
+    assert 3 in plain.encoder()("the <end>")  # a symbol that ends no document is text of one token
+    found = named.encoder()("the <end> of </s> <other>").tolist()
+    assert not {1, 2, 3} & set(found)
+    assert 4 in found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.BPE(vocab={"p": 0, "q": 1}, merges=[]),
+        models.Unigram([("p", -1.0), ("q", -1.0)]),
+        models.WordLevel({"pq": 0, "p": 1, "q": 2}),
+        models.WordPiece({"p": 0, "##q": 1, "q": 2}),
+    ],
+    ids=["bpe", "unigram", "word_level", "word_piece"],
+)
+def test_a_character_or_word_without_a_token_is_refused_by_name(tmp_path, model):
+    made = tokenizers.Tokenizer(model)
+    made.add_tokens(["<end>"])
+    tokenizer = encoder_of(tmp_path, made, eos_token="<end>")
+    assert tokenizer.encoder()("pq").tolist() == made.encode("pq").ids
+    of_words = isinstance(model, models.WordLevel | models.WordPiece)
+    expected = "word 'pqép' has no token" if of_words else "character 'é' (U+00E9) has no token"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        tokenizer.encoder()("pqép")
+
+
+def test_an_incomplete_byte_alphabet_is_refused_by_name(tmp_path):
+    made = byte_level_bpe()
+    file = json.loads(made.to_str())
+    del file["model"]["vocab"]["\u0120"]  # a space
+    tokenizer = encoder_of(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(file)))
+    with pytest.raises(ValueError, match=r"^character ' ' \(U\+0020\) has no token$"):
+        tokenizer.encoder()("p q")
+
+
+def test_a_special_token_map_may_say_that_there_is_none(tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": null, "eos_token": "</s>"}')
+    found = encoder_of(tmp_path, byte_level_bpe())
+    assert (found.bos, found.eos) == (None, 2)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": null}')
+    found = encoder_of(tmp_path, byte_level_bpe())
+    assert (found.bos, found.eos) == (1, None)

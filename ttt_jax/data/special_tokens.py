@@ -1,0 +1,71 @@
+"""Keep special tokens out of reach of text: copies of tokenizer files that encode their spellings as other text."""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+_CONTROL = 3  # the type of a control symbol in a SentencePiece model
+
+
+def unreachable_in_huggingface(content: bytes, special: Collection[int]) -> tuple[bytes, int | None]:
+    """Return a ``tokenizer.json`` in which no text spells a special token, and the id that stands for lost characters.
+
+    The models (BPE, Unigram, WordLevel, WordPiece) look up pieces of text in their vocabulary by their spelling, so the
+    special tokens are given spellings that do not occur, and keep their ids. A BPE without a token for unknown
+    characters drops them; here it gets one, above all others, so that the loss can be seen.
+
+    Args:
+      content: of the ``tokenizer.json``.
+      special: ids that are special, beside those that the file itself calls so.
+    """
+    file = json.loads(content)
+    model, added = file["model"], file.get("added_tokens") or []
+    special = {token["id"] for token in added if token["special"]} | set(special)
+    marker = "\U0010fffd" + hashlib.sha256(content).hexdigest()
+    names = {id: f"{marker} {id}" for id in special}
+    for token in added:
+        if token["id"] in names:
+            token.update(content=names[token["id"]], special=True)
+    if isinstance(model["vocab"], list):  # Unigram: [[piece, score], ...]
+        model["vocab"] = [[names.get(id, piece), score] for id, (piece, score) in enumerate(model["vocab"])]
+    else:
+        hidden = {piece for piece, id in model["vocab"].items() if id in names}
+        if model.get("unk_token") in hidden:
+            model["unk_token"] = names[model["vocab"][model["unk_token"]]]
+        model["vocab"] = {names.get(id, piece): id for piece, id in model["vocab"].items()}
+        if "merges" in model:
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [merge for merge in model["merges"] if not _spells(merge, hidden, prefix)]
+    lost = _mark_lost_characters(model, added, f"{marker} lost") if "merges" in model else None
+    file["post_processor"] = None  # adds special tokens by their old names
+    return json.dumps(file).encode(), lost
+
+
+def unreachable_in_sentencepiece(content: bytes, special: Collection[int]) -> bytes:
+    """Return a SentencePiece model in which the special pieces are control symbols, which no text spells."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString(content)
+    for id in special:
+        if model.pieces[id].type != model.pieces[id].UNKNOWN:
+            model.pieces[id].type = _CONTROL
+    return model.SerializeToString()
+
+
+def _spells(merge: str | list[str], hidden: set[str], prefix: str) -> bool:
+    """Return whether a merge makes or takes one of the hidden pieces."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return bool({first, second, first + second.removeprefix(prefix)} & hidden)
+
+
+def _mark_lost_characters(model: dict[str, Any], added: list[dict[str, Any]], name: str) -> int | None:
+    """Give a BPE without a token for unknown characters one, and return its id; None where it has one."""
+    if model.get("unk_token") is not None:
+        return None
+    # The library numbers added tokens that the model does not know behind it, so the model must know them all.
+    model["vocab"].update({token["content"]: token["id"] for token in added})
+    lost = max(model["vocab"].values(), default=-1) + 1
+    model["vocab"][name] = lost
+    model["unk_token"] = name
+    return lost
