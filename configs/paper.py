@@ -97,7 +97,7 @@ def get_config(arg: str = "ttt_linear-125m-pile-2k"):
 def smoke(c):
     """The same recipe at a size that a CPU trains in seconds, on the embedded corpus."""
     whole_sequence = c.model.ttt.mini_batch == c.data.sequence_length  # one step of batch gradient descent
-    c.model.update(num_layers=2, width=32, num_heads=2, mlp_width=64, vocab_size=257, dtype="float32", remat="none")
+    c.model.update(num_layers=2, width=32, num_heads=2, mlp_width=64, vocab_size=258, dtype="float32", remat="none")
     c.data.update(source="embedded", sequence_length=64, batch_size=8)
     if whole_sequence:
         c.model.ttt.mini_batch = c.data.sequence_length

@@ -227,7 +227,7 @@ def test_train_leaves_a_run(trained, capsys):
     records = metrics.read(trained)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert [record["tokens"] for record in records] == [64, 128, 192, 256]
-    assert records[0]["loss"] == pytest.approx(math.log(257), abs=0.05)
+    assert records[0]["loss"] == pytest.approx(math.log(258), abs=0.05)
 
 
 def test_train_says_what_it_did_and_then_that_all_is_done(trained, tmp_path, capsys):
@@ -274,7 +274,7 @@ def test_eval_writes_three_files_that_agree(evaluated):
     assert about["perplexity"] == pytest.approx(math.exp(about["loss"]), rel=1e-12)
     assert about["tokens"] == table["count"].sum()
     assert about["loss"] == pytest.approx((table["loss"] * table["count"]).sum() / table["count"].sum(), rel=1e-12)
-    assert about["loss"] == pytest.approx(math.log(257), abs=0.2)  # four steps are no training
+    assert about["loss"] == pytest.approx(math.log(258), abs=0.2)  # four steps are no training
     assert 0 < about["loss_standard_error"] < 0.1
     expected = {"model": "Transformer", "step": 4, "split": "validation", "context": 48, "windows": 5}
     assert about.items() >= expected.items()
@@ -380,7 +380,7 @@ def test_plot(evaluated, tmp_path, capsys):
         "embedded/validation, 5 windows of 48 tokens",
     ):
         assert f"<!-- {text}" in words or f", {text} -->" in words
-    parameters = 257 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8  # embedding, attention, feed-forward, norms
+    parameters = 258 * 8 + 4 * 8 * 8 + 3 * 8 * 8 + 3 * 8  # embedding, attention, feed-forward, norms
     assert f"<!-- Transformer, {parameters / 1e3:.2g} k parameters: mean {loss:.3f} -->" in words
 
 

@@ -18,7 +18,7 @@ GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")
 KEYS: tuple[tuple[str, Any, str], ...] = (
     ("seed", 0, "of the initial parameters and of the order of the data"),
     ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp, attention or linear_attention"),
-    ("model.vocab_size", 257, "at least that of the data; 257 is bytes and BOS"),
+    ("model.vocab_size", 258, "at least that of the data; 258 is bytes, BOS and EOS"),
     ("model.width", 768, "D"),
     ("model.num_layers", 12, "blocks"),
     ("model.num_heads", 12, "H; divides the width"),

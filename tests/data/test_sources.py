@@ -3,8 +3,10 @@
 import hashlib
 import json
 import pickle
+import shlex
 import shutil
 
+import corpus
 import numpy as np
 import pytest
 
@@ -89,6 +91,28 @@ def test_tokenizers_that_made_it(made):
         sources.load(str(made[0]), "train", tokenizer=name)
 
 
+@pytest.mark.parametrize("name", ["my book.txt", "texts/a/b.jsonl"])
+def test_text_is_no_dataset(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("text")
+    for location, what in ((path, "is a file"), (path.parent, "holds files of text")):
+        with pytest.raises(ConfigError) as caught:
+            sources.load(str(location), "train")
+        assert str(caught.value) == (
+            f"data.source='{location}': {what}; run ttt tokenize --train {shlex.quote(str(location))} "
+            "--tokenizer byte --output DIR, and give DIR here"
+        )
+
+
+@pytest.mark.parametrize(("bos", "eos", "expected"), [(256, 257, 258), (256, None, 257), (None, None, 257)])
+def test_bytes_without_eos_fit_models_of_257(tmp_path, bos, eos, expected):
+    (tmp_path / "a.txt").write_text("text")
+    found, job = files.find("train", [str(tmp_path / "a.txt")]), Job(tokenizer.byte(), bos, eos)
+    tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
+    assert sources.load(str(tmp_path / "out"), "train").vocab_size == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "0123456789abcdef", hashlib.sha256(b"byte").hexdigest()[:7]])
 def test_tokenizers_that_did_not(made, name):
     with pytest.raises(ConfigError, match=f"data.tokenizer='{name}': .*/train was made by byte"):
@@ -168,7 +192,7 @@ def test_no_such_folder(name):
 
 
 def test_a_folder_of_something_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes.md").write_text("mine")
     with pytest.raises(ConfigError, match="no train tokens there; expected embedded"):
         sources.load(str(tmp_path), "train")
 

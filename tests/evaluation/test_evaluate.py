@@ -233,7 +233,7 @@ def test_another_dataset(model, data, monkeypatch):
 
     monkeypatch.setattr(evaluate_lib.sources, "load", load)
     found = evaluate(model, What(22, "test", most=5, source="far/away"))
-    assert asked == [(("far/away", "test"), {"vocab_size": 257, "named_by": "--source "})]
+    assert asked == [(("far/away", "test"), {"vocab_size": 258, "named_by": "--source "})]
     assert (found.about["source"], found.about["fingerprint"]) == ("other/test", other.fingerprint())
     assert What(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
 

@@ -357,7 +357,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
         ({"step": "all"}, "--step all: several checkpoints; expected newest, best or a number"),
         ({"max_length": 0}, "max_length=0: expected 1 or more"),
         ({"max_length": "x"}, "max_length=x: expected 1 or more"),
-        ({"prefix_token": 257}, "prefix_token=257: expected a token of the model, below 257"),
+        ({"prefix_token": 258}, "prefix_token=258: expected a token of the model, below 258"),
         ({"tokenizer": "words.txt"}, "--tokenizer words.txt: expected byte"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -378,7 +378,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
         with pytest.raises(ConfigError, match=r"tokenizer byte: token 100 of 'abcd' is not among the 90 of the model"):
             model.tok_encode("abcd")
     finally:
-        model.trained.config.model.vocab_size = 257
+        model.trained.config.model.vocab_size = 258
 
 
 def test_the_command(run, tasks, tmp_path, capsys):

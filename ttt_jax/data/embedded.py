@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 BOS = 256  # begins each file; the other tokens are its bytes
-VOCAB_SIZE = 257
+VOCAB_SIZE = 257  # of the byte tokenizer but for EOS, so that models of before, without EOS, can read it
 _LEAST_BYTES = 1_000_000
 _HELD_OUT_PERCENT = {"validation": 5, "test": 5}
 

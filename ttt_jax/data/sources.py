@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
+import shlex
+from typing import Any
 
 import ml_collections
 
@@ -13,6 +16,7 @@ from ttt_jax.data.source import TokenSource
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED
 
+_LOOKED_AT = 1000  # files of a folder that is no dataset
 _EXPECTED = (
     "embedded, synthetic, associative_recall, selective_copying, or the path or URL of a folder made by ttt tokenize, "
     "of one with train.npy, or of a zarr group with train"
@@ -97,6 +101,8 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
 
 def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None, named: str) -> TokenSource:
     if not _is_folder(location):
+        if os.path.isfile(location):
+            raise ConfigError(f"{named}: is a file; {_run_tokenize(location)}")
         raise ConfigError(f"{named}: no such folder; expected {_EXPECTED}")
     store = Store(location)
     description = dataset.read_description(store)
@@ -111,7 +117,7 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
         return TokenSource(
             store.path(split),
             tokens,
-            description["vocab_size"],
+            _vocab_size(description),
             description["bos"] if bos is None else bos,
             documents,
             (made_by["kind"], made_by["name"], made_by["sha256"]),
@@ -121,8 +127,29 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
         raise ConfigError(f"{named}: is not finished; run the same ttt tokenize command again")
     found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
     if found is None:
+        if _holds_text(location):
+            raise ConfigError(f"{named}: holds files of text; {_run_tokenize(location)}")
         raise ConfigError(f"{named}: no {split} tokens there; expected {_EXPECTED}")
     return found
+
+
+def _vocab_size(description: dict[str, Any]) -> int:
+    """Return what all tokens of a dataset are below; bytes without EOS fit models of 257 tokens, too."""
+    size, bos, eos = (description[key] for key in ("vocab_size", "bos", "eos"))
+    if description["tokenizer"]["kind"] == "byte" and eos is None and (bos is None or bos < size - 1):
+        return size - 1
+    return size
+
+
+def _holds_text(folder: str) -> bool:
+    """Return whether there is a file of text among the first of a local folder."""
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    kinds = (files.InputFile("train", name, 0).kind for name in itertools.islice(names, _LOOKED_AT))
+    return any(kind in ("txt", "jsonl", "parquet") for kind in kinds)  # .json may be of a dataset of others
+
+
+def _run_tokenize(location: str) -> str:
+    return f"run ttt tokenize --train {shlex.quote(location)} --tokenizer byte --output DIR, and give DIR here"
 
 
 def _is_folder(location: str) -> bool:

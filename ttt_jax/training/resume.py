@@ -40,7 +40,10 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     refused = {key: values for key, values in different.items() if not key.startswith(MAY_CHANGE)}
     if refused:
         listed = ", ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in refused.items())
-        raise ConfigError(f"--workdir {workdir}: holds a run of another config ({listed}); expected a new workdir")
+        raise ConfigError(
+            f"--workdir {workdir}: holds a run of another config ({listed}); expected a new workdir, or the "
+            "values that are there"
+        )
 
 
 def check_same_data(there: dict[str, Any], fingerprint: str, name: str) -> None:
