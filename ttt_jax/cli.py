@@ -136,7 +136,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         takes_config = usage is not None
         epilog = _config_manual() if takes_config else ""
         verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
-        verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command)
+        verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command, parser=verbs[name])
         return verbs[name]
 
     p = verb("tokenize", lambda options, rest: cli_tokenize.run(options), cli_tokenize.DESCRIPTION)
@@ -165,7 +165,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
     cli_plan.add_arguments(p)
 
-    p = verb("sweep", cli_sweep.run, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
+    def run_sweep(options: argparse.Namespace, rest: list[str]) -> int:
+        return cli_sweep.run(options, rest, parse)
+
+    p = verb("sweep", run_sweep, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
     p.epilog = f"{cli_sweep.EPILOG}\n{p.epilog}"
     cli_sweep.add_arguments(p)
     report = cli_sweep_report

@@ -2,15 +2,16 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from ttt_jax.launch import gke, sky, slurm, tpu
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch.commands import Commands
 
-# Each has DESCRIPTION, add_arguments(parser) and run(options, job, commands) -> exit status; and ACTIONS where it can
-# do more with a job than run it: options.action is then one of them, or None. SENDS_SOURCES is False where the job
-# uses the files that are here.
+# Each has DESCRIPTION, add_arguments(parser), check(options, job) before a job is run, and run(options, job, commands)
+# -> exit status; and ACTIONS where it can do more with a job than run it: options.action is then one of them, or None.
+# SENDS_SOURCES is False where the job uses the files that are here.
 TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm, "sky": sky}
 
 DESCRIPTION = """\
@@ -74,13 +75,23 @@ def run(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) ->
       options: of the verb; ``options.command`` is what is to be run.
       parse: the parser of ttt, for that command.
     """
-    command = options.command
-    if not command and options.action is None:
-        raise job_lib.ConfigError("no command; expected one after --, such as -- train --config FILE --workdir DIR")
-    target = TARGETS[options.target]
+    return TARGETS[options.target].run(options, checked_job(options, parse), Commands(options.dry_run))
+
+
+def checked_job(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) -> job_lib.Job:
+    """Return the job that the options describe, after all checks that can be made here.
+
+    Raises:
+      ConfigError: for whatever could not run there.
+    """
+    target, asks_only = TARGETS[options.target], options.action is not None
+    if not options.command and not asks_only:
+        target.check(options, job_lib.Job("", (), Path()))  # names all that is missing, the command among it
     sends_sources = getattr(target, "SENDS_SOURCES", True)
-    job = job_lib.make(command, parse, options.name, options.env, sends_sources)
-    return target.run(options, job, Commands(options.dry_run))
+    job = job_lib.make(options.command, parse, options.name, options.env, sends_sources)
+    if not asks_only:
+        target.check(options, job)
+    return job
 
 
 def _not_negative(text: str) -> int:

@@ -7,9 +7,10 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ttt_jax import cli_launch
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
@@ -69,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt sweep``; returns its exit status. What stands behind ``--`` is the launcher."""
+def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Sequence[str]], tuple]) -> int:
+    """``ttt sweep``; returns its exit status. What stands behind ``--`` is the launcher; ``parse`` is that of ttt."""
     from ttt_jax.sweep import axes as axes_lib
     from ttt_jax.sweep import command, points, sweep_file
     from ttt_jax.sweep.sweep_file import Sweep
@@ -96,6 +97,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     def arguments(point: points.Point) -> list[str]:
         return command.of(point, made.base, directory / point.name, launcher)
 
+    if launcher:
+        for point in made.points:  # a point that its machines could not run is refused before any is launched
+            cli_launch.checked_job(parse(arguments(point))[0], parse)
     if options.dry_run:
         _print_points(made.points, sweep.keys, [command.shown(arguments(point)) for point in made.points])
         return DONE

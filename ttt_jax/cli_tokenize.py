@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="where the dataset is made")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--tokenizer", metavar="T", help="byte, a SentencePiece .model, or a Hugging Face tokenizer.json"
+        "--tokenizer", metavar="FILE", help="byte, a SentencePiece .model, or a Hugging Face tokenizer.json"
     )
     which.add_argument("--train-bpe", type=int, metavar="N", help="train one of N tokens on the train split")
     add("--text-key", default="text", metavar="KEY", help="of a record (default: text)")

@@ -282,8 +282,8 @@ def test_refusals(cluster):
         assert cluster.calls() == []
         return err.splitlines()[-1]
 
-    assert "--cluster: missing" in refused()
-    assert "--tpu-type: missing" in refused("--cluster=c")
+    assert "--cluster, --tpu-type, --image: missing" in refused()
+    assert "--tpu-type, --image: missing" in refused("--cluster=c")
     there = ["--cluster=c", "--tpu-type=v5litepod-8"]
     assert "--image: missing" in refused(*there)
     assert "--image a;id: expected an image" in refused(*there, "--image=a;id")

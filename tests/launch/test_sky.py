@@ -285,7 +285,7 @@ def test_refusals(sky):
         assert sky.of("launch") == []
         return err.splitlines()[-1]
 
-    assert "--accelerator: expected one" in refused()
+    assert "--accelerator: missing; expected one" in refused()
     assert "--accelerator: expected one" in refused("--accelerator=H100:8", "--cpus=2")
     assert "runs/a: the machines are deleted" in refused("--accelerator=H100:8", workdir="runs/a")
     assert "expected an accelerator type" in refused("--accelerator=tpu-v99-1")

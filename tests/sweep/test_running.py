@@ -193,12 +193,12 @@ def test_another_machine_is_known_by_its_signs_of_life(sweep, tmp_path, capsys, 
 
 
 def test_a_launcher_is_given_each_point(sweep, calls, tmp_path):
-    assert sweep("--grid seed=0,1 -- launch tpu --accelerator v5litepod-16 --spot") == 0
+    assert sweep("--grid seed=0,1 -- launch slurm --gpus-per-node 8 --nodes=2") == 0
     for seed in range(2):
         workdir = str(tmp_path / "sweep" / f"seed={seed}")
         assert [call["arguments"] for call in calls(f"seed={seed}")] == [
             [
-                *("launch", "tpu", "--accelerator", "v5litepod-16", "--spot", "--"),
+                *("launch", "slurm", "--gpus-per-node", "8", "--nodes=2", "--"),
                 *("train", "--config", QUICKSTART, f"--config.seed={seed}", "--workdir", workdir),
             ]
         ]
@@ -206,7 +206,7 @@ def test_a_launcher_is_given_each_point(sweep, calls, tmp_path):
 
 def test_launched_points_go_all_at_once(start_sweep, wait_for, tmp_path):
     do = {f"seed={seed}": ["hang"] for seed in range(3)}
-    process = start_sweep(*GRID, "--", "launch", "gke", do=do)
+    process = start_sweep(*GRID, "--", "launch", "slurm", "--gpus-per-node=8", do=do)
     wait_for(lambda: all((tmp_path / "sweep" / point / "ready").exists() for point in do))
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 130

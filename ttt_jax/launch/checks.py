@@ -1,34 +1,33 @@
-"""What a job on machines that vanish with their disks may not need, and what it needs to be installed."""
+"""What a job on other machines may not need, and what it needs to be installed."""
 
-from pathlib import Path
-
-from ttt_jax.config import GENERATED, ConfigError
+from ttt_jax.config import ConfigError
+from ttt_jax.launch import places, versions
 from ttt_jax.launch.job import Job
 
 
+def required(*wanted: tuple[bool, str, str]) -> None:
+    """Raise ConfigError with all that is missing: of each, whether it is, what it is called, and what is expected."""
+    missing = [(name, expected) for is_missing, name, expected in wanted if is_missing]
+    if missing:
+        names, expected = zip(*missing, strict=True)
+        raise ConfigError(f"{', '.join(names)}: missing; expected {'; '.join(expected)}")
+
+
+def command(job: Job) -> tuple[bool, str, str]:
+    """Return what :func:`required` takes, of the command that a job is to run."""
+    return not job.command, "a command", "one after --, such as -- train --config FILE --workdir DIR"
+
+
 def bucket(job: Job, why: str) -> None:
-    """Raises ConfigError where the job writes to a folder of the machines, which it may not because of ``why``."""
-    if job.workdir is not None and not job.workdir.startswith("gs://"):
-        raise ConfigError(f"{job.workdir}: {why}; expected gs://bucket/name")
+    """Raise ConfigError where the job writes to the disks of the machines, which it may not because of ``why``."""
+    places.check_written(job.places, why)
 
 
 def no_local_files(job: Job) -> None:
-    """Raises ConfigError where the job reads files of this machine that are not sent."""
-    config = job.config
-    if config is None:
-        return
-    places = {"data.source": config.data.source, "training.start_from": config.training.start_from}
-    for key, place in places.items():
-        if place and place.partition(":")[0] not in GENERATED and "://" not in place:
-            raise ConfigError(
-                f"{key}={place!r}: a folder of this machine, not there; expected gs://bucket/name (copy it: "
-                f"gcloud storage cp -r {place} gs://bucket/), or another URL"
-            )
-    if Path(config.data.tokenizer).is_file():
-        raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r}: a file of this machine; expected its hash or name"
-        )
-    if config.log.tensorboard and (job.workdir or "").startswith("gs://"):
+    """Raise ConfigError where the job reads files of this machine that are not sent."""
+    places.check_variables(job.copied, job.environment)
+    places.check_readable(job.places, job.checkout, versions.files(job.checkout))
+    if job.config is not None and job.config.log.tensorboard and (job.workdir or "").startswith("gs://"):
         raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
 
 

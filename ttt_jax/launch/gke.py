@@ -55,22 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     """Runs the job to its end; returns its exit status."""
-    if options.cluster is None:
-        raise ConfigError("--cluster: missing; expected the name of a cluster that xpk has made")
+    checks.required(_cluster(options))
+    _check_names(options)
+    return lifecycle.run(options, job, commands, Workload(options, job, commands))
+
+
+def check(options: argparse.Namespace, job: Job) -> None:
+    """Raise ConfigError for whatever would fail there and can be seen from here."""
+    _check_names(options)
+    no_image = options.image is None and options.build is None
+    checks.required(
+        _cluster(options),
+        (options.tpu_type is None, "--tpu-type", "one such as v5litepod-256"),
+        (no_image, "--image", "an image, or --build and where to put one"),
+        checks.command(job),
+    )
+    if options.image is not None:
+        image.checked(options.image, "--image")
+    checks.bucket(job, "the machines are deleted in the end")
+    checks.no_local_files(job)
+
+
+def _cluster(options: argparse.Namespace) -> tuple[bool, str, str]:
+    return options.cluster is None, "--cluster", "the name of a cluster that xpk has made"
+
+
+def _check_names(options: argparse.Namespace) -> None:
     # xpk puts these into commands of a shell.
     for name in ("cluster", "tpu_type", "zone", "project", "reservation"):
         if (value := getattr(options, name)) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:/-]*", value):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected letters, digits and hyphens")
-    if options.action is None:
-        if options.tpu_type is None:
-            raise ConfigError("--tpu-type: missing; expected one such as v5litepod-256")
-        if options.image is None and options.build is None:
-            raise ConfigError("--image: missing; expected an image, or --build and where to put one")
-        if options.image is not None:
-            image.checked(options.image, "--image")
-        checks.bucket(job, "the machines are deleted in the end")
-        checks.no_local_files(job)
-    return lifecycle.run(options, job, commands, Workload(options, job, commands))
 
 
 class Workload:

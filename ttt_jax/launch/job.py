@@ -13,10 +13,11 @@ import ml_collections
 import ttt_jax
 from ttt_jax import config_file
 from ttt_jax.config import ConfigError
-from ttt_jax.launch import versions
+from ttt_jax.launch import places, versions
+from ttt_jax.launch.places import Place
 
 LONGEST_NAME = 40  # of workloads on GKE; Cloud TPU and Slurm take longer ones
-_HERE_ONLY = ("launch", "sweep", "plot")
+_HERE_ONLY = ("launch", "sweep", "plot", "config")  # first words of verbs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Job:
       workdir: ``--workdir`` of the command, or ``--output``, if it has one.
       config: what ``--config`` and its overrides make, for commands that have one.
       environment: variables that the command needs there. Values may be secrets: print none.
+      copied: those of them whose values are taken from here.
+      places: files and folders that the command and its config name.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Job:
     workdir: str | None = None
     config: ml_collections.ConfigDict | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copied: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -71,13 +76,15 @@ def make(
             raise ConfigError("--name: missing; expected the name of a job, or its command after --")
         return Job(_checked(name), (), root, environment=_variables(environment))
     options, rest = parse(command)
-    if options.verb in _HERE_ONLY:
+    if options.verb.split()[0] in _HERE_ONLY:
         raise ConfigError(f"ttt {options.verb}: runs here; expected a command for other machines, such as ttt train")
     workdir = getattr(options, "workdir", None) or getattr(options, "output", None)
     if isinstance(workdir, list):  # of ttt eval: the first stands for all, but the name is of all of them
         name, workdir = name or default_name(None, command), workdir[0]
-    config = config_file.from_arguments(rest) if options.takes_config else None
-    command = tuple(_config_in(root, command) if options.takes_config and sends_sources else command)
+    needs_config = options.takes_config and not getattr(options, "function", None)  # ttt bench tpu-schedule
+    config = config_file.from_arguments(rest) if needs_config else None
+    named = places.of_options(options.parser, options) + ([] if config is None else places.of_config(config))
+    command = tuple(_config_in(root, command) if needs_config and sends_sources else command)
     return Job(
         default_name(workdir, command) if name is None else _checked(name),
         command,
@@ -85,6 +92,8 @@ def make(
         workdir,
         config,
         _variables(environment),
+        tuple(key for key in environment if "=" not in key),
+        tuple(named),
     )
 
 

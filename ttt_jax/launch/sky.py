@@ -85,12 +85,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     """Runs the job to its end; returns its exit status."""
-    if options.action is None:
-        if (options.accelerator is None) == (options.cpus is None):
-            raise ConfigError("--accelerator: expected one, such as tpu-v5litepod-8 or H100:8, or --cpus instead")
-        checks.bucket(job, "the machines are deleted in the end")
-        checks.no_local_files(job)
     return lifecycle.run(options, job, commands, ManagedJobs(options, job, commands))
+
+
+def check(options: argparse.Namespace, job: Job) -> None:
+    """Raise ConfigError for whatever would fail there and can be seen from here."""
+    neither = options.accelerator is None and options.cpus is None
+    kinds = "one, such as tpu-v5litepod-8 or H100:8, or --cpus instead"
+    checks.required((neither, "--accelerator", kinds), checks.command(job))
+    if options.accelerator is not None and options.cpus is not None:
+        raise ConfigError("--accelerator: expected one, or --cpus instead, not both")
+    checks.bucket(job, "the machines are deleted in the end")
+    checks.no_local_files(job)
 
 
 class ManagedJobs:

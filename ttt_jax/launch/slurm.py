@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
-from ttt_jax.launch import lifecycle
+from ttt_jax.launch import checks, lifecycle
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.job import Job
@@ -90,6 +90,14 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     folder = _folder(options, job)
     arguments = [] if options.action else _sbatch(options, job, folder)
     return lifecycle.run(options, job, commands, Slurm(job, commands, folder, arguments))
+
+
+def check(options: argparse.Namespace, job: Job) -> None:
+    """Raise ConfigError for what is missing. Local paths are right here: nodes and this machine share their files."""
+    missing = options.gpus_per_node is None
+    checks.required((missing, "--gpus-per-node", "how many GPUs each node has"), checks.command(job))
+    if options.setup is not None and not options.setup.is_file():
+        raise ConfigError(f"--setup {options.setup}: no such file")
 
 
 class Slurm:
@@ -222,10 +230,6 @@ def _folder(options: argparse.Namespace, job: Job) -> Path:
 
 def _sbatch(options: argparse.Namespace, job: Job, folder: Path) -> list[str]:
     """The command that submits the job."""
-    if options.gpus_per_node is None:
-        raise ConfigError("--gpus-per-node: missing; expected how many GPUs each node has")
-    if options.setup is not None and not options.setup.is_file():
-        raise ConfigError(f"--setup {options.setup}: no such file")
     prefix = folder / job.name
     os.environ.update(job.environment)  # sbatch hands the environment on; on the command line all could read it
     arguments = [

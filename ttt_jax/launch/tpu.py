@@ -8,7 +8,6 @@ from pathlib import Path
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import accelerators, checks, tpu_run
-from ttt_jax.launch.accelerators import Accelerator
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
 
@@ -57,8 +56,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     where = [f"--{name}={value}" for name in ("zone", "project") if (value := getattr(options, name))]
     if options.action is not None:
         return tpu_run.act(options.action, commands, job, where, options.internal_ips)
-    accelerator = accelerators.parse(options.accelerator or "")
-    _check(options, job, accelerator)
+    accelerator = accelerators.parse(options.accelerator)
     request = [f"--accelerator-type={accelerator.name}"]
     request.append(f"--runtime-version={options.runtime_version or accelerator.runtime_version}")
     request += [f"--{name}" for name in ("spot", "best-effort", "reserved") if getattr(options, name.replace("-", "_"))]
@@ -85,8 +83,12 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
     return tpu_run.run(commands, job, plan)
 
 
-def _check(options: argparse.Namespace, job: Job, accelerator: Accelerator) -> None:
-    """Whatever would fail there and can be seen from here, before anybody waits for a pod."""
+def check(options: argparse.Namespace, job: Job) -> None:
+    """Raise ConfigError for whatever would fail there and can be seen from here, before anybody waits for a pod."""
+    checks.required(
+        (not options.accelerator, "--accelerator", "an accelerator type, such as v5litepod-16"), checks.command(job)
+    )
+    accelerator = accelerators.parse(options.accelerator)
     several = accelerator.several_hosts or options.slices > 1
     checks.one_host(job, several)
     if several or not options.keep:

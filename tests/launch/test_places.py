@@ -1,0 +1,190 @@
+"""Local files in commands for other machines: refused for every verb and option, whatever the target."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from ttt_jax import cli
+from ttt_jax import config as config_lib
+from ttt_jax.launch import places
+from ttt_jax.launch.commands import Commands
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = {
+    "tpu": ["tpu", "--accelerator", "v5litepod-4", "--zone", "z"],
+    "gke": ["gke", "--cluster", "c", "--tpu-type", "v5litepod-4", "--image", "gcr.io/p/i:t"],
+    "sky": ["sky", "--cpus", "2+"],
+}
+TRAIN = ["train", "--config", "configs/quickstart.py", "--workdir", "gs://b/r"]
+TOKENIZE = ["tokenize", "--tokenizer", "byte", "--train", "gs://b/t.jsonl", "--output", "gs://b/x"]
+REFUSED = [  # a command, and the option or key that its message begins with
+    *(
+        (
+            ["tokenize", f"--{split}", *values, "--tokenizer", "byte", "--output", "gs://b/x"],
+            f"--{split} {values[-1]}: ",
+        )
+        for split in ("train", "validation", "test")
+        for values in (["t.jsonl"], ["gs://b/t.jsonl", "/data/t.jsonl"], ["~/t*.jsonl"], ["file:///data/t.jsonl"])
+    ),
+    (["tokenize", "--train=t.jsonl", "--tokenizer", "byte", "--output", "gs://b/x"], "--train t.jsonl: "),
+    ([*TOKENIZE, "--test", "simplecache::FILE:///data/t.jsonl"], "--test simplecache::FILE:///data/t.jsonl: "),
+    ([*TOKENIZE, "--test", "zip://t.jsonl::t.zip"], "--test zip://t.jsonl::t.zip: "),
+    ([*TOKENIZE, "--test", "http://localhost:8000/t.jsonl"], "--test http://localhost:8000/t.jsonl: "),
+    (["tokenize", "--tokenizer=m.model", "--train", "gs://b/t", "--output", "gs://b/x"], "--tokenizer m.model: "),
+    (["tokenize", "--tokenizer", "byte", "--train", "gs://b/t", "--output=file:///x"], "--output file:///x: "),
+    ([*TRAIN, "--config.data.source=data/books"], "data.source='data/books': "),
+    ([*TRAIN, "--config.data.source", "file:///data"], "data.source='file:///data': "),
+    ([*TRAIN, "--config.training.start_from=~/runs/a"], "training.start_from='~/runs/a': "),
+    ([*TRAIN, "--config.data.tokenizer=file:///t.json"], "data.tokenizer='file:///t.json': "),
+    ([*TRAIN[:3], "--workdir=runs/a"], "--workdir runs/a: "),
+    (["eval", "--workdir", "gs://b/a", "runs/b"], "--workdir runs/b: "),
+    (["eval", "--workdir", "gs://b/a", "--source", "data/books"], "--source data/books: "),
+    (["eval", "--workdir", "gs://b/a", "--csv", "all.csv"], "--csv all.csv: "),
+    (["eval", "compare", "gs://b/a", "runs/b"], "DIR runs/b: "),
+    (["inspect", "--workdir", "/runs/a"], "--workdir /runs/a: "),
+    (["probe", "needle", "--workdir", "gs://b/a", "--haystack=h.txt"], "--haystack h.txt: "),
+    (["probe", "needle", "--workdir", "gs://b/a", "--tokenizer", "t.json"], "--tokenizer t.json: "),
+    (["probe", "task", "--workdir", "gs://b/a", "--plot", "a.png"], "--plot a.png: "),
+    (["harness", "--workdir", "gs://b/a", "--tasks", "x", "--include-path", "tasks"], "--include-path tasks: "),
+    (["harness", "--workdir", "gs://b/a", "--tasks", "x", "--output", "a.json"], "--output a.json: "),
+    (["bench", "tpu-schedule", "--function", "/home/me/f.py:build"], "--function /home/me/f.py: "),
+    (["bench", "tpu-schedule", "--function", "a:b", "--keep", "files"], "--keep files: "),
+    (["sweep", "status", "gs://b/s"], "ttt sweep status: runs here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_started(monkeypatch):
+    def start(*arguments, **options):
+        raise AssertionError("a command was started")
+
+    monkeypatch.setattr(Commands, "_start", start)
+    monkeypatch.chdir(ROOT)
+
+
+def launch(target, *command, env=()):
+    return cli.main(["launch", *target, *env, "--dry-run", "--", *command])
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
+def test_local_files_are_refused(capsys, command, message):
+    for target in TARGETS.values():
+        assert launch(target, *command) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"ttt launch: {message}")
+        assert "expected" in printed.err
+        assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        TOKENIZE,
+        [*TOKENIZE, "--test", "s3://b/t.jsonl", "hf://datasets/x/t.parquet", "simplecache::gs://b/*.txt"],
+        [*TOKENIZE, "--test", "configs/quickstart.py"],  # is sent
+        [*TRAIN, "--config.data.source=gs://b/data", "--config.training.start_from=gs://b/a"],
+        [*TRAIN, "--config.data.tokenizer=tokenizer.model"],  # a name
+        ["eval", "--workdir", "gs://b/a", "--source", "embedded"],
+        ["probe", "needle", "--workdir", "gs://b/a", "--tokenizer", "byte", "--haystack", "gs://b/h.txt"],
+        ["harness", "--workdir", "gs://b/a", "--tasks", "lambada_openai", "--include-path", "launch"],
+        ["bench", "tpu-schedule", "--function", "ttt_jax.benchmark.inner_loop:build"],
+    ],
+    ids=lambda command: " ".join(command)[:60],
+)
+def test_what_is_there_is_sent(capsys, command):
+    assert launch(TARGETS["sky"], *command) == 0
+    assert f"ttt {command[0]}" not in capsys.readouterr().err
+
+
+def test_a_file_that_is_sent_goes_by_its_path_in_the_source_tree(capsys, monkeypatch):
+    assert launch(TARGETS["sky"], *TOKENIZE, "--test", f"{ROOT}/configs/quickstart.py") == 2
+    assert "expected configs/quickstart.py, which it is called in the source tree" in capsys.readouterr().err
+    monkeypatch.chdir(ROOT / "configs")
+    assert launch(TARGETS["sky"], *TOKENIZE, "--test", "quickstart.py") == 2
+    assert "expected configs/quickstart.py, which" in capsys.readouterr().err
+
+
+def test_slurm_reads_the_files_that_are_here(capsys, tmp_path):
+    config = tmp_path / "mine.py"
+    config.write_text((ROOT / "configs/quickstart.py").read_text())
+    slurm = ["slurm", "--gpus-per-node", "1"]
+    command = ["train", "--config", str(config), "--workdir", str(tmp_path / "run"), "--config.data.source=data/books"]
+    assert launch(slurm, *command) == 0
+
+
+def test_machines_that_are_kept_may_be_written_to_but_not_read_from(capsys):
+    target = [*TARGETS["tpu"], "--keep"]
+    assert launch(target, "train", "--config", "configs/quickstart.py", "--workdir", "runs/a") == 0
+    capsys.readouterr()
+    assert launch(target, "eval", "--workdir", "runs/a") == 2
+    assert "--workdir runs/a: a folder of this machine, not there; expected gs://" in capsys.readouterr().err
+
+
+def test_variables_with_files_of_this_machine(capsys, monkeypatch, tmp_path):
+    key = tmp_path / "key.json"
+    key.write_text("{}")
+    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    for given in (f"GOOGLE_APPLICATION_CREDENTIALS={key}", f"MINE={key}", f"MINE=file://{key}", "KUBECONFIG"):
+        assert launch(TARGETS["sky"], *TRAIN, env=["--env", given]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"ttt launch: --env {given.partition('=')[0]}: names a file of this machine")
+        assert str(key) not in err
+    for given in ("XLA_FLAGS=--xla_dump_to=/tmp/x", f"TMPDIR={tmp_path}", "GOOGLE_APPLICATION_CREDENTIALS=/secrets/k"):
+        assert launch(TARGETS["sky"], *TRAIN, env=["--env", given]) == 0
+
+
+# ---- What the parsers declare
+
+TEXTS = {  # metavars of arguments that take text and name no files
+    *("HOST:PORT", "KEY", "TOKEN", "ADDRESS", "STEP", "A,B", "NAME", "NAME,...", "TOPOLOGY", "KEY=VALUE"),
+    *("KEY=VALUE[,...]", "MODULE:NAME", "KEY=VALUES", "NAME=N", "METRIC", "TARGET", "KIND", "needle|task", "step"),
+}
+
+
+def test_every_argument_of_every_verb_is_a_place_or_known_not_to_be():
+    _, verbs = cli._parsers()
+    for name, parser in verbs.items():
+        for action in parser._actions:
+            takes_text = action.nargs != 0 and action.choices is None and action.type in (None, Path)
+            if takes_text and not isinstance(action, argparse._SubParsersAction):
+                kind = str(action.metavar)
+                assert kind in places._KINDS or kind in TEXTS, (name, action.dest, kind)
+                assert action.type is not Path or kind in places._KINDS, (name, action.dest)
+
+
+def test_options_that_are_written_exist():
+    _, verbs = cli._parsers()
+    for verb, option in places._WRITTEN | places._WRITTEN_HERE:
+        assert option in {action.dest for action in verbs[verb]._actions}
+
+
+def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
+    texts = {key for key, default, _ in config_lib.KEYS if isinstance(default, str) or default is str}
+    others = """model.mixer model.dtype model.remat model.ttt.backbone model.ttt.kernel optimizer.warmup
+        training.duration checkpoint.every checkpoint.milestone_every evaluation.every evaluation.split profile.steps
+        log.every log.wandb_project""".split()
+    assert texts == {*places._CONFIG_KINDS, *others}
+
+
+@pytest.mark.parametrize(
+    ("location", "local"),
+    [
+        ("a", True), ("/a", True), ("~/a", True), ("file:/a", True), ("file:///a", True), ("LOCAL://a", True),
+        ("gs://b/a", False), ("http://host/a", False), ("simplecache::gs://b/a", False), ("zip://a::b.zip", True),
+        ("sftp://me@127.0.0.1/a", True), ("https://localhost.example.com/a", False), ("http://[::1]:80/a", True),
+    ],
+)  # fmt: skip
+def test_is_local(location, local):
+    assert places.is_local(location) == local
+
+
+def test_points_of_a_sweep_are_refused_before_any_is_launched(capsys, tmp_path):
+    sweep = ["sweep", "--config", "configs/quickstart.py", "--grid", "seed=0,1", "--workdir"]
+    launcher = ["--", "launch", *TARGETS["sky"]]
+    assert cli.main([*sweep, str(tmp_path / "s"), "--dry-run", *launcher]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"ttt sweep: --workdir {tmp_path}/s/seed=0: the machines are deleted in the end")
+    assert printed.out == ""
+    assert not (tmp_path / "s").exists()
