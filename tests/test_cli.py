@@ -70,11 +70,12 @@ def test_help_and_refusals_do_not_load_jax(in_one_process):
             *("--version", "trian", "train --workdir x"),
             f"train --workdir x --config {QUICKSTART} --config.model.widht=3",
             f"bench step --config {QUICKSTART} --config.model.num_heads=3",
+            *(SHOWN := [f"config --config {QUICKSTART}", f"train --help --config {QUICKSTART}"]),
         ],
         unwanted=("jax", "matplotlib", "flax", "orbax", "grain"),
     )
     outputs = {command: out for command, (status, out, err) in printed.items() if (status, err) == (0, "")}
-    assert outputs.keys() == {c for c in printed if "--help" in c or "--version" in c}
+    assert outputs.keys() == {c for c in printed if "--help" in c or "--version" in c or c in SHOWN}
     assert outputs["--version"] == f"ttt_jax {__version__}\n"
     for text in ("train ", "eval ", "plot ", "bench ", "ttt train --help", "exit status:", "ttt eval --workdir runs/a"):
         assert text in outputs["--help"]
@@ -119,7 +120,13 @@ def test_a_verb_is_needed(refused):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train", "error: the following arguments are required: --workdir"),
+        ("train", "error: the following arguments are required: --config, --workdir"),
+        ("train --config.seed=1", "error: the following arguments are required: --config, --workdir"),
+        ("train --config x", "error: the following arguments are required: --workdir"),
+        ("plan", "error: the following arguments are required: --config, --topology"),
+        ("config", "--config: missing; expected a config file, such as --config configs/quickstart.py"),
+        ("config --config nowhere.py", "--config nowhere.py: no such file; expected a Python file with get_config()"),
+        (f"config --config {QUICKSTART} --config.seed=x", "seed=x: expected an integer"),
         ("train --workdir x", "--config: missing; expected a config file, such as --config configs/quickstart.py"),
         ("eval --workdir x --bogus", "error: unexpected argument: --bogus"),
         ("eval --workdir x --split test stray", "error: unexpected argument: stray"),

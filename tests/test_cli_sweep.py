@@ -87,7 +87,8 @@ def test_a_dry_run_prints_the_commands(capsys, tmp_path):
     assert cli.main([*line, "--", "launch", "slurm", "--gpus-per-node=8", "--partition", "a b"]) == 0
     out = capsys.readouterr().out
     assert [each for each in out.splitlines() if each.startswith("ttt")] == [
-        f"ttt launch slurm --gpus-per-node=8 --partition 'a b' -- train --config {QUICKSTART} '--config.data.source=it'\"'\"'s here' "
+        f"ttt launch slurm --gpus-per-node=8 --partition 'a b' -- train --config {QUICKSTART} "
+        f"'--config.data.source=it'\"'\"'s here' "
         f"'--config.training.duration={duration}' --workdir {folder}/duration={name}"
         for duration, name in (("2 steps", "2-steps"), ("1M tokens", "1M-tokens"))
     ]

@@ -1,7 +1,6 @@
 """``ttt <verb>``: each verb is a thin main around an importable function."""
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 import ttt_jax
 from ttt_jax import (
     cli_bench,
+    cli_config,
     cli_eval,
     cli_harness,
     cli_inspect,
@@ -22,8 +22,8 @@ from ttt_jax import (
     cli_tokenize,
     config_file,
 )
-from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
+from ttt_jax.cli_config import Parser
 from ttt_jax.cli_types import add_processes
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
@@ -34,18 +34,25 @@ from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
 
-verbs:
+data:
   tokenize  text to a dataset
+
+training:
   train     train a model, or go on training one
-  eval      loss and perplexity of a trained model, by token index
-  plot      pictures of evaluations
-  probe     what a trained model remembers: needles in haystacks, synthetic tasks
-  inspect   what the inner loop of a trained model does, layer by layer
-  harness   tasks of EleutherAI's lm-evaluation-harness
-  bench     how fast a training step is; what it takes on a TPU, without one
+  config    print the config of a command, and run nothing
   sweep     many runs at once, where they stand, how they compare
+
+trained models:
+  eval      loss and perplexity by token index, and how models differ
+  plot      pictures and tables of evaluations
+  inspect   what the inner loop does, layer by layer
+  probe     what a model remembers: needles in haystacks, synthetic tasks
+  harness   tasks of EleutherAI's lm-evaluation-harness
+
+machines:
   plan      whether a run fits a TPU pod, its time and price, without one
   launch    a command on other machines: a TPU pod, a cluster
+  bench     how fast a training step is; what it takes on a TPU, without one
 
 Each verb tells more: ttt train --help
 """
@@ -53,6 +60,7 @@ _EPILOG = """\
 examples:
   ttt train --config configs/quickstart.py --workdir runs/a
   ttt train --config configs/quickstart.py:ttt_mlp --workdir runs/b --config.optimizer.peak_lr=1e-3
+  ttt config --config configs/quickstart.py:ttt_mlp
   ttt eval --workdir runs/a --context 2048
   ttt plot loss-by-position runs/a runs/b --output a-and-b.png
 
@@ -126,16 +134,16 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
     return status
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = _manual(argparse.ArgumentParser, _DESCRIPTION, _EPILOG, prog="ttt")
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = _manual(cli_config.Parser, _DESCRIPTION, _EPILOG, prog="ttt", usage="ttt [-h] [--version] VERB ...")
     parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
-    group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
-    verbs = {}
+    group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="ttt")
+    verbs: dict[str, Parser] = {}
 
     def verb(name: str, run: Callable, description: str, usage: str | None = None, takes_command: bool = False):
         takes_config = usage is not None
-        epilog = _config_manual() if takes_config else ""
-        verbs[name] = _manual(group.add_parser, description, epilog, name=name, usage=usage)
+        verbs[name] = _manual(group.add_parser, description, name=name, usage=usage)
+        verbs[name].takes_config = takes_config
         verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command, parser=verbs[name])
         return verbs[name]
 
@@ -147,6 +155,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
     p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
     add_processes(p)
+    cli_config.add_arguments(verb("config", cli_config.run, cli_config.DESCRIPTION, cli_config.USAGE))
 
     cli_eval.add_arguments(verb("eval", lambda options, rest: cli_eval.run(options), cli_eval.DESCRIPTION))
     compare = verb("eval compare", lambda options, rest: cli_eval.compare(options), cli_eval.COMPARE)
@@ -158,18 +167,18 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     cli_bench.add_arguments(verb("bench", cli_bench.step, cli_bench.DESCRIPTION, cli_bench.USAGE))
     p = verb("bench tpu-schedule", cli_bench.tpu_schedule, cli_bench.TPU_SCHEDULE, cli_bench.TPU_SCHEDULE_USAGE)
-    p.epilog = f"{cli_bench.TPU_SCHEDULE_EPILOG}\n{p.epilog}"
+    p.epilog = cli_bench.TPU_SCHEDULE_EPILOG
     cli_bench.add_tpu_schedule_arguments(p)
 
     p = verb("plan", cli_plan.run, cli_plan.DESCRIPTION, cli_plan.USAGE)
-    p.epilog = f"{cli_plan.EPILOG}\n{p.epilog}"
+    p.epilog = cli_plan.EPILOG
     cli_plan.add_arguments(p)
 
     def run_sweep(options: argparse.Namespace, rest: list[str]) -> int:
         return cli_sweep.run(options, rest, parse)
 
     p = verb("sweep", run_sweep, cli_sweep.DESCRIPTION, cli_sweep.USAGE, takes_command=True)
-    p.epilog = f"{cli_sweep.EPILOG}\n{p.epilog}"
+    p.epilog = cli_sweep.EPILOG
     cli_sweep.add_arguments(p)
     report = cli_sweep_report
     report.add_status_arguments(verb("sweep status", report.status, report.STATUS))
@@ -190,20 +199,7 @@ first; a second Ctrl-C does not wait.
 """
 
 
-def _config_manual() -> str:
-    lines = [
-        "config:",
-        "  --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()",
-        "  --config.KEY=VALUE    sets a key; the keys, with their defaults:",
-        "",
-    ]
-    for key, value, meaning in config_lib.KEYS:
-        shown = "unset" if isinstance(value, type) else json.dumps(value)
-        lines.append(f"  {f'--config.{key}={shown}':<44} {meaning}".rstrip())
-    return "\n".join(lines)
-
-
-def _manual(make: Callable, description: str, epilog: str, **names) -> argparse.ArgumentParser:
+def _manual(make: Callable, description: str, epilog: str = "", **names) -> Parser:
     style = argparse.RawDescriptionHelpFormatter
     return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
 

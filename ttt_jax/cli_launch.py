@@ -44,7 +44,9 @@ _ACTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The targets, each with its options."""
-    group = parser.add_subparsers(dest="target", required=True, metavar="TARGET", help=argparse.SUPPRESS)
+    parser.usage = f"{parser.prog} [-h] TARGET [options] -- VERB ..."
+    said_above = argparse.SUPPRESS
+    group = parser.add_subparsers(dest="target", required=True, metavar="TARGET", help=said_above, prog=parser.prog)
     for name, target in TARGETS.items():
         p = group.add_parser(
             name,

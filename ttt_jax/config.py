@@ -99,6 +99,10 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+DURATIONS = (
+    *("training.duration", "optimizer.warmup", "checkpoint.every", "checkpoint.milestone_every", "evaluation.every"),
+    "log.every",
+)
 _MAY_BE_EMPTY = ("checkpoint.milestone_every", "evaluation.every")
 _MOST = 1e18  # steps, tokens, or the width of anything: more is a slip, and would overflow
 
@@ -127,7 +131,7 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     Durations are strings: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``), and, for all
     but the run itself, ``"10%"`` of the run.
     """
-    text = str(_get(config, key)).strip()
+    text = str(value_of(config, key)).strip()
     if not text and key in _MAY_BE_EMPTY:
         return 0
     match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)
@@ -165,7 +169,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ).split():
         _at_least(config, key, 1)
     for key, least in (("model.ttt.remat_group", 0), ("model.ttt.unroll", 1)):
-        if _get(config, key) is not None:
+        if value_of(config, key) is not None:
             _at_least(config, key, least)
     _at_least(config, "data.worker_processes", 0)
     for key in (
@@ -175,11 +179,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         _positive(config, key)
     for key in ("optimizer.end_lr", "optimizer.weight_decay", "training.stall_limit"):
         _at_least(config, key, 0)
-        if not math.isfinite(_get(config, key)):
-            raise ConfigError(f"{key}={_get(config, key)}: expected a finite number, 0 or more")
+        if not math.isfinite(value_of(config, key)):
+            raise ConfigError(f"{key}={value_of(config, key)}: expected a finite number, 0 or more")
     for key in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= _get(config, key) < 1:
-            raise ConfigError(f"{key}={_get(config, key)}: expected a number from 0 to below 1")
+        if not 0 <= value_of(config, key) < 1:
+            raise ConfigError(f"{key}={value_of(config, key)}: expected a number from 0 to below 1")
     if not (config.optimizer.spike_factor == 0 or 1 < config.optimizer.spike_factor < math.inf):
         raise ConfigError(
             f"optimizer.spike_factor={config.optimizer.spike_factor}: expected a finite number above 1, or 0 for none"
@@ -211,10 +215,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"training.accumulation={config.training.accumulation}: does not divide "
             f"data.batch_size={config.data.batch_size}; expected a divisor"
         )
-    durations = (
-        "training.duration optimizer.warmup checkpoint.every checkpoint.milestone_every evaluation.every log.every"
-    )
-    for key in durations.split():
+    for key in DURATIONS:
         steps(config, key)
     if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
         raise ConfigError(
@@ -276,23 +277,24 @@ def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, A
     return found
 
 
-def _get(config, key):
+def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
+    """Return the value of a dotted key."""
     for part in key.split("."):
         config = config[part]
     return config
 
 
 def _one_of(config, key, accepted):
-    if _get(config, key) not in accepted:
-        raise ConfigError(f"{key}={_get(config, key)!r}: expected one of {', '.join(accepted)}")
+    if value_of(config, key) not in accepted:
+        raise ConfigError(f"{key}={value_of(config, key)!r}: expected one of {', '.join(accepted)}")
 
 
 def _at_least(config, key, least):
-    if _get(config, key) is None or not _get(config, key) >= least:
-        raise ConfigError(f"{key}={_get(config, key)}: expected {least} or more")
+    if value_of(config, key) is None or not value_of(config, key) >= least:
+        raise ConfigError(f"{key}={value_of(config, key)}: expected {least} or more")
 
 
 def _positive(config, key):
-    value = _get(config, key)
+    value = value_of(config, key)
     if value is not None and not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{key}={value}: expected a positive number")

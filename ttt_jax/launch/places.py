@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ttt_jax.config import GENERATED, ConfigError
+from ttt_jax.config import GENERATED, ConfigError, value_of
 
 _KINDS = {"DIR": "folder", "FILE": "file", "FILES": "file"}  # by metavar
 _WRITTEN = {("train", "workdir"), ("tokenize", "output")}  # by verb and option
@@ -78,8 +78,7 @@ def of_config(config: ml_collections.ConfigDict) -> list[Place]:
     """Return the places that a config names."""
     found = []
     for key, kind in _CONFIG_KINDS.items():
-        section, name = key.split(".")
-        value = config[section][name]
+        value = value_of(config, key)
         if not value or value.partition(":")[0] in _NO_FILES.get(key, ()):
             continue
         if key == "data.tokenizer" and "/" not in value and not Path(value).exists() and not value.startswith("~"):

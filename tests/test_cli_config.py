@@ -1,0 +1,95 @@
+"""``ttt config``, and configs in the help of verbs."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ttt_jax import cli, cli_config, config_file
+from ttt_jax import config as config_lib
+
+QUICKSTART = str(Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
+MINE = ["--config", f"{QUICKSTART}:ttt_mlp", "--config.training.duration=4096000 tokens", "--config.seed=7"]
+
+
+def ttt(*arguments) -> int:
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as end:  # argparse
+        return end.code
+
+
+def test_the_lines_are_toml_of_the_whole_config(capsys):
+    assert ttt("config", *MINE) == 0
+    out = capsys.readouterr().out
+    found, expected = tomllib.loads(out), config_file.from_arguments(MINE)
+    for key, _, _ in config_lib.KEYS:
+        value, there = config_lib.value_of(expected, key), found
+        for part in key.split("."):
+            there = there.get(part) if isinstance(there, dict) else None
+        assert there == value
+        if value is None:
+            assert f"# {key} is unset\n" in out
+    lines = {line.split(" = ")[0]: line for line in out.splitlines()}
+    assert lines["model.mixer"].split("  #")[1] == ' default: "ttt_linear"'
+    assert lines["training.duration"].split("  #")[1] == ' 1,000 steps; default: "1000 steps"'
+    assert lines["optimizer.warmup"].split("  #")[1] == " 100 steps"
+    assert "#" not in lines["log.every"]
+
+
+def test_json_is_that_of_a_run(capsys, tmp_path):
+    assert ttt("config", "--json", *MINE) == 0
+    (tmp_path / "config.json").write_text(capsys.readouterr().out)
+    assert config_file.from_json(tmp_path / "config.json").to_dict() == config_file.from_arguments(MINE).to_dict()
+
+
+@pytest.mark.parametrize("verb", [["train"], ["plan"], ["bench"], ["bench", "tpu-schedule"], ["sweep"], ["config"]])
+def test_help_shows_the_values_of_the_command(capsys, verb):
+    assert ttt(*verb, "--help", *MINE) == 0
+    out = capsys.readouterr().out
+    assert '\n* --config.model.mixer="ttt_mlp"' in out
+    assert ' (default: "ttt_linear")\n' in out
+    assert "\n* --config.seed=7 " in out
+    assert "\n  --config.mesh.fsdp=1 " in out
+    assert out.index("\n  -h, --help") < out.index("\nconfig:\n") < out.index("--config.seed")
+    assert ttt(*verb, "--help") == 0
+    out = capsys.readouterr().out
+    assert '\n  --config.model.mixer="ttt_linear"' in out
+    assert "\n*" not in out
+
+
+def test_help_of_a_config_that_is_wrong(capsys):
+    assert ttt("train", "--help", "--config", QUICKSTART, "--config.model.widht=3") == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "ttt train: model.widht: unknown key; did you mean model.width?\n")
+
+
+def test_usage_names_the_verb(capsys):
+    assert ttt() == 2
+    assert capsys.readouterr().err.startswith("usage: ttt [-h] [--version] VERB ...\n")
+    assert ttt("launch") == 2
+    assert capsys.readouterr().err.startswith(
+        "usage: ttt launch [-h] TARGET [options] -- VERB ...\nttt launch: error: "
+    )
+
+
+def test_a_value_that_is_the_default_is_not_marked():
+    assert not cli_config.differs(None, float)
+    assert cli_config.differs(0.0, float)
+    assert not cli_config.differs(257, 257)
+
+
+def test_it_loads_neither_jax_nor_data():
+    program = f"import sys; from ttt_jax import cli; cli.main(['config', '--config', {QUICKSTART!r}]); "
+    program += "sys.exit('jax' in sys.modules or 'ttt_jax.data.sources' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_every_verb_is_in_the_help(capsys):
+    assert ttt("--help") == 0
+    out = capsys.readouterr().out
+    _, verbs = cli._parsers()
+    for verb in {name.split()[0] for name in verbs}:
+        assert f"\n  {verb} " in out

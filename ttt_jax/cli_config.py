@@ -1,0 +1,120 @@
+"""``ttt config``, and the config in the help of verbs that take one."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from ttt_jax import config as config_lib
+from ttt_jax import config_file
+from ttt_jax.config import ConfigError
+from ttt_jax.exit_status import DONE, REFUSED
+
+DESCRIPTION = """\
+Prints the config that a command with the same arguments would use, and runs nothing: a line of TOML for each key, with
+its default where it differs. With --json, the same as the config.json of a run.
+"""
+USAGE = "ttt config --config FILE[:ARG] [--config.KEY=VALUE ...] [--json]"
+_HEADER = """\
+config:
+  --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()
+  --config.KEY=VALUE    sets a key; """
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help ends with the keys of the config, for verbs that take one."""
+
+    takes_config = False
+    _arguments: Sequence[str] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse, remembering the arguments for the help and for what is missing."""
+        self._arguments = () if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Return the help; the keys of the config have the values of the file that the command names."""
+        if not self.takes_config:
+            return super().format_help()
+        arguments = _of_config(self._arguments)
+        try:
+            config = config_file.from_arguments(arguments) if _files(arguments) == 1 else None
+        except ConfigError as error:
+            self.exit(REFUSED, f"{self.prog}: {error}\n")
+        return f"{super().format_help()}\n{manual(config)}\n"
+
+    def error(self, message: str):
+        """End with a message of what is wrong; --config is named with whatever else is missing."""
+        start = "the following arguments are required: "
+        if self.takes_config and message.startswith(start) and not _files(self._arguments):
+            message = f"{start}--config, {message.removeprefix(start)}"
+        super().error(message)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``ttt config``."""
+    parser.add_argument("--json", action="store_true", help="print JSON, as in the config.json of a run")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """``ttt config``"""
+    config = config_file.from_arguments(rest)
+    print(json.dumps(config.to_dict(), indent=2) if options.json else as_toml(config))
+    return DONE
+
+
+def as_toml(config: ml_collections.ConfigDict) -> str:
+    """Return a line ``key = value`` for each key of a config. A comment has the default where it differs, and the steps
+    of durations in other units; keys that are unset are comments."""
+    lines = []
+    for key, default, _ in config_lib.KEYS:
+        value = config_lib.value_of(config, key)
+        line = f"# {key} is unset" if value is None else f"{key} = {_shown(value)}"
+        notes = [f"default: {_shown(default)}"] if differs(value, default) else []
+        if value and key in config_lib.DURATIONS and not re.fullmatch(r"\s*\d+( steps?)?\s*", str(value)):
+            notes.insert(0, f"{config_lib.steps(config, key):,} steps")
+        lines.append(f"{line:<44}  # {'; '.join(notes)}" if notes else line)
+    return "\n".join(lines)
+
+
+def manual(config: ml_collections.ConfigDict | None) -> str:
+    """Return what the help of a verb says of the config: all keys, with the values of ``config``, or the defaults."""
+    lines = [_HEADER + "the keys, with their defaults:", ""]
+    if config is not None:
+        lines = [_HEADER + "the keys, with the values of this command; * marks what is not the default:", ""]
+    for key, default, meaning in config_lib.KEYS:
+        value = default if config is None else config_lib.value_of(config, key)
+        changed = config is not None and differs(value, default)
+        setting = f"{'*' if changed else ' '} --config.{key}={_shown(value)}"
+        was = f" (default: {_shown(default)})" if changed else ""
+        lines.append(f"{setting:<46} {meaning}{was}".rstrip())
+    return "\n".join(lines)
+
+
+def differs(value: Any, default: Any) -> bool:
+    """Return whether a value is not the default; a type for a default means that the key is unset."""
+    return value is not None if isinstance(default, type) else value != default
+
+
+def _of_config(arguments: Sequence[str]) -> list[str]:
+    """Those of a command's arguments that say what its config is."""
+    found, left = [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        if re.match("--?(no)?config([.=]|$)", argument):
+            found.append(argument)
+            if "=" not in argument and left and not left[0].startswith("-"):
+                found.append(left.pop(0))
+    return found
+
+
+def _files(arguments: Sequence[str]) -> int:
+    """How many config files arguments name."""
+    return sum(bool(re.match("--?config(=|$)", argument)) for argument in arguments)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None or isinstance(value, type) else json.dumps(value, ensure_ascii=False)
