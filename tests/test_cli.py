@@ -241,7 +241,12 @@ def test_train_says_what_it_did_and_then_that_all_is_done(trained, tmp_path, cap
     workdir = tmp_path / "run"
     assert ttt("train", "--workdir", workdir, *TINY) == 0
     loss = metrics.read(workdir)[-1]["loss"]
-    assert capsys.readouterr().out == f"{workdir}: 4 steps done, loss {loss:.4f}\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"{workdir}: 4 steps done, loss {loss:.4f}\n"
+    lines = printed.err.splitlines()
+    compiling = lines.index("compiling the training step ...")
+    assert re.fullmatch(r"compiled in \d+\.\d s", lines[compiling + 1])
+    assert lines[-1].startswith(f"step 4/4  loss {loss:.4f}")
 
     before = (trained / "metrics.jsonl").read_bytes()
     assert ttt("train", "--workdir", trained, *TINY) == 0

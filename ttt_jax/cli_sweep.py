@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ttt_jax import cli_launch
+from ttt_jax import cli_launch, extras
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
@@ -217,6 +217,7 @@ def _check_engine(options: argparse.Namespace) -> None:
             raise ConfigError("--engine ray: is a launcher itself; expected nothing behind --")
         from ttt_jax.sweep import metric
 
+        extras.check("ray", "ray", "--engine ray")
         if options.asha is not None and metric.is_of_evaluation(options.asha):
             raise ConfigError(f"--asha {options.asha}: expected a number of metrics.jsonl, such as loss")
         if not 1 < options.reduction < 1e6:

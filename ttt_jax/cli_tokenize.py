@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.status_line import StatusLine, duration
 from ttt_jax.stop_signals import StopSignals
@@ -70,6 +71,10 @@ def run(options: argparse.Namespace) -> int:
         for file in files.find(split, getattr(options, split), options.output)
     ]
     _check_files(found)
+    if any(file.kind == "parquet" for file in found):
+        extras.check("parquet", "pyarrow", "reading .parquet")
+    if options.engine == "ray":
+        extras.check("ray", "ray", "--engine ray")
     output, skip = Store(options.output), options.on_error == "skip"
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
     job = Job(tokenizer.byte(), None, None, options.text_key, **fractions, split_seed=options.split_seed)

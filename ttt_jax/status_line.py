@@ -35,6 +35,13 @@ class StatusLine:
             self._last_line = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """Show what the command is at, without counting: on a terminal in the live line, else as a line of its own."""
+        if self._bar:
+            self._bar.update(self._task, text=text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self._bar:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def at(location: str | os.PathLike) -> Workdir:
     if not text.removeprefix("gs://").strip("/") or not text.startswith("gs://"):
         raise ConfigError(f"--workdir {text}: expected a folder, or gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(f"--workdir {text}: needs gcsfs; pip install 'ttt_jax[gcs]'")
+        raise ConfigError(f"--workdir {text}: needs gcsfs; {extras.hint('gcs')}")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of all that fails, which is told here, once
     os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow is no better, where it happens to be installed
     from etils import epath

@@ -45,7 +45,7 @@ def test_there_are_no_slices_of_cpus():
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install libtpu"):
+    with pytest.raises(ConfigError, match="pip install 'libtpu>="):
         topology.prepare(topology.parse("v5e:2x2"))
     topology.prepare(topology.parse("cpu:8"))
 

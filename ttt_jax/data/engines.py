@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.data.job import Job, Part, tokenize
@@ -68,7 +69,7 @@ def ray(address: str) -> Engine:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--engine ray: needs Ray; pip install 'ttt_jax[ray]'") from error
+        raise ConfigError(f"--engine ray: needs Ray; {extras.hint('ray')}") from error
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         connect(address)

@@ -18,6 +18,7 @@ from typing import Any
 
 from backports import zstd
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.data.files import InputFile
 
@@ -239,7 +240,7 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ConfigError("reading .parquet needs pyarrow; pip install 'ttt_jax[parquet]'") from error
+        raise ConfigError(f"reading .parquet needs pyarrow; {extras.hint('parquet')}") from error
     try:
         file = parquet.ParquetFile(raw)
         columns = file.schema_arrow.names

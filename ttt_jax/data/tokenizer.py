@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.data import files, special_tokens
 
@@ -231,7 +232,7 @@ def _sentencepiece(content: bytes, name: str):
     try:
         import sentencepiece
     except ImportError as error:
-        raise ConfigError(f"{name}: needs sentencepiece; pip install 'ttt_jax[sentencepiece]'") from error
+        raise ConfigError(f"{name}: needs sentencepiece; {extras.hint('sentencepiece')}") from error
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         if content and processor.get_piece_size():  # of nothing, the library makes one without a model

@@ -10,6 +10,7 @@ import os
 import re
 from typing import NamedTuple
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 
 # The slices that Google offers. Those of v5p are boxes of many sizes; its compiler knows them.
@@ -58,7 +59,7 @@ def prepare(topology: Topology) -> None:
     if topology.chip == "cpu":
         return
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology {topology}: needs the compiler of TPUs; pip install libtpu (on Linux)")
+        raise ConfigError(f"--topology {topology}: needs the compiler of TPUs; {extras.hint('plan')} (on Linux)")
     chips = math.prod(topology.shape)
     names = {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}", "v5p": f"v5p-{2 * chips}"}  # v5p counts cores
     os.environ.update(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ttt_jax import extras
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import engines
@@ -30,7 +31,7 @@ try:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 except ImportError as error:
-    raise ConfigError(f"--engine ray: needs Ray Tune ({error}); pip install 'ttt_jax[ray]'") from error
+    raise ConfigError(f"--engine ray: needs Ray Tune ({error}); {extras.hint('ray')}") from error
 
 _POLL = 0.5  # seconds
 _SILENCE = 3.0  # seconds; a trial without news says so, for an answer is when it hears that it should stop

@@ -142,8 +142,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
         try:
             # ---- Compile
             began = time.monotonic()
+            if output is not None:
+                output.bar.compiling()
             train_step = run.compiled_step()
-            report.waited("compile_seconds", time.monotonic() - began, within_step=False)
+            compile_seconds = time.monotonic() - began
+            if output is not None:
+                output.bar.compiled(compile_seconds)
+            report.waited("compile_seconds", compile_seconds, within_step=False)
             report.waited("restore_seconds", restore_seconds, within_step=False)
             state = run.initial_state() if restored is None else restored.state
             if first_params is not None:
@@ -237,7 +242,7 @@ def _prepare(
     if config_lib.steps(config, "evaluation.every"):
         held_out = sources.from_config(config, config.evaluation.split)
         source.check(held_out, config.model.vocab_size, config.data.sequence_length)
-    metrics.check_place(workdir, tensorboard=config.log.tensorboard)
+    metrics.check_place(workdir, tensorboard=config.log.tensorboard, wandb=bool(config.log.wandb_project))
     workdir_lib.make(workdir)
     resume.check_same_run(config, workdir)
     return run, data, held_out

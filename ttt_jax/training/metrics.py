@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.training.bucket_file import BucketFile
 from ttt_jax.workdir import Workdir, explained, is_local
@@ -44,13 +45,17 @@ class MetricsWriter:
             close_other()
 
 
-def check_place(workdir: Workdir, *, tensorboard: bool) -> None:
-    """Raises :class:`ConfigError` where metrics cannot go to such a workdir."""
+def check_place(workdir: Workdir, *, tensorboard: bool, wandb: bool = False) -> None:
+    """Raise :class:`ConfigError` where metrics cannot go to such a workdir, or a package for them is missing."""
     if tensorboard and not is_local(workdir):
         raise ConfigError(
             f"log.tensorboard=true: needs a local workdir, not {workdir}; expected false (metrics.jsonl is written "
             "anyway), or log.wandb_project"
         )
+    if tensorboard:
+        extras.check("tensorboard", "tensorboardX", "log.tensorboard=true")
+    if wandb:
+        extras.check("wandb", "wandb", "log.wandb_project")
 
 
 def read(workdir: Workdir) -> list[dict[str, float]]:
@@ -94,7 +99,7 @@ def _tensorboard(workdir: Workdir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ConfigError("log.tensorboard=true: needs tensorboardX; pip install 'ttt_jax[tensorboard]'") from error
+        raise ConfigError(f"log.tensorboard=true: needs tensorboardX; {extras.hint('tensorboard')}") from error
     writer = SummaryWriter(str(workdir / "tensorboard"))
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -109,7 +114,7 @@ def _wandb(workdir: Workdir, settings: dict[str, Any]):
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError("log.wandb_project: needs wandb; pip install 'ttt_jax[wandb]'") from error
+        raise ConfigError(f"log.wandb_project: needs wandb; {extras.hint('wandb')}") from error
     local = is_local(workdir)
     place = str(workdir.resolve() if local else workdir)
     identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()  # resumes with the workdir

@@ -16,6 +16,14 @@ class ProgressBar:
         self._total, self._tokens = total, tokens_per_step
         self._line = StatusLine(total, start, "compiling")
 
+    def compiling(self) -> None:
+        """Say that the training step is being compiled, which may take minutes."""
+        self._line.note("compiling the training step ...")
+
+    def compiled(self, seconds: float) -> None:
+        """Say how long that took."""
+        self._line.note(f"compiled in {seconds:.1f} s")
+
     def update(self, step: int, loss: float, seconds_per_step: float) -> None:
         """Shows where the run is."""
         left = duration(seconds_per_step * (self._total - step))
