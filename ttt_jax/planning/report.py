@@ -1,6 +1,7 @@
 """A plan for people, and as JSON."""
 
 import dataclasses
+import math
 from typing import Any
 
 from ttt_jax.planning.plan import Plan
@@ -11,8 +12,9 @@ def text(plan: Plan, price: float | None = None) -> str:
     """The whole report; ``price`` in USD per chip-hour."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     parts = f", in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
+    plural = "" if plan.chips == 1 else "s"
     lines = [
-        f"{plan.model}, {plan.parameters / 1e6:,.1f} M parameters, on {plan.topology}: {plan.chips} chips",
+        f"{plan.model}, {_count(plan.parameters, 1, 'Mk')} parameters, on {plan.topology}: {plan.chips} chip{plural}",
         f"  mesh     {mesh}",
         f"  batch    {plan.sequences:,} sequences of {plan.sequence_length:,} tokens{parts}",
         f"  compile  {plan.compile_seconds:.1f} s",
@@ -46,7 +48,7 @@ def search_line(tried: Tried) -> str:
     choice = f"{c.data:6} {c.fsdp:5} {c.tensor:6} {c.remat:>6} {c.accumulation:12}"
     if p is None:
         return f"{choice}   the compiler fails"
-    time = f"{p.step_time.total:.4f} s" if p.step_time else ("does not fit" if p.fits is False else "")
+    time = _time(p.step_time.total) if p.step_time else ("does not fit" if p.fits is False else "")
     return f"{choice} {p.compile_seconds:7.1f} s {_size(p.memory.total):>12} {time:>14}"
 
 
@@ -95,22 +97,52 @@ def _collectives(plan: Plan) -> list[str]:
 def _step(plan: Plan, price: float | None) -> list[str]:
     lines = [f"step and run{'' if plan.step_time is None else ' (an estimate)'}"]
     lines.append(f"  {'model FLOPs of a step':<23} {plan.operations:.3e}")
-    lines.append(f"  {'run':<23} {plan.steps:,} steps, {plan.steps * plan.tokens / 1e9:,.2f} G tokens")
+    lines.append(f"  {'run':<23} {plan.steps:,} steps, {_count(plan.steps * plan.tokens, 2, 'GMk')} tokens")
     t, hours = plan.step_time, plan.hours
     if t is None or hours is None or plan.utilization is None:
         unknown = "the step does not fit" if plan.fits is False else f"nothing is known of the speed of {plan.topology}"
         return [*lines, f"  {'step time':<23} no estimate: {unknown}"]
-    cost = "" if price is None else f", {plan.price(price):,.0f} USD at {price:g} per chip-hour"
+    cost = "" if price is None else f", {_amount(plan.price(price))} USD at {price:g} per chip-hour"
     return [
         *lines,
-        f"  {'step time':<23} {t.total:.4f} s = max(compute {t.compute:.4f}, memory {t.memory:.4f})"
-        f" + communication {t.communication:.4f}",
+        f"  {'step time':<23} {_time(t.total)} = max(compute {_time(t.compute)}, memory {_time(t.memory)})"
+        f" + communication {_time(t.communication)}",
         f"  {'tokens/s':<23} {plan.tokens / t.total:,.0f}, {plan.tokens / t.total / plan.chips:,.0f} per chip",
-        f"  {'model FLOP utilization':<23} {plan.utilization:.1%}",
-        f"  {'duration':<23} {hours:,.2f} hours, {hours * plan.chips:,.0f} chip-hours{cost}",
+        f"  {'model FLOP utilization':<23} {_amount(100 * plan.utilization, 1)}%",
+        f"  {'duration':<23} {_duration(hours)}, {_amount(hours * plan.chips)} chip-hours{cost}",
         "assumptions",
         *(f"  - {assumption}" for assumption in t.assumptions),
     ]
+
+
+def _count(count: float, digits: int, units: str) -> str:
+    """A count in the largest of some units that leaves one of it or more, so that nothing is 0.0 M."""
+    sizes = {"G": 1e9, "M": 1e6, "k": 1e3}
+    unit = next((unit for unit in units if count >= sizes[unit]), None)
+    return f"{count:,.0f}" if unit is None else f"{count / sizes[unit]:,.{digits}f} {unit}"
+
+
+def _time(seconds: float) -> str:
+    """A time in seconds, or in the smaller unit that does not round it to nothing."""
+    if seconds >= 1e-3 or not seconds:
+        return f"{seconds:.4f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-5 else f"{seconds * 1e6:.3g} us"
+
+
+def _duration(hours: float) -> str:
+    for unit, size in (("hours", 1.0), ("minutes", 1 / 60)):
+        if hours >= size:
+            return f"{hours / size:,.2f} {unit}"
+    return _time(hours * 3600)
+
+
+def _amount(amount: float, digits: int = 0) -> str:
+    """A number with so many decimals where that leaves two digits of it or more, else its first two digits."""
+    if 0 < amount < 1e-3:
+        return "under 0.001"
+    if amount == 0 or amount >= 10 ** (1 - digits):
+        return f"{amount:,.{digits}f}"
+    return f"{amount:.{1 - math.floor(math.log10(amount))}f}"
 
 
 def _size(size: float) -> str:
