@@ -102,7 +102,7 @@ def _step(plan: Plan, price: float | None) -> list[str]:
     if t is None or hours is None or plan.utilization is None:
         unknown = "the step does not fit" if plan.fits is False else f"nothing is known of the speed of {plan.topology}"
         return [*lines, f"  {'step time':<23} no estimate: {unknown}"]
-    cost = "" if price is None else f", {_amount(plan.price(price))} USD at {price:g} per chip-hour"
+    cost = "" if price is None else f", {_amount(hours * plan.chips * price)} USD at {price:g} per chip-hour"
     return [
         *lines,
         f"  {'step time':<23} {_time(t.total)} = max(compute {_time(t.compute)}, memory {_time(t.memory)})"

@@ -1,0 +1,61 @@
+"""The code of README.md, run as it stands there."""
+
+import re
+import runpy
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from ttt_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def code_below(sentence: str) -> str:
+    """The first block of Python after a sentence of README.md."""
+    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text().split(f"\n{sentence}\n")[1], re.DOTALL)[1]
+
+
+def run(code: str, folder: Path) -> dict:
+    """What the block leaves behind, by name."""
+    path = folder / "block.py"
+    path.write_text(code)
+    return runpy.run_path(str(path))
+
+
+def statements(code: str) -> int:
+    return sum(bool(line.strip()) and not line.startswith(("import", "from", "#")) for line in code.splitlines())
+
+
+def test_load_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = "--config.model.width=8 --config.model.num_heads=2 --config.model.num_layers=1 --config.model.mlp_width=8 "
+    tiny += "--config.data.sequence_length=32 --config.data.batch_size=2 --config.training.duration=4"
+    assert (
+        cli.main(["train", "--config", f"{ROOT}/configs/quickstart.py:attention", "--workdir", "runs/a", *tiny.split()])
+        == 0
+    )
+    code = code_below("Load a run in Python:")
+    found = run(code, tmp_path)
+    assert statements(code) <= 5
+    assert found["run"].step == 4
+    assert found["logits"].shape == (1, 16, 257)
+    loss = -jax.nn.log_softmax(found["logits"])[0, np.arange(15), found["tokens"][0, 1:]].mean()
+    assert loss == pytest.approx(np.log(257), abs=0.2)  # four steps are no training
+
+
+def test_the_layer_in_a_model_of_ones_own(tmp_path, quick_jit):
+    code = code_below("Take the TTT layer into your own Flax model:")
+    assert statements(code) <= 5
+    block = run(code, tmp_path)["Block"]()
+    x = jax.random.normal(jax.random.key(0), (1, 20, 32))
+    apply = quick_jit(block.apply)
+    variables = nn.meta.unbox(quick_jit(block.init)(jax.random.key(1), x))
+    y = apply(variables, x)
+    assert y.shape == x.shape
+    later = apply(variables, x.at[0, 10].set(0.0))
+    np.testing.assert_array_equal(later[0, :10], y[0, :10])  # causal
+    assert np.abs(later[0, 10:] - y[0, 10:]).max() > 1e-3
