@@ -128,6 +128,8 @@ def _target(options: argparse.Namespace, rest: list[str], variant: str) -> "Func
     if options.function is None:
         if options.set:
             raise ConfigError("--set: is of functions; a config has --config.KEY=VALUE")
+        if not rest:
+            raise ConfigError("--config, --function: missing; expected --config FILE or --function MODULE:NAME")
         _settings("--compare", pairs)
         named = next((b for a, b in pairwise(rest) if re.fullmatch("--?config", a)), "")
         config = config_file.from_arguments([*rest, *(f"--config.{pair}" for pair in pairs)])

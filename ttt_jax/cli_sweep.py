@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import re
 import shlex
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ttt_jax import cli_launch, extras
 from ttt_jax import workdir as workdir_lib
+from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
 from ttt_jax.workdir import Workdir
@@ -252,8 +252,7 @@ def _local(directory: Workdir) -> Path:
     """Where logs and locks are: with the points, or in the user's cache folder where those are in a bucket."""
     if workdir_lib.is_local(directory):
         return directory
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "ttt_jax" / "sweeps" / str(directory).removeprefix("gs://").strip("/")
+    return cache_folder() / "sweeps" / str(directory).removeprefix("gs://").strip("/")
 
 
 def _at_least(option: str, value: int | None, least: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import accelerators, checks, lifecycle, stream, versions
@@ -124,8 +125,7 @@ class ManagedJobs:
 
     def submit(self) -> str:
         """Submits the job; returns its number."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        packed, file = (cache / "ttt_jax" / "launch" / f"{self._name}{end}" for end in (".tar.gz", ".yaml"))
+        packed, file = (cache_folder() / "launch" / f"{self._name}{end}" for end in (".tar.gz", ".yaml"))
         task = yaml.safe_dump(self._task(packed), sort_keys=False, allow_unicode=True, width=float("inf"))
         platform = checks.extras(self._job, self._platform)
         if self._commands.dry_run:

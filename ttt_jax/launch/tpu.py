@@ -1,11 +1,10 @@
 """Cloud TPU: a slice, or several, through queued resources, and a command on all their hosts."""
 
 import argparse
-import os
 import re
-from pathlib import Path
 
 from ttt_jax import config as config_lib
+from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import accelerators, checks, tpu_run
 from ttt_jax.launch.commands import Commands
@@ -78,7 +77,7 @@ def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
         detach=options.detach,
         timeout=options.timeout,
         poll=options.poll,
-        folder=Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_jax" / "launch",
+        folder=cache_folder() / "launch",
     )
     return tpu_run.run(commands, job, plan)
 

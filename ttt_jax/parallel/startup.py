@@ -3,6 +3,7 @@
 Nothing here may be called after JAX has looked for devices.
 """
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -10,11 +11,11 @@ import os
 import socket
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 import jax
 
+from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import FAILED, INTERRUPTED, RESTART
 from ttt_jax.parallel.exchange import describe
@@ -92,8 +93,8 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` (a folder or ``gs://``) or else in the
     user's cache folder. ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ttt_jax" / "xla"))
+        with contextlib.suppress(ConfigError):  # without a home folder, programs are compiled each time
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def keep_freed_memory() -> None:
