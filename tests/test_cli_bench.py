@@ -10,7 +10,7 @@ from ttt_jax import cli_bench
 CONFIG = f"--config {Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'}"
 BUILD = "--function ttt_jax.benchmark.inner_loop:build"
 REFUSED = {
-    "": "--config: missing; expected a config file",
+    "": "--config, --function: missing; expected --config FILE or --function MODULE:NAME",
     f"{CONFIG} --set heads=3": "--set: is of functions; a config has --config.KEY=VALUE",
     f"{CONFIG} --compare seed=1 model.heads=2": "model.heads: unknown key; did you mean model.num_heads?",
     f"{BUILD} {CONFIG}": "'--config': unexpected argument; --function has no config, its settings are --set KEY=VALUE",

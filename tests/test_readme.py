@@ -42,9 +42,9 @@ def test_load_a_run(tmp_path, monkeypatch):
     found = run(code, tmp_path)
     assert statements(code) <= 5
     assert found["run"].step == 4
-    assert found["logits"].shape == (1, 16, 257)
+    assert found["logits"].shape == (1, 16, 258)
     loss = -jax.nn.log_softmax(found["logits"])[0, np.arange(15), found["tokens"][0, 1:]].mean()
-    assert loss == pytest.approx(np.log(257), abs=0.2)  # four steps are no training
+    assert loss == pytest.approx(np.log(258), abs=0.2)  # four steps are no training
 
 
 def test_the_layer_in_a_model_of_ones_own(tmp_path, quick_jit):
