@@ -29,8 +29,11 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch.errors import LaunchError
+from ttt_jax.stop_signals import SecondCtrlC
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
+from ttt_jax.workdir_lock import LockLostError
 
+_WAIT_FOR_OTHERS = ("sweep", "launch")  # verbs that end other processes first at a second Ctrl-C
 _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
 
@@ -73,12 +76,19 @@ exit status:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
+    if options.verb in _WAIT_FOR_OTHERS:
+        return _run(options, rest)
+    with SecondCtrlC(lambda: f"ttt {options.verb}: interrupted{_what_is_left(options)}"):
+        return _run(options, rest)
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         return options.run(options, rest)
     except (ConfigError, OSError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
-    except (DataError, CheckpointError, LaunchError, NonFiniteLossError) as error:
+    except (DataError, CheckpointError, LaunchError, LockLostError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -105,6 +115,17 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if rest and not options.takes_config:
         verbs[options.verb].error(f"unexpected argument: {rest[0]}")
     return options, rest
+
+
+def _what_is_left(options: argparse.Namespace) -> str:
+    """Return what a command that did not wait leaves behind, in words."""
+    if options.verb == "train":
+        from ttt_jax.training import checkpoint
+
+        return f"; {checkpoint.newest_in_words(options.workdir)}, and the same command goes on there"
+    if options.verb == "tokenize":
+        return "; the same command goes on at what was saved last"
+    return ""
 
 
 def train(options: argparse.Namespace, rest: list[str]) -> int:

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     import jax
 
     from ttt_jax.evaluation import evaluate, evaluations, trained
+    from ttt_jax.parallel import peers
 
     tell = jax.process_index() == 0
     found = []
@@ -111,19 +112,22 @@ def run(options: argparse.Namespace) -> int:
                 )
                 stem = what.stem(named_step)
                 progress = _Progress(f"{workdir.name} {stem}", tell)
-                try:
-                    evaluation = evaluate.evaluate(
-                        model,
-                        what,
-                        batch_size=options.batch_size,
-                        piece_length=options.piece_length,
-                        stem=stem,
-                        progress=progress,
-                    )
-                finally:
-                    progress.close()
+                with peers.locked(workdir / "eval", "ttt eval", name=f".{stem}.running") as lock:
+                    try:
+                        evaluation = evaluate.evaluate(
+                            model,
+                            what,
+                            batch_size=options.batch_size,
+                            piece_length=options.piece_length,
+                            stem=stem,
+                            progress=progress,
+                            check=lock.check_here,
+                        )
+                    finally:
+                        progress.close()
+                    lock.check()
+                    path = None if evaluation is None else evaluations.save(evaluation, workdir / "eval", stem)
                 if evaluation is not None:
-                    path = evaluations.save(evaluation, workdir / "eval", stem)
                     print(f"{_words(evaluation)}\n  {path} (and .csv, .json)", flush=True)
                     found.append(evaluation)
     if options.csv and tell:

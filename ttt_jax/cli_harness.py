@@ -1,6 +1,7 @@
 """``ttt harness``: tasks of EleutherAI's lm-evaluation-harness."""
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -11,6 +12,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
+from ttt_jax.workdir_lock import WorkdirLock
 
 DESCRIPTION = """\
 Tasks of EleutherAI's lm-evaluation-harness that ask for likelihoods, by a trained model with the tokenizer of its data.
@@ -57,14 +59,17 @@ def run(options: argparse.Namespace) -> int:
     read = {name: getattr(options, name) for name in ("tokenizer", "max_length", "prefix_token")}
     model = harness.TTTModel(str(workdir), options.step, batch_size=options.batch_size, **read)
     asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
-    results = harness.evaluate(
-        model, options.tasks, include_path=options.include_path, log_samples=options.output is not None, **asked
-    )
-    found = harness.by_task(results, model)
     named_by = {**read, **asked, "step": None if options.step == "newest" else model.trained.step}
     named_by["tokenizer"] = model.tokenizer_of_run.sha256 if options.tokenizer else None
-    for task, about in found.items():
-        print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))
+    same = hashlib.blake2b(repr((options.tasks, named_by)).encode(), digest_size=8).hexdigest()
+    with WorkdirLock(workdir / "harness", "ttt harness", name=f".{same}.running") as lock:
+        results = harness.evaluate(
+            model, options.tasks, include_path=options.include_path, log_samples=options.output is not None, **asked
+        )
+        found = harness.by_task(results, model)
+        lock.check()
+        for task, about in found.items():
+            print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))
     if options.output:
         told, missing = harness_files.without_nan(results)
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, counts, positive
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine
+from ttt_jax.workdir_lock import WorkdirLock
 
 if TYPE_CHECKING:
     from ttt_jax.evaluation.trained import Trained
@@ -56,19 +57,21 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
     stem = inner_loop_files.name(options.split, context, by_document=options.by_document, step=named_step)
     name = f"{model.name} {stem}"
     line = StatusLine(1000, text=name)
-    try:
-        found = inner_loop.inspect(
-            model,
-            context=context,
-            split=options.split,
-            most_windows=options.max_windows,
-            by_document=options.by_document,
-            batch_size=options.batch_size,
-            progress=lambda done, of: line.show(1000 * done // of, f"{name}: {done:,} of {of:,} tokens"),
-        )
-    finally:
-        line.close()
-    path = inner_loop_files.save(found, model.workdir, stem)
+    with WorkdirLock(model.workdir / "inspect", "ttt inspect", name=f".{stem}.running") as lock:
+        try:
+            found = inner_loop.inspect(
+                model,
+                context=context,
+                split=options.split,
+                most_windows=options.max_windows,
+                by_document=options.by_document,
+                batch_size=options.batch_size,
+                progress=lambda done, of: line.show(1000 * done // of, f"{name}: {done:,} of {of:,} tokens"),
+            )
+        finally:
+            line.close()
+        lock.check()
+        path = inner_loop_files.save(found, model.workdir, stem)
     about = found.about
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")

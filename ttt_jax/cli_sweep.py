@@ -15,6 +15,7 @@ from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
 from ttt_jax.workdir import Workdir
+from ttt_jax.workdir_lock import WorkdirLock
 
 DESCRIPTION = """\
 Trains a model for each point of a sweep: the product of all --grid and --zip, for each --config. All configs are
@@ -110,13 +111,12 @@ def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launch
     from ttt_jax.sweep import command, gpus, record, runner, sweep_file
     from ttt_jax.sweep.files import on_each
     from ttt_jax.sweep.point_run import PointRun
-    from ttt_jax.sweep.presence import Presence
 
     jobs = options.jobs or (len(wanted) if launched else 1)
     environments = [{}] * jobs if launched or options.engine == "ray" else gpus.split(jobs)
     workdir_lib.make(directory)
     local = _local(directory)
-    with Presence(directory, local):
+    with WorkdirLock(directory, "ttt sweep"):
         if sweep_file.read(directory) != there:
             raise ConfigError(f"--workdir {directory}: another command has just changed the sweep; run this one again")
         sweep_file.write(directory, sweep)

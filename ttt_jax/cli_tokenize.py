@@ -6,11 +6,16 @@ import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.status_line import StatusLine, duration
 from ttt_jax.stop_signals import StopSignals
+from ttt_jax.workdir_lock import WorkdirLock
+
+if TYPE_CHECKING:
+    from ttt_jax.data.store import Store
 
 DESCRIPTION = """\
 Tokenizes files of text into a dataset that ttt train reads: a zarr3 array for each split, and dataset.json.
@@ -60,8 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the verb; returns its exit status."""
-    from ttt_jax.data import engines, files, tokenize, tokenizer, train_bpe
-    from ttt_jax.data.job import Job
+    from ttt_jax.data import files
     from ttt_jax.data.store import Store
 
     _check(options)
@@ -75,7 +79,37 @@ def run(options: argparse.Namespace) -> int:
         extras.check("parquet", "pyarrow", "reading .parquet")
     if options.engine == "ray":
         extras.check("ray", "ray", "--engine ray")
-    output, skip = Store(options.output), options.on_error == "skip"
+    output = Store(options.output)
+    with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
+        about, received = _tokenize(options, found, output, lock)
+    if about is None:
+        received = received or signal.SIGTERM
+        print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
+        return 128 + received
+    print(f"{options.output}: {about['tokenizer']['name']}, {about['vocab_size']:,} tokens in the vocabulary", end="; ")
+    print("; ".join(f"{key} {'none' if about[key] is None else about[key]}" for key in ("bos", "eos")))
+    for split, counts in about["splits"].items():
+        print(
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['text_bytes']:,} bytes of text"
+        )
+        if counts.get("unknown_tokens"):
+            print(
+                f"    {counts['unknown_tokens']:,} of the tokens stand for characters that the tokenizer does not know"
+            )
+    if about["skipped_records"]:
+        print(f"  left out: {about['skipped_records']:,} records, listed in {output.path('problems.jsonl')}")
+    return 0
+
+
+def _tokenize(
+    options: argparse.Namespace, found: list, output: "Store", lock: WorkdirLock
+) -> tuple[dict | None, signal.Signals | None]:
+    """Return what the dataset is, None where a signal stopped the run before its end, and the signal."""
+    from ttt_jax.data import engines, tokenize, tokenizer, train_bpe
+    from ttt_jax.data.job import Job
+
+    skip = options.on_error == "skip"
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
     job = Job(tokenizer.byte(), None, None, options.text_key, **fractions, split_seed=options.split_seed)
     if options.train_bpe is None:
@@ -102,27 +136,11 @@ def run(options: argparse.Namespace) -> int:
                 trained=trained,
                 progress=bar,
                 stop=lambda: signals.received,
+                check=lock.check,
             )
         finally:
             bar.close()
-    if about is None:
-        received = signals.received or signal.SIGTERM
-        print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
-        return 128 + received
-    print(f"{options.output}: {about['tokenizer']['name']}, {about['vocab_size']:,} tokens in the vocabulary", end="; ")
-    print("; ".join(f"{key} {'none' if about[key] is None else about[key]}" for key in ("bos", "eos")))
-    for split, counts in about["splits"].items():
-        print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['text_bytes']:,} bytes of text"
-        )
-        if counts.get("unknown_tokens"):
-            print(
-                f"    {counts['unknown_tokens']:,} of the tokens stand for characters that the tokenizer does not know"
-            )
-    if about["skipped_records"]:
-        print(f"  left out: {about['skipped_records']:,} records, listed in {output.path('problems.jsonl')}")
-    return 0
+    return about, signals.received
 
 
 def _check(options: argparse.Namespace) -> None:

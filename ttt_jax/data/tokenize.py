@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import workdir_lock
 from ttt_jax.config import ConfigError
 from ttt_jax.data import array, dataset, records
 from ttt_jax.data.engines import Engine
@@ -59,6 +60,7 @@ def tokenize(
     trained: dict[str, int] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], object] = lambda: False,
+    check: Callable[[], None] = lambda: None,
     unit_bytes: int = 1 << 20,
     shard: int = array.SHARD,
     chunk: int = array.CHUNK,
@@ -70,6 +72,7 @@ def tokenize(
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
       trained: how the tokenizer was trained, where it was.
       stop: is asked at every unit; where it says yes, the run saves where it is and returns.
+      check: is called before something is written down, and raises where it must not be.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
       shard, chunk: tokens in a file, and in what is decompressed at a time.
       save_seconds: between two times that the run saves where it is.
@@ -109,6 +112,7 @@ def tokenize(
 
     def save() -> None:
         nonlocal saved
+        check()
         state.update(generation=state["generation"] + 1, position=dataclasses.asdict(position), skipped=now.skipped)
         folder = f"{UNFINISHED}/{state['generation']}"
         for split in splits.values():
@@ -253,7 +257,7 @@ def _located(file: InputFile, problems: list[records.Problem]) -> str:
 def check_empty(output: Store) -> None:
     """Raises :class:`ConfigError` where a folder holds what is not of an unfinished run."""
     for name in output.names():
-        if not name.startswith(f"{UNFINISHED}/"):
+        if not name.startswith(f"{UNFINISHED}/") and name != workdir_lock.NAME:
             raise ConfigError(f"--output {output.location}: holds {name}; expected a new or empty folder")
 
 

@@ -57,6 +57,7 @@ def evaluate(
     piece_length: int | None = None,
     stem: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation | None:
     """The loss by token index of one checkpoint, whatever the sizes of batches and pieces and the mesh.
 
@@ -68,6 +69,7 @@ def evaluate(
       piece_length: tokens at a time, the state carried from piece to piece; None is the training context.
       stem: of the files that are going to be written.
       progress: is called with tokens done and tokens in all.
+      check: is called by the first process before it writes something down, and raises where it must not.
 
     Returns:
       None on all processes but the first.
@@ -88,7 +90,7 @@ def evaluate(
     folder = trained.workdir / "eval" / f".{stem or what.stem(None)}.unfinished"
     spans = hashlib.blake2b(repr(sequences).encode(), digest_size=8).hexdigest()
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
-    unfinished = Unfinished(folder, identity, lengths)
+    unfinished = Unfinished(folder, identity, lengths, check)
     first = jax.process_index() == 0
     found: list[np.ndarray] = []
 

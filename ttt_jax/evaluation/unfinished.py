@@ -4,7 +4,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,17 @@ class Unfinished:
       folder: where it lies; what is there of an evaluation that was another is removed.
       identity: of the evaluation: JSON that says all that the arrays depend on.
       lengths: of all arrays that there will be.
+      check: is called before something is written, and raises where it must not be.
     """
 
-    def __init__(self, folder: Workdir, identity: dict[str, Any], lengths: Sequence[int]):
+    def __init__(
+        self,
+        folder: Workdir,
+        identity: dict[str, Any],
+        lengths: Sequence[int],
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._check = check
         self._folder, self._identity, self._lengths = folder, json.dumps(identity, sort_keys=True), lengths
         self._waiting: list[np.ndarray] = []
         self._written, self._clock = 0, -math.inf  # the first one is written at once
@@ -52,6 +60,7 @@ class Unfinished:
         """Writes what was not written yet."""
         if not self._waiting:
             return
+        self._check()
         content = io.BytesIO()
         np.save(content, np.concatenate(self._waiting), allow_pickle=False)
         name = f"{self._written:08}-{self._written + len(self._waiting):08}.npy"

@@ -3,12 +3,13 @@
 A process that is missing, or not the same, is found out by the end of a time limit, where a collective would hang.
 """
 
+import contextlib
 import json
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +17,7 @@ import jax
 from ttt_jax.config import ConfigError, differing_keys
 from ttt_jax.parallel.exchange import Exchange
 from ttt_jax.workdir import Workdir
+from ttt_jax.workdir_lock import LockLostError, WorkdirLock
 
 T = TypeVar("T")
 
@@ -60,6 +62,50 @@ def on_all(work: Callable[[], T]) -> T:
     if problem is not None:
         raise ConfigError(problem)
     return result  # type: ignore[return-value]
+
+
+class JobLock:
+    """The lock of a folder, held by process 0 for all processes.
+
+    Args:
+      folder, command, options: as of :class:`WorkdirLock`.
+    """
+
+    def __init__(self, folder: Workdir, command: str, **options: str):
+        self._lock = WorkdirLock(folder, command, **options) if jax.process_index() == 0 else None
+        self._exchange = Exchange(f"lock of {folder}", LockLostError)
+
+    def enter(self, stack: contextlib.ExitStack) -> None:
+        """Take the lock on process 0, to be released with the stack."""
+        if self._lock is not None:
+            stack.enter_context(self._lock)
+
+    @property
+    def lost(self) -> bool:
+        """Whether this process knows that another command has taken over."""
+        return self._lock is not None and self._lock.lost
+
+    def check(self) -> None:
+        """Raise :class:`LockLostError` on all processes where another command has taken over."""
+        self._exchange.on_all(self.check_here)
+
+    def check_here(self) -> None:
+        """Raise :class:`LockLostError` on process 0 alone where another command has taken over."""
+        if self._lock is not None:
+            self._lock.check()
+
+
+@contextlib.contextmanager
+def locked(folder: Workdir, command: str, **options: str) -> Iterator[JobLock]:
+    """Hold the lock of a folder for this job.
+
+    Raises:
+      ConfigError: on all processes, where another command holds it.
+    """
+    job = JobLock(folder, command, **options)
+    with contextlib.ExitStack() as stack:
+        on_all(lambda: job.enter(stack))
+        yield job
 
 
 def check_shared(folder: Workdir, *, limit: float = 60) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ttt_jax.lock_file import NO_LOCKS
 from ttt_jax.sweep import supervisor
 
 LOG = "output.log"
@@ -46,9 +47,12 @@ class Process:
         with (folder / _LOCK).open("a+") as lock, self._log.open("ab") as output:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise Busy(lock.read().strip() or "another process") from None
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    lock.seek(0)
+                    raise Busy(lock.read().strip() or "another process") from None
+                if error.errno not in NO_LOCKS:  # without them, ttt train's own record in the folder is enough
+                    raise
             self._start = output.seek(0, os.SEEK_END)
             self._pipe: int | None
             read, self._pipe = os.pipe()  # the other side knows by it that this process has died

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import files, metric, names, presence, record, status, sweep_file
+from ttt_jax.sweep import files, metric, names, record, status, sweep_file
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.status import Standing
 from ttt_jax.workdir import Workdir
@@ -59,7 +59,7 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
     """
     sweep = sweep_file.expected(directory)
     keys = [CONFIG] * (len({names.label(recipe) for recipe in sweep.recipes}) > 1) + sweep.keys
-    lives = presence.lives(directory)
+    lives = status.is_at_work(directory)
 
     def one(point):
         workdir = directory / point.name

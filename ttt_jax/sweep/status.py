@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ttt_jax.sweep import files, metric, presence, record, sweep_file
+from ttt_jax import workdir_lock
+from ttt_jax.sweep import files, metric, record, sweep_file
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.process import in_words
 from ttt_jax.sweep.record import Record
@@ -46,8 +47,14 @@ def of_sweep(directory: Workdir) -> list[Standing]:
       ConfigError: where the folder holds no sweep.
     """
     sweep = sweep_file.expected(directory)
-    lives = presence.lives(directory)
+    lives = is_at_work(directory)
     return files.on_each(lambda point: of_point(directory / point.name, point, lives), sweep.points)
+
+
+def is_at_work(directory: Workdir) -> bool:
+    """Return whether a command works on the sweep, as far as can be seen from here."""
+    found = files.json_object(directory / workdir_lock.NAME)
+    return found is not None and workdir_lock.is_live(found)
 
 
 def of_point(workdir: Workdir, point: Point, lives: bool) -> Standing:

@@ -291,6 +291,15 @@ class Checkpoints:
         peers.say(f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}")
 
 
+def newest_in_words(workdir: str | os.PathLike) -> str:
+    """Return in words which checkpoint of a workdir is the newest complete one. For buckets, that takes an answer."""
+    folder = epath.Path(os.fspath(workdir)) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
+    if not steps:
+        return "no checkpoint is complete yet"
+    return f"the newest complete checkpoint is {folder / str(max(steps))}"
+
+
 def _alone() -> ocp.options.MultiprocessingOptions:
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})

@@ -36,8 +36,10 @@ from ttt_jax.training.profile import Profile
 from ttt_jax.training.progress import ProgressBar
 from ttt_jax.training.report import Output, Report
 from ttt_jax.workdir import Workdir
+from ttt_jax.workdir_lock import LockLostError
 
 _NO_DATA = 1  # a wish to stop, beside the numbers of signals
+_LOST = 1000  # the wish of a process whose workdir another command has taken over
 
 
 class Outcome(NamedTuple):
@@ -61,15 +63,31 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     Raises:
       ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir, or
         where processes are not the same.
+      LockLostError: where another command has taken over the workdir; nothing is written from then on.
       DataError: at a batch that cannot be read, with the steps before it saved.
       NonFiniteLossError: with the checkpoints before it intact.
       CheckpointError: where no checkpoint can be restored, or none saved for a while.
     """
     # ---- What to run, and where
     workdir = workdir_lib.at(workdir)
+    about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
+    peers.check_same(about)
+    prepared = peers.on_all(lambda: _prepare(config, workdir))
+    with peers.locked(workdir, "ttt train") as lock:
+        peers.on_all(lambda: resume.check_same_run(config, workdir))
+        return _train(config, workdir, lock, *prepared)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Workdir,
+    lock: peers.JobLock,
+    run: program.Program,
+    data: source.TokenSource,
+    held_out: source.TokenSource | None,
+) -> Outcome:
+    """Train with a workdir that no other command changes meanwhile."""
     versions = checkpoint.versions()
-    peers.check_same({"config": config.to_dict(), "workdir": str(workdir), "versions": versions, "code": _code()})
-    run, data, held_out = peers.on_all(lambda: _prepare(config, workdir))
     total = config_lib.steps(config, "training.duration")
     save_every = config_lib.steps(config, "checkpoint.every")
     validate_every = config_lib.steps(config, "evaluation.every")
@@ -171,7 +189,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
 
             # ---- Train
             def wish() -> int:
-                return int(stop.received or 0) or (_NO_DATA if feed.problem else 0)
+                return (_LOST if lock.lost else int(stop.received or 0)) or (_NO_DATA if feed.problem else 0)
 
             verdict = agreement.cast(wish)
             report.start()
@@ -197,23 +215,26 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
                     watchdog.heard()
                     best_so_far = best.add(step, held_out_loss)
                 if step % save_every == 0 or step == total or best_so_far or checkpoints.wants_save(step):
+                    lock.check()
                     report.flush()  # a state is saved only once its step is known to be finite
                     watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
                     checkpoints.save(step, state, meta(step))
                     report.waited("checkpoint_seconds", time.monotonic() - began)
                     watchdog.heard()
+            lock.check()
             report.flush()
             watchdog.close()
             if step > start:
                 checkpoints.finish(step, state, meta(step))
+                lock.check()
             if step < total and verdict() == _NO_DATA:
                 problem = feed.problem or "a process cannot read its next batch (it says which)"
                 raise DataError(f"{problem}; the run stands at step {step}, saved, and goes on once that can be read")
         except NonFiniteLossError as error:
             checkpoints.wait()
             raise NonFiniteLossError(_advice(error, checkpoints)) from error
-        except (DataError, CheckpointError):  # by all processes alike
+        except (DataError, CheckpointError, LockLostError):  # by all processes alike
             raise
         except BaseException as error:
             if jax.process_count() > 1:
@@ -224,7 +245,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
             profile.close()
             if batches is not None:
                 batches.close()
-            if output is not None:
+            if output is not None and not lock.lost:
                 output.close()
             checkpoints.close()
     return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
@@ -244,7 +265,6 @@ def _prepare(
         source.check(held_out, config.model.vocab_size, config.data.sequence_length)
     metrics.check_place(workdir, tensorboard=config.log.tensorboard, wandb=bool(config.log.wandb_project))
     workdir_lib.make(workdir)
-    resume.check_same_run(config, workdir)
     return run, data, held_out
 
 

@@ -3,15 +3,17 @@
 Cells are added one by one and stay: those of another step or seed stand beside one another.
 """
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttt_jax.config import ConfigError
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.workdir_lock import WorkdirLock
 
 Cell = dict[str, Any]
 
@@ -29,6 +31,13 @@ class Cells:
     def __init__(self, workdir: Workdir, name: str, keys: Sequence[str], of_old: Cell | None = None):
         self._path, self._keys = workdir / "probe" / f"{name}.json", tuple(keys)
         self._of_old = of_old or {}
+        self._lock: WorkdirLock | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other probes from adding cells to the same file meanwhile."""
+        with WorkdirLock(self._path.parent, "ttt probe", name=f".{self._path.stem}.running") as self._lock:
+            yield
 
     def read(self) -> dict[str, Any]:
         """What is known of the run, with its ``cells``, oldest first; none where the probe has not been run.
@@ -57,6 +66,8 @@ class Cells:
         Args:
           about: what is known of the run.
         """
+        if self._lock is not None:
+            self._lock.check()
         which = {key: cell[key] for key in self._keys}
         cells = [other for other in self.read()["cells"] if not self._is(which, other)] + [cell]
         if is_local(self._path):

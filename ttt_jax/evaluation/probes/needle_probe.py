@@ -72,34 +72,35 @@ def probe(
     conditions = _conditions(trained, task, texts, samples=samples, candidates=candidates, seed=seed)
     kept = cells(trained.workdir, task, of_old={"bos": tokenizer.bos})
     about = _about(trained, task, haystack, tokenizer)
-    known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
     encode = tokenizer.encoder()
     scorer = Scorer(trained, batch_size=min(batch_size or trained.config.data.batch_size, samples))
-    for context in contexts:
-        missing = [depth for depth in depths if (context, depth) not in known]
-        if not missing:
-            continue
-        progress(f"{task}, context {context}: making prompts")
-        drawn = [
-            prompt.examples(
-                needle.TASKS[task],
-                haystack,
-                encode,
-                texts.bos,
-                context=context,
-                depths=missing,
-                index=index,
-                candidates=candidates,
-                seed=seed,
-            )
-            for index in range(samples)
-        ]
-        _check_vocabulary(trained, drawn, tokenizer)
-        for depth, examples in zip(missing, zip(*drawn, strict=True), strict=True):
-            progress(f"{task}, context {context}, depth {depth:g} %")
-            cell = {**conditions, "context": context, "depth": depth, **_summary(scorer, examples, context, scored)}
-            kept.add(cell, about)
-            known[context, depth] = cell
+    with kept.locked():
+        known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
+        for context in contexts:
+            missing = [depth for depth in depths if (context, depth) not in known]
+            if not missing:
+                continue
+            progress(f"{task}, context {context}: making prompts")
+            drawn = [
+                prompt.examples(
+                    needle.TASKS[task],
+                    haystack,
+                    encode,
+                    texts.bos,
+                    context=context,
+                    depths=missing,
+                    index=index,
+                    candidates=candidates,
+                    seed=seed,
+                )
+                for index in range(samples)
+            ]
+            _check_vocabulary(trained, drawn, tokenizer)
+            for depth, examples in zip(missing, zip(*drawn, strict=True), strict=True):
+                progress(f"{task}, context {context}, depth {depth:g} %")
+                cell = {**conditions, "context": context, "depth": depth, **_summary(scorer, examples, context, scored)}
+                kept.add(cell, about)
+                known[context, depth] = cell
     return [known[context, depth] for context in contexts for depth in depths]
 
 

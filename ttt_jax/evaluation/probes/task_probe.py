@@ -84,7 +84,6 @@ def probe(
         },
     )
     about = {"probe": "task", "task": task, **run_in_words(trained)}
-    known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
     wanted = [(number, context) for number in items for context in contexts]
     read = _reader(trained)
     vocab_size = trained.config.model.vocab_size
@@ -92,16 +91,18 @@ def probe(
         (number, context): task_source.source(f"{task}:{number}", split, vocab_size, context)
         for number, context in wanted
     }
-    for number, context in wanted:
-        if (number, context) in known:
-            continue
-        progress(f"{task}, {number} {task_source.TASKS[task].items}, context {context}")
-        examples = [sources[number, context].example(index) for index in range(samples)]
-        size = batch_size or trained.config.data.batch_size * trained.config.data.sequence_length // context
-        found = _summary(examples, *_predictions(trained, read, examples, max(1, min(size, samples))))
-        cell = {**conditions, "items": number, "context": context, **found}
-        kept.add(cell, about)
-        known[number, context] = cell
+    with kept.locked():
+        known = {tuple(cell[key] for key in PLACE): cell for cell in kept.find(**conditions)}
+        for number, context in wanted:
+            if (number, context) in known:
+                continue
+            progress(f"{task}, {number} {task_source.TASKS[task].items}, context {context}")
+            examples = [sources[number, context].example(index) for index in range(samples)]
+            size = batch_size or trained.config.data.batch_size * trained.config.data.sequence_length // context
+            found = _summary(examples, *_predictions(trained, read, examples, max(1, min(size, samples))))
+            cell = {**conditions, "items": number, "context": context, **found}
+            kept.add(cell, about)
+            known[number, context] = cell
     return [known[place] for place in wanted]
 
 

@@ -1,0 +1,267 @@
+"""The file or object by which one command holds a folder: a record that is created, renewed and removed atomically.
+
+In a local folder the holder also has the kernel's lock on the file, which ends with the process. Where the file system
+has no locks, and in a bucket, the record alone counts: a holder renews it every few seconds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
+_SETTLES = 0.3  # seconds after which one of two processes that replaced a record at the same time finds the other's
+_SIZE = 512  # bytes of a record in a file, which is renewed in place
+_ANSWER = 60.0  # seconds within which a bucket answers
+
+
+class Holder(NamedTuple):
+    """Who has the lock.
+
+    Attributes:
+      content: the record as it was read.
+      lives: whether its process is known to live; where not, it may have died.
+    """
+
+    content: bytes
+    lives: bool
+
+
+class LocalFile:
+    """A lock file in a local folder.
+
+    Args:
+      path: of the file.
+      identity: what every record of this holder contains.
+      here: whether a record is of this machine.
+      command: that wants the lock, for what is told.
+    """
+
+    def __init__(self, path: Path, identity: bytes, here: bytes, command: str):
+        self._path, self._identity, self._here, self._command = path, identity, here, command
+        self._file: int | None = None
+        self._has_locks = True
+        _open_files.add(self)
+
+    def take(self, record: bytes, dead: bytes | None) -> Holder | None:
+        """Take the lock and return None, or return who has it. A record equal to ``dead`` is replaced."""
+        while True:
+            try:
+                file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as error:
+                if error.errno not in _NO_WRITING or self._path.exists():
+                    raise
+                self._tell(f"cannot be written to ({error.strerror}); goes on without a lock")
+                return None
+            try:
+                holder = self._take(file, record, dead)
+            except BaseException:
+                os.close(file)
+                raise
+            if holder is None and self._is(file):
+                self._file = file
+                return None
+            os.close(file)
+            if holder is not None:
+                return holder  # otherwise the one before has just removed the file
+
+    def renew(self, record: bytes) -> bytes | None:
+        """Write the record again; return what stands in its place where that is of another holder."""
+        if self._file is None:  # where nothing can be written, or in a forked process
+            return None
+        if not self._path.exists():
+            return b""
+        content = self._path.read_bytes()
+        if self._identity not in content or not self._is(self._file):
+            return content
+        self._write(self._file, record)
+        return None
+
+    def release(self) -> None:
+        """Remove the file, if it is this holder's still, and let go of it."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._is(self._file) and self._identity in self._path.read_bytes():
+                self._path.unlink()
+
+    def close(self) -> None:
+        """Let go of the file, which stays."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _take(self, file: int, record: bytes, dead: bytes | None) -> Holder | None:
+        try:
+            self._lock(file)
+        except BlockingIOError:  # on some network file systems by another machine, which may have died
+            content = _read(file)
+            return Holder(content, lives=self._here in content)
+        content = _read(file)
+        if content and content != dead and not self._is_over(content):
+            return Holder(content, lives=_lives(content, self._here) is True)
+        if not self._is(file):
+            return None
+        self._write(file, record)
+        if not self._has_locks:
+            time.sleep(_SETTLES)
+            content = _read(file)
+        return None if self._has_locks or self._identity in content else Holder(content, lives=False)
+
+    def _lock(self, file: int) -> None:
+        if not self._has_locks:
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._has_locks = False
+            self._tell(
+                f"its file system has no locks ({error.strerror}); other commands know by the signs of life in "
+                f"{self._path.name} alone that this one works there"
+            )
+
+    def _write(self, file: int, record: bytes) -> None:
+        content = record.ljust(_SIZE - 1) + b"\n"
+        try:
+            os.pwrite(file, content, 0)
+            os.ftruncate(file, len(content))
+            os.fsync(file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
+
+    def _tell(self, text: str) -> None:
+        print(f"{self._command}: {self._path.parent}: {text}", file=sys.stderr, flush=True)
+
+    def _is(self, file: int) -> bool:
+        """Return whether the path leads to this open file."""
+        try:
+            return os.path.samestat(os.fstat(file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _is_over(self, content: bytes) -> bool:
+        """Return whether the holder that wrote a record is known to have ended."""
+        if self._has_locks:  # and has been given the lock, so that a process of this machine has let go of it
+            return parsed(content) is None or self._here in content
+        return _lives(content, self._here) is False
+
+
+class BucketObject:
+    """A lock in a bucket: an object that is created, renewed and deleted on condition that it is the one last seen.
+
+    Args:
+      url: of the folder.
+      name: of the object in it.
+      identity, here: as of :class:`LocalFile`.
+    """
+
+    def __init__(self, url: str, name: str, identity: bytes, here: bytes):
+        self._url, self._name, self._identity, self._here = url, name, identity, here
+        self._store: Any = None
+        self._generation = b""
+
+    def take(self, record: bytes, dead: bytes | None) -> Holder | None:
+        """Take the lock and return None, or return who has it. A record equal to ``dead`` is replaced."""
+        with self._explained():
+            found = self._read()
+            content = bytes(found.value)
+            lives = _lives(content, self._here)
+            if found.state != "missing" and content != dead and lives is not False:
+                return Holder(content, lives is True)
+            return None if self._replace(record, found.stamp.generation) else Holder(self._content(), lives=False)
+
+    def renew(self, record: bytes) -> bytes | None:
+        """Write the record again; return what stands in its place where that is of another holder."""
+        with self._explained():
+            return None if self._replace(record, self._generation) else self._content()
+
+    def release(self) -> None:
+        """Delete the object, if it is this holder's still."""
+        with contextlib.suppress(OSError), self._explained():
+            self._store.write(self._name, None, if_equal=self._generation).result(timeout=_ANSWER)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to let go of."""
+
+    def _replace(self, record: bytes, generation: bytes) -> bool:
+        written = self._store.write(self._name, record, if_equal=generation).result(timeout=_ANSWER)
+        if written.generation:
+            self._generation = written.generation
+            return True
+        found = self._read()  # an answer may have been lost, and the write been repeated in vain
+        if self._identity not in bytes(found.value):
+            return False
+        self._generation = found.stamp.generation
+        return True
+
+    def _content(self) -> bytes:
+        return bytes(self._read().value)
+
+    def _read(self) -> Any:
+        if self._store is None:
+            import tensorstore as ts
+
+            self._store = ts.KvStore.open(f"{self._url.rstrip('/')}/").result()
+        return self._store.read(self._name).result(timeout=_ANSWER)
+
+    @contextlib.contextmanager
+    def _explained(self):
+        try:
+            yield
+        except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
+            raise OSError(f"{self._url}/{self._name}: {' '.join(reason.split())}") from error
+
+
+def parsed(content: bytes) -> dict[str, Any] | None:
+    """Return what a record says; None where it is no record."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def started(pid: int) -> int | None:
+    """Return when a process of this machine began, which tells it from a later one of its number; None if it ended."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in "ZX" else int(numbers[18])
+
+
+def _lives(content: bytes, here: bytes) -> bool | None:
+    """Return whether the process of a record lives; None where that cannot be told from this machine."""
+    record = parsed(content)
+    if record is None or here not in content or not isinstance(record.get("pid"), int):
+        return None
+    try:
+        return started(record["pid"]) == record.get("started") is not None
+    except (OSError, ValueError, IndexError):  # such as another system's /proc
+        return None
+
+
+def _read(file: int) -> bytes:
+    return os.pread(file, 1 << 16, 0)
+
+
+_open_files: weakref.WeakSet[LocalFile] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """Keep a forked process from holding the kernel's lock when its parent has ended."""
+    for each in list(_open_files):
+        each.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
