@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from ttt_jax import workdir_lock
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import gpus, presence, record, status
+from ttt_jax.sweep import gpus, record, status
 
 GRID = "--grid", "seed=0,1,2"
 
@@ -159,13 +160,13 @@ def test_of_two_sweeps_in_a_folder_the_second_is_refused(start_sweep, sweep, wai
     wait_for((folder / "seed=0/ready").exists)
     before = (folder / "sweep.json").read_bytes()
     assert sweep("--grid seed=1") == 2
-    said = f"ttt sweep: --workdir {folder}: another ttt sweep (process {process.pid} on "
+    said = f"ttt sweep: --workdir {folder}: ttt sweep (process {process.pid} on "
     assert capsys.readouterr().err.startswith(said)
     assert (folder / "sweep.json").read_bytes() == before
 
 
 def test_another_machine_is_known_by_its_signs_of_life(sweep, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(presence, "_EVERY", 0.3)
+    monkeypatch.setattr(workdir_lock, "_EVERY", 0.3)
     folder = tmp_path / "sweep"
     folder.mkdir()
     lives = threading.Event()
@@ -183,7 +184,7 @@ def test_another_machine_is_known_by_its_signs_of_life(sweep, tmp_path, capsys, 
     sign()
     thread.start()
     assert sweep("--grid seed=0") == 2
-    assert "another ttt sweep (process 7 on elsewhere) works on it; expected its end" in capsys.readouterr().err
+    assert "another command (process 7 on elsewhere) is at work there; expected its end" in capsys.readouterr().err
     lives.set()
     thread.join()
     sign()
