@@ -201,7 +201,7 @@ WRONG = [
     ("--train empty.txt --tokenizer byte --output out", 1, "{here}/empty.txt, record 1: no records. Mend it, or"),
     ("--train null.jsonl --on-error skip --tokenizer byte --output out", 1, "out: no document could be read; "),
     (f"{GOOD} --text-key body", 1, "{here}/a.jsonl, record 1: no key 'body'; it has 'text'"),
-    ("--train a.jsonl --tokenizer byte --output notes.md", 1, "cannot write notes.md/"),
+    ("--train a.jsonl --tokenizer byte --output notes.md", 2, "--output notes.md: is not a folder"),
     ("--train a.jsonl --tokenizer no-unk.json --output out", 1, "{here}/a.jsonl, record 1: the tokenizer failed: "),
 ]
 

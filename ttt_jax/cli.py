@@ -1,6 +1,7 @@
 """``ttt <verb>``: each verb is a thin main around an importable function."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -73,6 +74,18 @@ exit status:
 """
 
 
+# What a command names wrongly. All other errors of the system, such as a full disk, are failures.
+_OF_THE_COMMAND = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
@@ -85,9 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         return options.run(options, rest)
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
+    except OSError as error:
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return REFUSED if error.errno in _OF_THE_COMMAND else FAILED
     except (DataError, CheckpointError, LaunchError, LockLostError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return FAILED

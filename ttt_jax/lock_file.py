@@ -219,7 +219,7 @@ class BucketObject:
             yield
         except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
             reason = str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
-            raise OSError(f"{self._url}/{self._name}: {' '.join(reason.split())}") from error
+            raise OSError(f"cannot lock {self._url}/{self._name}: {' '.join(reason.split())}") from error
 
 
 def parsed(content: bytes) -> dict[str, Any] | None:

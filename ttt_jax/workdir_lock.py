@@ -154,7 +154,10 @@ class WorkdirLock:
 
     def _make_folder(self) -> None:
         if not self._is_url and not os.path.isdir(self._folder):
-            os.makedirs(self._folder, exist_ok=True)
+            try:
+                os.makedirs(self._folder, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ConfigError(f"{self._option} {self._folder}: is not a folder; expected one") from error
             self._made = True
 
     def _is_old(self, content: bytes) -> bool:

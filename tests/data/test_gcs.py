@@ -109,7 +109,9 @@ def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_pa
 
     asked = len(gcs.requests)
     assert printed(gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)) == told
-    assert {request.verb for request in gcs.requests[asked:]} == {"other", "get", "list"}  # nothing to do
+    written = [request for request in gcs.requests[asked:] if request.verb not in ("other", "get", "list")]
+    assert {request.verb for request in written} == {"upload", "delete"}  # nothing to do, but for the lock
+    assert all("running.json" in request.target for request in written)
 
 
 def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
@@ -185,8 +187,8 @@ def test_what_the_server_fails_at_is_asked_again(gcs, tmp_path, made, times):
 def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
     source = jsonl(tmp_path / "source.jsonl", documents(30))
     forbidden = {
-        ("upload", "/unwritable/"): "cannot write gs://bucket/unwritable/_unfinished/1/train",
-        ("get", "/unreadable/"): "cannot read gs://bucket/unreadable/dataset.json",
+        ("upload", "/unwritable/"): "cannot lock gs://bucket/unwritable/running.json",
+        ("get", "/unreadable/"): "cannot lock gs://bucket/unreadable/running.json",
         ("upload", "/some/train/c/"): "cannot write gs://bucket/some/train",
     }
     gcs.fault = lambda request: 403 if any(request.verb == v and f in request.target for v, f in forbidden) else None
