@@ -19,4 +19,6 @@ ruff format --check .
 mypy
 shellcheck scripts/*.sh scripts/reproduce/*.sh launch/*.sh launch/*.sbatch .ci/run
 if command -v hadolint >/dev/null; then hadolint launch/Dockerfile; fi # its wheel is for Linux on x86_64
-python -m pytest -n 2 --dist worksteal --durations 10 "$@"
+SECONDS=0
+python -m pytest -n 2 --dist worksteal --durations 20 "$@"
+echo "tests took $SECONDS s"

@@ -1,5 +1,6 @@
 """What all tests share: the CPU, a compilation cache that outlives the run, and comparisons that NaN cannot pass."""
 
+import collections
 import functools
 import json
 import os
@@ -17,12 +18,22 @@ import jax
 import numpy as np
 import pytest
 
+from ttt_jax.parallel import startup
+
 ROOT = Path(__file__).resolve().parents[1]
 
+# Compiling is most of the time. The tests and all processes that they start share compiled programs, and compile them
+# with little optimisation, which takes 0.6 of the time; what is computed is the same.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+startup.keep_freed_memory()
 
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores it for what it runs in the background, and so would the processes that tests send it to.
@@ -33,11 +44,28 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 
+_WORTH_SHARING = 60.0  # seconds of tests
 _MINUTES = ("test_ten_kills_leave_no_trace", "test_every_script_tiny")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how the time of the tests is shared among their folders."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds["/".join(report.nodeid.split("::")[0].split("/")[:2])] += report.duration
+    total = sum(seconds.values())
+    if total < _WORTH_SHARING:
+        return
+    terminalreporter.section(f"{total:.0f} s of tests, by folder")
+    for folder, spent in seconds.most_common():
+        if spent >= total / 200:
+            terminalreporter.write_line(f"{spent:7.1f} s  {100 * spent / total:4.1f} %  {folder}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: in the end, one process would go on with it alone."""
+    """Begin with the tests that take minutes: in the end, one process would go on with one of them alone."""
     items.sort(key=lambda item: not item.name.startswith(_MINUTES))
 
 

@@ -29,8 +29,6 @@ SMALL = [
 def ttt(*arguments) -> str:
     """Runs a command; returns what it printed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

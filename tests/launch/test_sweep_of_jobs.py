@@ -1,7 +1,6 @@
 """A sweep whose points are jobs of Slurm, and train; only Slurm is a stand-in."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,12 +14,7 @@ from ttt_jax.training import metrics
 @pytest.mark.slow
 def test_points_are_jobs_that_are_found_done_again(tmp_path):
     cluster = StandIns(tmp_path, "stand_in_slurm.py", "sbatch slurmd squeue scontrol sacct scancel srun".split())
-    environment = cluster.environment | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = cluster.environment | {"JAX_PLATFORMS": "cpu"}
     recipe = str(ROOT / "configs/paper.py") + ":transformer-125m-pile-2k:smoke"
     sweep = ["--config", recipe, "--grid", "seed=0,1", "--config.training.duration=4 steps", "--workdir", "sweep"]
     command = [sys.executable, "-m", "ttt_jax", "sweep", *sweep, "--", "launch", "slurm", "--gpus-per-node", "1"]

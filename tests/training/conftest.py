@@ -48,15 +48,10 @@ def start_training():
         values = {**TINY, **(changes or {})}
         command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
         command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items()), *options]
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
         environment = {
             **environment,
             "JAX_PLATFORMS": "cpu",
-            # With little optimisation, for most of the time is compiling: of several processes one keeps its programs.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         }
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

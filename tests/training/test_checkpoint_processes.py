@@ -28,7 +28,7 @@ def run(scenario, workdir, before=((), ())):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    pipe, devices = subprocess.PIPE, "--xla_force_host_platform_device_count=2"
+    pipe, devices = subprocess.PIPE, f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     processes = [
         subprocess.Popen(
             [*start, sys.executable, str(SCRIPT), str(index), "2", str(port), scenario, str(workdir)],
