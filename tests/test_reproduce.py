@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fake_gcs import FakeGCS
 from saved_runs import words
 
 from ttt_jax import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "scripts" / "reproduce").glob("*_*.sh"))
+BUCKET = "gs://b/runs"
 PAPER = "--scale paper --pile gs://b/pile --books gs://b/books --accelerator v5litepod-256 --zone z --spot"
 LINEAR, TRANSFORMER = "TTT-Linear (Mamba backbone)", "Transformer"
 
@@ -41,6 +43,19 @@ def reproduce(tmp_path):
     return run
 
 
+@pytest.fixture
+def empty_bucket(monkeypatch):
+    """A stand-in for Google Cloud Storage, in which gs://b is empty, for this process."""
+    gcsfs = pytest.importorskip("gcsfs")
+    with FakeGCS() as gcs:
+        for name, value in gcs.environment().items():
+            monkeypatch.setenv(name, value)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        assert not gcs.objects
+
+
 def test_there_is_one_of_each():
     figures = [f"figure_{number}" for number in (2, 4, 7, 10, 11, 14, 15, 16)]
     assert sorted(SCRIPTS) == sorted([*figures, "table_1"])
@@ -49,13 +64,12 @@ def test_there_is_one_of_each():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_commands_of_the_papers_scale(reproduce, tmp_path, capsys, script):
+def test_commands_of_the_papers_scale(reproduce, empty_bucket, capsys, script):
     """They are printed, not run; each can be parsed, and each sweep, of recipes that there are, can be planned."""
-    out = reproduce(script, *PAPER.split(), "--bucket", tmp_path / "bucket")
+    out = reproduce(script, *PAPER.split(), "--bucket", BUCKET)
     commands = [shlex.split(line) for line in out.splitlines()]
     assert all(command[0] == "ttt" for command in commands)
     assert commands[-1][:2] == ["ttt", "plot"]
-    assert not (tmp_path / "bucket").exists()
     points, evaluated = [], []
     for _, *command in commands:
         options, _ = cli.parse(command)
@@ -72,14 +86,14 @@ def test_commands_of_the_papers_scale(reproduce, tmp_path, capsys, script):
             evaluated += inner.workdir
     assert points
     # Each run that is evaluated or drawn is one that was trained.
-    drawn = [word for word in commands[-1] if word.startswith(str(tmp_path / "bucket"))]
+    drawn = [word for word in commands[-1] if word.startswith(BUCKET)]
     assert drawn
     assert {*evaluated, *drawn} <= set(points)
     assert set(drawn) <= set(evaluated)
 
 
-def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce, tmp_path):
-    out = reproduce("figure_11", *PAPER.split(), "--bucket", tmp_path / "bucket", "--mixers", "ttt_linear")
+def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce):
+    out = reproduce("figure_11", *PAPER.split(), "--bucket", BUCKET, "--mixers", "ttt_linear")
     sweeps = [line for line in out.splitlines() if line.startswith("ttt sweep")]
     recipes = {re.search(r"v5litepod-\d+", line)[0]: re.findall(r"paper\.py:(\S+)", line) for line in sweeps}
     assert recipes == {
@@ -91,8 +105,8 @@ def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce, tmp_path):
     }
 
 
-def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce, tmp_path):
-    chosen = (*PAPER.split(), "--bucket", tmp_path / "bucket", "--sizes", "125m", "--mixers")
+def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce):
+    chosen = (*PAPER.split(), "--bucket", BUCKET, "--sizes", "125m", "--mixers")
     assert "paper.py:transformer" not in reproduce("figure_15", *chosen, "ttt_linear")
     assert "paper.py:transformer_finetune-125m-books-8k" in reproduce("figure_15", *chosen, "ttt_linear,transformer")
 

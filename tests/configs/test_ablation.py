@@ -55,6 +55,6 @@ def test_a_run_of_each_rung(tmp_path):
         losses[rung] = np.array([record["loss"] for record in metrics.read(tmp_path / rung)])
         assert losses[rung][-1] < losses[rung][0] - 0.5, rung
     first, second = losses["linear_attention"], losses["equivalence"]
-    np.testing.assert_allclose(second[:8], first[:8], rtol=1e-6)  # then Adam makes more of what rounding left
+    np.testing.assert_allclose(second[:6], first[:6], rtol=1e-6)  # then Adam makes more of what rounding left
     for lower, upper in pairwise(list(RUNGS)):
         assert np.abs(losses[upper] - losses[lower]).max() > 1e-4, upper
