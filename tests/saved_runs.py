@@ -14,7 +14,17 @@ WINDOWS = 6  # of an evaluation, a document each
 
 
 def run(
-    workdir, *, perplexity=10.0, context=64, flops=1e15, parameters=1_234_567, noise=0, seconds=None, about=None, **keys
+    workdir,
+    *,
+    perplexity=10.0,
+    context=64,
+    flops=1e15,
+    parameters=1_234_567,
+    noise=0,
+    seconds=None,
+    bad=(),
+    about=None,
+    **keys,
 ):
     """The workdir of a run whose evaluation has exactly this perplexity.
 
@@ -22,6 +32,7 @@ def run(
       flops, parameters: of training and model, as they are written down.
       noise: seed of what makes documents hard; equal ones are equally hard for two runs.
       seconds: per step, a record of metrics.jsonl each.
+      bad: pairs of window and position whose losses are NaN.
       about: what else the evaluation says.
       keys: of the config, with __ for a dot.
     """
@@ -56,20 +67,29 @@ def run(
         "documents": WINDOWS,
         "config": config.to_dict(),
     }
-    save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), noise=noise)
+    save_evaluation(workdir, {**known, **(about or {})}, loss=math.log(perplexity), noise=noise, bad=bad)
     return workdir
 
 
-def save_evaluation(workdir, about, *, loss, noise=0):
-    """Losses fall with the position, and windows, of a document each, differ in how hard they are."""
+def save_evaluation(workdir, about, *, loss, noise=0, bad=()):
+    """Write an evaluation whose losses fall with the position; windows, a document each, differ in how hard they are.
+
+    Args:
+      bad: pairs of window and position whose losses are NaN.
+    """
     context, rng = about["context"], np.random.default_rng(noise)
     curve = 1 / np.sqrt(np.arange(1, context + 1)) + rng.normal(0, 0.2, (WINDOWS, context))
     nll = curve + rng.normal(0, 0.1, (WINDOWS, 1))
-    nll[:, 10] = np.nan  # a position that does not count
-    nll += loss - np.nanmean(nll)
-    found = statistics.summarise([statistics.Segment(i, 0, row) for i, row in enumerate(nll)], context)
+    counted = np.arange(context) != 10  # a position that does not count
+    nll += loss - nll[:, counted].mean()
+    for window, position in bad:
+        nll[window, position - 1] = np.nan
+    found = statistics.summarise([statistics.Segment(i, 0, row, counted) for i, row in enumerate(nll)], context)
     tokens, error = int(found.tokens.sum()), float(found.all.standard_error)
     means = {"tokens": tokens, "loss": loss, "loss_standard_error": error, "perplexity": math.exp(loss)}
+    if bad:
+        unknown = dict.fromkeys(("loss", "loss_standard_error", "loss_low", "loss_high", "perplexity"))
+        means |= {**unknown, "not_finite": found.not_finite}
     stem = evaluations.name(about["split"], context, by_document=about["of"] == "documents", carried=about["carried"])
     evaluations.save(evaluations.from_summary({**about, **means}, found), workdir / "eval", stem)
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_jax import config_file
+import numpy as np
+
+from ttt_jax import config_file, finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import (
     SPLITS,
@@ -159,22 +161,35 @@ def compare(options: argparse.Namespace) -> int:
         table.add_column(other.about["workdir"], justify="right")
     table.add_row(
         "all",
-        f"{about['loss']:.4f}",
-        *(f"{d.mean:+.4f} +- {d.standard_error:.4f}" for d in differences),
+        finite.shown(about["loss"], ".4f"),
+        *(_with_error(d.mean, d.standard_error) for d in differences),
         end_section=True,
     )
     for first, last in statistics.octaves(base.bin_last):
         row = [f"{base.bin_first[first]:,} - {base.bin_last[last - 1]:,}"]
         where = slice(first, last)
         counts = base.document_counts[:, where].sum(1)
-        row.append(f"{base.document_sums[:, where].sum() / counts.sum():.4f}")
+        if not counts.any():
+            table.add_row(*row, *["-"] * len(options.workdir))
+            continue
+        row.append(finite.shown(base.document_sums[:, where].sum() / counts.sum(), ".4f"))
         for other in others:
-            sums = (other.document_sums - base.document_sums)[:, where].sum(1)
+            with np.errstate(invalid="ignore"):  # infinity - infinity
+                sums = (other.document_sums - base.document_sums)[:, where].sum(1)
             found = statistics.estimate(sums, counts)
-            row.append(f"{found.mean:+.4f} +- {found.standard_error:.4f}")
+            row.append(_with_error(float(found.mean), float(found.standard_error)))
         table.add_row(*row)
     tables.console().print(table)
+    for each in (base, *others):
+        if problem := evaluations.not_finite(each.about):
+            print(f"{each.about['workdir']}: {problem}")
     return DONE
+
+
+def _with_error(difference: float, error: float) -> str:
+    if not np.isfinite(difference):
+        return finite.NOT_FINITE
+    return f"{difference:+.4f}" + (f" +- {error:.4f}" if np.isfinite(error) else "")
 
 
 class _Progress:
@@ -203,12 +218,15 @@ def _words(evaluation: "Evaluation") -> str:
     from ttt_jax.evaluation import evaluations
 
     a = evaluation.about
+    of = f"{a['model']}, step {a['step']}, {a['source']}, {evaluations.read_of(a)}"
+    skipped = (
+        f"; {a['skipped']:,} {a.get('of', 'windows')} with nothing to predict left out" if a.get("skipped") else ""
+    )
+    if problem := evaluations.not_finite(a):
+        return f"{of}: loss {finite.NOT_FINITE}: {problem}{skipped}"
     error = "" if a["loss_standard_error"] is None else f" +- {a['loss_standard_error']:.4f}"
     perplexity = "too large for a number" if a["perplexity"] is None else f"{a['perplexity']:.4f}"
-    return (
-        f"{a['model']}, step {a['step']}, {a['source']}, {evaluations.read_of(a)}: "
-        f"loss {a['loss']:.4f}{error}, perplexity {perplexity}"
-    )
+    return f"{of}: loss {a['loss']:.4f}{error}, perplexity {perplexity}{skipped}"
 
 
 def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:

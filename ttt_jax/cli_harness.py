@@ -8,6 +8,7 @@ import logging
 import os
 from pathlib import Path
 
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import not_negative, positive
 from ttt_jax.config import ConfigError
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         for task, about in found.items():
             print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))
     if options.output:
-        told, missing = harness_files.without_nan(results)
+        told, missing = finite.for_json(results)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.output, json.dumps(told, indent=2, default=str, allow_nan=False) + "\n")
         print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))

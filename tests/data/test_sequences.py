@@ -42,6 +42,7 @@ def read(source, wanted, piece_length=5, batch_size=2) -> list[dict[str, list[in
         assert not any(sequence["mask"][length:])  # what is filled up stands behind
         for name in sequence:
             sequence[name] = sequence[name][:length]
+        assert sequences.counted(source, spans).tolist() == [count > 0 for count in sequence["mask"]]
     return found
 
 
@@ -136,3 +137,8 @@ def test_documents_are_found_across_the_blocks_in_which_they_are_looked_for(monk
     expected = np.cumsum([0, *lengths[:-1]]).tolist()
     assert sequences.starts(a_source(lengths, known=False)).tolist() == expected
     assert sequences.starts(a_source(lengths)).tolist() == expected
+
+
+def test_documents_with_nothing_to_predict_are_counted():
+    assert [sequences.too_short(a_source([1, 3, 1, 2], known)) for known in (True, False)] == [2, 2]
+    assert len(sequences.documents(a_source([1, 3, 1, 2]), 9, 9)) == 2

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import math
-import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +14,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.source import TokenSource
 from ttt_jax.evaluation import evaluate as evaluate_lib
-from ttt_jax.evaluation import statistics, trained
+from ttt_jax.evaluation import evaluations, losses, statistics, trained
 from ttt_jax.evaluation.evaluate import What, evaluate
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.models import flops
@@ -110,12 +110,12 @@ def of_windows(nll, source, context, windows, step=5):
     for i in range(windows):
         start = context * (i * total // windows)
         window = tokens[start : start + context + 1]
-        losses = nll(window, step)
+        found_losses = nll(window, step)
         for place in range(context):
             if window[place + 1] == 256:
                 continue
             document = sum(start + place >= first for first in source.documents) - 1
-            found.append(Segment(document, place, losses[place : place + 1]))
+            found.append(Segment(document, place, found_losses[place : place + 1]))
     return found
 
 
@@ -158,6 +158,8 @@ def test_what_an_evaluation_says_of_itself(run, model, data):
         "windows": 5,
         "documents": len(found.document_sums),
         "tokens": found.count.sum(),
+        "not_finite": 0,
+        "skipped": 0,
         "loss": pytest.approx(np.nansum(found.loss * found.count) / found.count.sum(), rel=1e-9),
         "loss_standard_error": about["loss_standard_error"],
         "loss_low": about["loss_low"],
@@ -194,11 +196,11 @@ def test_the_state_is_carried_from_document_to_document(model, data, nll, contex
     segments = []
     for chain in (range(4), range(4, 8)):
         parts = [data.tokens[data.documents[i] :][: min(LENGTHS[i], context)] for i in chain]
-        losses = nll(np.append(np.concatenate(parts), 0))  # each token but the last predicts the next one read
+        found_losses = nll(np.append(np.concatenate(parts), 0))  # each token but the last predicts the next one read
         place = 0
         for i, part in zip(chain, parts, strict=True):
             counted = min(LENGTHS[i] - 1, context)
-            of_part = losses[place : place + counted].copy()
+            of_part = found_losses[place : place + counted].copy()
             if counted == len(part):  # cut short: its last target is not what is read next
                 everything = np.append(
                     np.concatenate(parts)[: place + counted], data.tokens[data.documents[i] + counted]
@@ -318,10 +320,93 @@ def test_a_split_without_documents(model, data, monkeypatch):
         evaluate(model, What(22, by_document=True))
 
 
-def test_a_perplexity_that_overflows_is_null_and_said():
-    assert evaluate_lib._finite(evaluate_lib._exp(709.0)) == math.exp(709.0)
-    assert evaluate_lib._finite(evaluate_lib._exp(710.0)) is None
-    about = {"model": "m", "step": 1, "source": "s", "windows": 2, "context": 8, "loss": 710.0}
-    about |= {"loss_standard_error": None, "perplexity": None}
-    words = cli_eval._words(types.SimpleNamespace(about=about))
-    assert words == "m, step 1, s, 2 windows of 8 tokens: loss 710.0000, perplexity too large for a number"
+# ---- Losses that are not finite, and nothing to predict
+
+
+def test_losses_that_are_not_finite_show(model, data, monkeypatch):
+    """Where the model finds byte 7 it gives NaN, and at BOS, which is no target, too."""
+    tokens = data.tokens.copy()
+    tokens[tokens == 7] = 8
+    tokens[[30, 31, 100]] = 7
+    object.__setattr__(data, "tokens", tokens)
+    whole = evaluate(model, What(22, most=16))
+    nll = losses.token_nll
+
+    def broken(logits, targets):
+        return jnp.where((targets == 7) | (targets == 256), jnp.nan, nll(logits, targets))
+
+    monkeypatch.setattr(losses, "token_nll", broken)
+    found = evaluate(model, What(22, most=16))
+    assert (found.about["not_finite"], found.about["tokens"]) == (3, whole.about["tokens"])
+    np.testing.assert_array_equal(found.count, whole.count)
+    expected = whole.loss.copy()
+    expected[[29 - 22, 30 - 22, 99 - 88]] = np.nan  # token 30 is predicted at place 7 of the second window
+    np.testing.assert_array_equal(found.loss, expected)
+    for key in ("loss", "loss_standard_error", "loss_low", "loss_high", "perplexity", "perplexity_low"):
+        assert found.about[key] is None
+    said = cli_eval._words(found)
+    assert said.endswith(f": loss not finite: 3 of {found.about['tokens']} tokens have a loss that is NaN or infinite")
+    path = evaluations.save(found, model.workdir / "eval", "broken")
+    text = path.with_suffix(".json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == found.about
+    again = evaluations.read_file(path)
+    np.testing.assert_array_equal(np.isnan(again.loss), np.isnan(expected))
+    np.testing.assert_array_equal(again.document_sums, found.document_sums)
+
+
+def test_an_evaluation_that_was_stopped_before_masks_were_apart_goes_on(run, model, data, monkeypatch):
+    """Its parts hold NaN where nothing counts; the data says where that is."""
+    whole = evaluate(model, What(22, most=7), batch_size=1)
+
+    def stop(done, total):
+        if done == 44:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, What(22, most=7), batch_size=1, progress=stop)
+    folder = run[0] / "eval" / ".validation-22.unfinished"
+    windows = [22 * (i * 16 // 7) for i in range(7)]
+    place = 0
+    for path in sorted(folder.glob("*.npy")):
+        part = np.load(path)
+        for begin in range(0, len(part), 22):
+            targets = data.tokens[windows[place] + 1 : windows[place] + 23]
+            part[begin : begin + 22][targets == 256] = np.nan
+            place += 1
+        np.save(path, part)
+    assert place > 0
+    found = evaluate(model, What(22, most=7))
+    np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
+    assert (found.about["not_finite"], found.about["tokens"]) == (0, whole.about["tokens"])
+
+
+def test_windows_with_nothing_to_predict_are_counted_or_refused(model, data, monkeypatch, nll):
+    tokens = data.tokens.copy()
+    tokens[22:67] = 256  # the second and third window of 22 tokens
+    sources = [dataclasses.replace(data, tokens=tokens, documents=None)]
+    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: sources[-1])
+    found = evaluate(model, What(22, most=4))  # windows 0, 4, 8 and 12
+    assert (found.about["windows"], found.about["skipped"]) == (4, 0)
+    found = evaluate(model, What(22, most=16))
+    assert (found.about["windows"], found.about["skipped"]) == (14, 2)
+    assert found.about["tokens"] == found.count.sum()
+    assert cli_eval._words(found).endswith("; 2 windows with nothing to predict left out")
+    # Documents: the 45 tokens of 256 begin 44 documents of one token, and one that goes on.
+    starts = np.flatnonzero(tokens == 256)
+    alone = int((np.diff(starts, append=len(tokens)) == 1).sum())
+    found = evaluate(model, What(22, by_document=True))
+    assert (found.about["skipped"], found.about["windows"]) == (alone, len(starts) - alone)
+    sources.append(dataclasses.replace(data, tokens=np.full(60, 256, np.uint16), documents=None))
+    monkeypatch.setattr(evaluate_lib.losses, "of_sequences", None)  # nothing is read
+    with pytest.raises(ConfigError, match="books/validation: nothing to predict in its 2 windows "):
+        evaluate(model, What(22))
+
+
+def test_a_perplexity_that_overflows_is_null_and_said(model, data, monkeypatch):
+    def of_sequences(trained, source, sequences, **sizes):
+        return (np.full(sum(map(len, sequence)), 710.0, np.float32) for sequence in sequences)
+
+    monkeypatch.setattr(evaluate_lib.losses, "of_sequences", of_sequences)
+    found = evaluate(model, What(22, most=2))
+    assert (found.about["loss"], found.about["perplexity"], found.about["not_finite"]) == (710.0, None, 0)
+    assert cli_eval._words(found).endswith("loss 710.0000 +- 0.0000, perplexity too large for a number")

@@ -16,7 +16,7 @@ from ttt_jax.evaluation.statistics import Segment
 def evaluation():
     nll = np.random.default_rng(0).gamma(2.0, 1.0, (4, 6))
     nll[:, 1] = np.nan
-    found = statistics.summarise([Segment(i, 0, row) for i, row in enumerate(nll)], 6)
+    found = statistics.summarise([Segment(i, 0, row, np.isfinite(row)) for i, row in enumerate(nll)], 6)
     return evaluations.from_summary({"split": "test", "context": 6, "loss": float(found.all.mean)}, found)
 
 

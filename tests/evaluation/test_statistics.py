@@ -13,14 +13,14 @@ RNG = np.random.default_rng(0)
 
 
 def random_losses(n, tokens, density=0.6):
-    """[N, T], NaN where nothing counts."""
+    """Losses [N, T], with NaN where a token does not count."""
     nll = RNG.gamma(2.0, 1.0, (n, tokens)) + RNG.normal(0, 1, (n, 1))
     return np.where(RNG.random((n, tokens)) < density, nll, np.nan).astype(np.float32)
 
 
 def of_rows(nll):
-    """Each row a document."""
-    return statistics.summarise([Segment(i, 0, row) for i, row in enumerate(nll)], nll.shape[1])
+    """Return the statistics where each row is a document, and NaN stands at what does not count."""
+    return statistics.summarise([Segment(i, 0, row, np.isfinite(row)) for i, row in enumerate(nll)], nll.shape[1])
 
 
 def by_loops(nll):
@@ -137,3 +137,42 @@ def test_the_same_again():
     first, again = of_rows(nll), of_rows(nll[::-1])
     np.testing.assert_array_equal(first.bins.low, of_rows(nll).bins.low)
     np.testing.assert_allclose(first.bins.mean, again.bins.mean, rtol=1e-12)  # in whatever order they come
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_shows_in_every_mean_that_it_is_part_of(value):
+    nll = random_losses(5, 40)
+    counted = np.isfinite(nll)
+    counted[2, 9] = True
+    clean = np.where(counted, np.nan_to_num(nll), np.nan)
+    nll[2, 9] = value
+
+    def summary(losses):
+        return statistics.summarise([Segment(i, 0, row, counted[i]) for i, row in enumerate(losses)], 40)
+
+    found, expected = summary(nll), summary(clean)
+    assert (found.not_finite, expected.not_finite) == (1, 0)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.document_counts, expected.document_counts)
+    [k] = np.flatnonzero(statistics.bin_edges(40) <= 10)[-1:]  # the bin of position 10
+    for mean, all_of_it, where in (
+        (found.loss, expected.loss, 9),
+        (found.bins.mean, expected.bins.mean, k),
+        (found.document_sums[2], expected.document_sums[2], k),
+    ):
+        assert str(mean[where]) == str(np.float64(value))
+        np.testing.assert_array_equal(np.delete(mean, where), np.delete(all_of_it, where))
+    assert str(found.all.mean) == str(np.float64(value))
+    assert np.isnan([*found.all[1:4], *(x[k] for x in found.bins[1:4]), found.standard_error[9]]).all()
+    np.testing.assert_array_equal(np.delete(found.bins.low, k), np.delete(expected.bins.low, k))
+    assert found.all.tokens == expected.all.tokens
+
+
+def test_no_document_is_no_mean():
+    nothing = Segment(0, 0, np.zeros(6), np.zeros(6, bool))
+    for segments in ([], [nothing]):
+        found = statistics.summarise(segments, 6)
+        assert (found.all.tokens, found.not_finite, found.document_sums.shape) == (0, 0, (0, 6))
+        assert np.isnan([*found.all[:4], *found.loss, *found.bins.mean, *found.bins.high]).all()
+    empty = statistics.summarise([], 0)
+    assert (len(empty.loss), len(empty.bins.mean), int(empty.all.tokens)) == (0, 0, 0)

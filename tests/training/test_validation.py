@@ -1,15 +1,20 @@
 """The loss of held-out windows during training, and the checkpoint of the lowest."""
 
 import json
+import math
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
+from ttt_jax.data.source import TokenSource
 from ttt_jax.evaluation import trained
 from ttt_jax.evaluation.evaluate import What, evaluate
-from ttt_jax.training import loop, metrics, validation
+from ttt_jax.parallel import sharding
+from ttt_jax.training import loop, metrics, program, validation
 from ttt_jax.training.checkpoint import Checkpoints
 
 EVERY = {"evaluation.every": "6 steps", "evaluation.windows": 5, "checkpoint.keep_last": 9, "log.every": "4 steps"}
@@ -127,3 +132,41 @@ def test_losses_up_to_a_step(tmp_path):
     assert validation.read_losses(tmp_path) == {2: 3.0, 4: 2.0}
     assert validation.read_losses(tmp_path, 3) == {2: 3.0}
     assert validation.read_losses(tmp_path / "elsewhere") == {}
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "{validation.LOSS}": null}}\n')  # JSON has no NaN
+    assert str(validation.read_losses(tmp_path)) == "{2: nan}"
+    assert validation.best_step(validation.read_losses(tmp_path), [2]) is None
+
+
+def test_a_loss_that_is_not_finite_shows_and_masked_ones_do_not(tiny_config, monkeypatch):
+    tokens = np.arange(200) % 250
+    source = TokenSource("some/validation", tokens, 257, 9)
+    run = program.make(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    bad = {"of": 9}
+
+    def nll(logits, targets):  # byte 9 begins documents
+        return jnp.where(targets == bad["of"], bad.get("value", jnp.nan), bad.get("else", 2.0))
+
+    monkeypatch.setattr(validation, "token_nll", nll)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), run.abstract_state.params)
+    monkeypatch.setattr(type(run.model), "apply", lambda *arguments: (0, None))
+    found = validation.Validation(run, source, 3)(params)
+    assert (found[validation.LOSS], found["validation_perplexity"]) == (2.0, pytest.approx(math.exp(2.0)))
+    bad["of"] = 8
+    assert math.isnan(validation.Validation(run, source, 3)(params)[validation.LOSS])
+    bad["value"] = jnp.inf
+    found = validation.Validation(run, source, 3)(params)
+    assert (found[validation.LOSS], found["validation_perplexity"]) == (math.inf, math.inf)
+    bad.update(value=800.0, **{"else": 800.0})
+    found = validation.Validation(run, source, 3)(params)
+    assert (found[validation.LOSS], found["validation_perplexity"]) == (800.0, math.inf)
+
+
+def test_a_split_with_nothing_to_predict_is_refused(tiny_config):
+    source = TokenSource("some/validation", np.full(200, 9), 257, 9)
+    run = program.make(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    with pytest.raises(ConfigError) as error:
+        validation.Validation(run, source, 3)
+    assert str(error.value) == (
+        "evaluation.every=: some/validation has nothing to predict in 3 windows of 64 tokens; "
+        "expected a split with text"
+    )

@@ -95,6 +95,17 @@ def length(sequence: tuple[Span, ...]) -> int:
     return sum(map(len, sequence))
 
 
+def counted(source: TokenSource, sequence: tuple[Span, ...]) -> np.ndarray:
+    """Return which targets of a sequence count, [its tokens], boolean."""
+    none = np.zeros(0, bool)
+    return np.concatenate([none, *(_mask(source.piece(span.start, span.stop), span, 0) > 0 for span in sequence)])
+
+
+def too_short(source: TokenSource) -> int:
+    """Return how many documents have nothing to predict, as they are shorter than :data:`LEAST_TOKENS`."""
+    return int((np.diff(starts(source), append=len(source.tokens)) < LEAST_TOKENS).sum())
+
+
 def pieces(source: TokenSource, sequences: Sequences, *, piece_length: int, batch_size: int) -> Iterator[Piece]:
     """Sequences, B at a time, each from its first token to its last.
 
@@ -119,13 +130,18 @@ def _row(source: TokenSource, sequence: tuple[Span, ...], offset: int, tokens: i
         first, last = max(offset, place) - place, min(offset + tokens, place + len(span)) - place
         if first < last:
             part = source.piece(span.start + first, span.start + last)
-            part["mask"] = part["mask"] * (np.arange(first, last) < span.counted)
+            part["mask"] = _mask(part, span, first)
             parts.append(part)
         place += len(span)
     if not parts:
         parts.append(source.piece(0, 0))
     row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return {key: np.pad(x, (0, tokens - len(x))) for key, x in row.items()}
+
+
+def _mask(part: Batch, span: Span, first: int) -> np.ndarray:
+    """Return the mask of a part of a span that begins ``first`` tokens behind the start of the span."""
+    return part["mask"] * (first + np.arange(len(part["mask"])) < span.counted)
 
 
 def _whole(source: TokenSource, length: int, most: int) -> list[Span]:

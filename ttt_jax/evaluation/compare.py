@@ -18,6 +18,8 @@ _SAME = ("fingerprint", "split", "of", "context", "windows", "tokens")
 class Difference(NamedTuple):
     """Loss of a model minus that of another, nats per token; negative where it is the better one.
 
+    A difference is NaN where nothing counts, and NaN or infinite where a loss of one of the models is.
+
     Attributes:
       mean, standard_error, low, high: over all tokens; ``low`` and ``high`` bound 95 %.
       bin_first, bin_last: [K], positions from 1.
@@ -43,7 +45,8 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
       ConfigError: where they are not of the same tokens.
     """
     check_paired(a, b)
-    sums, counts = a.document_sums - b.document_sums, a.document_counts
+    with np.errstate(invalid="ignore"):  # infinity - infinity
+        sums, counts = a.document_sums - b.document_sums, a.document_counts
     whole, bins = statistics.estimate(sums.sum(1), counts.sum(1)), statistics.estimate(sums, counts)
     mean, error, low, high, _ = map(float, whole)
     return Difference(mean, error, low, high, a.bin_first, a.bin_last, *bins[:4])

@@ -2,13 +2,13 @@
 
 import bisect
 import hashlib
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.data import sequences as sequences_lib
 from ttt_jax.data import source as source_lib
@@ -75,10 +75,10 @@ def evaluate(
       None on all processes but the first.
 
     Raises:
-      ConfigError: where there is no such data, or the model cannot read it so.
+      ConfigError: where there is no such data, nothing in it is to be predicted, or the model cannot read it so.
     """
     data = _data(trained, what)
-    sequences = _sequences(trained, data, what)
+    sequences, counted, skipped = _with_targets(data, _sequences(trained, data, what), what)
     longest_first = sorted(range(len(sequences)), key=lambda i: -sequences_lib.length(sequences[i]))
     order = [sequences[i] for i in longest_first]  # those that are read side by side are about as long
     lengths = [sequences_lib.length(sequence) for sequence in order]
@@ -117,8 +117,8 @@ def evaluate(
     if not first:
         return None
     by_sequence = [found[place] for place in np.argsort(longest_first)]
-    summary = statistics.summarise(_segments(data, sequences, by_sequence), what.context)
-    evaluation = from_summary(_about(trained, what, data, sequences, summary), summary)
+    summary = statistics.summarise(_segments(data, sequences, by_sequence, counted), what.context)
+    evaluation = from_summary(_about(trained, what, data, sequences, summary, skipped), summary)
     unfinished.remove()
     return evaluation
 
@@ -145,40 +145,77 @@ def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
     elif what.by_document:
         found = sequences_lib.documents(data, what.context, what.most)
     else:
-        found = sequences_lib.windows(data, what.context, what.most)
+        return sequences_lib.windows(data, what.context, what.most)
     if not found:
         raise ConfigError(f"{data.name}: has no document of {sequences_lib.LEAST_TOKENS} tokens or more")
     return found
 
 
-def _segments(data: TokenSource, sequences: Sequences, nll: list[np.ndarray]) -> list[Segment]:
-    """Losses by document. Where a source does not know its documents, each span is taken for one."""
+def _with_targets(data: TokenSource, sequences: Sequences, what: What) -> tuple[Sequences, list[np.ndarray], int]:
+    """Return the sequences with something to predict, which of their targets count, and how many have nothing.
+
+    Raises:
+      ConfigError: where none has.
+    """
+    documents = what.by_document or bool(what.chains)
+    counted = [sequences_lib.counted(data, sequence) for sequence in sequences]
+    kept = [place for place, of_sequence in enumerate(counted) if of_sequence.any()]
+    if not kept:
+        raise ConfigError(
+            f"{data.name}: nothing to predict in its {len(sequences):,} {'documents' if documents else 'windows'} "
+            f"(all targets are token {data.bos}, which begins documents); expected text"
+        )
+    skipped = sum(map(len, sequences)) - sum(len(sequences[place]) for place in kept)
+    skipped += sequences_lib.too_short(data) if documents else 0
+    return [sequences[place] for place in kept], [counted[place] for place in kept], skipped
+
+
+def _segments(
+    data: TokenSource, sequences: Sequences, nll: list[np.ndarray], counted: list[np.ndarray]
+) -> list[Segment]:
+    """Return losses by document. Where a source does not know its documents, each span is taken for one."""
     known = data.documents is not None or data.bos is not None
     starts = sequences_lib.starts(data).tolist() if known else []
     found = []
-    for sequence, losses_of_sequence in zip(sequences, nll, strict=True):
+    for sequence, losses_of_sequence, counted_of_sequence in zip(sequences, nll, counted, strict=True):
         place = 0
         for span in sequence:
-            losses_of_span = losses_of_sequence[place : place + len(span)]
+            where = slice(place, place + len(span))
+            of_span = losses_of_sequence[where], counted_of_sequence[where]
             place += len(span)
             if not known:
-                found.append(Segment(span.start, 0, losses_of_span))
+                found.append(Segment(span.start, 0, *of_span))
                 continue
             document = bisect.bisect_right(starts, span.start) - 1
             first = span.start
             while first < span.stop:
                 stop = min(span.stop, starts[document + 1]) if document + 1 < len(starts) else span.stop
-                found.append(
-                    Segment(document, first - span.start, losses_of_span[first - span.start : stop - span.start])
-                )
+                where = slice(first - span.start, stop - span.start)
+                found.append(Segment(document, where.start, *(x[where] for x in of_span)))
                 first, document = stop, document + 1
     return found
 
 
-def _about(trained: Trained, what: What, data: TokenSource, sequences: Sequences, found: statistics.Summary) -> dict:
+def _about(
+    trained: Trained,
+    what: What,
+    data: TokenSource,
+    sequences: Sequences,
+    found: statistics.Summary,
+    skipped: int,
+) -> dict:
     c = trained.config
     spans = sum(len(sequence) for sequence in sequences)
     mean, error, low, high, _ = (float(x) for x in found.all)
+    numbers = {
+        "loss": mean,
+        "loss_standard_error": error,
+        "loss_low": low,
+        "loss_high": high,
+        "perplexity": finite.exp(mean),
+        "perplexity_low": finite.exp(low),
+        "perplexity_high": finite.exp(high),
+    }
     return {
         "workdir": trained.name,
         "model": build.describe(c.model),
@@ -198,25 +235,8 @@ def _about(trained: Trained, what: What, data: TokenSource, sequences: Sequences
         "windows": spans,
         "documents": len(found.document_sums),
         "tokens": int(found.tokens.sum()),
-        "loss": mean,
-        "loss_standard_error": _finite(error),
-        "loss_low": _finite(low),
-        "loss_high": _finite(high),
-        "perplexity": _finite(_exp(mean)),
-        "perplexity_low": _finite(_exp(low)),
-        "perplexity_high": _finite(_exp(high)),
+        "not_finite": found.not_finite,  # of the tokens
+        "skipped": skipped,  # windows or documents with nothing to predict
+        **finite.for_json(numbers)[0],
         "config": c.to_dict(),
     }
-
-
-def _exp(x: float) -> float:
-    """Return e^x, infinity where it overflows."""
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
-
-
-def _finite(x: float) -> float | None:
-    """JSON has no NaN."""
-    return x if math.isfinite(x) else None

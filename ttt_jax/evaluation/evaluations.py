@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import saved, statistics
@@ -34,7 +35,8 @@ class Evaluation:
 
     Attributes:
       about: what it is of, as JSON holds it.
-      position, loss, standard_error, count: [T], from position 1; NaN where nothing counts.
+      position, loss, standard_error, count: [T], from position 1. A loss is NaN where ``count``, the number of tokens,
+        is 0, and NaN or infinite where one of them has such a loss.
       bin_first, bin_last: [K], the first and the last position of each bin.
       bin_loss, bin_standard_error, bin_low, bin_high, bin_count: [K]; ``low`` and ``high`` bound 95 %.
       document_sums, document_counts: [documents, K], loss and number of tokens of each document in each bin.
@@ -111,7 +113,8 @@ def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
     with explained(folder):
         (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
         (folder / f"{stem}.npz").write_bytes(content.getvalue())
-        write_atomically(folder / f"{stem}.json", json.dumps(evaluation.about, indent=2) + "\n")
+        about = finite.for_json(evaluation.about)[0]
+        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2, allow_nan=False) + "\n")
     return folder / f"{stem}.npz"
 
 
@@ -153,6 +156,13 @@ def read_of(about: dict[str, Any]) -> str:
     of = about.get("of", "windows")
     carried = ", the state carried" * about.get("carried", False)
     return f"{about['windows']:,} {of} of {'up to ' * (of == 'documents')}{about['context']:,} tokens{carried}"
+
+
+def not_finite(about: dict[str, Any]) -> str:
+    """Return in words how many losses are NaN or infinite; empty where none is."""
+    if about.get("not_finite"):
+        return f"{about['not_finite']:,} of {about['tokens']:,} tokens have a loss that is NaN or infinite"
+    return "" if finite.known(about["loss"]) else "the loss is NaN or infinite"
 
 
 def read_file(path: Workdir) -> Evaluation:

@@ -24,9 +24,10 @@ from ttt_jax.training.loss import token_nll
 def of_sequences(
     trained: Trained, source: TokenSource, sequences: Sequences, *, piece_length: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """The losses of each sequence, in order: [its tokens], float32, NaN where a target does not count.
+    """Yield the losses of each sequence, in order: [its tokens], float32.
 
-    On many processes all of them make the same calls, and get the same losses.
+    All targets have a loss, also those that do not count: see :func:`ttt_jax.data.sequences.counted`. On many processes
+    all of them make the same calls, and get the same losses.
 
     Args:
       piece_length: T. Sequences that are not longer are read in one go.
@@ -43,7 +44,7 @@ def of_sequences(
         here = {key: x[rows] for key, x in piece.batch.items() if key != "mask"}
         batch = sharding.global_batch(here, rows, batch_size, trained.batch_sharding)
         nll = read.whole(batch) if whole else read.piece(batch, piece.begins)
-        found.append(np.where(piece.batch["mask"] > 0, nll, np.nan).astype(np.float32))
+        found.append(nll.astype(np.float32))
         if piece.ends:
             losses = np.concatenate(found, axis=1)
             for row in range(piece.rows):

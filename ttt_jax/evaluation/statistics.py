@@ -29,22 +29,34 @@ class Segment(NamedTuple):
     Attributes:
       document: which one.
       first: position of the first of them, from 0.
-      nll: losses in nats; NaN where a token does not count.
+      nll: losses in nats.
+      counted: whether each of them counts, boolean; None where all do. A loss that counts and is NaN or infinite shows
+        in every mean that it is part of.
     """
 
     document: int
     first: int
     nll: np.ndarray
+    counted: np.ndarray | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Whether each loss counts, boolean."""
+        return np.ones(len(self.nll), bool) if self.counted is None else np.asarray(self.counted, bool)
 
 
 class Estimate(NamedTuple):
-    """Means [...], with their errors; NaN where nothing counts, and errors where only one document does."""
+    """Means [...] with their errors.
+
+    A mean is NaN where ``tokens`` is 0, and NaN or infinite where a loss that counts is. Errors are NaN where the mean
+    is not finite, and where only one document counts.
+    """
 
     mean: np.ndarray
     standard_error: np.ndarray
     low: np.ndarray  # of the interval of 95 %
     high: np.ndarray
-    tokens: np.ndarray  # how many
+    tokens: np.ndarray  # how many count
 
 
 class Summary(NamedTuple):
@@ -55,6 +67,7 @@ class Summary(NamedTuple):
       document_sums, document_counts: [D, K], loss and number of tokens by document and bin.
       bins: of each bin.
       all: of all tokens, scalars.
+      not_finite: how many of the tokens that count have a loss that is NaN or infinite.
     """
 
     loss: np.ndarray
@@ -64,6 +77,7 @@ class Summary(NamedTuple):
     document_counts: np.ndarray
     bins: Estimate
     all: Estimate
+    not_finite: int = 0
 
 
 def bin_edges(positions: int) -> np.ndarray:
@@ -71,6 +85,8 @@ def bin_edges(positions: int) -> np.ndarray:
 
     Positions are counted from 1. Bins end at powers of two and three places between; the last one, with the context.
     """
+    if positions < 1:
+        return np.ones(1, np.int64)  # no bin
     octaves = int(np.log2(positions)) + 1
     ends = np.unique(np.ceil(2 ** (np.arange(octaves * _BINS_PER_OCTAVE + 1) / _BINS_PER_OCTAVE)).astype(np.int64))
     return np.concatenate([[1], ends[ends < positions] + 1, [positions + 1]])
@@ -87,22 +103,24 @@ def summarise(segments: Sequence[Segment], positions: int) -> Summary:
     """Statistics of losses.
 
     Args:
-      segments: in any order; at least one token counts.
+      segments: in any order.
       positions: T, above those of all segments.
     """
     by_document: dict[int, list[Segment]] = {}
     for segment in segments:
-        if np.isfinite(segment.nll).any():
+        if segment.mask.any():
             by_document.setdefault(segment.document, []).append(segment)
     total, count = np.zeros(positions), np.zeros(positions, np.int64)
     edges = bin_edges(positions) - 1
     sums = np.zeros((len(by_document), len(edges) - 1))
     counts = np.zeros(sums.shape, np.int64)
+    not_finite = 0
     for row, parts in enumerate(by_document.values()):
         for part in parts:
             where = slice(part.first, part.first + len(part.nll))
-            counted = np.isfinite(part.nll)
+            counted = part.mask
             loss = np.where(counted, part.nll, 0.0).astype(np.float64)
+            not_finite += int((~np.isfinite(loss)).sum())
             total[where] += loss
             count[where] += counted
             bins = np.searchsorted(edges, np.arange(where.start, where.stop), side="right") - 1
@@ -112,7 +130,7 @@ def summarise(segments: Sequence[Segment], positions: int) -> Summary:
         mean = total / count
     error = _error_by_position(list(by_document.values()), mean, count)
     overall = estimate(sums.sum(1), counts.sum(1))
-    return Summary(mean, error, count, sums, counts, estimate(sums, counts), overall)
+    return Summary(mean, error, count, sums, counts, estimate(sums, counts), overall, not_finite)
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
@@ -124,7 +142,8 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
         residuals = np.where(counts > 0, sums - mean * counts, 0.0)
         n = (counts > 0).sum(0)
         error = np.sqrt((residuals**2).sum(0) * n / (n - 1)) / total
-        error, low, high = (np.where(n > 1, x, np.nan) for x in (error, *_bootstrap(sums, counts)))
+        known = (n > 1) & np.isfinite(mean)
+        error, low, high = (np.where(known, x, np.nan) for x in (error, *_bootstrap(sums, counts)))
     return Estimate(mean, error, low, high, counts.sum(0).astype(np.int64))
 
 
@@ -132,6 +151,8 @@ def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
     """The interval of the mean over documents drawn again; the same draws for everything of as many documents."""
     rng = np.random.default_rng(0)
     documents, shape = len(sums), sums.shape[1:]
+    if not documents:
+        return np.full(shape, np.nan), np.full(shape, np.nan)
     sums, counts = sums.reshape(documents, -1), counts.reshape(documents, -1)
     means = np.empty((_REPETITIONS, sums.shape[1]))
     for i in range(_REPETITIONS):
@@ -152,9 +173,9 @@ def _error_by_position(by_document: Sequence[Sequence[Segment]], mean: np.ndarra
         counted = np.zeros(len(residual), bool)
         for part in parts:
             where = slice(part.first - first, part.first - first + len(part.nll))
-            finite = np.isfinite(part.nll)
-            residual[where] += np.where(finite, part.nll - mean[part.first : part.first + len(part.nll)], 0.0)
-            counted[where] |= finite
+            with np.errstate(invalid="ignore"):  # infinity - infinity
+                residual[where] += np.where(part.mask, part.nll - mean[part.first : part.first + len(part.nll)], 0.0)
+            counted[where] |= part.mask
         squares[first : first + len(residual)] += residual**2
         n[first : first + len(residual)] += counted
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -73,7 +73,12 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
     if wanted == "all":
         return found
     if wanted == "best":
-        best = validation.best_step(validation.read_losses(workdir), found)
+        losses = validation.read_losses(workdir)
+        best = validation.best_step(losses, found)
+        if best is None and losses:
+            raise ConfigError(
+                f"--step best: {workdir} has no checkpoint with a finite validation loss; expected newest, all or steps"
+            )
         if best is None:
             raise ConfigError(
                 f"--step best: {workdir} was trained without evaluation.every; expected newest, all or steps"

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
@@ -358,15 +359,8 @@ def _metric(value: Any, error: Any) -> dict[str, Any]:
 @contextmanager
 def _overflow_is_infinite() -> Iterator[None]:
     """Let the harness's perplexities be infinity where ``math.exp`` would end the run with an OverflowError."""
-
-    def exp(x: float) -> float:
-        try:
-            return math.exp(x)
-        except OverflowError:
-            return math.inf
-
     theirs = lm_eval_metrics.math
-    lm_eval_metrics.math = types.SimpleNamespace(**{**vars(math), "exp": exp})
+    lm_eval_metrics.math = types.SimpleNamespace(**{**vars(math), "exp": finite.exp})
     try:
         yield
     finally:

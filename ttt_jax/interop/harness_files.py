@@ -1,7 +1,6 @@
 """The files of ``ttt harness``: a result of each task, where results of other options stand beside one another."""
 
 import json
-import math
 import re
 from typing import Any
 
@@ -33,19 +32,6 @@ def save(folder: Workdir, name: str, about: dict[str, Any]) -> str:
     with explained(path):
         write_atomically(path, json.dumps(about, indent=2, default=str, allow_nan=False) + "\n")
     return f"{path}{note}"
-
-
-def without_nan(value: Any) -> tuple[Any, int]:
-    """Return JSON in which numbers that are not finite are null, and how many there are."""
-    if isinstance(value, float):
-        return (value, 0) if math.isfinite(value) else (None, 1)
-    if isinstance(value, dict):
-        pairs = {key: without_nan(each) for key, each in value.items()}
-        return {key: each for key, (each, _) in pairs.items()}, sum(n for _, n in pairs.values())
-    if isinstance(value, (list, tuple)):
-        found = [without_nan(each) for each in value]
-        return [each for each, _ in found], sum(n for _, n in found)
-    return value, 0
 
 
 def name_of(

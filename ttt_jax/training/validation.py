@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
+from ttt_jax import finite
+from ttt_jax.config import ConfigError
 from ttt_jax.data import sequences
 from ttt_jax.data.source import TokenSource
 from ttt_jax.parallel import sharding
@@ -33,6 +36,9 @@ class Validation:
       run: the program of the training run.
       source: the split.
       windows: at most so many, spread evenly over the split.
+
+    Raises:
+      ConfigError: where nothing in them is to be predicted.
     """
 
     def __init__(self, run: Program, source: TokenSource, windows: int):
@@ -40,14 +46,21 @@ class Validation:
         data, several = run.config.data, run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         self._batch_size = math.ceil(data.batch_size / run.config.training.accumulation / several) * several
 
+        read = sequences.windows(source, data.sequence_length, windows)
+        if not any(sequences.counted(source, window).any() for window in read):
+            raise ConfigError(
+                f"evaluation.every={run.config.evaluation.every}: {source.name} has nothing to predict in {len(read)} "
+                f"windows of {data.sequence_length} tokens; expected a split with text"
+            )
+
         def total(params, inputs, targets, mask):
             nll = token_nll(run.model.apply({"params": params}, inputs)[0], targets)
-            return (nll * mask).sum(), mask.sum()
+            return jnp.where(mask > 0, nll, 0.0).sum(), mask.sum()
 
         self._total = jax.jit(total, out_shardings=NamedSharding(run.mesh, PartitionSpec()))
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """``validation_loss`` and ``validation_perplexity``."""
+        """Return ``validation_loss`` and ``validation_perplexity``, NaN or infinite where the loss of a token is."""
         where = self._run.batch_sharding
         rows = sharding.rows_here(where, self._batch_size)
         loss, tokens = [], []
@@ -60,8 +73,8 @@ class Validation:
                 sums = self._total(params, arrays["inputs"], arrays["targets"], arrays["mask"])
             loss.append(float(np.asarray(sums[0])))
             tokens.append(float(np.asarray(sums[1])))
-        mean = math.fsum(loss) / math.fsum(tokens)
-        return {LOSS: mean, "validation_perplexity": math.exp(min(mean, 700.0))}
+        mean = math.fsum(loss) / math.fsum(tokens)  # losses are not below 0, so there is no infinity of both signs
+        return {LOSS: mean, "validation_perplexity": finite.exp(mean)}
 
 
 class KeepBest(checkpoint_managers.PreservationPolicy):
@@ -90,12 +103,15 @@ class KeepBest(checkpoint_managers.PreservationPolicy):
 
 def best_step(losses: dict[int, float], steps: Sequence[int]) -> int | None:
     """The one of these steps that has the lowest loss, the earliest of several; None where none has one."""
-    known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    known = [step for step in steps if finite.known(losses.get(step))]
     return min(known, key=lambda step: (losses[step], step), default=None)
 
 
 def read_losses(workdir: Workdir, last: int | None = None) -> dict[int, float]:
-    """Validation losses of a run by step, up to the last of them; on many processes, as the first one reads them."""
+    """Return the validation losses of a run by step, up to the last of them; NaN where they are not finite.
+
+    All processes get what the first one reads.
+    """
 
     def read():
         with explained(workdir):
@@ -103,4 +119,5 @@ def read_losses(workdir: Workdir, last: int | None = None) -> dict[int, float]:
         return [[record["step"], record[LOSS]] for record in records if LOSS in record]
 
     found = Exchange("validation losses", OSError).on_first(read)
-    return {int(step): loss for step, loss in found if last is None or step <= last}
+    known = {int(step): math.nan if loss is None else loss for step, loss in found}  # JSON has null for NaN
+    return {step: loss for step, loss in known.items() if last is None or step <= last}

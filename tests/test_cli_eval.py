@@ -1,0 +1,43 @@
+"""What ``ttt eval compare`` prints, of evaluations that were made up."""
+
+import argparse
+
+import pytest
+from saved_runs import run
+
+from ttt_jax import cli_eval
+
+
+@pytest.fixture
+def compared(capsys):
+    """``compared(*runs)``: the lines that ``ttt eval compare`` prints."""
+
+    def compare(*runs):
+        parser = argparse.ArgumentParser()
+        cli_eval.add_compare_arguments(parser)
+        assert cli_eval.compare(parser.parse_args([str(each) for each in runs])) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return compare
+
+
+def cells(lines, first):
+    """The cells of the row that begins with a text."""
+    [row] = [line for line in lines if line.split("│")[1:2] and line.split("│")[1].strip() == first]
+    return [cell.strip() for cell in row.split("│")[1:-1]]
+
+
+def test_losses_that_are_not_finite(tmp_path, compared):
+    good, bad, base = (
+        run(tmp_path / name, noise=i, bad=at)
+        for i, (name, at) in enumerate([("good", ()), ("bad", [(2, 5), (3, 60)]), ("base", ())])
+    )
+    lines = compared(base, bad, good)
+    assert cells(lines, "all")[2] == "not finite"
+    assert cells(lines, "5 - 8")[2] == cells(lines, "33 - 64")[2] == "not finite"
+    assert " +- " in cells(lines, "9 - 16")[2]
+    assert all(" +- " in cells(lines, name)[3] for name in ("all", "5 - 8", "33 - 64"))
+    assert lines[-1] == "bad: 2 of 378 tokens have a loss that is NaN or infinite"
+    lines = compared(bad, good)
+    assert cells(lines, "all") == ["all", "not finite", "not finite"]
+    assert cells(lines, "9 - 16")[1] != "not finite"
