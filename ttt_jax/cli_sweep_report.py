@@ -85,9 +85,11 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         options.csv.write_text(results_lib.as_csv(found, options.metric), newline="")
     if options.json:
-        print(json.dumps(results_lib.rows(found, options.metric), indent=2))
+        print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
         return DONE
     tables.console().print(tables.of_results(found.results, found.keys, options.metric))
+    if not_finite := sum(map(results_lib.is_not_finite, found.results)):
+        print(f"{not_finite} of {len(found.results)} points: {options.metric} is NaN or infinite; they have no rank")
     for path in (options.csv, options.plot):
         if path is not None:
             print(path)

@@ -106,7 +106,7 @@ def test_status_as_a_table(sweep, capsys):
     assert lines[0] == "5 points: 2 done, 1 running, 1 failed, 1 waiting"
     assert "point state step loss tokens/s last record why" in lines
     assert "lr=1.0 running 40/100 1.0000 305 0:00 ago" in lines
-    assert "lr=10.0 failed 2/100 nan 15 0:00 ago loss is nan" in lines
+    assert "lr=10.0 failed 2/100 not finite 15 0:00 ago loss is nan" in lines
     assert "lr=0.001 waiting 0/100" in lines
 
 
@@ -208,11 +208,13 @@ def test_tables_for_programs(sweep, capsys, tmp_path):
         "loss": pytest.approx(1.7),
     }
     assert [row["state"] for row in rows] == ["done", "done", "stopped", "failed", "waiting"]
-    assert rows[3]["loss"] is None  # NaN, which JSON has not
+    assert (rows[3]["loss"], rows[3]["not_finite"]) == (None, True)  # NaN, which JSON does not have
+    assert "not_finite" not in rows[0]
     table = list(csv.DictReader(io.StringIO(output.read_text())))
     assert [row["point"] for row in table] == [row["point"] for row in rows]
     assert [float(row["loss"]) for row in table[:2]] == [rows[0]["loss"], rows[1]["loss"]]
     assert [row["rank"] for row in table] == ["1", "2", "", "", ""]
+    assert [row["loss"] for row in table[2:]] == ["1.0", "nan", ""]
 
 
 def test_recipes_are_a_column(tmp_path):
@@ -224,6 +226,65 @@ def test_recipes_are_a_column(tmp_path):
     found = results.of_sweep(tmp_path, "loss")
     assert found.keys == ["config"]
     assert [each.values for each in found.results] == [{"config": "a:a"}, {"config": "b:a"}]
+
+
+# ---- Values that are not finite
+
+
+@pytest.fixture
+def diverged(tmp_path):
+    """Points that are done: losses NaN, infinite and null in JSON, and two finite ones."""
+    losses = {0.5: math.nan, 0.1: 2.0, 0.2: math.inf, 0.4: None, 0.05: 1.5}
+    points = [add(tmp_path, f"lr={lr}", {"optimizer.peak_lr": lr}, [1.0, loss], "done") for lr, loss in losses.items()]
+    sweep_file.write(tmp_path, Sweep({}, [], [point._replace(steps=2) for point in points]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("highest", [False, True])
+def test_what_is_not_finite_has_no_rank(diverged, highest):
+    found = results.of_sweep(diverged, "loss", highest=highest)
+    best = ["lr=0.1", "lr=0.05"] if highest else ["lr=0.05", "lr=0.1"]
+    assert [each.standing.point.name for each in found.results] == [*best, "lr=0.5", "lr=0.2", "lr=0.4"]
+    assert [each.rank for each in found.results] == [1, 2, None, None, None]
+    assert str([each.value for each in found.results[2:]]) == "[nan, inf, nan]"
+
+
+def test_what_is_not_finite_is_said(diverged, capsys, drawn):
+    assert cli.main(["sweep", "results", str(diverged)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "lr=0.5 0.5 not finite 2/2 done" in lines
+    assert lines[-1] == "3 of 5 points: loss is NaN or infinite; they have no rank"
+    axes = drawn(results.of_sweep(diverged, "loss"), "loss", diverged / "a.png", x="optimizer.peak_lr")
+    assert axes.get_title() == "loss, 5 points; crosses: 3 not finite"
+    crosses = sorted(line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x")
+    assert crosses == [0.2, 0.4, 0.5]
+    (joined,) = curves(axes).values()
+    assert joined[:2] == [(0.05, 1.5), (0.1, 2.0)]
+    assert np.isnan([y for _, y in joined[2:]]).all()  # a gap
+
+
+def test_a_picture_of_nothing_finite(tmp_path, drawn):
+    points = [add(tmp_path, f"seed={i}", {"seed": i}, [math.nan], "done")._replace(steps=1) for i in range(2)]
+    sweep_file.write(tmp_path, Sweep({}, [], points))
+    axes = drawn(results.of_sweep(tmp_path, "loss"), "loss", tmp_path / "a.png", x="seed")
+    assert axes.get_title() == "loss, 2 points; crosses: 2 not finite"
+
+
+def test_evaluations_whose_loss_is_null(tmp_path):
+    (tmp_path / "eval").mkdir()
+    about = {"step": 1, "loss": None, "perplexity": None, "loss_low": None, "not_finite": 3, "tokens": 9}
+    (tmp_path / "eval" / "validation-8.json").write_text(json.dumps(about))
+    for name in ("", "/perplexity"):
+        assert math.isnan(metric.of_run(tmp_path, f"validation-8{name}").number)
+    assert metric.of_run(tmp_path, "validation-8/loss_low").number is None
+    assert metric.of_run(tmp_path, "validation-8/not_finite").number == 3
+
+
+def test_a_follower_tells_that_nothing_is_worse_than_nan(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": NaN, "goodput": null}\n')
+    assert follow.Follower(path, "loss").news() == [{"step": 1, "loss": math.inf}]
+    assert follow.Follower(path, "goodput").news() == [{"step": 1, "goodput": -math.inf}]
 
 
 # ---- Pictures
@@ -259,7 +320,7 @@ def test_done_points_are_joined_and_others_are_hollow(sweep, drawn):
     assert [tuple(line.get_xydata()[0]) for line in hollow] == [(1.0, 1.0)]
     assert axes.get_xscale() == "log"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1", "1", "10"]
-    assert axes.get_title() == "loss, 5 points; hollow: not finished; 2 without a value yet"
+    assert axes.get_title() == "loss, 5 points; hollow: not finished; crosses: 1 not finite; 1 without a value yet"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer.peak_lr (log scale)", "loss")
 
 
@@ -274,8 +335,13 @@ def test_a_line_for_each_combination_of_what_else_is_swept(tmp_path, drawn):
     sweep_file.write(tmp_path, Sweep({}, [], points))
     found = results.of_sweep(tmp_path, "loss")
     axes = drawn(found, "loss", tmp_path / "a.png", x="optimizer.peak_lr")
-    assert curves(axes)["warmup 20%, seed 1"] == [(1.0, 2.5), (2.0, 3.5), (4.0, 5.5)]
-    assert len(curves(axes)) == 4
+    assert curves(axes)["warmup 20%"] == [(1.0, 2.25), (2.0, 3.25), (4.0, 5.25)]  # means of the seeds
+    assert len([label for label in curves(axes) if label.startswith("warmup")]) == 2
+    assert axes.get_title() == "loss, 12 points; lines: means +- standard deviation over seeds"
+    bars = [bar.get_segments()[0] for container in axes.containers for bar in container.lines[2]]
+    assert sorted(round(top - bottom, 9) for (_, bottom), (_, top) in bars) == [round(0.5 * 2**0.5, 9)] * 6
+    axes = drawn(found, "loss", tmp_path / "d.png", x="seed", lines="optimizer.warmup")  # means over learning rates
+    assert (len(axes.containers), axes.get_title()) == (0, "loss, 12 points; lines: means")
     axes = drawn(found, "loss", tmp_path / "b.png", x="optimizer.peak_lr", lines="optimizer.warmup")
     assert curves(axes)["warmup 10%"] == [(1.0, 1.25), (2.0, 2.25), (4.0, 4.25)]  # means of the seeds
     assert "mean" in axes.get_title()

@@ -1,5 +1,6 @@
 """The records of a run while they are written."""
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -39,6 +40,8 @@ class Follower:
             reached = [milestone for milestone in self._milestones if self._told < milestone <= step]
             if reached or index == len(records) - 1:
                 value = metric.of_records(records[: index + 1], self._name).number
+                if value is not None and not math.isfinite(value):  # comparisons with NaN would call it good
+                    value = -math.inf if metric.higher_is_better(self._name) else math.inf
                 found.append({"step": step, **({} if value is None else {self._name: value})})
                 self._told = step
         return found

@@ -11,12 +11,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ttt_jax import finite
 from ttt_jax.sweep import files
 from ttt_jax.workdir import Workdir, explained
 
 _LAST = 0.05  # of the steps
 _SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "model_flop_utilisation")
 _HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_per_chip", "model_flop_utilisation", "goodput")
+_NULL_IS_NOT_FINITE = ("loss", "perplexity")  # of evaluations; other numbers may not be known
 _EVALUATION = re.compile(
     r"((?:[\w.]+-)?(?:train|validation|test)(?:-documents)?(?:-carried)?-\d+(?:-at-\d+)?)(?:/(\w+))?"
 )
@@ -26,7 +28,7 @@ class Value(NamedTuple):
     """A number of a run.
 
     Attributes:
-      number: None where it is not there.
+      number: None where it is not there; NaN where JSON holds null for a number that is not finite.
       step: that the run, or the checkpoint that was evaluated, stands at.
     """
 
@@ -40,8 +42,11 @@ def of_run(workdir: Workdir, metric: str) -> Value:
     if evaluation is None:
         return of_records(files.records(workdir / "metrics.jsonl"), metric)
     about = files.json_object(workdir / "eval" / f"{evaluation[1]}.json") or {}
-    step = about.get("step")
-    return Value(_number(about.get(evaluation[2] or "loss")), step if isinstance(step, int) else 0)
+    step, name = about.get("step"), evaluation[2] or "loss"
+    number = _number(about.get(name))
+    if number is None and name in about and name in _NULL_IS_NOT_FINITE:
+        number = math.nan
+    return Value(number, step if isinstance(step, int) else 0)
 
 
 def of_records(records: Sequence[dict[str, Any]], metric: str) -> Value:
@@ -50,13 +55,19 @@ def of_records(records: Sequence[dict[str, Any]], metric: str) -> Value:
         return Value(None, 0)
     step = records[-1]["step"]
     if metric in _SPEEDS:
-        numbers = [_number(record.get(metric)) for record in records]
-        known = [number for number in numbers if number is not None]
+        known = numbers(records, metric)
+        if not all(map(math.isfinite, known)):
+            return Value(math.nan, step)
         return Value(statistics.median(known) if known else None, step)
     newest = [record for record in records if record["step"] > step * (1 - _LAST)]
-    numbers = [_number(record.get(metric)) for record in newest]
-    known = [number for number in numbers if number is not None]
-    return Value(math.fsum(known) / len(known) if known else None, step)
+    known = numbers(newest, metric)
+    return Value(finite.mean(known) if known else None, step)
+
+
+def numbers(records: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Return the numbers of this name in the records that have one; NaN where JSON holds null for it."""
+    found = [math.nan if record[name] is None else _number(record[name]) for record in records if name in record]
+    return [number for number in found if number is not None]
 
 
 def is_of_evaluation(metric: str) -> bool:
@@ -72,7 +83,7 @@ def higher_is_better(metric: str) -> bool:
 def available(workdir: Workdir) -> list[str]:
     """The metrics that a run has."""
     newest = files.records(workdir / "metrics.jsonl", newest=True)
-    recorded = {name for record in newest for name, value in record.items() if _number(value) is not None}
+    recorded = {name for record in newest for name in record if numbers([record], name)}
     with explained(workdir):
         evaluated = {path.name.removesuffix(".json") for path in (workdir / "eval").glob("*.json")}
     return [*sorted(recorded - {"step"}), *sorted(evaluated)]

@@ -2,32 +2,37 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import style
 from ttt_jax.sweep import names, results
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.results import Result, Results
 
+_SEED = "seed"
 _MOST_TICKS = 12
 _MOST_IN_PICTURE = 4  # names of lines; more would cover them
 
 
 def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
-    """Draws the metric of the points against a key, and saves it.
+    """Draw the metric of the points against a key, and save it.
 
-    Points that are done are joined, by the means where several have the same value of the key. Points that are not are
-    hollow and joined to nothing. What has no value yet is counted in a note.
+    Points that are done are joined, by the means where several have the same value of the key; bars are the standard
+    deviation of those that differ in nothing but the seed. Points that are not done are hollow and joined to nothing.
+    Crosses at the lower edge are points whose value is NaN or infinite, which leave a gap in their line. The title
+    counts those, and what has no value yet.
 
     Args:
       output: a path that ends in .png, .pdf or .svg.
       x: a key of the config, swept or not; ``config`` is the recipe.
-      lines: a line for each value of this key; by default, for each combination of the other swept keys.
+      lines: a line for each value of this key; by default, for each combination of the other swept keys but the seed.
 
     Raises:
       ConfigError: where a key is unknown, or no point has a value.
@@ -37,32 +42,40 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     by = [lines] if lines is not None else _others(found, x)
     groups: dict[tuple, list[Result]] = {}
     for each in found.results:
-        if each.value is not None and math.isfinite(each.value) and places[each.standing.point.name] is not None:
+        if each.value is not None and places[each.standing.point.name] is not None:
             groups.setdefault(tuple(_value(found, each, key, "--lines") for key in by), []).append(each)
     if not groups:
         raise ConfigError(f"--plot: no point has a value of {metric} yet")
     axis = _Axis([place for place in places.values() if place is not None])
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    hollow = means = False
+    hollow = means = spreads = False
     for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
         color, line, marker = style.SERIES[index % len(style.SERIES)]
         label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
-        at: dict[float, list[float]] = {}
+        at: dict[float, list[Result]] = {}
         for each in members:
-            value, done = each.value or 0.0, results.is_finished(each)
-            place = axis.place(places[each.standing.point.name])
-            hollow = hollow or not done
-            fill = color if done else "white"
-            axes.plot(place, value, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
+            done, place = results.is_finished(each), axis.place(places[each.standing.point.name])
+            if results.is_not_finite(each):
+                axes.plot(place, 0.02, "x", color=color, transform=axes.get_xaxis_transform(), zorder=3)
+            else:
+                hollow = hollow or not done
+                fill = color if done else "white"
+                axes.plot(place, each.value or 0.0, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
             if done:
-                at.setdefault(place, []).append(value)
-        middle = sorted((place, math.fsum(values) / len(values)) for place, values in at.items())
-        several = any(len(values) > 1 for values in at.values())
+                at.setdefault(place, []).append(each)
+        joined = sorted(at)
+        middle = [finite.mean(each.value or 0.0 for each in at[place]) for place in joined]
+        several = any(len(there) > 1 for there in at.values())
         means = means or several
+        for place, mean in zip(joined, middle, strict=True):
+            spread = _spread(found, at[place])
+            if spread is not None:
+                spreads = True
+                axes.errorbar(place, mean, spread, color=color, capsize=4, linewidth=1.2, zorder=2.5)
         axes.plot(
-            [place for place, _ in middle],
-            [mean for _, mean in middle],
+            joined,
+            [mean if math.isfinite(mean) else math.nan for mean in middle],
             color=color,
             linestyle=line,
             marker=None if several else marker,  # of points alone
@@ -73,7 +86,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis.prepare(axes)
     axes.set_xlabel(f"{x} (log scale)" if axis.base else x)
     axes.set_ylabel(metric)
-    axes.set_title(_title(found, metric, hollow=hollow, means=means), fontsize=11)
+    axes.set_title(_title(found, metric, hollow=hollow, means=means, spreads=spreads), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
         if len(groups) > _MOST_IN_PICTURE:
@@ -125,8 +138,8 @@ def _log_base(numbers: Sequence[float]) -> int | None:
 
 
 def _others(found: Results, x: str) -> list[str]:
-    """Swept keys that differ between points with the same value of ``x``."""
-    seen: dict[str, dict] = {key: {} for key in found.keys if key != x}
+    """Return the swept keys but the seed that differ between points with the same value of ``x``."""
+    seen: dict[str, dict] = {key: {} for key in found.keys if key not in (x, _SEED)}
     for each in found.results:
         place = _value(found, each, x, "--x")
         for key, values in seen.items():
@@ -145,13 +158,25 @@ def _value(found: Results, result: Result, key: str, option: str) -> Value | Non
     return config.get(key)
 
 
-def _title(found: Results, metric: str, *, hollow: bool, means: bool) -> str:
-    missing = sum(1 for each in found.results if each.value is None or not math.isfinite(each.value))
+def _spread(found: Results, there: Sequence[Result]) -> float | None:
+    """Return the standard deviation of points that differ in the seed alone; None of others, and of one."""
+    values = [each.value for each in there if each.value is not None and math.isfinite(each.value)]
+    others = [{key: value for key, value in each.values.items() if key != _SEED} for each in there]
+    if _SEED not in found.keys or len(values) < max(2, len(there)) or any(other != others[0] for other in others):
+        return None
+    return statistics.stdev(values)
+
+
+def _title(found: Results, metric: str, *, hollow: bool, means: bool, spreads: bool) -> str:
+    missing = sum(each.value is None for each in found.results)
+    not_finite = sum(map(results.is_not_finite, found.results))
     parts = [f"{len(found.results)} points"]
     if means:
-        parts.append("lines: means")
+        parts.append("lines: means" + " +- standard deviation over seeds" * spreads)
     if hollow:
         parts.append("hollow: not finished")
+    if not_finite:
+        parts.append(f"crosses: {not_finite} not finite")
     if missing:
         parts.append(f"{missing} without a value yet")
     return f"{metric}, {'; '.join(parts)}"

@@ -19,9 +19,9 @@ class Result(NamedTuple):
     """What a point has come to.
 
     Attributes:
-      rank: from 1, among the points that are done and have a value; None of all others.
+      rank: from 1, among the points that are done and have a finite value; None of all others.
       values: of the swept keys, and of the recipe where several are compared.
-      value: of the metric; None where there is none.
+      value: of the metric, which may be NaN or infinite; None where there is none.
       step: that it is of.
     """
 
@@ -37,7 +37,8 @@ class Results(NamedTuple):
 
     Attributes:
       keys: that are swept; the first is :data:`CONFIG` where several recipes are compared.
-      results: ranked ones first, then those that are not finished, in the order of the sweep.
+      results: ranked ones first, then those whose value is not finite, then those that are not finished, in the order
+        of the sweep.
       configs: of each point, by keys of the config; empty of points that have not begun.
     """
 
@@ -85,12 +86,13 @@ def _ranked(results: Sequence[Result], highest: bool) -> list[Result]:
     finished = [each for each in results if is_finished(each)]
     others = [each for each in results if not is_finished(each)]
 
-    def place(each: Result) -> tuple[bool, float]:
+    def place(each: Result) -> float:
         assert each.value is not None
-        return math.isnan(each.value), -each.value if highest else each.value
+        return -each.value if highest else each.value
 
-    ranked = sorted(finished, key=place)
-    return [each._replace(rank=rank) for rank, each in enumerate(ranked, 1)] + others
+    ranked = sorted((each for each in finished if not is_not_finite(each)), key=place)
+    not_finite = [each for each in finished if is_not_finite(each)]
+    return [each._replace(rank=rank) for rank, each in enumerate(ranked, 1)] + not_finite + others
 
 
 def is_finished(result: Result) -> bool:
@@ -99,8 +101,13 @@ def is_finished(result: Result) -> bool:
     return standing.state == record.DONE and result.value is not None and result.step == standing.step
 
 
+def is_not_finite(result: Result) -> bool:
+    """Return whether there is a value, and it is NaN or infinite."""
+    return result.value is not None and not math.isfinite(result.value)
+
+
 def rows(results: Results, name: str) -> list[dict[str, Any]]:
-    """The results as JSON can hold them, and as the columns of a table."""
+    """Return the results as JSON can hold them: null for a value that is not finite, with ``not_finite`` beside it."""
     return [
         {
             "rank": each.rank,
@@ -109,15 +116,19 @@ def rows(results: Results, name: str) -> list[dict[str, Any]]:
             "step": each.step,
             "steps": each.standing.point.steps,
             **{key: each.values.get(key) for key in results.keys},
-            name: None if each.value is None or not math.isfinite(each.value) else each.value,
+            name: None if is_not_finite(each) else each.value,
+            **({"not_finite": True} if is_not_finite(each) else {}),
         }
         for each in results.results
     ]
 
 
 def as_csv(results: Results, name: str) -> str:
-    """The results as CSV, with a line of names."""
+    """Return the results as CSV, with a line of names; ``nan`` and ``inf`` where a value is not finite."""
     table = rows(results, name)
+    for row, each in zip(table, results.results, strict=True):
+        row.pop("not_finite", None)
+        row[name] = each.value
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(table[0]))
     writer.writeheader()

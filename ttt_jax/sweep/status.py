@@ -73,7 +73,7 @@ def of_point(workdir: Workdir, point: Point, lives: bool) -> Standing:
     age = None if written is None else max(0.0, time.time() - written)
     step = point.steps if state == record.DONE else last["step"]  # records may be some steps apart
     speed = metric.of_records(newest[-20:], "tokens_per_second").number  # that of one step says little
-    return Standing(point, state, step, _number(last, "loss"), speed, age, note)
+    return Standing(point, state, step, next(iter(metric.numbers([last], "loss")), None), speed, age, note)
 
 
 def _state(known: Record | None, point: Point, lives: bool, has_records: bool) -> str:
@@ -89,8 +89,3 @@ def _state(known: Record | None, point: Point, lives: bool, has_records: bool) -
 def _reason(known: Record) -> str:
     parts = [in_words(known.status)] if known.status is not None and (known.status < 0 or not known.said) else []
     return "; ".join([*parts, known.said] if known.said else parts)
-
-
-def _number(values: dict, name: str) -> float | None:
-    value = values.get(name)
-    return float(value) if isinstance(value, int | float) else None

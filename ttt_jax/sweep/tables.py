@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ttt_jax import finite
 from ttt_jax.status_line import duration
 from ttt_jax.sweep import names, record
 from ttt_jax.sweep.results import Result
@@ -112,4 +113,4 @@ def _state(state: str) -> Text:
 
 
 def _number(value: float | None, style: str) -> str:
-    return "" if value is None else format(value, style)
+    return "" if value is None else finite.shown(value, style)
