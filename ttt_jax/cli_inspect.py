@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from ttt_jax import config_file
+from ttt_jax import config_file, finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, counts, positive
 from ttt_jax.exit_status import DONE
@@ -76,6 +76,8 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")
     Console().print(_table(inner_loop.summary(found)))
+    if bad := inner_loop.not_finite(found):
+        print(f"the loss of the inner loop is NaN or infinite at {bad:,} of {found.loss_before.size:,} positions")
     print(f"  {path} (and .csv, .json)", flush=True)
 
 
@@ -89,7 +91,7 @@ def _table(layers):
     for column in ("layer", "at W0", "before", "after", "explained", "|W-W0|/|W0|", "eta", "min", "max"):
         table.add_column(column, justify="right", no_wrap=True)
     for i, x in enumerate(layers):
-        losses = (f"{loss:.4g}" for loss in (x.loss_at_w0, x.loss_before, x.loss_after))
+        losses = (finite.shown(loss, ".4g") for loss in (x.loss_at_w0, x.loss_before, x.loss_after))
         etas = (f"{eta:.1e}" for eta in (x.eta, x.eta_min, x.eta_max))
         table.add_row(str(i), *losses, f"{x.explained:.1%}", f"{x.weight_change:.3f}", *etas)
     return table

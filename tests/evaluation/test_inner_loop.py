@@ -8,7 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+from ttt_jax import cli_inspect
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.source import TokenSource
@@ -236,6 +238,7 @@ def test_files_hold_what_was_found(tmp_path):
     for name, value in arrays_of(found).items():
         np.testing.assert_array_equal(getattr(back, name), value)
     layers = back.about.pop("layers")
+    assert back.about.pop("not_finite") == 0
     assert back.about == found.about
     assert layers[0] == inner_loop.summary(found)[0]._asdict()
     assert layers[1]["weight_change"] is None
@@ -285,3 +288,18 @@ def test_the_longest_is_read_where_no_context_is_given(tmp_path):
     ):
         with pytest.raises(ConfigError, match=asked):
             read(*arguments, **kind)
+
+
+def test_losses_that_are_not_finite_show(tmp_path):
+    found = made_up()
+    found.loss_before[1, 7], found.loss_after[1, 7], found.loss_at_w0[0, 0] = np.nan, np.inf, np.inf
+    path = inner_loop_files.save(found, tmp_path, "validation-9")
+    about = json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    assert about["not_finite"] == inner_loop.not_finite(found) == 2  # positions of layers
+    assert [layer["loss_before"] is None for layer in about["layers"]] == [False, True]
+    assert (about["layers"][1]["loss_after"], about["layers"][1]["explained"]) == (None, None)
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert [line for line in lines if line.startswith("loss_before,1,,8,nan")]
+    table = Console(width=120, record=True)
+    table.print(cli_inspect._table(inner_loop.summary(found)))
+    assert table.export_text().count("not finite") == 2

@@ -49,11 +49,17 @@ def test_smoothing_is_a_mean_over_a_constant_ratio():
     position = np.arange(1, 301)
     loss = np.random.default_rng(0).normal(size=300)
     loss[[0, 40, 41, 200]] = np.nan
-    smoothed = by_position.smooth(position, loss, 1.15)
+    tokens = np.isfinite(loss).astype(int)
+    smoothed = by_position.smooth(position, loss, 1.15, tokens)
     for i, p in enumerate(position):
         near = [x for q, x in zip(position, loss, strict=True) if p / 1.15 <= q <= p * 1.15 and np.isfinite(x)]
         assert smoothed[i] == pytest.approx(np.mean(near), rel=1e-9) if near else np.isnan(smoothed[i])
-    assert np.isnan(smoothed[0])  # nothing but NaN is near
+    assert np.isnan(smoothed[0])  # nothing is near
+    tokens[40] = 1  # the NaN at position 41 counts
+    gap = by_position.smooth(position, loss, 1.15, tokens)
+    near = (position / 1.15 <= 41) & (position * 1.15 >= 41)
+    assert np.isnan(gap[near]).all()
+    np.testing.assert_array_equal(gap[~near], smoothed[~near])
 
 
 def test_smoothing_keeps_constants_and_the_first_points():

@@ -86,3 +86,16 @@ def test_damaged_files_are_named(tmp_path, losses):
         ConfigError, match=r"validation-40.npz: missing or damaged, .*; expected what ttt inspect wrote"
     ):
         inner_loss(tmp_path, [tmp_path / "x.png"])
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, losses, monkeypatch):
+    losses["loss_before"][1, 20], losses["loss_before"][1, 30] = np.nan, np.inf
+    save_inspection(tmp_path, losses)
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
+    inner_loss(tmp_path, [tmp_path / "x.png"], window=3)
+    plt.close(figures[0])
+    assert [axes.get_title() for axes in figures[0].axes][:3] == ["layer 0", "layer 1: 2 losses not finite", "layer 2"]
+    curve = figures[0].axes[1].lines[1].get_ydata()
+    assert np.flatnonzero(np.isnan(curve)).tolist() == [18, 19, 20, 28, 29, 30]
+    assert curve[21] == pytest.approx(losses["loss_before"][1, 21:24].mean(), rel=1e-12)

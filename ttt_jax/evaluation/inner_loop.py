@@ -89,11 +89,18 @@ def summary(found: InnerLoop) -> list[LayerSummary]:
     """Of each layer."""
     last_quarter = slice(len(found.position) * 3 // 4, None)
     at_w0, before, after, spread = (getattr(found, name)[:, last_quarter].mean(1) for name in BY_POSITION)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        explained = 1 - before / spread
     eta = found.eta.mean(2)  # [L, H]
     columns = (
-        at_w0, before, after, 1 - before / spread, found.weight_change[:, -1], eta.mean(1), eta.min(1), eta.max(1)
+        at_w0, before, after, explained, found.weight_change[:, -1], eta.mean(1), eta.min(1), eta.max(1)
     )  # fmt: skip
     return [LayerSummary(*map(float, row)) for row in zip(*columns, strict=True)]
+
+
+def not_finite(found: InnerLoop) -> int:
+    """Return at how many positions, of all layers, a loss is NaN or infinite."""
+    return int((~np.isfinite([getattr(found, name) for name in BY_POSITION]).all(0)).sum())
 
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
@@ -238,7 +245,8 @@ class _Mean:
     def standard_error(self) -> np.ndarray:
         if self._n == 1:
             return np.full_like(self._sum, np.nan)
-        return np.sqrt(np.maximum(0, self._squares / self._n - self.mean**2) / (self._n - 1))
+        with np.errstate(invalid="ignore"):  # infinity - infinity
+            return np.sqrt(np.maximum(0, self._squares / self._n - self.mean**2) / (self._n - 1))
 
 
 def _about(

@@ -2,7 +2,8 @@
 
 NAME is ``SPLIT[-documents]-T[-at-STEP]``, such as ``validation-2048``.
 
-``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each
+``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each, null for
+           what is NaN or infinite; ``not_finite``: positions of layers with such a loss
 ``.npz``   the arrays of :class:`ttt_jax.evaluation.inner_loop.InnerLoop`, by its names
 ``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers and heads count from 0, positions
            from 1. Without a head, the mean over heads; with one and no position, the mean over positions.
@@ -18,10 +19,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import saved
-from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, summary
+from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, not_finite, summary
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -44,12 +46,12 @@ def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
     writer.writerow(_COLUMNS)
     writer.writerows(_rows(found))
     np.savez_compressed(content, allow_pickle=False, **arrays)
-    layers = [{key: _known(x) for key, x in layer._asdict().items()} for layer in summary(found)]
-    about = {**found.about, "layers": layers}
+    layers = [layer._asdict() for layer in summary(found)]
+    about = finite.for_json({**found.about, "not_finite": not_finite(found), "layers": layers})[0]
     with explained(folder):
         (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
         (folder / f"{stem}.npz").write_bytes(content.getvalue())
-        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2) + "\n")
+        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2, allow_nan=False) + "\n")
     return folder / f"{stem}.npz"
 
 
@@ -81,7 +83,7 @@ def read(
 
 
 def _rows(found: InnerLoop) -> Iterator[tuple]:
-    """Of the table; what is not known is left empty."""
+    """Yield the rows of the table. Empty are errors of a single window and changes of a W0 that is zero."""
     means = {key: (found.position, getattr(found, key)) for key in BY_POSITION}
     means["weight_change"] = found.weight_position, found.weight_change
     means["weight_distance"] = found.weight_position, found.weight_distance.mean(1)
@@ -90,14 +92,11 @@ def _rows(found: InnerLoop) -> Iterator[tuple]:
         errors = getattr(found, f"{key}_standard_error", np.full_like(values, np.nan))
         for layer, (line, line_errors) in enumerate(zip(values, errors, strict=True)):
             for position, value, error in zip(positions.tolist(), line.tolist(), line_errors.tolist(), strict=True):
-                yield key, layer, None, position, _known(value), _known(error)
+                unknown = key == "weight_change" and np.isnan(value) and not found.w0_norm[layer].all()
+                yield key, layer, None, position, None if unknown else value, None if np.isnan(error) else error
     of_heads = {"w0_norm": found.w0_norm, "eta": found.eta.mean(2), "weight_distance": found.weight_distance.mean(2)}
     for key, values in of_heads.items():
         for (layer, head), value in np.ndenumerate(values):
             yield key, layer, head, None, float(value), None
     for (layer, place), value in np.ndenumerate(found.position_eta):
         yield "position_eta", layer, None, place + 1, float(value), None
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value

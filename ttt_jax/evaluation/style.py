@@ -145,7 +145,9 @@ def token_axis(axis: Axis, at: Sequence[int] | None = None) -> None:
 def log_ticks(axis: Axis) -> None:
     """Ticks of a log axis, also where it spans less than a factor of ten. To be called when all is drawn."""
     low, high = sorted(axis.get_view_interval())
-    decades = math.log10(high / low)
+    if not (0 < low < high < math.inf):  # nothing is drawn
+        return
+    decades = math.log10(high) - math.log10(low)
     if decades < 0.7:
         axis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     else:

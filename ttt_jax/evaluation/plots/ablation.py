@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import compare, evaluations
 from ttt_jax.evaluation import published as published_lib
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
     Attributes:
       name: the model of the first row; what a later one changes in the row above.
-      perplexity: of the evaluation.
+      perplexity: of the evaluation; NaN or infinite where its loss is, and infinite where it overflows.
       difference: to the perplexity of the row above; None in the first row.
       standard_error: of the difference, over the documents that both were evaluated on; None where the evaluations
         cannot be paired.
@@ -74,8 +75,8 @@ def rows(places: Sequence[str], *, split: str = "validation", published: bool = 
         )
     found = []
     for above, point, known in zip([None, *points[:-1]], points, stated, strict=True):
-        perplexity = math.exp(point.about["loss"])
-        difference = None if above is None else perplexity - math.exp(above.about["loss"])
+        perplexity = points_lib.perplexity_of(point)
+        difference = None if above is None else perplexity - points_lib.perplexity_of(above)
         paired = (None, None) if above is None else _paired(above, point)
         error = None if above is None or paired[1] is None else _error_of_perplexity(above, point, paired[1])
         name = points_lib.line_of(point.about) if above is None else _step(above, point)
@@ -100,7 +101,7 @@ def as_table(found: Sequence[Row]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in found:
         published = [] if not _has_published(found) else [_number(row.published, ".2f")]
-        table.add_row(row.name, f"{row.perplexity:.3f}", _with_error(row, "±"), *published)
+        table.add_row(row.name, finite.shown(row.perplexity, ".3f"), _with_error(row, "±"), *published)
     return table
 
 
@@ -115,10 +116,12 @@ def as_latex(found: Sequence[Row]) -> str:
         "\\midrule",
     ]
     for row in found:
-        difference = f"${_with_error(row, chr(92) + 'pm')}$" if row.difference is not None else "--"
+        difference = "--" if row.difference is None else _with_error(row, "\\pm")
+        if finite.known(row.difference):
+            difference = f"${difference}$"
         cells = [
             _escaped(row.name),
-            f"{row.perplexity:.3f}",
+            finite.shown(row.perplexity, ".3f"),
             difference,
             *([_number(row.published, ".2f")] * published),
         ]
@@ -127,7 +130,7 @@ def as_latex(found: Sequence[Row]) -> str:
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """With a line of names; what is not known is empty."""
+    """Return a table with a line of names; what is not known is empty, what is not finite ``nan`` or ``inf``."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(Row._fields)
@@ -142,13 +145,19 @@ def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
     try:
         difference = compare.paired_difference(a, b)
     except ConfigError:
-        return point.about["loss"] - above.about["loss"], None
+        return points_lib.loss_of(point) - points_lib.loss_of(above), None
     return difference.mean, difference.standard_error if math.isfinite(difference.standard_error) else None
 
 
-def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float:
-    """Standard error of exp(x) - exp(y) to first order, from those of x, y and x - y, whose covariance they tell."""
-    (p, u), (q, v) = ((math.exp(each["loss"]), each["loss_standard_error"] ** 2) for each in (point.about, above.about))
+def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float | None:
+    """Return the standard error of exp(x) - exp(y) to first order, None where it is not known.
+
+    It is of the standard errors of x, y and x - y, which tell the covariance.
+    """
+    (p, u), (q, v) = ((points_lib.perplexity_of(each), each.about["loss_standard_error"]) for each in (point, above))
+    if u is None or v is None or not (math.isfinite(p) and math.isfinite(q)):
+        return None
+    u, v = u**2, v**2
     return math.sqrt(max(0.0, (p - q) * (p * u - q * v) + p * q * of_loss**2))
 
 
@@ -173,6 +182,8 @@ def _step(above: Point, point: Point) -> str:
 def _with_error(row: Row, sign: str) -> str:
     if row.difference is None:
         return "-"
+    if not math.isfinite(row.difference):
+        return finite.NOT_FINITE
     error = "" if row.standard_error is None else f" {sign} {row.standard_error:.3f}"
     return f"{row.difference:+.3f}{error}"
 

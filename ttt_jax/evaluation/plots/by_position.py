@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from ttt_jax import finite as finite_lib
 from ttt_jax.evaluation import compare, evaluations, style
 from ttt_jax.evaluation.evaluations import Evaluation
 from ttt_jax.evaluation.plots.points import line_of
@@ -75,31 +76,59 @@ def loss_by_position(
     style.save(figure, *outputs)
 
 
-def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15) -> np.ndarray:
-    """Mean of the loss over positions from ``i / ratio`` to ``i * ratio``: a constant width on a log axis. [T]"""
-    valid = np.isfinite(loss)
-    total = np.concatenate([[0.0], np.cumsum(np.where(valid, loss, 0.0))])
-    count = np.concatenate([[0], np.cumsum(valid)])
+def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15, tokens: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean of the loss over positions from ``i / ratio`` to ``i * ratio``, a constant width on a log axis.
+
+    Args:
+      position, loss: [T].
+      tokens: [T], how many count at each position: those with none are passed over. None: all have some.
+
+    Returns:
+      [T]; NaN where no position has tokens, and where the loss of one of them is not finite.
+    """
+    valid = np.ones(len(loss), bool) if tokens is None else tokens > 0
+    finite = np.isfinite(loss)
     low = np.searchsorted(position, position / ratio, side="left")
     high = np.searchsorted(position, position * ratio, side="right")
+
+    def within(values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        return total[high] - total[low]
+
     with np.errstate(invalid="ignore"):
-        return (total[high] - total[low]) / (count[high] - count[low])
+        mean = within(np.where(valid & finite, loss, 0.0)) / within(valid)
+    return np.where(within(valid & ~finite) > 0, np.nan, mean)
 
 
 def _draw_curves(axes: Axes, found: Sequence[Evaluation], styles: Sequence[Style], *, perplexity: bool, first: int):
-    of_loss: Callable = np.exp if perplexity else lambda loss: loss
-    means = [f"perplexity {e.about['perplexity']:.2f}" if perplexity else f"mean {e.about['loss']:.3f}" for e in found]
-    labels = [f"{name}: {mean}" for name, mean in zip(_names(found), means, strict=True)]
+    of_loss: Callable = _exp if perplexity else lambda loss: loss
+    labels = [f"{name}: {_mean(e.about, perplexity)}" for name, e in zip(_names(found), found, strict=True)]
     for each, (color, line, _), label in zip(found, styles, labels, strict=True):
         # Pixels also in a drawing: there may be a hundred thousand. The longer the context, the fainter.
         faint = min(0.12, 0.12 * math.sqrt(2048 / len(each.position)))
         points: dict[str, Any] = {"color": color, "alpha": faint, "markersize": 3, "markeredgewidth": 0, "zorder": 1}
         axes.plot(each.position, of_loss(each.loss), ".", rasterized=True, **points)
-        curve = smooth(each.position, each.loss)
+        curve = smooth(each.position, each.loss, tokens=each.count)
         axes.plot(each.position, of_loss(curve), color=color, linestyle=line, linewidth=1.8, label=label)
         low, high = of_loss(each.bin_low), of_loss(each.bin_high)
         axes.fill_between(_middles(each), low, high, color=color, alpha=0.15, linewidth=0, zorder=1.5)
-    axes.set_ylim(*(of_loss(limit) for limit in _limits(found, first)))
+    low, high = _limits(found, first)
+    axes.set_ylim(of_loss(low), of_loss(min(high, 600.0) if perplexity else high))  # e^710 is infinite
+
+
+def _exp(loss: np.ndarray) -> np.ndarray:
+    """Return e^loss, infinity where it overflows."""
+    with np.errstate(over="ignore"):
+        return np.exp(loss)
+
+
+def _mean(about: dict[str, Any], perplexity: bool) -> str:
+    """Return the mean of a run in words, or that it is not finite and how many tokens are not."""
+    if problem := evaluations.not_finite(about):
+        return f"{finite_lib.NOT_FINITE}, {problem}"
+    if perplexity:
+        return f"perplexity {finite_lib.shown(about['perplexity'], '.2f')}"
+    return f"mean {about['loss']:.3f}"
 
 
 def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluation], styles: Sequence[Style]):
@@ -139,7 +168,9 @@ def _names(found: Sequence[Evaluation]) -> list[str]:
 def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
     """All smoothed curves from a position on, and most raw points: single early positions would squeeze the rest."""
     raw = np.concatenate([e.loss[np.isfinite(e.loss)] for e in found])
-    curves = np.concatenate([smooth(e.position, e.loss)[first:] for e in found])
+    curves = np.concatenate([smooth(e.position, e.loss, tokens=e.count)[first:] for e in found])
+    if not np.isfinite(curves).any():
+        return 0.0, 1.0
     low = min(np.nanmin(curves), np.percentile(raw, 0.5))
     high = max(np.nanmax(curves), np.percentile(raw, 99.5))
     return low - 0.05 * (high - low), high + 0.05 * (high - low)

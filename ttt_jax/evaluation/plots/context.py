@@ -64,6 +64,7 @@ def perplexity_by_context(
             label = f"{names[line]} parameters" if lines == "size" else line
             pairs = points_lib.joined(of_line, lambda p: p.about["training_context"])
             axes.plot(*zip(*pairs, strict=True), label=label, **look.of_points)
+        points_lib.note_not_finite(axes, members)
         axes.set_title(panel if lines == "size" else f"{names[panel]} parameters", fontsize=11)
         style.token_axis(axes.xaxis, known)
         axes.set_xlim(known[0] / 1.2, known[-1] * 1.2)
@@ -72,8 +73,9 @@ def perplexity_by_context(
         axes.grid(alpha=0.25)
     if lines == "size":  # panels can be compared
         shown = [y for axes in panels for line in axes.get_lines() for y in np.asarray(line.get_ydata())]
-        for axes in panels:
-            axes.set_ylim(min(shown) / 1.05, max(shown) * 1.05)
+        finite = [y for y in shown if np.isfinite(y)]
+        for axes in panels if finite else []:
+            axes.set_ylim(min(finite) / 1.05, max(finite) * 1.05)
     for axes in panels:
         style.log_ticks(axes.yaxis)
     figure.suptitle(f"Perplexity by context, {points_lib.data_name(points)}", fontsize=11)

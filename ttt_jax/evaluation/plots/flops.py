@@ -56,6 +56,7 @@ def perplexity_by_flops(
         for name, line in points_lib.grouped(members, lambda p: points_lib.line_of(p.about)).items():
             pairs = points_lib.joined(line, _training_flops)
             axes.plot(*zip(*pairs, strict=True), label=name, **style.of(name).of_points)
+        points_lib.note_not_finite(axes, members)
         if published:
             _draw_stated(axes, members)
         axes.set_title(f"{points_lib.data_name(members)}, {style.tokens(context)} tokens", fontsize=11)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import inner_loop_files, style
 from ttt_jax.evaluation.style import Style
@@ -58,7 +59,8 @@ def inner_loss(
         for (name, look), label in zip(_STYLES.items(), labels, strict=True):
             position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[layer]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
-        axes.set_title(f"layer {layer}", fontsize=10)
+        bad = sum(int((~np.isfinite(getattr(found, name)[layer])).sum()) for name in _STYLES)
+        axes.set_title(f"layer {layer}" + (f": {bad:,} losses {finite.NOT_FINITE}" if bad else ""), fontsize=10)
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
         grid = axes.get_subplotspec()
@@ -78,6 +80,12 @@ def inner_loss(
 
 
 def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over ``window`` neighbours: of T values, T + 1 - window."""
-    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, np.float64)]))
-    return (total[window:] - total[:-window]) / window
+    """Return the mean over ``window`` neighbours: of T values, T + 1 - window; NaN where one of them is not finite."""
+    values = np.asarray(values, np.float64)
+    bad = ~np.isfinite(values)
+
+    def within(numbers: np.ndarray) -> np.ndarray:
+        total = np.cumsum(np.concatenate([[0.0], numbers]))
+        return total[window:] - total[:-window]
+
+    return np.where(within(bad) > 0, np.nan, within(np.where(bad, 0.0, values)) / window)

@@ -1,5 +1,6 @@
 """Perplexity and time of a step against the mini-batch size b of the inner loop (Figure 7)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,9 +47,12 @@ def by_mini_batch(
     for name, line in points_lib.grouped(points, lambda p: points_lib.line_of(p.about)).items():
         look = style.of(name).of_points
         left.plot(*zip(*points_lib.joined(line, _b), strict=True), label=name, **look)
-        timed = sorted((b, s) for b, s in ((_b(p), seconds[p.workdir]) for p in line) if s is not None)
+        timed = sorted(
+            (b, s) for b, s in ((_b(p), seconds[p.workdir]) for p in line) if s is not None and math.isfinite(s)
+        )
         if timed:
             right.plot(*zip(*timed, strict=True), label=name, **look)
+    points_lib.note_not_finite(left, points)
     if published:
         _draw_stated(left, points)
     left.set_ylabel("perplexity (log scale)")

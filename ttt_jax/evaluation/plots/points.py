@@ -4,7 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+
 from ttt_jax import config as config_lib
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import evaluations, style
@@ -94,6 +97,26 @@ def line_of(about: dict[str, Any]) -> str:
     return about["model"] + (style.FINETUNED if started else "")
 
 
+def loss_of(point: Point) -> float:
+    """Return the loss of an evaluation; NaN where JSON holds null, as it is not finite."""
+    loss = point.about["loss"]
+    return math.nan if loss is None else loss
+
+
+def perplexity_of(point: Point) -> float:
+    """Return the perplexity of an evaluation, NaN or infinite where its loss is, and infinite where it overflows."""
+    return finite.exp(loss_of(point))
+
+
+def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
+    """Write into a panel which of its runs have no finite perplexity, and so no place in it."""
+    names = [point.about["workdir"] for point in points if not math.isfinite(perplexity_of(point))]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"{finite.NOT_FINITE}: {', '.join(names[:3])}{more}"
+        axes.text(0.02, 0.02, text, transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
+
+
 def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
     """Points by a key, keys in the order in which they come."""
     groups: dict[Any, list[Point]] = {}
@@ -104,7 +127,7 @@ def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, l
 
 def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[float, float]]:
     """The line through some points: pairs of x and perplexity. Of runs that differ in nothing but the seed, the
-    exponential of their mean loss.
+    exponential of their mean loss; NaN, which leaves a gap, where a loss is not finite.
 
     Raises:
       ConfigError: where two runs stand at the same place of a line, and differ in more.
@@ -119,7 +142,7 @@ def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[f
                     f"{first.workdir}, {other.workdir}: would be one point of a line, and differ in {', '.join(keys)}; "
                     "expected one of them, or runs that differ in the seed"
                 )
-        line.append((place, math.exp(math.fsum(each.about["loss"] for each in members) / len(members))))
+        line.append((place, finite.exp(finite.mean(loss_of(each) for each in members))))
     return line
 
 
