@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if options.engine == "ray":
         extras.check("ray", "ray", "--engine ray")
     output = Store(options.output)
+    found = files.with_content(found)
     with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
         about, received = _tokenize(options, found, output, lock)
     if about is None:

@@ -1,6 +1,7 @@
 """Which files a path, glob, folder or URL names, and in which order."""
 
 import functools
+import hashlib
 import http.server
 import threading
 
@@ -182,3 +183,32 @@ def test_an_output_below_an_input_folder_is_no_input(tmp_path, capsys):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out/zarr.json").write_bytes(b"{}")
     assert said[0] == said[1] == f"--output {tmp_path}/out: lies in {tmp_path}, of which it is no input\n"
+
+
+# ---- Contents
+
+
+def test_the_content_of_files_is_their_hash(folder):
+    """Of what lies there, compressed or not; a name, a time and a size say nothing."""
+    contents = {file.location.removeprefix(f"{folder}/"): file.content for file in files.with_content(found(folder))}
+    assert list(contents) == READABLE
+    for name, content in contents.items():
+        assert content == f"sha256:{hashlib.sha256(b'x' * NAMES.index(name)).hexdigest()}"
+    known = [InputFile("train", str(folder / "gone.jsonl"), 1, "sha256:known")]
+    assert files.with_content(known) == known
+
+
+def test_the_checksum_of_a_bucket_is_the_content(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/of-contents/a.jsonl", b"y")
+    (file,) = found("memory://of-contents/a.jsonl")
+    assert files.with_content([file])[0].content == f"sha256:{hashlib.sha256(b'y').hexdigest()}"
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"size": 1, "md5Hash": "mO8Q=", "etag": "x"})
+    assert files.with_content([file])[0].content == "md5Hash:mO8Q="
+
+
+def test_a_file_that_is_gone_when_it_is_hashed(folder):
+    listed = found(folder)
+    (folder / "b.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"^--train .*/b\.jsonl: no such file$"):
+        files.with_content(listed)

@@ -1,6 +1,7 @@
 """Training a tokenizer: every text has tokens, only train documents are seen, and the outcome is always the same."""
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -162,6 +163,24 @@ def test_one_that_was_half_written_is_trained_again(tmp_path, file):
         assert path.read_bytes() == whole
 
 
+def test_one_that_was_made_of_other_text_of_the_same_size_is_not_taken(tmp_path):
+    texts = ["ab " * 99, "cd " * 99]
+    trained = [train_bpe.train([corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([t]))], 300, JOB) for t in texts]
+    for text, expected in zip(texts, trained, strict=True):
+        file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text]))
+        assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB).content == expected
+
+
+def test_one_that_was_kept_before_contents_were_is_still_taken(tmp_path, file, monkeypatch):
+    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    path = tmp_path / "out/_unfinished/tokenizer-made-for.json"
+    made_for = json.loads(path.read_text())
+    assert made_for.pop("contents") == [f"sha256:{hashlib.sha256(Path(file.location).read_bytes()).hexdigest()}"]
+    path.write_text(json.dumps(made_for))
+    monkeypatch.setattr(train_bpe, "train", never)
+    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+
+
 def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, file, monkeypatch):
     """Mending changes the size of a file, but not one that it was trained on, and shards are there already."""
     good = corpus.jsonl(["the river"])
@@ -204,3 +223,11 @@ def test_processes_load_it(tmp_path, file):
     library.encode_special_tokens = True
     expected = [token for text in TEXTS for token in (0, *library.encode(text, add_special_tokens=False).ids, 1)]
     assert corpus.stored(tmp_path / "out/train").tolist() == expected
+
+
+def test_a_tokenizer_of_the_same_text_never_changes(tmp_path):
+    """Else a dataset that is made again would have other tokens; text of all kinds that its training tells apart."""
+    text = "The river bent twice; the river bends 1024 times. straße Ωmega 水は流れる \U0001f989 don't\r\n\tx=1;"
+    file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text, text.upper(), "", "the the the"]))
+    trained = train_bpe.train([file], 280, JOB)
+    assert hashlib.sha256(trained).hexdigest() == "ca159a5f7d63a341a008fefb0b4321397ab0cd33a77ba994ca192a04ac375d74"

@@ -2,10 +2,13 @@
 
 import dataclasses
 import gzip
+import hashlib
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +20,27 @@ from ttt_jax.config import ConfigError
 
 KINDS = ("jsonl", "json", "txt", "parquet")
 _COMPRESSIONS = ("zst", "gz")
+_CHECKSUMS = ("md5Hash", "crc32c", "ETag", "blob_id")  # of gs:// (two), s3:// and hf://
+_READERS = 8  # threads that read files for their hashes
 _WIDEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """A file of documents: its split, path or URL, and size in bytes as it lies there."""
+    """A file of documents.
+
+    Attributes:
+      split: its documents belong to this one.
+      location: path or URL.
+      size: bytes, as it lies there.
+      content: what tells its content from any other, such as ``sha256:...``; empty before :func:`with_content` has
+        found it.
+    """
 
     split: str
     location: str
     size: int
+    content: str = ""
 
     @property
     def kind(self) -> str:
@@ -84,6 +98,40 @@ def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
                 with _explained(f"--{split} {location}"):
                     found.append(InputFile(split, location, _size(fs, each)))
     return found
+
+
+def with_content(files: list[InputFile]) -> list[InputFile]:
+    """Return the files with their ``content``.
+
+    It is the checksum that a bucket keeps (``md5Hash:...`` of gs://), and where there is none the SHA-256 of what lies
+    there, which takes reading every file once, several at a time.
+
+    Raises:
+      ConfigError: where a file cannot be read.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            found = pool.map(lambda file: file.content or _content(file, stop), files)
+            return [dataclasses.replace(file, content=each) for file, each in zip(files, found, strict=True)]
+        finally:
+            stop.set()  # where one cannot be read, or at Ctrl-C, no other is read to its end
+            pool.shutdown(cancel_futures=True)
+
+
+def _content(file: InputFile, stop: threading.Event) -> str:
+    with _explained(f"--{file.split} {file.location}"):
+        fs, path = _filesystem(file.location, file.location)
+        if not isinstance(fs, LocalFileSystem):
+            info = fs.info(path)
+            for key in _CHECKSUMS:
+                if info.get(key) and not file.location.startswith("http"):  # whose servers may disagree about ETags
+                    return f"{key}:{info[key]}"
+        digest = hashlib.sha256()
+        with fs.open(path, "rb") as raw:
+            while (block := raw.read(1 << 20)) and not stop.is_set():
+                digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
 
 
 def _size(fs: Any, path: str) -> int:

@@ -7,7 +7,6 @@ run that was killed goes on there. What is written depends on the input alone, n
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,10 @@ import numpy as np
 
 from ttt_jax import workdir_lock
 from ttt_jax.config import ConfigError
-from ttt_jax.data import array, dataset, records
+from ttt_jax.data import array, dataset, records, request
 from ttt_jax.data.engines import Engine
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.files import InputFile
+from ttt_jax.data.files import InputFile, with_content
 from ttt_jax.data.job import Job, Piece
 from ttt_jax.data.records import Position
 from ttt_jax.data.store import Store
@@ -81,10 +80,11 @@ def tokenize(
       ConfigError: where the folder holds something else.
       DataError: for a record that cannot be read, or a place that cannot be written.
     """
+    files = with_content(files)
     plan = {**dataset.describe(job, files, trained), "shard": shard, "chunk": chunk}
     done = dataset.read_description(output)
     if done is not None:
-        _check_same(plan, done, len(files), output)
+        request.check_same(plan, done, len(files), output, files)
         output.delete(UNFINISHED)
         return done
     state = output.read_json(_STATE)
@@ -100,10 +100,12 @@ def tokenize(
         state.update(splits={}, skipped=0, problems=[])
         output.delete(f"{UNFINISHED}/problems")
     plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
-    _check_same(plan, state["plan"], state["position"]["file"], output)
+    request.check_same(plan, state["plan"], state["position"]["file"], output, files)
     state["plan"] = plan
 
     position = Position(**state["position"])
+    part_read = request.PartRead(files, position, unit_bytes, job.text_key)
+    request.check_part_read(part_read, state.get("part_read"), files, position, output)
     splits = {split: _Split(output, split, job, shard, chunk, state) for split in _splits(job, files)}
     sizes = [file.size for file in files]
     now = Progress(total=sum(sizes), skipped=state["skipped"])
@@ -114,6 +116,7 @@ def tokenize(
         nonlocal saved
         check()
         state.update(generation=state["generation"] + 1, position=dataclasses.asdict(position), skipped=now.skipped)
+        state["part_read"] = part_read.digest
         folder = f"{UNFINISHED}/{state['generation']}"
         for split in splits.values():
             state["splits"][split.name] = split.save(output, folder)
@@ -152,6 +155,7 @@ def tokenize(
             for name, piece in part.pieces.items():
                 splits[name].append(piece)
             position = unit.end
+            part_read.add(unit)
             report(sum(sizes[: position.file]) + read_to.pop(unit.end))
             if time.monotonic() - saved > save_seconds:
                 save()
@@ -259,24 +263,3 @@ def check_empty(output: Store) -> None:
     for name in output.names():
         if not name.startswith(f"{UNFINISHED}/") and name != workdir_lock.NAME:
             raise ConfigError(f"--output {output.location}: holds {name}; expected a new or empty folder")
-
-
-def _check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store) -> None:
-    """Raises where the folder is of another request. The size of files not read to their end may change."""
-
-    def compared(description: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: description.get(key) for key in plan if key not in ("files", "ttt_jax")}
-        sizes = [file if i < begun else file[:2] for i, file in enumerate(description.get("files", []))]
-        return {**kept, "files": sizes}
-
-    ours, theirs = compared(plan), compared(there)
-    for key in ours:
-        if ours[key] != theirs[key]:
-            here, other = ours[key], theirs[key]
-            if key == "files":
-                pairs = itertools.zip_longest(here, other)
-                here, other = next((a, b) for a, b in pairs if a != b)
-            raise ConfigError(
-                f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
-                "expected the same request, or a new folder"
-            )

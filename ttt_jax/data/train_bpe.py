@@ -3,11 +3,12 @@
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import dataset, records
+from ttt_jax.data import dataset, records, request
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.files import InputFile
+from ttt_jax.data.files import InputFile, with_content
 from ttt_jax.data.job import Job
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED, check_empty
@@ -30,19 +31,27 @@ def kept_or_trained(
     Raises:
       as :func:`train`.
     """
-    of_train = dataset.describe(job, [file for file in files if file.split == "train"], None)
+    of_train = dataset.describe(job, with_content([file for file in files if file.split == "train"]), None)
     purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
     if dataset.read_description(output):
         kept = output.read("tokenizer.json")
     else:
-        kept = output.read(_KEPT) if output.read_json(_PURPOSE) == purpose else None
+        kept = output.read(_KEPT) if _same(output.read_json(_PURPOSE), purpose, of_train["contents"]) else None
     if kept is None:
         check_empty(output)
         print(f"training a BPE tokenizer of {vocab_size} tokens", file=sys.stderr)
         kept = train(files, vocab_size, job, skip_problems=skip_problems)
         output.write(_KEPT, kept)
-        output.write_json(_PURPOSE, purpose)
+        output.write_json(_PURPOSE, {**purpose, "contents": of_train["contents"]})
     return from_huggingface(kept, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
+
+
+def _same(there: Any, purpose: dict[str, Any], contents: list[str]) -> bool:
+    """Return whether a kept tokenizer was made for this; those of earlier versions do not know contents."""
+    if not isinstance(there, dict):
+        return False
+    earlier = there.pop("contents", [])
+    return there == purpose and request.other_content(contents, earlier) is None
 
 
 def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False) -> bytes:

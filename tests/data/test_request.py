@@ -1,0 +1,90 @@
+"""A folder is gone on with, or taken for done, for files of the same content alone; never by name and size."""
+
+import gzip
+import json
+
+import corpus
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import tokenizer
+from ttt_jax.data.job import Job
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+
+JOB = Job(tokenizer.byte(), 256, 257)
+TEXTS = [f"document {i:02} of the first" for i in range(20)]
+OTHER = [text.replace("first", "other") for text in TEXTS]
+
+
+def run(folder, files, **options):
+    options = {"shard": 64, "chunk": 64, "unit_bytes": 100, "save_seconds": -1, **options}
+    return tokenize(files, JOB, Store(folder), corpus.in_this_process, **options)
+
+
+def run_a_part(folder, files, units):
+    asked = iter(range(units))
+    assert run(folder, files, unit_bytes=30, stop=lambda: next(asked, None) is None) is None
+
+
+def refused(folder, files, **options):
+    before = corpus.contents(folder)
+    with pytest.raises(ConfigError) as caught:
+        run(folder, files, **options)
+    assert corpus.contents(folder) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_content_of_the_same_name_and_size(memory_path, finished):
+    """Of the second of three files, all of which, or the first two of which, are in the dataset."""
+    files = [corpus.input_file(memory_path / f"{i}.jsonl", corpus.jsonl(TEXTS)) for i in range(3)]
+    if finished:
+        run(memory_path / "out", files)
+    else:
+        run_a_part(memory_path / "out", files, 42)
+        assert json.loads((memory_path / "out/_unfinished/state.json").read_text())["position"]["file"] == 2
+    corpus.input_file(memory_path / "1.jsonl", corpus.jsonl(OTHER))
+    message = refused(memory_path / "out", files)
+    assert message.startswith(
+        f"--output {memory_path}/out: holds tokens of another {files[1].location}, of the same name and size (sha256:"
+    )
+    assert message.endswith(" here); expected the same content, or a new folder")
+    assert "\n" not in message
+    corpus.input_file(memory_path / "1.jsonl", corpus.jsonl(TEXTS))
+    about = run(memory_path / "out", files)
+    assert [content.partition(":")[0] for content in about["contents"]] == 3 * ["sha256"]
+
+
+def test_a_dataset_of_before_contents_were_kept_is_recognised_by_name_and_size(memory_path):
+    files = [corpus.input_file(memory_path / "a.jsonl", corpus.jsonl(TEXTS))]
+    about = run(memory_path / "out", files)
+    path = memory_path / "out/dataset.json"
+    del about["contents"]
+    path.write_text(json.dumps(about))
+    assert run(memory_path / "out", files) == about
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_file_that_changed_before_the_place_where_it_was_left(memory_path, name):
+    """Behind that place it may be mended. Units of another size make no difference."""
+
+    def content(texts):
+        whole = json.dumps([{"text": t} for t in texts]).encode() if name == "a.json" else corpus.jsonl(texts)
+        return gzip.compress(whole) if name.endswith("gz") else whole
+
+    def file(texts):
+        return [corpus.input_file(memory_path / name, content(texts))]
+
+    mended = [*TEXTS[:15], *OTHER[15:]]
+    run(memory_path / "expected", file(mended))
+    run_a_part(memory_path / "out", file(TEXTS), 5)
+    records = json.loads((memory_path / "out/_unfinished/state.json").read_text())["position"]["records"]
+    assert 4 < records < 15
+    (changed,) = file([*TEXTS[:3], OTHER[3], *TEXTS[4:]])
+    assert refused(memory_path / "out", [changed]) == (
+        f"{changed.location}: has changed before record {records + 1}, up to which its tokens are in "
+        f"{memory_path}/out; expected the same records up to there, or a new folder"
+    )
+    run(memory_path / "out", file(mended), unit_bytes=333)
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")

@@ -1,0 +1,105 @@
+"""Whether a folder holds tokens of the same request: the same options, and files of the same content."""
+
+import hashlib
+import itertools
+from typing import Any
+
+from ttt_jax.config import ConfigError
+from ttt_jax.data import records
+from ttt_jax.data.files import InputFile
+from ttt_jax.data.records import Position, Unit
+from ttt_jax.data.store import Store
+
+
+def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:
+    """Raise where the folder is of another request.
+
+    Args:
+      plan, there: what :func:`ttt_jax.data.dataset.describe` says of this request and of the one in the folder.
+      begun: files that have been read to their end; the others may have changed since.
+      files: of this request.
+
+    Raises:
+      ConfigError: in a line that names the option or the file that differs.
+    """
+
+    def compared(description: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: description.get(key) for key in plan if key not in ("files", "contents", "ttt_jax")}
+        sizes = [file if i < begun else file[:2] for i, file in enumerate(description.get("files", []))]
+        return {**kept, "files": sizes}
+
+    ours, theirs = compared(plan), compared(there)
+    for key in ours:
+        if ours[key] != theirs[key]:
+            here, other = ours[key], theirs[key]
+            if key == "files":
+                pairs = itertools.zip_longest(here, other)
+                here, other = next((a, b) for a, b in pairs if a != b)
+            raise ConfigError(
+                f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
+                "expected the same request, or a new folder"
+            )
+    index = other_content(plan["contents"][:begun], there.get("contents", []))
+    if index is not None:
+        raise ConfigError(
+            f"--output {output.location}: holds tokens of another {files[index].location}, of the same name and size "
+            f"({there['contents'][index]} there, {plan['contents'][index]} here); expected the same content, or a new "
+            "folder"
+        )
+
+
+def other_content(contents: list[str], earlier: list[str]) -> int | None:
+    """Return the index of the first file whose content is known to be another than it was; None where there is none.
+
+    Contents that are not of one kind (the checksum of a bucket, the SHA-256 of a local copy) cannot be compared, nor
+    can those of a dataset that was made before contents were kept.
+    """
+    for index, (here, there) in enumerate(zip(contents, earlier, strict=False)):
+        if here != there and here.partition(":")[0] == there.partition(":")[0]:
+            return index
+    return None
+
+
+class PartRead:
+    """The hash of what has been read of the file that is being read, whatever units it was read in.
+
+    Args:
+      position: where a run goes on; what is before it in its file is read again.
+    """
+
+    def __init__(self, files: list[InputFile], position: Position, unit_bytes: int, text_key: str):
+        self._hash = hashlib.sha256()
+        left = position.offset if position.records else 0
+        if left:
+            for _, unit, _ in records.units([files[position.file]], Position(), unit_bytes, text_key):
+                part = unit.content[:left]
+                self._update(part)
+                left -= len(part)
+                if not left:
+                    break
+
+    @property
+    def digest(self) -> str:
+        """The hash so far."""
+        return self._hash.hexdigest()
+
+    def add(self, unit: Unit) -> None:
+        """Add the next unit of the file; the last one of a file begins the next."""
+        if unit.end.records:
+            self._update(unit.content)
+        else:
+            self._hash = hashlib.sha256()
+
+    def _update(self, content: bytes | list[Any]) -> None:
+        self._hash.update(content if isinstance(content, bytes) else "".join(f"{x!r}\n" for x in content).encode())
+
+
+def check_part_read(
+    found: PartRead, earlier: str | None, files: list[InputFile], position: Position, output: Store
+) -> None:
+    """Raise :class:`ConfigError` where a file has changed before the position from which a run would go on."""
+    if earlier is not None and found.digest != earlier:
+        raise ConfigError(
+            f"{files[position.file].location}: has changed before record {position.records + 1}, up to which its "
+            f"tokens are in {output.location}; expected the same records up to there, or a new folder"
+        )
