@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_jax import config_file
+from ttt_jax import config_file, finite
 from ttt_jax.cli_types import not_negative, positive
 from ttt_jax.config import ConfigError
 
@@ -57,7 +57,7 @@ def step(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ttt_jax.benchmark import step
 
     measurement = step.measure(config, repeats=options.repeats, warmup=options.warmup)
-    print(json.dumps(measurement.as_dict(), indent=2) if options.json else measurement)
+    print(json.dumps(finite.for_json(measurement.as_dict())[0], indent=2) if options.json else measurement)
     return 0
 
 

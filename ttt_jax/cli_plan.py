@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from ttt_jax import config_file
+from ttt_jax import config_file, finite
 from ttt_jax.config import ConfigError
 
 DESCRIPTION = """\
@@ -63,9 +64,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     except plan_lib.CompilerError as error:
         print(f"ttt plan: {error}", file=sys.stderr)
         return 1
-    print(
-        json.dumps(report.as_dict(plan, options.price), indent=2) if options.json else report.text(plan, options.price)
-    )
+    print(_json(report.as_dict(plan, options.price)) if options.json else report.text(plan, options.price))
     return 1 if plan.fits is False else 0
 
 
@@ -89,10 +88,14 @@ def _search(options: argparse.Namespace, config, topology: str, devices: list) -
             {**one.choice._asdict(), "plan": None if one.plan is None else report.as_dict(one.plan, options.price)}
             for one in tried
         ]
-        print(json.dumps({"best": None if best is None else best[0].overrides(), "tried": found}, indent=2))
+        print(_json({"best": None if best is None else best[0].overrides(), "tried": found}))
     elif best is None:
         print("none of these fits")
     else:
         choice, plan = best
         print(f"\nbest:\n  {choice.overrides()}\n\n{report.text(plan, options.price)}")
     return 1 if best is None else 0
+
+
+def _json(numbers: dict[str, Any]) -> str:
+    return json.dumps(finite.for_json(numbers)[0], indent=2, allow_nan=False)

@@ -57,4 +57,4 @@ def write(workdir: Workdir, record: Record) -> None:
     """Writes it as a whole."""
     if is_local(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / NAME, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
+    write_atomically(workdir / NAME, json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")

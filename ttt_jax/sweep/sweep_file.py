@@ -82,7 +82,7 @@ def write(directory: Workdir, sweep: Sweep) -> None:
         "axes": [axis._asdict() for axis in sweep.axes],
         "points": [point._asdict() for point in sweep.points],
     }
-    write_atomically(directory / NAME, json.dumps(content, indent=1) + "\n")
+    write_atomically(directory / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def merged(directory: Workdir, there: Sweep | None, here: Sweep) -> Sweep:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
@@ -72,7 +73,8 @@ class Cells:
         cells = [other for other in self.read()["cells"] if not self._is(which, other)] + [cell]
         if is_local(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps({**about, "cells": cells}, indent=2, allow_nan=False) + "\n")
+        content = finite.for_json({**about, "cells": cells})[0]  # cells of earlier versions may hold NaN
+        write_atomically(self._path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         write_atomically(self._path.with_suffix(".csv"), _table(cells))
         for part in sorted(key for key in cell if isinstance(cell[key], list)):
             rows = [{**{k: c.get(k) for k in self._keys}, **entry} for c in cells for entry in c[part]]

@@ -1,0 +1,43 @@
+"""JSON files and JSON that commands print hold no bare NaN or Infinity."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import ttt_jax
+from ttt_jax import cli_plan
+from ttt_jax.evaluation.probes.cells import Cells
+
+PACKAGE = Path(ttt_jax.__file__).parent
+WRITERS = ("evaluation", "sweep", "planning", "interop", "cli_plan.py", "cli_sweep_report.py", "cli_harness.py")
+
+
+def test_a_cell_beside_one_of_an_earlier_version_that_holds_nan(tmp_path):
+    path = tmp_path / "probe" / "needle.json"
+    path.parent.mkdir()
+    path.write_text('{"cells": [{"step": 1, "share": NaN}]}')
+    Cells(tmp_path, "needle", ["step"]).add({"step": 2, "share": math.inf}, {"model": "m"})
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found == {"model": "m", "cells": [{"step": 1, "share": None}, {"step": 2, "share": None}]}
+
+
+def test_a_plan():
+    printed = cli_plan._json({"hours": math.inf, "memory": {"total": 3}, "tried": [math.nan]})
+    assert json.loads(printed, parse_constant=pytest.fail) == {"hours": None, "memory": {"total": 3}, "tried": [None]}
+
+
+def test_writers_of_indented_json_refuse_nan():
+    """What is read by people and other programs is indented; hashes and messages between processes are not."""
+    found = []
+    for place in WRITERS:
+        for path in sorted((PACKAGE / place).rglob("*.py")) if (PACKAGE / place).is_dir() else [PACKAGE / place]:
+            for call in ast.walk(ast.parse(path.read_text())):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "json.dumps":
+                    options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+                    if "indent" in options:
+                        found.append((path.name, options.get("allow_nan")))
+    assert len(found) >= 8
+    assert [name for name, allowed in found if allowed != "False"] == []
