@@ -142,9 +142,9 @@ def compare(options: argparse.Namespace) -> int:
     """``ttt eval compare``"""
     from rich.table import Table
 
+    from ttt_jax import console
     from ttt_jax.evaluation import compare as compare_lib
     from ttt_jax.evaluation import evaluations, statistics
-    from ttt_jax.sweep import tables
 
     if len(options.workdir) < 2:
         raise ConfigError(f"{options.workdir[0]}: alone; expected two workdirs or more")
@@ -179,7 +179,7 @@ def compare(options: argparse.Namespace) -> int:
             found = statistics.estimate(sums, counts)
             row.append(_with_error(float(found.mean), float(found.standard_error)))
         table.add_row(*row)
-    tables.console().print(table)
+    console.output().print(table)
     for each in (base, *others):
         if problem := evaluations.not_finite(each.about):
             print(f"{each.about['workdir']}: {problem}")

@@ -49,8 +49,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'")
     if options.output:
         _check_output(options.output)
-    from rich.console import Console
-
+    from ttt_jax import console
     from ttt_jax.interop import harness, harness_files
     from ttt_jax.parallel import startup
     from ttt_jax.training.metrics import write_atomically
@@ -76,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.output, json.dumps(told, indent=2, default=str, allow_nan=False) + "\n")
         print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))
-    Console().print(_table(found))
+    console.output().print(_table(found))
     return DONE
 
 

@@ -50,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inspect(model: "Trained", context: int, named_step: int | None, options: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from ttt_jax import console
     from ttt_jax.evaluation import inner_loop, inner_loop_files
 
     stem = inner_loop_files.name(options.split, context, by_document=options.by_document, step=named_step)
@@ -75,7 +74,7 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
     about = found.about
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")
-    Console().print(_table(inner_loop.summary(found)))
+    console.output().print(_table(inner_loop.summary(found)))
     if bad := inner_loop.not_finite(found):
         print(f"the loss of the inner loop is NaN or infinite at {bad:,} of {found.loss_before.size:,} positions")
     print(f"  {path} (and .csv, .json)", flush=True)

@@ -128,13 +128,13 @@ def _inner_loss(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> None:
+    from ttt_jax import console
     from ttt_jax.evaluation import style
     from ttt_jax.evaluation.plots import ablation
-    from ttt_jax.sweep import tables
 
     style.check_output(*options.output, accepted=ablation.SUFFIXES)
     rows = ablation.rows(options.workdir, split=options.split, published=options.published)
-    tables.console().print(ablation.as_table(rows))
+    console.output().print(ablation.as_table(rows))
     for path in options.output:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(ablation.as_text(rows, path.suffix), newline="")

@@ -241,9 +241,10 @@ def _resources(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _print_points(points, keys: Sequence[str], commands: Sequence[str]) -> None:
+    from ttt_jax import console
     from ttt_jax.sweep import tables
 
-    tables.console().print(tables.of_points(points, [key for key in keys if any(key in p.values for p in points)]))
+    console.output().print(tables.of_points(points, [key for key in keys if any(key in p.values for p in points)]))
     for line in commands:
         print(line)
 

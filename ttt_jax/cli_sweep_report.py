@@ -47,17 +47,18 @@ def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """``ttt sweep status``"""
     from rich.live import Live
 
+    from ttt_jax import console
     from ttt_jax.sweep import record, tables
     from ttt_jax.sweep import status as status_lib
 
     directory = workdir_lib.at(options.workdir)
-    console = tables.console()
+    screen = console.output()
     standings = status_lib.of_sweep(directory)
     if not options.watch:
-        console.print(tables.of_status(standings))
+        screen.print(tables.of_status(standings))
         return DONE
     every = options.every or (2.0 if workdir_lib.is_local(directory) else 30.0)
-    with Live(tables.of_status(standings, active_first=True), console=console, auto_refresh=False) as live:
+    with Live(tables.of_status(standings, active_first=True), console=screen, auto_refresh=False) as live:
         while any(each.state not in (record.DONE, record.FAILED, record.STOPPED_EARLY) for each in standings):
             time.sleep(every)
             standings = status_lib.of_sweep(directory)
@@ -67,6 +68,7 @@ def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """``ttt sweep results``"""
+    from ttt_jax import console
     from ttt_jax.sweep import results as results_lib
     from ttt_jax.sweep import tables
 
@@ -87,7 +89,7 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
         return DONE
-    tables.console().print(tables.of_results(found.results, found.keys, options.metric))
+    console.output().print(tables.of_results(found.results, found.keys, options.metric))
     if not_finite := sum(map(results_lib.is_not_finite, found.results)):
         print(f"{not_finite} of {len(found.results)} points: {options.metric} is NaN or infinite; they have no rank")
     for path in (options.csv, options.plot):

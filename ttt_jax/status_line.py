@@ -3,8 +3,9 @@
 import sys
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from ttt_jax import console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -22,8 +23,12 @@ class StatusLine:
         self._last_line = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.fields[text]}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            columns = (
+                TextColumn("{task.fields[text]}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:.0f}%"),
+            )
+            self._bar = Progress(*columns, console=console.literal(stderr=True), transient=True)
             self._task = self._bar.add_task("", total=total, completed=start, text=text)
             self._bar.start()
 

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,7 +137,8 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
         length = "" if context is None else f" with context {context}"
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split{length}; run: "
-            f"ttt eval --workdir {workdir} --split {split} --context {context or 2048}{_options(**kind)}"
+            f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
+            f"{_options(**kind)}"
         )
     return read_file(workdir / "eval" / f"{stem}.npz")
 
@@ -193,4 +195,4 @@ def _stems(workdir: Workdir) -> set[str]:
 
 def _options(by_document=False, carried=False, source=None, step=None) -> str:
     chosen = " --carry-state" * carried or " --by-document" * by_document
-    return chosen + (f" --source {source}" if source else "") + ("" if step is None else f" --step {step}")
+    return chosen + (f" --source {shlex.quote(source)}" if source else "") + ("" if step is None else f" --step {step}")

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,7 +76,7 @@ def read(
         raise ConfigError(
             f"{workdir}: no inner-loop diagnostics of the {split} split"
             + ("" if context is None else f" with context {context}")
-            + f"; run: ttt inspect --workdir {workdir} --split {split} --context {context or 2048}"
+            + f"; run: ttt inspect --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
             + " --by-document" * by_document
             + ("" if step is None else f" --step {step}")
         )

@@ -88,6 +88,16 @@ def distinct(models: Sequence[str]) -> list[Style]:
     return found
 
 
+def literal(text: str) -> str:
+    """Return a text that Matplotlib shows as it is: a dollar sign begins no formula, and no underscore hides a label.
+
+    Names and values of users go through this. Labels that begin with an underscore are left out of legends; a space of
+    no width before it keeps them.
+    """
+    escaped = text.replace("$", r"\$")
+    return f"\u200b{escaped}" if escaped.startswith("_") else escaped
+
+
 def panels(
     count: int, columns: int | None = None, width: float = 4.2, height: float = 3.6
 ) -> tuple[Figure, list[Axes]]:

@@ -5,8 +5,9 @@ import re
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.text import Text
 
+from ttt_jax import console
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.queued_resource import LOST, NO_CAPACITY, QUEUED, QueuedResource
@@ -57,7 +58,7 @@ class Machines:
         """
         name, note = self._resource.name, self._commands.note
         began, pause, shown, new = time.monotonic(), FIRST_PAUSE, "", False
-        with Console(stderr=True).status("") as line:
+        with console.literal(stderr=True).status("") as line:
             while True:
                 found = self._resource.find()
                 if found is None:
@@ -70,7 +71,7 @@ class Machines:
                 if found.state == "ACTIVE":
                     return found.nodes, new
                 waited = time.monotonic() - began
-                line.update(f"{name}: {found.state}, {duration(waited)}")
+                line.update(Text(f"{name}: {found.state}, {duration(waited)}"))
                 if found.state != shown:
                     note(f"{name}: {found.state}")
                     shown = found.state

@@ -81,12 +81,12 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
             marker=None if several else marker,  # of points alone
             markersize=5,
             linewidth=1.8,
-            label=label or None,
+            label=style.literal(label) or None,
         )
     axis.prepare(axes)
-    axes.set_xlabel(f"{x} (log scale)" if axis.base else x)
-    axes.set_ylabel(metric)
-    axes.set_title(_title(found, metric, hollow=hollow, means=means, spreads=spreads), fontsize=11)
+    axes.set_xlabel(style.literal(f"{x} (log scale)" if axis.base else x))
+    axes.set_ylabel(style.literal(metric))
+    axes.set_title(style.literal(_title(found, metric, hollow=hollow, means=means, spreads=spreads)), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
         if len(groups) > _MOST_IN_PICTURE:
@@ -119,7 +119,8 @@ class _Axis:
         if self.base:
             axes.set_xscale("log", base=self.base)
         if self._numbers is None or len(self._values) <= _MOST_TICKS:
-            axes.set_xticks([self.place(value) for value in self._values], [_text(value) for value in self._values])
+            texts = [style.literal(_text(value)) for value in self._values]
+            axes.set_xticks([self.place(value) for value in self._values], texts)
             axes.xaxis.set_minor_locator(NullLocator())
         if max(len(_text(value)) for value in self._values) * len(self._values) > 70:
             axes.tick_params(axis="x", labelrotation=30)

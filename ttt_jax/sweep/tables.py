@@ -1,11 +1,9 @@
 """Tables of a sweep, for people."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +13,6 @@ from ttt_jax.sweep import names, record
 from ttt_jax.sweep.results import Result
 from ttt_jax.sweep.status import WAITING, Standing, in_short
 
-_WIDE = 1000  # characters: a file, or another program, takes lines of any length
 _STYLES = {
     record.RUNNING: "cyan",
     record.FAILED: "red",
@@ -24,11 +21,6 @@ _STYLES = {
     WAITING: "dim",
     record.DONE: "green",
 }
-
-
-def console() -> Console:
-    """Standard output: as wide as the terminal, or as wide as it takes."""
-    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
 def of_status(standings: Sequence[Standing], *, active_first: bool = False) -> Table:

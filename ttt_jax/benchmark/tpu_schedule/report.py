@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ttt_jax import console as console_lib
 from ttt_jax.benchmark.tpu_schedule import parts
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
 
@@ -224,7 +225,7 @@ def _size(size: float) -> str:
 
 
 def _console() -> Console:
-    return Console(file=io.StringIO(), width=165, markup=False, highlight=False)
+    return console_lib.literal(file=io.StringIO(), width=165)
 
 
 def _text(console: Console) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ttt_jax import console as console_lib
 from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import compare, evaluations
@@ -20,6 +20,13 @@ from ttt_jax.sweep import names
 from ttt_jax.sweep.results import flat
 
 SUFFIXES = (".tex", ".csv", ".txt")
+_LATEX = {character: f"\\{character}" for character in "_%&#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "[": "{[}",  # behind \\ it would begin an option
+    "]": "{]}",
+}
 _EQUIVALENCE = "TTT equivalence"
 _WORDS = {  # steps of the paper's Table 1, by key and value
     ("model.ttt.learned_w0", True): "learnable W0",
@@ -87,7 +94,7 @@ def rows(places: Sequence[str], *, split: str = "validation", published: bool = 
 def as_text(found: Sequence[Row], suffix: str) -> str:
     """What a file of this kind holds, of :data:`SUFFIXES`."""
     if suffix == ".txt":
-        console = Console(width=100, file=io.StringIO(), record=True)
+        console = console_lib.literal(width=100, file=io.StringIO(), record=True)
         console.print(as_table(found))
         return console.export_text()
     return as_latex(found) if suffix == ".tex" else as_csv(found)
@@ -197,5 +204,5 @@ def _has_published(found: Sequence[Row]) -> bool:
 
 
 def _escaped(text: str) -> str:
-    text = "".join({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$"}.get(c, c) for c in text)
+    text = "".join(_LATEX.get(character, character) for character in text)
     return text.replace("learnable W0", "learnable $W_0$").replace("learnable eta", r"learnable $\eta$")

@@ -71,7 +71,8 @@ def loss_by_position(
     last.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
     about = found[0].about
     what = "Perplexity" if perplexity else "Loss"
-    first.set_title(f"{what} by token index, {about['source']}, {evaluations.read_of(about)}", fontsize=11, wrap=True)
+    title = f"{what} by token index, {about['source']}, {evaluations.read_of(about)}"
+    first.set_title(style.literal(title), fontsize=11, wrap=True)
     style.legend_below(figure)
     style.save(figure, *outputs)
 
@@ -102,7 +103,8 @@ def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15, tokens: 
 
 def _draw_curves(axes: Axes, found: Sequence[Evaluation], styles: Sequence[Style], *, perplexity: bool, first: int):
     of_loss: Callable = _exp if perplexity else lambda loss: loss
-    labels = [f"{name}: {_mean(e.about, perplexity)}" for name, e in zip(_names(found), found, strict=True)]
+    means = [_mean(each.about, perplexity) for each in found]
+    labels = [style.literal(f"{name}: {mean}") for name, mean in zip(_names(found), means, strict=True)]
     for each, (color, line, _), label in zip(found, styles, labels, strict=True):
         # Pixels also in a drawing: there may be a hundred thousand. The longer the context, the fainter.
         faint = min(0.12, 0.12 * math.sqrt(2048 / len(each.position)))
@@ -141,7 +143,7 @@ def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluat
         axes.plot(at, difference.bin_loss, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
         axes.fill_between(at, difference.bin_low, difference.bin_high, color=color, alpha=0.15, linewidth=0)
     axes.set_ylabel("difference in loss\n(nats per token)")
-    axes.set_title(f"difference to {_names([reference])[0]}; paired, 95 % intervals", fontsize=10)
+    axes.set_title(style.literal(f"difference to {_names([reference])[0]}; paired, 95 % intervals"), fontsize=10)
 
 
 def _middles(evaluation: Evaluation) -> np.ndarray:

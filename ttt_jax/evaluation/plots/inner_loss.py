@@ -69,12 +69,11 @@ def inner_loss(
         if grid is None or grid.is_first_col():
             axes.set_ylabel("inner loss")
     about = found.about
-    figure.suptitle(
+    title = (
         f"Loss of the inner loop, {about['model']}, {about['source']}, {about['windows']:,} windows of "
-        f"{about['context']:,} tokens; mean over {window} positions",
-        fontsize=10,
-        wrap=True,
+        f"{about['context']:,} tokens; mean over {window} positions"
     )
+    figure.suptitle(style.literal(title), fontsize=10, wrap=True)
     style.legend_below(figure)
     style.save(figure, *outputs)
 

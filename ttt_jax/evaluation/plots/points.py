@@ -1,6 +1,7 @@
 """The points of pictures that compare models: one evaluated run each, found by what it says about itself."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text = f"{finite.NOT_FINITE}: {', '.join(names[:3])}{more}"
-        axes.text(0.02, 0.02, text, transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
+        axes.text(0.02, 0.02, style.literal(text), transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
 
 
 def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
@@ -161,7 +162,7 @@ def size_name(points: Sequence[Point]) -> str:
 
 def data_name(points: Sequence[Point]) -> str:
     """What the points were evaluated on, for titles."""
-    return ", ".join(dict.fromkeys(point.about["source"] for point in points))
+    return style.literal(", ".join(dict.fromkeys(point.about["source"] for point in points)))
 
 
 def check_same_text(points: Sequence[Point]) -> None:
@@ -196,6 +197,6 @@ def _of_run(workdir: Workdir, split: str) -> Point:
     if about is None:
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split at its own context; run: "
-            f"ttt eval --workdir {workdir} --split {split} --context {context}"
+            f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
     return Point(workdir, about)

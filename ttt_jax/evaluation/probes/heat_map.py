@@ -76,11 +76,11 @@ def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
 
 def _draw(panel: Panel, axes):
     image = axes.imshow(np.ma.masked_invalid(panel.shares), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(panel.columns)), panel.columns)
-    axes.set_yticks(range(len(panel.rows)), panel.rows)
+    axes.set_xticks(range(len(panel.columns)), [style.literal(column) for column in panel.columns])
+    axes.set_yticks(range(len(panel.rows)), [style.literal(row) for row in panel.rows])
     axes.set_xlabel("context (tokens)")
-    axes.set_ylabel(panel.row_title)
-    axes.set_title(panel.title, fontsize=9)
+    axes.set_ylabel(style.literal(panel.row_title))
+    axes.set_title(style.literal(panel.title), fontsize=9)
     for (y, x), share in np.ndenumerate(panel.shares):
         if np.isfinite(share):  # dark letters on light ground
             axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="k" if share > 0.6 else "w")

@@ -1,27 +1,24 @@
 """Tables of probes, for people."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from ttt_jax import console
 from ttt_jax.evaluation.probes.cells import Cell
-
-_WIDE = 1000  # characters: a file, or another program, takes lines of any length
 
 
 def show(
     cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measures: Sequence[str], caption: str
 ) -> None:
     """Prints :func:`table` between a title and a caption: as wide as the terminal, or as wide as it takes."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
-    console.print(title, soft_wrap=True)
-    console.print(table(cells, row, row_name, measures))
-    console.print(caption, soft_wrap=True, end="\n\n")
+    output = console.output()
+    output.print(title, soft_wrap=True)
+    output.print(table(cells, row, row_name, measures))
+    output.print(caption, soft_wrap=True, end="\n\n")
 
 
 def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measures: Sequence[str]) -> Table:
