@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -196,3 +197,15 @@ def test_watchdog(limit, armed, heard, took, silence, status):
         assert done.stdout == ""
     else:
         assert done.stdout == "ended by itself\n"
+
+
+def test_huge_pages_of_the_user_are_left_as_they_are(bare):
+    calls = []
+    bare.setattr(startup.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *setting: calls.append(setting)))
+    bare.setattr(startup.sys, "platform", "linux")
+    bare.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    startup.keep_freed_memory()
+    assert calls == []
+    bare.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    startup.keep_freed_memory()
+    assert [parameter for parameter, _ in calls] == [-8, -4, -1, -2]

@@ -101,8 +101,11 @@ def keep_freed_memory() -> None:
     """Make glibc keep the buffers that a step frees, for the next step, on machines without accelerators.
 
     It gives large buffers back to the kernel otherwise, and a third of a step on a CPU goes into page faults. Nothing
-    is done with another C library. The numbers are those of malloc.h.
+    is done with another C library, nor where the user asks glibc for huge pages, which cost few faults and suffer from
+    these settings. The numbers are those of malloc.h.
     """
+    if "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
     if any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

@@ -162,13 +162,15 @@ def _train(
             began = time.monotonic()
             if output is not None:
                 output.bar.compiling()
-            train_step = run.compiled_step()
+            if restored is None:
+                train_step, state = run.compiled_step_and_initial_state()
+            else:
+                train_step, state = run.compiled_step(), restored.state
             compile_seconds = time.monotonic() - began
             if output is not None:
                 output.bar.compiled(compile_seconds)
             report.waited("compile_seconds", compile_seconds, within_step=False)
             report.waited("restore_seconds", restore_seconds, within_step=False)
-            state = run.initial_state() if restored is None else restored.state
             if first_params is not None:
                 state = state._replace(params=first_params)
             restored = first_params = None  # the state is donated to the first step

@@ -1,5 +1,6 @@
 """From a config to the one compiled step of a run, and the arrays it works on."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -58,6 +59,12 @@ class Program(NamedTuple):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.state_sharding, replicated))
         with sharding.on_mesh(self.mesh, self.rules):
             return jitted.lower(self.abstract_state, batch).compile()
+
+    def compiled_step_and_initial_state(self) -> tuple[jax.stages.Compiled, TrainState]:
+        """Return both, the state drawn while the step compiles: its own program takes a third as long to compile."""
+        with ThreadPoolExecutor(1) as pool:
+            state = pool.submit(self.initial_state)
+            return self.compiled_step(), state.result()
 
 
 def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
