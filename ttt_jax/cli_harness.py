@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from ttt_jax.training.metrics import write_atomically
 
     startup.use_compilation_cache()
+    startup.keep_freed_memory()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     read = {name: getattr(options, name) for name in ("tokenizer", "max_length", "prefix_token")}
     model = harness.TTTModel(str(workdir), options.step, batch_size=options.batch_size, **read)

@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()
+    startup.keep_freed_memory()
     for workdir in workdirs:
         inner_loop.check(workdir, config_file.from_json(workdir / "config.json").model)
     for workdir in workdirs:

@@ -200,6 +200,7 @@ def _load(workdir: workdir_lib.Workdir, step: int | None) -> "Trained":
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()
+    startup.keep_freed_memory()
     return trained.load(workdir, step)
 
 

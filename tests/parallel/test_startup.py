@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import resource
 import subprocess
 import sys
 import time
@@ -209,3 +211,25 @@ def test_huge_pages_of_the_user_are_left_as_they_are(bare):
     bare.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
     startup.keep_freed_memory()
     assert [parameter for parameter, _ in calls] == [-8, -4, -1, -2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again():
+    """In a process of its own, whose allocator it changes: 30 buffers of 16 MiB, one after the other."""
+    program = """
+import resource
+from ttt_jax.parallel import startup
+startup.glob.glob = lambda pattern: []
+startup.keep_freed_memory()
+for _ in range(30):
+    len(bytes([1]) * 2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+    def faults(tunables):
+        environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+        command = [sys.executable, "-c", program]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    given_back = faults("glibc.malloc.hugetlb=0:glibc.malloc.mmap_threshold=1048576")  # leaves the allocator alone
+    assert given_back - faults("") > 20 * 2**24 // resource.getpagesize()
