@@ -15,6 +15,7 @@ from ttt_jax.cli_types import (
     SPLITS,
     add_evaluation_kind,
     add_processes,
+    add_which_evaluation,
     count,
     counts,
     evaluation_kind,
@@ -75,6 +76,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", type=count, metavar="T", help="(default: the longest that all have)")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
     add_evaluation_kind(parser)
+    add_which_evaluation(parser)
     add("--step", type=not_negative, help="of evaluations that were asked for by step")
 
 
@@ -129,8 +131,9 @@ def run(options: argparse.Namespace) -> int:
                         progress.close()
                     lock.check()
                     path = None if evaluation is None else evaluations.save(evaluation, workdir / "eval", stem)
-                if evaluation is not None:
-                    print(f"{_words(evaluation)}\n  {path} (and .csv, .json)", flush=True)
+                if evaluation is not None and path is not None:
+                    beside = f"; {stem} is of other data or windows" if path.name != f"{stem}.npz" else ""
+                    print(f"{_words(evaluation)}\n  {path} (and .csv, .json{beside})", flush=True)
                     found.append(evaluation)
     if options.csv and tell:
         _write_table(options.csv, found)

@@ -5,7 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, add_evaluation_kind, count, counts, evaluation_kind, not_negative, positive
+from ttt_jax.cli_types import (
+    SPLITS,
+    add_evaluation_kind,
+    add_which_evaluation,
+    count,
+    counts,
+    evaluation_kind,
+    not_negative,
+    positive,
+)
 from ttt_jax.exit_status import DONE
 
 DESCRIPTION = """\
@@ -22,6 +31,7 @@ kinds:
 Each kind tells more: ttt plot flops --help. A DIR is the workdir of a run, that of a sweep, or a folder of those.
 What a run is, is read from what has been written about it, never from the names of folders.
 """
+_MAX_WINDOWS = "evaluated on so many, where there are several"
 _PUBLISHED = "with what the paper states in its text (2407.04620)"
 
 
@@ -45,34 +55,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("workdir", nargs="+", metavar="DIR", help="workdirs of evaluated runs")
     p.add_argument("--context", type=count, metavar="T", help="of the evaluations (default: the longest that all have)")
     add_evaluation_kind(p)
+    add_which_evaluation(p)
     p.add_argument("--step", type=not_negative, help="of evaluations that were asked for by step")
     p.add_argument("--against", metavar="DIR", help="a run: also the paired difference of each other one to it")
     p.add_argument("--perplexity", action="store_true", help="the exponential of the mean loss, on a log axis")
 
+    def which_evaluation(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--source", metavar="DIR", help="evaluated on another dataset than that of training")
+        p.add_argument("--max-windows", type=positive, metavar="N", help=_MAX_WINDOWS)
+
     contexts = {"type": counts, "metavar": "T,T", "help": "only runs that were trained at these (default: all)"}
     p = kind("flops", _flops, _FLOPS)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    which_evaluation(p)
     p.add_argument("--context", **contexts)
     p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
     p = kind("context", _context, _CONTEXT)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    which_evaluation(p)
     p.add_argument("--context", **contexts)
     lines = "a line for each size, or for each kind of model (default: size)"
     p.add_argument("--lines", choices=["size", "model"], default="size", help=lines)
 
     p = kind("mini-batch", _mini_batch, _MINI_BATCH)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
+    which_evaluation(p)
     p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
     p = kind("inner-loss", _inner_loss, _INNER_LOSS)
     p.add_argument("workdir", metavar="DIR", help="of an inspected run")
     p.add_argument("--context", type=count, metavar="T", help="of the inspection (default: the longest)")
+    p.add_argument("--max-windows", type=positive, metavar="N", help="of the inspection, where there are several")
     p.add_argument("--layers", type=_layers, metavar="I,J", help="from 0: 0,1,2 or 0-2 (default: all)")
     p.add_argument("--window", type=positive, default=10, metavar="N", help="positions to average over (default: 10)")
 
     p = kind("table", _table, _TABLE)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them, in the order of the rows")
+    which_evaluation(p)
     p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
 
@@ -100,31 +120,36 @@ def _loss_by_position(options: argparse.Namespace) -> None:
     )
 
 
+def _which(options: argparse.Namespace) -> dict[str, str | int | None]:
+    return {"source": options.source, "windows": options.max_windows}
+
+
 def _flops(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots.flops import perplexity_by_flops
 
-    chosen = {"split": options.split, "contexts": options.context}
+    chosen = {"split": options.split, "contexts": options.context, **_which(options)}
     perplexity_by_flops(options.workdir, options.output, published=options.published, **chosen)
 
 
 def _context(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots.context import perplexity_by_context
 
-    chosen = {"split": options.split, "contexts": options.context}
+    chosen = {"split": options.split, "contexts": options.context, **_which(options)}
     perplexity_by_context(options.workdir, options.output, lines=options.lines, **chosen)
 
 
 def _mini_batch(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots.mini_batch import by_mini_batch
 
-    by_mini_batch(options.workdir, options.output, split=options.split, published=options.published)
+    chosen = {"split": options.split, **_which(options)}
+    by_mini_batch(options.workdir, options.output, published=options.published, **chosen)
 
 
 def _inner_loss(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots.inner_loss import inner_loss
 
     chosen = {"split": options.split, "context": options.context, "layers": options.layers}
-    inner_loss(options.workdir, options.output, window=options.window, **chosen)
+    inner_loss(options.workdir, options.output, window=options.window, windows=options.max_windows, **chosen)
 
 
 def _table(options: argparse.Namespace) -> None:
@@ -133,7 +158,7 @@ def _table(options: argparse.Namespace) -> None:
     from ttt_jax.evaluation.plots import ablation
 
     style.check_output(*options.output, accepted=ablation.SUFFIXES)
-    rows = ablation.rows(options.workdir, split=options.split, published=options.published)
+    rows = ablation.rows(options.workdir, split=options.split, published=options.published, **_which(options))
     console.output().print(ablation.as_table(rows))
     for path in options.output:
         path.parent.mkdir(parents=True, exist_ok=True)

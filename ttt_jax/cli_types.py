@@ -47,12 +47,21 @@ def add_evaluation_kind(parser: argparse.ArgumentParser) -> None:
     add("--source", metavar="DIR", help="another dataset than that of training")
 
 
+def add_which_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the options that tell evaluations of one kind apart; :func:`evaluation_kind` is what they say."""
+    add = parser.add_argument
+    add("--max-windows", type=positive, metavar="N", help="the evaluation of so many, where there are several")
+    add("--chains", type=positive, metavar="N", help="that of so many chains, where there are several")
+
+
 def evaluation_kind(options: argparse.Namespace) -> dict[str, Any]:
-    """As :func:`ttt_jax.evaluation.evaluations.name` takes it."""
+    """Return the options as :func:`ttt_jax.evaluation.evaluations.read` takes them."""
     return {
         "by_document": options.by_document or options.carry_state,
         "carried": options.carry_state,
         "source": options.source,
+        "windows": options.max_windows,
+        "chains": options.chains,
     }
 
 

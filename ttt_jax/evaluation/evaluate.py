@@ -15,8 +15,10 @@ from ttt_jax.data import source as source_lib
 from ttt_jax.data import sources
 from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.source import TokenSource
-from ttt_jax.evaluation import losses, statistics
-from ttt_jax.evaluation.evaluations import Evaluation, from_summary, name
+from ttt_jax.evaluation import catalogue, losses, statistics
+from ttt_jax.evaluation import unfinished as unfinished_lib
+from ttt_jax.evaluation.catalogue import name
+from ttt_jax.evaluation.evaluations import Evaluation, from_summary
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.evaluation.unfinished import Unfinished
@@ -87,9 +89,9 @@ def evaluate(
         c = trained.config.data
         batch_size = max(1, c.batch_size * c.sequence_length // piece_length)
 
-    folder = trained.workdir / "eval" / f".{stem or what.stem(None)}.unfinished"
     spans = hashlib.blake2b(repr(sequences).encode(), digest_size=8).hexdigest()
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
+    folder = unfinished_lib.folder(trained.workdir / "eval", stem or what.stem(None), identity, ("data", "sequences"))
     unfinished = Unfinished(folder, identity, lengths, check)
     first = jax.process_index() == 0
     found: list[np.ndarray] = []
@@ -225,6 +227,7 @@ def _about(
         "training_tokens": trained.step * c.data.batch_size * c.data.sequence_length,
         "training_flops": trained.step * flops.per_step(c.model, c.data.sequence_length, c.data.batch_size),
         "source": data.name,
+        "source_path": catalogue.absolute(what.source or c.data.source),
         "fingerprint": data.fingerprint(),
         "split": what.split,
         "of": "documents" if what.by_document or what.chains else "windows",
@@ -233,6 +236,7 @@ def _about(
         "context": what.context,
         "training_context": c.data.sequence_length,
         "windows": spans,
+        "max_windows": what.most,
         "documents": len(found.document_sums),
         "tokens": int(found.tokens.sum()),
         "not_finite": found.not_finite,  # of the tokens

@@ -1,6 +1,6 @@
 """Evaluations as files: ``WORKDIR/eval/NAME.json``, ``.npz`` and ``.csv``.
 
-NAME is ``[SOURCE-]SPLIT[-documents][-carried]-T[-at-STEP]``, such as ``validation-2048``.
+NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
 
 ``.json``  what was evaluated, the means of all tokens, and the config of the run
 ``.npz``   by position: position, loss, standard_error, count [T]; by bin: bin_first, bin_last (positions, from 1),
@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,9 @@ import numpy as np
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import saved, statistics
+from ttt_jax.evaluation import catalogue, saved, statistics
+from ttt_jax.evaluation.catalogue import Entry
+from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -81,28 +82,12 @@ def from_summary(about: dict[str, Any], found: statistics.Summary) -> Evaluation
     )
 
 
-def name(
-    split: str,
-    context: int,
-    *,
-    by_document: bool = False,
-    carried: bool = False,
-    source: str | None = None,
-    step: int | None = None,
-) -> str:
-    """NAME of an evaluation.
-
-    Args:
-      source: where the data is another than that of the run.
-      step: where the checkpoint was asked for by its step, rather than as the newest.
-    """
-    prefix = "" if source is None else re.sub(r"[^\w.]+", "_", source.rstrip("/").rpartition("/")[2]) + "-"
-    kind = "-documents" * by_document + "-carried" * carried
-    return f"{prefix}{split}{kind}-{context}" + ("" if step is None else f"-at-{step}")
-
-
 def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
-    """Writes the three files, each as a whole; returns the path of the ``.npz``. The ``.json`` is written last."""
+    """Write the three files, each as a whole; return the path of the ``.npz``. The ``.json`` is written last.
+
+    Where ``stem`` is the name of an evaluation of other tokens, both are kept (:func:`catalogue.place`).
+    """
+    stem = catalogue.place(folder, stem, evaluation.about)
     if is_local(folder):
         folder.mkdir(parents=True, exist_ok=True)
     arrays = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(evaluation)[1:]}
@@ -120,19 +105,22 @@ def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> Evaluation:
-    """The evaluation of a run on a split; of the longest context that was evaluated, where none is given.
+    """Return the evaluation of a run on a split; of the longest context that was evaluated, where none is given.
 
     Args:
-      kind: the other arguments of :func:`name`.
+      kind: the other arguments of :func:`catalogue.entries`.
 
     Raises:
-      ConfigError: where there is none.
+      ConfigError: where there is none, or more than one.
     """
     workdir = workdir_lib.at(workdir)
-    if context is None:
-        context = max(_contexts(workdir, split, **kind), default=None)
-    stem = None if context is None else name(split, context, **kind)
-    if stem is None or stem not in _stems(workdir):
+    return read_file(workdir / "eval" / f"{found(workdir, split, context, **kind).stem}.npz")
+
+
+def found(workdir: Workdir, split: str, context: int | None = None, **kind: Any) -> Entry:
+    """Return which evaluation :func:`read` reads, and what its JSON says; raises as :func:`read`."""
+    entry = catalogue.find(workdir / "eval", split, context, **kind)
+    if entry is None:
         workdir_lib.check_exists(workdir)
         length = "" if context is None else f" with context {context}"
         raise ConfigError(
@@ -140,7 +128,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
             f"{_options(**kind)}"
         )
-    return read_file(workdir / "eval" / f"{stem}.npz")
+    return entry
 
 
 def read_all(
@@ -148,7 +136,8 @@ def read_all(
 ) -> list[Evaluation]:
     """As :func:`read`, of several runs at one context; at the longest that all have, where none is given."""
     if context is None:
-        known = [_contexts(workdir_lib.at(workdir), split, **kind) for workdir in workdirs]
+        folders = [workdir_lib.at(workdir) / "eval" for workdir in workdirs]
+        known = [{entry.context for entry in catalogue.entries(folder, split, **kind)} for folder in folders]
         context = max(set.intersection(*known) or set.union(*known), default=None)
     return [read(workdir, split, context, **kind) for workdir in workdirs]
 
@@ -177,22 +166,14 @@ def read_file(path: Workdir) -> Evaluation:
 
 
 def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What each of a run's evaluations is of, by name."""
-    workdir = workdir_lib.at(workdir)
-    with explained(workdir):
-        return [json.loads((workdir / "eval" / f"{stem}.json").read_text()) for stem in sorted(_stems(workdir))]
+    """Return what each of a run's evaluations is of, by name."""
+    folder = workdir_lib.at(workdir) / "eval"
+    with explained(folder):
+        return [json.loads((folder / f"{stem}.json").read_text()) for stem in catalogue.stems(folder)]
 
 
-def _contexts(workdir: Workdir, split: str, **kind: Any) -> set[int]:
-    pattern = re.compile(re.escape(name(split, 0, **kind)).replace("-0", r"-(\d+)", 1))
-    return {int(match[1]) for stem in _stems(workdir) if (match := pattern.fullmatch(stem))}
-
-
-def _stems(workdir: Workdir) -> set[str]:
-    with explained(workdir):
-        return {path.name.removesuffix(".json") for path in (workdir / "eval").glob("*.json")}
-
-
-def _options(by_document=False, carried=False, source=None, step=None) -> str:
+def _options(by_document=False, carried=False, source=None, step=None, windows=None, chains=None) -> str:
     chosen = " --carry-state" * carried or " --by-document" * by_document
-    return chosen + (f" --source {shlex.quote(source)}" if source else "") + ("" if step is None else f" --step {step}")
+    chosen += (f" --source {shlex.quote(source)}" if source else "") + ("" if step is None else f" --step {step}")
+    chosen += "" if windows is None else f" --max-windows {windows}"
+    return chosen + ("" if chains is None else f" --chains {chains}")

@@ -1,6 +1,6 @@
 """Inner-loop diagnostics as files: ``WORKDIR/inspect/NAME.json``, ``.npz`` and ``.csv``.
 
-NAME is ``SPLIT[-documents]-T[-at-STEP]``, such as ``validation-2048``.
+NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
 
 ``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each, null for
            what is NaN or infinite; ``not_finite``: positions of layers with such a loss
@@ -14,16 +14,17 @@ import dataclasses
 import io
 import json
 import os
-import re
 import shlex
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import saved
+from ttt_jax.evaluation import catalogue, saved
+from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, not_finite, summary
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
@@ -31,14 +32,13 @@ from ttt_jax.workdir import Workdir, explained, is_local
 _COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
 
 
-def name(split: str, context: int, *, by_document: bool = False, step: int | None = None) -> str:
-    """NAME of the files; ``step`` where the checkpoint was asked for by it, rather than as the newest."""
-    return f"{split}{'-documents' * by_document}-{context}" + ("" if step is None else f"-at-{step}")
-
-
 def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
-    """Writes the three files; returns the path of the ``.npz``. The ``.json`` is written last."""
+    """Write the three files; return the path of the ``.npz``. The ``.json`` is written last.
+
+    Where ``stem`` is the name of diagnostics of other tokens, both are kept (:func:`catalogue.place`).
+    """
     folder = workdir_lib.at(workdir) / "inspect"
+    stem = catalogue.place(folder, stem, found.about)
     if is_local(folder):
         folder.mkdir(parents=True, exist_ok=True)
     arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
@@ -56,31 +56,28 @@ def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
     return folder / f"{stem}.npz"
 
 
-def read(
-    workdir: str | os.PathLike, split: str, context: int | None = None, *, by_document=False, step: int | None = None
-) -> InnerLoop:
-    """The diagnostics of a run on a split; of the longest context that there is, where none is given.
+def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> InnerLoop:
+    """Return the diagnostics of a run on a split; of the longest context that there is, where none is given.
+
+    Args:
+      kind: by_document, step, windows, as of :func:`catalogue.entries`.
 
     Raises:
-      ConfigError: where there are none, or they are damaged.
+      ConfigError: where there are none, or more than one, or they are damaged.
     """
     workdir = workdir_lib.at(workdir)
-    with explained(workdir):
-        stems = {path.name.removesuffix(".json") for path in (workdir / "inspect").glob("*.json")}
-    if context is None:
-        form = name(split, 0, by_document=by_document, step=step)
-        pattern = re.compile(re.escape(form).replace(r"\-0", r"\-(\d+)", 1))
-        context = max((int(match[1]) for stem in stems if (match := pattern.fullmatch(stem))), default=None)
-    if context is None or (stem := name(split, context, by_document=by_document, step=step)) not in stems:
+    entry = catalogue.find(workdir / "inspect", split, context, **kind)
+    if entry is None:
         workdir_lib.check_exists(workdir)
+        step = kind.get("step")
         raise ConfigError(
             f"{workdir}: no inner-loop diagnostics of the {split} split"
             + ("" if context is None else f" with context {context}")
             + f"; run: ttt inspect --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
-            + " --by-document" * by_document
+            + " --by-document" * kind.get("by_document", False)
             + ("" if step is None else f" --step {step}")
         )
-    return saved.read(workdir / "inspect" / f"{stem}.npz", InnerLoop, "ttt inspect")
+    return saved.read(workdir / "inspect" / f"{entry.stem}.npz", InnerLoop, "ttt inspect")
 
 
 def _rows(found: InnerLoop) -> Iterator[tuple]:

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, on disk: one that is stopped goes on where it was."""
+"""What an evaluation has found so far, on disk: one that was stopped goes on where it was."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.evaluation.catalogue import short_hash
 from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -92,6 +93,25 @@ class Unfinished:
             return
         if int(begin) == first and len(content) == sum(lengths):
             yield from np.split(content, np.cumsum(lengths)[:-1])
+
+
+def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequence[str]) -> Workdir:
+    """Return the folder of an unfinished evaluation: ``.NAME.unfinished``, or one of its own beside it.
+
+    Args:
+      identity: of the evaluation.
+      of_tokens: keys of it; where an evaluation of this name is unfinished whose values of these are others, both stay.
+    """
+    plain = parent / f".{name}.unfinished"
+    own = parent / f".{name}-{short_hash([identity[key] for key in of_tokens])}.unfinished"
+    with explained(parent):
+        if own.is_dir():
+            return own
+        try:
+            there = json.loads((plain / "plan.json").read_text())
+            return plain if all(there[key] == identity[key] for key in of_tokens) else own
+        except (OSError, ValueError, KeyError, TypeError):
+            return plain
 
 
 def _write(path: Workdir, content: bytes) -> None:

@@ -20,7 +20,7 @@ _SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step"
 _HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_per_chip", "model_flop_utilisation", "goodput")
 _NULL_IS_NOT_FINITE = ("loss", "perplexity")  # of evaluations; other numbers may not be known
 _EVALUATION = re.compile(
-    r"((?:[\w.]+-)?(?:train|validation|test)(?:-documents)?(?:-carried)?-\d+(?:-at-\d+)?)(?:/(\w+))?"
+    r"((?:[\w.]+-)?(?:train|validation|test)(?:-documents)?(?:-carried)?-\d+(?:-at-\d+)?(?:-[0-9a-f]{8})?)(?:/(\w+))?"
 )
 
 

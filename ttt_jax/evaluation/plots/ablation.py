@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -59,18 +59,19 @@ class Row(NamedTuple):
     published: float | None
 
 
-def rows(places: Sequence[str], *, split: str = "validation", published: bool = False) -> list[Row]:
-    """The rows of a table: a run each, in the order in which they are named, or stand in their sweep.
+def rows(places: Sequence[str], *, split: str = "validation", published: bool = False, **which: Any) -> list[Row]:
+    """Return the rows of a table: a run each, in the order in which they are named, or stand in their sweep.
 
     Args:
       places: workdirs, sweeps, or folders of them.
       published: with the perplexities that the paper states.
+      which: of the evaluations, as :func:`points.of_places` takes it.
 
     Raises:
       ConfigError: for runs that were not evaluated, or are not of one text and context, or that the paper states
         nothing about.
     """
-    points = points_lib.of_places(places, split)
+    points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     contexts = {point.about["training_context"] for point in points}
     if len(contexts) > 1:
@@ -147,8 +148,7 @@ def as_csv(found: Sequence[Row]) -> str:
 
 def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
     """The difference in loss to the row above, and its standard error: None where not the same text was read."""
-    split, context = point.about["split"], point.about["context"]
-    a, b = (evaluations.read(each.workdir, split, context) for each in (point, above))
+    a, b = (evaluations.read_file(each.workdir / "eval" / f"{each.stem}.npz") for each in (point, above))
     try:
         difference = compare.paired_difference(a, b)
     except ConfigError:

@@ -22,8 +22,9 @@ def perplexity_by_context(
     split: str = "validation",
     contexts: Sequence[int] | None = None,
     lines: str = "size",
+    **which: Any,
 ) -> None:
-    """Draws the perplexity of models at the context of their training, and saves the picture.
+    """Draw the perplexity of models at the context of their training, and saves the picture.
 
     Args:
       places: workdirs, sweeps, or folders of them.
@@ -31,12 +32,13 @@ def perplexity_by_context(
       contexts: only these; None is all.
       lines: ``size``: a line for each size, a panel for each kind of model; ``model``: the other way round, as in the
         paper.
+      which: of the evaluations, as :func:`points.of_places` takes it.
 
     Raises:
       ConfigError: for runs that were not evaluated, or not on one text; where all have one context.
     """
     style.check_output(*outputs)
-    points = points_lib.of_places(places, split, contexts)
+    points = points_lib.of_places(places, split, contexts, **which)
     points_lib.check_same_text(points)
     known = sorted({point.about["training_context"] for point in points})
     if len(known) < 2:

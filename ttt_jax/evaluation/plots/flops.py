@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -24,8 +25,9 @@ def perplexity_by_flops(
     split: str = "validation",
     contexts: Sequence[int] | None = None,
     published: bool = False,
+    **which: Any,
 ) -> None:
-    """Draws a panel for each training context, and saves the picture.
+    """Draw a panel for each training context, and saves the picture.
 
     Training FLOPs are those that the model needs, by its config (:mod:`ttt_jax.models.flops`), to the step that was
     evaluated; of a fine-tuned one, with those of the run that it started from. Points are joined, as in the paper,
@@ -41,7 +43,7 @@ def perplexity_by_flops(
       ConfigError: for runs that were not evaluated, are not of one text, or that the paper states nothing about.
     """
     style.check_output(*outputs)
-    points = points_lib.of_places(places, split, contexts)
+    points = points_lib.of_places(places, split, contexts, **which)
     by_context = dict(sorted(points_lib.grouped(points, lambda p: p.about["training_context"]).items()))
     if published and not any(_stated(members) for members in by_context.values()):
         raise ConfigError(

@@ -29,8 +29,9 @@ def inner_loss(
     context: int | None = None,
     layers: Sequence[int] | None = None,
     window: int = _WINDOW,
+    windows: int | None = None,
 ) -> None:
-    """Draws three curves for each layer, in a panel of its own, and saves the picture: the loss of a token at W0, at
+    """Draw three curves for each layer, in a panel of its own, and saves the picture: the loss of a token at W0, at
     the weights before its mini-batch, and after it.
 
     Args:
@@ -38,12 +39,13 @@ def inner_loss(
       context: of the inspection; None is the longest.
       layers: from 0; None is all.
       window: positions that are averaged over.
+      windows: of the inspection, where there are several.
 
     Raises:
       ConfigError: where the run was not inspected, or has no such layer.
     """
     style.check_output(*outputs)
-    found = inner_loop_files.read(workdir, split, context)
+    found = inner_loop_files.read(workdir, split, context, windows=windows)
     count = len(found.loss_at_w0)
     chosen = range(count) if layers is None else layers
     for layer in chosen:

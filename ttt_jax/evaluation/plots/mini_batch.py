@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
@@ -19,7 +20,7 @@ _KEY = "model.ttt.mini_batch"
 
 
 def by_mini_batch(
-    places: Sequence[str], outputs: Sequence[Path], *, split: str = "validation", published: bool = False
+    places: Sequence[str], outputs: Sequence[Path], *, split: str = "validation", published: bool = False, **which: Any
 ) -> None:
     """Draws perplexity and seconds per training step against b, side by side, and saves the picture.
 
@@ -35,7 +36,7 @@ def by_mini_batch(
         states nothing about.
     """
     style.check_output(*outputs)
-    points = points_lib.of_places(places, split)
+    points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     for point in points:
         if not point.config["model"]["mixer"].startswith("ttt_"):

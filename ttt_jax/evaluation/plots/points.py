@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, style
+from ttt_jax.evaluation import catalogue, style
 from ttt_jax.sweep import files, sweep_file
 from ttt_jax.workdir import Workdir, explained
 
@@ -41,10 +41,12 @@ class Point(NamedTuple):
     Attributes:
       workdir: of the run.
       about: what ``ttt eval`` says about the evaluation, with the config of the run.
+      stem: the name of its files.
     """
 
     workdir: Workdir
     about: dict[str, Any]
+    stem: str
 
     @property
     def config(self) -> dict[str, Any]:
@@ -73,16 +75,17 @@ def runs(places: Iterable[str]) -> list[Workdir]:
     return list(found.values())
 
 
-def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None) -> list[Point]:
-    """The evaluation of each run on windows of its own data, at the context that it was trained at.
+def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None, **which: Any) -> list[Point]:
+    """Return the evaluation of each run on windows of its own data, at the context that it was trained at.
 
     Args:
       contexts: only runs that were trained at one of these.
+      which: other data, or so many windows: ``source``, ``windows``, as :func:`evaluations.read` takes them.
 
     Raises:
       ConfigError: where a run has none, or none was trained at one of the contexts.
     """
-    points = files.on_each(lambda workdir: _of_run(workdir, split), runs(places))
+    points = files.on_each(lambda workdir: _of_run(workdir, split, which), runs(places))
     if contexts is None:
         return points
     known = sorted({point.about["training_context"] for point in points})
@@ -190,13 +193,17 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
     return [run for each in files.on_each(lambda path: _runs_of(path, depth - 1), below) for run in each]
 
 
-def _of_run(workdir: Workdir, split: str) -> Point:
+def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
     config = files.json_object(workdir / "config.json") or {}
     context = config.get("data", {}).get("sequence_length")
-    about = files.json_object(workdir / "eval" / f"{evaluations.name(split, context)}.json")
-    if about is None:
+    if not isinstance(context, int):
+        raise ConfigError(f"{workdir}: its config.json has no data.sequence_length; expected what ttt train wrote")
+    entry = catalogue.find(workdir / "eval", split, context, **which)
+    if entry is None:
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split at its own context; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
-    return Point(workdir, about)
+    if not entry.about:
+        raise ConfigError(f"{workdir / 'eval' / entry.stem}.json: damaged; run ttt eval again")
+    return Point(workdir, entry.about, entry.stem)

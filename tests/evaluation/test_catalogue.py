@@ -1,0 +1,44 @@
+"""Results of other data or windows are kept beside one another, and the one that is asked for is found."""
+
+import numpy as np
+import pytest
+
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import evaluations, statistics
+from ttt_jax.evaluation.statistics import Segment
+
+
+def save(workdir, stem="texts-test-6", loss=1.0, **about):
+    found = statistics.summarise([Segment(0, 0, np.full(6, loss), np.ones(6, bool))], 6)
+    known = {"split": "test", "context": 6, "of": "windows", "windows": 4, "loss": loss, **about}
+    return evaluations.save(evaluations.from_summary(known, found), workdir / "eval", stem)
+
+
+def of(workdir, **kind):
+    return evaluations.read(workdir, "test", 6, **kind).about["loss"]
+
+
+def test_two_datasets_of_one_last_name_are_both_kept_and_found_by_path(tmp_path):
+    for loss, place in enumerate("xyx", 1):
+        save(tmp_path, loss=float(loss), source_path=f"/{place}/texts", fingerprint=place)
+    assert len(list((tmp_path / "eval").glob("*.json"))) == 2  # the third is in place of the first
+    assert (of(tmp_path, source="/x/texts"), of(tmp_path, source="/y/texts")) == (3.0, 2.0)
+    with pytest.raises(ConfigError, match="no evaluation of the test split"):
+        of(tmp_path, source="/z/others")
+
+
+def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path):
+    for windows in (4, 2):
+        path = save(tmp_path, "test-6", loss=float(windows), windows=windows, fingerprint="f")
+    assert path.name != "test-6.npz"
+    assert (of(tmp_path, windows=4), of(tmp_path, windows=2)) == (4.0, 2.0)
+    with pytest.raises(ConfigError) as caught:
+        of(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{tmp_path / 'eval'}: 2 results of the test split with context 6: test-6 (4 windows of ")
+
+
+def test_files_of_before_are_found(tmp_path):
+    save(tmp_path, loss=5.0)
+    assert of(tmp_path, source="/gone/texts") == 5.0
