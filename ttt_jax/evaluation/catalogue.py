@@ -132,7 +132,8 @@ def _of_source(found: list[Entry], source: str, split: str) -> list[Entry]:
     at = [entry for entry in found if _path(entry.about, split) == absolute(source)]
     if at:
         return at
-    fingerprint = _fingerprint(source, split)
+    known = any(entry.about.get("fingerprint") for entry in found)
+    fingerprint = _fingerprint(source, split) if known else None  # a bucket is asked only where the answer counts
     if fingerprint:
         return [entry for entry in found if _same_content(entry, fingerprint, source)]
     return [e for e in found if _path(e.about, split) is None and e.stem.startswith(_prefix(source))]
