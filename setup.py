@@ -23,7 +23,6 @@ setup(
         "flax>=0.12",
         "fsspec>=2024.10",
         "grain>=0.2.18",
-        "ijson>=3.3",
         "jax>=0.10.2",
         "matplotlib>=3.9",
         "ml-collections>=1.1",
