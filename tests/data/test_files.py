@@ -212,3 +212,10 @@ def test_a_file_that_is_gone_when_it_is_hashed(folder):
     (folder / "b.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"^--train .*/b\.jsonl: no such file$"):
         files.with_content(listed)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("A.JSONL", "jsonl"), ("a.ndjson.zstd", "jsonl"), ("b.TXT.GZ", "txt")])
+def test_other_spellings_of_endings_are_read(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(b"x")
+    (file,) = found(tmp_path)
+    assert (file.kind, file.compressed) == (kind, name.count(".") == 2)

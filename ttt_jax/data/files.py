@@ -202,9 +202,11 @@ def _explained(what: str) -> Iterator[None]:
 
 def _kind(location: str) -> tuple[str, str]:
     """Kind and compression by the name; empty where there is none."""
-    stem, suffix = os.path.splitext(location)
-    compression = suffix[1:] if suffix[1:] in _COMPRESSIONS else ""
+    stem, suffix = os.path.splitext(location.lower())
+    compression = {"zstd": "zst"}.get(suffix[1:], suffix[1:])
+    compression = compression if compression in _COMPRESSIONS else ""
     kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
+    kind = {"ndjson": "jsonl"}.get(kind, kind)
     return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
 
 
