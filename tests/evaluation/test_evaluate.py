@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,7 @@ def test_what_an_evaluation_says_of_itself(run, model, data):
         "training_tokens": 5 * 4 * 16,
         "training_flops": 5 * flops.per_step(config.model, 16, 4),
         "source": "books/validation",
+        "source_path": "embedded",
         "fingerprint": data.fingerprint(),
         "split": "validation",
         "of": "windows",
@@ -156,6 +158,7 @@ def test_what_an_evaluation_says_of_itself(run, model, data):
         "context": 22,
         "training_context": 16,
         "windows": 5,
+        "max_windows": 5,
         "documents": len(found.document_sums),
         "tokens": found.count.sum(),
         "not_finite": 0,
@@ -289,6 +292,10 @@ def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, cha
     calls = []
     evaluate(model, what, progress=lambda done, total: calls.append(done))
     assert calls[0] == 0
+    if changed == "windows":  # what was found of the other windows stays
+        assert part.exists()
+        shutil.rmtree(part.parent)
+    assert not list((run[0] / "eval").glob(".*.unfinished"))
 
 
 # ---- What cannot be
