@@ -7,7 +7,7 @@ import re
 import pytest
 from matplotlib import image
 
-from ttt_jax import cli
+from ttt_jax import cli, json_files
 from ttt_jax import config as config_lib
 
 REFUSED = {
@@ -125,7 +125,7 @@ def test_a_run_whose_tokenizer_is_not_known(run, capsys):
 
 
 def test_a_run_whose_data_is_gone(run, tmp_path, capsys):
-    config = json.loads((run / "config.json").read_text())
+    config = json_files.read_object(run / "config.json")
     config["data"]["source"] = "data/books"
     (tmp_path / "config.json").write_text(json.dumps(config))
     for more in ((), ("--tokenizer", "byte")):  # whose haystacks are the documents of the run

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ttt_jax import config_file, finite
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import (
     SPLITS,
@@ -25,6 +25,7 @@ from ttt_jax.cli_types import (
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine, duration
+from ttt_jax.training import run_config
 
 if TYPE_CHECKING:
     from ttt_jax.evaluation.evaluations import Evaluation
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     """``ttt eval``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     for workdir in workdirs:  # whatever is wrong with one of them is told before any is evaluated
-        config_file.from_json(workdir / "config.json")
+        run_config.of_run(workdir)
     if options.chains and not options.carry_state:
         raise ConfigError(f"--chains {options.chains}: expected --carry-state with it")
     if options.csv and options.csv.is_dir():

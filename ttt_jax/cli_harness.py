@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
         _check_output(options.output)
     from ttt_jax import console
     from ttt_jax.interop import harness, harness_files
+    from ttt_jax.json_files import write_atomically
     from ttt_jax.parallel import startup
-    from ttt_jax.training.metrics import write_atomically
 
     startup.use_compilation_cache()
     startup.keep_freed_memory()

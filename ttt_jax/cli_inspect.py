@@ -3,11 +3,12 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from ttt_jax import config_file, finite
+from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, counts, positive
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine
+from ttt_jax.training import run_config
 from ttt_jax.workdir_lock import WorkdirLock
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     startup.use_compilation_cache()
     startup.keep_freed_memory()
     for workdir in workdirs:
-        inner_loop.check(workdir, config_file.from_json(workdir / "config.json").model)
+        inner_loop.check(workdir, run_config.of_run(workdir).model)
     for workdir in workdirs:
         for step in trained.steps(workdir, options.step):
             model = trained.load(workdir, step)

@@ -7,11 +7,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, at_least, counts, not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
+from ttt_jax.training import run_config
 
 if TYPE_CHECKING:
     from ttt_jax.evaluation.trained import Trained
@@ -96,7 +96,7 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
 def needle(options: argparse.Namespace) -> int:
     """``ttt probe needle``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
+    configs = [run_config.of_run(workdir) for workdir in workdirs]
     from ttt_jax.evaluation import style
     from ttt_jax.evaluation.probes import heat_map, needle_probe, report, texts
     from ttt_jax.evaluation.probes.needle import TASKS
@@ -146,7 +146,7 @@ def needle(options: argparse.Namespace) -> int:
 def task(options: argparse.Namespace) -> int:
     """``ttt probe task``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    configs = [config_file.from_json(workdir / "config.json") for workdir in workdirs]
+    configs = [run_config.of_run(workdir) for workdir in workdirs]
     from ttt_jax.data.task_source import TASKS
     from ttt_jax.evaluation import style
     from ttt_jax.evaluation.probes import heat_map, report, task_probe

@@ -1,20 +1,21 @@
 """From ``--config FILE[:ARG] --config.KEY=VALUE ...`` to a validated config, by way of ml_collections."""
 
 import difflib
-import json
 import re
 import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from ttt_jax import config as config_lib
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.workdir import Workdir
 
 
 def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
@@ -48,18 +49,24 @@ def from_json(path: Workdir) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: when the file is missing, cannot be read, is not JSON, or does not hold a valid config.
     """
-    config = config_lib.default()
     try:
-        with explained(path):
-            text = path.read_text()
-        config.update(json.loads(text))
-        config_lib.validate(config)
-    except ConfigError:
-        raise
+        return from_dict(json_files.read_object(path), path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path}: not found; expected the workdir of a run, with its config.json") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
+    """Return the config of an earlier run from what a file holds; raises as :func:`from_json`.
+
+    Args:
+      path: of the file, for messages.
+    """
+    config = config_lib.default()
+    try:
+        config.update(content)
+        config_lib.validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the config of a run: {_said(error)}") from error
     return config

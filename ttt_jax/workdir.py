@@ -76,10 +76,13 @@ def check_exists(workdir: Workdir) -> None:
 
 @contextmanager
 def explained(path: Workdir) -> Iterator[None]:
-    """Turns whatever fails in a bucket, in one of the libraries on the way there, into an OSError of one line."""
+    """Make whatever fails with a file an OSError of one line: in a bucket, an error of any library on the way there; on
+    this machine, an error of the system that does not name the file, such as that of a full disk while writing."""
     try:
         yield
     except Exception as error:
+        if is_local(path) and isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         if is_local(path) or isinstance(error, FileNotFoundError):
             raise
         raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import embedded, engines, files, sources, synthetic, tokenize, tokenizer
 from ttt_jax.data.errors import DataError
@@ -75,7 +76,7 @@ def test_bos_that_ends_documents_is_refused(made):
 def test_a_dataset_of_before_that_separates_twice_is_read_as_it_was(tmp_path, made):
     folder = tmp_path / "dataset"
     shutil.copytree(made[0], folder)
-    description = json.loads((folder / "dataset.json").read_text())
+    description = json_files.read_object(folder / "dataset.json")
     (folder / "dataset.json").write_text(json.dumps({**description, "bos": 257}))
     assert sources.load(str(folder), "train").bos == sources.load(str(folder), "train", bos=257).bos == 257
 
@@ -120,7 +121,7 @@ def test_tokenizers_that_did_not(made, name):
 
 
 def test_the_file_of_a_tokenizer(tmp_path, made, copy):
-    description = json.loads((copy / "dataset.json").read_text())
+    description = json_files.read_object(copy / "dataset.json")
     kept = tmp_path / "tokenizer.json"
     kept.write_text("{}")
     description["tokenizer"].update(kind="huggingface", sha256=hashlib.sha256(b"{}").hexdigest())
@@ -213,7 +214,7 @@ def test_not_finished(copy):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "dataset.json: not JSON"),
+        ("{", "dataset.json: damaged: it is not JSON"),
         ("[]", "dataset.json: does not describe a dataset of ttt_jax"),
         ('{"format": "ttt_jax tokens", "version": 2}', "dataset.json: version 2; this ttt_jax reads 1"),
     ],
@@ -225,7 +226,7 @@ def test_a_description_that_is_none(copy, content, message):
 
 
 def test_arrays_that_are_not_as_described(copy):
-    description = json.loads((copy / "dataset.json").read_text())
+    description = json_files.read_object(copy / "dataset.json")
     description["splits"]["train"]["tokens"] += 1
     (copy / "dataset.json").write_text(json.dumps(description))
     with pytest.raises(DataError, match=r"/train: is 5\d uint16, but dataset.json says 5\d uint16"):
@@ -250,7 +251,7 @@ def test_a_damaged_shard_is_met_where_it_is_read(copy):
 
 
 def test_a_token_outside_the_vocabulary_of_the_dataset(copy):
-    description = json.loads((copy / "dataset.json").read_text())
+    description = json_files.read_object(copy / "dataset.json")
     description["vocab_size"] = 257
     (copy / "dataset.json").write_text(json.dumps(description))
     place = len(TEXTS[0].encode()) + 1

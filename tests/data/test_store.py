@@ -81,7 +81,7 @@ def test_json(store):
     assert store.read_json("x.json") == value
     assert list(store.read_json("x.json")) == ["b", "a"]
     store.write("x.json", b"{")
-    assert refused(store.read_json, "x.json").startswith(f"{store.location}/x.json: not JSON: ")
+    assert refused(store.read_json, "x.json").startswith(f"{store.location}/x.json: damaged: it is not JSON: ")
 
 
 def test_a_folder_is_files_of_these_names(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, records, tokenizer
 from ttt_jax.data.errors import DataError
@@ -37,7 +38,7 @@ def make(folder, files, job=None, **options):
 
 def check_split(folder, split, rows):
     """The arrays of a split hold these rows of tokens, and dataset.json says so."""
-    about = json.loads((folder / "dataset.json").read_text())
+    about = json_files.read_object(folder / "dataset.json")
     tokens, starts = corpus.stored(folder / split), corpus.stored(folder / about["splits"][split]["document_offsets"])
     np.testing.assert_array_equal(tokens, np.array([token for row in rows for token in row], np.uint32))
     np.testing.assert_array_equal(starts, np.cumsum([0, *map(len, rows)])[:-1])
@@ -63,7 +64,7 @@ def test_a_dataset_of_bytes(tmp_path, files):
     about = make(folder, files)
     check_split(folder, "train", as_bytes(TRAIN))
     check_split(folder, "validation", as_bytes(VALIDATION))
-    assert about == json.loads((folder / "dataset.json").read_text())
+    assert about == json_files.read_object(folder / "dataset.json")
     assert about["splits"].keys() == {"train", "validation"}
     assert about["splits"]["train"]["text_bytes"] == sum(len(text.encode()) for text in TRAIN)
     expected = {"format": "ttt_jax tokens", "version": 1, "vocab_size": 258, "bos": 256, "eos": 257, "dtype": "uint16"}
@@ -172,7 +173,11 @@ def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON: "), ("[]", "does not describe"), ('{"format": "ttt_jax tokens", "version": 9}', "version 9; ")],
+    [
+        ("{", "damaged: it is not JSON: "),
+        ("[]", "does not describe"),
+        ('{"format": "ttt_jax tokens", "version": 9}', "version 9; "),
+    ],
 )
 def test_a_description_that_cannot_be_read(tmp_path, files, content, message):
     (tmp_path / "out").mkdir()

@@ -2,13 +2,12 @@
 
 import csv
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, statistics
+from ttt_jax.evaluation import evaluations, saved, statistics
 from ttt_jax.evaluation.statistics import Segment
 
 
@@ -56,7 +55,7 @@ def test_files_hold_the_evaluation(evaluation, tmp_path):
         rows = list(csv.DictReader(file))
     for name in ("position", "loss", "standard_error", "count"):
         np.testing.assert_array_equal([float(row[name]) for row in rows], getattr(evaluation, name))
-    assert json.loads(path.with_suffix(".json").read_text()) == evaluation.about
+    assert found.about == saved.about(path.with_suffix(".json")) == evaluation.about
     assert evaluation.bin_first.tolist() == [1, 2, 3, 4, 5, 6]
     assert (evaluation.bin_last - evaluation.bin_first + 1).sum() == 6
 
@@ -91,6 +90,9 @@ def test_where_there_is_none_the_command_is_named(tmp_path, arguments, kind, com
     assert str(caught.value).endswith(f"; run: ttt eval --workdir {tmp_path} {command}")
 
 
+_DAMAGED = r"/test-6\.(npz|json): (missing or )?damaged.* (expected what ttt eval wrote|run ttt eval again)$"
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"garbage", None])
 def test_damaged_files_are_named(evaluation, tmp_path, suffix, content):
@@ -99,16 +101,17 @@ def test_damaged_files_are_named(evaluation, tmp_path, suffix, content):
     path.with_suffix(suffix).unlink()
     if content is not None:
         path.with_suffix(suffix).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"test-6.npz: missing or damaged, or .*; expected what ttt eval wrote"):
+    with pytest.raises(ConfigError, match=_DAMAGED):
         evaluations.read_file(path)
     whole = evaluations.save(evaluation, tmp_path / "eval", "test-6").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"test-6.npz: missing or damaged"):
+    with pytest.raises(ConfigError, match=_DAMAGED):
         evaluations.read_file(path)
 
 
 def test_files_of_another_version(evaluation, tmp_path):
     path = evaluations.save(evaluation, tmp_path / "eval", "test-6")
+    path.with_suffix(".json").write_text("{}")
     np.savez(path, allow_pickle=False, position=evaluation.position, loss=evaluation.loss)
     with pytest.raises(ConfigError, match=r"test-6.npz: not of this version of ttt_jax"):
         evaluations.read(tmp_path, "test", 6)

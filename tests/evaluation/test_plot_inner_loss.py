@@ -83,7 +83,7 @@ def test_damaged_files_are_named(tmp_path, losses):
     save_inspection(tmp_path, losses)
     (tmp_path / "inspect" / "validation-40.npz").write_bytes(b"")
     with pytest.raises(
-        ConfigError, match=r"validation-40.npz: missing or damaged, .*; expected what ttt inspect wrote"
+        ConfigError, match=r"validation-40.npz: damaged, or not of the .json beside it; run ttt inspect again"
     ):
         inner_loss(tmp_path, [tmp_path / "x.png"])
 

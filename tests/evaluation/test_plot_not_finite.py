@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from saved_runs import run
 
-from ttt_jax.evaluation import style
+from ttt_jax.evaluation import saved, style
 from ttt_jax.evaluation.plots import ablation
 from ttt_jax.evaluation.plots.by_position import loss_by_position
 from ttt_jax.evaluation.plots.context import perplexity_by_context
@@ -47,9 +47,9 @@ def texts(axes):
 
 
 def overflowing(workdir):
-    """Let the loss of an evaluation be 800, and its perplexity null."""
+    """Let the loss of an evaluation be 800, and its perplexity null; the .npz may be another one than it was."""
     [path] = (workdir / "eval").glob("*.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "loss": 800.0, "perplexity": None}))
+    path.write_text(json.dumps({**saved.about(path), "loss": 800.0, "perplexity": None}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,5 +117,5 @@ def test_a_table_of_one_document(tmp_path):
     places = [run(tmp_path / f"r{i}", noise=i, seed=i) for i in range(2)]
     for place in places:
         path = place / "eval" / "validation-64.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "loss_standard_error": None}))
+        path.write_text(json.dumps({**saved.about(path), "loss_standard_error": None}))
     assert ablation.rows([str(place) for place in places])[1].standard_error is None

@@ -9,7 +9,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import numpy as np
 import pytest
 
-from ttt_jax import cli
+from ttt_jax import cli, json_files
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.build import language_model
@@ -332,8 +332,8 @@ def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
     replaced = {**about, "model_step": 9}
     note = " (in place of the result of step 5)"
     assert harness_files.save(tmp_path, "a_b", replaced) == f"{tmp_path / 'a_b.json'}{note}"
-    assert json.loads((tmp_path / "a_b.json").read_text()) == replaced
-    assert json.loads((tmp_path / "a_b-22.json").read_text()) == other
+    assert json_files.read_object(tmp_path / "a_b.json") == replaced
+    assert json_files.read_object(tmp_path / "a_b-22.json") == other
 
 
 def test_identity_is_of_texts_and_options(model):

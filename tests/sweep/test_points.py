@@ -89,9 +89,10 @@ def test_a_sweep_can_be_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "sweep.json: cannot be read: "),
+        ("{", "sweep.json: damaged: it is not JSON: "),
         ('{"version": 2}', "sweep.json: version 2; expected version 1, of a sweep"),
-        ("[]", "sweep.json: version None; expected version 1, of a sweep"),
+        ("[]", "sweep.json: damaged: it holds no JSON object"),
+        ("{}", "sweep.json: version None; expected version 1, of a sweep"),
         ('{"version": 1, "base": {}, "axes": [], "points": [{}]}', "sweep.json: not a sweep: TypeError"),
     ],
 )

@@ -1,7 +1,6 @@
 """The loop in this process: what it writes, what it refuses, and that models learn."""
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
@@ -35,7 +35,7 @@ def test_outcome_and_records(finished):
     assert records[2]["learning_rate"] == pytest.approx(config.optimizer.peak_lr)  # two steps of warm-up
     assert all(r["tokens"] == r["step"] * 128 for r in records)
     assert all(r["tokens_per_second"] == pytest.approx(128 / r["seconds_per_step"]) for r in records)
-    assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
+    assert json_files.read_object(workdir / "config.json") == config.to_dict()
     assert list((workdir / "tensorboard").iterdir())
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.training import metrics
 
@@ -36,9 +37,9 @@ def test_a_line_cut_short_is_dropped(tmp_path, torn):
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
-    metrics.write_atomically(path, "old")
+    json_files.write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        metrics.write_atomically(path, "new \ud800")
+        json_files.write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
 
 

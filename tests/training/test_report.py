@@ -1,11 +1,11 @@
 """What is reported of steps: times, utilisation, goodput, and when a loss is the end."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 
+from ttt_jax import json_files
 from ttt_jax.data.errors import DataError
 from ttt_jax.training import goodput, report
 from ttt_jax.training.errors import NonFiniteLossError
@@ -85,7 +85,7 @@ def test_goodput_over_restarts(tmp_path, clock):
     first.add(30.0)
     saved = first.useful
     first.add(10.0)
-    assert json.loads((tmp_path / "started.json").read_text()) == {"unix_time": 1000.0}
+    assert json_files.read_object(tmp_path / "started.json") == {"unix_time": 1000.0}
     clock.now = 1100.0
     again = goodput.Goodput(tmp_path, saved)
     again.add(20.0)
@@ -146,11 +146,11 @@ def test_a_feed_is_one_batch_ahead():
 def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):
     lines = Lines()
     output = report.Output(lines, lines, goodput.Goodput(tmp_path), log_every=4)
-    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None, total=6)
+    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
     steps.start()
     for step in range(1, 7):
         clock.now += 1
         steps(step, numbers(loss=step))
     clock.now += 1
-    steps.flush()
+    steps.finish()
     assert [(line["step"], line["loss"]) for line in lines] == [(4, 4.0), (6, 6.0)]

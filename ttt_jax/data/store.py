@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 
@@ -69,12 +70,12 @@ class Store:
         return None if found.state == "missing" else bytes(found.value)
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file; None where there is no such file."""
+        """Return the content of a JSON file, without its hash; None where there is no such file."""
         content = self.read(name)
         try:
-            return None if content is None else json.loads(content)
-        except ValueError as error:
-            raise DataError(f"{self.path(name)}: not JSON: {error}") from error
+            return None if content is None else json_files.parse(content, self.path(name))
+        except json_files.DamagedFile as error:
+            raise DataError(str(error)) from error
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file; returns when it is there to stay."""
@@ -82,7 +83,7 @@ class Store:
             self._kv.write(name, content).result()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a JSON file."""
+        """Write a JSON file."""
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def names(self, prefix: str = "") -> Iterator[str]:

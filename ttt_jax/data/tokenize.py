@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax import workdir_lock
+from ttt_jax import json_files, workdir_lock
 from ttt_jax.config import ConfigError
 from ttt_jax.data import array, dataset, records, request
 from ttt_jax.data.engines import Engine
@@ -124,7 +124,7 @@ def tokenize(
             output.write(f"{UNFINISHED}/problems/{state['generation']}", "".join(problems).encode())
             state["problems"].append(state["generation"])
             problems.clear()
-        output.write_json(_STATE, state)
+        output.write_json(_STATE, json_files.sealed(state))
         output.delete(f"{UNFINISHED}/{state['generation'] - 1}")
         saved = time.monotonic()
 
@@ -222,7 +222,7 @@ def _finish(
     if kept_as:
         output.write(kept_as, job.tokenizer.content)
     output.write_json("zarr.json", dataset.GROUP)
-    output.write_json(dataset.DESCRIPTION, description)
+    output.write_json(dataset.DESCRIPTION, json_files.sealed(description))
     output.delete(UNFINISHED)
     return description
 

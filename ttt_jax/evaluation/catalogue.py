@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data.errors import DataError
+from ttt_jax.evaluation import saved
+from ttt_jax.json_files import DamagedFile
 from ttt_jax.workdir import Workdir, explained
 
 _IDENTITY = ("fingerprint", "split", "of", "carried", "chains", "context", "windows")
@@ -162,14 +164,12 @@ def _fingerprint(source: str, split: str) -> str | None:
 
 def _about(path: Workdir) -> dict[str, Any] | None:
     """Return what a JSON file says; nothing where it is damaged, None where it is not there."""
-    with explained(path):
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        return saved.about(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFile:  # whoever reads this result tells
+        return {}
 
 
 def _words(about: dict[str, Any]) -> str:

@@ -8,10 +8,7 @@ NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
 ``.csv``   a line for each position
 """
 
-import csv
 import dataclasses
-import io
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -25,8 +22,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, saved, statistics
 from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
-from ttt_jax.training.metrics import write_atomically
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.workdir import Workdir, explained
 
 _BY_POSITION = ("position", "loss", "standard_error", "count")
 
@@ -88,20 +84,8 @@ def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
     Where ``stem`` is the name of an evaluation of other tokens, both are kept (:func:`catalogue.place`).
     """
     stem = catalogue.place(folder, stem, evaluation.about)
-    if is_local(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    arrays = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(evaluation)[1:]}
-    table, content = io.StringIO(newline=""), io.BytesIO()
-    writer = csv.writer(table)
-    writer.writerow(_BY_POSITION)
-    writer.writerows(zip(*(arrays[key] for key in _BY_POSITION), strict=True))
-    np.savez_compressed(content, allow_pickle=False, **arrays)
-    with explained(folder):
-        (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
-        (folder / f"{stem}.npz").write_bytes(content.getvalue())
-        about = finite.for_json(evaluation.about)[0]
-        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2, allow_nan=False) + "\n")
-    return folder / f"{stem}.npz"
+    rows = zip(*(getattr(evaluation, key) for key in _BY_POSITION), strict=True)
+    return saved.write(folder, stem, evaluation, evaluation.about, _BY_POSITION, rows)
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> Evaluation:
@@ -169,7 +153,8 @@ def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Return what each of a run's evaluations is of, by name."""
     folder = workdir_lib.at(workdir) / "eval"
     with explained(folder):
-        return [json.loads((folder / f"{stem}.json").read_text()) for stem in catalogue.stems(folder)]
+        stems = catalogue.stems(folder)
+    return [saved.about(folder / f"{stem}.json") for stem in stems]
 
 
 def _options(by_document=False, carried=False, source=None, step=None, windows=None, chains=None) -> str:

@@ -9,10 +9,6 @@ NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
            from 1. Without a head, the mean over heads; with one and no position, the mean over positions.
 """
 
-import csv
-import dataclasses
-import io
-import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -20,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, saved
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, not_finite, summary
-from ttt_jax.training.metrics import write_atomically
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.workdir import Workdir
 
 _COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
 
@@ -39,21 +33,8 @@ def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
     """
     folder = workdir_lib.at(workdir) / "inspect"
     stem = catalogue.place(folder, stem, found.about)
-    if is_local(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
-    table, content = io.StringIO(newline=""), io.BytesIO()
-    writer = csv.writer(table)
-    writer.writerow(_COLUMNS)
-    writer.writerows(_rows(found))
-    np.savez_compressed(content, allow_pickle=False, **arrays)
-    layers = [layer._asdict() for layer in summary(found)]
-    about = finite.for_json({**found.about, "not_finite": not_finite(found), "layers": layers})[0]
-    with explained(folder):
-        (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
-        (folder / f"{stem}.npz").write_bytes(content.getvalue())
-        write_atomically(folder / f"{stem}.json", json.dumps(about, indent=2, allow_nan=False) + "\n")
-    return folder / f"{stem}.npz"
+    about = {**found.about, "not_finite": not_finite(found), "layers": [layer._asdict() for layer in summary(found)]}
+    return saved.write(folder, stem, found, about, _COLUMNS, _rows(found))
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> InnerLoop:

@@ -1,23 +1,68 @@
-"""Reads what evaluations and inspections have written: an ``.npz`` of arrays, and a ``.json`` beside it."""
+"""The files of evaluations and inspections: ``NAME.npz`` with arrays, ``NAME.json`` beside it, and a table as CSV.
 
+The ``.json`` holds the hash of its own content, and that of the ``.npz``: both are of the same evaluation. Files of
+before have neither, and are read without the check.
+"""
+
+import csv
 import dataclasses
+import hashlib
 import io
-import json
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from ttt_jax import finite, json_files
 from ttt_jax.config import ConfigError
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.workdir import Workdir, explained, is_local
 
 T = TypeVar("T")
+_ARRAYS = "npz_sha256"  # key of the hash of the .npz in the .json
+
+
+def write(
+    folder: Workdir, stem: str, found: Any, about: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence]
+) -> Workdir:
+    """Write the three files, each as a whole; return the path of the ``.npz``. The ``.json`` is written last.
+
+    Args:
+      found: a dataclass; its fields but the first are the arrays.
+      about: what the ``.json`` holds; numbers that are not finite become null.
+      columns, rows: of the table.
+    """
+    arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
+    table, content = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.writer(table)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    np.savez_compressed(content, allow_pickle=False, **arrays)
+    about = {**finite.for_json(about)[0], _ARRAYS: hashlib.sha256(content.getvalue()).hexdigest()}
+    with explained(folder):
+        if is_local(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
+        (folder / f"{stem}.npz").write_bytes(content.getvalue())
+        json_files.write_object(folder / f"{stem}.json", about)
+    return folder / f"{stem}.npz"
+
+
+def about(path: Workdir) -> dict[str, Any]:
+    """Return what a ``.json`` says, without hashes.
+
+    Raises:
+      FileNotFoundError: where there is none.
+      DamagedFile: where it is not what was written.
+    """
+    found = json_files.read_object(path)
+    found.pop(_ARRAYS, None)
+    return found
 
 
 def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
-    """A dataclass whose first field, ``about``, is in the ``.json``, and whose others are the arrays of the ``.npz``.
+    """Return a dataclass: its first field, ``about``, is in the ``.json``, its others are the arrays of the ``.npz``.
 
     Args:
       path: of the ``.npz``.
@@ -28,11 +73,18 @@ def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     """
     try:
         with explained(path):
-            about = json.loads(path.with_suffix(".json").read_text())
-            content = io.BytesIO(path.read_bytes())
-        with np.load(content, allow_pickle=False) as file:
+            about = json_files.read_object(path.with_suffix(".json"))
+            content = path.read_bytes()
+        expected = about.pop(_ARRAYS, None)
+        if expected not in (None, hashlib.sha256(content).hexdigest()):
+            raise ConfigError(f"{path}: damaged, or not of the .json beside it; run {verb} again")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays: dict[str, Any] = dict(file)
-    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except json_files.DamagedFile as error:
+        raise ConfigError(f"{error}; or run {verb} again") from error
+    except ConfigError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: missing or damaged, or the .json beside it; expected what {verb} wrote") from error
     _, *fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # any dataclass
     if arrays.keys() != {field.name for field in fields}:

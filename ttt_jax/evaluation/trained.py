@@ -8,12 +8,11 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import sharding
-from ttt_jax.training import checksums, program, validation
+from ttt_jax.training import checksums, program, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 
 
@@ -60,7 +59,7 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
     Raises:
       ConfigError: where there is no such checkpoint.
     """
-    config_file.from_json(workdir / "config.json")  # without one it is no workdir at all
+    run_config.of_run(workdir)  # without one it is no workdir at all
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -107,7 +106,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
       CheckpointError: where the checkpoint is damaged.
     """
     workdir = workdir_lib.at(workdir)
-    config = config_file.from_json(workdir / "config.json").copy_and_resolve_references()
+    config = run_config.of_run(workdir).copy_and_resolve_references()
     run = program.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
     [step] = steps(workdir, "newest" if step is None else str(step))
     checkpoints = Checkpoints(workdir, read_only=True)

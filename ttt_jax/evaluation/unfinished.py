@@ -3,14 +3,16 @@
 import io
 import json
 import math
+import re
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ttt_jax.evaluation.catalogue import short_hash
-from ttt_jax.training.metrics import write_atomically
+from ttt_jax.json_files import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
 _SECONDS_BETWEEN_PARTS = 10.0
@@ -64,7 +66,8 @@ class Unfinished:
         self._check()
         content = io.BytesIO()
         np.save(content, np.concatenate(self._waiting), allow_pickle=False)
-        name = f"{self._written:08}-{self._written + len(self._waiting):08}.npy"
+        crc = zlib.crc32(content.getvalue())
+        name = f"{self._written:08}-{self._written + len(self._waiting):08}-{crc:08x}.npy"
         with explained(self._folder):
             if is_local(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -84,15 +87,19 @@ class Unfinished:
                     self._folder.rmdir()
 
     def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
-        """The arrays of one part, if it is the next one and whole."""
-        begin, _, end = path.stem.partition("-")
-        lengths = self._lengths[first : int(end)]
+        """Yield the arrays of one part, if it is the next one and whole."""
+        match = re.fullmatch(r"(\d{8})-(\d{8})(?:-([0-9a-f]{8}))?", path.stem)  # without checksum: of before
+        if match is None or int(match[1]) != first:
+            return
+        lengths, content = self._lengths[first : int(match[2])], path.read_bytes()
+        if match[3] and int(match[3], 16) != zlib.crc32(content):
+            return
         try:
-            content = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            array = np.load(io.BytesIO(content), allow_pickle=False)
         except (ValueError, EOFError):  # not whole
             return
-        if int(begin) == first and len(content) == sum(lengths):
-            yield from np.split(content, np.cumsum(lengths)[:-1])
+        if array.shape == (sum(lengths),):
+            yield from np.split(array, np.cumsum(lengths)[:-1])
 
 
 def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequence[str]) -> Workdir:

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from ttt_jax.training.metrics import write_atomically
+from ttt_jax.json_files import DamagedFile, read_object, write_object
 from ttt_jax.workdir import Workdir, explained, is_local
 
 _OF_OLD_FILES = ("task", "max_length", "num_fewshot")  # what files without an identity say of their options
@@ -30,7 +30,7 @@ def save(folder: Workdir, name: str, about: dict[str, Any]) -> str:
     if there and there.get("model_step") != about["model_step"]:
         note += f" (in place of the result of step {there.get('model_step')})"
     with explained(path):
-        write_atomically(path, json.dumps(about, indent=2, default=str, allow_nan=False) + "\n")
+        write_object(path, json.loads(json.dumps(about, default=str)))
     return f"{path}{note}"
 
 
@@ -60,14 +60,12 @@ def name_of(
 
 def _read(path: Workdir) -> dict[str, Any] | None:
     """Return what a file says; {} where it is no result of a task, None where there is none."""
-    with explained(path):
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFile:
+        return {}
 
 
 def _same(there: dict[str, Any], about: dict[str, Any]) -> bool:

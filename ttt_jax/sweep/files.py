@@ -1,11 +1,11 @@
 """Files of many points, several read at a time, for each takes a while in a bucket; and records that are cut short."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ttt_jax import json_files
 from ttt_jax.workdir import Workdir, explained, is_local
 
 _AT_A_TIME = 16
@@ -22,35 +22,29 @@ def on_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def json_object(path: Workdir) -> dict[str, Any] | None:
-    """What a file holds; None where there is none, or where it is not of JSON."""
+    """Return what a file holds; None where there is none, or where it is damaged, which is said on standard error."""
     try:
-        with explained(path):
-            content = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return json_files.read_object(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return content if isinstance(content, dict) else None
+    except json_files.DamagedFile as error:
+        json_files.tell(f"{error}; passed over")
+        return None
 
 
 def records(path: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, without lines that are cut short; none where there is no file.
+    """Return the records of a ``metrics.jsonl``; none where there is no file. Damaged lines are named and left out.
 
     Args:
-      newest: only the last ones, as many as stand in the last 64 KiB.
+      newest: only the last ones, as many as stand in the last 64 KiB; damaged lines are passed over without a word.
     """
+    if not newest:
+        return json_files.read_lines(path).records
     try:
         with explained(path):
-            content = _end(path) if newest else path.read_bytes()
+            return json_files.parse_lines(_end(path)).records
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = []
-    for line in content.decode(errors="replace").split("\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            found.append(record)
-    return found
 
 
 def written(path: Workdir) -> float | None:

@@ -1,13 +1,12 @@
 """``point.json`` beside a run: what the sweep last did with the point, and how that ended."""
 
 import dataclasses
-import json
 import os
 import socket
 import time
 
+from ttt_jax.json_files import write_object
 from ttt_jax.sweep.files import json_object
-from ttt_jax.training.metrics import write_atomically
 from ttt_jax.workdir import Workdir, is_local
 
 NAME = "point.json"
@@ -54,7 +53,7 @@ def read(workdir: Workdir) -> Record | None:
 
 
 def write(workdir: Workdir, record: Record) -> None:
-    """Writes it as a whole."""
+    """Write it as a whole."""
     if is_local(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / NAME, json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
+    write_object(workdir / NAME, dataclasses.asdict(record))

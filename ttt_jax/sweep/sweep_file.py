@@ -1,17 +1,16 @@
 """``sweep.json``: what a sweep is. Commands in the same folder may add points, not change those that are there."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ttt_jax.config import ConfigError
+from ttt_jax.json_files import DamagedFile, read_object, write_object
 from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.files import on_each
 from ttt_jax.sweep.names import Value, text
 from ttt_jax.sweep.points import Point
-from ttt_jax.training import resume
-from ttt_jax.training.metrics import write_atomically
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.training import resume, run_config
+from ttt_jax.workdir import Workdir
 
 NAME = "sweep.json"
 _VERSION = 1
@@ -50,13 +49,14 @@ def read(directory: Workdir) -> Sweep | None:
     """
     path = directory / NAME
     try:
-        with explained(path):
-            content = json.loads(path.read_text())
+        content = read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    version = content.get("version") if isinstance(content, dict) else None
+    except DamagedFile as error:
+        raise ConfigError(
+            f"{error}; or rename it and give the commands of the sweep again: runs that are done are not run again"
+        ) from error
+    version = content.get("version")
     if version != _VERSION:
         raise ConfigError(f"{path}: version {version}; expected version {_VERSION}, of a sweep")
     try:
@@ -75,14 +75,14 @@ def expected(directory: Workdir) -> Sweep:
 
 
 def write(directory: Workdir, sweep: Sweep) -> None:
-    """Writes the file as a whole."""
+    """Write the file as a whole."""
     content = {
         "version": _VERSION,
         "base": sweep.base,
         "axes": [axis._asdict() for axis in sweep.axes],
         "points": [point._asdict() for point in sweep.points],
     }
-    write_atomically(directory / NAME, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_object(directory / NAME, content)
 
 
 def merged(directory: Workdir, there: Sweep | None, here: Sweep) -> Sweep:
@@ -97,7 +97,9 @@ def merged(directory: Workdir, there: Sweep | None, here: Sweep) -> Sweep:
     kept = [point for point in there.points if point.name not in new]
     different = {key for key in there.base.keys() | here.base.keys() if there.base.get(key) != here.base.get(key)}
     refused = [
-        key for key in sorted(different) if not key.startswith(resume.MAY_CHANGE) or (kept and key.startswith(_OF_ALL))
+        key
+        for key in sorted(different)
+        if not key.startswith(run_config.MAY_CHANGE) or (kept and key.startswith(_OF_ALL))
     ]
     if refused:
         listed = ", ".join(f"{key} {_shown(there.base, key)} there, {_shown(here.base, key)} here" for key in refused)

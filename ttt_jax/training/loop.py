@@ -6,7 +6,6 @@ with the same batches. All processes of a run walk through here in step; process
 """
 
 import hashlib
-import json
 import os
 import signal
 import socket
@@ -27,7 +26,7 @@ from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, metrics, program, resume, validation
+from ttt_jax.training import checkpoint, metrics, program, resume, run_config, validation
 from ttt_jax.training import start as start_lib
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
@@ -35,6 +34,7 @@ from ttt_jax.training.goodput import Goodput
 from ttt_jax.training.profile import Profile
 from ttt_jax.training.progress import ProgressBar
 from ttt_jax.training.report import Output, Report
+from ttt_jax.training.schedule_change import schedule_change
 from ttt_jax.workdir import Workdir
 from ttt_jax.workdir_lock import LockLostError
 
@@ -110,6 +110,8 @@ def _train(
     if restored is not None:
         start, useful = restored.step, restored.meta["useful_seconds"]
         resume.check_same_data(restored.meta["data"], fingerprint, data.name)
+        if start < total and (change := schedule_change(config, restored.meta.get("config"), start, workdir)):
+            peers.say(change)
         best.losses = validation.read_losses(workdir, start)
     if start >= total:
         checkpoints.close()
@@ -143,7 +145,6 @@ def _train(
         chips=jax.device_count(),
         peak=chip.peak_flops if chip else None,
         step=start,
-        total=total,
     )
     step = start
     watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(report.step + 1, seconds), armed=False)
@@ -218,14 +219,15 @@ def _train(
                     best_so_far = best.add(step, held_out_loss)
                 if step % save_every == 0 or step == total or best_so_far or checkpoints.wants_save(step):
                     lock.check()
-                    report.flush()  # a state is saved only once its step is known to be finite
+                    # A state is saved only once its step is known to be finite.
+                    report.finish() if step == total else report.flush()
                     watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
                     checkpoints.save(step, state, meta(step))
                     report.waited("checkpoint_seconds", time.monotonic() - began)
                     watchdog.heard()
             lock.check()
-            report.flush()
+            report.finish()
             watchdog.close()
             if step > start:
                 checkpoints.finish(step, state, meta(step))
@@ -273,7 +275,7 @@ def _prepare(
 def _output(config: ml_collections.ConfigDict, workdir: Workdir, start: int, useful: float) -> Output:
     wandb = {"project": config.log.wandb_project, "config": config.to_dict()} if config.log.wandb_project else None
     writer = metrics.MetricsWriter(workdir, start, tensorboard=config.log.tensorboard, wandb=wandb)
-    metrics.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    run_config.write(workdir, config)
     total = config_lib.steps(config, "training.duration")
     bar = ProgressBar(total, start, config.data.batch_size * config.data.sequence_length)
     return Output(writer, bar, Goodput(workdir, useful), config_lib.steps(config, "log.every"))

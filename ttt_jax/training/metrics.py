@@ -1,22 +1,23 @@
 """Where metrics go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for."""
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
-from ttt_jax import extras
+from ttt_jax import extras, json_files
 from ttt_jax.config import ConfigError
+from ttt_jax.json_files import write_atomically
 from ttt_jax.training.bucket_file import BucketFile
 from ttt_jax.workdir import Workdir, explained, is_local
 
 
 class MetricsWriter:
-    """Appends one JSON object per record to ``metrics.jsonl``.
+    """Appends one JSON object per record to ``metrics.jsonl``, with a checksum of the line as its last key, ``crc``.
 
     Opening it for a run that resumes at ``step`` drops the records after that step (they are computed again, and equal)
-    and a last line that was cut short. In a bucket, the file is brought up to date now and then, by :meth:`flush` and
+    and a last line that was cut short. Where other lines are damaged, they are named and left out, and the file is kept
+    under another name. In a bucket, the file is brought up to date now and then, by :meth:`flush` and
     by :meth:`close`.
     """
 
@@ -30,7 +31,7 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records numbers of one step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json_files.sealed_line({"step": step, **values}))
         for write_other, _ in self._others:
             write_other(step, values)
 
@@ -59,40 +60,45 @@ def check_place(workdir: Workdir, *, tensorboard: bool, wandb: bool = False) -> 
 
 
 def read(workdir: Workdir) -> list[dict[str, float]]:
-    """All complete records of a run."""
-    path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
+    """Return all complete records of a run; lines that are damaged are named on standard error and left out."""
+    return json_files.read_lines(workdir / "metrics.jsonl").records
 
 
-def _open(path: Workdir, step: int) -> TextIO | BucketFile:
-    """The file to append to, without the records after ``step``."""
-    with explained(path):
-        lines = _complete_lines(path) if path.exists() else []
-    kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
+def _open(path: Workdir, step: int) -> "_LocalFile | BucketFile":
+    """Return the file to append to, without the records after ``step``. A file with damaged lines is kept aside."""
+    there = json_files.read_lines(path)
+    kept = "".join(
+        text + "\n" for text, record in zip(there.texts, there.records, strict=True) if record["step"] <= step
+    )
+    if there.problems:
+        json_files.tell(f"{path}: kept as it was under the name {json_files.set_aside(path)}")
     if not is_local(path):
         return BucketFile(path, kept)
-    if path.exists():
+    if kept or path.exists():
         write_atomically(path, kept)
-    return path.open("a", buffering=1)
+    return _LocalFile(path)
 
 
-def _complete_lines(path: Workdir) -> list[str]:
-    lines = path.read_text().split("\n")
-    return lines[:-1]  # what follows the last line break was cut short, or is empty
+class _LocalFile:
+    """A file to append lines to. Nothing is buffered, so that an error names the line's own call, and closing cannot
+    fail."""
 
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
 
-def write_atomically(path: Workdir, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a crash, finds the old one or the new one."""
-    if not is_local(path):
-        with explained(path):
-            path.write_text(text)  # an object is there once all of it is
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    def write(self, text: str) -> None:
+        """Append text; raises OSError that names the file."""
+        content = memoryview(text.encode())
+        with explained(self._path):
+            while content:
+                content = content[self._file.write(content) :]
+
+    def flush(self) -> None:
+        """Do nothing: all is written already."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def _tensorboard(workdir: Workdir):
@@ -100,12 +106,14 @@ def _tensorboard(workdir: Workdir):
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ConfigError(f"log.tensorboard=true: needs tensorboardX; {extras.hint('tensorboard')}") from error
-    writer = SummaryWriter(str(workdir / "tensorboard"))
+    folder = workdir / "tensorboard"
+    writer = SummaryWriter(str(folder))
 
     def write(step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+        with explained(folder):
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
 
     return write, writer.close
 

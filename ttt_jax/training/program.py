@@ -74,11 +74,8 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
       ConfigError: where parameters do not fit the mesh.
     """
     model = build.language_model(config.model)
-    warmup = config_lib.steps(config, "optimizer.warmup")
     o = config.optimizer
-    learning_rate = optimizer_lib.learning_rate(
-        o.peak_lr, o.end_lr, warmup, config_lib.steps(config, "training.duration")
-    )
+    learning_rate, inner_lr_scale = schedules(config)
     optimizer = optimizer_lib.adamw(
         learning_rate,
         beta1=o.beta1,
@@ -98,13 +95,20 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
         model,
         optimizer,
         learning_rate,
-        _inner_lr_scale(config.model, warmup),
+        inner_lr_scale,
         mesh,
         rules,
         state_sharding,
         sharding.batch_sharding(mesh, rules),
         abstract,
     )
+
+
+def schedules(config: ml_collections.ConfigDict) -> tuple[optimizer_lib.Schedule, optimizer_lib.Schedule]:
+    """Return the learning rate, and what multiplies the inner learning rate, by optimizer steps taken."""
+    o, warmup = config.optimizer, config_lib.steps(config, "optimizer.warmup")
+    total = config_lib.steps(config, "training.duration")
+    return optimizer_lib.learning_rate(o.peak_lr, o.end_lr, warmup, total), _inner_lr_scale(config.model, warmup)
 
 
 def _boxed_initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

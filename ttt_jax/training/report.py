@@ -35,7 +35,6 @@ class Report:
       flops: model FLOPs of a step.
       chips: how many; ``peak``: FLOP/s of one, None where that is not known.
       step: that the run goes on from.
-      total: the last step of the run, which always has a record; None where it is not known.
 
     Attributes:
       step: the last one that was reported; ``loss`` and ``seconds`` are its.
@@ -50,14 +49,13 @@ class Report:
         chips: int,
         peak: float | None,
         step: int = 0,
-        total: int | None = None,
     ):
-        self._total = total
         self._output, self._tokens, self._flops, self._chips, self._peak = output, tokens, flops, chips, peak
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._waits: dict[str, float] = {}  # seconds since the last record, by what for
         self._waited = 0.0  # since the last step
         self._also: dict[str, float] = {}
+        self._unwritten: tuple[int, dict[str, float]] | None = None  # the record of the last step, if not written
         self.step = step
         self.loss: float | None = None
         self.seconds = 0.0
@@ -91,6 +89,15 @@ class Report:
         if self._output is not None:
             self._output.writer.flush()
 
+    def finish(self) -> None:
+        """Report the last step of a run or of a part of it: it has a record, whatever ``log.every`` is. Raises as
+        :meth:`flush`."""
+        self._report()
+        if self._output is not None and self._unwritten is not None:
+            self._output.writer.write(*self._unwritten)
+            self._unwritten, self._waits = None, {}
+        self.flush()
+
     def _report(self) -> None:
         if self._pending is None:
             return
@@ -111,18 +118,19 @@ class Report:
     def _tell(self, output: Output, step: int, numbers: dict[str, float], bad: bool) -> None:
         output.goodput.add(max(self.seconds - self._waited, 0.0))
         also, self._also = self._also, {}
-        if step % output.log_every == 0 or step == self._total or bad or also:
-            rate = self._tokens / self.seconds
-            timing = {
-                "seconds_per_step": self.seconds,
-                "tokens_per_second": rate,
-                "tokens_per_second_per_chip": rate / self._chips,
-                "goodput": output.goodput.share(),
-                **self._waits,
-            }
-            if self._peak is not None:
-                timing["model_flop_utilisation"] = self._flops / self.seconds / (self._chips * self._peak)
-            output.writer.write(step, {**numbers, **also, "tokens": step * self._tokens, **timing})
-            self._waits = {}
+        rate = self._tokens / self.seconds
+        timing = {
+            "seconds_per_step": self.seconds,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_chip": rate / self._chips,
+            "goodput": output.goodput.share(),
+            **self._waits,
+        }
+        if self._peak is not None:
+            timing["model_flop_utilisation"] = self._flops / self.seconds / (self._chips * self._peak)
+        self._unwritten = (step, {**numbers, **also, "tokens": step * self._tokens, **timing})
+        if step % output.log_every == 0 or bad or also:
+            output.writer.write(*self._unwritten)
+            self._unwritten, self._waits = None, {}
         if not bad:
             output.bar.update(step, numbers["loss"], self.seconds)

@@ -10,11 +10,11 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models import build
 from ttt_jax.parallel import peers
+from ttt_jax.training import run_config
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.workdir import Workdir
 
@@ -51,7 +51,7 @@ def _source(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple[Wo
     match = re.fullmatch(r"(.+)/checkpoints/(\d+)", named)
     try:
         source = workdir_lib.at(match[1] if match else named)
-        theirs = config_file.from_json(source / "config.json")
+        theirs = run_config.of_run(source)
     except ConfigError as error:
         raise ConfigError(f"training.start_from: {str(error).removeprefix('--workdir ')}") from error
     ours, there = _shapes(abstract_params), _shapes(_abstract_params(theirs.model))

@@ -7,7 +7,6 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import published as published_lib
@@ -15,6 +14,7 @@ from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
 from ttt_jax.sweep.results import flat
+from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir
 
 
@@ -84,7 +84,7 @@ def _flops_of_run(location: str, asked_by: Workdir) -> float:
     of_checkpoint = place.parent.name == "checkpoints"
     workdir = place.parent.parent if of_checkpoint else place
     try:
-        config = config_file.from_json(workdir / "config.json")
+        config = run_config.of_run(workdir)
     except ConfigError as error:
         raise ConfigError(
             f"{asked_by}: started from {location}, whose training counts too, and cannot be read: {error}"

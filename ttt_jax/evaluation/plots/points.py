@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import catalogue, style
+from ttt_jax.evaluation import catalogue, saved, style
 from ttt_jax.sweep import files, sweep_file
 from ttt_jax.workdir import Workdir, explained
 
@@ -204,6 +204,4 @@ def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
             f"{workdir}: no evaluation of the {split} split at its own context; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
-    if not entry.about:
-        raise ConfigError(f"{workdir / 'eval' / entry.stem}.json: damaged; run ttt eval again")
-    return Point(workdir, entry.about, entry.stem)
+    return Point(workdir, entry.about or saved.about(workdir / "eval" / f"{entry.stem}.json"), entry.stem)

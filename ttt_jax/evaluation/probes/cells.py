@@ -6,14 +6,13 @@ Cells are added one by one and stay: those of another step or seed stand beside 
 import contextlib
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttt_jax import finite
 from ttt_jax.config import ConfigError
-from ttt_jax.training.metrics import write_atomically
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.json_files import DamagedFile, read_object, write_atomically, write_object
+from ttt_jax.workdir import Workdir, is_local
 from ttt_jax.workdir_lock import WorkdirLock
 
 Cell = dict[str, Any]
@@ -47,13 +46,14 @@ class Cells:
           ConfigError: where the file is something else.
         """
         try:
-            with explained(self._path):
-                found = json.loads(self._path.read_text())
+            found = read_object(self._path)
             if all(key in {**self._of_old, **cell} for cell in found["cells"] for key in self._keys):
                 return found
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {"cells": []}
-        except (ValueError, KeyError, TypeError):
+        except DamagedFile as error:
+            raise ConfigError(f"{error}; expected what ttt probe wrote, or no file") from error
+        except (KeyError, TypeError):
             pass
         raise ConfigError(f"{self._path}: does not hold cells of a probe; expected what ttt probe wrote, or no file")
 
@@ -73,8 +73,8 @@ class Cells:
         cells = [other for other in self.read()["cells"] if not self._is(which, other)] + [cell]
         if is_local(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = finite.for_json({**about, "cells": cells})[0]  # cells of earlier versions may hold NaN
-        write_atomically(self._path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        # Cells of earlier versions may hold NaN.
+        write_object(self._path, finite.for_json({**about, "cells": cells})[0])
         write_atomically(self._path.with_suffix(".csv"), _table(cells))
         for part in sorted(key for key in cell if isinstance(cell[key], list)):
             rows = [{**{k: c.get(k) for k in self._keys}, **entry} for c in cells for entry in c[part]]
