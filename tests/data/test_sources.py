@@ -9,6 +9,7 @@ import shutil
 import corpus
 import numpy as np
 import pytest
+import tokenizers
 
 from ttt_jax import config as config_lib
 from ttt_jax import json_files
@@ -216,13 +217,70 @@ def test_not_finished(copy):
     [
         ("{", "dataset.json: damaged: it is not JSON"),
         ("[]", "dataset.json: does not describe a dataset of ttt_jax"),
+        ('{"name": "package", "version": 1}', "dataset.json: does not describe a dataset of ttt_jax"),
         ('{"format": "ttt_jax tokens", "version": 2}', "dataset.json: version 2; this ttt_jax reads 1"),
+        ('{"format": "ttt_jax tokens", "version": 1}', "dataset.json: damaged: no tokenizer; expected what ttt token"),
     ],
 )
 def test_a_description_that_is_none(copy, content, message):
     (copy / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=message):
         sources.load(str(copy), "train")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("splits",), None, "no splits"),
+        (("splits",), [], "splits is []"),
+        (("splits", "train"), 7, "no splits.train.tokens"),
+        (("splits", "train", "documents"), None, "no splits.train.documents"),
+        (("splits", "train", "tokens"), "5", "splits.train.tokens is '5'"),
+        (("tokenizer", "kind"), "gpt", "tokenizer.kind is 'gpt'"),
+        (("tokenizer", "name"), None, "no tokenizer.name"),
+        (("vocab_size",), None, "no vocab_size"),
+        (("bos",), "<s>", "bos is '<s>'"),
+    ],
+)
+def test_a_description_that_lacks_something_is_named(copy, place, value, message):
+    description = json_files.read_object(copy / "dataset.json")
+    inner = description
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is None:
+        del inner[place[-1]]
+    (copy / "dataset.json").write_text(json.dumps(description))
+    for read in (lambda: sources.load(str(copy), "train"), lambda: sources.tokenizer_of(str(copy))):
+        with pytest.raises(DataError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{copy}/dataset.json: damaged: {message}")
+
+
+def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
+    """One byte, after which the file is a tokenizer still."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("a")
+    job = Job(tokenizer.load(str(tmp_path / "words.json")), None, None)
+    found = files.find("train", [str(tmp_path / "a.txt")])
+    tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
+    kept = tmp_path / "out/tokenizer.json"
+    assert sources.tokenizer_of(str(tmp_path / "out")).encoder()("b").tolist() == [1]
+
+    content = kept.read_bytes()
+    kept.write_bytes(content.replace(b'"b"', b'"c"'))
+    hashes = [hashlib.sha256(each).hexdigest()[:12] for each in (kept.read_bytes(), content)]
+    with pytest.raises(DataError) as caught:
+        sources.tokenizer_of(str(tmp_path / "out"))
+    assert str(caught.value) == (
+        f"{kept}: damaged, or another tokenizer: its SHA-256 is {hashes[0]}..., that of the tokenizer which made the "
+        f"tokens {hashes[1]}...; expected the file that ttt tokenize has written"
+    )
+    description = json_files.read_object(tmp_path / "out/dataset.json")
+    del description["tokenizer"]["sha256"]  # as of early datasets
+    (tmp_path / "out/dataset.json").write_text(json.dumps(description))
+    assert sources.tokenizer_of(str(tmp_path / "out")).encoder()("c").tolist() == [1]
 
 
 def test_arrays_that_are_not_as_described(copy):

@@ -24,6 +24,17 @@ SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 PROBLEMS = "problems.jsonl"
 GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+_EXPECTED: dict[str, Any] = {  # what every description has, those of earlier versions included
+    "tokenizer": dict,
+    "vocab_size": int,
+    "bos": int | None,
+    "eos": int | None,
+    "dtype": str,
+    "splits": dict,
+}
+_KEPT_AS = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model", "byte": None}
+_OF_TOKENIZER = {"kind": str, "name": str}
+_OF_SPLIT = {"tokens": int, "documents": int, "text_bytes": int, "fingerprint": str}
 
 
 def documents_of(split: str) -> str:
@@ -32,8 +43,8 @@ def documents_of(split: str) -> str:
 
 
 def tokenizer_file(kind: str) -> str | None:
-    """Name under which the tokenizer is kept with its dataset."""
-    return {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model", "byte": None}[kind]
+    """Return the name under which the tokenizer is kept with its dataset; None where it has no file."""
+    return _KEPT_AS[kind]
 
 
 def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -> dict[str, Any]:
@@ -65,10 +76,10 @@ def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -
 
 
 def read_description(store: Store) -> dict[str, Any] | None:
-    """The ``dataset.json`` of a folder; None where there is none.
+    """Return the ``dataset.json`` of a folder; None where there is none.
 
     Raises:
-      DataError: where it is not one that this version reads.
+      DataError: where it is not one that this version reads, or lacks something.
     """
     found = store.read_json(DESCRIPTION)
     if found is None:
@@ -77,7 +88,22 @@ def read_description(store: Store) -> dict[str, Any] | None:
         raise DataError(f"{store.path(DESCRIPTION)}: does not describe a dataset of ttt_jax")
     if found.get("version") != VERSION:
         raise DataError(f"{store.path(DESCRIPTION)}: version {found.get('version')}; this ttt_jax reads {VERSION}")
+    _check(found, _EXPECTED, store, "")
+    _check(found["tokenizer"], _OF_TOKENIZER, store, "tokenizer.")
+    if found["tokenizer"]["kind"] not in _KEPT_AS:
+        raise DataError(f"{store.path(DESCRIPTION)}: damaged: tokenizer.kind is {found['tokenizer']['kind']!r}")
+    for split, about in found["splits"].items():
+        _check(about, _OF_SPLIT, store, f"splits.{split}.")
     return found
+
+
+def _check(about: Any, expected: dict[str, Any], store: Store, inside: str) -> None:
+    """Raise :class:`DataError` where a part of a description lacks a key, or has something else there."""
+    for key, kind in expected.items():
+        has_it = isinstance(about, dict) and key in about
+        if not (has_it and isinstance(about[key], kind)):
+            what = f"{inside}{key} is {about[key]!r}" if has_it else f"no {inside}{key}"
+            raise DataError(f"{store.path(DESCRIPTION)}: damaged: {what}; expected what ttt tokenize has written")
 
 
 def open_split(store: Store, description: dict[str, Any], split: str) -> tuple[Array, Array]:
