@@ -103,6 +103,7 @@ def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
     found = inner_loop.InnerLoop(
         about={
             "model": "TTT-Linear (Mamba backbone)",
+            "step": 100,
             "source": "books/validation",
             "windows": 6,
             "of": "windows",

@@ -153,15 +153,19 @@ def parse_lines(content: bytes) -> Lines:
     return found
 
 
-def read_lines(path: Workdir) -> Lines:
-    """Return the records of a file, and name the lines that were left out on standard error; none without a file."""
+def read_lines(path: Workdir, *, tells: bool = True) -> Lines:
+    """Return the records of a file; none without a file.
+
+    Args:
+      tells: name the lines that were left out on standard error.
+    """
     try:
         with explained(path):
             content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return Lines([], [], {})
     found = parse_lines(content)
-    if found.problems:
+    if found.problems and tells:
         tell(left_out(path, found.problems))
     return found
 

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import engines, tokenizer, train_bpe
 from ttt_jax.data.errors import DataError
@@ -174,11 +175,21 @@ def test_one_that_was_made_of_other_text_of_the_same_size_is_not_taken(tmp_path)
 def test_one_that_was_kept_before_contents_were_is_still_taken(tmp_path, file, monkeypatch):
     kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
     path = tmp_path / "out/_unfinished/tokenizer-made-for.json"
-    made_for = json.loads(path.read_text())
+    made_for = json_files.read_object(path)
+    del made_for["tokenizer_sha256"]
     assert made_for.pop("contents") == [f"sha256:{hashlib.sha256(Path(file.location).read_bytes()).hexdigest()}"]
     path.write_text(json.dumps(made_for))
     monkeypatch.setattr(train_bpe, "train", never)
     assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+
+
+def test_a_damaged_one_is_trained_anew_and_told(tmp_path, file, capsys):
+    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    path = tmp_path / "out/_unfinished/tokenizer.json"
+    path.write_bytes(kept.content.replace(b'"</s>"', b'"</t>"', 1))
+    capsys.readouterr()
+    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    assert capsys.readouterr().err.splitlines()[0] == f"{path}: damaged; the tokenizer is trained anew"
 
 
 def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, file, monkeypatch):

@@ -111,7 +111,7 @@ def test_damaged_files_are_named(evaluation, tmp_path, suffix, content):
 
 def test_files_of_another_version(evaluation, tmp_path):
     path = evaluations.save(evaluation, tmp_path / "eval", "test-6")
-    path.with_suffix(".json").write_text("{}")
+    path.with_suffix(".json").write_text('{"step": 4}')
     np.savez(path, allow_pickle=False, position=evaluation.position, loss=evaluation.loss)
     with pytest.raises(ConfigError, match=r"test-6.npz: not of this version of ttt_jax"):
         evaluations.read(tmp_path, "test", 6)

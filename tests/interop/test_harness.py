@@ -334,6 +334,9 @@ def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
     assert harness_files.save(tmp_path, "a_b", replaced) == f"{tmp_path / 'a_b.json'}{note}"
     assert json_files.read_object(tmp_path / "a_b.json") == replaced
     assert json_files.read_object(tmp_path / "a_b-22.json") == other
+    (tmp_path / "a_b.json").write_text("{")
+    note = " (beside a_b.json, which is damaged)"
+    assert harness_files.save(tmp_path, "a_b", about) == f"{tmp_path / 'a_b-11.json'}{note}"
 
 
 def test_identity_is_of_texts_and_options(model):

@@ -7,6 +7,7 @@ run that was killed goes on there. What is written depends on the input alone, n
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from ttt_jax.data.job import Job, Piece
 from ttt_jax.data.records import Position
 from ttt_jax.data.store import Store
 
-UNFINISHED = dataset.UNFINISHED
+UNFINISHED = "_unfinished"
 _STATE = f"{UNFINISHED}/state.json"
 _DOCUMENTS_SHARD = 1 << 22  # offsets
+_STATE_KEYS = {"plan", "position", "generation", "splits", "skipped", "problems"}
 
 
 @dataclasses.dataclass
@@ -90,6 +92,8 @@ def tokenize(
     state = output.read_json(_STATE)
     if state is None:
         check_empty(output)
+    elif not set(state) >= _STATE_KEYS:
+        raise DataError(f"{output.path(_STATE)}: is not of ttt tokenize; delete {output.location} and begin anew")
     if state is None or not any(split["text_bytes"] for split in state["splits"].values()):
         # Nothing has been written yet, so that a mistake in the first command is no reason to refuse the second.
         state = {
@@ -118,10 +122,12 @@ def tokenize(
         state.update(generation=state["generation"] + 1, position=dataclasses.asdict(position), skipped=now.skipped)
         state["part_read"] = part_read.digest
         folder = f"{UNFINISHED}/{state['generation']}"
+        before = state.get("hashes", {})
+        hashes = state["hashes"] = {name: before[name] for name in map(_problems, state["problems"]) if name in before}
         for split in splits.values():
-            state["splits"][split.name] = split.save(output, folder)
+            state["splits"][split.name] = split.save(output, folder, hashes)
         if problems:
-            output.write(f"{UNFINISHED}/problems/{state['generation']}", "".join(problems).encode())
+            _keep(output, _problems(state["generation"]), "".join(problems).encode(), hashes)
             state["problems"].append(state["generation"])
             problems.clear()
         output.write_json(_STATE, json_files.sealed(state))
@@ -171,7 +177,7 @@ class _Split:
         arrays = {}
         for kind, dtype, entries in (("tokens", job.dtype, shard), ("documents", "int64", _DOCUMENTS_SHARD)):
             target = name if kind == "tokens" else dataset.documents_of(name)
-            rest = _kept(output, f"{UNFINISHED}/{state['generation']}/{target}") if there else b""
+            rest = _kept(output, f"{UNFINISHED}/{state['generation']}/{target}", state) if there else b""
             arrays[kind] = array.ArrayWriter(
                 output, target, dtype, shard=entries, chunk=chunk, rest=rest, **there.get(kind, {})
             )
@@ -186,12 +192,12 @@ class _Split:
         self.text_bytes += piece.text_bytes
         self.unknown += piece.unknown
 
-    def save(self, output: Store, folder: str) -> dict[str, Any]:
-        """Writes what does not fill a shard; returns the rest of what :meth:`__init__` needs to go on."""
+    def save(self, output: Store, folder: str, hashes: dict[str, str]) -> dict[str, Any]:
+        """Write what does not fill a shard, and add its hashes; return what else :meth:`__init__` needs to go on."""
         tokens, more_tokens = self.tokens.state()
         documents, more_documents = self.documents.state()
-        output.write(f"{folder}/{self.name}", more_tokens)
-        output.write(f"{folder}/{dataset.documents_of(self.name)}", more_documents)
+        _keep(output, f"{folder}/{self.name}", more_tokens, hashes)
+        _keep(output, f"{folder}/{dataset.documents_of(self.name)}", more_documents, hashes)
         return {"tokens": tokens, "documents": documents, "text_bytes": self.text_bytes, "unknown_tokens": self.unknown}
 
     def finish(self) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def _finish(
     for name, split in splits.items():
         description["splits"][name] = split.finish()
     if state["skipped"]:
-        found = [_kept(output, f"{UNFINISHED}/problems/{generation}") for generation in state["problems"]]
+        found = [_kept(output, _problems(generation), state) for generation in state["problems"]]
         output.write(dataset.PROBLEMS, b"".join(found))
     kept_as = plan["tokenizer"]["file"]
     if kept_as:
@@ -227,11 +233,24 @@ def _finish(
     return description
 
 
-def _kept(output: Store, name: str) -> bytes:
-    """What the state of a run says that it has written."""
+def _problems(generation: int) -> str:
+    """Return the name of a file of records that were left out."""
+    return f"{UNFINISHED}/problems/{generation}"
+
+
+def _keep(output: Store, name: str, content: bytes, hashes: dict[str, str]) -> None:
+    """Write what a run that is stopped now needs to go on, and add its hash."""
+    output.write(name, content)
+    hashes[name] = hashlib.sha256(content).hexdigest()
+
+
+def _kept(output: Store, name: str, state: dict[str, Any]) -> bytes:
+    """Return what :func:`_keep` wrote; raise DataError where it is gone or damaged."""
     content = output.read(name)
-    if content is None:
-        raise DataError(f"{output.path(name)}: is gone; delete {output.location} and begin anew")
+    expected = state.get("hashes", {}).get(name)  # runs of earlier versions noted none
+    if content is None or expected not in (None, hashlib.sha256(content).hexdigest()):
+        what = "is gone" if content is None else "damaged"
+        raise DataError(f"{output.path(name)}: {what}; delete {output.location} and begin anew")
     return content
 
 

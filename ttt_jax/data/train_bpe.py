@@ -1,10 +1,12 @@
 """A byte-level BPE tokenizer, trained on the documents of a train split with Hugging Face ``tokenizers``."""
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, records, request
 from ttt_jax.data.errors import DataError
@@ -36,22 +38,37 @@ def kept_or_trained(
     if dataset.read_description(output):
         kept = output.read("tokenizer.json")
     else:
-        kept = output.read(_KEPT) if _same(output.read_json(_PURPOSE), purpose, of_train["contents"]) else None
+        kept = _kept(output, purpose, of_train["contents"])
     if kept is None:
         check_empty(output)
         print(f"training a BPE tokenizer of {vocab_size} tokens", file=sys.stderr)
         kept = train(files, vocab_size, job, skip_problems=skip_problems)
         output.write(_KEPT, kept)
-        output.write_json(_PURPOSE, {**purpose, "contents": of_train["contents"]})
+        made_for = {**purpose, "contents": of_train["contents"], "tokenizer_sha256": hashlib.sha256(kept).hexdigest()}
+        output.write_json(_PURPOSE, json_files.sealed(made_for))
     return from_huggingface(kept, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
 
 
-def _same(there: Any, purpose: dict[str, Any], contents: list[str]) -> bool:
-    """Return whether a kept tokenizer was made for this; those of earlier versions do not know contents."""
+def _kept(output: Store, purpose: dict[str, Any], contents: list[str]) -> bytes | None:
+    """Return the tokenizer that was trained for this earlier; None where there is none, or it is damaged.
+
+    What earlier versions kept knows neither contents nor a hash.
+    """
+    try:
+        there = output.read_json(_PURPOSE)
+    except DataError as error:
+        json_files.tell(f"{error}; the tokenizer is trained anew")
+        return None
     if not isinstance(there, dict):
-        return False
-    earlier = there.pop("contents", [])
-    return there == purpose and request.other_content(contents, earlier) is None
+        return None
+    earlier, expected = there.pop("contents", []), there.pop("tokenizer_sha256", None)
+    if there != purpose or request.other_content(contents, earlier) is not None:
+        return None
+    kept = output.read(_KEPT)
+    if kept is not None and expected not in (None, hashlib.sha256(kept).hexdigest()):
+        json_files.tell(f"{output.path(_KEPT)}: damaged; the tokenizer is trained anew")
+        return None
+    return kept
 
 
 def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False) -> bytes:

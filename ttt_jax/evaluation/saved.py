@@ -21,6 +21,7 @@ from ttt_jax.workdir import Workdir, explained, is_local
 
 T = TypeVar("T")
 _ARRAYS = "npz_sha256"  # key of the hash of the .npz in the .json
+_KNOWN = {_ARRAYS, "model", "step", "context", "split", "source", "fingerprint", "loss"}
 
 
 def write(
@@ -56,7 +57,7 @@ def about(path: Workdir) -> dict[str, Any]:
       FileNotFoundError: where there is none.
       DamagedFile: where it is not what was written.
     """
-    found = json_files.read_object(path)
+    found = _read(path)
     found.pop(_ARRAYS, None)
     return found
 
@@ -73,7 +74,7 @@ def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     """
     try:
         with explained(path):
-            about = json_files.read_object(path.with_suffix(".json"))
+            about = _read(path.with_suffix(".json"))
             content = path.read_bytes()
         expected = about.pop(_ARRAYS, None)
         if expected not in (None, hashlib.sha256(content).hexdigest()):
@@ -90,3 +91,10 @@ def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     if arrays.keys() != {field.name for field in fields}:
         raise ConfigError(f"{path}: not of this version of ttt_jax; expected the arrays that {verb} writes now")
     return kind(about, **arrays)
+
+
+def _read(path: Workdir) -> dict[str, Any]:
+    found = json_files.read_object(path)
+    if not _KNOWN & set(found):
+        raise json_files.DamagedFile(f"{path}: holds no results; expected what ttt eval or ttt inspect writes")
+    return found

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax import json_files
 from ttt_jax.evaluation.catalogue import short_hash
-from ttt_jax.json_files import write_atomically
 from ttt_jax.workdir import Workdir, explained, is_local
 
 _SECONDS_BETWEEN_PARTS = 10.0
+_PLAN = "plan.json"  # the identity of the evaluation
 
 
 class Unfinished:
@@ -36,16 +37,15 @@ class Unfinished:
         check: Callable[[], None] = lambda: None,
     ):
         self._check = check
-        self._folder, self._identity, self._lengths = folder, json.dumps(identity, sort_keys=True), lengths
+        self._folder, self._identity, self._lengths = folder, json.loads(json.dumps(identity)), lengths
         self._waiting: list[np.ndarray] = []
         self._written, self._clock = 0, -math.inf  # the first one is written at once
 
     def restore(self) -> list[np.ndarray]:
-        """The arrays that are there."""
+        """Return the arrays that are there; those that are damaged, and those after them, are to be computed again."""
         found: list[np.ndarray] = []
         with explained(self._folder):
-            plan = self._folder / "plan.json"
-            if plan.exists() and plan.read_text() == self._identity:
+            if self._is_of_this():
                 for path in sorted(self._folder.glob("*.npy")):
                     found += self._read(path, len(found))
             else:
@@ -72,7 +72,7 @@ class Unfinished:
             if is_local(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
             if not self._written:
-                write_atomically(self._folder / "plan.json", self._identity)
+                json_files.write_object(self._folder / _PLAN, self._identity)
             _write(self._folder / name, content.getvalue())
         self._written += len(self._waiting)
         self._waiting, self._clock = [], time.monotonic()
@@ -86,20 +86,33 @@ class Unfinished:
                 if is_local(self._folder):  # a folder of a bucket is gone with its last file
                     self._folder.rmdir()
 
+    def _is_of_this(self) -> bool:
+        path = self._folder / _PLAN
+        try:
+            if json_files.read_object(path) == self._identity:
+                return True
+            problem = f"{path}: is of another evaluation, such as one of an earlier checkpoint"
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except json_files.DamagedFile as error:
+            problem = str(error)
+        json_files.tell(f"{problem}; this evaluation begins anew")
+        return False
+
     def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
         """Yield the arrays of one part, if it is the next one and whole."""
         match = re.fullmatch(r"(\d{8})-(\d{8})(?:-([0-9a-f]{8}))?", path.stem)  # without checksum: of before
         if match is None or int(match[1]) != first:
             return
         lengths, content = self._lengths[first : int(match[2])], path.read_bytes()
-        if match[3] and int(match[3], 16) != zlib.crc32(content):
-            return
         try:
             array = np.load(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError):  # not whole
+        except (ValueError, EOFError):
+            array = np.empty(0)
+        if array.shape != (sum(lengths),) or (match[3] and int(match[3], 16) != zlib.crc32(content)):
+            json_files.tell(f"{path}: damaged; what was computed from there on is computed again")
             return
-        if array.shape == (sum(lengths),):
-            yield from np.split(array, np.cumsum(lengths)[:-1])
+        yield from np.split(array, np.cumsum(lengths)[:-1])
 
 
 def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequence[str]) -> Workdir:
@@ -115,9 +128,9 @@ def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequ
         if own.is_dir():
             return own
         try:
-            there = json.loads((plain / "plan.json").read_text())
+            there = json_files.read_object(plain / _PLAN)
             return plain if all(there[key] == identity[key] for key in of_tokens) else own
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, json_files.DamagedFile, KeyError):
             return plain
 
 

@@ -24,11 +24,11 @@ def save(folder: Workdir, name: str, about: dict[str, Any]) -> str:
     path, note = folder / f"{name}.json", ""
     there = _read(path)
     if there is not None and not _same(there, about):
-        note = f" (beside {path.name}, which is of other options or texts)"
+        note = f" (beside {path.name}, which is {'of other options or texts' if there else 'damaged'})"
         path = folder / f"{name}-{about['identity']}.json"
         there = _read(path)
-    if there and there.get("model_step") != about["model_step"]:
-        note += f" (in place of the result of step {there.get('model_step')})"
+    if there and there.get("model_step", about["model_step"]) != about["model_step"]:
+        note += f" (in place of the result of step {there['model_step']})"
     with explained(path):
         write_object(path, json.loads(json.dumps(about, default=str)))
     return f"{path}{note}"

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 
-from ttt_jax.json_files import write_object
+from ttt_jax.json_files import tell, write_object
 from ttt_jax.sweep.files import json_object
 from ttt_jax.workdir import Workdir, is_local
 
@@ -43,12 +43,15 @@ class Record:
 
 
 def read(workdir: Workdir) -> Record | None:
-    """The record of a point; None where it has none."""
+    """Return the record of a point; None where it has none, or a damaged one, which is told on standard error."""
     content = json_object(workdir / NAME)
+    if content is None:
+        return None
     known = {field.name for field in dataclasses.fields(Record)}
     try:
-        return None if content is None else Record(**{key: x for key, x in content.items() if key in known})
+        return Record(**{key: x for key, x in content.items() if key in known})
     except TypeError:
+        tell(f"{workdir / NAME}: is no record of a point of a sweep; passed over")
         return None
 
 

@@ -66,12 +66,13 @@ def read(workdir: Workdir) -> list[dict[str, float]]:
 
 def _open(path: Workdir, step: int) -> "_LocalFile | BucketFile":
     """Return the file to append to, without the records after ``step``. A file with damaged lines is kept aside."""
-    there = json_files.read_lines(path)
+    there = json_files.read_lines(path, tells=False)
     kept = "".join(
         text + "\n" for text, record in zip(there.texts, there.records, strict=True) if record["step"] <= step
     )
     if there.problems:
-        json_files.tell(f"{path}: kept as it was under the name {json_files.set_aside(path)}")
+        aside = json_files.set_aside(path)
+        json_files.tell(f"{json_files.left_out(path, there.problems)}, and the file is kept as {aside}")
     if not is_local(path):
         return BucketFile(path, kept)
     if kept or path.exists():

@@ -13,6 +13,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, saved, style
 from ttt_jax.sweep import files, sweep_file
+from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir, explained
 
 _NOT_OF_THE_MODEL = (
@@ -181,7 +182,7 @@ def check_same_text(points: Sequence[Point]) -> None:
 
 def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
     with explained(directory):
-        if (directory / "config.json").exists():
+        if (directory / run_config.NAME).exists() or (directory / "checkpoints").is_dir():
             return [directory]
         sweep = sweep_file.read(directory)
         if sweep is not None:
@@ -194,10 +195,7 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
 
 
 def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
-    config = files.json_object(workdir / "config.json") or {}
-    context = config.get("data", {}).get("sequence_length")
-    if not isinstance(context, int):
-        raise ConfigError(f"{workdir}: its config.json has no data.sequence_length; expected what ttt train wrote")
+    context = run_config.of_run(workdir).data.sequence_length
     entry = catalogue.find(workdir / "eval", split, context, **which)
     if entry is None:
         raise ConfigError(

@@ -1,0 +1,130 @@
+"""Files of every kind that the package writes, small and real: of a run, a dataset, an evaluation and a sweep."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import saved_runs
+
+from ttt_jax import config as config_lib
+from ttt_jax.data import engines, job, tokenizer, train_bpe
+from ttt_jax.data import files as input_files
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+from ttt_jax.evaluation.probes.cells import Cells
+from ttt_jax.evaluation.unfinished import Unfinished
+from ttt_jax.sweep import axes, points, record, sweep_file
+from ttt_jax.training import loop
+
+BYTES = job.Job(tokenizer.byte(), None, None)
+SMALL = {"shard": 1024, "chunk": 256, "unit_bytes": 1500, "save_seconds": -1}
+IDENTITY = {"of": "windows", "windows": 6}
+LENGTHS = [8] * 6
+UNFINISHED = "sweep/a/eval/.validation-32.unfinished"
+
+
+def make(root: Path) -> None:
+    """Make a run that is a point of a sweep, with results, a dataset, and one that is not finished."""
+    texts = inputs(root)
+    trained = train_bpe.train(texts[:1], 300, BYTES)
+    (root / "bpe.json").write_bytes(trained)
+    tokenize(texts, tokenize_job(root), Store(root / "dataset"), engines.processes(1), **SMALL)
+    stopped(root, "unfinished", **SMALL)
+    train_bpe.kept_or_trained(Store(root / "begun"), texts, 300, BYTES)
+
+    workdir = root / "sweep" / "a"
+    loop.train(config_of(root), workdir)
+    sweep_file.write(
+        root / "sweep",
+        sweep_file.Sweep(
+            {"training.duration": "4 steps"},
+            [axes.Axis(("seed",), ((1,),))],
+            [points.Point("a", "configs/quickstart.py", {"training.seed": 1}, 4)],
+        ),
+    )
+    record.write(workdir, record.Record(record.DONE, 4, 0, ended=5.0))
+    saved_runs.save_evaluation(workdir, {**_about(), "config": config_of(root).to_dict()}, loss=2.0)
+    ones = {name: np.ones((2, 64)) for name in ("loss_at_w0", "loss_before", "loss_after")}
+    saved_runs.save_inspection(workdir, ones)
+    cells = Cells(workdir, "needle", ["context", "depth"])
+    for depth in (0.0, 0.5):
+        cells.add(
+            {"context": 64, "depth": depth, "share": 0.25, "asked": [{"answer": "7", "right": True}]}, {"step": 4}
+        )
+    half = Unfinished(root / UNFINISHED, IDENTITY, LENGTHS)
+    for i in range(4):
+        half.add(np.arange(8.0) + i)
+        half.flush()
+
+
+def inputs(root: Path) -> list[input_files.InputFile]:
+    rng = np.random.default_rng(0)
+    words = ["loss", "of", "a", "small", "model", "whose", "weights", "learn", "été", "\n"]
+    for split, count in (("train", 40), ("validation", 8)):
+        path = root / f"{split}.jsonl"
+        if not path.exists():
+            texts = [" ".join(rng.choice(words, 30)) for _ in range(count)]
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [
+        found for split in ("train", "validation") for found in input_files.find(split, [str(root / f"{split}.jsonl")])
+    ]
+
+
+def tokenize_job(root: Path) -> job.Job:
+    kept = tokenizer.load(str(root / "bpe.json"), bos_token="<s>", eos_token="</s>")
+    return job.Job(kept, kept.bos, kept.eos)
+
+
+def stopped(root: Path, name: str, **sizes: Any) -> None:
+    """Tokenize one half of the texts."""
+    units = iter(range(100))
+    store = Store(root / name)
+    tokenize(inputs(root), tokenize_job(root), store, engines.processes(1), stop=lambda: next(units) > 3, **sizes)
+
+
+SETTINGS = {
+    "model.vocab_size": 300,
+    "model.width": 16,
+    "model.num_layers": 1,
+    "model.num_heads": 2,
+    "model.mlp_width": 16,
+    "data.sequence_length": 32,
+    "data.batch_size": 1,
+    "training.duration": "4 steps",
+    "checkpoint.every": "2 steps",
+    "checkpoint.keep_last": 2,
+    "evaluation.every": "2 steps",
+    "evaluation.windows": 1,
+    "log.every": "1 step",
+}
+
+
+def config_of(root: Path) -> Any:
+    """Return the config of the run."""
+    config = config_lib.default()
+    for key, value in {**SETTINGS, "data.source": str(root / "dataset")}.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    config_lib.validate(config)
+    return config
+
+
+def _about() -> dict[str, Any]:
+    return {
+        "workdir": "sweep/a",
+        "model": "TTT-Linear (Mamba backbone)",
+        "parameters": 5,
+        "step": 4,
+        "training_tokens": 128,
+        "training_flops": 1e9,
+        "source": "dataset/validation",
+        "fingerprint": "f1",
+        "split": "validation",
+        "of": "windows",
+        "carried": False,
+        "context": 32,
+        "training_context": 32,
+        "windows": saved_runs.WINDOWS,
+        "documents": saved_runs.WINDOWS,
+    }

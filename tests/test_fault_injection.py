@@ -1,0 +1,267 @@
+"""Damage to every file of a run, a dataset, an evaluation and a sweep: what is read is right, or one line names it.
+
+Each reader returns what it makes of its files. After damage it returns the same; or what it says that it went back to
+(an older checkpoint, fewer records, a point to be run again); or it raises one line that names a file or its folder.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from faults import KINDS, damage, files
+from files_of_all_kinds import BYTES, IDENTITY, LENGTHS, SMALL, UNFINISHED, config_of, inputs, make, tokenize_job
+
+from ttt_jax import config as config_lib
+from ttt_jax import json_files
+from ttt_jax.config import ConfigError
+from ttt_jax.data import engines, sources, train_bpe
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+from ttt_jax.evaluation import evaluations, inner_loop_files
+from ttt_jax.evaluation.probes.cells import Cells
+from ttt_jax.evaluation.unfinished import Unfinished
+from ttt_jax.parallel import sharding
+from ttt_jax.sweep import record, sweep_file
+from ttt_jax.training import metrics, program, run_config, validation
+from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.errors import CheckpointError
+from ttt_jax.training.goodput import Goodput
+
+SEEDS = {"flip": 6, "cut": 4, "empty": 1, "delete": 1, "foreign": 1, "duplicate": 2}
+SAID = (ConfigError, DataError, CheckpointError, OSError)  # what a command tells of in one line
+
+
+class Reader(NamedTuple):
+    """What reads files.
+
+    Attributes:
+      files: under the folder of :func:`made`.
+      read: from a folder like it.
+      fewer: whether something that was found may be what is left of what there was.
+    """
+
+    files: str
+    read: Callable[[Path], Any]
+    fewer: Callable[[Any, Any], bool] = lambda found, whole: False
+    seeds: float = 1  # times those of SEEDS
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    make(root)
+    return root
+
+
+# ---- What reads them
+
+
+def _restored(root: Path) -> list[np.ndarray]:
+    """Restore a copy, for what is damaged is removed."""
+    with _copy(root, UNFINISHED) as copy:
+        return Unfinished(copy, IDENTITY, LENGTHS).restore()
+
+
+def _newest(root: Path) -> Any:
+    checkpoints = Checkpoints(root / "sweep" / "a", read_only=True)
+    try:
+        return checkpoints.restore_newest(_abstract(root))
+    finally:
+        checkpoints.close()
+
+
+_made: dict[Path, Any] = {}
+
+
+def _abstract(root: Path) -> Any:
+    if root not in _made:
+        config = config_of(root)
+        mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
+        _made[root] = program.make(config, mesh).abstract_state
+    return _made[root]
+
+
+def _data(folder: Path) -> Any:
+    found = {"tokenizer": sources.tokenizer_of(str(folder)).content}
+    for split in ("train", "validation"):
+        source = sources.load(str(folder), split)
+        documents = source.documents
+        assert documents is not None
+        found[split] = (
+            source.piece(0, len(source.tokens) - 1),
+            documents[0 : len(documents)],
+            (source.bos, source.vocab_size, source.tokenizer[0], source.tokenizer[2], source.fingerprint()),
+        )
+    return found
+
+
+def _kept_tokenizer(root: Path) -> bytes:
+    with _copy(root, "begun") as copy:
+        return train_bpe.kept_or_trained(Store(copy), inputs(root), 300, BYTES).content
+
+
+def _gone_on_with(root: Path) -> Any:
+    """Finish a copy of the dataset that is not finished."""
+    with _copy(root, "unfinished") as copy:
+        tokenize(inputs(root), tokenize_job(root), Store(copy), engines.processes(1), **SMALL)
+        return _data(copy)
+
+
+def _records_gone_on_with(root: Path) -> Any:
+    with _copy(root, "sweep/a/metrics.jsonl") as copy:
+        writer = metrics.MetricsWriter(copy.parent, 3)
+        writer.close()
+        return metrics.read(copy.parent)
+
+
+def _started(root: Path) -> float:
+    with _copy(root, "sweep/a/started.json") as copy:
+        return Goodput(copy.parent, 1.0)._started
+
+
+@contextlib.contextmanager
+def _copy(root: Path, name: str):
+    """Copy a file or folder, if it is there, to the same name under another folder."""
+    folder = root.parent / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    path, copy = root / name, folder / name
+    copy.parent.mkdir(parents=True)
+    try:
+        if path.is_dir():
+            shutil.copytree(path, copy)
+        elif path.exists():
+            shutil.copy(path, copy)
+        yield copy
+    finally:
+        shutil.rmtree(folder)
+
+
+def _some_in_order(found: list, whole: list) -> bool:
+    rest = iter(whole)
+    return all(any(_equal(one, other) for other in rest) for one in found)
+
+
+READERS = {
+    "config": Reader("sweep/a/config.json", lambda root: run_config.of_run(root / "sweep" / "a").to_dict(), seeds=4),
+    "config of checkpoints": Reader(
+        "sweep/a/checkpoints/*/*", lambda root: run_config.of_run(root / "sweep" / "a").to_dict()
+    ),
+    "checkpoints": Reader("sweep/a/checkpoints", _newest, lambda found, whole: found.step == 2, 0.34),
+    "metrics": Reader("sweep/a/metrics.jsonl", lambda root: metrics.read(root / "sweep" / "a"), _some_in_order, 8),
+    "metrics that are gone on with": Reader("sweep/a/metrics.jsonl", _records_gone_on_with, _some_in_order, 4),
+    "losses": Reader(
+        "sweep/a/metrics.jsonl",
+        lambda root: validation.read_losses(root / "sweep" / "a"),
+        lambda found, whole: found.items() <= whole.items(),
+        4,
+    ),
+    "start": Reader("sweep/a/started.json", _started, lambda found, whole: found > whole, 4),
+    "dataset": Reader("dataset", lambda root: _data(root / "dataset")),
+    "dataset that is not finished": Reader("unfinished", _gone_on_with),
+    "tokenizer of a dataset that is begun": Reader("begun", _kept_tokenizer),
+    "evaluation": Reader("sweep/a/eval/*", lambda root: evaluations.read(root / "sweep" / "a", "validation"), seeds=2),
+    "evaluations": Reader(
+        "sweep/a/eval/*", lambda root: evaluations.listed(root / "sweep" / "a"), lambda found, _: found == []
+    ),
+    "evaluation that is not finished": Reader(
+        f"{UNFINISHED}/*",
+        _restored,
+        lambda found, whole: _equal(found, whole[: len(found)]),
+        2,
+    ),
+    "inspection": Reader(
+        "sweep/a/inspect/*", lambda root: inner_loop_files.read(root / "sweep" / "a", "validation"), seeds=2
+    ),
+    "probe": Reader(
+        "sweep/a/probe/*",
+        lambda root: Cells(root / "sweep" / "a", "needle", ["context", "depth"]).read(),
+        lambda found, _: found == {"cells": []},
+    ),
+    "sweep": Reader("sweep/sweep.json", lambda root: sweep_file.expected(root / "sweep"), seeds=4),
+    "point": Reader(
+        "sweep/a/point.json", lambda root: record.read(root / "sweep" / "a"), lambda found, _: found is None, 4
+    ),
+}
+_QUIETLY = ("cut", "empty", "delete")  # a file that ends early may be one that was being written
+
+
+def _faults(root: Path, reader: Reader) -> list[tuple[Path, str, int]]:
+    found = sorted(root.glob(reader.files))
+    paths = [path for each in found for path in (files(each) if each.is_dir() else [each])]
+    assert paths
+    return [
+        (path, kind, seed)
+        for path in paths
+        for kind in KINDS
+        for seed in range(max(1, int(SEEDS[kind] * (reader.seeds if SEEDS[kind] > 1 else 1))))
+    ]
+
+
+def test_there_are_a_thousand_faults(made):
+    count = sum(len(_faults(made, reader)) for reader in READERS.values())
+    assert count >= 1000
+
+
+_SLOW = ("checkpoints", "dataset that is not finished")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in READERS])
+def test_what_is_read_is_right_or_named(made, name, capfd):
+    reader = READERS[name]
+    whole = reader.read(made)
+    wrong = []
+    for path, kind, seed in _faults(made, reader):
+        json_files._told.clear()
+        capfd.readouterr()
+        with damage(path, kind, seed):
+            try:
+                found = reader.read(made)
+            except SAID as error:
+                problem = _unclear(str(error), path, made)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                said = capfd.readouterr().err
+                problem = _difference(found, whole, reader, kind, said, path, made)
+        if problem:
+            wrong.append(f"{path.relative_to(made)} {kind} {seed}: {problem}")
+    assert not wrong, f"{len(wrong)} of {len(_faults(made, reader))}:\n" + "\n".join(wrong[:40])
+    assert _equal(reader.read(made), whole)  # nothing was left behind
+
+
+def _difference(found: Any, whole: Any, reader: Reader, kind: str, said: str, path: Path, root: Path) -> str:
+    if _equal(found, whole):
+        return ""
+    if not reader.fewer(found, whole):
+        return f"another value: {found} instead of {whole}"[:300]
+    return "" if kind in _QUIETLY else _unclear(said, path, root)
+
+
+def _unclear(said: str, path: Path, root: Path) -> str:
+    """Return what is wrong with a message; empty where it is one line and names the file or a folder it is in."""
+    if "\n" in said.strip():
+        return f"more than one line: {said!r}"
+    relative = path.relative_to(root)  # the reader may have read a copy
+    places = [relative, *list(relative.parents)[:-1]]
+    return "" if any(f"/{place}" in said for place in places) else f"names no file: {said!r}"
+
+
+def _equal(found: Any, whole: Any) -> bool:
+    """Whether two values are the same, bit for bit; of objects, the keys that were there before."""
+    if dataclasses.is_dataclass(whole):
+        return type(found) is type(whole) and _equal(vars(found), vars(whole))
+    if isinstance(whole, dict):
+        return isinstance(found, dict) and all(key in found and _equal(found[key], whole[key]) for key in whole)
+    if isinstance(whole, (list, tuple)):
+        return type(found) is type(whole) and len(found) == len(whole) and all(map(_equal, found, whole))
+    if isinstance(whole, (np.ndarray, np.generic, jax.Array)):
+        left, right = np.asarray(found), np.asarray(whole)
+        return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+    return bool(type(found) is type(whole) and (found == whole or found != found))

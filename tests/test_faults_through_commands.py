@@ -1,0 +1,137 @@
+"""Damage to files of every kind, and the commands that read them: each goes on rightly, or one line names the file."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import files_of_all_kinds
+import pytest
+from faults import damaged
+
+from ttt_jax import cli, json_files
+from ttt_jax.data import engines
+from ttt_jax.data.store import Store
+from ttt_jax.data.tokenize import tokenize
+from ttt_jax.exit_status import DONE, FAILED, REFUSED
+from ttt_jax.training import metrics
+
+RUN, EVAL = "sweep/a", "sweep/a/eval/validation-32"
+TOKENIZE = ["tokenize", "--train", "train.jsonl", "--validation", "validation.jsonl", "--tokenizer", "bpe.json"]
+COMMANDS = {
+    "train": ["train", "--config", "config.py", "--workdir", RUN],
+    "tokenize": [*TOKENIZE, "--output", "tokenized"],
+    "tokenize the rest": [*TOKENIZE, "--output", "half"],
+    "curves": ["plot", "loss-by-position", RUN, RUN, "--output", "curves.svg"],
+    "table": ["plot", "table", RUN],
+    "compare": ["eval", "compare", RUN, RUN],
+    "inner loss": ["plot", "inner-loss", RUN, "--output", "inner.svg"],
+    "status": ["sweep", "status", "sweep"],
+    "results": ["sweep", "results", "sweep", "--json"],
+}
+FAULTS = [
+    *((f"{RUN}/config.json", kind, "train") for kind in ("flip", "cut", "empty", "delete", "foreign", "duplicate")),
+    *((f"{RUN}/metrics.jsonl", kind, "train") for kind in ("flip", "cut", "empty", "delete", "foreign", "duplicate")),
+    *((f"{RUN}/metrics.jsonl", kind, "results") for kind in ("flip", "empty", "delete", "foreign", "duplicate")),
+    *((f"{RUN}/started.json", kind, "train") for kind in ("cut", "empty", "foreign")),
+    *((f"{RUN}/checkpoints/4/meta/metadata", kind, "train") for kind in ("flip", "empty", "foreign")),
+    *((f"{RUN}/config.json", kind, "table") for kind in ("flip", "empty", "delete")),
+    *((f"{EVAL}.json", kind, "curves") for kind in ("flip", "cut", "delete", "foreign")),
+    *((f"{EVAL}.npz", kind, "curves") for kind in ("flip", "empty", "delete", "duplicate")),
+    *((f"{EVAL}.npz", kind, "compare") for kind in ("flip", "cut", "foreign")),
+    *((f"{EVAL}.json", kind, "table") for kind in ("flip", "empty", "foreign", "duplicate")),
+    *((f"{RUN}/inspect/validation-64.npz", kind, "inner loss") for kind in ("flip", "delete")),
+    *((f"{RUN}/inspect/validation-64.json", kind, "inner loss") for kind in ("cut", "foreign")),
+    *((f"{RUN}/point.json", kind, "status") for kind in ("flip", "empty", "delete", "foreign")),
+    *(("sweep/sweep.json", kind, "status") for kind in ("flip", "empty", "delete", "foreign")),
+    *(("sweep/sweep.json", kind, "results") for kind in ("cut", "duplicate")),
+    *(("tokenized/dataset.json", kind, "tokenize") for kind in ("flip", "empty", "foreign")),
+    *(("dataset/dataset.json", kind, "train") for kind in ("flip", "delete", "foreign")),
+    *(("dataset/train/zarr.json", kind, "train") for kind in ("flip", "empty", "delete")),
+    *(("dataset/validation/c/0", kind, "train") for kind in ("cut", "empty", "foreign")),
+    *(("half/_unfinished/state.json", kind, "tokenize the rest") for kind in ("flip", "cut", "foreign")),
+]
+pytestmark = pytest.mark.slow
+QUIETLY = ("cut", "empty", "delete")  # a file that is not there, or ends early, may be one that was being written
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("whole") / "made"
+    root.mkdir()
+    files_of_all_kinds.make(root)
+    values = {**files_of_all_kinds.SETTINGS, "data.source": "dataset"}
+    lines = [f"    config.{key} = {value!r}\n" for key, value in values.items()]
+    program = "from ttt_jax import config as lib\n\n\ndef get_config(_=None):\n    config = lib.default()\n"
+    (root / "config.py").write_text(program + "".join(lines) + "    return config\n")
+    inputs, job = files_of_all_kinds.inputs(root), files_of_all_kinds.tokenize_job(root)
+    tokenize(inputs, job, Store(root / "tokenized"), engines.processes(1))
+    files_of_all_kinds.stopped(root, "half", unit_bytes=1500, save_seconds=-1)
+    shutil.copytree(root, root.with_name("kept"))
+    return root
+
+
+@pytest.fixture
+def run(whole, monkeypatch, capfd) -> Callable[[str], tuple[int, str, str]]:
+    """Run a command in the folder, after the files were damaged; return its status, stdout and stderr."""
+
+    def run(name: str, damage: Callable[[], None] = lambda: None) -> tuple[int, str, str]:
+        shutil.rmtree(whole)
+        shutil.copytree(whole.with_name("kept"), whole)
+        monkeypatch.chdir(whole)
+        damage()
+        json_files._told.clear()
+        capfd.readouterr()
+        status = cli.main(COMMANDS[name])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """What comes out of commands whose files are whole, by their names."""
+    return {}
+
+
+def test_there_are_forty():
+    assert len(FAULTS) >= 40
+    assert {command for _, _, command in FAULTS} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_said_of_files_that_are_whole(run, name):
+    status, _, said = run(name)
+    assert status == DONE, said
+    assert "damaged" not in said
+    assert ".json" not in said
+
+
+@pytest.mark.parametrize(("name", "kind", "command"), FAULTS)
+def test_it_goes_on_or_one_line_names_the_file(run, whole, expected, name, kind, command):
+    def damage() -> None:
+        path = whole / name
+        left = damaged(path.read_bytes(), kind, 0, path.suffix)
+        path.unlink() if left is None else path.write_bytes(left)
+
+    if command not in expected:
+        status, _, expected[command] = _outcome(whole, run, command)
+        assert status == DONE
+    status, said, found = _outcome(whole, run, command, damage)
+    places = [name, *(f"{folder}" for folder in list(Path(name).parents)[:-1])]
+    named = [line for line in said if any(place in line for place in places)]
+    if status == DONE:
+        assert found == expected[command] or named or kind in QUIETLY
+    else:
+        assert status in (FAILED, REFUSED)
+        assert said == named[-1:]
+
+
+def _outcome(root: Path, run: Callable, command: str, *damage: Callable[[], None]) -> tuple[int, list[str], Any]:
+    """Run a command; return its status, the lines of stderr, and what came out of it."""
+    status, out, said = run(command, *damage)
+    if status == DONE and command == "train":
+        out = [(record["step"], record["loss"]) for record in metrics.read(root / RUN)]
+    elif status == DONE and command.startswith("tokenize"):
+        out = json_files.read_object(Path(COMMANDS[command][-1]) / "dataset.json")["splits"]
+    return status, said.splitlines(), out
