@@ -78,7 +78,7 @@ def test_a_command_that_is_right(here, capsys):
     report = (
         "out: byte, 258 tokens in the vocabulary; bos 256; eos 257\n"
         f"  train: {documents} documents, {SIZE + 2 * documents:,} tokens, {SIZE:,} bytes of text\n"
-        "  validation: 1 documents, 12 tokens, 10 bytes of text\n"
+        "  validation: 1 document, 12 tokens, 10 bytes of text\n"
     )
     assert printed.out == report
     assert printed.err.startswith(f"{documents + 1} documents  {SIZE + 2 * documents + 12:,} tokens  ")
@@ -140,6 +140,24 @@ def test_what_was_left_out_is_counted_and_listed(here, capsys):
     ]
 
 
+def test_a_file_with_two_names_is_read_once_and_one_is_not_many(here, capsys):
+    (here / "one.txt").write_text("a")
+    os.symlink("one.txt", "two.txt")
+    (here / "bad.jsonl").write_text("junk\n")
+    command = ["--train", "one.txt", "two.txt", "one.txt", "bad.jsonl", "--on-error", "skip", "--no-bos", "--no-eos"]
+    assert ttt(*command, "--tokenizer", "byte", "--output", "out", "--workers", 1) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == (
+        f"2 files left out, read already: --train {here}/two.txt (the same file as {here}/one.txt), "
+        f"--train {here}/one.txt (named twice)"
+    )
+    assert printed.err.splitlines()[-1].startswith("1 document  1 token  1 left out  ")
+    assert printed.out.splitlines()[1:] == [
+        "  train: 1 document, 1 token, 1 byte of text",
+        "  left out: 1 record, listed in out/problems.jsonl",
+    ]
+
+
 GOOD = "--train a.jsonl --tokenizer byte --output out"
 WRONG = [
     # A command that cannot be run: exit status 2.
@@ -174,7 +192,6 @@ WRONG = [
     ("--train *.xyz --tokenizer byte --output out", 2, "--train *.xyz: no such file"),
     ("--train notes.md --tokenizer byte --output out", 2, "--train {here}/notes.md: cannot be read; expected a name"),
     ("--train nofs://a/b.jsonl --tokenizer byte --output out", 2, "--train nofs://a/b.jsonl: Protocol not known: nofs"),
-    ("--train a.jsonl a.jsonl --tokenizer byte --output out", 2, "--train {here}/a.jsonl: is in --train already"),
     (f"{GOOD} --validation a.jsonl", 2, "--validation {here}/a.jsonl: is in --train already"),
     (f"{GOOD} --validation ./full/../a.jsonl", 2, "--validation {here}/full/../a.jsonl: is in --train already"),
     (f"{GOOD} --test file://{{here}}/a.jsonl", 2, "--test file://{here}/a.jsonl: is in --train already"),

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from ttt_jax import extras
 from ttt_jax.config import ConfigError
 from ttt_jax.status_line import StatusLine, duration
 from ttt_jax.stop_signals import StopSignals
+from ttt_jax.wording import counted
 from ttt_jax.workdir_lock import WorkdirLock
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ DESCRIPTION = """\
 Tokenizes files of text into a dataset that ttt train reads: a zarr3 array for each split, and dataset.json.
 
 FILES are paths, globs, folders or URLs (gs://, s3://, hf://, ... with the package that fsspec needs for it) of
-.jsonl, .json, .txt (a document each) and .parquet, also .zst or .gz. DIR is a folder or a gs:// URL.
+.jsonl, .ndjson, .json, .txt (a document each) and .parquet, all but the last also with .zst, .gz, .xz or .bz2.
+DIR is a folder or a gs:// URL.
 
 A command that was stopped or killed goes on where it was when it is run again, and ends with the same bytes.
 """
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         for split in ("train", "validation", "test")
         for file in files.find(split, getattr(options, split), options.output)
     ]
-    _check_files(found)
+    found = files.distinct(found)
     if any(file.kind == "parquet" for file in found):
         extras.check("parquet", "pyarrow", "reading .parquet")
     if options.engine == "ray":
@@ -91,15 +92,16 @@ def run(options: argparse.Namespace) -> int:
     print("; ".join(f"{key} {'none' if about[key] is None else about[key]}" for key in ("bos", "eos")))
     for split, counts in about["splits"].items():
         print(
-            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
-            f"{counts['text_bytes']:,} bytes of text"
+            f"  {split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}, "
+            f"{counted(counts['text_bytes'], 'byte')} of text"
         )
         if counts.get("unknown_tokens"):
+            verb = "stands" if counts["unknown_tokens"] == 1 else "stand"
             print(
-                f"    {counts['unknown_tokens']:,} of the tokens stand for characters that the tokenizer does not know"
+                f"    {counts['unknown_tokens']:,} of the tokens {verb} for characters that the tokenizer does not know"
             )
     if about["skipped_records"]:
-        print(f"  left out: {about['skipped_records']:,} records, listed in {output.path('problems.jsonl')}")
+        print(f"  left out: {counted(about['skipped_records'], 'record')}, listed in {output.path('problems.jsonl')}")
     return 0
 
 
@@ -165,16 +167,6 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{key}-token: has no place beside {other}")
 
 
-def _check_files(found: list) -> None:
-    seen: dict[str, str] = {}
-    for file in found:
-        local = file.location.removeprefix("file://")
-        place = file.location if "://" in local else os.path.realpath(local)
-        if place in seen:
-            raise ConfigError(f"--{file.split} {file.location}: is in --{seen[place]} already")
-        seen[place] = file.split
-
-
 class _Bar:
     """Documents, tokens, MB of text per second, and time to the end."""
 
@@ -190,7 +182,8 @@ class _Bar:
         left = f"{duration(seconds * (now.total - now.read) / read)} left" if read else "..."
         skipped = f"  {now.skipped:,} left out" if now.skipped else ""
         self._line.show(
-            now.read, f"{now.documents:,} documents  {now.tokens:,} tokens{skipped}  {speed:.1f} MB/s  {left}"
+            now.read,
+            f"{counted(now.documents, 'document')}  {counted(now.tokens, 'token')}{skipped}  {speed:.1f} MB/s  {left}",
         )
 
     def close(self) -> None:

@@ -34,9 +34,9 @@ def frames(content: bytes, size: int = 1000) -> bytes:
     return b"".join(zstd.compress(content[i : i + size]) for i in range(0, len(content), size))
 
 
-def members(content: bytes, size: int = 1000) -> bytes:
-    """The same with gzip."""
-    return b"".join(gzip.compress(content[i : i + size]) for i in range(0, len(content), size))
+def members(content: bytes, size: int = 1000, compress=gzip.compress) -> bytes:
+    """The same with gzip, or streams of another compression."""
+    return b"".join(compress(content[i : i + size]) for i in range(0, len(content), size))
 
 
 def parquet_file(values, row_group_size: int = 7, **types) -> bytes:

@@ -1,8 +1,10 @@
 """Everything that can be wrong with a file: which record, and what is said of it."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 
 import corpus
 import pyarrow
@@ -90,6 +92,7 @@ TABLES = [
 LONG = corpus.jsonl(["a", "b" * 5000 + str(list(range(3000)))])
 ARRAY = json.dumps([{"text": "a"}, {"text": str(list(range(40_000)))}], indent=1).encode()
 CUT = "Compressed file ended before the end-of-stream marker was reached"
+STREAMS = (("xz", lzma.compress), ("bz2", bz2.compress))
 PACKED = [
     ("a.jsonl.zst", corpus.frames(LONG, 50)[:-60], [(1, "a"), Problem(2, CUT)]),
     ("a.jsonl.gz", gzip.compress(LONG)[:-100], [(1, "a"), Problem(2, CUT)]),
@@ -103,6 +106,20 @@ PACKED = [
     ("a.jsonl.gz", b"", [Problem(1, "no records")]),
     ("a.jsonl.zst", zstd.compress(b""), [Problem(1, "no records")]),
     ("a.jsonl.gz", gzip.compress(b"\n\n"), [Problem(3, "no records")]),
+    *((f"a.jsonl.{end}", pack(LONG)[:-60], [(1, "a"), Problem(2, CUT)]) for end, pack in STREAMS[:1]),
+    *((f"a.jsonl.{end}", pack(TWO)[:-2], [(1, "a"), (2, "b"), Problem(3, CUT)]) for end, pack in STREAMS[:1]),
+    *((f"a.jsonl.{end}", pack(TWO) + b"more and more of it", [(1, "a"), (2, "b"), Problem(3, what)])
+      for (end, pack), what in zip(STREAMS, ("Input format not supported", "Invalid data stream"), strict=True)),
+    *((f"a.jsonl.{end}", pack(TWO) + pack(TWO)[:9], [(1, "a"), (2, "b"), Problem(3, CUT)]) for end, pack in STREAMS),
+    ("a.jsonl.bz2", bz2.compress(TWO) + bytes(8), [(1, "a"), (2, "b"), Problem(3, "Invalid data stream")]),
+    ("a.jsonl.xz", lzma.compress(TWO) + bytes(8), [(1, "a"), (2, "b")]),
+    ("a.jsonl.xz", TWO, [Problem(1, "Input format not supported by decoder")]),
+    ("a.jsonl.bz2", TWO, [Problem(1, "Invalid data stream")]),
+    *((f"a.jsonl.{end}", b"", [Problem(1, CUT)]) for end, _ in STREAMS),
+    *((f"a.jsonl.{end}", pack(b""), [Problem(1, "no records")]) for end, pack in STREAMS),
+    *((f"a.txt.{end}", pack(b"a" * 99)[:-9], [Problem(1, CUT)]) for end, pack in STREAMS),
+    *((f"a.json.{end}", pack(ARRAY)[:-100], [(1, "a"), Problem(2, f"not JSON from here on: {CUT}")])
+      for end, pack in STREAMS[:1]),
     ("a.json.gz", gzip.compress(ARRAY)[:-100], [(1, "a"), Problem(2, f"not JSON from here on: {CUT}")]),
     ("a.json.gz", gzip.compress(b'[\n{"text": "a"}]')[:-4], [Problem(1, f"not JSON from here on: {CUT}")]),
     ("a.json.gz", b"junk", [Problem(1, "not JSON from here on: Not a gzipped file")]),

@@ -1,7 +1,9 @@
 """From files to records: every format, every place to stop and go on, and everything that can be wrong with a file."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import corpus
 import hypothesis
@@ -35,6 +37,8 @@ FORMATS = {
     "frames.jsonl.zst": lambda texts: corpus.frames(corpus.jsonl(texts), 300),
     "whole.jsonl.gz": lambda texts: gzip.compress(corpus.jsonl(texts)),
     "members.jsonl.gz": lambda texts: corpus.members(corpus.jsonl(texts), 300),
+    "whole.jsonl.xz": lambda texts: lzma.compress(corpus.jsonl(texts)),
+    "streams.jsonl.bz2": lambda texts: corpus.members(corpus.jsonl(texts), 300, bz2.compress),
     "returns.jsonl": lambda texts: corpus.jsonl(texts).replace(b"\n", b"\r\n"),
     "open-ended.jsonl": lambda texts: corpus.jsonl(texts)[:-1],
     "mark.jsonl": lambda texts: BOM + corpus.jsonl(texts),
@@ -48,6 +52,8 @@ FORMATS = {
     "marked-lines.json": lambda texts: BOM + corpus.jsonl(texts),
     "frames.json.zst": lambda texts: corpus.frames(as_indented_array(texts), 300),
     "members.json.gz": lambda texts: corpus.members(one_after_another(texts), 300),
+    "whole.json.bz2": lambda texts: bz2.compress(as_array(texts)),
+    "streams.json.xz": lambda texts: corpus.members(as_indented_array(texts), 300, lzma.compress),
     "groups.parquet": corpus.parquet_file,
     "batches.parquet": lambda texts: corpus.parquet_file(texts, 10**6),
 }

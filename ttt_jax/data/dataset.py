@@ -8,21 +8,24 @@ zarr.json             so that zarr opens the folder as a group
 problems.jsonl        records that were left out, where there are some
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttt_jax import __version__
 from ttt_jax.config import ConfigError
 from ttt_jax.data.array import Array
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.files import InputFile
-from ttt_jax.data.job import Job
 from ttt_jax.data.store import Store
+
+if TYPE_CHECKING:
+    from ttt_jax.data.files import InputFile
+    from ttt_jax.data.job import Job
 
 FORMAT = "ttt_jax tokens"
 VERSION = 1
 SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 PROBLEMS = "problems.jsonl"
+UNFINISHED = "_unfinished"  # a folder in the dataset, with what a run that was stopped goes on from
 GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 _EXPECTED: dict[str, Any] = {  # what every description has, those of earlier versions included
     "tokenizer": dict,
@@ -47,7 +50,7 @@ def tokenizer_file(kind: str) -> str | None:
     return _KEPT_AS[kind]
 
 
-def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -> dict[str, Any]:
+def describe(job: "Job", files: "list[InputFile]", trained: dict[str, int] | None) -> dict[str, Any]:
     """What is known of a dataset before it is made: all that its content depends on."""
     tokenizer = job.tokenizer
     by_hash = job.validation_fraction + job.test_fraction > 0

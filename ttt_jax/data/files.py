@@ -1,10 +1,9 @@
 """The files that a user names: by path, glob, folder or any URL that fsspec knows."""
 
 import dataclasses
-import gzip
 import hashlib
-import io
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,16 +12,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
-from backports import zstd
 from fsspec.implementations.local import LocalFileSystem
 
 from ttt_jax.config import ConfigError
+from ttt_jax.data import decompression, listing
+from ttt_jax.wording import counted, first_few
 
 KINDS = ("jsonl", "json", "txt", "parquet")
-_COMPRESSIONS = ("zst", "gz")
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "blob_id")  # of gs:// (two), s3:// and hf://
 _READERS = 8  # threads that read files for their hashes
-_WIDEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,60 +42,106 @@ class InputFile:
 
     @property
     def kind(self) -> str:
-        """One of :data:`KINDS`."""
+        """Return one of :data:`KINDS`."""
         return _kind(self.location)[0]
 
     @property
     def compressed(self) -> bool:
-        """Whether it has to be decompressed."""
+        """Return whether it has to be decompressed."""
         return bool(_kind(self.location)[1])
 
     def open(self) -> Any:
-        """The file as it lies there."""
+        """Open the file as it lies there."""
         fs, path = _filesystem(self.location, self.location)
         return fs.open(path, "rb")
 
     def decompressed(self, raw: Any) -> Any:
-        """The content of the file that :meth:`open` opened; seekable."""
-        compression = _kind(self.location)[1]
-        if compression == "zst":
-            return zstd.ZstdFile(raw, "rb", options=_WIDEST_WINDOW)
-        return gzip.GzipFile(fileobj=raw, mode="rb") if compression == "gz" else io.BufferedReader(raw, 1 << 20)
+        """Return the content of the file that :meth:`open` opened; seekable."""
+        return decompression.decompressed(raw, _kind(self.location)[1])
 
 
 def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
-    """The files that paths, globs and folders name, in this order; those of one pattern sorted by name.
+    """Return the files that paths, globs and folders name, in this order; those of one pattern sorted by name.
 
-    Of a folder, all files that can be read, at any depth; hidden ones are left out.
+    Of a folder, these are all files that can be read, at any depth, but hidden ones. What else a folder or a glob names
+    is left out, counted, and named on standard error.
+
+    Args:
+      output: the folder of the dataset that is made of them, which is none of them.
 
     Raises:
-      ConfigError: where a pattern names nothing, or something that cannot be read.
+      ConfigError: where a pattern names nothing, or nothing that can be read.
     """
     found: list[InputFile] = []
     for pattern in patterns:
         option = f"--{split} {pattern}"
         fs, path = _filesystem(pattern, option)
         with _explained(option):
-            if fs.isdir(path):
-                root = fs._strip_protocol(path)
-                below = _below(path, output) if isinstance(fs, LocalFileSystem) else fs.find(path)
-                paths = [p for p in below if _kind(p)[0] and "/." not in p.removeprefix(root)]
-                _name_left_out(option, [p.removeprefix(root).lstrip("/") for p in below if p not in set(paths)])
-            elif fs.exists(path):
-                paths = [path]
-            else:
-                paths = [p for p in fs.glob(path) if not fs.isdir(p)]
-            if not paths:
-                raise ConfigError(f"{option}: no such file; expected files named {_expected()}")
-            for each in sorted(paths):
+            names = listing.named(fs, path)
+            target = _filesystem(output, "--output")[1] if _is_on(fs, output) else ""
+            paths = listing.of_text(fs, names, output, target)
+            hidden = {p for p in paths if names.is_folder and "/." in f"/{_inside(names.root, p)}"}
+            readable = [p for p in paths if _kind(p)[0] and p not in hidden]
+            _check_some(split, option, names, paths, readable)
+            for each in sorted(set(readable)):
                 location = fs.unstrip_protocol(each) if "://" in pattern else each
-                if not _kind(location)[0]:
-                    raise ConfigError(
-                        f"--{split} {location}: cannot be read; expected a name that ends in {_expected()}"
-                    )
                 with _explained(f"--{split} {location}"):
                     found.append(InputFile(split, location, _size(fs, each)))
+    if patterns and not found:
+        raise ConfigError(f"--{split} {' '.join(patterns)}: holds tokens; expected files of text, named {_expected()}")
     return found
+
+
+def _check_some(split: str, option: str, names: listing.Named, paths: list[str], readable: list[str]) -> None:
+    """Say what of a pattern is not read; raise :class:`ConfigError` where nothing is."""
+    others = sorted(_inside(names.root, path) for path in set(paths) - set(readable))
+    folders = sorted(_inside(names.root, folder) for folder in names.folders)
+    left_out = []
+    if others:
+        left_out.append(f"{counted(len(others), 'file')}, hidden or of unknown endings: {first_few(others)}")
+    if folders:
+        left_out.append(f"{counted(len(folders), 'folder')}, read with /** behind: {first_few(folders)}")
+    if readable or (names.files and not paths):  # that all are of datasets has been said
+        for what in left_out:
+            print(f"{option}: left out {what}", file=sys.stderr)
+    elif len(paths) == 1 and not names.is_folder:
+        raise ConfigError(f"--{split} {paths[0]}: cannot be read; expected a name that ends in {_expected()}")
+    else:
+        what = f"nothing that can be read ({'; '.join(left_out)})" if left_out else "no such file"
+        raise ConfigError(f"{option}: {what}; expected files named {_expected()}")
+
+
+def _inside(folder: str, path: str) -> str:
+    return path.removeprefix(folder).lstrip("/")
+
+
+def distinct(files: list[InputFile]) -> list[InputFile]:
+    """Return the files without those that are others of them by another name (a link), and say which these are.
+
+    Raises:
+      ConfigError: where a file is in two splits.
+    """
+    first: dict[Any, InputFile] = {}
+    again = []
+    for file in files:
+        other = first.setdefault(_identity(file.location), file)
+        if other.split != file.split:
+            raise ConfigError(f"--{file.split} {file.location}: is in --{other.split} already")
+        if other is not file:
+            same = "named twice" if file.location == other.location else f"the same file as {other.location}"
+            again.append(f"--{file.split} {file.location} ({same})")
+    if again:
+        print(f"{counted(len(again), 'file')} left out, read already: {first_few(again)}", file=sys.stderr)
+    return list(first.values())
+
+
+def _identity(location: str) -> Any:
+    """Return what is equal for two names of one file."""
+    fs, path = _filesystem(location, location)
+    if not isinstance(fs, LocalFileSystem):
+        return location
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def with_content(files: list[InputFile]) -> list[InputFile]:
@@ -136,39 +180,15 @@ def _content(file: InputFile, stop: threading.Event) -> str:
 
 def _size(fs: Any, path: str) -> int:
     if isinstance(fs, LocalFileSystem):
-        return os.stat(path).st_size  # which fails for a link to nowhere
+        status = os.stat(path)  # which fails for a link to nowhere
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is a pipe or a device; expected a file")
+        return status.st_size
     return fs.info(path)["size"]
 
 
-def _below(folder: str, output: str) -> list[str]:
-    """Return all files below a local folder; links are followed, but no folder is entered twice."""
-    found, entered = [], set()
-    target = os.path.realpath(output) if output and "://" not in output else ""
-    if target.startswith(f"{os.path.realpath(folder)}/"):
-        print(f"--output {output}: lies in {folder}, of which it is no input", file=sys.stderr)
-        entered.add(target)
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in entered:
-            folders.clear()
-            if real == target:
-                continue
-            print(f"{place}: left out; it leads to a folder that is read already, {real}", file=sys.stderr)
-            continue
-        entered.add(real)
-        folders.sort()
-        found += [os.path.join(place, name) for name in sorted(names)]
-    return found
-
-
-def _name_left_out(option: str, names: list[str]) -> None:
-    if names:
-        some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-        print(f"{option}: left out {len(names)} files that are hidden or of unknown endings: {some}", file=sys.stderr)
-
-
 def read(location: str, option: str) -> bytes:
-    """The content of a small file; ``option`` is what named it, for messages."""
+    """Return the content of a small file; ``option`` is what named it, for messages."""
     fs, path = _filesystem(location, f"{option} {location}")
     with _explained(f"{option} {location}"):
         return fs.cat_file(path)
@@ -180,10 +200,22 @@ def exists(location: str) -> bool:
     return fs.exists(path)
 
 
-def _filesystem(location: str, what: str):
+def _filesystem(location: str, what: str) -> tuple[Any, str]:
+    """Return the file system of a path or URL, and what it calls it there: of this machine, an absolute path."""
     with _explained(what):
-        fs, path = fsspec.core.url_to_fs(location)
-        return fs, path
+        if "://" in location:
+            fs, path = fsspec.core.url_to_fs(location)
+            return fs, path
+        if location.startswith("~") and not os.path.lexists(location.partition("/")[0]):
+            location = os.path.expanduser(location)
+        path = os.path.join(os.getcwd(), "" if location == "." else location.removeprefix("./"))
+        return LocalFileSystem(), path.rstrip("/") or "/"
+
+
+def _is_on(fs: Any, location: str) -> bool:
+    """Return whether a folder is on a file system."""
+    protocol = location.partition("://")[0] if "://" in location else "file"
+    return bool(location) and protocol in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
 
 
 @contextmanager
@@ -197,18 +229,19 @@ def _explained(what: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ConfigError(f"{what}: no such file") from error
     except OSError as error:
-        raise ConfigError(f"{what}: {error.strerror or error}") from error
+        inside = f"{error.filename}: " if error.filename and not what.endswith(str(error.filename)) else ""
+        raise ConfigError(f"{what}: {inside}{error.strerror or error}") from error
 
 
 def _kind(location: str) -> tuple[str, str]:
-    """Kind and compression by the name; empty where there is none."""
+    """Return the kind of a file and the ending of its compression, by its name; empty where there is none."""
     stem, suffix = os.path.splitext(location.lower())
-    compression = {"zstd": "zst"}.get(suffix[1:], suffix[1:])
-    compression = compression if compression in _COMPRESSIONS else ""
+    compression = suffix[1:] if suffix[1:] in decompression.ENDINGS else ""
     kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
     kind = {"ndjson": "jsonl"}.get(kind, kind)
     return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
 
 
 def _expected() -> str:
-    return ", ".join(f".{kind}" for kind in KINDS) + ", or these but the last with .zst or .gz"
+    *most, last = (f".{ending}" for ending in decompression.ENDINGS)
+    return f".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with {', '.join(most)} or {last}"

@@ -7,26 +7,22 @@ on. Reading files in order is one process' work, and cheap; parsing and tokenizi
 
 import codecs
 import dataclasses
-import gzip
 import itertools
 import json
 import numbers
 import re
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from backports import zstd
-
 from ttt_jax import extras
 from ttt_jax.config import ConfigError
+from ttt_jax.data.decompression import CORRUPT
 from ttt_jax.data.files import InputFile
 
 _LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
 _PARQUET_ROWS = 256
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
 _BLANK = re.compile(r"[ \t\r\n]*")
-_CORRUPT = (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +175,7 @@ def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Ite
                 size += len(line)
                 if line:
                     lines.append(line)
-        except (*_CORRUPT, _BrokenFileError) as error:
+        except (*CORRUPT, _BrokenFileError) as error:
             ended, problem = True, _reason(error)
         content, first = b"".join(lines), records + 1
         offset, records = offset + size, records + len(lines)
@@ -201,7 +197,7 @@ def _document(stream: Any, begin: Position) -> Iterator[Unit]:
         problem = "" if content else "no records"
         if len(content) == _LONGEST_RECORD:
             raise _BrokenFileError(f"a document of {_LONGEST_RECORD} bytes or more")
-    except (*_CORRUPT, _BrokenFileError) as error:
+    except (*CORRUPT, _BrokenFileError) as error:
         content, problem = b"", _reason(error)
     yield Unit("document", content, 1, _problem(1, problem), Position(begin.file + 1))
 
@@ -271,7 +267,7 @@ def _has_lines(file: InputFile) -> bool:
             if first != b"{":
                 return not first  # reading the lines of nothing says that there is nothing
             return isinstance(json.loads(stream.readline(_LONGEST_RECORD)), dict)
-    except _CORRUPT:
+    except CORRUPT:
         return first == b"{"  # reading says what is wrong
     except (ValueError, RecursionError):
         return False
@@ -336,7 +332,7 @@ def _json_values(stream: Any) -> Iterator[Any]:
                 place, size, state = end, 1 << 16, "next" if is_array else "value"
                 is_utf8 = source.isascii() or not _ESCAPED.search(source)
                 yield value if is_utf8 else Problem(number, "not valid UTF-8")
-    except (ValueError, RecursionError, *_CORRUPT) as error:
+    except (ValueError, RecursionError, *CORRUPT) as error:
         raise _BrokenFileError(f"not JSON from here on: {_reason(error)}") from error
 
 

@@ -25,7 +25,7 @@ from ttt_jax.data.job import Job, Piece
 from ttt_jax.data.records import Position
 from ttt_jax.data.store import Store
 
-UNFINISHED = "_unfinished"
+UNFINISHED = dataset.UNFINISHED
 _STATE = f"{UNFINISHED}/state.json"
 _DOCUMENTS_SHARD = 1 << 22  # offsets
 _STATE_KEYS = {"plan", "position", "generation", "splits", "skipped", "problems"}
