@@ -1,5 +1,6 @@
 """``ttt tokenize`` as a person types it: what it says of a good command, and of every wrong one."""
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,8 @@ import tokenizers
 from tokenizers import models
 
 from ttt_jax import cli
+from ttt_jax.data import engines
+from ttt_jax.data import job as job_lib
 
 TEXTS = ["It was a bright cold day in April.", "", "straße 🦉\r\n", *(f"document {i}" for i in range(200))]
 SIZE = sum(len(text.encode()) for text in TEXTS)
@@ -140,6 +143,44 @@ def test_what_was_left_out_is_counted_and_listed(here, capsys):
     ]
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Commands without processes of their own."""
+
+    def run(job, units):
+        for split, unit in units:
+            yield unit, job_lib.tokenize(job, split, unit)
+
+    monkeypatch.setattr(engines, "processes", lambda workers: run)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_json_lines_and_arrays_of_the_same_records_give_the_same_tokens(here, capsys):
+    """Bad records among them, which are counted the same; of an array that breaks off, the loss is told."""
+    records = [json.dumps({"text": text}) for text in TEXTS[:5]] + ['{"text": 5}', '{"text": "a" 1}', '{"no": 1}', "7"]
+    records += ['{"text": "behind", "n": NaN}', '{"text": ""}']
+    lines, array = "\n".join(records).encode(), f"[{', '.join(records)}]".encode()
+    tokens = [token for text in [*TEXTS[:5], "behind", ""] for token in (256, *text.encode(), 257)]
+    for i, (name, content) in enumerate((("l.jsonl", lines), ("a.json", array), ("l.jsonl.gz", gzip.compress(lines)))):
+        (here / name).write_bytes(content)
+        command = ["--train", name, "--tokenizer", "byte", "--output", f"{i}", "--workers", 1, "--on-error", "skip"]
+        assert ttt(*command) == 0
+        printed = capsys.readouterr()
+        assert f"  left out: 4 records, listed in {i}/problems.jsonl" in printed.out
+        assert "the rest" not in printed.err
+        assert stored(here / f"{i}/train").tolist() == tokens
+        problems = [json.loads(line) for line in (here / f"{i}/problems.jsonl").read_text().splitlines()]
+        assert [problem["record"] for problem in problems] == [6, 7, 8, 9]
+    (here / "b.json").write_text(f"[{', '.join(records[:2])} 3, {records[2]}]")
+    broken = f"{here}/b.json, record 3: not JSON from here on: expected ',' or ']', found '3': line 1 column 63"
+    command = ["--train", "b.json", "--tokenizer", "byte", "--output", "b", "--workers", 1]
+    assert ttt(*command) == 1
+    assert f"ttt tokenize: {broken}. Mend it, or leave such records out with " in capsys.readouterr().err
+    assert ttt(*command, "--on-error", "skip") == 0
+    assert f"{broken}; the rest of this file is left out\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_file_with_two_names_is_read_once_and_one_is_not_many(here, capsys):
     (here / "one.txt").write_text("a")
     os.symlink("one.txt", "two.txt")

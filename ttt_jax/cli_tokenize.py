@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import signal
 import sys
 import time
@@ -138,6 +139,7 @@ def _tokenize(
                 skip_problems=skip,
                 trained=trained,
                 progress=bar,
+                tell=functools.partial(print, file=sys.stderr, flush=True),
                 stop=lambda: signals.received,
                 check=lock.check,
             )

@@ -5,24 +5,22 @@ that memory stays bounded whatever the size of a file. It knows the position beh
 on. Reading files in order is one process' work, and cheap; parsing and tokenizing units is many processes'.
 """
 
-import codecs
 import dataclasses
 import itertools
 import json
 import numbers
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from ttt_jax import extras
 from ttt_jax.config import ConfigError
+from ttt_jax.data import json_values
 from ttt_jax.data.decompression import CORRUPT
 from ttt_jax.data.files import InputFile
 
 _LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
 _PARQUET_ROWS = 256
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
-_BLANK = re.compile(r"[ \t\r\n]*")
+NOTHING = "no records"  # what is wrong with an empty file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _of_line(number: int, line: bytes, text_key: str) -> tuple[int, str] | Probl
     if isinstance(decoded, Problem):
         return decoded
     try:
-        record = json.loads(decoded[1])
+        record = json_values.DECODER.decode(decoded[1])
     except (ValueError, RecursionError) as error:
         return Problem(number, f"not JSON: {error}")
     value = _text_of(number, record, text_key)
@@ -181,7 +179,7 @@ def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Ite
         offset, records = offset + size, records + len(lines)
         found = found or bool(content.strip())
         if ended and not found and not problem:
-            problem = "no records"
+            problem = NOTHING
         end = Position(begin.file + 1) if ended else Position(begin.file, offset, records, found)
         yield Unit("lines", content, first, _problem(records + 1, problem), end)
 
@@ -194,7 +192,7 @@ def _document(stream: Any, begin: Position) -> Iterator[Unit]:
     content, problem = b"", ""
     try:
         content = stream.read(_LONGEST_RECORD)
-        problem = "" if content else "no records"
+        problem = "" if content else NOTHING
         if len(content) == _LONGEST_RECORD:
             raise _BrokenFileError(f"a document of {_LONGEST_RECORD} bytes or more")
     except (*CORRUPT, _BrokenFileError) as error:
@@ -221,7 +219,7 @@ def _values(values: Iterator[Any], begin: Position, unit_bytes: int) -> Iterator
             ended, problem = True, str(error)
         first, records = records + 1, records + len(content)
         if ended and not records and not problem:
-            problem = "no records"
+            problem = NOTHING
         end = Position(begin.file + 1) if ended else Position(begin.file, records, records, True)
         yield Unit("values", content, first, _problem(records + 1, problem), end)
 
@@ -263,7 +261,7 @@ def _has_lines(file: InputFile) -> bool:
     try:
         with file.open() as raw:
             stream = file.decompressed(raw)
-            first = _begin(stream)
+            first = json_values.begin(stream)
             if first != b"{":
                 return not first  # reading the lines of nothing says that there is nothing
             return isinstance(json.loads(stream.readline(_LONGEST_RECORD)), dict)
@@ -273,66 +271,17 @@ def _has_lines(file: InputFile) -> bool:
         return False
 
 
-def _begin(stream: Any) -> bytes:
-    """Goes to the first character that is neither blank nor a byte order mark; returns it."""
-    block = stream.read(3).removeprefix(b"\xef\xbb\xbf")
-    place = stream.tell() - len(block)
-    block += stream.read(4096)
-    while block and not block.lstrip():
-        place += len(block)
-        block = stream.read(1 << 16)
-    stream.seek(place + len(block) - len(block.lstrip()))
-    return block.lstrip()[:1]
-
-
 def _json(stream: Any, skip: int, text_key: str) -> Iterator[Any]:
     """Yield the text of each record of one JSON array, or of JSON values one after another, but the first ``skip``.
 
     Values are decoded as those of JSON lines are, so that both formats take the same records.
     """
-    for number, record in enumerate(_json_values(stream), 1):
-        if number > skip:
-            yield record if isinstance(record, Problem) else _text_of(number, record, text_key)
-
-
-def _json_values(stream: Any) -> Iterator[Any]:
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    text, place, ended, size = "", 0, False, 1 << 16
-    number = 0
     try:
-        is_array = _begin(stream) == b"["
-        state = "open" if is_array else "value"
-        while True:
-            place = _BLANK.match(text, place).end()  # type: ignore[union-attr]
-            mark = text[place : place + 1]
-            if mark and state == "open":
-                place, state = place + 1, "first"
-            elif mark == "]" and state in ("first", "next"):
-                place, state = place + 1, "closed"
-            elif mark == "," and state == "next":
-                place, state = place + 1, "value"
-            elif mark and state in ("next", "closed"):
-                what = "',' or ']'" if state == "next" else "the end of the file"
-                raise _BrokenFileError(f"not JSON from here on: expected {what}, found {mark!r}")
-            else:
-                if ended and not mark and (state == "closed" or not is_array):
-                    return
-                try:
-                    value, end = decoder.raw_decode(text, place)
-                except ValueError:
-                    if ended:
-                        raise
-                    end = len(text)
-                if end == len(text) and not ended:  # a number may go on in the next block
-                    block = stream.read(size)
-                    ended, size = not block, min(2 * size, _LONGEST_RECORD)
-                    text, place = text[place:] + utf8.decode(block, final=ended), 0
-                    continue
-                source, number = text[place:end], number + 1
-                place, size, state = end, 1 << 16, "next" if is_array else "value"
-                is_utf8 = source.isascii() or not _ESCAPED.search(source)
-                yield value if is_utf8 else Problem(number, "not valid UTF-8")
-    except (ValueError, RecursionError, *CORRUPT) as error:
+        for number, record in enumerate(json_values.values(stream), 1):
+            if number > skip:
+                malformed = isinstance(record, json_values.Malformed)
+                yield Problem(number, record.what) if malformed else _text_of(number, record, text_key)
+    except (json_values.RestError, *CORRUPT) as error:
         raise _BrokenFileError(f"not JSON from here on: {_reason(error)}") from error
 
 

@@ -60,6 +60,7 @@ def tokenize(
     skip_problems: bool = False,
     trained: dict[str, int] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[str], None] = lambda message: None,
     stop: Callable[[], object] = lambda: False,
     check: Callable[[], None] = lambda: None,
     unit_bytes: int = 1 << 20,
@@ -67,11 +68,12 @@ def tokenize(
     chunk: int = array.CHUNK,
     save_seconds: float = 30.0,
 ) -> dict[str, Any] | None:
-    """Makes a dataset, or goes on making it; returns what its ``dataset.json`` says, None if it was told to stop.
+    """Make a dataset, or go on making it; return what its ``dataset.json`` says, None if it was told to stop.
 
     Args:
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
       trained: how the tokenizer was trained, where it was.
+      tell: is called with a line for each file whose rest cannot be read.
       stop: is asked at every unit; where it says yes, the run saves where it is and returns.
       check: is called before something is written down, and raises where it must not be.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
@@ -157,6 +159,9 @@ def tokenize(
             for problem in part.problems:
                 file = files[position.file].location
                 problems.append(json.dumps({"file": file, "record": problem.record, "problem": problem.what}) + "\n")
+            if unit.problem and unit.problem.what != records.NOTHING:
+                rest = f"record {unit.problem.record}: {unit.problem.what}"
+                tell(f"{files[position.file].location}, {rest}; the rest of this file is left out")
             now.skipped += len(part.problems)
             for name, piece in part.pieces.items():
                 splits[name].append(piece)

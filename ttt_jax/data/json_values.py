@@ -1,0 +1,177 @@
+"""The values of a JSON file, one at a time: those of one array, or values one after another.
+
+What is no JSON costs as few values as it can: reading goes on behind the brackets that enclose it.
+"""
+
+import codecs
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Integers become floats: Python refuses those of more than 4300 digits, in keys that nobody asked for, too.
+DECODER = json.JSONDecoder(parse_int=float)
+_BLOCK = 1 << 16  # bytes that are read first
+_LONGEST = 1 << 30  # characters of a value
+_NUMBER = re.compile(r"[-+.0-9eE]*")
+_BLANK = re.compile(r"[ \t\r\n]*")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_WORD = re.compile(rf'{_STRING}|[^\s,\[\]{{}}"]+(?=[\s,\[\]{{}}"])', re.DOTALL)
+_MARK = re.compile(rf'{_STRING}|["\[\]{{}}]', re.DOTALL)
+_OPENS = {"}": "{", "]": "["}
+
+
+@dataclasses.dataclass(frozen=True)
+class Malformed:
+    """Stands for a value that is no JSON."""
+
+    what: str
+
+
+class RestError(Exception):
+    """The rest of a file is no JSON."""
+
+
+def begin(stream: Any) -> bytes:
+    """Go to the first character that is neither blank nor a byte order mark; return it."""
+    block = stream.read(3).removeprefix(b"\xef\xbb\xbf")
+    place = stream.tell() - len(block)
+    block += stream.read(4096)
+    while block and not block.lstrip():
+        place += len(block)
+        block = stream.read(1 << 16)
+    stream.seek(place + len(block) - len(block.lstrip()))
+    return block.lstrip()[:1]
+
+
+def values(stream: Any) -> Iterator[Any]:
+    """Yield the values of a seekable stream of bytes, each decoded as a line of JSON lines is, or :class:`Malformed`.
+
+    Raises:
+      RestError: where the rest cannot be read, with its place: lines and columns are counted from 1.
+    """
+    is_array = begin(stream) == b"["
+    text = _Text(stream)
+    if is_array:
+        text.place = text.skip_blanks() + 1
+    expected = "first" if is_array else "value"
+    while mark := text.mark():
+        if is_array and mark == "]":
+            if expected == "value":
+                yield Malformed(f"not JSON: no value before ']': {text.where(text.place)}")
+            text.place += 1
+            if mark := text.mark():
+                raise RestError(f"expected the end of the file, found {mark!r}: {text.where(text.place)}")
+            return
+        if expected == "next" and mark == ",":
+            text.place += 1
+            expected = "value"
+        elif expected == "next":
+            what = f"expected ',' or ']', found {mark!r}: {text.where(text.place)}"
+            if mark != "{":
+                raise RestError(what)
+            yield Malformed(f"not JSON: {what}")
+            expected = "value"
+        elif is_array and mark == ",":
+            yield Malformed(f"not JSON: no value before ',': {text.where(text.place)}")
+            text.place += 1
+            expected = "value"
+        else:
+            yield text.value(is_array)
+            expected = "next" if is_array else "value"
+    if is_array:
+        raise RestError(f"the array does not end: {text.where(text.place)}")
+
+
+class _Text:
+    """The text of a stream from a place on, as much of it as is needed.
+
+    Attributes:
+      place: of the next character in what is held.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream, self._utf8 = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text, self.place, self._ended, self._size = "", 0, False, _BLOCK
+        self._line, self._column = 1, 1  # of the first character that is held
+
+    def where(self, place: int) -> str:
+        """Return the line and column of a character that is held."""
+        line, column = self._where(place)
+        return f"line {line} column {column}"
+
+    def mark(self) -> str:
+        """Go to the next character that is not blank and return it; empty at the end."""
+        self.place = self.skip_blanks()
+        return self._text[self.place : self.place + 1]
+
+    def skip_blanks(self) -> int:
+        """Return the place of the next character that is not blank."""
+        while (end := _BLANK.match(self._text, self.place).end()) == len(self._text) and not self._ended:  # type: ignore[union-attr]
+            self.place = end
+            self._read()
+        return end
+
+    def value(self, is_array: bool) -> Any:
+        """Return the value that begins here, and go behind it."""
+        while True:
+            error: ValueError | RecursionError | None = None
+            try:
+                found, end = DECODER.raw_decode(self._text, self.place)
+                goes_on = _NUMBER.match(self._text, end).end() == len(self._text)  # type: ignore[union-attr]
+            except (ValueError, RecursionError) as wrong:
+                found, end, error = None, self._end(is_array, wrong), wrong
+                goes_on = end == len(self._text)
+            if not goes_on or (self._ended and not error):
+                break
+            if self._ended or len(self._text) - self.place > _LONGEST:
+                raise RestError(self._what(error) if error else f"more than {_LONGEST} characters") from error
+            self._read()
+        source, self.place, self._size = self._text[self.place : end], end, _BLOCK
+        if error:
+            return Malformed(f"not JSON: {self._what(error)}; left out up to {self.where(end)}")
+        return found if source.isascii() or not _ESCAPED.search(source) else Malformed("not valid UTF-8")
+
+    def _what(self, error: ValueError | RecursionError) -> str:
+        if isinstance(error, json.JSONDecodeError):
+            return f"{error.msg}: {self.where(error.pos)}"
+        return f"{error}: {self.where(self.place)}"
+
+    def _end(self, is_array: bool, error: ValueError | RecursionError) -> int:
+        """Return where what is no JSON ends, by its brackets; the end of what is held where that cannot be told yet."""
+        nowhere = len(self._text)
+        if str(error).startswith("Unterminated string"):
+            return nowhere
+        if self._text[self.place] not in "{[":
+            word = _WORD.match(self._text, self.place)
+            return word.end() if word and is_array else nowhere
+        open_: list[str] = []
+        for found in _MARK.finditer(self._text, self.place):
+            mark = found[0]
+            if mark in "{[":
+                open_.append(mark)
+            elif mark == '"':  # of a string that does not end
+                return nowhere
+            elif mark in _OPENS:
+                if _OPENS[mark] not in open_:  # closes what is around
+                    return found.start()
+                while open_.pop() != _OPENS[mark]:
+                    pass
+                if not open_:
+                    return found.end()
+        return nowhere
+
+    def _read(self) -> None:
+        """Hold another block, and nothing before the place."""
+        self._line, self._column = self._where(self.place)
+        block = self._stream.read(self._size)
+        self._ended, self._size = not block, min(2 * self._size, _LONGEST)
+        self._text, self.place = self._text[self.place :] + self._utf8.decode(block, final=self._ended), 0
+
+    def _where(self, place: int) -> tuple[int, int]:
+        lines = self._text.count("\n", 0, place)
+        if lines:
+            return self._line + lines, place - self._text.rfind("\n", 0, place)
+        return self._line, self._column + place
