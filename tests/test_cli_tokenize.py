@@ -315,12 +315,12 @@ def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, 
 
 def test_as_a_module_interrupted_by_hand_and_run_again(here):
     """Ctrl-C reaches the workers too, also while they start; only one line is said of it."""
-    write(here / "long.jsonl", TEXTS * 400)
+    write(here / "long.jsonl", TEXTS * 1000)  # seconds of work, also on a fast machine
     command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", "long.jsonl", "--tokenizer", "byte"]
     command += ["--output", "out", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for pause in (0.0, 0.1, 0.3):
+    for pause in (0.0, 0.05, 0.2):
         process = subprocess.Popen(command, env=environment, **pipes, start_new_session=True)
         while not children(process.pid):
             assert process.poll() is None
@@ -335,7 +335,7 @@ def test_as_a_module_interrupted_by_hand_and_run_again(here):
         )
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(stored(here / "out/train")) == 400 * (SIZE + 2 * len(TEXTS))
+    assert len(stored(here / "out/train")) == 1000 * (SIZE + 2 * len(TEXTS))
 
 
 def children(pid):

@@ -21,7 +21,7 @@ import os, sys, time
 from ttt_jax.workdir_lock import WorkdirLock
 lock = WorkdirLock(sys.argv[1], "ttt train").acquire()
 {then}
-print("held", os.getpid(), flush=True)
+print(f"held {{os.getpid()}}\\n", end="", flush=True)  # as one, whether or not output is buffered
 time.sleep(60)
 """
 
@@ -82,7 +82,8 @@ def test_the_second_is_refused_by_name_and_the_next_one_is_let_in(tmp_path, quic
 
 
 def test_one_that_was_killed_is_replaced_at_once_although_its_children_live(tmp_path, start):
-    then = "child = os.fork()\nif child == 0: lock.release(); print('child', flush=True); time.sleep(30); os._exit(0)"
+    then = "child = os.fork()\nif child == 0: lock.release(); "
+    then += "print('child\\n', end='', flush=True); time.sleep(30); os._exit(0)"
     line = [sys.executable, "-W", "ignore", "-c", HOLD.format(then=then), str(tmp_path)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:

@@ -10,6 +10,7 @@ step and not to the batch shell.
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -60,6 +61,14 @@ def numbers():
     return sorted(path.stem for path in JOBS.glob("*.json"))
 
 
+def new_number():
+    """A number that no other call of sbatch gets, not even one of the same moment."""
+    for number in itertools.count(101):
+        with contextlib.suppress(FileExistsError):
+            (JOBS / f"{number}.taken").touch(exist_ok=False)
+            return str(number)
+
+
 def options_of(arguments):
     """Options by name, and what comes after them."""
     options = {}
@@ -74,7 +83,7 @@ def sbatch(arguments):
     text = Path(script).read_text()
     directives = [line.split()[1] for line in text.splitlines() if line.startswith("#SBATCH")]
     options = {**options_of(directives)[0], **given}
-    number = str(101 + len(numbers()))
+    number = new_number()
     copy = JOBS / f"{number}.sh"  # as Slurm does
     copy.write_text(text)
     log = options["output"].replace("%j", number).replace("%%", "%")
