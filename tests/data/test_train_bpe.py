@@ -3,8 +3,11 @@
 import contextlib
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import corpus
@@ -126,6 +129,30 @@ def test_long_words_are_trained_on_in_bounded_parts():
     parts = list(train_bpe._bounded(f"ab {'x' * 9000} cd"))
     assert [len(part) for part in parts] == [3 + 4096, 4096, 9000 - 2 * 4096 + 3]
     assert "".join(parts) == f"ab {'x' * 9000} cd"
+
+
+def test_ctrl_c_does_not_wait_for_the_library(file, monkeypatch):
+    """Which does not look at signals while it trains, as hashing does not."""
+    read = []
+
+    class Busy:
+        def __init__(self, model):
+            self.pre_tokenizer = self.decoder = None
+
+        def train_from_iterator(self, texts, trainer):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            read.append(next(iter(texts)))
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)
+            read.extend(texts)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Busy)
+    monkeypatch.setattr(train_bpe, "_GRACE", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe.train([file], 300, JOB)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "train-bpe")  # still at it
+    assert thread.daemon  # the process ends without it
+    thread.join()
+    assert read == TEXTS[:1]  # and it reads no more
 
 
 # ---- Kept with its dataset

@@ -1,9 +1,12 @@
 """A byte-level BPE tokenizer, trained on the documents of a train split with Hugging Face ``tokenizers``."""
 
+import concurrent.futures
 import hashlib
+import itertools
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ttt_jax import json_files
@@ -17,6 +20,7 @@ from ttt_jax.data.tokenize import UNFINISHED, check_empty
 from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
 
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
+_GRACE = 0.5  # seconds that a training has to end after Ctrl-C
 _LONGEST_WORD = 4096  # characters
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
 MOST_BYTES = 1 << 30  # of text; more does not make it better
@@ -98,8 +102,36 @@ def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: b
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(documents, job, skip_problems), trainer)
+    stop = threading.Event()
+    texts = itertools.takewhile(lambda text: not stop.is_set(), _texts(documents, job, skip_problems))
+    _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer), stop)
     return tokenizer.to_str().encode()
+
+
+def _interruptible(work: Callable[[], object], stop: threading.Event) -> None:
+    """Call a function of a library that does not return to Python for minutes, such that Ctrl-C need not wait for it.
+
+    The call is made in a thread that does not outlive the process. At Ctrl-C it is told to stop, which it can as long
+    as it reads texts.
+    """
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    thread = threading.Thread(target=run, name="train-bpe", daemon=True)
+    thread.start()
+    try:
+        done.result()
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join(_GRACE)
+        raise
 
 
 def _texts(files: list[InputFile], job: Job, skip_problems: bool) -> Iterator[str]:
