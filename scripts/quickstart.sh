@@ -25,9 +25,7 @@ echo "Installing into .venv"
 install_environment ""
 for mixer in "${mixers[@]}"; do
     echo "Training $mixer"
-    # 250 steps of one window come to the losses of 140 steps of four (or lower), from less than half of the tokens.
-    ttt train --config "configs/quickstart.py:$mixer" --workdir "$out/$mixer" \
-        --config.data.batch_size=1 --config.training.duration="250 steps" "$@"
+    ttt train --config "configs/quickstart.py:$mixer" --workdir "$out/$mixer" "$@"
 done
 ttt eval --workdir "${mixers[@]/#/$out/}" --context "$context" --max-windows 64 --batch-size 4
 ttt plot loss-by-position "${mixers[@]/#/$out/}" --context "$context" --output "$out/loss-by-position.png"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, statistics
+from ttt_jax.evaluation import catalogue, evaluations, statistics
 from ttt_jax.evaluation.statistics import Segment
 
 
@@ -42,3 +42,16 @@ def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path)
 def test_files_of_before_are_found(tmp_path):
     save(tmp_path, loss=5.0)
     assert of(tmp_path, source="/gone/texts") == 5.0
+
+
+def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):
+    assert catalogue.there_are(tmp_path / "eval") == ""
+    for count in (1, 2, 10):
+        for i in range(count):
+            folder = tmp_path / str(count)
+            folder.mkdir(exist_ok=True)
+            (folder / f"test-{i}.json").write_text("{}")
+    assert catalogue.there_are(tmp_path / "1") == "; there is test-0"
+    assert catalogue.there_are(tmp_path / "2") == "; there are test-0, test-1"
+    eight = ", ".join(f"test-{i}" for i in range(8))
+    assert catalogue.there_are(tmp_path / "10") == f"; there are {eight} and 2 more"

@@ -68,8 +68,14 @@ def test_the_longest_context_is_drawn(tmp_path, losses, monkeypatch):
     [
         ({"layers": [4]}, "--layers 4: no such layer; expected 0 to 3"),
         ({"window": 41}, "--window 41: expected 1 to 40, the context"),
-        ({"split": "test"}, "of the test split; run: ttt inspect --workdir .* --split test --context 2048"),
-        ({"context": 80}, "with context 80; run: ttt inspect --workdir .* --split validation --context 80"),
+        (
+            {"split": "test"},
+            "test split; there is validation-40; run: ttt inspect --workdir .* --split test --context 2048",
+        ),
+        (
+            {"context": 80},
+            "context 80; there is validation-40; run: ttt inspect --workdir .* --split validation --context 80",
+        ),
     ],
 )
 def test_refused(tmp_path, losses, options, said):

@@ -18,6 +18,7 @@ from ttt_jax.evaluation import saved
 from ttt_jax.json_files import DamagedFile
 from ttt_jax.workdir import Workdir, explained
 
+_MOST_LISTED = 8
 _IDENTITY = ("fingerprint", "split", "of", "carried", "chains", "context", "windows")
 
 
@@ -128,6 +129,15 @@ def stems(folder: Workdir) -> list[str]:
     """Return the NAMEs of all results in a folder."""
     with explained(folder):
         return sorted(path.name.removesuffix(".json") for path in folder.glob("*.json"))
+
+
+def there_are(folder: Workdir) -> str:
+    """Return which results a folder holds, as the next part of a message; empty where it holds none."""
+    found = stems(folder)
+    if not found:
+        return ""
+    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
+    return f"; {'there is' if len(found) == 1 else 'there are'} {', '.join(found[:_MOST_LISTED])}{more}"
 
 
 def _of_source(found: list[Entry], source: str, split: str) -> list[Entry]:

@@ -21,7 +21,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
-from ttt_jax.models import build, flops
+from ttt_jax.models import build, flops, parameter_count
 from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
@@ -133,6 +133,7 @@ def _train(
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
+    peers.say(f"parameters: {parameter_count.in_words(run.abstract_state.params)}")
     if build.learns(config.model):
         with sharding.on_mesh(run.mesh, run.rules):
             peers.say(f"inner loop: {build.inner_loop(config.model)}")

@@ -199,7 +199,8 @@ def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
     entry = catalogue.find(workdir / "eval", split, context, **which)
     if entry is None:
         raise ConfigError(
-            f"{workdir}: no evaluation of the {split} split at its own context; run: "
+            f"{workdir}: no evaluation of the {split} split at its own context"
+            f"{catalogue.there_are(workdir / 'eval')}; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
     return Point(workdir, entry.about or saved.about(workdir / "eval" / f"{entry.stem}.json"), entry.stem)
