@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--checkpoint-every", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--ttt", default="-m ttt_jax", metavar="PROGRAM", help="what Python runs for ttt")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -68,14 +69,20 @@ def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
         "training.duration": f"{options.steps} steps",
         "checkpoint.every": f"{options.checkpoint_every} steps",
     }
-    command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
+    command = [sys.executable, *options.ttt.split(), "train", "--config", str(ROOT / "configs/quickstart.py")]
     command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items())]
     command += ["--coordinator", f"localhost:{port}", "--processes", str(options.processes), "--process"]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         # With little optimisation, for most of the time is compiling: each start compiles.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={options.devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(
+            [
+                os.environ.get("XLA_FLAGS", ""),
+                f"--xla_force_host_platform_device_count={options.devices}",
+                "--xla_backend_optimization_level=0",
+            ]
+        ).strip(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return [

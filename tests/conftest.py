@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("tests")
 
 
 _WORTH_SHARING = 60.0  # seconds of tests
-_MINUTES = ("test_ten_kills_leave_no_trace", "test_every_script_tiny")
+_MINUTES = ("test_kills_leave_no_trace", "test_every_script_tiny")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

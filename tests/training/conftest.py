@@ -44,13 +44,14 @@ def tiny_config():
 def start_training():
     """``start_training(workdir, {key: value})``: a real ``ttt train`` process of the tiny run."""
 
-    def start(workdir, changes=None, *, devices=1, options=(), environment=os.environ):
+    def start(workdir, changes=None, *, devices=1, options=(), environment=os.environ, ttt=("-m", "ttt_jax")):
         values = {**TINY, **(changes or {})}
-        command = [sys.executable, "-m", "ttt_jax", "train", "--config", str(ROOT / "configs/quickstart.py")]
+        command = [sys.executable, *ttt, "train", "--config", str(ROOT / "configs/quickstart.py")]
         command += ["--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in values.items()), *options]
         environment = {
             **environment,
             "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         }
         return subprocess.Popen(
@@ -79,6 +80,7 @@ def start_processes(start_training):
                 devices=devices,
                 options=[*several, "--process", str(process), *options],
                 environment=environment,
+                ttt=[str(ROOT / "tests/ttt_process.py")],
             )
             for process in range(processes)
         ]

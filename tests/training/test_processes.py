@@ -1,13 +1,16 @@
 """Runs of several real processes, on CPU devices that talk through gloo: their numbers, and how they end."""
 
+import functools
 import signal
+import socket
 import time
 
 import numpy as np
 import pytest
 
+from ttt_jax.data import pipeline, sources
 from ttt_jax.exit_status import FAILED, REFUSED, RESTART
-from ttt_jax.training import metrics
+from ttt_jax.training import loop, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +20,11 @@ RUN = {
     "model.mlp_width": 64,
     "model.vocab_size": 264,
     "training.duration": "20 steps",
-    "checkpoint.every": "5 steps",
+    "checkpoint.every": "100%",
+    # A learning rate that is felt, and does not depend on the duration.
+    "optimizer.peak_lr": 0.005,
+    "optimizer.end_lr": 0.005,
+    "optimizer.warmup": "4 steps",
 }
 FOREVER = {**RUN, "training.duration": "100000 steps", "checkpoint.every": "50 steps"}
 
@@ -50,41 +57,45 @@ def wait_for_steps(workdir, steps, *processes, seconds=120):
 # ---- Numbers
 
 
-@pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
-def test_two_processes_of_four_devices_give_the_losses_of_one_device(
-    tmp_path, start_training, start_processes, finish, mixer
-):
-    """20 steps at a learning rate that is felt."""
-    changes = {**RUN, "model.mixer": mixer, "optimizer.peak_lr": 0.005}
-    finish(start_training(tmp_path / "one", changes))
-    finish(*start_processes(tmp_path / "two", 2, {**changes, **mesh(2, 2, 2)}, devices=4))
-    assert_same_curves(tmp_path / "two", tmp_path / "one")
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory, tiny_config):
+    """``one_device(mixer)``: the workdir of 20 steps on one device, in this process."""
+
+    @functools.cache
+    def train(mixer):
+        workdir = tmp_path_factory.mktemp("one") / mixer
+        loop.train(tiny_config({**RUN, "model.mixer": mixer}), workdir)
+        return workdir
+
+    return train
 
 
-def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, start_training, start_processes, finish):
-    """8 devices, then 4, then 2 processes of 2, then 8: the same batches; losses differ by the order of sums."""
+def test_two_processes_of_four_devices_give_the_losses_of_one_device(tmp_path, one_device, start_processes, finish):
+    """Of TTT-MLP, of which every mesh axis splits something. The other mixers are in test_sharding.py."""
+    changes = {**RUN, "model.mixer": "ttt_mlp", **mesh(2, 2, 2)}
+    finish(*start_processes(tmp_path / "two", 2, changes, devices=4))
+    assert_same_curves(tmp_path / "two", one_device("ttt_mlp"))
+
+
+def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, one_device, start_training, start_processes, finish):
+    """8 devices, then 2 processes of 2, then 4 devices: the same batches; losses differ by the order of sums."""
     workdir = tmp_path / "moving"
-    changes = {**RUN, "optimizer.warmup": "4 steps", "checkpoint.every": "100%", "optimizer.peak_lr": 0.005}
-    # A schedule that does not depend on the duration, which changes.
-    changes["optimizer.end_lr"] = 0.005
     parts = [
-        (6, lambda c: [start_training(workdir, {**c, **mesh(2, 2, 2)}, devices=8)]),
-        (11, lambda c: [start_training(workdir, {**c, **mesh(1, 4, 1)}, devices=4)]),
-        (15, lambda c: start_processes(workdir, 2, {**c, **mesh(2, 1, 2)}, devices=2)),
-        (20, lambda c: [start_training(workdir, {**c, **mesh(8, 1, 1)}, devices=8)]),
+        (6, lambda c: [start_training(workdir, {**c, **mesh(4, 2, 1)}, devices=8)]),
+        (13, lambda c: start_processes(workdir, 2, {**c, **mesh(2, 1, 2)}, devices=2)),
+        (20, lambda c: [start_training(workdir, {**c, **mesh(1, 4, 1)}, devices=4)]),
     ]
     for steps, start in parts:
-        finish(*start({**changes, "training.duration": f"{steps} steps"}))
+        finish(*start({**RUN, "training.duration": f"{steps} steps"}))
         assert [record["step"] for record in metrics.read(workdir)] == list(range(1, steps + 1))
-    finish(start_training(tmp_path / "whole", changes))
-    assert_same_curves(workdir, tmp_path / "whole")
+    assert_same_curves(workdir, one_device("ttt_linear"))
 
 
 # ---- Ways to end
 
 
 def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(
-    tmp_path, start_processes, start_training, finish, final_state
+    tmp_path, start_processes, tiny_config, finish, final_state
 ):
     workdir = tmp_path / "run"
     processes = start_processes(workdir, 2, FOREVER)
@@ -95,25 +106,17 @@ def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(
     assert f"stopped by SIGTERM; saved at step {step} of 100000" in said
     assert metrics.read(workdir)[-1]["step"] == step
 
-    # And goes on there, as an undisturbed run would have.
-    end = {**FOREVER, "training.duration": f"{step + 5} steps"}
-    finish(start_training(workdir, end))
+    # And goes on there, on one device.
+    loop.train(tiny_config({**FOREVER, "training.duration": f"{step + 5} steps"}), workdir)
     assert [record["step"] for record in metrics.read(workdir)] == list(range(1, step + 6))
 
 
-@pytest.mark.parametrize(
-    ("of_process", "listed"),
-    [
-        ({1: {"optimizer.peak_lr": 0.5}}, "config.optimizer.peak_lr 0.004 there, 0.5 here"),
-        ({0: {"seed": 7}}, "config.seed 7 there, 0 here"),
-    ],
-)
-def test_processes_that_are_not_the_same_are_refused(tmp_path, start_processes, finish, of_process, listed):
+def test_processes_that_are_not_the_same_are_refused(tmp_path, start_processes, finish):
+    of_process = {0: {"seed": 7}, 1: {"optimizer.peak_lr": 0.5}}
     processes = start_processes(tmp_path / "run", 2, RUN, of_process=of_process)
     said = finish(*processes, status=REFUSED, seconds=60)
-    assert (
-        said.count(f"differs from process 0 on {__import__('socket').gethostname()}: {listed}; expected the same") == 2
-    )
+    listed = "config.optimizer.peak_lr 0.005 there, 0.5 here, config.seed 7 there, 0 here"
+    assert said.count(f"differs from process 0 on {socket.gethostname()}: {listed}; expected the same") == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -152,8 +155,6 @@ def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start
     folder = tmp_path / "data"
     folder.mkdir()
     np.save(folder / "train.npy", tokens)
-    from ttt_jax.data import pipeline, sources
-
     batches = pipeline.train_batches(
         sources.load(str(folder), "train", vocab_size=264), sequence_length=32, batch_size=8, seed=0
     )
@@ -162,7 +163,7 @@ def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start
     tokens[place] = 999
     np.save(folder / "train.npy", tokens)
 
-    processes = start_processes(tmp_path / "run", 2, {**RUN, "data.source": folder})
+    processes = start_processes(tmp_path / "run", 2, {**FOREVER, "data.source": folder})
     said = finish(*processes, status=FAILED, seconds=120)
     assert said.count("the run stands at step 6, saved, and goes on once that can be read") == 2
     assert f"token 999 at offset {place}" in said

@@ -6,6 +6,7 @@ versions, so compare runs on the same one.
 
 import functools
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -32,10 +33,13 @@ def tokens(split: str) -> np.ndarray:
 
 
 def _files() -> list[tuple[str, bytes]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    outside = {"site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not outside & set(p.relative_to(root).parts) and p.is_file())
-    files = [(path.relative_to(root).as_posix(), path.read_bytes()) for path in paths]
+    root, paths = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        # Installed packages are many more folders than the library itself, so they are not walked through.
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    paths = sorted((path for path in paths if os.path.isfile(path)), key=lambda path: path.split(os.sep))
+    files = [(Path(path).relative_to(root).as_posix(), Path(path).read_bytes()) for path in paths]
     if sum(len(content) for _, content in files) < _LEAST_BYTES:
         raise FileNotFoundError(f"{root}: hardly any .py files of the standard library; use a full Python installation")
     return files

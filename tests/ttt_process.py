@@ -1,0 +1,26 @@
+"""``python tests/ttt_process.py ARGUMENTS`` is ``python -m ttt_jax ARGUMENTS`` where processes share compiled programs.
+
+JAX finds a program again by a key that differs between the CPU processes of one run, and lets process 0 alone keep
+what it compiled, so that the others compile at each start. Here all of them find and keep programs alike.
+"""
+
+import sys
+
+from jax._src import cache_key, compilation_cache, compiler
+
+from ttt_jax.cli import main
+
+
+def _hash_devices(hash_obj, devices):
+    cache_key._hash_devices(hash_obj, devices)  # their kinds; not which of them are of this process
+
+
+def _keep(key, seconds, name, backend, executable, host_callbacks):
+    if not host_callbacks:
+        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+
+if __name__ == "__main__":
+    cache_key._hash_accelerator_config = _hash_devices
+    compiler._cache_write = _keep
+    sys.exit(main())
