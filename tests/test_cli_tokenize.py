@@ -81,6 +81,7 @@ def test_a_command_that_is_right(here, capsys):
     report = (
         "out: byte, 258 tokens in the vocabulary; bos 256; eos 257\n"
         f"  train: {documents} documents, {SIZE + 2 * documents:,} tokens, {SIZE:,} bytes of text\n"
+        "    1 of the documents has no tokens of its own\n"
         "  validation: 1 document, 12 tokens, 10 bytes of text\n"
     )
     assert printed.out == report
@@ -178,6 +179,24 @@ def test_json_lines_and_arrays_of_the_same_records_give_the_same_tokens(here, ca
     assert f"ttt tokenize: {broken}. Mend it, or leave such records out with " in capsys.readouterr().err
     assert ttt(*command, "--on-error", "skip") == 0
     assert f"{broken}; the rest of this file is left out\n" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_a_tokenizer_does_not_keep_is_told(here, capsys):
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1, "ab": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save("words.json")
+    write(here / "w.jsonl", ["a  a", "ab\n", "é", "", " "])
+    assert ttt("--train", "w.jsonl", "--tokenizer", "words.json", "--output", "out", "--workers", 1) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == (
+        "--tokenizer words.json: loses spaces at the end: texts that differ in them alone get the same tokens"
+    )
+    assert printed.out.splitlines()[1:] == [
+        "  train: 5 documents, 4 tokens, 10 bytes of text",
+        "    2 of the documents have no tokens of their own",
+        "    1 of the tokens stands for characters that the tokenizer does not know",
+    ]
 
 
 @pytest.mark.usefixtures("in_this_process")

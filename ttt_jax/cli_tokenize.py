@@ -96,6 +96,9 @@ def run(options: argparse.Namespace) -> int:
             f"  {split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}, "
             f"{counted(counts['text_bytes'], 'byte')} of text"
         )
+        if counts.get("empty_documents"):
+            words = "has no tokens of its own" if counts["empty_documents"] == 1 else "have no tokens of their own"
+            print(f"    {counts['empty_documents']:,} of the documents {words}")
         if counts.get("unknown_tokens"):
             verb = "stands" if counts["unknown_tokens"] == 1 else "stand"
             print(
@@ -110,7 +113,7 @@ def _tokenize(
     options: argparse.Namespace, found: list, output: "Store", lock: WorkdirLock
 ) -> tuple[dict | None, signal.Signals | None]:
     """Return what the dataset is, None where a signal stopped the run before its end, and the signal."""
-    from ttt_jax.data import engines, tokenize, tokenizer, train_bpe
+    from ttt_jax.data import engines, lost_text, tokenize, tokenizer, train_bpe
     from ttt_jax.data.job import Job
 
     skip = options.on_error == "skip"
@@ -119,6 +122,9 @@ def _tokenize(
     if options.train_bpe is None:
         chosen = tokenizer.load(options.tokenizer, bos_token=options.bos_token, eos_token=options.eos_token)
         trained = None
+        if lost := lost_text.lost(chosen):
+            what = "texts that differ in them alone get the same tokens"
+            print(f"--tokenizer {options.tokenizer}: loses {', '.join(lost)}: {what}", file=sys.stderr)
     else:
         chosen = train_bpe.kept_or_trained(output, found, options.train_bpe, job, skip_problems=skip)
         trained = {"vocab_size": options.train_bpe, "most_bytes": train_bpe.MOST_BYTES}

@@ -67,6 +67,17 @@ def test_unknown_tokens_are_counted_by_split():
     assert part.problems == []
 
 
+def test_documents_without_tokens_are_counted_by_split():
+    """Empty ones, and those of which the tokenizer keeps nothing."""
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, 2)
+    piece = job_lib.tokenize(job, "train", unit(["a", "", " \n", "a"])).pieces["train"]
+    assert (piece.tokens.tolist(), piece.lengths.tolist(), piece.empty) == ([0, 2, 2, 2, 0, 2], [2, 1, 1, 2], 2)
+    piece = job_lib.tokenize(Job(BYTE, None, None), "train", unit(["", "", " "])).pieces["train"]
+    assert (piece.tokens.tolist(), piece.lengths.tolist(), piece.empty) == ([32], [0, 0, 1], 2)
+
+
 def test_problems_are_told_in_order_beside_what_could_be_read():
     part = job_lib.tokenize(Job(BYTE, None, None), "train", unit(["a", None, "b", 5], Problem(5, "broken")))
     assert part.pieces["train"].tokens.tolist() == [97, 98]

@@ -56,6 +56,22 @@ def test_another_content_of_the_same_name_and_size(memory_path, finished):
     assert [content.partition(":")[0] for content in about["contents"]] == 3 * ["sha256"]
 
 
+def test_files_that_have_changed_since_the_dataset_was_finished_are_told(tmp_path):
+    """One that has grown, one that is new, one that is gone, and one of another name."""
+    a = corpus.input_file(tmp_path / "a.txt", b"abc")
+    b = corpus.input_file(tmp_path / "b.txt", b"x")
+    run(tmp_path / "out", [a])
+    begin = f"--output {tmp_path}/out: holds tokens of another request"
+    end = "; expected the same request, or a new folder"
+    new, old = "--train b.txt of 1 byte", "--train a.txt of 3 bytes"
+    assert refused(tmp_path / "out", [a, b]) == f"{begin} (file 2: none there, {new} here){end}"
+    assert refused(tmp_path / "out", [b]) == f"{begin} (file 1: {old} there, {new} here){end}"
+    grown = corpus.input_file(tmp_path / "a.txt", b"abcd")
+    assert refused(tmp_path / "out", [grown]) == f"{begin} (file 1: {old} there, --train a.txt of 4 bytes here){end}"
+    run(tmp_path / "two", [grown, b])
+    assert refused(tmp_path / "two", [grown]).endswith(f"(file 2: --train b.txt there, none here){end}")
+
+
 def test_a_dataset_of_before_contents_were_kept_is_recognised_by_name_and_size(memory_path):
     files = [corpus.input_file(memory_path / "a.jsonl", corpus.jsonl(TEXTS))]
     about = run(memory_path / "out", files)

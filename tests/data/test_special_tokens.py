@@ -12,6 +12,8 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
+from ttt_jax.data import job as job_lib
+from ttt_jax.data import records
 from ttt_jax.data import tokenizer as tokenizer_lib
 
 LETTERS = "pqrs<>/\u2581"
@@ -49,11 +51,25 @@ def metaspace_bpe():
     return made
 
 
+def metaspace_before_bpe():
+    """As newer files of Llama 2 have it, with bytes for what has no token."""
+    vocab = {
+        name: id for id, name in enumerate([*CONTROL, *LETTERS, "</", "s>", *(f"<0x{i:02X}>" for i in range(256))])
+    }
+    merges = [("<", "/"), ("s", ">"), ("</", "s>")]
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return made
+
+
 def byte_level_bpe():
     vocab = {name: id for id, name in enumerate([*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return made
+
+
+FAMILIES = [unigram, word_level, word_piece, metaspace_bpe, metaspace_before_bpe, byte_level_bpe]
 
 
 def encoder_of(folder, made, **options):
@@ -62,7 +78,7 @@ def encoder_of(folder, made, **options):
     return tokenizer_lib.load(str(path), **options)
 
 
-@pytest.mark.parametrize("make", [unigram, word_level, word_piece, metaspace_bpe, byte_level_bpe])
+@pytest.mark.parametrize("make", FAMILIES)
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"normalized": True}])
 @pytest.mark.parametrize("special", [True, False])
 def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, special):
@@ -152,6 +168,31 @@ def test_an_incomplete_byte_alphabet_is_refused_by_name(tmp_path):
     tokenizer = encoder_of(tmp_path, tokenizers.Tokenizer.from_str(json.dumps(file)))
     with pytest.raises(ValueError, match=r"^character ' ' \(U\+0020\) has no token$"):
         tokenizer.encoder()("p q")
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_tokens_that_are_said_not_to_exist_are_text_too(tmp_path, make):
+    """And one token for both ends separates documents once."""
+    made = make()
+    made.add_special_tokens(list(CONTROL))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": null}')
+    ours = encoder_of(tmp_path, made)
+    assert (ours.bos, ours.eos) == (None, None)
+    assert not {1, 2} & set(ours.encoder()("pq </s> p <s></s>").tolist())
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "</s>", "eos_token": {"content": "</s>"}}')
+    ours = encoder_of(tmp_path, made)
+    assert (ours.bos, ours.eos) == (2, 2)
+    job = job_lib.Job(ours, ours.bos, ours.eos)
+    unit = records.Unit("values", ["pq </s>", "pq"], 1, None, records.Position(1))
+    tokens = job_lib.tokenize(job, "train", unit).pieces["train"].tokens.tolist()
+    assert [i for i, token in enumerate(tokens) if token == 2] == [len(ours.encoder()("pq </s>")), len(tokens) - 1]
+
+
+def test_bytes_spell_everything():
+    text = "<s></s><|endoftext|>"
+    job = job_lib.Job(tokenizer_lib.byte(), 256, 257)
+    unit = records.Unit("values", [text], 1, None, records.Position(1))
+    assert job_lib.tokenize(job, "train", unit).pieces["train"].tokens.tolist() == [256, *text.encode(), 257]
 
 
 def test_a_special_token_map_may_say_that_there_is_none(tmp_path):

@@ -242,10 +242,13 @@ def test_other_files_are_another_request(memory_path, good, finished):
     third = corpus.input_file(memory_path / "third.jsonl", b'{"text": "a"}\n')
     longer = corpus.input_file(memory_path / "0.jsonl", b'{"text": "a"}\n')
     for files, what in (
-        (good[::-1], "files: ['train', '0.jsonl', "),
-        (good[:1], "files: ['train', '1.jsonl'"),
-        ([*good, third], "files: None there, ['train', 'third.jsonl'"),
-        ([longer, good[1]], f"files: ['train', '0.jsonl', {good[0].size}] there, ['train', '0.jsonl', 14] here"),
+        (good[::-1], "file 1: --train 0.jsonl of "),
+        (good[:1], f"file 2: --train 1.jsonl{'' if finished else f' of {good[1].size:,} bytes'} there, none here"),
+        ([*good, third], "file 3: none there, --train third.jsonl"),
+        (
+            [longer, good[1]],
+            f"file 1: --train 0.jsonl of {good[0].size:,} bytes there, --train 0.jsonl of 14 bytes here",
+        ),
     ):
         message = refused(ConfigError, folder, files)
         assert message.startswith(f"--output {folder}: holds tokens of another request ({what}")

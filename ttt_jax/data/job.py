@@ -71,6 +71,7 @@ class Piece(NamedTuple):
     lengths: np.ndarray  # [documents], tokens of each
     text_bytes: int
     unknown: int = 0  # tokens that stand for characters without one of their own
+    empty: int = 0  # documents whose text has no tokens
 
 
 class Part(NamedTuple):
@@ -81,8 +82,8 @@ class Part(NamedTuple):
 
 
 def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
-    """The tokens of the documents of a unit, by split."""
-    found: dict[str, tuple[list[np.ndarray], list[int], list[int], list[int]]] = {}
+    """Return the tokens of the documents of a unit, by split."""
+    found: dict[str, tuple[list[np.ndarray], list[int], list[int], list[int], list[bool]]] = {}
     problems = []
     encode, unknown = job.encode, job.tokenizer.unknown
     first, last = ([] if token is None else [np.array([token], job.dtype)] for token in (job.bos, job.eos))
@@ -99,15 +100,16 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
             problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
             continue
         text = content.encode()
-        tokens, lengths, sizes, unknowns = found.setdefault(job.split_of(split, text), ([], [], [], []))
+        tokens, lengths, sizes, unknowns, empty = found.setdefault(job.split_of(split, text), ([], [], [], [], []))
         document = [*first, encoded, *last]
         tokens += document
         lengths.append(sum(map(len, document)))
         sizes.append(len(text))
         unknowns.append(0 if unknown is None else int(np.count_nonzero(encoded == unknown)))
+        empty.append(not len(encoded))
     pieces = {
-        name: Piece(np.concatenate(tokens), np.array(lengths, np.int64), sum(sizes), sum(unknowns))
-        for name, (tokens, lengths, sizes, unknowns) in found.items()
+        name: Piece(np.concatenate(tokens), np.array(lengths, np.int64), sum(sizes), sum(unknowns), sum(empty))
+        for name, (tokens, lengths, sizes, unknowns, empty) in found.items()
         if lengths
     }
     return Part(pieces, problems)

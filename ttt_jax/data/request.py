@@ -9,6 +9,7 @@ from ttt_jax.data import records
 from ttt_jax.data.files import InputFile
 from ttt_jax.data.records import Position, Unit
 from ttt_jax.data.store import Store
+from ttt_jax.wording import counted
 
 
 def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:
@@ -33,8 +34,9 @@ def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: 
         if ours[key] != theirs[key]:
             here, other = ours[key], theirs[key]
             if key == "files":
-                pairs = itertools.zip_longest(here, other)
-                here, other = next((a, b) for a, b in pairs if a != b)
+                pairs = enumerate(itertools.zip_longest(here, other), 1)
+                number, (here, other) = next((i, (a, b)) for i, (a, b) in pairs if a != b)
+                key, here, other = f"file {number}", _in_words(here), _in_words(other)
             raise ConfigError(
                 f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
                 "expected the same request, or a new folder"
@@ -46,6 +48,14 @@ def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: 
             f"({there['contents'][index]} there, {plan['contents'][index]} here); expected the same content, or a new "
             "folder"
         )
+
+
+def _in_words(file: list[Any] | None) -> str:
+    """Return a file as it is known by name: split, name, and size where it matters."""
+    if file is None:
+        return "none"
+    split, name, *size = file
+    return f"--{split} {name}" + (f" of {counted(size[0], 'byte')}" if size else "")
 
 
 def other_content(contents: list[str], earlier: list[str]) -> int | None:

@@ -189,6 +189,7 @@ class _Split:
         self.name, self.tokens, self.documents = name, arrays["tokens"], arrays["documents"]
         self.text_bytes: int = there.get("text_bytes", 0)
         self.unknown: int = there.get("unknown_tokens", 0)
+        self.empty: int = there.get("empty_documents", 0)
 
     def append(self, piece: Piece) -> None:
         ends = len(self.tokens) + np.cumsum(piece.lengths)
@@ -196,6 +197,7 @@ class _Split:
         self.tokens.append(piece.tokens)
         self.text_bytes += piece.text_bytes
         self.unknown += piece.unknown
+        self.empty += piece.empty
 
     def save(self, output: Store, folder: str, hashes: dict[str, str]) -> dict[str, Any]:
         """Write what does not fill a shard, and add its hashes; return what else :meth:`__init__` needs to go on."""
@@ -203,7 +205,8 @@ class _Split:
         documents, more_documents = self.documents.state()
         _keep(output, f"{folder}/{self.name}", more_tokens, hashes)
         _keep(output, f"{folder}/{dataset.documents_of(self.name)}", more_documents, hashes)
-        return {"tokens": tokens, "documents": documents, "text_bytes": self.text_bytes, "unknown_tokens": self.unknown}
+        counts = {"text_bytes": self.text_bytes, "unknown_tokens": self.unknown, "empty_documents": self.empty}
+        return {"tokens": tokens, "documents": documents, **counts}
 
     def finish(self) -> dict[str, Any]:
         return {
@@ -211,6 +214,7 @@ class _Split:
             "documents": len(self.documents),
             "text_bytes": self.text_bytes,
             **({"unknown_tokens": self.unknown} if self.unknown else {}),
+            **({"empty_documents": self.empty} if self.empty else {}),
             "fingerprint": self.tokens.finish(),
             "document_offsets": dataset.documents_of(self.name),
             "document_offsets_fingerprint": self.documents.finish(),
