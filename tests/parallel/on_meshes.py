@@ -1,7 +1,7 @@
 """Training steps of a tiny model on meshes of one and of eight CPU devices, in one process; prints JSON.
 
-Needs eight devices, so it is a program that test_sharding.py starts, with a mixer and a folder for compiled programs,
-and ``kernel`` for the inner loop by fused kernels, interpreted, on the mesh and by the scan without.
+Needs eight devices, so it is a program that test_sharding.py starts, with a mixer, the meshes of eight devices, and
+``kernel`` for the inner loop by fused kernels, interpreted, on the mesh and by the scan without.
 """
 
 import json
@@ -18,8 +18,7 @@ from ttt_jax.parallel import sharding
 from ttt_jax.planning import hlo
 from ttt_jax.training import program
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # devices along data, fsdp and tensor
-STEPS = 20
+ONE = (1, 1, 1)  # devices along data, fsdp and tensor
 
 
 def tiny(mixer, kernel=None):
@@ -27,12 +26,14 @@ def tiny(mixer, kernel=None):
     config.model.update(mixer=mixer, vocab_size=16, width=32, num_heads=4, num_layers=2, mlp_width=64, init_stddev=0.1)
     config.model.ttt.mini_batch = 4
     config.data.update(sequence_length=8, batch_size=8)
-    if kernel:
+    config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)
+    config.training.duration = "20 steps"
+    if kernel:  # interpreted, it is slow: fewer and larger steps
         config.model.num_layers = 1
         config.model.ttt.update(kernel=kernel, mini_batch=8)
-        config.data.sequence_length = 16
-    config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)
-    config.training.duration = f"{STEPS} steps"
+        config.data.update(sequence_length=16, batch_size=4)
+        config.optimizer.update(peak_lr=0.01, end_lr=0.01)
+        config.training.duration = "8 steps"
     config_lib.validate(config)
     return config
 
@@ -40,20 +41,21 @@ def tiny(mixer, kernel=None):
 def train(mixer, shape, kernel=None):
     """Loss and gradient norm of every step, where the arrays lie, and what the devices tell each other."""
     config = tiny(mixer, kernel)
-    devices = jax.devices() if shape != (1, 1, 1) else jax.devices()[:1]
+    devices = jax.devices() if shape != ONE else jax.devices()[:1]
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
     run = program.make(config, mesh)
     state, step = run.initial_state(), run.compiled_step()
     parts, specs, metrics = _parts(state), _specs(state), []
-    for i in range(STEPS):
-        tokens = np.random.default_rng(i % 5).integers(0, 16, (8, config.data.sequence_length + 1), dtype=np.int32)
+    for i in range(config_lib.steps(config, "training.duration")):
+        size = (config.data.batch_size, config.data.sequence_length + 1)
+        tokens = np.random.default_rng(i % 5).integers(0, 16, size, dtype=np.int32)
         mask = (tokens[:, 1:] > 2).astype(np.float32)
         batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
         batch = jax.device_put(batch, run.batch_sharding)
         state, values = step(state, batch)
         metrics.append({name: float(x) for name, x in values.items()})
     text = step.as_text()
-    with_statistics = mixer == "ttt_mlp" and shape in ((1, 1, 1), (2, 2, 2))
+    with_statistics = mixer == "ttt_mlp" and shape in (ONE, (2, 2, 2))
     return {
         "statistics": _statistics(run, state.params, batch["inputs"]) if with_statistics else None,
         "loss": [m["loss"] for m in metrics],
@@ -96,12 +98,10 @@ def _specs(state):
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if sys.argv[3:] == ["kernel"]:
-        found = {
-            shape: train(sys.argv[1], shape, kernel) for shape, kernel in (((1, 1, 1), "scan"), ((2, 2, 2), "pallas"))
-        }
+    mixer, meshes, *kernel = sys.argv[1:]
+    shapes = [tuple(map(int, mesh.split("x"))) for mesh in meshes.split(",")]
+    if kernel:
+        found = {ONE: train(mixer, ONE, "scan"), **{shape: train(mixer, shape, "pallas") for shape in shapes}}
     else:
-        found = {shape: train(sys.argv[1], shape) for shape in MESHES}
+        found = {shape: train(mixer, shape) for shape in (ONE, *shapes)}
     print(json.dumps({"x".join(map(str, shape)): x for shape, x in found.items()}))
