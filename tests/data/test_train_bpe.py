@@ -232,6 +232,16 @@ def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, fi
     assert about["splits"]["validation"]["documents"] == 2
 
 
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_one_of_a_finished_dataset_that_is_gone_or_has_changed_is_named(tmp_path, file, content):
+    make(tmp_path / "out", [file])
+    kept = tmp_path / "out/tokenizer.json"
+    kept.unlink() if content is None else kept.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        make(tmp_path / "out", [file])
+    assert str(caught.value).startswith(f"{kept}: {'is gone' if content is None else 'damaged, or another tokenizer'}")
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_another_size_is_another_request(tmp_path, file, finished):
     """Shards of the unfinished one are there already."""

@@ -8,6 +8,7 @@ zarr.json             so that zarr opens the folder as a group
 problems.jsonl        records that were left out, where there are some
 """
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ttt_jax import __version__
@@ -107,6 +108,27 @@ def _check(about: Any, expected: dict[str, Any], store: Store, inside: str) -> N
         if not (has_it and isinstance(about[key], kind)):
             what = f"{inside}{key} is {about[key]!r}" if has_it else f"no {inside}{key}"
             raise DataError(f"{store.path(DESCRIPTION)}: damaged: {what}; expected what ttt tokenize has written")
+
+
+def read_tokenizer(store: Store, description: dict[str, Any]) -> bytes | None:
+    """Return the file of the tokenizer that is kept with a dataset; None where it needs none.
+
+    Raises:
+      DataError: where it is gone, or not the one that the tokens are of.
+    """
+    name = tokenizer_file(description["tokenizer"]["kind"])
+    if name is None:
+        return None
+    content = store.read(name)
+    if content is None:
+        raise DataError(f"{store.path(name)}: is gone; expected the file that ttt tokenize has written")
+    expected, found = description["tokenizer"].get("sha256"), hashlib.sha256(content).hexdigest()
+    if expected not in (None, found):  # early datasets have none
+        raise DataError(
+            f"{store.path(name)}: damaged, or another tokenizer: its SHA-256 is {found[:12]}..., that of the tokenizer "
+            f"which made the tokens {expected[:12]}...; expected the file that ttt tokenize has written"
+        )
+    return content
 
 
 def open_split(store: Store, description: dict[str, Any], split: str) -> tuple[Array, Array]:

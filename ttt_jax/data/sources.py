@@ -12,7 +12,6 @@ import ml_collections
 from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, embedded, files, official, synthetic, task_source
 from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.source import TokenSource
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED
@@ -96,24 +95,10 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
     if description is None:
         raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
     name = dataset.tokenizer_file(description["tokenizer"]["kind"])
-    if name:
-        _check_kept(Store(location), name, description["tokenizer"].get("sha256"))
+    dataset.read_tokenizer(Store(location), description)
     found = tokenizer_lib.load(Store(location).path(name) if name else "byte")
     known = {key: description[key] for key in ("bos", "eos") if description[key] is not None}
     return dataclasses.replace(found, **known)
-
-
-def _check_kept(store: Store, name: str, expected: str | None) -> None:
-    """Raise :class:`DataError` where the tokenizer of a dataset has changed; early datasets do not know its hash."""
-    content = store.read(name)
-    if content is None or expected is None:
-        return
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise DataError(
-            f"{store.path(name)}: damaged, or another tokenizer: its SHA-256 is {found[:12]}..., that of the tokenizer "
-            f"which made the tokens {expected[:12]}...; expected the file that ttt tokenize has written"
-        )
 
 
 def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None, named: str) -> TokenSource:

@@ -39,8 +39,8 @@ def kept_or_trained(
     """
     of_train = dataset.describe(job, with_content([file for file in files if file.split == "train"]), None)
     purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
-    if dataset.read_description(output):
-        kept = output.read("tokenizer.json")
+    if description := dataset.read_description(output):
+        kept = dataset.read_tokenizer(output, description) if description["tokenizer"].get("trained") else None
     else:
         kept = _kept(output, purpose, of_train["contents"])
     if kept is None:
