@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         _check_output(options.output)
     from ttt_jax import console
-    from ttt_jax.interop import harness, harness_files
+    from ttt_jax.interop import harness, harness_files, harness_tasks
     from ttt_jax.json_files import write_atomically
     from ttt_jax.parallel import startup
 
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace) -> int:
     named_by["tokenizer"] = model.tokenizer_of_run.sha256 if options.tokenizer else None
     same = hashlib.blake2b(repr((options.tasks, named_by)).encode(), digest_size=8).hexdigest()
     with WorkdirLock(workdir / "harness", "ttt harness", name=f".{same}.running") as lock:
-        results = harness.evaluate(
+        results = harness_tasks.evaluate(
             model, options.tasks, include_path=options.include_path, log_samples=options.output is not None, **asked
         )
-        found = harness.by_task(results, model)
+        found = harness_tasks.by_task(results, model)
         lock.check()
         for task, about in found.items():
             print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))

@@ -22,7 +22,7 @@ from lm_eval.api.registry import get_model
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.errors import DataError
 from ttt_jax.evaluation.likelihood import Score
-from ttt_jax.interop import harness, harness_files
+from ttt_jax.interop import harness, harness_files, harness_tasks
 from ttt_jax.interop.prefix import prefix_token_of
 from ttt_jax.training.errors import NonFiniteLossError
 
@@ -110,8 +110,8 @@ def instances(kind, *arguments):
 
 def test_both_kinds_of_tasks(run, tasks, model):
     _, log_likelihoods = run
-    results = harness.evaluate(model, ["here_choice", "here_rolling"], include_path=tasks)
-    found = harness.by_task(results, model)
+    results = harness_tasks.evaluate(model, ["here_choice", "here_rolling"], include_path=tasks)
+    found = harness_tasks.by_task(results, model)
     right, right_by_length = [], []
     for question in QUESTIONS:
         scores = np.array([score for score, _ in answers(log_likelihoods, question)])
@@ -279,12 +279,12 @@ def test_scores_that_are_not_finite_are_errors(run, model, monkeypatch, value):
 
 
 def test_a_perplexity_that_overflows_is_infinite_and_null_in_json(model):
-    with harness._overflow_is_infinite():
+    with harness_tasks._overflow_is_infinite():
         perplexity = harness.lm_eval_metrics.weighted_perplexity([(-2000.0, 1)])
     assert perplexity == math.inf
     assert harness.lm_eval_metrics.math is math
     results = {"results": {"t": {"word_perplexity,none": perplexity, "word_perplexity_stderr,none": math.nan}}}
-    assert harness.by_task(results, model)["t"]["metrics"] == {
+    assert harness_tasks.by_task(results, model)["t"]["metrics"] == {
         "word_perplexity": {"value": None, "standard_error": None, "not_finite": "inf"}
     }
 
@@ -364,14 +364,14 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
     with pytest.raises(
         ConfigError, match=r"--tasks here_writing: text is not generated yet; expected tasks that ask for"
     ):
-        harness.evaluate(model, ["here_choice", "here_writing"], include_path=tasks)
+        harness_tasks.evaluate(model, ["here_choice", "here_writing"], include_path=tasks)
     with pytest.raises(NotImplementedError, match="text is not generated yet"):
         model.generate_until([])
     with pytest.raises(ConfigError, match="--include-path nowhere: no such folder"):
-        harness.evaluate(model, ["here_choice"], include_path="nowhere")
+        harness_tasks.evaluate(model, ["here_choice"], include_path="nowhere")
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\ndataset_kwargs: {data_files: /nowhere.jsonl}\n")
     with pytest.raises(DataError, match=r"--tasks bad: cannot be loaded: .*nowhere.jsonl"):
-        harness.evaluate(model, ["bad"], include_path=tmp_path)
+        harness_tasks.evaluate(model, ["bad"], include_path=tmp_path)
     model.trained.config.model.vocab_size = 90  # of a model of another tokenizer
     try:
         with pytest.raises(ConfigError, match=r"tokenizer byte: token 100 of 'abcd' is not among the 90 of the model"):

@@ -7,24 +7,18 @@ own command, with this model type known to it, is
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import math
-import os
-import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from ttt_jax import finite
 from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.data.errors import DataError
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, load, steps
 from ttt_jax.interop.prefix import prefix_token_of
@@ -33,10 +27,8 @@ from ttt_jax.workdir import at
 
 try:
     from lm_eval import utils
-    from lm_eval.api import metrics as lm_eval_metrics
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise ConfigError(f"lm-evaluation-harness: {error}; pip install 'lm-eval>=0.4.13'") from error
 
@@ -44,7 +36,6 @@ from tqdm import tqdm  # with the harness
 
 NO_GENERATION = "text is not generated yet; expected tasks that ask for likelihoods: multiple_choice, loglikelihood or "
 NO_GENERATION += "loglikelihood_rolling"
-_RESAMPLES = 1000  # for the standard errors of metrics that are no means
 _LOG = logging.getLogger(__name__)
 
 
@@ -274,97 +265,6 @@ class TTTModel(TemplateLM):
         asked = [self._asked[task].hexdigest() for task in tasks if task in self._asked]
         read = [self.tokenizer_of_run.sha256, self._prefix, bool(self._add_bos_token), self._max_length]
         return hashlib.blake2b(json.dumps([asked, read]).encode(), digest_size=4).hexdigest()
-
-
-def evaluate(
-    model: TTTModel, tasks: Sequence[str], *, include_path: str | os.PathLike | None = None, **options: Any
-) -> dict[str, Any]:
-    """Run tasks of the harness and return its results. A perplexity that overflows is infinity.
-
-    Args:
-      tasks: names of tasks, groups or tags.
-      include_path: a folder with more of them.
-      options: further ones of :func:`lm_eval.simple_evaluate`.
-
-    Raises:
-      ConfigError: where there is no such task, or it asks for generated text.
-      DataError: where a task or its data cannot be loaded.
-      NonFiniteLossError: where the model gives NaN or infinity.
-    """
-    from lm_eval import simple_evaluate
-
-    if include_path is not None and not os.path.isdir(include_path):
-        raise ConfigError(f"--include-path {include_path}: no such folder; expected one with YAML files of tasks")
-    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
-    if manager is None or not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # reads thousands of files
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if unknown:
-        raise ConfigError(f"--tasks {','.join(unknown)}: no such task; lm_eval ls tasks shows all of them")
-    try:
-        loaded = manager.load(list(tasks))
-    except Exception as error:  # of the harness, of datasets, of the Hub
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"--tasks {','.join(tasks)}: cannot be loaded: {reason}") from error
-    generating = sorted(name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until")
-    if generating:
-        raise ConfigError(f"--tasks {','.join(generating)}: {NO_GENERATION}")
-    within = set(itertools.chain(*loaded["group_map"].values()))
-    found = [x for kind in ("groups", "tasks") for name, x in loaded[kind].items() if name not in within]
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstraps would fork this process, which JAX may not survive
-    model.forget_requests()
-    with _overflow_is_infinite():
-        results = simple_evaluate(model, tasks=found, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
-    assert results is not None  # of the only process
-    return results
-
-
-def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any]]:
-    """Return what :func:`evaluate` found, for each task and group.
-
-    Returns:
-      ``metrics``: of each, by its name, ``value`` and ``standard_error`` (None where the harness gives none, or NaN or
-      infinity; a value that is not finite is spelled out in ``not_finite``). Beside them what they are of:
-      ``num_fewshot``, ``version`` and ``documents`` of the task, ``identity``, ``model_step`` and the like.
-    """
-    keys = {"num_fewshot": "n-shot", "version": "versions", "documents": "n-samples"}
-    found = {}
-    for task, values in results["results"].items():
-        metrics = {}
-        for key, value in values.items():
-            name, _, kept = key.partition(",")  # the metric, and the harness's filter of answers
-            if kept and not name.endswith("_stderr"):
-                error = values.get(f"{name}_stderr,{kept}")
-                name += "" if kept == "none" else f",{kept}"
-                metrics[name] = _metric(value, error)
-        within = results.get("group_subtasks", {}).get(task) or [task]
-        found[task] = {
-            "task": task,
-            "metrics": metrics,
-            **{key: results.get(theirs, {}).get(task) for key, theirs in keys.items()},
-            "lm_eval": results.get("lm_eval_version"),
-            "identity": model.identity(within),
-            **model.get_model_info(),
-        }
-    return found
-
-
-def _metric(value: Any, error: Any) -> dict[str, Any]:
-    finite = not isinstance(value, float) or math.isfinite(value)
-    known = isinstance(error, float) and math.isfinite(error)
-    metric = {"value": value if finite else None, "standard_error": error if known else None}
-    return metric if finite else {**metric, "not_finite": str(value)}
-
-
-@contextmanager
-def _overflow_is_infinite() -> Iterator[None]:
-    """Let the harness's perplexities be infinity where ``math.exp`` would end the run with an OverflowError."""
-    theirs = lm_eval_metrics.math
-    lm_eval_metrics.math = types.SimpleNamespace(**{**vars(math), "exp": finite.exp})
-    try:
-        yield
-    finally:
-        lm_eval_metrics.math = theirs
 
 
 def _shown(request: tuple[str | None, str | None] | None) -> str:

@@ -1,0 +1,110 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run on a model of a run, and what they found by task."""
+
+import itertools
+import math
+import os
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ttt_jax import finite
+from ttt_jax.config import ConfigError
+from ttt_jax.data.errors import DataError
+from ttt_jax.interop.harness import NO_GENERATION, TTTModel
+
+_RESAMPLES = 1000  # for the standard errors of metrics that are no means
+
+
+def evaluate(
+    model: TTTModel, tasks: Sequence[str], *, include_path: str | os.PathLike | None = None, **options: Any
+) -> dict[str, Any]:
+    """Run tasks of the harness and return its results. A perplexity that overflows is infinity.
+
+    Args:
+      tasks: names of tasks, groups or tags.
+      include_path: a folder with more of them.
+      options: further ones of :func:`lm_eval.simple_evaluate`.
+
+    Raises:
+      ConfigError: where there is no such task, or it asks for generated text.
+      DataError: where a task or its data cannot be loaded.
+      NonFiniteLossError: where the model gives NaN or infinity.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not os.path.isdir(include_path):
+        raise ConfigError(f"--include-path {include_path}: no such folder; expected one with YAML files of tasks")
+    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
+    if manager is None or not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)  # reads thousands of files
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ConfigError(f"--tasks {','.join(unknown)}: no such task; lm_eval ls tasks shows all of them")
+    try:
+        loaded = manager.load(list(tasks))
+    except Exception as error:  # of the harness, of datasets, of the Hub
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"--tasks {','.join(tasks)}: cannot be loaded: {reason}") from error
+    generating = sorted(name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until")
+    if generating:
+        raise ConfigError(f"--tasks {','.join(generating)}: {NO_GENERATION}")
+    within = set(itertools.chain(*loaded["group_map"].values()))
+    found = [x for kind in ("groups", "tasks") for name, x in loaded[kind].items() if name not in within]
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstraps would fork this process, which JAX may not survive
+    model.forget_requests()
+    with _overflow_is_infinite():
+        results = simple_evaluate(model, tasks=found, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
+    assert results is not None  # of the only process
+    return results
+
+
+def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any]]:
+    """Return what :func:`evaluate` found, for each task and group.
+
+    Returns:
+      ``metrics``: of each, by its name, ``value`` and ``standard_error`` (None where the harness gives none, or NaN or
+      infinity; a value that is not finite is spelled out in ``not_finite``). Beside them what they are of:
+      ``num_fewshot``, ``version`` and ``documents`` of the task, ``identity``, ``model_step`` and the like.
+    """
+    keys = {"num_fewshot": "n-shot", "version": "versions", "documents": "n-samples"}
+    found = {}
+    for task, values in results["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            name, _, kept = key.partition(",")  # the metric, and the harness's filter of answers
+            if kept and not name.endswith("_stderr"):
+                error = values.get(f"{name}_stderr,{kept}")
+                name += "" if kept == "none" else f",{kept}"
+                metrics[name] = _metric(value, error)
+        within = results.get("group_subtasks", {}).get(task) or [task]
+        found[task] = {
+            "task": task,
+            "metrics": metrics,
+            **{key: results.get(theirs, {}).get(task) for key, theirs in keys.items()},
+            "lm_eval": results.get("lm_eval_version"),
+            "identity": model.identity(within),
+            **model.get_model_info(),
+        }
+    return found
+
+
+def _metric(value: Any, error: Any) -> dict[str, Any]:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    known = isinstance(error, float) and math.isfinite(error)
+    metric = {"value": value if finite else None, "standard_error": error if known else None}
+    return metric if finite else {**metric, "not_finite": str(value)}
+
+
+@contextmanager
+def _overflow_is_infinite() -> Iterator[None]:
+    """Let the harness's perplexities be infinity where ``math.exp`` would end the run with an OverflowError."""
+    from lm_eval.api import metrics as lm_eval_metrics
+
+    theirs = lm_eval_metrics.math
+    lm_eval_metrics.math = types.SimpleNamespace(**{**vars(math), "exp": finite.exp})
+    try:
+        yield
+    finally:
+        lm_eval_metrics.math = theirs
