@@ -16,6 +16,7 @@ from ttt_jax.models.build import language_model
 
 pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
 
+from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
@@ -280,9 +281,9 @@ def test_scores_that_are_not_finite_are_errors(run, model, monkeypatch, value):
 
 def test_a_perplexity_that_overflows_is_infinite_and_null_in_json(model):
     with harness_tasks._overflow_is_infinite():
-        perplexity = harness.lm_eval_metrics.weighted_perplexity([(-2000.0, 1)])
+        perplexity = lm_eval_metrics.weighted_perplexity([(-2000.0, 1)])
     assert perplexity == math.inf
-    assert harness.lm_eval_metrics.math is math
+    assert lm_eval_metrics.math is math
     results = {"results": {"t": {"word_perplexity,none": perplexity, "word_perplexity_stderr,none": math.nan}}}
     assert harness_tasks.by_task(results, model)["t"]["metrics"] == {
         "word_perplexity": {"value": None, "standard_error": None, "not_finite": "inf"}
