@@ -20,6 +20,7 @@ from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.benchmark.tpu_schedule.schedule import measure
 from ttt_jax.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("for_libtpu")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KNOWN, KERNEL, BROKEN = (f"{HERE / 'scheduled.py'}:{name}" for name in ("known", "kernel", "broken"))

@@ -19,13 +19,17 @@ def test_what_there_is_not(argument):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mixer", "pairs", "length", "steps"), [("ttt_linear", 2, 16, 300), ("attention", 4, 32, 100)])
-def test_recall_is_learned(mixer, pairs, length, steps, tmp_path):
+@pytest.mark.parametrize(
+    ("mixer", "pairs", "length", "width", "steps"), [("ttt_linear", 2, 16, 32, 180), ("attention", 4, 32, 64, 100)]
+)
+def test_recall_is_learned(mixer, pairs, length, width, steps, tmp_path):
     """On shorter sequences: pairs are recalled from some that were never seen, which no guess among the values does."""
     short = {
         "data.source": f"associative_recall:{pairs}",
         "data.sequence_length": length,
         "model.vocab_size": 8 * pairs,
+        "model.width": width,
+        "model.mlp_width": 2 * width,
     }
     overrides = [f"--config.{key}={value}" for key, value in {**short, "training.duration": f"{steps} steps"}.items()]
     loop.train(get(f"tasks.py:associative_recall,{mixer}", *overrides), tmp_path)

@@ -40,6 +40,7 @@ def test_every_recipe_divides_its_chips(script):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("for_libtpu")
 def test_a_plan_is_kept_and_printed(script, tmp_path, monkeypatch, capsys):
     smoke, file = "ttt_linear-125m-pile-2k:smoke", tmp_path / "plans.jsonl"
     monkeypatch.setattr(script, "RECIPES", [])

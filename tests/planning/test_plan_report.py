@@ -59,6 +59,14 @@ def test_a_small_run():
     assert shown["duration"] == "0.0572 ms, under 0.001 chip-hours, under 0.001 USD at 1.2 per chip-hour"
 
 
+def test_a_run_that_does_not_fit():
+    needed = Memory(*[2**30] * len(dataclasses.fields(Memory)))
+    plan = dataclasses.replace(a_plan(1), memory=needed, available=5 * 2**29, fits=False, step_time=None)
+    too_much = needed.total / 2**30 - 2.5
+    assert f"{too_much + 2.5:.2f} GiB of 2.50 GiB: does not fit, {too_much:.2f} GiB too much" in report.text(plan)
+    assert "no estimate: the step does not fit" in report.text(plan)
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [

@@ -30,8 +30,8 @@ class Problem(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_problem() -> Callable[..., Problem]:
-    """``make_problem(depth, batch, tokens, heads, head_dim, b)``, drawn by NumPy; with ``initial`` as at the start of
-    training, else everything of a size to be felt."""
+    """``make_problem(depth, batch, tokens, heads, head_dim, b)``, drawn by NumPy, which compiles nothing; with
+    ``initial`` as at the start of training, else everything of a size to be felt."""
 
     def make(
         depth: int = 1, batch: int = 1, tokens: int = 64, heads: int = 1, head_dim: int = 64, b: int = 16, **options
@@ -40,7 +40,7 @@ def make_problem() -> Callable[..., Problem]:
         rng = np.random.default_rng(options.get("seed", 0))
 
         def normal(*shape):
-            return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            return rng.standard_normal(shape).astype(np.float32)
 
         learner = mlp(head_dim, depth=depth)
         weight, bias, inputs = (0.02, 0.0, 0.55) if initial else (0.1, 0.1, 1.0)
@@ -50,14 +50,15 @@ def make_problem() -> Callable[..., Problem]:
         )
         rate = (1.0 if depth == 1 else 0.1) / head_dim
         noise = 0.0 if initial else 0.01
-        return Problem(
+        problem = Problem(
             learner,
             LayerNormParams(1 + 0.1 * normal(heads, 1, head_dim), 0.1 * normal(heads, 1, head_dim)),
             w0,
             *((inputs * normal(batch, tokens, heads, head_dim)).astype(dtype) for _ in "qkv"),
-            rate * jax.nn.sigmoid(normal(batch, tokens, heads)),
-            1 / jnp.arange(1, b + 1) + noise * normal(b),
+            np.float32(rate) / (1 + np.exp(-normal(batch, tokens, heads))),
+            (1 / np.arange(1, b + 1) + noise * normal(b)).astype(np.float32),
         )
+        return problem._replace(**jax.tree.map(jnp.asarray, {x: getattr(problem, x) for x in Problem._fields[1:]}))
 
     return make
 

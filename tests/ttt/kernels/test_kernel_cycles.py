@@ -10,6 +10,7 @@ from ttt_jax.benchmark.tpu_schedule.schedule import measure
 BUILD = "ttt_jax.benchmark.inner_loop:build"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("for_libtpu"),
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
 ]
 

@@ -45,7 +45,7 @@ def test_ten_steps_of_the_authors(calls, name):
 def test_twenty_steps_are_those_of_the_scan():
     def losses(kernel):
         config = config_lib.default()
-        config.model.update(mixer="ttt_linear", vocab_size=16, width=64, num_layers=1, num_heads=4, mlp_width=64)
+        config.model.update(mixer="ttt_linear", vocab_size=16, width=32, num_layers=1, num_heads=2, mlp_width=32)
         config.model.ttt.kernel = kernel
         config.data.update(sequence_length=40, batch_size=2)
         config.training.duration = "20 steps"
