@@ -1,10 +1,15 @@
 """``scripts/reproduce/``: every script from end to end, tiny and cut short; the commands of the paper's scale."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
+import sys
+import threading
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 import pytest
@@ -24,21 +29,63 @@ LINEAR, TRANSFORMER = "TTT-Linear (Mamba backbone)", "Transformer"
 def reproduce(tmp_path):
     """``reproduce(script, *options)``: what a script prints; ``ttt`` is that of this tree."""
     (tmp_path / "bin").mkdir()
-    ttt = tmp_path / "bin" / "ttt"
-    ttt.write_text('#!/bin/sh\nexec python -m ttt_jax "$@"\n')
-    ttt.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-    }
 
-    def run(script, *options, status=0):
+    def run(script, *options, status=0, ttt='exec python -m ttt_jax "$@"'):
+        program = tmp_path / "bin" / "ttt"
+        program.write_text(f"#!/bin/sh\n{ttt}\n")
+        program.chmod(0o755)
+        environment = {
+            **os.environ,
+            "PATH": f"{program.parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+        }
         command = ["bash", str(ROOT / "scripts" / "reproduce" / f"{script}.sh"), *map(str, options)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == status, f"{script}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout if status == 0 else done.stderr
+
+    return run
+
+
+@pytest.fixture
+def reproduce_here(reproduce, tmp_path, monkeypatch):
+    """As ``reproduce``, with the commands of ``ttt`` run by this process, which has imported all that they need.
+
+    The ``ttt`` that the script finds sends its arguments here, and gets back what it has to print, and its status.
+    """
+    monkeypatch.chdir(ROOT)  # where the scripts run them
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    place = str(tmp_path / "socket")
+
+    def run(script, *options):
+        out = []
+        with Listener(place) as listener:
+
+            def bash():
+                try:
+                    send = f'exec {sys.executable} -I -S {Path(__file__).with_name("ttt_elsewhere.py")} {place} "$@"'
+                    out.append(reproduce(script, *options, ttt=send))
+                except AssertionError as error:
+                    out.append(error)
+                with Client(place) as client:
+                    client.send(None)
+
+            thread = threading.Thread(target=bash)
+            thread.start()
+            while True:
+                with listener.accept() as connection:
+                    arguments = connection.recv()
+                    if arguments is None:
+                        break
+                    text = io.StringIO()
+                    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                        status = cli.main(arguments)
+                    connection.send((text.getvalue(), status))
+            thread.join()
+        if isinstance(out[0], AssertionError):
+            raise out[0]
+        return out[0]
 
     return run
 
@@ -141,7 +188,7 @@ def test_help(reproduce):
 
 
 @pytest.mark.slow
-def test_every_script_tiny(reproduce, tmp_path):
+def test_every_script_tiny(reproduce, reproduce_here, tmp_path):
     """All of them, from training to pictures, sharing their runs; two steps each, of the smallest models."""
     common = ("--out", tmp_path / "out", "--steps", 2)
     two = ("--mixers", "ttt_linear,transformer", "--sizes", "125m", "--contexts", "2k,8k")
@@ -151,7 +198,7 @@ def test_every_script_tiny(reproduce, tmp_path):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         return words(folder / f"{name}.svg")
 
-    out = reproduce("figure_10", *common, *two)
+    out = reproduce_here("figure_10", *common, *two)
     assert "4 points: 4 done" in out
     text = said("figure_10")
     for expected in (LINEAR, TRANSFORMER, "training FLOPs (log scale)", "perplexity (log scale)"):
@@ -159,21 +206,21 @@ def test_every_script_tiny(reproduce, tmp_path):
     assert {"embedded/validation, 128 tokens", "embedded/validation, 512 tokens"} < set(text)
 
     trained = sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl"))
-    reproduce("figure_11", *common, *two)
+    reproduce_here("figure_11", *common, *two)
     assert said("figure_11") == text  # the same runs, of the text that stands for both datasets
     assert sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")) == trained
 
-    reproduce("figure_15", *common, *two)
+    reproduce_here("figure_15", *common, *two)
     assert {LINEAR, TRANSFORMER, "Transformer, fine-tuned"} < set(said("figure_15"))
     started = json.loads((folder / "finetune-125m/tiny.transformer_finetune-125m-books-8k/config.json").read_text())
     assert started["training"]["start_from"] == str(folder / "books/tiny.transformer-125m-books-2k")
 
-    reproduce("figure_16", *common, "--mixers", "ttt_linear", "--sizes", "125m", "--contexts", "2k,8k")
+    reproduce_here("figure_16", *common, "--mixers", "ttt_linear", "--sizes", "125m", "--contexts", "2k,8k")
     for name in ("figure_16", "figure_16_by_model"):
         text = said(name)
         assert {"Perplexity by context, embedded/validation", "context, tokens (log scale)", LINEAR, "512"} < set(text)
 
-    reproduce("figure_2", *common, "--mixers", "ttt_linear,transformer", "--sizes", "125m")
+    reproduce_here("figure_2", *common, "--mixers", "ttt_linear,transformer", "--sizes", "125m")
     assert {"token index in the sequence (log scale)", "perplexity (log scale)"} < set(said("figure_2_right"))
     labels = [label for label in said("figure_2_right") if "parameters: perplexity" in label]
     assert [label.partition(" parameters")[0].rpartition(", ")[0] for label in labels] == [
@@ -182,14 +229,14 @@ def test_every_script_tiny(reproduce, tmp_path):
     ]
     assert "embedded/validation, 512 tokens" in said("figure_2_left")
 
-    reproduce("figure_7", *common, "--mini-batches", "1,16")
+    reproduce_here("figure_7", *common, "--mini-batches", "1,16")
     text = said("figure_7")
     assert {"mini-batch size b of the inner loop, tokens (log scale)", "seconds per training step (median)"} < set(text)
-    reproduce("figure_4", *common)
-    reproduce("figure_14", *common)
+    reproduce("figure_4", *common)  # with processes of ttt
+    reproduce_here("figure_14", *common)
     for name in ("figure_4", "figure_14"):
         assert {"layer 0", "layer 1", "inner loss", "token index t"} < set(said(name))
 
-    out = reproduce("table_1", *common, "--mixers", "linear_attention,equivalence")
+    out = reproduce_here("table_1", *common, "--mixers", "linear_attention,equivalence")
     assert "TTT equivalence" in out
     assert {path.suffix for path in folder.glob("table_1.*")} == {".txt", ".tex", ".csv"}
