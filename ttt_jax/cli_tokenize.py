@@ -36,7 +36,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     add = parser.add_argument
     for split in ("train", "validation", "test"):
         add(f"--{split}", nargs="+", action="extend", default=[], metavar="FILES", help=f"text of the {split} split")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the verb; returns its exit status."""
+    """Run the verb and return its exit status."""
     from ttt_jax.data import files
     from ttt_jax.data.store import Store
 
@@ -176,7 +176,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 class _Bar:
-    """Documents, tokens, MB of text per second, and time to the end."""
+    """Shows documents, tokens, MB of text per second, and the time that is left."""
 
     def __init__(self, total: int):
         self._line, self._started = StatusLine(max(total, 1), 0, "starting"), time.monotonic()

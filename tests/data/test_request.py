@@ -8,6 +8,8 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import tokenizer
+from ttt_jax.data.errors import DataError
+from ttt_jax.data.files import InputFile
 from ttt_jax.data.job import Job
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
@@ -70,6 +72,29 @@ def test_files_that_have_changed_since_the_dataset_was_finished_are_told(tmp_pat
     assert refused(tmp_path / "out", [grown]) == f"{begin} (file 1: {old} there, --train a.txt of 4 bytes here){end}"
     run(tmp_path / "two", [grown, b])
     assert refused(tmp_path / "two", [grown]).endswith(f"(file 2: --train b.txt there, none here){end}")
+
+
+def test_a_file_that_grows_while_it_is_read_is_told_and_read_to_its_end_the_next_time(memory_path):
+    """What is behind the end that its hash was taken of is not in the dataset under that hash."""
+    path = memory_path / "a.jsonl"
+    old = corpus.input_file(path, corpus.jsonl(TEXTS))
+
+    def grow(job, units):
+        for unit, part in corpus.in_this_process(job, units):
+            if len(path.read_bytes()) == old.size:
+                path.write_bytes(path.read_bytes() + corpus.jsonl(["more"]))
+            yield unit, part
+
+    options = {"shard": 64, "chunk": 64, "unit_bytes": 100, "save_seconds": -1}
+    with pytest.raises(DataError) as caught:
+        tokenize([old], JOB, Store(memory_path / "out"), grow, **options)
+    sizes = f"{old.size:,} bytes, now {path.stat().st_size:,}"
+    advice = "the same command goes on, once the file is complete"
+    assert str(caught.value) == f"{path}: has changed while it was read ({sizes}); {advice}"
+    new = InputFile("train", str(path), path.stat().st_size)
+    assert run(memory_path / "out", [new])["splits"]["train"]["documents"] == len(TEXTS) + 1
+    run(memory_path / "whole", [new])
+    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "whole")
 
 
 def test_a_dataset_of_before_contents_were_kept_is_recognised_by_name_and_size(memory_path):

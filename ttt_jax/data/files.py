@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import decompression, listing
+from ttt_jax.data.errors import DataError
 from ttt_jax.wording import counted, first_few
 
 KINDS = ("jsonl", "json", "txt", "parquet")
@@ -161,6 +162,16 @@ def with_content(files: list[InputFile]) -> list[InputFile]:
         finally:
             stop.set()  # where one cannot be read, or at Ctrl-C, no other is read to its end
             pool.shutdown(cancel_futures=True)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raise :class:`DataError` where a local file has grown or shrunk since it was found."""
+    fs, path = _filesystem(file.location, file.location)
+    if isinstance(fs, LocalFileSystem) and (size := os.stat(path).st_size) != file.size:
+        raise DataError(
+            f"{file.location}: has changed while it was read ({counted(file.size, 'byte')}, now {size:,}); the same "
+            "command goes on, once the file is complete"
+        )
 
 
 def _content(file: InputFile, stop: threading.Event) -> str:

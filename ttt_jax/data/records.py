@@ -68,7 +68,7 @@ class _BrokenFileError(Exception):
 
 
 def units(files: list[InputFile], start: Position, unit_bytes: int, text_key: str) -> Iterator[tuple[int, Unit, int]]:
-    """All records of the files from a position on, with the index of their file and the bytes read of it so far.
+    """Yield all records of the files from a position on, with the index of their file and the bytes read of it so far.
 
     Raises:
       OSError: where a file cannot be read for a reason that is not in its content.
@@ -91,7 +91,7 @@ def units(files: list[InputFile], start: Position, unit_bytes: int, text_key: st
 
 
 def texts(unit: Unit, text_key: str) -> Iterator[tuple[int, str] | Problem]:
-    """The texts of a unit with the numbers of their records, and its problems, in order."""
+    """Yield the texts of a unit with the numbers of their records, and its problems, in order."""
     if isinstance(unit.content, list):
         for number, value in enumerate(unit.content, unit.first_record):
             yield value if isinstance(value, Problem) else _checked(number, value, text_key)
@@ -149,7 +149,7 @@ def _json_type(value: Any) -> str:
 
 
 def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Iterator[Unit]:
-    """The fewest lines that have ``unit_bytes``, again and again.
+    """Yield units of whole lines, each the fewest that have ``unit_bytes``.
 
     What is not seekable is read up to the position line by line, so that a damaged file breaks off at the same line as
     when it is read in one go.
@@ -201,7 +201,7 @@ def _document(stream: Any, begin: Position) -> Iterator[Unit]:
 
 
 def _values(values: Iterator[Any], begin: Position, unit_bytes: int) -> Iterator[Unit]:
-    """Values of the text key, the fewest that have ``unit_bytes`` characters, again and again."""
+    """Yield units of values of the text key, each the fewest that have ``unit_bytes`` characters."""
     records = begin.records
     ended = False
     while not ended:
@@ -229,7 +229,7 @@ def _problem(record: int, what: str) -> Problem | None:
 
 
 def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
-    """The values of a column, all but the first ``skip``."""
+    """Yield the values of a column, all but the first ``skip``."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -256,7 +256,7 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
 
 
 def _has_lines(file: InputFile) -> bool:
-    """Whether a .json file holds JSON lines: its first line that is not blank is a JSON object."""
+    """Return whether a .json file holds JSON lines: its first line that is not blank is a JSON object."""
     first = b""
     try:
         with file.open() as raw:

@@ -20,7 +20,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import array, dataset, records, request
 from ttt_jax.data.engines import Engine
 from ttt_jax.data.errors import DataError
-from ttt_jax.data.files import InputFile, with_content
+from ttt_jax.data.files import InputFile, check_unchanged, with_content
 from ttt_jax.data.job import Job, Piece
 from ttt_jax.data.records import Position
 from ttt_jax.data.store import Store
@@ -165,6 +165,8 @@ def tokenize(
             now.skipped += len(part.problems)
             for name, piece in part.pieces.items():
                 splits[name].append(piece)
+            if unit.end.file > position.file:
+                check_unchanged(files[position.file])
             position = unit.end
             part_read.add(unit)
             report(sum(sizes[: position.file]) + read_to.pop(unit.end))

@@ -32,7 +32,7 @@ _OF = ("text_key", "split_rule", "files")  # what of a description the training 
 def kept_or_trained(
     output: Store, files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False
 ) -> Tokenizer:
-    """The tokenizer of a dataset that is finished or has been begun; trains and keeps it where there is none yet.
+    """Return the tokenizer of a dataset that is finished or has been begun; train and keep it where there is none yet.
 
     Raises:
       as :func:`train`.
@@ -76,9 +76,9 @@ def _kept(output: Store, purpose: dict[str, Any], contents: list[str]) -> bytes 
 
 
 def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False) -> bytes:
-    """Trains on the first :data:`MOST_BYTES` of the documents that ``job`` puts into the train split.
+    """Train on the first :data:`MOST_BYTES` of the documents that ``job`` puts into the train split.
 
-    Returns the content of a ``tokenizer.json``. Every text has tokens: all bytes are in the vocabulary. The same
+    Return the content of a ``tokenizer.json``. Every text has tokens: all bytes are in the vocabulary. The same
     documents give the same tokenizer.
 
     Raises:
