@@ -34,8 +34,8 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
             assert f"# {key} is unset\n" in out
     lines = {line.split(" = ")[0]: line for line in out.splitlines()}
     assert lines["model.mixer"].split("  #")[1] == ' default: "ttt_linear"'
-    assert lines["training.duration"].split("  #")[1] == ' 1,000 steps; default: "1000 steps"'
-    assert lines["optimizer.warmup"].split("  #")[1] == " 100 steps"
+    assert lines["training.duration"].split("  #")[1] == ' 4,000 steps; default: "1000 steps"'
+    assert lines["optimizer.warmup"].split("  #")[1] == " 400 steps"
     assert "#" not in lines["log.every"]
 
 

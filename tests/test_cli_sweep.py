@@ -94,7 +94,7 @@ def test_a_dry_run_prints_the_commands(capsys, tmp_path):
     ]
     table = [each.split() for each in out.splitlines()]
     assert ["duration=2-steps", "2", "steps", "2"] in table
-    assert ["duration=1M-tokens", "1M", "tokens", "244"] in table
+    assert ["duration=1M-tokens", "1M", "tokens", "977"] in table
     assert not folder.exists()
 
 

@@ -282,8 +282,12 @@ def test_the_longest_is_read_where_no_context_is_given(tmp_path):
     assert read(by_document=True) == (30, 7)
     assert read(step=3) == (40, 3)
     for arguments, kind, asked in (
-        ((13,), {}, "with context 13; run: ttt inspect .* --split test --context 13$"),
-        ((), {"step": 4}, "of the test split; run: ttt inspect .* --split test --context 2048 --step 4$"),
+        (
+            (13,),
+            {},
+            "with context 13; there are .*test-9, test-documents-30; run: ttt inspect .* --split test --context 13$",
+        ),
+        ((), {"step": 4}, "of the test split; there are .*; run: ttt inspect .* --split test --context 2048 --step 4$"),
         ((9,), {"by_document": True}, "--context 9 --by-document$"),
     ):
         with pytest.raises(ConfigError, match=asked):

@@ -147,8 +147,10 @@ def test_the_context_is_the_longest_that_all_have(evaluated, tmp_path):
     with pytest.raises(ConfigError) as caught:
         loss_by_position([tmp_path / "a", evaluated("c", context=65)], [tmp_path / "x.svg"])
     command = f"ttt eval --workdir {tmp_path / 'c'} --split validation --context 128"
+    there = "there are train-65, validation-65"
     assert (
-        str(caught.value) == f"{tmp_path / 'c'}: no evaluation of the validation split with context 128; run: {command}"
+        str(caught.value)
+        == f"{tmp_path / 'c'}: no evaluation of the validation split with context 128; {there}; run: {command}"
     )
 
 

@@ -42,7 +42,7 @@ def test_one_failure_does_not_end_the_sweep_and_is_tried_again(sweep, calls, tmp
     assert out == f"{folder}: 3 points: 2 done, 1 failed\n  seed=1: ttt train: status 3\n"
     assert "seed=1: failed, exit status 3: ttt train: status 3\n" in err
     failed = record.read(folder / "seed=1")
-    assert (failed.status, failed.said, failed.starts, failed.steps) == (3, "ttt train: status 3", 1, 140)
+    assert (failed.status, failed.said, failed.starts, failed.steps) == (3, "ttt train: status 3", 1, 250)
     assert (folder / "seed=1" / "output.log").read_text() == "some output\nttt train: status 3\nwarnings of others\n"
 
     assert sweep(*GRID) == 0
@@ -65,10 +65,10 @@ def test_points_are_added_and_a_longer_run_is_gone_on_with(sweep, calls):
     assert sweep("--grid seed=0") == 0
     assert sweep("--grid seed=0,1") == 0
     assert [len(calls(f"seed={seed}")) for seed in range(2)] == [1, 1]
-    assert sweep("--grid seed=0,1 --config.training.duration=200") == 0
+    assert sweep("--grid seed=0,1 --config.training.duration=350") == 0
     assert [len(calls(f"seed={seed}")) for seed in range(2)] == [2, 2]
-    assert sweep("--grid seed=2 --config.training.duration=300") == 2
-    assert sweep("--grid seed=2 --config.training.duration=200") == 0
+    assert sweep("--grid seed=2 --config.training.duration=450") == 2
+    assert sweep("--grid seed=2 --config.training.duration=350") == 0
     assert [len(calls(f"seed={seed}")) for seed in range(3)] == [2, 2, 1]
 
 
