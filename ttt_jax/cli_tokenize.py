@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
         extras.check("ray", "ray", "--engine ray")
     output = Store(options.output)
     found = files.with_content(found)
+    files.tell_copies(found)
     with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
         about, received = _tokenize(options, found, output, lock)
     if about is None:

@@ -29,12 +29,16 @@ def bad(what, line, column, end=None):
     return Malformed(f"not JSON: {what}: line {line} column {column}{up_to}")
 
 
-DELIMITER, VALUE = "Expecting ',' delimiter", "Expecting value"
+DELIMITER, COLON, VALUE = "Expecting ',' delimiter", "Expecting ':' delimiter", "Expecting value"
 NAME = "Expecting property name enclosed in double quotes"
 RECORDS = st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers() | st.none(), max_size=3)
 TABLE = [
     ('[1, {"a": 1 "b"}, 3]', [1, bad(DELIMITER, 1, 13, (1, 17)), 3]),
     ('[1,\n {"a": 1\n "b"},\n 3]', [1, bad(DELIMITER, 3, 2, (3, 6)), 3]),
+    (
+        '[{"a" 1},\n{"b" 2},\n\n {"c" 3}, 4]',
+        [bad(COLON, 1, 7, (1, 9)), bad(COLON, 2, 6, (2, 8)), bad(COLON, 4, 7, (4, 9)), 4],
+    ),
     ('[{"a": [1}, 2]', [bad(DELIMITER, 1, 10, (1, 11)), 2]),
     ("[{'a': \"}\"}, 2]", [bad(NAME, 1, 3, (1, 12)), 2]),
     ('[{"a": "\\"}]"; 1}, 2]', [bad(DELIMITER, 1, 14, (1, 18)), 2]),
@@ -43,7 +47,7 @@ TABLE = [
     ('[1, "\\x", 3]', [1, bad("Invalid \\escape", 1, 6, (1, 9)), 3]),
     ("[1,, 2,]", [1, bad("no value before ','", 1, 4), 2, bad("no value before ']'", 1, 8)]),
     ('[{"a": 1} {"a": 2}]', [{"a": 1}, bad("expected ',' or ']', found '{'", 1, 11), {"a": 2}]),
-    ('{"a": 1} {"a" 2} {"a": 3}', [{"a": 1}, bad("Expecting ':' delimiter", 1, 15, (1, 17)), {"a": 3}]),
+    ('{"a": 1} {"a" 2} {"a": 3}', [{"a": 1}, bad(COLON, 1, 15, (1, 17)), {"a": 3}]),
     # Where the end of what is wrong cannot be told, it is all the rest.
     ('[1, {"a": "b}, 3]', [1, "Unterminated string starting at: line 1 column 11"]),
     ("[1, {", [1, f"{NAME}: line 1 column 6"]),

@@ -115,9 +115,18 @@ def test_a_file_in_two_splits_is_refused_whatever_its_names(here, link):
     assert str(caught.value) == f"--validation {here}/v.jsonl: is in --train already"
 
 
-def test_copies_are_files_of_their_own(here, capsys):
-    put("a.jsonl", "b.jsonl")
-    assert len(files.distinct(files.find("train", ["*.jsonl"]))) == 2
+def test_copies_are_files_of_their_own_and_named(here, capsys):
+    put("a.jsonl", "b.jsonl", "c.jsonl", "v.jsonl")
+    (here / "c.jsonl").write_bytes(b"other")
+    listed = files.distinct(files.find("train", ["[abc].jsonl"]) + files.find("validation", ["v.jsonl"]))
+    assert len(listed) == 4
+    assert capsys.readouterr().err == ""
+    files.tell_copies(files.with_content(listed))
+    assert capsys.readouterr().err == (
+        f"2 files of the same content as another: --train {here}/b.jsonl (that of --train {here}/a.jsonl), "
+        f"--validation {here}/v.jsonl (that of --train {here}/a.jsonl)\n"
+    )
+    files.tell_copies(files.with_content(listed[1:3]))
     assert capsys.readouterr().err == ""
 
 

@@ -145,6 +145,18 @@ def _identity(location: str) -> Any:
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
+def tell_copies(files: list[InputFile]) -> None:
+    """Say which files hold the same as others before them, so that their documents are in the dataset twice."""
+    first: dict[str, InputFile] = {}
+    copies = []
+    for file in files:
+        other = first.setdefault(file.content, file)
+        if other is not file and file.size:
+            copies.append(f"--{file.split} {file.location} (that of --{other.split} {other.location})")
+    if copies:
+        print(f"{counted(len(copies), 'file')} of the same content as another: {first_few(copies)}", file=sys.stderr)
+
+
 def with_content(files: list[InputFile]) -> list[InputFile]:
     """Return the files with their ``content``.
 

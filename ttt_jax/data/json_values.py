@@ -95,7 +95,7 @@ class _Text:
     def __init__(self, stream: Any):
         self._stream, self._utf8 = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self.place, self._ended, self._size = "", 0, False, _BLOCK
-        self._line, self._column = 1, 1  # of the first character that is held
+        self._known, self._line, self._column = 0, 1, 1  # a place, and where that is in the file
 
     def where(self, place: int) -> str:
         """Return the line and column of a character that is held."""
@@ -131,7 +131,9 @@ class _Text:
             self._read()
         source, self.place, self._size = self._text[self.place : end], end, _BLOCK
         if error:
-            return Malformed(f"not JSON: {self._what(error)}; left out up to {self.where(end)}")
+            what = self._what(error)
+            self._remember(end)
+            return Malformed(f"not JSON: {what}; left out up to {self.where(end)}")
         return found if source.isascii() or not _ESCAPED.search(source) else Malformed("not valid UTF-8")
 
     def _what(self, error: ValueError | RecursionError) -> str:
@@ -165,13 +167,18 @@ class _Text:
 
     def _read(self) -> None:
         """Hold another block, and nothing before the place."""
-        self._line, self._column = self._where(self.place)
+        self._remember(self.place)
         block = self._stream.read(self._size)
         self._ended, self._size = not block, min(2 * self._size, _LONGEST)
         self._text, self.place = self._text[self.place :] + self._utf8.decode(block, final=self._ended), 0
+        self._known = 0
+
+    def _remember(self, place: int) -> None:
+        self._line, self._column = self._where(place)
+        self._known = place
 
     def _where(self, place: int) -> tuple[int, int]:
-        lines = self._text.count("\n", 0, place)
+        lines = self._text.count("\n", self._known, place)
         if lines:
-            return self._line + lines, place - self._text.rfind("\n", 0, place)
-        return self._line, self._column + place
+            return self._line + lines, place - self._text.rfind("\n", self._known, place)
+        return self._line, self._column + place - self._known
