@@ -175,7 +175,7 @@ def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
     ("content", "message"),
     [
         ("{", "damaged: it is not JSON: "),
-        ("[]", "does not describe"),
+        ("[]", "describes no dataset; expected what ttt tokenize has written"),
         ('{"format": "ttt_jax tokens", "version": 9}', "version 9; "),
     ],
 )
