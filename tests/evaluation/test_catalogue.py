@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, evaluations, statistics
 from ttt_jax.evaluation.statistics import Segment
@@ -42,6 +43,16 @@ def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path)
 def test_files_of_before_are_found(tmp_path):
     save(tmp_path, loss=5.0)
     assert of(tmp_path, source="/gone/texts") == 5.0
+
+
+def test_what_takes_the_place_of_the_result_of_an_earlier_step_says_so(tmp_path, capsys):
+    about = {"fingerprint": "f", "context": 8, "windows": 2, "step": 4}
+    json_files.write_object(tmp_path / "test-8.json", about)
+    assert catalogue.place(tmp_path, "test-8", about) == "test-8"
+    assert capsys.readouterr().err == ""
+    assert catalogue.place(tmp_path, "test-8", {**about, "step": 6}) == "test-8"
+    said = f"{tmp_path / 'test-8'}.json: in place of the result of step 4; --step keeps one of each\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):

@@ -194,6 +194,17 @@ def test_evaluations_count_where_they_are_of_the_end(sweep):
     )
 
 
+def test_evaluations_of_other_tokens_are_not_ranked(sweep):
+    for name, tokens in (("lr=0.1", {"fingerprint": "f", "windows": 64}), ("lr=0.01", {"fingerprint": "f"})):
+        (sweep / name / "eval").mkdir()
+        about = {"step": 100, "loss": 2.5, **tokens}
+        (sweep / name / "eval" / "validation-2048.json").write_text(json.dumps(about))
+    assert results.of_sweep(sweep, "validation-2048").results[0].value == 2.5  # as far as is known, the same
+    (sweep / "lr=0.01" / "eval" / "validation-2048.json").write_text(json.dumps({**about, "windows": 8}))
+    with pytest.raises(ConfigError, match=r"is of other tokens in lr=0.1 \(windows 64\) than in lr=0.01 \(windows 8\)"):
+        results.of_sweep(sweep, "validation-2048")
+
+
 def test_tables_for_programs(sweep, capsys, tmp_path):
     output = tmp_path / "out" / "table.csv"
     assert cli.main(["sweep", "results", str(sweep), "--json", "--csv", str(output)]) == 0

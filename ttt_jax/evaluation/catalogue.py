@@ -15,7 +15,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data.errors import DataError
 from ttt_jax.evaluation import saved
-from ttt_jax.json_files import DamagedFile
+from ttt_jax.json_files import DamagedFile, tell
 from ttt_jax.workdir import Workdir, explained
 
 _MOST_LISTED = 8
@@ -53,7 +53,10 @@ def place(folder: Workdir, stem: str, about: dict[str, Any]) -> str:
     """Return the NAME under which a result is saved: another than ``stem`` where that one is of other tokens."""
     there = _about(folder / f"{stem}.json")
     if there and any(there[key] != about[key] for key in _IDENTITY if key in there and key in about):
-        return f"{stem}-{short_hash([about.get(key) for key in _IDENTITY])}"
+        stem = f"{stem}-{short_hash([about.get(key) for key in _IDENTITY])}"
+        there = _about(folder / f"{stem}.json")
+    if there and there.get("step", about.get("step")) != about.get("step"):
+        tell(f"{folder / stem}.json: in place of the result of step {there['step']}; --step keeps one of each")
     return stem
 
 

@@ -8,7 +8,8 @@ a single batch is noisy; of speeds, the median of all. Of evaluations, ``SPLIT-T
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ttt_jax import finite
@@ -19,6 +20,7 @@ _LAST = 0.05  # of the steps
 _SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "model_flop_utilisation")
 _HIGHER_IS_BETTER = ("tokens_per_second", "tokens_per_second_per_chip", "model_flop_utilisation", "goodput")
 _NULL_IS_NOT_FINITE = ("loss", "perplexity")  # of evaluations; other numbers may not be known
+_OF_TOKENS = ("fingerprint", "windows", "chains")  # all else stands in the name of the metric
 _EVALUATION = re.compile(
     r"((?:[\w.]+-)?(?:train|validation|test)(?:-documents)?(?:-carried)?-\d+(?:-at-\d+)?(?:-[0-9a-f]{8})?)(?:/(\w+))?"
 )
@@ -30,10 +32,12 @@ class Value(NamedTuple):
     Attributes:
       number: None where it is not there; NaN where JSON holds null for a number that is not finite.
       step: that the run, or the checkpoint that was evaluated, stands at.
+      tokens: what says which tokens an evaluation is of, as far as it is known; empty of other metrics.
     """
 
     number: float | None
     step: int
+    tokens: Mapping[str, Any] = MappingProxyType({})
 
 
 def of_run(workdir: Workdir, metric: str) -> Value:
@@ -46,7 +50,8 @@ def of_run(workdir: Workdir, metric: str) -> Value:
     number = _number(about.get(name))
     if number is None and name in about and name in _NULL_IS_NOT_FINITE:
         number = math.nan
-    return Value(number, step if isinstance(step, int) else 0)
+    tokens = {key: about[key] for key in _OF_TOKENS if key in about}
+    return Value(number, step if isinstance(step, int) else 0, tokens)
 
 
 def of_records(records: Sequence[dict[str, Any]], metric: str) -> Value:

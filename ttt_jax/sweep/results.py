@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ttt_jax.config import ConfigError
@@ -56,7 +56,7 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
       highest: whether more is better; None is as the metric has it.
 
     Raises:
-      ConfigError: where the folder holds no sweep, or no point has this metric.
+      ConfigError: where the folder holds no sweep, or no point has this metric, or evaluations are of different tokens.
     """
     sweep = sweep_file.expected(directory)
     keys = [CONFIG] * (len({names.label(recipe) for recipe in sweep.recipes}) > 1) + sweep.keys
@@ -68,18 +68,34 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
         values = {key: config[key] for key in keys if key in config} | point.values
         if CONFIG in keys:
             values[CONFIG] = names.label(point.recipe)
-        value, step = metric.of_run(workdir, name)
+        value, step, tokens = metric.of_run(workdir, name)
         standing = status.of_point(workdir, point, lives)
-        return Result(None, standing, values, value, step if metric.is_of_evaluation(name) else standing.step), config
+        return (
+            Result(None, standing, values, value, step if metric.is_of_evaluation(name) else standing.step),
+            config,
+            tokens,
+        )
 
     found = files.on_each(one, sweep.points)
-    results = [result for result, _ in found]
+    results = [result for result, _, _ in found]
     if all(result.value is None for result in results) and any(result.standing.step for result in results):
         with_records = next(result.standing.point for result in results if result.standing.step)
         known = ", ".join(metric.available(directory / with_records.name))
         raise ConfigError(f"--metric {name}: no point has it; expected one of {known}")
-    configs = {result.standing.point.name: config for result, config in found}
+    _check_same_tokens(name, [(r.standing.point.name, tokens) for r, _, tokens in found if r.value is not None])
+    configs = {result.standing.point.name: config for result, config, _ in found}
     return Results(keys, _ranked(results, metric.higher_is_better(name) if highest is None else highest), configs)
+
+
+def _check_same_tokens(name: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    (first, there), *others = found or [("", {})]
+    for point, here in others:
+        for key in there.keys() & here.keys():
+            if there[key] != here[key]:
+                raise ConfigError(
+                    f"--metric {name}: is of other tokens in {first} ({key} {there[key]}) than in {point} ({key} "
+                    f"{here[key]}); expected evaluations of the same data and as many windows"
+                )
 
 
 def _ranked(results: Sequence[Result], highest: bool) -> list[Result]:
