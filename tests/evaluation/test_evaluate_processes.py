@@ -12,23 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ttt_jax import cli
+from ttt_jax import config as config_lib
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    *("--config.model.width=32", "--config.model.num_layers=1", "--config.model.num_heads=2"),
-    *("--config.model.mlp_width=48", "--config.model.vocab_size=264", "--config.data.sequence_length=64"),
-    *("--config.data.batch_size=2", "--config.training.duration=4 steps"),
-]
+SMALL = {"width": 32, "num_layers": 1, "num_heads": 2, "mlp_width": 48, "vocab_size": 264}
 
 
 def start(*arguments, devices=1):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
-    command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
+    command = [sys.executable, ROOT / "tests/ttt_process.py", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -42,10 +42,12 @@ def finish(*processes):
 
 
 @pytest.fixture(scope="module")
-def run(request, tmp_path_factory):
+def run(request, tmp_path_factory, save_run):
     """A run's workdir, and its evaluation on one device."""
-    workdir = tmp_path_factory.mktemp(request.param) / "run"
-    finish(start("train", "--config", f"configs/quickstart.py:{request.param}", "--workdir", workdir, *SMALL))
+    workdir, config = tmp_path_factory.mktemp(request.param) / "run", config_lib.default()
+    config.model.update(mixer=request.param, **SMALL)
+    config.data.update(sequence_length=64, batch_size=2)
+    save_run(workdir, config)
     return workdir, evaluated(workdir)
 
 
@@ -60,7 +62,7 @@ def result(workdir):
 
 
 def evaluated(workdir):
-    finish(start(*options(workdir)))
+    assert cli.main(list(map(str, options(workdir)))) == 0
     return result(workdir)
 
 
@@ -72,11 +74,16 @@ def check_same(found, expected):
 
 
 @pytest.mark.parametrize("run", ["ttt_mlp", "attention"], indirect=True)
-def test_meshes_and_processes_give_the_numbers_of_one_device(run):
-    """Seven documents do not divide by the rows of either mesh."""
+def test_meshes_give_the_numbers_of_one_device(run):
+    """Seven documents do not divide by the rows of the mesh."""
     workdir, expected = run
     finish(start(*options(workdir), "--fsdp", 2, "--tensor", 2, devices=8))
     check_same(result(workdir), expected)
+
+
+@pytest.mark.parametrize("run", ["ttt_mlp"], indirect=True)
+def test_processes_give_the_numbers_of_one_device(run):
+    workdir, expected = run
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -103,7 +110,7 @@ def test_a_killed_evaluation_goes_on(run):
     process.wait()
     assert not (workdir / "eval" / f"{stem}.json").exists()
     there = {path.name for path in parts.glob("*.npy")}
-    finish(start(*many))
+    assert cli.main(list(map(str, many))) == 0
     assert there
     assert not parts.exists()
     whole = json.loads((workdir / "eval" / f"{stem}.json").read_text())

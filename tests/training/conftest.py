@@ -16,6 +16,7 @@ TINY = {
     "model.mlp_width": 48,
     "data.sequence_length": 64,
     "data.batch_size": 2,
+    "optimizer.peak_lr": 4e-3,
     "training.duration": "24 steps",
     "checkpoint.every": "6 steps",
 }

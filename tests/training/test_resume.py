@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax.training import metrics
+from ttt_jax.training import loop, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -29,16 +29,10 @@ def _wait_for(process, condition, seconds=120):
         time.sleep(0.0005)
 
 
-def _finish(process):
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    return out
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, start_training):
+def undisturbed(tmp_path_factory, tiny_config):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    _finish(start_training(workdir, BIG_STATE))
+    loop.train(tiny_config(BIG_STATE), workdir)
     return workdir
 
 
@@ -48,29 +42,44 @@ def _half_written(workdir):
     return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
 
 
-def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_training, undisturbed, final_state):
+def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
+    tmp_path, start_training, tiny_config, undisturbed, final_state
+):
     workdir = tmp_path / "run"
     lines = workdir / "metrics.jsonl"
 
     def recorded(steps):
         return lambda: lines.exists() and lines.read_text().count("\n") >= steps
 
-    # Before the first checkpoint; while one is written; between two.
-    kills = [
-        recorded(2),
-        lambda: (workdir / "checkpoints" / "6").exists() and _half_written(workdir),
-        recorded(21),
-    ]
-    half_written = []
-    for moment in kills:
+    def stop(moment, number):
         process = start_training(workdir, BIG_STATE)
         _wait_for(process, moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        half_written.append(_half_written(workdir))
-    assert half_written[1], "the second kill was meant to hit a save"
-    _finish(start_training(workdir, BIG_STATE))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        return out, err, process.returncode
+
+    # Killed before the first checkpoint, and while one is written.
+    *_, status = stop(recorded(2), signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    *_, status = stop(lambda: (workdir / "checkpoints" / "6").exists() and _half_written(workdir), signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert _half_written(workdir), "the second kill was meant to hit a save"
+
+    # Ctrl-C saves, and says how to go on.
+    there = lines.read_text().count("\n")
+    out, err, status = stop(recorded(there + 1), signal.SIGINT)
+    assert status == 130, err
+    stopped, _ = final_state(workdir)
+    assert there < stopped < 24
+    assert f"saved at step {stopped} of 24" in out
+    assert "python -m ttt_jax train --config" in out
+    assert f"--workdir {workdir}" in out
+    assert "Traceback" not in err
+
+    # Killed between two checkpoints.
+    *_, status = stop(recorded(21), signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    loop.train(tiny_config(BIG_STATE), workdir)
 
     step, state = final_state(workdir)
     expected_step, expected = final_state(undisturbed)
@@ -81,25 +90,10 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(tmp_path, start_tra
     assert not _half_written(workdir)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, start_training, undisturbed, final_state):
-    workdir = tmp_path / "run"
-    process = start_training(workdir, BIG_STATE)
-    _wait_for(process, lambda: (workdir / "metrics.jsonl").exists() and metrics.read(workdir))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    stopped, _ = final_state(workdir)
-    assert 1 <= stopped < 24
-    assert f"saved at step {stopped} of 24" in out
-    assert "python -m ttt_jax train --config" in out
-    assert f"--workdir {workdir}" in out
-    assert "Traceback" not in err
-
-    _finish(start_training(workdir, BIG_STATE))
-    jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(undisturbed)[1])
-
-
 def test_finished_run_is_left_alone(start_training, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_bytes()
-    assert "all 24 steps are done already" in _finish(start_training(undisturbed, BIG_STATE))
+    process = start_training(undisturbed, BIG_STATE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "all 24 steps are done already" in out
     assert (undisturbed / "metrics.jsonl").read_bytes() == before

@@ -97,9 +97,10 @@ def test_a_run_without_checkpoints(tmp_path, abstract_state, tiny_config):
 
 @pytest.mark.slow
 def test_two_processes_start_from_it_together(first, tmp_path, tiny_config, start_processes, finish):
-    loop.train(tiny_config({**RUN, "training.start_from": str(first)}), tmp_path / "one")
-    processes = start_processes(tmp_path / "two", 2, {**RUN, "training.start_from": first})
+    loop.train(tiny_config({"training.start_from": str(first)}), tmp_path / "one")
+    processes = start_processes(tmp_path / "two", 2, {"training.start_from": first})
     assert f"; with the parameters of {first}, step 4" in finish(*processes)
     one, two = ([record["loss"] for record in metrics.read(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 24
     np.testing.assert_allclose(two, one, rtol=1e-6)
     assert one[0] < metrics.read(first)[0]["loss"] - 0.1
