@@ -216,10 +216,10 @@ def test_not_finished(copy):
     ("content", "message"),
     [
         ("{", "dataset.json: damaged: it is not JSON"),
-        ("[]", "dataset.json: does not describe a dataset; expected what ttt tokenize has written"),
+        ("[]", "dataset.json: describes no dataset; expected what ttt tokenize has written"),
         (
             '{"name": "package", "version": 1}',
-            "dataset.json: does not describe a dataset; expected what ttt tokenize has written",
+            "dataset.json: describes no dataset; expected what ttt tokenize has written",
         ),
         ('{"format": "ttt_jax tokens", "version": 2}', "dataset.json: version 2; this ttt_jax reads 1"),
         ('{"format": "ttt_jax tokens", "version": 1}', "dataset.json: damaged: no tokenizer; expected what ttt token"),

@@ -89,9 +89,7 @@ def read_description(store: Store) -> dict[str, Any] | None:
     if found is None:
         return None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(
-            f"{store.path(DESCRIPTION)}: does not describe a dataset; expected what ttt tokenize has written"
-        )
+        raise DataError(f"{store.path(DESCRIPTION)}: describes no dataset; expected what ttt tokenize has written")
     if found.get("version") != VERSION:
         raise DataError(f"{store.path(DESCRIPTION)}: version {found.get('version')}; this ttt_jax reads {VERSION}")
     _check(found, _EXPECTED, store, "")
