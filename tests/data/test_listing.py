@@ -158,6 +158,11 @@ def test_nothing_that_can_be_read_is_refused_by_name(here):
     assert refused("in/*.txt") == f"--train in/*.txt: no such file; expected files named {EXPECTED}"
 
 
+def test_an_empty_name_is_not_the_working_directory(here):
+    put("a.jsonl")
+    assert refused("a.jsonl", "") == "--train: an empty name; expected a path, a folder, a glob or a URL"
+
+
 @pytest.mark.parametrize("name", ["part[1]", "~", "~user", "a b", "$HOME", "a::b", "{x}", "what?", "*", "ünï"])
 def test_names_that_look_like_something_else_are_names(here, name):
     put(f"{name}/{name}.jsonl", "p/part1.jsonl")
@@ -191,15 +196,16 @@ def test_an_output_among_the_input_is_left_out_the_second_time_too(here, capsys,
 
 def test_every_dataset_among_the_input_is_left_out_and_named(here, capsys):
     put("in/a.jsonl", "in/begun/_unfinished/state.json", "in/begun/train/zarr.json", "in/mine/zarr.json")
+    put("in/bpe/_unfinished/tokenizer.json", "in/bpe/running.json")
     make("in/tok")
     put("in/tok/problems.jsonl")
     what = "left out; it holds tokens that ttt tokenize has made, not text"
-    expected = [f"{here}/in/{name}: {what}" for name in ("begun", "tok")]
+    expected = [f"{here}/in/{name}: {what}" for name in ("begun", "bpe", "tok")]
     for pattern in ("in", "in/**/*.json*"):
         assert found(pattern) == ["in/a.jsonl", "in/mine/zarr.json"]
         assert capsys.readouterr().err.splitlines() == expected
     assert found("in/a.jsonl", "in/tok", "in/tok/problems.jsonl") == ["in/a.jsonl"]
-    assert capsys.readouterr().err.splitlines() == 2 * expected[1:]
+    assert capsys.readouterr().err.splitlines() == 2 * expected[2:]
     assert found("in/*", output="in/tok") == ["in/a.jsonl"]
     assert refused("in/tok") == f"--train in/tok: holds tokens; expected files of text, named {EXPECTED}"
 

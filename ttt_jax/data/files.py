@@ -76,6 +76,8 @@ def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
     found: list[InputFile] = []
     for pattern in patterns:
         option = f"--{split} {pattern}"
+        if not pattern:
+            raise ConfigError(f"--{split}: an empty name; expected a path, a folder, a glob or a URL")
         fs, path = _filesystem(pattern, option)
         with _explained(option):
             names = listing.named(fs, path)

@@ -93,7 +93,7 @@ def _is_dataset(fs: Any, folder: str) -> bool:
                 return True
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         pass
-    return fs.exists(f"{folder}/{dataset.UNFINISHED}/state.json")
+    return any(fs.exists(f"{folder}/{dataset.UNFINISHED}/{name}") for name in ("state.json", "tokenizer.json"))
 
 
 def _without_files(folders: Iterable[str], files: list[str]) -> list[str]:
