@@ -1,5 +1,6 @@
 """What all tests share: the CPU, a compilation cache that outlives the run, and comparisons that NaN cannot pass."""
 
+import atexit
 import collections
 import functools
 import gc
@@ -42,6 +43,7 @@ startup.keep_freed_memory()
 # Tracing makes millions of objects, few of them in circles: with Python's thresholds a tenth of the time went to
 # looking for circles.
 gc.set_threshold(100_000, 20, 50)
+atexit.register(gc.freeze)  # nor at the end
 
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell ignores it for what it runs in the background, and so would the processes that tests send it to.

@@ -22,6 +22,7 @@ from ttt_jax import (
     cli_sweep_report,
     cli_tokenize,
     config_file,
+    garbage,
 )
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_config import Parser
@@ -87,7 +88,8 @@ _OF_THE_COMMAND = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
+    """Run one command and return its exit status."""
+    garbage.collect_rarely()
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     if options.verb in _WAIT_FOR_OTHERS:
         return _run(options, rest)

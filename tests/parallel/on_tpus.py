@@ -5,9 +5,11 @@ import os
 import re
 import sys
 
+from ttt_jax import garbage
 from ttt_jax.planning import topology as topology_lib
 
 os.environ.pop("XLA_FLAGS", None)  # those of tests are for CPUs, and libtpu ends at one that it does not know
+garbage.collect_rarely()
 topology = topology_lib.parse("v5e:2x4")
 topology_lib.prepare(topology)
 

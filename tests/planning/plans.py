@@ -7,8 +7,10 @@ import json
 import sys
 
 from ttt_jax import config as config_lib
+from ttt_jax import garbage
 from ttt_jax.planning import topology as topology_lib
 
+garbage.collect_rarely()
 topology = topology_lib.parse("v5e:2x2")
 topology_lib.prepare(topology)
 

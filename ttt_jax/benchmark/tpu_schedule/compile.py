@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 
 import ttt_jax
+from ttt_jax import garbage
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.config import ConfigError
 
@@ -208,5 +209,6 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    garbage.collect_rarely()
     with contextlib.suppress(KeyboardInterrupt):
         main(Path(sys.argv[1]))
