@@ -16,6 +16,8 @@ import pytest
 import tensorstore as ts
 from backports import zstd
 
+from ttt_jax import cli
+
 ROOT = Path(__file__).parents[1]
 BOOKS = ROOT.parent / "shared" / "data" / "books" / "tiny.jsonl.zst"
 SMALL = [
@@ -26,13 +28,25 @@ SMALL = [
 ]
 
 
-def ttt(*arguments) -> str:
-    """Runs a command; returns what it printed."""
+def typed(*arguments) -> str:
+    """Run a command as a process of its own; return what it printed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """``here(*arguments)``: as ``typed``, in this process."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        assert cli.main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +62,10 @@ def books(tmp_path_factory) -> tuple[Path, list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_tokenize_train_evaluate_plot(books, tmp_path, kind):
+def test_tokenize_train_evaluate_plot(books, tmp_path, here, kind):
+    """Of bytes in this process; with a tokenizer that is trained, as one types it."""
     path, texts = books
+    ttt = here if kind == "byte" else typed
     dataset = tmp_path / "dataset"
     how = ["--tokenizer", "byte"] if kind == "byte" else ["--train-bpe", 400]
     copy = tmp_path / "validation.jsonl.zst"
@@ -86,10 +102,10 @@ def test_tokenize_train_evaluate_plot(books, tmp_path, kind):
     assert (tmp_path / "books.png").stat().st_size > 10_000
 
 
-def test_the_config_and_the_data_must_agree(books, tmp_path):
+def test_the_config_and_the_data_must_agree(books, tmp_path, here, capsys):
     dataset = tmp_path / "dataset"
-    ttt("tokenize", "--train", books[0], "--tokenizer", "byte", "--output", dataset)
-    command = [sys.executable, "-m", "ttt_jax", "train", "--config", "configs/books.py:ttt_linear", *SMALL]
+    here("tokenize", "--train", books[0], "--tokenizer", "byte", "--output", dataset)
+    command = ["train", "--config", "configs/books.py:ttt_linear", *SMALL]
     command += ["--config.data.source", str(dataset), "--workdir", str(tmp_path / "run")]
     for option, message in [
         ("--config.data.tokenizer=llama", f"data.tokenizer='llama': {dataset}/train was made by byte byte"),
@@ -100,9 +116,8 @@ def test_the_config_and_the_data_must_agree(books, tmp_path):
         ("--config.data.sequence_length=8388608", f"data.sequence_length=8388608: {dataset}/train has"),
         ("--config.data.batch_size=1048576", f"data.sequence_length=128: {dataset}/train has"),
     ]:
-        done = subprocess.run([*command, option], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ttt train: ")]
+        assert cli.main([*command, option]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ttt train: ")]
         assert len(lines) == 1
         assert lines[0].startswith(f"ttt train: {message}")
     assert not (tmp_path / "run").exists()

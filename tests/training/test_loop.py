@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -16,12 +17,14 @@ from ttt_jax.training import loop, metrics, program
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.errors import NonFiniteLossError
 
+CHANGES = {"checkpoint.milestone_every": "12 steps", "checkpoint.keep_last": 1, "log.tensorboard": True}
+LONGER = {**CHANGES, "training.duration": "40 steps"}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_config):
     workdir = tmp_path_factory.mktemp("finished")
-    changes = {"checkpoint.milestone_every": "12 steps", "checkpoint.keep_last": 1, "log.tensorboard": True}
-    config = tiny_config(changes)
+    config = tiny_config(CHANGES)
     return workdir, config, loop.train(config, workdir)
 
 
@@ -61,11 +64,9 @@ def test_saved_arrays_are_float32(finished, tmp_path, tiny_config):
 
 
 def test_longer_run_goes_on_from_a_finished_one(finished, tmp_path, tiny_config):
-    short = tiny_config({"training.duration": "3 steps", "optimizer.warmup": "1 step"})
-    loop.train(short, tmp_path)
-    outcome = loop.train(tiny_config({"training.duration": "5 steps", "optimizer.warmup": "1 step"}), tmp_path)
-    assert outcome.step == 5
-    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5]
+    workdir = shutil.copytree(finished[0], tmp_path / "longer")
+    assert loop.train(tiny_config(LONGER), workdir).step == 40
+    assert [r["step"] for r in metrics.read(workdir)] == list(range(1, 41))
 
 
 @pytest.mark.parametrize(
@@ -93,12 +94,13 @@ def test_other_data_is_refused(finished, monkeypatch, tiny_config):
         loop.train(longer, workdir)
 
 
-@pytest.mark.parametrize("worker_processes", [0, 1])
-def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
-    tmp_path, monkeypatch, tiny_config, worker_processes
-):
-    """And once it can be read, the run ends with the bits of one that met nothing bad."""
-    config = tiny_config({"training.duration": "6 steps", "data.worker_processes": worker_processes})
+SIX = {"training.duration": "6 steps"}
+
+
+@pytest.fixture(scope="module")
+def bad_data(tmp_path_factory, tiny_config):
+    """A source that is good, one with a bad token in its fourth batch, its place, and the losses that the first gives."""
+    config = tiny_config(SIX)
     tokens = np.random.default_rng(0).integers(0, 256, 64 * 40 + 1).astype(np.uint16)
     good = source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
     batches = pipeline.train_batches(good, sequence_length=64, batch_size=2, seed=config.seed)
@@ -107,38 +109,48 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     damaged = tokens.copy()
     damaged[place] = 999
     bad = dataclasses.replace(good, tokens=damaged, known_fingerprint=good.fingerprint())
+    workdir = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.sources, "from_config", lambda config, split: good)
+        loop.train(config, workdir)
+    return good, bad, place, [record["loss"] for record in metrics.read(workdir)]
 
+
+@pytest.mark.parametrize("worker_processes", [0, 1])
+def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
+    tmp_path, monkeypatch, tiny_config, bad_data, worker_processes
+):
+    """And once it can be read, the run ends with the bits of one that met nothing bad."""
+    good, bad, place, losses = bad_data
+    config = tiny_config({**SIX, "data.worker_processes": worker_processes})
     monkeypatch.setattr(loop.sources, "from_config", lambda config, split: bad)
     with pytest.raises(
         DataError, match=f"some/train: token 999 at offset {place}; .*; the run stands at step 3, saved"
     ):
-        loop.train(config, tmp_path / "run")
-    checkpoints = Checkpoints(tmp_path / "run", read_only=True)
+        loop.train(config, tmp_path)
+    checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.latest_step() == 3
     checkpoints.close()
     monkeypatch.setattr(loop.sources, "from_config", lambda config, split: good)
-    assert loop.train(config, tmp_path / "run").step == 6
-    loop.train(config, tmp_path / "whole")
-    losses = [[record["loss"] for record in metrics.read(tmp_path / name)] for name in ("run", "whole")]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 6
+    assert loop.train(config, tmp_path).step == 6
+    assert [record["loss"] for record in metrics.read(tmp_path)] == losses
+    assert len(losses) == 6
 
 
-def test_non_finite_loss_stops_with_the_last_good_checkpoint(tmp_path, tiny_config):
-    loop.train(tiny_config({"training.duration": "4 steps", "optimizer.warmup": "1 step"}), tmp_path)
-    poisoned = tiny_config({"training.duration": "40 steps", "optimizer.warmup": "1 step"})
-    checkpoints = Checkpoints(tmp_path, keep_last=5)
+def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path, tiny_config):
+    workdir, poisoned = shutil.copytree(finished[0], tmp_path / "poisoned"), tiny_config(LONGER)
+    checkpoints = Checkpoints(workdir, keep_last=5)
     run = program.make(poisoned, program.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
-    state = checkpoints.restore(4, run.abstract_state)
+    state = checkpoints.restore(24, run.abstract_state)
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(np.nan)
-    checkpoints.save(5, state, checkpoints.meta(4))
+    checkpoints.save(25, state, checkpoints.meta(24))
     checkpoints.close()
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 6; the last good checkpoint is .*/5\. Try"):
-        loop.train(poisoned, tmp_path)
-    assert metrics.read(tmp_path)[-1]["step"] == 6
-    assert math.isnan(metrics.read(tmp_path)[-1]["loss"])
-    checkpoints = Checkpoints(tmp_path, read_only=True)
-    assert checkpoints.latest_step() == 5  # nothing was saved after the loss went bad
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 26; the last good checkpoint is .*/25\. Try"):
+        loop.train(poisoned, workdir)
+    assert metrics.read(workdir)[-1]["step"] == 26
+    assert math.isnan(metrics.read(workdir)[-1]["loss"])
+    checkpoints = Checkpoints(workdir, read_only=True)
+    assert checkpoints.latest_step() == 25  # nothing was saved after the loss went bad
     checkpoints.close()
 
 

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from fake_gcs import FakeGCS
 from matplotlib import image
 
 from ttt_jax import cli
-from ttt_jax.training import metrics
+from ttt_jax.training import loop, metrics
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,22 +29,31 @@ def curves(records):
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory, start_training, finish):
+def local(tmp_path_factory, tiny_config):
     """The workdir of the same run in a folder, never stopped."""
     workdir = tmp_path_factory.mktemp("local") / "a"
-    finish(start_training(workdir))
+    loop.train(tiny_config(), workdir)
     return workdir
 
 
-def ttt(gcs, *arguments):
-    command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
-    environment = {**gcs.environment(), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def ttt(monkeypatch, capsys):
+    """``ttt(gcs, *arguments)``: what a command prints, run by this process, whose gs:// is that server."""
+    import gcsfs
+
+    def run(gcs, *arguments):
+        with monkeypatch.context() as patch:
+            for name, value in gcs.environment().items():
+                patch.setenv(name, value)
+            gcsfs.GCSFileSystem.clear_instance_cache()
+            assert cli.main([str(argument) for argument in arguments]) == 0
+            gcsfs.GCSFileSystem.clear_instance_cache()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, start_training, finish):
+def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, ttt, start_training, finish):
     url = f"gs://{PLACE}"
     expected = curves(metrics.read(local))
 
@@ -99,7 +106,7 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, star
 
 def test_several_processes_share_a_bucket(local, start_processes, finish):
     with FakeGCS() as gcs:
-        changes = {"mesh.data": 2, "checkpoint.keep_last": 1}
+        changes = {"checkpoint.every": "12 steps", "checkpoint.keep_last": 1}
         finish(*start_processes(f"gs://{PLACE}", 2, changes, environment=gcs.environment()))
         losses = [record["loss"] for record in records(gcs)]
         assert {name.split("/")[0] for name in gcs.files(f"{PLACE}/checkpoints")} == {"24"}
