@@ -99,7 +99,7 @@ SIX = {"training.duration": "6 steps"}
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory, tiny_config):
-    """A source that is good, one with a bad token in its fourth batch, its place, and the losses that the first gives."""
+    """A good source, one with a bad token in its fourth batch, its place, and the losses of a run on the good one."""
     config = tiny_config(SIX)
     tokens = np.random.default_rng(0).integers(0, 256, 64 * 40 + 1).astype(np.uint16)
     good = source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
