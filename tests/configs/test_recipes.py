@@ -110,6 +110,9 @@ def test_meshes_divide_models_and_batches(mixer):
         assert shape["fsdp"] * shape["tensor"] == 16 or "-125m-" in recipe  # parts of the parameters
 
 
+SIZES = ("width", "num_layers", "num_heads", "mlp_width", "vocab_size")
+
+
 def parameters(c):
     module = language_model(c.model)
     boxed = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))
@@ -145,26 +148,31 @@ def count_by_hand(c):
 
 
 def test_parameter_counts_of_every_recipe():
-    counted = {}
+    """By hand, which is right for two sizes of every kind of model."""
+    models, kinds = {}, {}
     for name in all_recipes():
         c = get(name)
         model = c.model.to_dict() | {"rope_theta": 0, "remat": "", "dtype": ""}  # which change no shape
         key = json.dumps(model, sort_keys=True)
-        if key not in counted:
-            counted[key] = count(c)
-            assert counted[key] == count_by_hand(c), name
+        if key not in models:
+            models[key] = count_by_hand(c)
+            kind = json.dumps({key: value for key, value in model.items() if key not in SIZES}, sort_keys=True)
+            kinds[kind] = kinds.get(kind, 0) + 1
+            if kinds[kind] <= 2:
+                assert count(c) == models[key], name
         if name.startswith("paper.py") and "smoke" not in name:
-            assert counted[key] == pytest.approx(NAMED[name.split("-")[1]], rel=0.15), name
-    assert (
-        len(counted) >= 4 * 5 + 7 + 7 + 4 * 4 - 2
-    )  # sizes and mixers; rungs, which end where a mixer is; the small ones
+            assert models[key] == pytest.approx(NAMED[name.split("-")[1]], rel=0.15), name
+    # Sizes and mixers; rungs, which end where a mixer is; the small ones.
+    assert len(models) >= 4 * 5 + 7 + 7 + 4 * 4 - 2
 
 
 def test_every_mini_batch_of_figure_7():
     """b from 1 to 2048 changes tau, of length b, and nothing else."""
     for b in (2**i for i in range(12)):
         c = get("paper.py:ttt_linear-125m-pile-2k", f"--config.model.ttt.mini_batch={b}")
-        assert count(c) == count_by_hand(c) == 110_424_144 + 12 * (b - 16)
+        assert count_by_hand(c) == 110_424_144 + 12 * (b - 16)
+        if b in (1, 2048):
+            assert count(c) == count_by_hand(c)
 
 
 @pytest.mark.parametrize("recipe", ["ttt_linear-1.3b-pile-2k", "ttt_mlp-125m-books-32k", "transformer-760m-books-16k"])
