@@ -7,7 +7,6 @@ import struct
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,29 +23,6 @@ def main():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
-
-
-class CompilingOnce:
-    """The module jax, but jit gives the first function that it compiled to whoever asks."""
-
-    def __init__(self):
-        self.compiled = None
-
-    def __getattr__(self, name):
-        return getattr(jax, name)
-
-    def jit(self, f):
-        self.compiled = self.compiled or jax.jit(f)
-        return self.compiled
-
-
-@pytest.fixture(scope="class")
-def check_model():
-    """oracles.check_model, compiling once for all variants of one file: they differ in parameters, which the compiled
-    function takes as arguments, and in expectations, which it does not see."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oracles, "jax", CompilingOnce())
-        yield oracles.check_model
 
 
 @functools.cache
@@ -93,20 +69,20 @@ PERTURBATIONS = {
 class TestSingleParameters:
     """1e-3 on one number of one tensor, and 1e-3 of random sign on the whole tensor, is beyond the tolerances."""
 
-    def test_the_file_itself_passes(self, check_model):
-        assert check_model(load("model_ttt_linear.npz")).passed
+    def test_the_file_itself_passes(self):
+        assert oracles.check_model(load("model_ttt_linear.npz")).passed
 
     @pytest.mark.parametrize("key", PERTURBATIONS, ids=lambda key: key.removeprefix("params/model/"))
-    def test_perturbed(self, check_model, key):
+    def test_perturbed(self, key):
         oracle = load("model_ttt_linear.npz")
-        one = check_model(perturbed(oracle, key, PERTURBATIONS[key]))
+        one = oracles.check_model(perturbed(oracle, key, PERTURBATIONS[key]))
         assert not one.passed, str(one)
-        assert not check_model(shaken(oracle, key)).passed
+        assert not oracles.check_model(shaken(oracle, key)).passed
 
     @pytest.mark.parametrize("key", ["logits", "nll", "hidden_states/1", "ttt_stats/1/ttt_loss_mse_step_1"])
-    def test_perturbed_expectation(self, check_model, key):
+    def test_perturbed_expectation(self, key):
         oracle = load("model_ttt_linear.npz")
-        assert not check_model(perturbed(oracle, key, (0,) * oracle[key].ndim)).passed
+        assert not oracles.check_model(perturbed(oracle, key, (0,) * oracle[key].ndim)).passed
 
 
 def test_report_passes_only_with_numbers_within_tolerance():

@@ -5,8 +5,9 @@ pass), ``traj_*`` (ten AdamW steps) and ``generation_*`` (prefill and decoding).
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ttt_jax.interop import official_jax
 from ttt_jax.models.build import language_model
@@ -96,10 +98,15 @@ def params(oracle: Oracle, prefix: str = "params/") -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, official_jax.params_to_ours(flat))
 
 
-def model(oracle: Oracle, dtype: str | None = None) -> LanguageModel:
-    """Our model for the config in a file."""
+def model_config(oracle: Oracle, dtype: str | None = None) -> ConfigDict:
+    """Return ``config.model`` for the config in a file, with another dtype where one is given."""
     config = json.loads(str(oracle["config"]))
-    return language_model(official_jax.model_config(config, dtype or config["_run"]["dtype"]))
+    return official_jax.model_config(config, dtype or config["_run"]["dtype"])
+
+
+def model(oracle: Oracle) -> LanguageModel:
+    """Return our model for the config in a file."""
+    return language_model(model_config(oracle))
 
 
 def check_model(oracle: Oracle) -> Report:
@@ -110,7 +117,7 @@ def check_model(oracle: Oracle) -> Report:
     """
     if json.loads(str(oracle["config"]))["_run"]["dtype"] == "bfloat16":
         return _check_bf16(oracle)
-    ours = _evaluate(model(oracle), oracle)
+    ours = _evaluate(oracle)
     errors = {
         "logits": _largest(ours["logits"], oracle["logits"]),
         "nll": _largest(ours["nll"], oracle["nll"]),
@@ -130,15 +137,15 @@ def check_model(oracle: Oracle) -> Report:
     if any(k.startswith("ttt_stats/") for k in oracle):
         errors["statistics"] = _statistics_error(oracle, ours["statistics"]["layers"]["mixer"])
     if "logits_with_bf16_mult" in oracle:
-        scale = jnp.asarray(oracle["ttt_lr_mult"], jnp.bfloat16).astype(jnp.float32)
-        rounded = _evaluate(model(oracle), {**oracle, "ttt_lr_mult": scale})
+        scale = np.asarray(oracle["ttt_lr_mult"], jnp.bfloat16).astype(np.float32)
+        rounded = _evaluate({**oracle, "ttt_lr_mult": scale})
         errors["logits"] = max(errors["logits"], _largest(rounded["logits"], oracle["logits_with_bf16_mult"]))
     return Report(errors)
 
 
 def _check_bf16(oracle: Oracle) -> Report:
-    exact = _evaluate(model(oracle, "float32"), oracle)
-    ours = _evaluate(model(oracle), oracle)
+    exact = _evaluate(oracle, "float32")
+    ours = _evaluate(oracle)
 
     def distance(logits):
         return float(np.sqrt(np.mean((np.asarray(logits, np.float64) - exact["logits"]) ** 2)))
@@ -186,7 +193,7 @@ def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
     """Prefill of a prompt that ends inside a mini-batch, decoding token by token, and both in one go."""
     lm, tree = model(oracle), {"params": params(params_oracle)}
     scale = json.loads(str(oracle["config"]))["_run"].get("ttt_lr_mult", 1.0)
-    apply = jax.jit(lambda tokens, state: lm.apply(tree, tokens, state, scale))
+    apply = functools.partial(jax.jit(lambda tree, tokens, state: lm.apply(tree, tokens, state, scale)), tree)
     tokens, prompt = oracle["tokens"], int(oracle["prompt_len"])
 
     def decode(state, columns):
@@ -207,13 +214,21 @@ def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
     return Report({"logits": max(errors)})
 
 
-def _evaluate(lm: LanguageModel, oracle: Oracle) -> dict[str, Any]:
-    """Everything a ``model_*`` file may hold, from our code, in one compilation."""
-    tokens, targets = jnp.asarray(oracle["input_tokens"]), jnp.asarray(oracle["target_tokens"])
-    mask, scale = jnp.asarray(oracle["loss_masks"]), jnp.asarray(oracle["ttt_lr_mult"]).reshape(-1)[0]
+def _evaluate(oracle: Oracle, dtype: str | None = None) -> dict[str, Any]:
+    """Return everything a ``model_*`` file may hold, from our code, in one compilation."""
+    tokens, targets, mask = oracle["input_tokens"], oracle["target_tokens"], oracle["loss_masks"]
+    scale = np.asarray(oracle["ttt_lr_mult"], np.float32).reshape(-1)[0]
+    run = _computation(FrozenConfigDict(model_config(oracle, dtype)))
+    result = jax.device_get(run(params(oracle), tokens, targets, mask, scale))
+    return {**result, "grads": official_jax.params_to_theirs(result["grads"])}
 
-    @jax.jit
-    def run(tree):
+
+@functools.cache
+def _computation(config: FrozenConfigDict) -> Callable[..., dict[str, Any]]:
+    """Return the function that computes it, compiled once for all files of a model."""
+    lm = language_model(config)
+
+    def run(tree, tokens, targets, mask, scale):
         def loss_fn(tree):
             collections = ["statistics", "hidden_states"]
             (logits, _), extra = lm.apply({"params": tree}, tokens, None, scale, mutable=collections)
@@ -224,8 +239,7 @@ def _evaluate(lm: LanguageModel, oracle: Oracle) -> dict[str, Any]:
         (loss, extra), grads = jax.value_and_grad(loss_fn, has_aux=True)(tree)
         return {"loss": loss, "grads": grads, "grad_norm": optax.tree.norm(grads), **extra}
 
-    result = jax.device_get(run(params(oracle)))
-    return {**result, "grads": official_jax.params_to_theirs(result["grads"])}
+    return jax.jit(run)
 
 
 def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
