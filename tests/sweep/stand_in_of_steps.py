@@ -1,4 +1,7 @@
-"""Stands in for ``ttt``: 40 steps, with losses that are higher the higher the seed is. SIGTERM ends it with 75."""
+"""Stands in for ``ttt``: 40 steps, with losses that are higher the higher the seed is. SIGTERM ends it with 75.
+
+What is to be stopped early takes its time, but not when it goes on.
+"""
 
 import json
 import signal
@@ -23,4 +26,4 @@ print("going on at", done, flush=True)
 with path.open("a", buffering=1) as file:
     for step in range(done + 1, 41):
         file.write(json.dumps({"step": step, "loss": 5.0 + seed - step / 100}) + "\n")
-        time.sleep(0.15)
+        time.sleep(0.15 if seed and not done else 0.01)
