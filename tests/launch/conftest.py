@@ -1,7 +1,11 @@
 """A cloud that is a folder, and ``ttt launch tpu`` in it."""
 
+import contextlib
+import ctypes
 import functools
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from clouds import TRAIN, Cloud
 from ttt_jax import cli
 from ttt_jax.launch import commands, tpu_machines, tpu_run, versions
 
+_PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 _constraints = functools.cache(versions.constraints)  # which takes a third of a second
 
 
@@ -25,8 +30,38 @@ def cloud(tmp_path, monkeypatch):
     few = ("configs/quickstart.py", "launch/worker.sh", "setup.py")  # packing and unpacking the others takes seconds
     monkeypatch.setattr(versions, "files", lambda checkout: tuple(map(Path, few)))
     monkeypatch.setattr(versions, "constraints", lambda extras: _constraints(tuple(extras)))
-    yield cloud
-    cloud.end()
+    with _init_of(cloud):
+        yield cloud
+        cloud.end()
+
+
+@contextlib.contextmanager
+def _init_of(cloud):
+    """Take what has ended on the machines off the list of processes at once, as their init does.
+
+    The supervisor of a command is left behind by its parent, and is followed until its process is gone. The first
+    process of a container may let it stay for seconds, or for ever.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    over, prctl = threading.Event(), ctypes.CDLL(None).prctl
+
+    def take():
+        while not over.wait(0.02):
+            for path in cloud.folder.glob("machines/*/*/*/ttt-launch/*/runs/*/supervisor"):
+                with contextlib.suppress(ChildProcessError, ValueError):  # not left behind yet, or half written
+                    os.waitpid(int(path.read_text()), os.WNOHANG)
+
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture

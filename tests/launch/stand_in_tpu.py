@@ -182,8 +182,8 @@ def ttt(arguments):
     if does == "preempt":
         replace(cloud / "script.json", node="PREEMPTED")
     if does == "offline":
-        replace(cloud / "script.json", offline_until=time.time() + 2)
-        time.sleep(4)
+        replace(cloud / "script.json", offline_until=time.time() + 1)
+        time.sleep(2)
         sys.exit(0)
     if does == "delete":
         (cloud / "resource.json").unlink()
