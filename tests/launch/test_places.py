@@ -116,7 +116,8 @@ def test_slurm_reads_the_files_that_are_here(capsys, tmp_path):
 
 def test_machines_that_are_kept_may_be_written_to_but_not_read_from(capsys):
     target = [*TARGETS["tpu"], "--keep"]
-    assert launch(target, "train", "--config", "configs/quickstart.py", "--workdir", "runs/a") == 0
+    config = ["--config", "configs/quickstart.py", "--config.data.batch_size=4"]
+    assert launch(target, "train", *config, "--workdir", "runs/a") == 0
     capsys.readouterr()
     assert launch(target, "eval", "--workdir", "runs/a") == 2
     assert "--workdir runs/a: a folder of this machine, not there; expected gs://" in capsys.readouterr().err
