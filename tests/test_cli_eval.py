@@ -41,3 +41,13 @@ def test_losses_that_are_not_finite(tmp_path, compared):
     lines = compared(bad, good)
     assert cells(lines, "all") == ["all", "not finite", "not finite"]
     assert cells(lines, "9 - 16")[1] != "not finite"
+
+
+def test_runs_of_one_name_in_different_folders_are_told_apart(tmp_path, compared):
+    runs = [run(tmp_path / folder / "run", noise=i, perplexity=10.0 + i) for i, folder in enumerate("ab")]
+    lines = compared(*runs)
+    assert lines[0].startswith("Loss minus that of a/run (")
+    [header] = [line for line in lines if "positions" in line]
+    assert [cell.strip() for cell in header.split("┃")[1:-1]] == ["positions", "a/run", "b/run"]
+    assert cells(lines, "all")[1:] == ["2.3026", cells(lines, "all")[2]]
+    assert cells(lines, "all")[2].startswith("+0.0953 +- ")

@@ -22,6 +22,27 @@ def test_local_folders_are_plain_paths(tmp_path):
     assert (tmp_path / "a" / "b").is_dir()
 
 
+@pytest.mark.parametrize("location", ["", " "])
+def test_empty_names_are_refused(location):
+    with pytest.raises(ConfigError, match=f"--workdir '{location}': is empty; expected a folder"):
+        workdir.at(location)
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"--workdir {tmp_path}/file{below}: {tmp_path}/file.* is no folder"):
+        workdir.make(workdir.at(f"{tmp_path}/file{below}"))
+
+
+def test_names_are_as_long_as_they_have_to_be():
+    folders = [Path(path) for path in ("/a/x/run", "/a/y/run", "/b/y/run", "/c/other", "/a/x/run", "run")]
+    here = f"{Path.cwd().name}/run"
+    assert workdir.names(folders) == ["x/run", "a/y/run", "b/y/run", "other", "x/run", here]
+    assert workdir.names([Path("/x/run")]) == ["run"]
+    assert workdir.names([Path("/run"), Path("/x/run")]) == ["/run", "x/run"]
+
+
 @needs_gcsfs
 def test_buckets_keep_their_names():
     for location in ("gs://bucket/a/run", "gs://bucket/a/run/", workdir.at("gs://bucket/a/run")):

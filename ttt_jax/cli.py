@@ -167,7 +167,10 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
         print(f"  {_same_command()}")
     elif outcome.loss is None:
-        print(f"{workdir}: all {outcome.step} steps are done already; a longer --config.training.duration adds")
+        done = f"all {outcome.step} steps are done already"
+        if outcome.step > outcome.total:
+            done = f"{outcome.step} steps are done already, more than the {outcome.total} of training.duration"
+        print(f"{workdir}: {done}; a longer --config.training.duration adds")
     else:
         print(f"{workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
     return status

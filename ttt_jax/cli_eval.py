@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     from ttt_jax.parallel import peers
 
     tell = jax.process_index() == 0
-    found = []
+    found, of_runs = [], []
     for workdir, steps in [(workdir, trained.steps(workdir, options.step)) for workdir in workdirs]:
         for step in steps:
             model = trained.load(workdir, step, fsdp=options.fsdp, tensor=options.tensor)
@@ -136,8 +136,9 @@ def run(options: argparse.Namespace) -> int:
                     beside = f"; {stem} is of other data or windows" if path.name != f"{stem}.npz" else ""
                     print(f"{_words(evaluation)}\n  {path} (and .csv, .json{beside})", flush=True)
                     found.append(evaluation)
+                    of_runs.append(workdir)
     if options.csv and tell:
-        _write_table(options.csv, found)
+        _write_table(options.csv, evaluations.told_apart(of_runs, found))
         print(options.csv)
     return DONE
 

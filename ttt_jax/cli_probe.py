@@ -113,7 +113,7 @@ def needle(options: argparse.Namespace) -> int:
         "depths": [100 * i / (n - 1) for i in range(n)] if n > 1 else [50.0],
         **{name: getattr(options, name) for name in ("samples", "candidates", "seed")},
     }
-    for workdir, text in zip(workdirs, prepared, strict=True):
+    for workdir, run_name, text in zip(workdirs, workdir_lib.names(workdirs), prepared, strict=True):
         trained = _load(workdir, options.step)
         total = sum(needle_probe.tokens_to_read(trained, task, text, **asked) for task in options.task)
         with closing(Progress(trained.name, total)) as line:
@@ -127,13 +127,13 @@ def needle(options: argparse.Namespace) -> int:
                     scored=line.add,
                     **asked,
                 )
-                title = f"{_in_words(trained)}; {task} ({TASKS[task].name})"
+                title = f"{run_name}: {_in_words(trained)}; {task} ({TASKS[task].name})"
                 caption = (
                     f"depth by context: share right (share likelier than {options.candidates - 1} other answers); "
                     f"{options.samples} samples, {text.haystacks[task].name}"
                 )
                 report.show(cells, title, "depth", _percent, ("accuracy", "ranked_first"), caption)
-                panel = heat_map.panel(cells, f"{trained.name}: {task}", "depth", _percent, options.show, trained)
+                panel = heat_map.panel(cells, f"{run_name}: {task}", "depth", _percent, options.show, trained)
                 panels[task].append(panel)
     if options.plot:
         words = {"accuracy": "share right", "ranked_first": f"share ranked first of {options.candidates}"}
@@ -156,7 +156,7 @@ def task(options: argparse.Namespace) -> int:
     for config in configs:  # whatever is wrong with one of them is told before any is loaded
         task_probe.task_of(config)
     panels = []
-    for workdir, config in zip(workdirs, configs, strict=True):
+    for workdir, run_name, config in zip(workdirs, workdir_lib.names(workdirs), configs, strict=True):
         (name, items), length = task_probe.task_of(config), config.data.sequence_length
         numbers, contexts = options.items or [items], options.context or [length, 2 * length, 4 * length]
         with _loaded(workdir, options.step, len(numbers) * len(contexts)) as (trained, progress):
@@ -170,10 +170,10 @@ def task(options: argparse.Namespace) -> int:
                 progress=progress,
             )
             of = TASKS[name].items
-            title = f"{_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
+            title = f"{run_name}: {_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
             caption = f"{of} by context: share of answers right (of sequences all right); {options.samples} sequences"
             report.show(cells, title, "items", str, ("accuracy", "whole"), caption)
-            panel = heat_map.panel(cells, f"{trained.name}: {name}", "items", str, "accuracy", trained)
+            panel = heat_map.panel(cells, f"{run_name}: {name}", "items", str, "accuracy", trained)
             panels.append(panel._replace(row_title=of))
     if options.plot:
         heat_map.save([panels], options.plot, "share of answers right")
@@ -207,7 +207,7 @@ def _load(workdir: workdir_lib.Workdir, step: int | None) -> "Trained":
 def _in_words(trained: "Trained") -> str:
     from ttt_jax.models import build
 
-    return f"{trained.name}: {build.describe(trained.config.model)}, step {trained.step}"
+    return f"{build.describe(trained.config.model)}, step {trained.step}"
 
 
 def _percent(depth: float) -> str:

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
@@ -22,9 +22,11 @@ def at(location: str | os.PathLike) -> Workdir:
     """The path of a workdir: a plain :class:`pathlib.Path` of a local one, an :class:`etils.epath.Path` of a bucket.
 
     Raises:
-      ConfigError: for a URL that is not of a bucket, and where gcsfs is missing.
+      ConfigError: for an empty name, for a URL that is not of a bucket, and where gcsfs is missing.
     """
     text = os.fspath(location)
+    if not text.strip():
+        raise ConfigError(f"--workdir {text!r}: is empty; expected a folder (. is this one), or gs://bucket/name")
     if "://" not in text:
         return Path(text)
     if not text.removeprefix("gs://").strip("/") or not text.startswith("gs://"):
@@ -47,11 +49,14 @@ def make(workdir: Workdir) -> None:
     """Creates a workdir where there is none. In a bucket, writes a file and deletes it, to see that it can be done.
 
     Raises:
-      ConfigError: where a bucket does not exist, or may not be written to.
+      ConfigError: where a file is in its place, or a bucket does not exist or may not be written to.
       OSError: where a local folder cannot be created.
     """
     if is_local(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(f"--workdir {workdir}: {error.filename} is no folder; expected one") from error
         return
     trial = workdir / f".trial-{uuid.uuid4().hex}"
     try:
@@ -65,6 +70,17 @@ def make(workdir: Workdir) -> None:
             f"--workdir {workdir}: cannot be written: {error}; expected credentials that may create and delete objects "
             "there (of this machine, or by: gcloud auth application-default login)"
         ) from error
+
+
+def names(workdirs: Sequence[Workdir]) -> list[str]:
+    """Return the name of each folder, and as many of the folders around it as tell it from the other ones."""
+    parts = [path.resolve().parts for path in workdirs]
+    found = []
+    for own in parts:
+        others = {other for other in parts if other != own}
+        length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        found.append(os.path.join(*own[-length:]))
+    return found
 
 
 def check_exists(workdir: Workdir) -> None:

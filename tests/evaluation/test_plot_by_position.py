@@ -122,6 +122,17 @@ def test_runs_of_one_model_are_told_apart_by_name(evaluated, tmp_path):
     assert "#009e73" in drawing  # the second of its kind has a colour of its own
 
 
+def test_runs_of_one_name_in_different_folders_are_told_apart(evaluated, tmp_path):
+    runs = [evaluated("a/run"), evaluated("b/run", loss=2.0)]
+    loss_by_position(runs, [tmp_path / "x.svg"], against=runs[0])
+    said = words(tmp_path / "x.svg")
+    labels = [text for text in said if ": mean" in text]
+    assert labels == [
+        f"{LINEAR}, 1.2 M parameters, a/run: mean 1.500",
+        f"{LINEAR}, 1.2 M parameters, b/run: mean 2.000",
+    ]
+
+
 def test_the_end_of_the_training_context_is_marked_where_it_is_passed(evaluated, tmp_path):
     for context, marked in ((64, False), (128, True)):
         loss_by_position([evaluated("a"), evaluated("a", context=128)], [tmp_path / "x.svg"], context=context)

@@ -123,7 +123,17 @@ def read_all(
         folders = [workdir_lib.at(workdir) / "eval" for workdir in workdirs]
         known = [{entry.context for entry in catalogue.entries(folder, split, **kind)} for folder in folders]
         context = max(set.intersection(*known) or set.union(*known), default=None)
-    return [read(workdir, split, context, **kind) for workdir in workdirs]
+    return told_apart(workdirs, [read(workdir, split, context, **kind) for workdir in workdirs])
+
+
+def told_apart(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return evaluations of runs in which each run has a name of its own, a longer part of its path where necessary."""
+    of_run = [each.about["workdir"] for each in found]
+    longer = workdir_lib.names([workdir_lib.at(workdir) for workdir in workdirs])
+    return [
+        dataclasses.replace(each, about={**each.about, "workdir": name}) if of_run.count(name_of) > 1 else each
+        for each, name_of, name in zip(found, of_run, longer, strict=True)
+    ]
 
 
 def read_of(about: dict[str, Any]) -> str:

@@ -115,7 +115,8 @@ def perplexity_of(point: Point) -> float:
 
 def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
     """Write into a panel which of its runs have no finite perplexity, and so no place in it."""
-    names = [point.about["workdir"] for point in points if not math.isfinite(perplexity_of(point))]
+    longer = workdir_lib.names([point.workdir for point in points])
+    names = [name for name, point in zip(longer, points, strict=True) if not math.isfinite(perplexity_of(point))]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         text = f"{finite.NOT_FINITE}: {', '.join(names[:3])}{more}"
