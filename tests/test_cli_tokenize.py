@@ -318,6 +318,7 @@ def test_another_request_for_the_same_folder(here, capsys):
     assert capsys.readouterr().err.startswith("ttt tokenize: --output out: holds ")
 
 
+@pytest.mark.slow
 def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, capsys):
     command = ["--train", "a.jsonl", "--tokenizer", "byte", "--output", "out", "--workers", 1]
     assert ttt(*command, "--text-key", "body") == 1
@@ -332,6 +333,7 @@ def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, 
     assert files["out"] == files["other"]
 
 
+@pytest.mark.slow
 def test_as_a_module_interrupted_by_hand_and_run_again(here):
     """Ctrl-C reaches the workers too, also while they start; only one line is said of it."""
     write(here / "long.jsonl", TEXTS * 1000)  # seconds of work, also on a fast machine

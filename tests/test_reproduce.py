@@ -110,6 +110,7 @@ def test_there_is_one_of_each():
     assert all(f"{script}.sh" in listed for script in SCRIPTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_commands_of_the_papers_scale(reproduce, empty_bucket, capsys, script):
     """They are printed, not run; each can be parsed, and each sweep, of recipes that there are, can be planned."""

@@ -111,6 +111,7 @@ def test_reports(known):
     assert [line.split()[2] for line in compared.splitlines() if line[:1] in ("a", "b")] == ["1.00x", "1.00x"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_first_turn_of_a_kernel_counts_once():
     """What a Pallas kernel does in its first turn only costs the same in a grid of 4 as in one of 24."""

@@ -147,6 +147,7 @@ def count_by_hand(c):
     return c.model.vocab_size * d + d + c.model.num_layers * block
 
 
+@pytest.mark.slow
 def test_parameter_counts_of_every_recipe():
     """By hand, which is right for two sizes of every kind of model."""
     models, kinds = {}, {}

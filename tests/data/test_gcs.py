@@ -92,6 +92,7 @@ def made(tmp_path_factory):
 # ---- Writing
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_path):
     source, place = jsonl(tmp_path / "source.jsonl", documents(120)), "gs://bucket/data/a folder"
     gcs.page = 2  # so that TensorStore has to ask for more of every list
@@ -114,6 +115,7 @@ def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_pa
     assert all("running.json" in request.target for request in written)
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
     source = jsonl(tmp_path / "source.jsonl", documents(60), broken=7)
     options = [0.2, 1500, 2048, 256]

@@ -146,6 +146,7 @@ def assert_identical(actual, desired):
         assert all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     windows=st.integers(1, 60),
     rows_per_host=st.integers(1, 3),
@@ -180,6 +181,7 @@ def test_rows_that_cannot_be(rows):
         pipeline.train_batches(numbered(9), sequence_length=T, batch_size=8, seed=0, rows=rows)
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same():
     options = {"sequence_length": T, "batch_size": 4, "seed": 5, "start": 3}
     here = pipeline.train_batches(numbered(30), **options)

@@ -114,6 +114,7 @@ cp -r "$1/out" "$4"
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_with_more_space_the_run_goes_on(memory_path, folder, mount_namespace):
     """A disk of 128 kB, which grows."""
     (memory_path / "disk").mkdir()

@@ -117,6 +117,7 @@ def test_more_preemptions_than_restarts_end_with_75(cluster):
     assert "reached max number of restarts" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [FAILED, REFUSED])
 def test_what_would_fail_again_is_not_started_again(cluster, code):
     cluster.plan(code)
@@ -125,6 +126,7 @@ def test_what_would_fail_again_is_not_started_again(cluster, code):
     assert cluster.jobsets().popitem()[1]["status"]["restarts"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, RESTART)])
 def test_ctrl_c_lets_the_workload_save_and_deletes_it(cluster, number, expected):
     cluster.plan("wait")
@@ -140,6 +142,7 @@ def test_ctrl_c_lets_the_workload_save_and_deletes_it(cluster, number, expected)
     assert (cluster.folder / "saved").read_text() == "xx"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_workload_is_created_deletes_it_too(cluster):
     cluster.plan("wait")
     (cluster.folder / "suspend").touch()
@@ -156,6 +159,7 @@ def test_ctrl_c_while_the_workload_is_created_deletes_it_too(cluster):
     assert cluster.jobsets() == {}
 
 
+@pytest.mark.slow
 def test_the_same_command_follows_the_workload_that_it_created(cluster):
     cluster.plan("wait")
     assert cluster.launch("--detach")[0] == DONE
@@ -170,6 +174,7 @@ def test_the_same_command_follows_the_workload_that_it_created(cluster):
     assert len(cluster.created()) == 1
 
 
+@pytest.mark.slow
 def test_after_its_end_the_same_command_starts_anew(cluster):
     cluster.plan(1)
     assert cluster.launch()[0] == FAILED
@@ -210,6 +215,7 @@ def test_status_and_stop_by_name(cluster):
     assert cluster.act("--status", "mine")[:2] == (DONE, "mine: no such job waits or runs\n")
 
 
+@pytest.mark.slow
 def test_a_log_that_breaks_off_is_taken_up_again_and_one_without_an_end_is_left(cluster):
     cluster.plan("wait")
     (cluster.folder / "break-log").touch()
@@ -244,6 +250,7 @@ def test_a_fault_that_stays_is_told_with_all_that_xpk_said(cluster):
     assert len(cluster.created()) == 1
 
 
+@pytest.mark.slow
 def test_build_sends_the_source_tree_with_the_versions_of_this_machine(cluster):
     repository = "us-docker.pkg.dev/p/r/ttt_jax"
     status, _, err = cluster.launch(image=("--build", repository), command=["--config.log.wandb_project=x"])

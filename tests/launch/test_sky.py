@@ -113,6 +113,7 @@ def test_a_job_is_submitted_installed_followed_and_its_arguments_arrive_as_they_
     assert "SUCCEEDED" in err
 
 
+@pytest.mark.slow
 def test_nodes_with_gpus_find_each_other(sky):
     status, _, err = sky.launch("--nodes", "2", machines=("--accelerator", "H100:8"))
     assert status == DONE, err
@@ -130,6 +131,7 @@ def test_machines_without_accelerators(sky):
     assert "accelerators" not in sky.jobs()[0]["task"]["resources"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_preempted_is_recovered_and_ends_well(sky):
     sky.plan(75, 143, 0)
     status, out, err = sky.launch()
@@ -138,6 +140,7 @@ def test_a_run_that_is_preempted_is_recovered_and_ends_well(sky):
     assert len(sky.of("launch")) == 1
 
 
+@pytest.mark.slow
 def test_more_preemptions_than_restarts_cancel_it_and_end_with_75(sky):
     sky.plan(75, "wait")
     status, _, err = sky.launch("--restarts", "0")
@@ -146,6 +149,7 @@ def test_more_preemptions_than_restarts_cancel_it_and_end_with_75(sky):
     assert "more than --restarts" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [FAILED, REFUSED, INTERRUPTED])
 def test_what_would_fail_again_is_not_started_again(sky, code):
     sky.plan(code)
@@ -182,6 +186,7 @@ def test_statuses(state, reason, expected):
     assert Record(1, state, 0, reason).status == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, RESTART)])
 def test_ctrl_c_cancels_the_job(sky, number, expected):
     sky.plan("wait")
@@ -194,6 +199,7 @@ def test_ctrl_c_cancels_the_job(sky, number, expected):
     assert sky.jobs()[0]["status"] == "CANCELLED"
 
 
+@pytest.mark.slow
 def test_the_same_command_follows_the_job_that_it_submitted(sky):
     sky.plan("wait")
     assert sky.launch("--detach")[0] == DONE
@@ -227,6 +233,7 @@ def test_another_command_of_the_same_name_is_refused_and_jobs_of_others_are_left
     assert sky.of("cancel") == [["sky", "jobs", "cancel", "--yes", "1"]]
 
 
+@pytest.mark.slow
 def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(sky):
     fault = "requests.exceptions.ReadTimeout: Read timed out."
     sky.fail("launch", ("before", fault), ("after", fault))

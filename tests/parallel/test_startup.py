@@ -110,6 +110,7 @@ def test_alone_nothing_is_started(bare):
     startup.start()
 
 
+@pytest.mark.slow
 def test_the_compilation_cache_is_where_the_user_says_or_in_the_cache_folder(tmp_path):
     """In processes of their own, for JAX reads its environment once."""
     program = "from ttt_jax.parallel import startup; import jax; startup.use_compilation_cache(); " + (
@@ -213,6 +214,7 @@ def test_huge_pages_of_the_user_are_left_as_they_are(bare):
     assert [parameter for parameter, _ in calls] == [-8, -4, -1, -2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
     """In a process of its own, whose allocator it changes: 10 buffers of 64 MiB, one after the other;

@@ -101,6 +101,7 @@ def test_who_supervises_can_be_killed_too(start_sweep, wait_for, calls, tmp_path
     assert process.wait(timeout=20) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_lets_points_save_and_the_same_command_goes_on(start_sweep, wait_for, calls, tmp_path, number, ends):
     folder = tmp_path / "sweep"
@@ -135,6 +136,7 @@ def test_a_second_signal_does_not_wait(start_sweep, wait_for, calls, tmp_path):
     assert states(tmp_path / "sweep") == {"seed=0": "stopped"}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_nobody_and_the_next_waits_for_who_still_saves(start_sweep, wait_for, calls, tmp_path):
     folder = tmp_path / "sweep"
     slow = {"STAND_IN_SAVES": "2"}

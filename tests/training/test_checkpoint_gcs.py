@@ -43,6 +43,7 @@ print(json.dumps([steps, checkpoints.all_steps()]))
 """
 
 
+@pytest.mark.slow
 def test_save_restore_and_damage():
     here = Path(__file__).resolve().parent
     with FakeGCS() as gcs:

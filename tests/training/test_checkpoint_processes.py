@@ -16,6 +16,8 @@ import pytest
 from ttt_jax.training import checksums
 from ttt_jax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_process.py")
 

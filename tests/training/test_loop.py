@@ -116,7 +116,7 @@ def bad_data(tmp_path_factory, tiny_config):
     return good, bad, place, [record["loss"] for record in metrics.read(workdir)]
 
 
-@pytest.mark.parametrize("worker_processes", [0, 1])
+@pytest.mark.parametrize("worker_processes", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     tmp_path, monkeypatch, tiny_config, bad_data, worker_processes
 ):

@@ -88,6 +88,7 @@ def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path):
     assert trained.steps(tmp_path, "best") == [8]
 
 
+@pytest.mark.slow
 def test_its_time_is_not_that_of_steps(scripted, tiny_config, tmp_path):
     scripted({12: 1.0, 24: 1.0}, seconds=1.0)
     loop.train(tiny_config({"evaluation.every": "12 steps"}), tmp_path)
@@ -96,6 +97,7 @@ def test_its_time_is_not_that_of_steps(scripted, tiny_config, tmp_path):
     assert sum(record["seconds_per_step"] for record in records) < 1.5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best(scripted, tiny_config, tmp_path):
     changes = {"evaluation.every": "4 steps", "checkpoint.every": "4 steps", "checkpoint.keep_last": 1}
     scripted({4: 2.0, 8: 3.0, 12: 4.0})
