@@ -1,5 +1,6 @@
 """A real run of two processes that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
 
+import json
 import os
 import re
 import signal
@@ -25,6 +26,15 @@ TINY = {
     "checkpoint.every": "1000000 steps",
     "log.every": "1 step",
 }
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_left(tmp_path):
+    """End the jobs that a failed test leaves behind."""
+    yield
+    for job in (json.loads(path.read_text()) for path in (tmp_path / "jobs").glob("*.json")):
+        if job["state"] == "RUNNING":
+            os.killpg(job["batch"], signal.SIGKILL)
 
 
 @pytest.mark.slow

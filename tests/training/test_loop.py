@@ -165,11 +165,9 @@ def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_con
     config = tiny_config(
         {
             "model.mixer": mixer,
-            "model.width": 64,
-            "data.sequence_length": 128,
             "data.batch_size": 8,
             "optimizer.peak_lr": 1e-2,
-            "training.duration": "120 steps",
+            "training.duration": "90 steps",
             "checkpoint.every": "100%",
         }
     )
