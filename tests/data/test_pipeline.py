@@ -48,7 +48,7 @@ def test_shapes_and_types():
 @hypothesis.given(
     windows=st.integers(1, 12), batch_size=st.integers(2, 5), seed=st.integers(0, 2**32 - 1), start=st.integers(1, 15)
 )
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=15)
 def test_epochs_follow_one_another_whole_and_any_step_can_be_the_first(windows, batch_size, seed, start):
     """Also where the batch size does not divide the windows, or exceeds them."""
     count = start + 3
