@@ -31,7 +31,7 @@ class Lines(NamedTuple):
     Attributes:
       texts: the lines that hold them, without line breaks.
       records: what they hold.
-      problems: what is wrong with the lines that were left out, by line number; counted from 1.
+      problems: what is wrong with the lines that were left out, by line number, counted from 1; with the file, by 0.
     """
 
     texts: list[str]
@@ -164,7 +164,10 @@ def read_lines(path: Workdir, *, tells: bool = True) -> Lines:
             content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return Lines([], [], {})
-    found = parse_lines(content)
+    except IsADirectoryError:
+        found = Lines([], [], {0: "is a folder"})
+    else:
+        found = parse_lines(content)
     if found.problems and tells:
         tell(left_out(path, found.problems))
     return found
@@ -172,6 +175,8 @@ def read_lines(path: Workdir, *, tells: bool = True) -> Lines:
 
 def left_out(path: Workdir, problems: dict[int, str]) -> str:
     """Return one line that names the file and the lines that are no records."""
+    if 0 in problems:
+        return f"{path}: {problems[0]}; passed over"
     first, *others = problems
     more = f", and {len(others)} more lines" if len(others) > 1 else f", and line {others[0]}" if others else ""
     return f"{path}, line {first}: {problems[first]}{more}; left out, all other records are used"

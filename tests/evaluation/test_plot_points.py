@@ -8,6 +8,7 @@ import pytest
 from saved_runs import run
 
 from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import evaluations
 from ttt_jax.evaluation.plots import points
 from ttt_jax.sweep import axes, sweep_file
 from ttt_jax.sweep.points import Point
@@ -103,3 +104,27 @@ def test_what_models_and_sizes_are_called(tmp_path):
     assert points.size_name(found[:1]) == "125 M"
     assert points.size_name(found) == "125 M to 131 M"
     assert found[0].size == found[1].size == (12, 768)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": None}, "model is null; expected what ttt eval or ttt inspect writes"),
+        ({"parameters": "x"}, 'parameters is "x"; expected what ttt eval or ttt inspect writes'),
+        ({"step": True}, "step is true; expected what ttt eval or ttt inspect writes"),
+        ({"config": []}, r"config is \[\]; expected what ttt eval or ttt inspect writes"),
+        ("workdir", "says nothing of workdir; expected what its command writes"),
+        ("training_flops", "says nothing of training_flops; expected what its command writes"),
+    ],
+)
+def test_an_evaluation_that_says_something_else_is_named(tmp_path, change, said):
+    workdir = run(tmp_path / "a")
+    path = workdir / "eval/validation-64.json"
+    about = json.loads(path.read_text())
+    del about["sha256"]
+    changed = {**about, **change} if isinstance(change, dict) else {k: x for k, x in about.items() if k != change}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match=f"^{path}: {said}"):
+        points.of_places([str(workdir)], "validation")
+    with pytest.raises(ConfigError, match=f"^{path}: {said}"):
+        evaluations.read_all([workdir], "validation")

@@ -53,6 +53,36 @@ def sweep(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("changed", "is_one"),
+    [
+        ({"began": 5, "ended": 6, "status": -9, "new": []}, True),
+        ({"status": "x"}, False),
+        ({"steps": "3"}, False),
+        ({"steps": True}, False),
+        ({"state": None}, False),
+        ({"said": 4}, False),
+        ({"began": []}, False),
+    ],
+)
+def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys, changed, is_one):
+    (tmp_path / "point.json").write_text(json.dumps({"state": "failed", "steps": 3, **changed}))
+    assert (record.read(tmp_path) is not None) == is_one
+    said = f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
+    assert capsys.readouterr().err == ("" if is_one else said)
+
+
+def test_records_that_cannot_be_read_are_named_and_cost_no_other_point(sweep, capsys):
+    path = sweep / "lr=0.1" / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    assert [each.loss for each in status.of_sweep(sweep)][:3] == [None, 1.8, 1.0]
+    assert capsys.readouterr().err == f"{path}: cannot be read: Is a directory; passed over\n"
+    found = {each.standing.point.name: each for each in results.of_sweep(sweep, "loss").results}
+    assert found["lr=0.1"].value is None
+    assert found["lr=0.01"].rank == 1
+
+
 # ---- Status
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ttt_jax import cli
+from ttt_jax.config import ConfigError
 from ttt_jax.training import checkpoint, checkpoint_writer, checksums
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.errors import CheckpointError
@@ -375,6 +376,15 @@ def test_a_save_that_cannot_even_begin(tmp_path):
     checkpoints = Checkpoints(tmp_path, save_again_after=(0.01,))
     with pytest.raises(CheckpointError, match=r"FileExistsError.*gave up after 2 attempts"):
         checkpoints.finish(1, state(1), meta(1))
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_a_place_where_no_save_can_succeed_is_refused_at_once(tmp_path, kind):
+    folder = tmp_path / "checkpoints"
+    checkpoint.check_place(tmp_path)
+    folder.write_text("") if kind == "file" else folder.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"^--workdir {tmp_path}: {folder} is no folder that can be written to"):
+        checkpoint.check_place(tmp_path)
 
 
 def test_what_is_there_is_not_saved_again(workdir):

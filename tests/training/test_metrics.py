@@ -4,6 +4,7 @@ import builtins
 import json
 import sys
 import time
+import types
 
 import pytest
 
@@ -63,6 +64,30 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, options, extra):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=extra):
         metrics.MetricsWriter(tmp_path, 0, **options)
+
+
+def test_wandb_that_refuses_is_told_in_one_line_before_anything_is_written(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    said = (
+        r"^log.wandb_project=p: No API key configured. Use `wandb login` to log in.; expected a login \(wandb login\), "
+    )
+    with pytest.raises(ConfigError, match=said):
+        metrics.MetricsWriter(tmp_path, 0, wandb={"project": "p"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_records_is_kept_aside(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert metrics.read(tmp_path) == []
+    assert capsys.readouterr().err == f"{tmp_path}/metrics.jsonl: is a folder; passed over\n"
+    _write(tmp_path, [3], resume_at=2)
+    said = f"{tmp_path}/metrics.jsonl: is a folder; passed over, and the file is kept as metrics.jsonl.damaged\n"
+    assert capsys.readouterr().err == said
+    assert [r["step"] for r in metrics.read(tmp_path)] == [3]
+    assert (tmp_path / "metrics.jsonl.damaged").is_dir()
 
 
 def test_wandb_gets_every_record(tmp_path, monkeypatch):

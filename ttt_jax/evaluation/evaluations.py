@@ -24,6 +24,8 @@ from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.workdir import Workdir, explained
 
+NEEDED = ("workdir", "model", "parameters", "step", "source", "fingerprint", "split", "of", "context", "windows")
+NEEDED += ("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config")
 _BY_POSITION = ("position", "loss", "standard_error", "count")
 
 
@@ -123,7 +125,12 @@ def read_all(
         folders = [workdir_lib.at(workdir) / "eval" for workdir in workdirs]
         known = [{entry.context for entry in catalogue.entries(folder, split, **kind)} for folder in folders]
         context = max(set.intersection(*known) or set.union(*known), default=None)
-    return told_apart(workdirs, [read(workdir, split, context, **kind) for workdir in workdirs])
+    evaluations = []
+    for workdir in map(workdir_lib.at, workdirs):
+        path = workdir / "eval" / f"{found(workdir, split, context, **kind).stem}.npz"
+        evaluations.append(read_file(path))
+        saved.check(evaluations[-1].about, path.with_suffix(".json"), NEEDED)
+    return told_apart(workdirs, evaluations)
 
 
 def told_apart(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> list[Evaluation]:

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,15 @@ from ttt_jax.workdir import Workdir, explained, is_local
 T = TypeVar("T")
 _ARRAYS = "npz_sha256"  # key of the hash of the .npz in the .json
 _KNOWN = {_ARRAYS, "model", "step", "context", "split", "source", "fingerprint", "loss"}
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("workdir", "model", "source", "source_path", "fingerprint", "split", "of"), (str,)),
+    **dict.fromkeys(("step", "context", "training_context", "windows", "tokens", "documents", "chains"), (int,)),
+    **dict.fromkeys(("parameters", "training_tokens", "training_flops", "not_finite", "skipped"), _NUMBER),
+    **dict.fromkeys(("loss", "loss_standard_error", "perplexity"), (*_NUMBER, type(None))),
+    "carried": (bool,),
+    "config": (dict,),
+}
 
 
 def write(
@@ -62,6 +72,12 @@ def about(path: Workdir) -> dict[str, Any]:
     return found
 
 
+def check(about: dict[str, Any], path: Workdir, needed: Iterable[str]) -> None:
+    """Raise :class:`DamagedFile` where a ``.json`` does not say what is needed."""
+    if missing := [key for key in needed if key not in about]:
+        raise json_files.DamagedFile(f"{path}: says nothing of {', '.join(missing)}; expected what its command writes")
+
+
 def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     """Return a dataclass: its first field, ``about``, is in the ``.json``, its others are the arrays of the ``.npz``.
 
@@ -97,4 +113,8 @@ def _read(path: Workdir) -> dict[str, Any]:
     found = json_files.read_object(path)
     if not _KNOWN & set(found):
         raise json_files.DamagedFile(f"{path}: holds no results; expected what ttt eval or ttt inspect writes")
+    for key, types in _TYPES.items():
+        if key in found and type(found[key]) not in types:
+            shown = json.dumps(found[key])[:40]
+            raise json_files.DamagedFile(f"{path}: {key} is {shown}; expected what ttt eval or ttt inspect writes")
     return found

@@ -33,17 +33,22 @@ def json_object(path: Workdir) -> dict[str, Any] | None:
 
 
 def records(path: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
-    """Return the records of a ``metrics.jsonl``; none where there is no file. Damaged lines are named and left out.
+    """Return the records of a ``metrics.jsonl``; none where there is no file.
+
+    Damaged lines are named and left out, and so is a file that cannot be read.
 
     Args:
       newest: only the last ones, as many as stand in the last 64 KiB; damaged lines are passed over without a word.
     """
-    if not newest:
-        return json_files.read_lines(path).records
     try:
+        if not newest:
+            return json_files.read_lines(path).records
         with explained(path):
             return json_files.parse_lines(_end(path)).records
     except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (IsADirectoryError, PermissionError) as error:
+        json_files.tell(f"{path}: cannot be read: {error.strerror}; passed over")
         return []
 
 

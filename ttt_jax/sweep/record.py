@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import time
+from typing import Any, get_type_hints
 
 from ttt_jax.json_files import tell, write_object
 from ttt_jax.sweep.files import json_object
@@ -47,12 +48,18 @@ def read(workdir: Workdir) -> Record | None:
     content = json_object(workdir / NAME)
     if content is None:
         return None
-    known = {field.name for field in dataclasses.fields(Record)}
-    try:
-        return Record(**{key: x for key, x in content.items() if key in known})
-    except TypeError:
-        tell(f"{workdir / NAME}: is no record of a point of a sweep; passed over")
-        return None
+    known = get_type_hints(Record)
+    found = {key: x for key, x in content.items() if key in known}
+    if {"state", "steps"} <= found.keys() and all(_is(known[key], x) for key, x in found.items()):
+        return Record(**found)
+    tell(f"{workdir / NAME}: is no record of a point of a sweep; passed over")
+    return None
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Return whether a value of JSON is of a type, where an integer is a float too, and a boolean no integer."""
+    is_whole_float = isinstance(value, int) and isinstance(0.0, kind)
+    return not isinstance(value, bool) and (isinstance(value, kind) or is_whole_float)
 
 
 def write(workdir: Workdir, record: Record) -> None:

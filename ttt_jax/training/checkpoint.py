@@ -25,11 +25,13 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 import ttt_jax
+from ttt_jax.config import ConfigError
 from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange
 from ttt_jax.training import checksums
 from ttt_jax.training.checkpoint_writer import Writer
 from ttt_jax.training.errors import CheckpointError
+from ttt_jax.workdir import Workdir, is_local
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SAVE_AGAIN_AFTER = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
@@ -45,6 +47,13 @@ class Restored(NamedTuple):
     step: int
     state: Any
     meta: dict[str, Any]
+
+
+def check_place(workdir: Workdir) -> None:
+    """Raise :class:`ConfigError` where no checkpoint can be saved in a local workdir, whatever is tried again."""
+    folder = workdir / "checkpoints"
+    if is_local(folder) and os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(f"--workdir {workdir}: {folder} is no folder that can be written to; expected one, or none")
 
 
 class Checkpoints:

@@ -116,6 +116,7 @@ def _train(
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
+    peers.on_all(lambda: checkpoint.check_place(workdir))
     first_params, origin = None, ""
     if restored is None and config.training.start_from:
         first_params, origin = start_lib.parameters(config, run.abstract_state.params)

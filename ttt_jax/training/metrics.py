@@ -22,12 +22,12 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, step: int, *, tensorboard: bool = False, wandb: dict[str, Any] | None = None):
-        self._file = _open(workdir / "metrics.jsonl", step)
         self._others: list[tuple[Callable, Callable]] = []  # write and close of each
+        if wandb:  # which may be refused, by a server too: before anything is written
+            self._others.append(_wandb(workdir, wandb))
         if tensorboard:
             self._others.append(_tensorboard(workdir))
-        if wandb:
-            self._others.append(_wandb(workdir, wandb))
+        self._file = _open(workdir / "metrics.jsonl", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records numbers of one step."""
@@ -128,5 +128,12 @@ def _wandb(workdir: Workdir, settings: dict[str, Any]):
     place = str(workdir.resolve() if local else workdir)
     identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()  # resumes with the workdir
     folder = workdir if local else None  # None is ./wandb, for it writes to local folders only
-    run = wandb.init(dir=folder, name=workdir.name, id=identity, resume="allow", **settings)
+    try:
+        run = wandb.init(dir=folder, name=workdir.name, id=identity, resume="allow", **settings)
+    except Exception as error:  # of wandb, of its server
+        reason = " ".join(f"{error}".split())
+        raise ConfigError(
+            f"log.wandb_project={settings['project']}: {reason}; expected a login (wandb login), WANDB_MODE=offline, or "
+            "no project (metrics.jsonl is written anyway)"
+        ) from error
     return (lambda step, values: run.log(dict(values), step=step)), run.finish

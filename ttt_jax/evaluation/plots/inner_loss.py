@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ttt_jax import finite
+from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import inner_loop_files, style
+from ttt_jax.evaluation import inner_loop_files, saved, style
 from ttt_jax.evaluation.style import Style
 
 _WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
@@ -46,6 +47,7 @@ def inner_loss(
     """
     style.check_output(*outputs)
     found = inner_loop_files.read(workdir, split, context, windows=windows)
+    saved.check(found.about, workdir_lib.at(workdir) / "inspect", ("model", "source", "windows", "context"))
     count = len(found.loss_at_w0)
     chosen = range(count) if layers is None else layers
     for layer in chosen:

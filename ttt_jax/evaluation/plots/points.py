@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import catalogue, saved, style
+from ttt_jax.evaluation import catalogue, evaluations, saved, style
 from ttt_jax.sweep import files, sweep_file
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir, explained
@@ -204,4 +204,7 @@ def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
             f"{catalogue.there_are(workdir / 'eval')}; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
-    return Point(workdir, entry.about or saved.about(workdir / "eval" / f"{entry.stem}.json"), entry.stem)
+    path = workdir / "eval" / f"{entry.stem}.json"
+    about = entry.about or saved.about(path)
+    saved.check(about, path, evaluations.NEEDED)
+    return Point(workdir, about, entry.stem)
