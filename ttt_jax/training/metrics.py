@@ -133,7 +133,7 @@ def _wandb(workdir: Workdir, settings: dict[str, Any]):
     except Exception as error:  # of wandb, of its server
         reason = " ".join(f"{error}".split())
         raise ConfigError(
-            f"log.wandb_project={settings['project']}: {reason}; expected a login (wandb login), WANDB_MODE=offline, or "
+            f"log.wandb_project={settings['project']}: {reason}; expected a login (wandb login), WANDB_MODE=offline or "
             "no project (metrics.jsonl is written anyway)"
         ) from error
     return (lambda step, values: run.log(dict(values), step=step)), run.finish
