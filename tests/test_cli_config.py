@@ -1,5 +1,6 @@
 """``ttt config``, and configs in the help of verbs."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -93,3 +94,12 @@ def test_every_verb_is_in_the_help(capsys):
     _, verbs = cli._parsers()
     for verb in {name.split()[0] for name in verbs}:
         assert f"\n  {verb} " in out
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+    code = "import sys; from ttt_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code, "config", *MINE], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -104,6 +105,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
     except OSError as error:
+        if error.errno == errno.EPIPE and _nobody_reads():
+            return FAILED
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED if error.errno in _OF_THE_COMMAND else FAILED
     except (DataError, CheckpointError, LaunchError, LockLostError, NonFiniteLossError) as error:
@@ -112,6 +115,17 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"ttt {options.verb}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _nobody_reads() -> bool:
+    """Return whether standard output is a pipe that has been closed, as by ``| head``; what is left goes nowhere."""
+    out = sys.stdout.fileno()
+    waiting = select.poll()
+    waiting.register(out, 0)  # errors are always told
+    if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)  # or Python complains of what is left when it ends
+    return True
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -24,7 +24,18 @@ from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.workdir import Workdir, explained
 
-NEEDED = ("workdir", "model", "parameters", "step", "source", "fingerprint", "split", "of", "context", "windows")
+NEEDED: tuple[str, ...] = (
+    "workdir",
+    "model",
+    "parameters",
+    "step",
+    "source",
+    "fingerprint",
+    "split",
+    "of",
+    "context",
+    "windows",
+)
 NEEDED += ("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config")
 _BY_POSITION = ("position", "loss", "standard_error", "count")
 
