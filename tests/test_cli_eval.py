@@ -2,10 +2,12 @@
 
 import argparse
 
+import matplotlib.pyplot as plt
 import pytest
 from saved_runs import run
 
 from ttt_jax import cli_eval
+from ttt_jax.evaluation import evaluations, style
 
 
 @pytest.fixture
@@ -51,3 +53,20 @@ def test_runs_of_one_name_in_different_folders_are_told_apart(tmp_path, compared
     assert [cell.strip() for cell in header.split("┃")[1:-1]] == ["positions", "a/run", "b/run"]
     assert cells(lines, "all")[1:] == ["2.3026", cells(lines, "all")[2]]
     assert cells(lines, "all")[2].startswith("+0.0953 +- ")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    tables = [tmp_path / name for name in ("a.csv", "a.svg", "run.csv")]
+    for path in tables:
+        path.symlink_to("/dev/full")
+    figure, axes = plt.subplots()
+    axes.plot([1, 2])
+    made = evaluations.read_all([run(tmp_path / "run")], "validation")
+    writes = (
+        lambda: cli_eval._write_table(tables[0], made),
+        lambda: style.save(figure, tables[1]),
+        lambda: evaluations.save(made[0], tmp_path, "run"),
+    )
+    for write, path in zip(writes, tables, strict=True):
+        with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+            write()

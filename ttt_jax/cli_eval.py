@@ -102,9 +102,10 @@ def run(options: argparse.Namespace) -> int:
 
     tell = jax.process_index() == 0
     found, of_runs = [], []
-    for workdir, steps in [(workdir, trained.steps(workdir, options.step)) for workdir in workdirs]:
-        for step in steps:
-            model = trained.load(workdir, step, fsdp=options.fsdp, tensor=options.tensor)
+    for workdir in workdirs:
+        trained.steps(workdir, options.step)
+    for workdir in workdirs:
+        for model in trained.loaded(workdir, options.step, fsdp=options.fsdp, tensor=options.tensor):
             named_step = None if options.step == "newest" else model.step
             for context in options.context:
                 what = evaluate.What(
@@ -239,7 +240,7 @@ def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:
     of = ("workdir", "model", "parameters", "step", "source", "split", "of", "carried", "context")
     by_bin = ("first", "last", "loss", "standard_error", "low", "high", "count")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with workdir_lib.explained(path), path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*of, *(f"bin_{name}" for name in by_bin)])
         for evaluation in found:

@@ -44,10 +44,9 @@ def run(options: argparse.Namespace) -> int:
     for workdir in workdirs:
         inner_loop.check(workdir, run_config.of_run(workdir).model)
     for workdir in workdirs:
-        for step in trained.steps(workdir, options.step):
-            model = trained.load(workdir, step)
+        for model in trained.loaded(workdir, options.step):
             for context in options.context:
-                _inspect(model, context, None if options.step == "newest" else step, options)
+                _inspect(model, context, None if options.step == "newest" else model.step, options)
     return DONE
 
 

@@ -162,7 +162,8 @@ def _table(options: argparse.Namespace) -> None:
     console.output().print(ablation.as_table(rows))
     for path in options.output:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(ablation.as_text(rows, path.suffix), newline="")
+        with workdir_lib.explained(path):
+            path.write_text(ablation.as_text(rows, path.suffix), newline="")
 
 
 def _layers(text: str) -> list[int]:

@@ -85,7 +85,8 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
         plot.against(found, options.metric, options.plot, x=x, lines=options.lines)
     if options.csv is not None:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
-        options.csv.write_text(results_lib.as_csv(found, options.metric), newline="")
+        with workdir_lib.explained(options.csv):
+            options.csv.write_text(results_lib.as_csv(found, options.metric), newline="")
     if options.json:
         print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
         return DONE

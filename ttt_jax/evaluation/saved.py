@@ -54,9 +54,10 @@ def write(
     with explained(folder):
         if is_local(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.csv").write_bytes(table.getvalue().encode())
-        (folder / f"{stem}.npz").write_bytes(content.getvalue())
-        json_files.write_object(folder / f"{stem}.json", about)
+    for suffix, part in ((".csv", table.getvalue().encode()), (".npz", content.getvalue())):
+        with explained(folder / f"{stem}{suffix}"):
+            (folder / f"{stem}{suffix}").write_bytes(part)
+    json_files.write_object(folder / f"{stem}.json", about)
     return folder / f"{stem}.npz"
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from ttt_jax.config import ConfigError
+from ttt_jax.workdir import explained
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -182,7 +183,8 @@ def save(figure: Figure, *outputs: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=output.suffix[1:], dpi=160)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content.getvalue())  # an earlier picture is lost only to a whole one
+        with explained(output):
+            output.write_bytes(content.getvalue())  # an earlier picture is lost only to a whole one
     plt.close(figure)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.language_model import LanguageModel
-from ttt_jax.parallel import sharding
+from ttt_jax.parallel import peers, sharding
 from ttt_jax.training import checksums, program, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.errors import CheckpointError
 
 
 class Trained(NamedTuple):
@@ -62,9 +64,7 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
     run_config.of_run(workdir)  # without one it is no workdir at all
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
-    checkpoints = Checkpoints(workdir, read_only=True)
-    found = checkpoints.all_steps()
-    checkpoints.close()
+    found = _all_steps(workdir)
     if not found:
         raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
     if wanted == "newest":
@@ -93,6 +93,38 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
     return [int(step) for step in chosen]
 
 
+def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1, tensor: int = 1) -> Iterator[Trained]:
+    """Yield the model of each checkpoint that is wanted, which is restored when its turn comes.
+
+    A training that goes on meanwhile may remove checkpoints. Where the newest or the best is gone, the one that is it
+    now takes its place; of all, those that are gone are named on standard error and left out, unless none is left.
+
+    Args:
+      wanted, fsdp, tensor: as of :func:`steps` and :func:`load`.
+
+    Raises:
+      ConfigError, CheckpointError: as :func:`steps` and :func:`load`.
+    """
+    workdir = workdir_lib.at(workdir)
+    waiting, some = steps(workdir, wanted), False
+    while waiting:
+        step = waiting.pop(0)
+        try:
+            found = _load(workdir, step, fsdp, tensor)
+        except (ConfigError, CheckpointError):
+            if step in _all_steps(workdir):
+                raise
+            if wanted not in ("newest", "best", "all"):
+                raise
+            if wanted == "all":
+                peers.say(f"{workdir}: the checkpoint of step {step} has been removed meanwhile; left out")
+            if not waiting and not some:
+                waiting = steps(workdir, wanted)
+            continue
+        some = True
+        yield found
+
+
 def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Trained:
     """Restores a checkpoint of a run.
 
@@ -105,17 +137,26 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
       ConfigError: where there is no such run or checkpoint, or it does not fit the devices.
       CheckpointError: where the checkpoint is damaged.
     """
-    workdir = workdir_lib.at(workdir)
+    return next(loaded(workdir, "newest" if step is None else str(step), fsdp=fsdp, tensor=tensor))
+
+
+def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Trained:
     config = run_config.of_run(workdir).copy_and_resolve_references()
     run = program.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
-    [step] = steps(workdir, "newest" if step is None else str(step))
-    checkpoints = Checkpoints(workdir, read_only=True)
-    params = checkpoints.restore_params(step, run.abstract_state.params)
-    checkpoints.close()
     with workdir_lib.explained(workdir):
         sums = workdir / "checkpoints" / str(step) / checksums.NAME
         fingerprint = hashlib.blake2b(sums.read_bytes(), digest_size=8).hexdigest() if sums.exists() else ""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    params = checkpoints.restore_params(step, run.abstract_state.params)
+    checkpoints.close()
     return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
+
+
+def _all_steps(workdir: workdir_lib.Workdir) -> list[int]:
+    checkpoints = Checkpoints(workdir, read_only=True)
+    found = checkpoints.all_steps()
+    checkpoints.close()
+    return found
 
 
 def _mesh_shape(config: ml_collections.ConfigDict, fsdp: int, tensor: int) -> dict[str, int]:

@@ -136,9 +136,8 @@ def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequ
 
 def _write(path: Workdir, content: bytes) -> None:
     """As a whole or not at all."""
-    if not is_local(path):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    temporary = path.with_name(path.name + ".tmp") if is_local(path) else path
+    with explained(path):
+        temporary.write_bytes(content)
+    if temporary != path:
+        temporary.replace(path)

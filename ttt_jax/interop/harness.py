@@ -20,7 +20,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.evaluation.likelihood import Scorer, Text
-from ttt_jax.evaluation.trained import Trained, load, steps
+from ttt_jax.evaluation.trained import Trained, loaded, steps
 from ttt_jax.interop.prefix import prefix_token_of
 from ttt_jax.training.errors import NonFiniteLossError
 from ttt_jax.workdir import at
@@ -82,7 +82,7 @@ class TTTModel(TemplateLM):
         chosen = steps(at(workdir), str(step))
         if len(chosen) > 1:
             raise ConfigError(f"--step {step}: several checkpoints; expected newest, best or a number")
-        self.trained: Trained = load(workdir, chosen[0])
+        self.trained: Trained = next(loaded(workdir, str(step)))
         source = self.trained.config.data.source
         self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(source)
         self._encode = self.tokenizer_of_run.encoder()

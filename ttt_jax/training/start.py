@@ -16,6 +16,7 @@ from ttt_jax.models import build
 from ttt_jax.parallel import peers
 from ttt_jax.training import run_config
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.errors import CheckpointError
 from ttt_jax.workdir import Workdir
 
 
@@ -39,8 +40,14 @@ def parameters(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple
         if not steps or (step is not None and step not in steps):
             there = f"one of {', '.join(map(str, steps))}" if steps else "a run that has saved a checkpoint"
             raise ConfigError(f"training.start_from={config.training.start_from}: no such checkpoint; expected {there}")
-        step = steps[-1] if step is None else step
-        return checkpoints.restore_params(step, abstract_params), f"{source}, step {step}"
+        while True:
+            chosen = steps[-1] if step is None else step
+            try:
+                return checkpoints.restore_params(chosen, abstract_params), f"{source}, step {chosen}"
+            except CheckpointError:
+                steps = checkpoints.all_steps()  # a training that goes on removes those that are not the newest
+                if step is not None or not steps or chosen in steps:
+                    raise
     finally:
         checkpoints.close()
 
