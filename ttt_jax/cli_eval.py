@@ -16,6 +16,7 @@ from ttt_jax.cli_types import (
     add_evaluation_kind,
     add_processes,
     add_which_evaluation,
+    check_file,
     count,
     counts,
     evaluation_kind,
@@ -88,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
         run_config.of_run(workdir)
     if options.chains and not options.carry_state:
         raise ConfigError(f"--chains {options.chains}: expected --carry-state with it")
-    if options.csv and options.csv.is_dir():
-        raise ConfigError(f"--csv {options.csv}: is a folder; expected a file")
+    if options.csv:
+        check_file(options.csv, "--csv")
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()

@@ -5,12 +5,11 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import not_negative, positive
+from ttt_jax.cli_types import check_file, not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.workdir_lock import WorkdirLock
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'")
     if options.output:
-        _check_output(options.output)
+        check_file(options.output, "--output")
     from ttt_jax import console
     from ttt_jax.interop import harness, harness_files, harness_tasks
     from ttt_jax.json_files import write_atomically
@@ -78,15 +77,6 @@ def run(options: argparse.Namespace) -> int:
         print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))
     console.output().print(_table(found))
     return DONE
-
-
-def _check_output(path: Path) -> None:
-    """Raise ConfigError where a file cannot be written."""
-    if path.is_dir():
-        raise ConfigError(f"--output {path}: is a folder; expected a file")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"--output {path}: {there} is no folder that can be written to; expected one")
 
 
 def _table(found):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, counts, positive
+from ttt_jax.cli_types import SPLITS, check_folder, counts, positive
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine
 from ttt_jax.training import run_config
@@ -43,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     startup.keep_freed_memory()
     for workdir in workdirs:
         inner_loop.check(workdir, run_config.of_run(workdir).model)
+        if workdir_lib.is_local(workdir):
+            check_folder(workdir / "inspect", f"--workdir {workdir}")
     for workdir in workdirs:
         for model in trained.loaded(workdir, options.step):
             for context in options.context:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.cli_types import SPLITS, at_least, counts, not_negative, positive
+from ttt_jax.cli_types import SPLITS, at_least, check_file, counts, not_negative, positive
 from ttt_jax.config import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.training import run_config
@@ -104,6 +104,7 @@ def needle(options: argparse.Namespace) -> int:
 
     if options.plot:
         style.check_output(options.plot, option="--plot")
+        check_file(options.plot, "--plot")
     chosen = {"tokenizer": options.tokenizer, "haystack": options.haystack, "split": options.split}
     prepared = [texts.of_run(config, options.task, **chosen) for config in configs]
     n = options.depths
@@ -153,6 +154,7 @@ def task(options: argparse.Namespace) -> int:
 
     if options.plot:
         style.check_output(options.plot, option="--plot")
+        check_file(options.plot, "--plot")
     for config in configs:  # whatever is wrong with one of them is told before any is loaded
         task_probe.task_of(config)
     panels = []

@@ -1,8 +1,12 @@
-"""What options of commands may be: types for argparse."""
+"""What options of commands may be: types for argparse, and files that can be written."""
 
 import argparse
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from ttt_jax.config import ConfigError
 
 SPLITS = ("train", "validation", "test")
 
@@ -73,3 +77,17 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     several.add_argument("--process", type=not_negative, metavar="I", help="which one this is, from 0")
     limit = "seconds to wait (default: 300)"
     several.add_argument("--start-limit", type=positive, default=300, metavar="S", help=limit)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise ConfigError where a file cannot be written, before the work that it is going to hold."""
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; expected a file")
+    check_folder(path.absolute().parent, f"{option} {path}")
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raise ConfigError where a folder cannot be written to, or cannot be made."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{what}: {there} is no folder that can be written to; expected one")
