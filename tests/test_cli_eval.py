@@ -1,6 +1,9 @@
 """What ``ttt eval compare`` prints, of evaluations that were made up."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import pytest
@@ -70,3 +73,13 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     for write, path in zip(writes, tables, strict=True):
         with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
             write()
+
+
+def test_names_that_a_terminal_cannot_show_are_spelled_out(tmp_path):
+    runs = [str(run(tmp_path / name)) for name in ("\u00fcn\u2603", "b")]
+    code = "import sys; from ttt_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "eval", "compare", *runs]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.startswith(rb"Loss minus that of \xfcn\u2603 (")
+    assert style.literal("a\udcff") == r"a\udcff"

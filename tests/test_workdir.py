@@ -28,6 +28,13 @@ def test_empty_names_are_refused(location):
         workdir.at(location)
 
 
+def test_names_that_are_not_text_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"^--workdir 'a\\udcff': is not text in UTF-8; expected another name, or LC_ALL"
+    ):
+        workdir.at("a\udcff")
+
+
 @pytest.mark.parametrize("below", ["", "/run"])
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, below):
     (tmp_path / "file").write_text("")

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import select
 import signal
@@ -91,6 +92,9 @@ _OF_THE_COMMAND = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     garbage.collect_rarely()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     if options.verb in _WAIT_FOR_OTHERS:
         return _run(options, rest)

@@ -241,7 +241,7 @@ def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:
     of = ("workdir", "model", "parameters", "step", "source", "split", "of", "carried", "context")
     by_bin = ("first", "last", "loss", "standard_error", "low", "high", "count")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.explained(path), path.open("w", newline="") as file:
+    with workdir_lib.explained(path), path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*of, *(f"bin_{name}" for name in by_bin)])
         for evaluation in found:

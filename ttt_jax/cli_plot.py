@@ -163,7 +163,7 @@ def _table(options: argparse.Namespace) -> None:
     for path in options.output:
         path.parent.mkdir(parents=True, exist_ok=True)
         with workdir_lib.explained(path):
-            path.write_text(ablation.as_text(rows, path.suffix), newline="")
+            path.write_text(ablation.as_text(rows, path.suffix), encoding="utf-8", newline="")
 
 
 def _layers(text: str) -> list[int]:

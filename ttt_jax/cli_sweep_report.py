@@ -86,7 +86,7 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.csv is not None:
         options.csv.parent.mkdir(parents=True, exist_ok=True)
         with workdir_lib.explained(options.csv):
-            options.csv.write_text(results_lib.as_csv(found, options.metric), newline="")
+            options.csv.write_text(results_lib.as_csv(found, options.metric), encoding="utf-8", newline="")
     if options.json:
         print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
         return DONE

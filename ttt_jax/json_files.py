@@ -47,7 +47,7 @@ def write_atomically(path: Workdir, text: str) -> None:
         return
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with explained(path), temporary.open("w") as file:
+        with explained(path), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

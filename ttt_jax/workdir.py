@@ -22,11 +22,13 @@ def at(location: str | os.PathLike) -> Workdir:
     """The path of a workdir: a plain :class:`pathlib.Path` of a local one, an :class:`etils.epath.Path` of a bucket.
 
     Raises:
-      ConfigError: for an empty name, for a URL that is not of a bucket, and where gcsfs is missing.
+      ConfigError: for a name that is empty or not text, for a URL that is not of a bucket, and where gcsfs is missing.
     """
     text = os.fspath(location)
     if not text.strip():
         raise ConfigError(f"--workdir {text!r}: is empty; expected a folder (. is this one), or gs://bucket/name")
+    if text != text.encode(errors="replace").decode():  # Orbax opens no such files
+        raise ConfigError(f"--workdir {text!r}: is not text in UTF-8; expected another name, or LC_ALL=C.UTF-8")
     if "://" not in text:
         return Path(text)
     if not text.removeprefix("gs://").strip("/") or not text.startswith("gs://"):

@@ -93,9 +93,9 @@ def literal(text: str) -> str:
     """Return a text that Matplotlib shows as it is: a dollar sign begins no formula, and no underscore hides a label.
 
     Names and values of users go through this. Labels that begin with an underscore are left out of legends; a space of
-    no width before it keeps them.
+    no width before it keeps them. Bytes of file names that are no text are spelled out.
     """
-    escaped = text.replace("$", r"\$")
+    escaped = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
 
 
