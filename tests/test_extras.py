@@ -64,11 +64,11 @@ def test_check(without):
 )
 def test_training_without_the_package_writes_nothing(capsys, without, tmp_path, module, setting):
     without(module)
-    assert cli.main(["train", *TINY, f"--config.{setting}", "--workdir", str(tmp_path / "run")]) == 2
-    assert re.fullmatch(
-        rf"ttt train: log\.\w+.*: needs {module}; pip install '{module}>=[\d.]+'\n", capsys.readouterr().err
-    )
-    assert not (tmp_path / "run").exists()
+    for verb, *more in (["train"], ["sweep", "--grid", "seed=0,1"]):
+        assert cli.main([verb, *TINY, f"--config.{setting}", "--workdir", str(tmp_path / "run"), *more]) == 2
+        said = rf"ttt {verb}: log\.\w+.*: needs {module}; pip install '{module}>=[\d.]+'\n"
+        assert re.fullmatch(said, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("module", "more"), [("pyarrow", []), ("ray", ["--engine", "ray"])])

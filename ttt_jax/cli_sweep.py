@@ -76,6 +76,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     from ttt_jax.sweep import axes as axes_lib
     from ttt_jax.sweep import command, points, sweep_file
     from ttt_jax.sweep.sweep_file import Sweep
+    from ttt_jax.training import metrics
 
     _at_least("--jobs", options.jobs, 1)
     _at_least("--restarts", options.restarts, 0)
@@ -94,6 +95,11 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     sweep = sweep_file.merged(directory, there, Sweep(made.base, axes, made.points))
     if there is not None:
         sweep_file.check_started(directory, made.points, made.configs)
+
+    if not launcher and options.engine != "ray":  # else other machines have what they need
+        for config in made.configs:
+            wandb = bool(config.log.wandb_project)
+            metrics.check_place(directory, tensorboard=config.log.tensorboard, wandb=wandb)
 
     def arguments(point: points.Point) -> list[str]:
         return command.of(point, made.base, directory / point.name, launcher)

@@ -79,11 +79,13 @@ def kept(workdir):
     return steps
 
 
-def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path):
+def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path, capsys):
     """Evaluated at steps 4, 8, ... 24, saved at 10 and 20 beside; the newest alone is kept of the others."""
     changes = {"evaluation.every": "4 steps", "checkpoint.every": "10 steps", "checkpoint.keep_last": 1}
     scripted({4: 5.0, 8: 2.0, 12: 3.0, 16: float("nan"), 20: 2.0, 24: 4.0})
     loop.train(tiny_config(changes), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
+    assert said == ["validation loss is nan at step 16: the checkpoint of this step is never the best one"]
     assert kept(tmp_path) == [8, 24]
     assert trained.steps(tmp_path, "best") == [8]
 

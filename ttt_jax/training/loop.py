@@ -219,6 +219,8 @@ def _train(
                     report.flush()
                     watchdog.heard()
                     best_so_far = best.add(step, held_out_loss)
+                    if bad := validation.not_finite(step, held_out_loss):
+                        peers.say(bad)
                 if step % save_every == 0 or step == total or best_so_far or checkpoints.wants_save(step):
                     lock.check()
                     # A state is saved only once its step is known to be finite.

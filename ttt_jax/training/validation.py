@@ -77,6 +77,13 @@ class Validation:
         return {LOSS: mean, "validation_perplexity": finite.exp(mean)}
 
 
+def not_finite(step: int, values: dict[str, float]) -> str:
+    """Return a line that says that a validation loss is NaN or infinite; empty where it is neither."""
+    if finite.known(values[LOSS]):
+        return ""
+    return f"validation loss is {values[LOSS]} at step {step}: the checkpoint of this step is never the best one"
+
+
 class KeepBest(checkpoint_managers.PreservationPolicy):
     """Keeps, of the checkpoints that there are, the one with the lowest validation loss.
 
