@@ -25,10 +25,11 @@ from ttt_jax.parallel import startup
 ROOT = Path(__file__).resolve().parents[1]
 
 # Compiling is most of the time. The tests and all processes that they start share compiled programs, and compile them
-# with little optimisation and XLA's older emitter of fused loops, which together take a third of the time.
-_QUICK = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+# with little optimisation and XLA's older emitter of fused loops, which together take a third of the time. XLA ends a
+# process at a flag that it does not know; the older emitter is gone since jax 0.11.1.
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jax.__version_info__ < (0, 11, 1):
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(ROOT / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
