@@ -6,13 +6,23 @@ import ml_collections
 
 from ttt_jax import json_files
 from ttt_jax.config import ConfigError
+from ttt_jax.json_files import DamagedFile
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
-    """Raise :class:`ConfigError` that lists the keys by which the run in the workdir differs."""
-    found = run_config.find(workdir)
+    """Raise :class:`ConfigError` that lists the keys by which the run in the workdir differs.
+
+    Where ``config.json`` is damaged and no checkpoint has been saved, there is nothing to go on with.
+    """
+    try:
+        found = run_config.find(workdir)
+    except DamagedFile as error:
+        if run_config.saved_steps(workdir):
+            raise
+        json_files.tell(f"{error}; no checkpoint has been saved, so the run begins anew")
+        return
     if found is None:
         return
     if differing := run_config.refused(found.config, config):

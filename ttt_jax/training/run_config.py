@@ -131,11 +131,7 @@ def _is_sealed(path: Workdir) -> bool:
 def _newest_saved(workdir: Workdir) -> Found | None:
     """Return the config in the newest checkpoint whose copy can be read; None where there is none."""
     folder = workdir / "checkpoints"
-    with explained(folder):
-        if not folder.is_dir():
-            return None
-        steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
-    for step in steps:
+    for step in saved_steps(workdir):
         path = folder / str(step) / "meta" / "metadata"
         try:
             _check(folder / str(step), path)
@@ -144,6 +140,15 @@ def _newest_saved(workdir: Workdir) -> Found | None:
         except (OSError, KeyError, ConfigError):
             continue  # damaged, half written, or of a version that did not keep it
     return None
+
+
+def saved_steps(workdir: Workdir) -> list[int]:
+    """Return the steps of all folders of checkpoints, complete or not, the newest first."""
+    folder = workdir / "checkpoints"
+    with explained(folder):
+        if not folder.is_dir():
+            return []
+        return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
 
 
 def _check(folder: Workdir, path: Workdir) -> None:
