@@ -130,6 +130,17 @@ def test_the_best_of_some_steps():
     assert validation.best_step(losses, [2, 7]) is None
 
 
+def test_losses_of_other_tokens_are_said_to_be(tiny_config):
+    config = tiny_config({"evaluation.windows": 5})
+    saved = config.to_dict()
+    assert validation.other_tokens(saved, config) == validation.other_tokens(None, config) == ""
+    config.evaluation.windows = 7
+    assert validation.other_tokens(saved, config) == (
+        "evaluation.windows 5 -> 7: validation losses so far are of other tokens, and the best checkpoint is chosen of "
+        "all"
+    )
+
+
 def test_losses_up_to_a_step(tmp_path):
     records = [{"step": 1, "loss": 1.0}, {"step": 2, validation.LOSS: 3.0}, {"step": 4, validation.LOSS: 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

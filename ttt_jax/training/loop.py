@@ -113,6 +113,8 @@ def _train(
         if start < total and (change := schedule_change(config, restored.meta.get("config"), start, workdir)):
             peers.say(change)
         best.losses = validation.read_losses(workdir, start)
+        if best.losses and (change := validation.other_tokens(restored.meta.get("config"), config)):
+            peers.say(change)
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
@@ -75,6 +76,20 @@ class Validation:
             tokens.append(float(np.asarray(sums[1])))
         mean = math.fsum(loss) / math.fsum(tokens)  # losses are not below 0, so there is no infinity of both signs
         return {LOSS: mean, "validation_perplexity": finite.exp(mean)}
+
+
+def other_tokens(saved: Any, config: ml_collections.ConfigDict) -> str:
+    """Return a line where validation losses so far are of other tokens than those from now on; empty where not.
+
+    Args:
+      saved: the config in the checkpoint that a run goes on from, as JSON holds it; None where there is none.
+    """
+    before = (saved or {}).get("evaluation", {})
+    keys = [key for key in ("split", "windows") if key in before and before[key] != config.evaluation[key]]
+    listed = ", ".join(f"evaluation.{key} {before[key]!r} -> {config.evaluation[key]!r}" for key in keys)
+    return (
+        listed and f"{listed}: validation losses so far are of other tokens, and the best checkpoint is chosen of all"
+    )
 
 
 def not_finite(step: int, values: dict[str, float]) -> str:
