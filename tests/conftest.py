@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,17 @@ def quick_jit() -> Callable[..., Callable]:
     return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Take back what a test, or a command that it runs in this process, does to the environment variables."""
+    with unittest.mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def for_libtpu() -> Iterator[None]:
     """Take away from the processes of a module the flags of XLA above: libtpu ends at one that it does not know."""
+    jax.devices()  # this process has read them then, and compiles as those do that other modules start
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS")
         yield

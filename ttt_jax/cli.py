@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     try:
-        return options.run(options, rest)
+        status = options.run(options, rest)
+        sys.stdout.flush()  # where it fails, it is told below
+        return status
     except ConfigError as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED

@@ -37,7 +37,7 @@ if str(action).startswith("hang"):
     (workdir / "ready").write_text("")
     while True:
         time.sleep(0.02)
-print("some output")
+print("some output", flush=True)
 if action:
     print(f"ttt train: status {action}\nwarnings of others", file=sys.stderr)
 sys.exit(action)
