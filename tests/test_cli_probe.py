@@ -76,6 +76,7 @@ def ttt(*arguments) -> int:
         return end.code
 
 
+@pytest.mark.slow
 def test_a_task(run, tmp_path, capsys):
     picture = tmp_path / "map.png"
     command = ("probe", "task", "--workdir", run, "--items", "2,1", "--context", "32,16", "--samples", "5")

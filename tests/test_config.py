@@ -292,6 +292,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(key=st.sampled_from(NAMES), value=VALUES)
 @hypothesis.settings(max_examples=400)
 def test_any_text_gives_a_config_or_one_line(key, value):

@@ -89,6 +89,7 @@ def named(tmp_path):
     return [run(tmp_path / "runs" / name, noise=i, perplexity=9.0 + i / 10) for i, name in enumerate(NAMES)]
 
 
+@pytest.mark.slow
 def test_comparisons(named, capsys):
     parser = argparse.ArgumentParser()
     cli_eval.add_compare_arguments(parser)
@@ -97,6 +98,7 @@ def test_comparisons(named, capsys):
     assert [cell.strip() for cell in header.strip("┃").split("┃")] == ["positions", *NAMES]
 
 
+@pytest.mark.slow
 def test_pictures_of_runs(named, tmp_path):
     loss_by_position(named, [tmp_path / "a.svg"], against=named[0])
     said = drawn(tmp_path / "a.svg")

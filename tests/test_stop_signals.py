@@ -45,6 +45,7 @@ def start():
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_what_does_not_come_back_to_python(start):
     process = start("hang()")
     process.send_signal(signal.SIGINT)
@@ -58,6 +59,7 @@ def test_a_second_ctrl_c_ends_what_does_not_come_back_to_python(start):
     assert err == "\nttt train: interrupted; all is well\n"
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_counts_where_a_script_had_it_ignored(start):
     process = start("with StopSignals(): hang()", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     process.send_signal(signal.SIGINT)

@@ -226,6 +226,7 @@ lock = WorkdirLock(url, "ttt train")
 """
 
 
+@pytest.mark.slow
 def test_a_bucket_is_locked_by_the_generation_of_an_object():
     with FakeGCS() as gcs:
         held = IN_A_BUCKET + "lock.acquire(); lock.check(); print('held', flush=True); time.sleep(60)"
@@ -249,6 +250,7 @@ def test_a_bucket_is_locked_by_the_generation_of_an_object():
         assert not gcs.files("bucket/run")
 
 
+@pytest.mark.slow
 def test_in_a_bucket_a_holder_that_was_replaced_notices_and_a_lost_answer_is_no_loss():
     with FakeGCS() as gcs:
         lost = [True]

@@ -40,6 +40,7 @@ def cycles_of(schedule, scope: str) -> int:
     return sum(o.cycles - o.control_cycles for o in schedule.operations if f"/{scope}/" in o.operation.op_name)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
     """4096^3 multiply-adds, 4 x 128 x 128 per cycle: 1,048,576 cycles at least."""

@@ -158,7 +158,8 @@ def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
     assert "upload" not in {request.verb for request in gcs.requests[asked:]}
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
 def test_what_the_server_fails_at_is_asked_again(gcs, tmp_path, made, times):
     """All at once, for TensorStore waits a second or two before it asks again, and longer each time."""
     gcs.put(made[0], "bucket/made")

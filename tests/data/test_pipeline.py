@@ -45,6 +45,7 @@ def test_shapes_and_types():
     }
 
 
+@pytest.mark.slow
 @hypothesis.given(
     windows=st.integers(1, 12), batch_size=st.integers(2, 5), seed=st.integers(0, 2**32 - 1), start=st.integers(1, 15)
 )
@@ -189,6 +190,7 @@ def test_worker_processes_read_the_same():
     assert rows(there, 20) == rows(here, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker_processes", [0, 1])
 def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processes):
     tokens = np.arange(40, dtype=np.uint16) % 10

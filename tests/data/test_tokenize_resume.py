@@ -115,6 +115,7 @@ def test_problems_are_listed_where_they_are(memory_path, with_bad_lines):
     assert about["splits"]["validation"]["documents"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(memory_path, with_bad_lines):
     """With problems, which must all be listed, and once each."""
     run(memory_path / "expected", with_bad_lines, skip_problems=True, unit_bytes=600)

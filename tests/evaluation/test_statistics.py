@@ -99,6 +99,7 @@ def test_bins_are_of_a_quarter_of_an_octave_whatever_the_context(positions):
     assert [last[stop - 1] for _, stop in statistics.octaves(last)] == octaves
 
 
+@pytest.mark.slow
 def test_errors_are_what_drawing_other_documents_would_give():
     """From a population: the spread of means of many samples, against what one sample says of itself."""
 

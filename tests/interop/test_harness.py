@@ -109,6 +109,7 @@ def instances(kind, *arguments):
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
+@pytest.mark.slow
 def test_both_kinds_of_tasks(run, tasks, model):
     _, log_likelihoods = run
     results = harness_tasks.evaluate(model, ["here_choice", "here_rolling"], include_path=tasks)

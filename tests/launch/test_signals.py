@@ -8,6 +8,8 @@ import time
 import pytest
 from clouds import JOB, TRAIN
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def started(cloud):
@@ -80,7 +82,6 @@ def test_a_second_interrupt_leaves_at_once_and_says_what_is_left(cloud, started)
     assert "delete" not in cloud.verbs()
 
 
-@pytest.mark.slow
 def test_killed_and_followed_again(cloud, started):
     """A laptop that is closed does not end the training, and the same command finds it again."""
     cloud.write(seconds=5)

@@ -32,6 +32,8 @@ if term:
 sys.exit(75 if plan == "wait" else plan)
 """
 
+pytestmark = pytest.mark.slow
+
 
 class Cluster(StandIns):
     def __init__(self, folder):

@@ -13,6 +13,8 @@ from clouds import JOB, TRAIN
 from ttt_jax import cli
 from ttt_jax.launch import tpu_run
 
+pytestmark = pytest.mark.slow
+
 THERE = ("train", "--config", "configs/quickstart.py", *TRAIN[3:])  # the config by its path in the tree that is sent
 
 
@@ -68,7 +70,6 @@ def test_a_run_that_succeeds(cloud, launch, capfd, tmp_path):
 # ---- The queue
 
 
-@pytest.mark.slow
 def test_waits_through_all_states(cloud, launch, capfd):
     states = ["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     cloud.write(lives=[states])
@@ -93,7 +94,6 @@ def test_a_request_that_fails(cloud, launch, capfd):
     assert cloud.verbs() == ["create", "delete"]
 
 
-@pytest.mark.slow
 def test_no_capacity_is_no_failure(cloud, launch):
     full = ["ACCEPTED", 'FAILED:There is no more capacity in the zone "us-west4-a"']
     cloud.write(lives=[full, full, ["ACTIVE"]])
@@ -104,7 +104,6 @@ def test_no_capacity_is_no_failure(cloud, launch):
 # ---- Faults that pass, and faults that do not
 
 
-@pytest.mark.slow
 def test_transient_faults_are_tried_again(cloud, launch, capfd):
     refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
     failures = {
@@ -144,7 +143,6 @@ def test_a_fault_that_does_not_pass(cloud, launch, capfd):
     assert cloud.verbs() == ["create", *["scp"] * 6, "delete"]
 
 
-@pytest.mark.slow
 def test_created_though_gcloud_lost_the_answer(cloud, launch):
     """The second attempt is told that it exists already."""
     assert launch("--keep") == 0
@@ -159,7 +157,6 @@ def test_created_though_gcloud_lost_the_answer(cloud, launch):
 # ---- Ends
 
 
-@pytest.mark.slow
 def test_status_75_starts_again_on_the_same_machines(cloud, launch, capfd):
     cloud.write(runs=[75, {"0": 134, "1": 75}, 0], hosts=2)
     assert launch() == 0
@@ -172,7 +169,6 @@ def test_status_75_starts_again_on_the_same_machines(cloud, launch, capfd):
     assert "ended with status 75; restart 1 of 100" in err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["suspend", "preempt"])
 def test_lost_machines_are_replaced(cloud, launch, capfd, how):
     cloud.write(runs=[{"0": "wait", "1": how}, 0], hosts=2)
@@ -186,14 +182,12 @@ def test_lost_machines_are_replaced(cloud, launch, capfd, how):
     assert f"{JOB}: {said}; restart 1 of 100" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_lost_while_installing(cloud, launch):
     cloud.write(lives=[["ACTIVE", "SUSPENDED"], ["ACTIVE"]])
     assert launch() == 0
     assert cloud.verbs() == ["create", "scp", "delete", "create", "scp", "install", "start", "delete"]
 
 
-@pytest.mark.slow
 def test_restarts_are_limited(cloud, launch, capfd):
     cloud.write(runs=[75])
     assert launch("--restarts", "1") == 75
@@ -201,7 +195,6 @@ def test_restarts_are_limited(cloud, launch, capfd):
     assert "no more restarts" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_run_that_dies_at_once_again_and_again(cloud, launch, capfd, monkeypatch):
     monkeypatch.setattr(tpu_run, "MOST_SHORT_RUNS", 3)
     cloud.write(runs=[137])
@@ -224,7 +217,6 @@ def test_a_failure_is_passed_on_with_its_log(cloud, launch, capfd, status):
     assert cloud.resource is None
 
 
-@pytest.mark.slow
 def test_hosts_that_do_not_end_are_ended(cloud, launch, monkeypatch):
     monkeypatch.setattr(tpu_run, "OTHERS_LIMIT", 0.2)
     cloud.write(runs=[{"0": 1, "1": "wait"}], hosts=2)
@@ -232,7 +224,6 @@ def test_hosts_that_do_not_end_are_ended(cloud, launch, monkeypatch):
     assert cloud.verbs() == ["create", "scp", "install", "start", "end", "delete"]
 
 
-@pytest.mark.slow
 def test_a_host_that_was_started_anew(cloud, launch, capfd):
     """The command and what watches over it are gone, without a status."""
     cloud.write(runs=["lost", 0])
@@ -241,7 +232,6 @@ def test_a_host_that_was_started_anew(cloud, launch, capfd):
     assert "was started anew; restart 1" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_without_a_network_for_a_while(cloud, launch, capfd, monkeypatch):
     """However long that is: the command goes on."""
     monkeypatch.setattr(tpu_run, "UNREACHABLE_LIMIT", 0)
@@ -251,7 +241,6 @@ def test_without_a_network_for_a_while(cloud, launch, capfd, monkeypatch):
     assert "cannot be reached, and will be tried again" in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_keeps_the_machines(cloud, launch, capfd):
     assert launch("--keep") == 0
     assert cloud.verbs() == ["create", "scp", "install", "start"]
@@ -300,7 +289,6 @@ def test_deleted_by_somebody_else(cloud, launch, capfd):
 # ---- Leaving, coming back, stopping
 
 
-@pytest.mark.slow
 def test_detached_and_followed_again(cloud, launch, capfd):
     cloud.write(seconds=3)
     assert launch("--detach") == 0
@@ -366,7 +354,6 @@ def test_secrets_are_not_shown(cloud, launch, capfd, monkeypatch, tmp_path):
     assert kept.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.slow
 def test_several_slices(cloud, launch):
     assert launch("--slices", "2", accelerator="v5litepod-4") == 0
     create = next(call for call in cloud.calls() if "create" in call)

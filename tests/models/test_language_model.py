@@ -119,6 +119,7 @@ def test_learner_of_another_depth_and_width(draw, quick_jit):
         assert np.abs(apply(moved, TOKENS)[0] - logits).max() > 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "ttt_mlp-mamba"])
 def test_size_of_the_program_does_not_grow_with_depth(name):
     """Forward and backward pass as handed to the compiler; the layers are one loop."""

@@ -177,6 +177,7 @@ print("ended by itself")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "armed", "heard", "took", "silence", "status"),
     [

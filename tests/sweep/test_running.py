@@ -61,6 +61,7 @@ def test_the_command_of_a_point(sweep, calls, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_points_are_added_and_a_longer_run_is_gone_on_with(sweep, calls):
     assert sweep("--grid seed=0") == 0
     assert sweep("--grid seed=0,1") == 0
@@ -72,6 +73,7 @@ def test_points_are_added_and_a_longer_run_is_gone_on_with(sweep, calls):
     assert [len(calls(f"seed={seed}")) for seed in range(3)] == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_status_75_is_started_again_but_not_for_ever(sweep, calls, tmp_path, capsys):
     assert sweep("--grid seed=0,1 --restarts 1 --jobs 2", do={"seed=0": [75, 0], "seed=1": [75, 75]}) == 1
     assert states(tmp_path / "sweep") == {"seed=0": "done", "seed=1": "failed"}
@@ -156,6 +158,7 @@ def test_a_killed_sweep_leaves_nobody_and_the_next_waits_for_who_still_saves(sta
     assert len(calls("seed=0")) == 2
 
 
+@pytest.mark.slow
 def test_of_two_sweeps_in_a_folder_the_second_is_refused(start_sweep, sweep, wait_for, tmp_path, capsys):
     folder = tmp_path / "sweep"
     process = start_sweep("--grid", "seed=0", do={"seed=0": ["hang"]})
@@ -167,6 +170,7 @@ def test_of_two_sweeps_in_a_folder_the_second_is_refused(start_sweep, sweep, wai
     assert (folder / "sweep.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_machine_is_known_by_its_signs_of_life(sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(workdir_lock, "_EVERY", 0.3)
     folder = tmp_path / "sweep"
@@ -215,6 +219,7 @@ def test_launched_points_go_all_at_once(start_sweep, wait_for, tmp_path):
     assert process.wait(timeout=20) == 130
 
 
+@pytest.mark.slow
 def test_a_folder_can_be_removed_to_begin_again(sweep, calls, tmp_path):
     assert sweep(*GRID) == 0
     shutil.rmtree(tmp_path / "sweep" / "seed=1")

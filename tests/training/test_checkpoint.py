@@ -284,6 +284,7 @@ def until_save_is_wanted(checkpoints, step, seconds=20):
     return step
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_repeated_with_the_state_of_then(tmp_path, broken_storage, capfd):
     checkpoints = Checkpoints(tmp_path, save_again_after=(0.2, 1.5, 9))
     checkpoints.finish(1, state(1), meta(1))
@@ -323,6 +324,7 @@ def test_the_last_save_is_repeated_until_it_succeeds(tmp_path, broken_storage):
     check_restored(Checkpoints(tmp_path).restore_newest(abstract()), 2)
 
 
+@pytest.mark.slow
 def test_giving_up_names_the_last_good_checkpoint(tmp_path, broken_storage):
     checkpoints = Checkpoints(tmp_path, save_again_after=(0.01, 0.01))
     broken_storage(3)
@@ -444,6 +446,7 @@ print(step, json.dumps(names(disk)))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, mount_namespace):
     """A disk of 700 kB; a checkpoint is 250 kB."""
     (tmp_path / "disk").mkdir()

@@ -28,6 +28,7 @@ def finished(tmp_path_factory, tiny_config):
     return workdir, config, loop.train(config, workdir)
 
 
+@pytest.mark.slow
 def test_outcome_and_records(finished):
     workdir, config, outcome = finished
     records = metrics.read(workdir)
@@ -54,6 +55,7 @@ def test_kept_checkpoints_and_their_meta(finished):
     assert meta["data"]["fingerprint"] == sources.load("embedded", "train").fingerprint()
 
 
+@pytest.mark.slow
 def test_saved_arrays_are_float32(finished, tmp_path, tiny_config):
     config = tiny_config({"model.dtype": "bfloat16", "training.duration": "2 steps"})
     assert math.isfinite(loop.train(config, tmp_path).loss)
@@ -63,12 +65,14 @@ def test_saved_arrays_are_float32(finished, tmp_path, tiny_config):
     assert {str(x.dtype) for x in jax.tree.leaves(saved["opt_state"])} == {"float32", "int32"}  # moments and counts
 
 
+@pytest.mark.slow
 def test_longer_run_goes_on_from_a_finished_one(finished, tmp_path, tiny_config):
     workdir = shutil.copytree(finished[0], tmp_path / "longer")
     assert loop.train(tiny_config(LONGER), workdir).step == 40
     assert [r["step"] for r in metrics.read(workdir)] == list(range(1, 41))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -116,7 +120,8 @@ def bad_data(tmp_path_factory, tiny_config):
     return good, bad, place, [record["loss"] for record in metrics.read(workdir)]
 
 
-@pytest.mark.parametrize("worker_processes", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("worker_processes", [0, 1])
 def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     tmp_path, monkeypatch, tiny_config, bad_data, worker_processes
 ):
@@ -137,6 +142,7 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     assert len(losses) == 6
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path, tiny_config):
     workdir, poisoned = shutil.copytree(finished[0], tmp_path / "poisoned"), tiny_config(LONGER)
     checkpoints = Checkpoints(workdir, keep_last=5)

@@ -15,6 +15,7 @@ def test_a_trace_names_layers(tmp_path, tiny_config):
     assert content.count(b"step_num") > 0
 
 
+@pytest.mark.slow
 def test_no_trace_is_written_unless_asked_for(tmp_path, tiny_config):
     loop.train(tiny_config({"training.duration": "2 steps"}), tmp_path)
     assert not (tmp_path / "profile").exists()

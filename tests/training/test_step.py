@@ -60,6 +60,7 @@ def run_and_batch(tiny_config):
     return run, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_whole_batch_at_once(run_and_batch):
     run, batch = run_and_batch
     whole, whole_metrics = _one_step(run, 1, batch)
@@ -70,6 +71,7 @@ def test_accumulation_is_the_whole_batch_at_once(run_and_batch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-7), parts.opt_state, whole.opt_state)
 
 
+@pytest.mark.slow
 def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
     """AdamW's first step, written out: decay on all, the gradient clipped to norm 1 first."""
     run, batch = run_and_batch
@@ -94,6 +96,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
         np.testing.assert_allclose(np.asarray(new)[certain], expected(np.asarray(p), g)[certain], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_seed_sets_the_initial_parameters(tiny_config):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     first, again, other = (

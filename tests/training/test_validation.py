@@ -28,6 +28,7 @@ def run(tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_losses_are_those_that_ttt_eval_finds(run):
     found = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
     assert list(found) == [6, 12, 18, 24]
@@ -48,6 +49,7 @@ def test_they_stand_in_the_record_of_their_step(run):
         assert {"loss", "grad_norm", "tokens", "seconds_per_step"} <= record.keys()
 
 
+@pytest.mark.slow
 def test_training_is_not_changed_by_it(run, tiny_config, tmp_path):
     loop.train(tiny_config({**EVERY, "evaluation.every": ""}), tmp_path)
     with_it = {r["step"]: r["loss"] for r in metrics.read(run)}
@@ -79,6 +81,7 @@ def kept(workdir):
     return steps
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path, capsys):
     """Evaluated at steps 4, 8, ... 24, saved at 10 and 20 beside; the newest alone is kept of the others."""
     changes = {"evaluation.every": "4 steps", "checkpoint.every": "10 steps", "checkpoint.keep_last": 1}

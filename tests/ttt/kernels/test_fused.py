@@ -38,6 +38,7 @@ def kernel_solution(make_problem, by_kernel, with_gradients):
     return solve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "shape"), CASES)
 def test_outputs_end_and_gradients_are_those_of_the_scan(
     make_problem, by_scan, kernel_solution, with_gradients, relative_error, depth, shape
