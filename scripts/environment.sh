@@ -15,7 +15,8 @@ install_environment() {
     }
     wanted="$extras $(cat setup.py constraints.txt ttt_jax/__init__.py | cksum)"
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras" || return 1
+        # Python compiles what is imported when it is; pip would compile all there is first, for some seconds.
+        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".$extras" || return 1
         echo "$wanted" > .venv/installed
     fi
     PATH="$PWD/.venv/bin:$PATH"
