@@ -99,7 +99,7 @@ def test_its_time_is_not_that_of_steps(scripted, tiny_config, tmp_path):
     loop.train(tiny_config({"evaluation.every": "12 steps"}), tmp_path)
     records = metrics.read(tmp_path)
     assert [record["evaluation_seconds"] >= 1 for record in records if "evaluation_seconds" in record] == [True, True]
-    assert sum(record["seconds_per_step"] for record in records) < 1.5
+    assert sum(record["seconds_per_step"] for record in records) < 2  # which the evaluations take alone
 
 
 @pytest.mark.slow
