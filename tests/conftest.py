@@ -1,4 +1,4 @@
-"""What all tests share: the CPU, a compilation cache that outlives the run, and comparisons that NaN cannot pass."""
+"""Provide what all tests share: the CPU, a compilation cache that outlives the run, comparisons that fail at NaN."""
 
 import atexit
 import collections

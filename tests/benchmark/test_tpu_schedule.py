@@ -36,7 +36,7 @@ def known(tmp_path_factory):
 
 
 def cycles_of(schedule, scope: str) -> int:
-    """Of the operations in a named scope, without what is between operations."""
+    """Return the cycles of the operations in a named scope, without what is between operations."""
     return sum(o.cycles - o.control_cycles for o in schedule.operations if f"/{scope}/" in o.operation.op_name)
 
 
@@ -115,7 +115,7 @@ def test_reports(known):
 @pytest.mark.slow
 @needs_libtpu
 def test_the_first_turn_of_a_kernel_counts_once():
-    """What a Pallas kernel does in its first turn only costs the same in a grid of 4 as in one of 24."""
+    """Check that what a Pallas kernel does in its first turn only costs the same in grids of 4 and of 24."""
     cycles = {
         (turns, first): next(
             o.cycles - o.control_cycles
@@ -208,7 +208,7 @@ def test_a_process_that_dies(tmp_path, monkeypatch):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_training_step():
-    """On four chips: parts of the model, collectives, and as many turns of the loops as layers and mini-batches."""
+    """Find, on four chips, parts of the model, collectives, and a turn of the loops for each layer and mini-batch."""
     config = config_lib.default()
     config.model.update(vocab_size=256, width=64, num_heads=2, num_layers=3, mlp_width=128, dtype="bfloat16")
     config.model.ttt.update(kernel="scan", remat_group=1, unroll=1)

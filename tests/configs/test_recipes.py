@@ -27,7 +27,7 @@ NAMED = {"125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9}
 
 
 def chips(recipe):
-    """What the docstring says."""
+    """Return the number of chips that the docstring names."""
     _, size, _, context = recipe.split("-")
     return {("125m", "16k"): 128, ("125m", "32k"): 64}.get((size, context), 256)
 
@@ -149,7 +149,7 @@ def count_by_hand(c):
 
 @pytest.mark.slow
 def test_parameter_counts_of_every_recipe():
-    """By hand, which is right for two sizes of every kind of model."""
+    """Count by a formula, which is compared with two sizes of every kind of model."""
     models, kinds = {}, {}
     for name in all_recipes():
         c = get(name)

@@ -23,7 +23,7 @@ def test_what_there_is_not(argument):
     ("mixer", "pairs", "length", "width", "steps"), [("ttt_linear", 2, 16, 32, 180), ("attention", 4, 32, 64, 100)]
 )
 def test_recall_is_learned(mixer, pairs, length, width, steps, tmp_path):
-    """On shorter sequences: pairs are recalled from some that were never seen, which no guess among the values does."""
+    """Recall pairs in sequences that were never seen, shorter than the recipe's; no guess among the values does."""
     short = {
         "data.source": f"associative_recall:{pairs}",
         "data.sequence_length": length,

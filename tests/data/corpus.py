@@ -1,4 +1,4 @@
-"""What the tests of tokenizing share: documents, files of them, and readers that are not ours."""
+"""Provide what the tests of tokenizing share: documents, files of them, and readers that are not ours."""
 
 import gzip
 import io

@@ -170,7 +170,7 @@ def test_what_of_a_parquet_file_cannot_be_decoded_begins_behind_what_can(tmp_pat
 @pytest.mark.parametrize("bytes_off", [200, 70_000])
 @pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz"])
 def test_a_broken_file_gives_the_same_records_from_wherever_reading_goes_on(tmp_path, kind, bytes_off):
-    """Of a decompressor that fails, what it gives before depends on how much it is asked for at a time."""
+    """Read on anywhere, although what a decompressor gives before it fails depends on how much it is asked for."""
     texts = [f"{i} {'abcdefgh'[i % 8] * (i % 71)} {i * 7919}" for i in range(4000)]
     lines = corpus.jsonl(texts)
     options = {zstd.CompressionParameter.checksum_flag: 1}

@@ -1,4 +1,4 @@
-"""Which files a path, glob, folder or URL names, and in which order."""
+"""Check which files a path, glob, folder or URL names, and in which order."""
 
 import functools
 import hashlib
@@ -161,7 +161,7 @@ def test_a_small_file_that_is_not_there_or_none(tmp_path):
 
 
 def test_the_content_of_files_is_their_hash(folder):
-    """Of what lies there, compressed or not; a name, a time and a size say nothing."""
+    """Hash the bytes of the file, compressed or not; its name, time and size say nothing."""
     contents = {file.location.removeprefix(f"{folder}/"): file.content for file in files.with_content(found(folder))}
     assert list(contents) == READABLE
     for name, content in contents.items():

@@ -219,7 +219,7 @@ def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
     ],
 )
 def test_a_window_is_read_by_byte_ranges(gcs, made, start_at, stop, chunks):
-    """Of a shard, its index and the chunks that are wanted."""
+    """Read of a shard its index and the chunks that are wanted."""
     folder, tokens = made
     gcs.put(folder, "bucket/made")
     told = json.loads(printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:{start_at}:{stop}")))
@@ -264,7 +264,7 @@ def test_what_is_lost_or_damaged_is_told_with_its_place(gcs, made):
 
 
 def told_of_both(gcs, folder: Path) -> list[list]:
-    """What LOAD tells of a folder, and of its copy in a bucket."""
+    """Return what LOAD tells of a folder, and of its copy in a bucket."""
     gcs.put(folder, "bucket/data")
     local, cloud = gcs.start("-c", LOAD, folder), gcs.start("-c", LOAD, "gs://bucket/data")
     told = printed(cloud)

@@ -1,4 +1,4 @@
-"""What becomes of one unit: documents to tokens, and to splits by their hash."""
+"""Check what becomes of one unit: documents to tokens, and to splits by their hash."""
 
 import hashlib
 import pickle
@@ -96,7 +96,7 @@ def test_a_text_that_the_tokenizer_cannot_take_is_a_problem_of_its_record():
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_no_problem_of_a_record():
-    """As on a machine without its library: leaving out records would leave out all that come to this machine."""
+    """Raise, as on a machine without its library: leaving out records would leave out all that come to this machine."""
     job = Job(tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None), None, None)
     with pytest.raises(ConfigError, match=r"^tokenizer.json: not a Hugging Face tokenizer"):
         job_lib.tokenize(job, "train", unit(["a", "b"]))

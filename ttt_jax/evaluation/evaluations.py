@@ -24,19 +24,10 @@ from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.workdir import Workdir, explained
 
-NEEDED: tuple[str, ...] = (
-    "workdir",
-    "model",
-    "parameters",
-    "step",
-    "source",
-    "fingerprint",
-    "split",
-    "of",
-    "context",
-    "windows",
+NEEDED = (  # keys of the .json that comparisons and pictures read
+    *("workdir", "model", "parameters", "step", "source", "fingerprint", "split", "of", "context", "windows"),
+    *("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config"),
 )
-NEEDED += ("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config")
 _BY_POSITION = ("position", "loss", "standard_error", "count")
 
 
