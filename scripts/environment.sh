@@ -1,10 +1,14 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv with this package in it, and puts it on PATH.
 #
-#   install_environment EXTRAS     for example "" or "[dev]"; PYTHON chooses the interpreter (default: python3)
+#   install_environment EXTRAS [OPTION ...]
+#
+# EXTRAS is for example "" or "[dev]"; the options are those of pip install. PYTHON chooses the interpreter (default:
+# python3).
 
 install_environment() {
     local extras="$1" python="${PYTHON:-python3}" wanted
+    shift
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "ttt_jax needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Set PYTHON to one that is." >&2
         return 1
@@ -15,8 +19,7 @@ install_environment() {
     }
     wanted="$extras $(cat setup.py constraints.txt ttt_jax/__init__.py | cksum)"
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-        # Python compiles what is imported when it is; pip would compile all there is first, for some seconds.
-        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".$extras" || return 1
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" -c constraints.txt -e ".$extras" || return 1
         echo "$wanted" > .venv/installed
     fi
     PATH="$PWD/.venv/bin:$PATH"

@@ -22,7 +22,7 @@ if grep -qsE '\[(madvise|always)\]' /sys/kernel/mm/transparent_hugepage/enabled;
 fi
 
 echo "Installing into .venv"
-install_environment ""
+install_environment "" --no-compile # Python compiles what is imported; pip would compile all there is, for some seconds
 for mixer in "${mixers[@]}"; do
     echo "Training $mixer"
     ttt train --config "configs/quickstart.py:$mixer" --workdir "$out/$mixer" "$@"

@@ -1,5 +1,6 @@
 """``ttt tokenize`` as a person types it: what it says of a good command, and of every wrong one."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -361,5 +362,8 @@ def test_as_a_module_interrupted_by_hand_and_run_again(here):
 
 def children(pid):
     """Processes that a process has started."""
-    found = [Path(f"/proc/{pid}/task/{task}/children").read_text() for task in os.listdir(f"/proc/{pid}/task")]
-    return " ".join(found).split()
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            found += Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+    return found
