@@ -78,6 +78,8 @@ def launch(arguments):
         shutil.copy(here, there)
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.Popen([str(HERE / "bin" / "controller"), str(number)], start_new_session=True, **quiet)
+    while (HERE / "quick").exists() and state(number)["status"] not in ENDED:  # the job ends before anybody asks
+        time.sleep(0.02)
     print(f"Job submitted, ID: {number}")
 
 

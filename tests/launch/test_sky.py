@@ -114,6 +114,15 @@ def test_a_job_is_submitted_installed_followed_and_its_arguments_arrive_as_they_
 
 
 @pytest.mark.slow
+def test_the_log_of_a_job_that_ends_at_once_is_shown(sky):
+    (sky.folder / "quick").touch()
+    sky.plan(3)
+    status, out, _ = sky.launch()
+    assert status == 1
+    assert out.count("started with 3") == 1
+
+
+@pytest.mark.slow
 def test_nodes_with_gpus_find_each_other(sky):
     status, _, err = sky.launch("--nodes", "2", machines=("--accelerator", "H100:8"))
     assert status == DONE, err

@@ -157,8 +157,11 @@ class ManagedJobs:
         return f"managed job {number}, {self._record(number)}"
 
     def follow(self, number: str, from_start: bool) -> int:
-        """Shows the log until the job ends; returns its exit status. Cancels it after too many recoveries."""
-        said = ""
+        """Show the log until the job ends, and return its exit status. Cancel it after too many recoveries.
+
+        The log of a job that has ended before it is asked about is shown, too.
+        """
+        said, shown = "", False
 
         def over() -> bool:
             nonlocal said
@@ -169,7 +172,8 @@ class ManagedJobs:
             return record.status is not None or record.recoveries > self._options.restarts
 
         tail = "--tail=0" if from_start else "--tail=50"
-        while not over():
+        while not over() or not shown:
+            shown = True
             stream.show(self._commands, ["sky", "jobs", "logs", "--follow", tail, number], over, _POLL)
             tail = "--tail=50"  # where it breaks off while the job goes on
             if not over():
