@@ -83,7 +83,7 @@ def test_defaults_cannot_be_misspelt_or_given_another_type():
 def test_every_key_can_be_set_from_the_command_line(key):
     before = get(parse(), key)
     types = {name: default for name, default, _ in config_lib.KEYS}
-    value = {bool: True, float: 0.25, int: 7}[types[key]] if before is None else before
+    value = {bool: True, float: 0.25, int: 7, str: "linear"}[types[key]] if before is None else before
     config = parse(f"{key}={json.dumps(value) if isinstance(value, bool) else value}")
     assert get(config, key) == value
     assert type(get(config, key)) is type(value)
@@ -125,6 +125,11 @@ REFUSED = [
     ("model.pre_conv=maybe", "model.pre_conv=maybe", "true or false"),
     ("model.mixer=lstm", "model.mixer='lstm'", "ttt_linear, ttt_mlp, attention"),
     ("model.ttt.backbone=rwkv", "model.ttt.backbone='rwkv'", "mamba, transformer"),
+    ("model.ttt.learner=conv", "model.ttt.learner='conv'", "linear, mlp, swiglu, or MODULE:NAME"),
+    ("model.ttt.learner=my lab:gated", "model.ttt.learner='my lab:gated'", "MODULE:NAME, such as"),
+    ("model.ttt.learner=mylab.learners:a.b", "model.ttt.learner='mylab.learners:a.b'", "MODULE:NAME, such as"),
+    ("model.ttt.learner_source=abc", "model.ttt.learner_source='abc'", "a SHA-256 in 64"),
+    (f"model.ttt.learner_source={'a' * 64}", "model.ttt.learner_source=aaaaaaaaaaaa...: is of a learner", "none"),
     ("model.dtype=float16", "model.dtype='float16'", "float32, bfloat16"),
     ("model.remat=full", "model.remat='full'", "none, block"),
     ("model.num_heads=3", "model.num_heads=3: does not divide model.width=128", "a divisor, such as 2"),

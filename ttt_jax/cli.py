@@ -179,7 +179,7 @@ def train(options: argparse.Namespace, rest: list[str]) -> int:
 
     from ttt_jax.training import loop
 
-    outcome = loop.train(config, workdir)
+    outcome = loop.train(config, workdir, accept_changed_learner=options.accept_changed_learner)
     status = {None: DONE, signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[outcome.signal]
     if jax.process_index():
         return status
@@ -216,6 +216,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     config = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
     p = verb("train", train, _TRAIN, f"ttt train {config} --workdir DIR")
     p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
+    accepts = "go on although the source of model.ttt.learner, a function of your own, has changed since the run began"
+    p.add_argument("--accept-changed-learner", action="store_true", help=accepts)
     add_processes(p)
     cli_config.add_arguments(verb("config", cli_config.run, cli_config.DESCRIPTION, cli_config.USAGE))
 

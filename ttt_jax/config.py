@@ -11,7 +11,11 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from ttt_jax import import_path
+from ttt_jax.errors import ConfigError as ConfigError
+
 MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
+LEARNERS = ("linear", "mlp", "swiglu")  # the registered ones; others are named by import path
 GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
 
 # Key, default and meaning of everything that can be configured. A type for a default means None, until set.
@@ -33,6 +37,16 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.remat", "none", "block: keep only the input of each block for the backward pass"),
     ("model.ttt.backbone", "mamba", "mamba: convolutions and gate; transformer: neither"),
     ("model.ttt.mini_batch", 16, "b, tokens per inner gradient step"),
+    (
+        "model.ttt.learner",
+        str,
+        "linear, mlp, swiglu, or MODULE:NAME, a function of your own (docs/recipes.md); unset: that of the mixer",
+    ),
+    (
+        "model.ttt.learner_source",
+        "",
+        "SHA-256 of the file of a learner of your own; filled in when training starts",
+    ),
     ("model.ttt.mlp_depth", 2, "dense layers of the learner of ttt_mlp"),
     ("model.ttt.mlp_width_factor", 4.0, "their hidden width, in head widths"),
     ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0 for ttt_linear, 0.1 for ttt_mlp"),
@@ -105,10 +119,6 @@ DURATIONS = (
 )
 _MAY_BE_EMPTY = ("checkpoint.milestone_every", "evaluation.every")
 _MOST = 1e18  # steps, tokens, or the width of anything: more is a slip, and would overflow
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run: one line that names the key and what would be accepted."""
 
 
 def default() -> ml_collections.ConfigDict:
@@ -189,6 +199,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"optimizer.spike_factor={config.optimizer.spike_factor}: expected a finite number above 1, or 0 for none"
         )
     profiled_steps(config)
+    _check_learner(t)
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
 
@@ -221,6 +232,20 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"optimizer.warmup={config.optimizer.warmup!r}: expected less than "
             f"training.duration={config.training.duration!r}"
+        )
+
+
+def _check_learner(ttt: ml_collections.ConfigDict) -> None:
+    named, source = ttt.learner, ttt.learner_source
+    is_own = named is not None and import_path.is_import_path(named)
+    if named is not None and named not in LEARNERS and not is_own:
+        raise ConfigError(f"model.ttt.learner={named!r}: expected one of {', '.join(LEARNERS)}, or {import_path.FORM}")
+    if source and not re.fullmatch("[0-9a-f]{64}", source):
+        raise ConfigError(f"model.ttt.learner_source={source!r}: expected a SHA-256 in 64 hexadecimal digits, or none")
+    if source and not is_own:
+        raise ConfigError(
+            f"model.ttt.learner_source={source[:12]}...: is of a learner by import path, and model.ttt.learner is "
+            f"{'unset' if named is None else named}; expected none"
         )
 
 

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from ttt_jax import import_path
 from ttt_jax.config import ConfigError
 from ttt_jax.layers.attention import Attention
 from ttt_jax.layers.linear_attention import LinearAttention
@@ -83,8 +84,17 @@ def learns(model: ml_collections.ConfigDict) -> bool:
 
 
 def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
-    """The inner model that ``config.model`` describes."""
+    """The inner model that ``config.model`` describes.
+
+    Raises:
+      ConfigError: where ``model.ttt.learner`` is not one that the mixer takes.
+    """
     head_dim, ttt = model.width // model.num_heads, model.ttt
+    of_mixer = {"ttt_linear": "linear", "ttt_mlp": "mlp"}[model.mixer]
+    if ttt.learner is not None and import_path.is_import_path(ttt.learner):
+        import_path.load(ttt.learner, "model.ttt.learner", ttt.learner_source)
+    if ttt.learner not in (None, of_mixer):
+        raise ConfigError(f"model.ttt.learner={ttt.learner!r}: model.mixer={model.mixer} takes {of_mixer}, or none")
     if model.mixer == "ttt_linear":
         found = learner_lib.linear(head_dim)
     else:

@@ -51,7 +51,9 @@ class Outcome(NamedTuple):
     signal: signal.Signals | None  # what stopped the run, in this process or another, before its end
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outcome:
+def train(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, accept_changed_learner: bool = False
+) -> Outcome:
     """Trains, or goes on training, until the run is complete or is told to stop.
 
     SIGINT or SIGTERM, to any process, saves a checkpoint after a step that all processes agree on, and returns; a
@@ -59,6 +61,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
 
     Args:
       workdir: a folder, or a place on gs://.
+      accept_changed_learner: go on although the source of a learner of the user's own has changed since the run began;
+        the run has the new one from then on.
 
     Raises:
       ConfigError: before anything is compiled, where the config cannot be run here or is not that of the workdir, or
@@ -70,11 +74,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Outc
     """
     # ---- What to run, and where
     workdir = workdir_lib.at(workdir)
+    config = peers.on_all(lambda: _with_learner_source(config, workdir, accept_changed_learner))
     about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
     peers.check_same(about)
     prepared = peers.on_all(lambda: _prepare(config, workdir))
     with peers.locked(workdir, "ttt train") as lock:
-        peers.on_all(lambda: resume.check_same_run(config, workdir))
+        is_changed = peers.on_all(lambda: resume.check_same_run(config, workdir, accept_changed_learner))
+        if is_changed:
+            peers.say(f"model.ttt.learner={config.model.ttt.learner!r}: has changed since the run began; accepted")
+            if jax.process_index() == 0:
+                run_config.record_learner(workdir, config.model.ttt.learner_source)
         return _train(config, workdir, lock, *prepared)
 
 
@@ -259,6 +268,17 @@ def _train(
                 output.close()
             checkpoints.close()
     return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
+
+
+def _with_learner_source(
+    config: ml_collections.ConfigDict, workdir: Workdir, accept_changed: bool
+) -> ml_collections.ConfigDict:
+    """Return the config with the hash of a learner of the user's own, which is not imported before it is accepted."""
+    run_config.check_learner_outside(config, workdir)
+    config = run_config.with_learner_source(config)
+    if run_config.own_learner(config) is not None:
+        resume.check_same_run(config, workdir, accept_changed)
+    return config
 
 
 def _prepare(

@@ -4,17 +4,26 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax import json_files
+from ttt_jax import import_path, json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.json_files import DamagedFile
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir
 
 
-def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
-    """Raise :class:`ConfigError` that lists the keys by which the run in the workdir differs.
+def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_changed_learner: bool = False) -> bool:
+    """Check that the run in a workdir, if there is one, is that of a config.
 
     Where ``config.json`` is damaged and no checkpoint has been saved, there is nothing to go on with.
+
+    Args:
+      accept_changed_learner: allow that the source of a learner of the user's own is another than that of the run.
+
+    Returns:
+      Whether it is another one.
+
+    Raises:
+      ConfigError: where it is another run, with the keys that differ.
     """
     try:
         found = run_config.find(workdir)
@@ -22,9 +31,9 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
         if run_config.saved_steps(workdir):
             raise
         json_files.tell(f"{error}; no checkpoint has been saved, so the run begins anew")
-        return
+        return False
     if found is None:
-        return
+        return False
     if differing := run_config.refused(found.config, config):
         origin = f"; {found.problem}, so this is from {found.origin}" if found.problem else ""
         raise ConfigError(
@@ -33,6 +42,12 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
         )
     if found.problem:
         json_files.tell(f"{found.problem}; the config that {found.origin.parent.parent} holds is this one, going on")
+    there = found.config.model.ttt
+    if not there.learner_source:
+        return False
+    if not accept_changed_learner:
+        import_path.check_unchanged(there.learner, run_config.LEARNER, there.learner_source)
+    return import_path.source_hash(there.learner, run_config.LEARNER) != there.learner_source
 
 
 def check_same_data(there: dict[str, Any], fingerprint: str, name: str) -> None:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file, json_files
+from ttt_jax import config_file, import_path, json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.json_files import DamagedFile
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.workdir import Workdir, explained, is_local
 
 NAME = "config.json"
+LEARNER = "model.ttt.learner"
 
 # What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration (the
 # schedule of the rest), the mesh (the order of sums) and the guard (which has to be turned on when spikes are seen).
@@ -34,6 +35,7 @@ MAY_CHANGE = (
     "mesh.",
     "model.remat",
     "model.ttt.kernel",
+    "model.ttt.learner_source",  # checked apart: ttt train --accept-changed-learner
     "model.ttt.remat_group",
     "model.ttt.unroll",
     "profile.",
@@ -65,6 +67,44 @@ def write(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     json_files.write_object(workdir / NAME, config.to_dict())
 
 
+def with_learner_source(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Return a config with the hash of the source of a learner of the user's own, which is found and not imported.
+
+    Raises:
+      ConfigError: where there is no such module, or the config holds the hash of another source.
+    """
+    ttt = config.model.ttt
+    if own_learner(config) is None:
+        return config
+    if ttt.learner_source:
+        import_path.check_unchanged(ttt.learner, LEARNER, ttt.learner_source)
+    config = ml_collections.ConfigDict(config).lock()
+    config.model.ttt.learner_source = import_path.source_hash(ttt.learner, LEARNER)
+    return config
+
+
+def record_learner(workdir: Workdir, source: str) -> None:
+    """Write the hash of the source of a learner into ``config.json``, in the place of the one that the run had."""
+    found = find(workdir)
+    assert found is not None
+    config = ml_collections.ConfigDict(found.config).lock()
+    config.model.ttt.learner_source = source
+    write(workdir, config)
+
+
+def own_learner(config: ml_collections.ConfigDict) -> str | None:
+    """Return the import path of a learner of the user's own; None where the config has none."""
+    named = config.model.ttt.learner
+    return named if named is not None and import_path.is_import_path(named) else None
+
+
+def check_learner_outside(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
+    """Raise :class:`ConfigError` where a learner of the user's own lies in the workdir: a run is data, also that of a
+    stranger, and nothing in it is ever run."""
+    if (named := own_learner(config)) is not None and is_local(workdir):
+        import_path.check_outside(named, LEARNER, str(workdir))
+
+
 def of_run(workdir: Workdir) -> ml_collections.ConfigDict:
     """Return the config of a run. Where it is taken from a checkpoint, say so on standard error.
 
@@ -84,8 +124,15 @@ def find(workdir: Workdir) -> Found | None:
 
     Raises:
       ConfigError: where ``config.json`` is damaged and no checkpoint holds the config, or the two are of different
-        runs.
+        runs; where the learner lies in the workdir.
     """
+    found = _find(workdir)
+    if found is not None:
+        check_learner_outside(found.config, workdir)
+    return found
+
+
+def _find(workdir: Workdir) -> Found | None:
     path, saved = workdir / NAME, _newest_saved(workdir)
     problem: ConfigError | None = None
     try:

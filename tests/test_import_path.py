@@ -1,0 +1,156 @@
+"""Functions by import path: what is found, hashed and imported, and what is refused before anything of it runs."""
+
+import hashlib
+import sys
+
+import pytest
+
+from ttt_jax import import_path
+from ttt_jax.errors import ConfigError
+
+KEY = "model.ttt.learner"
+GATED = "def gated(dense, x):\n    return dense(x, 4)\n\n\nwidth = 3\n"
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """``lab({name: text})``: the folder, on ``PYTHONPATH``, of a package ``lab`` with these modules; the package itself
+    leaves a file behind when it is imported, and so does each module ``loud``."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.chdir(tmp_path.parent)
+
+    def make(modules):
+        folder = tmp_path / "lab"
+        folder.mkdir()
+        marker = f"open({str(tmp_path / 'imported')!r}, 'a').write(__name__ + ' ')\n"
+        for name, text in {"__init__": "", **modules}.items():
+            (folder / f"{name}.py").write_text(marker + text)
+        return folder
+
+    yield make
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lab"]:
+        del sys.modules[name]
+
+
+def refused(function, *arguments):
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("mylab.learners:gated", True),
+        ("learners:f", True),
+        ("linear", False),
+        ("", False),
+        (":f", False),
+        ("mylab:", False),
+        ("mylab.:f", False),
+        ("my-lab:f", False),
+        ("mylab:f()", False),
+        ("mylab:a.b", False),
+        ("mylab:f:g", False),
+        ("/tmp/mylab.py:f", False),
+        ("mylab: f", False),
+    ],
+)
+def test_import_paths_are_told_from_other_texts(text, is_one):
+    assert import_path.is_import_path(text) == is_one
+    if not is_one:
+        for function in (import_path.load, import_path.source_hash):
+            assert refused(function, text, KEY) == (
+                f"{KEY}={text!r}: is no import path; expected MODULE:NAME, such as mylab.learners:gated"
+            )
+
+
+def test_a_function_is_imported_and_its_source_hashed(lab):
+    folder = lab({"learners": GATED})
+    assert import_path.source_file("lab.learners:gated", KEY) == (folder / "learners.py").resolve()
+    expected = hashlib.sha256((folder / "learners.py").read_bytes()).hexdigest()
+    assert import_path.source_hash("lab.learners:gated", KEY) == expected
+    assert (
+        import_path.source_hash("lab:anything", KEY)
+        == hashlib.sha256((folder / "__init__.py").read_bytes()).hexdigest()
+    )
+    assert not (folder.parent / "imported").exists()  # so far nothing has run
+    found = import_path.load("lab.learners:gated", KEY, expected)
+    assert found is sys.modules["lab.learners"].gated
+    assert (folder.parent / "imported").read_text() == "lab lab.learners "
+
+
+def test_a_changed_source_is_refused_before_it_runs(lab):
+    folder = lab({"learners": GATED})
+    there = import_path.source_hash("lab.learners:gated", KEY)
+    (folder / "learners.py").write_text((folder / "learners.py").read_text() + "# a comment\n")
+    here = import_path.source_hash("lab.learners:gated", KEY)
+    message = refused(import_path.load, "lab.learners:gated", KEY, there)
+    assert message == (
+        f"{KEY}='lab.learners:gated': {folder / 'learners.py'} has changed since the run began (its SHA-256 was "
+        f"{there[:12]}..., it is {here[:12]}...); expected the file as it was, a new run, or "
+        "ttt train --accept-changed-learner, with which this run goes on with the new one"
+    )
+    assert not (folder.parent / "imported").exists()
+
+
+def test_modules_in_packages_without_init_and_in_the_current_folder_are_found(tmp_path, monkeypatch):
+    nested = tmp_path / "lab_ns" / "deep"
+    nested.mkdir(parents=True)
+    (nested / "learners.py").write_text(GATED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    assert import_path.source_file("lab_ns.deep.learners:gated", KEY) == (nested / "learners.py").resolve()
+    assert callable(import_path.load("lab_ns.deep.learners:gated", KEY))
+    assert sys.path[-1] == str(tmp_path)  # behind all others
+    for name in ("lab_ns.deep.learners", "lab_ns.deep", "lab_ns"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nolab.learners:gated", "no module nolab.learners here; expected one that is installed, in a folder of"),
+        ("lab.nowhere:gated", "no module lab.nowhere here; expected one"),
+        ("lab.learners.deeper:gated", "no module lab.learners.deeper here; expected one"),
+        ("lab.learners:gatd", "{lab}/learners.py defines no gatd; did you mean lab.learners:gated?"),
+        ("lab.learners:zzz", "{lab}/learners.py defines no zzz; expected the name of a function in it"),
+        ("lab.learners:width", "is of type int; expected a function"),
+        ("lab.raises:f", "importing lab.raises fails: {lab}/raises.py, line 3: ZeroDivisionError: division by zero"),
+        ("lab.ends:f", "importing lab.ends fails: {lab}/ends.py, line 2: SystemExit: 3"),
+        ("lab.misspelt:f", "importing lab.misspelt fails: {lab}/misspelt.py, line 2: SyntaxError: "),
+        ("lab.needs:f", "importing lab.needs fails: {lab}/needs.py, line 2: ModuleNotFoundError: No module named 'nob"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_line(lab, text, said):
+    folder = lab(
+        {
+            "learners": GATED,
+            "raises": "x = 1\n1 / 0\n",
+            "ends": "raise SystemExit(3)\n",
+            "misspelt": "def f(:\n",
+            "needs": "import nobody_has_this\n",
+        }
+    )
+    message = refused(import_path.load, text, KEY)
+    assert message.startswith(f"{KEY}={text!r}: {said.format(lab=folder)}"), message
+
+
+def test_a_module_without_source_has_no_hash():
+    message = refused(import_path.source_hash, "math:sin", KEY)
+    assert message == f"{KEY}='math:sin': module math has no source file; expected a module in a .py file"
+
+
+def test_nothing_in_a_workdir_is_imported_not_even_the_package(lab):
+    folder = lab({"learners": GATED})
+    root = folder.parent
+    for workdir in (root, folder):
+        message = refused(import_path.check_outside, "lab.learners:gated", KEY, workdir)
+        assert message.startswith(f"{KEY}='lab.learners:gated': {folder}/__init__.py is inside the workdir {workdir}, ")
+    (root / "link").symlink_to(root)
+    assert "inside the workdir" in refused(import_path.check_outside, "lab.learners:gated", KEY, root / "link")
+    assert not (root / "imported").exists()
+    import_path.check_outside("lab.learners:gated", KEY, root / "runs" / "a")
+    import_path.check_outside("lab.missing:gated", KEY, root / "runs" / "a")
+    import_path.check_outside("nowhere:gated", KEY, root)

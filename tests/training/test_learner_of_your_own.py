@@ -1,0 +1,143 @@
+"""The source of a learner of the user's own is kept with the run, and a changed one is refused before it runs."""
+
+import re
+import shutil
+import sys
+
+import pytest
+
+from ttt_jax import cli, import_path, json_files
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import trained
+from ttt_jax.models import build
+from ttt_jax.training import loop, run_config
+from ttt_jax.training.checkpoint import Checkpoints
+
+NAME = "ttt_learner_of_a_test:gated"
+SOURCE = "def gated(dense, x):\n    return dense(x, x.shape[-1])\n"
+CHANGES = {"model.ttt.learner": NAME, "training.duration": "2 steps", "checkpoint.every": "1 step"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The source file of the learner, in a folder that Python looks for modules in."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(build, "learner", _learner)
+        yield folder / "ttt_learner_of_a_test.py"
+
+
+@pytest.fixture
+def changed(lab):
+    """The source file, which has been changed: importing it fails."""
+    lab.write_text(SOURCE + "raise AssertionError('this has been run')\n")
+    sys.modules.pop("ttt_learner_of_a_test", None)
+    yield lab
+    lab.write_text(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def finished(lab, tmp_path_factory, tiny_config):
+    """The workdir of a run of two steps, which tests leave as it is."""
+    lab.write_text(SOURCE)
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert loop.train(tiny_config(CHANGES), workdir).step == 2
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def _learner(model):
+    """As :func:`build.learner` of the mixer, once the one of the config has been imported."""
+    import_path.load(model.ttt.learner, run_config.LEARNER, model.ttt.learner_source)
+    return build.learner_lib.linear(model.width // model.num_heads)
+
+
+def _source_of(workdir):
+    return json_files.read_object(workdir / "config.json")["model"]["ttt"]["learner_source"]
+
+
+def test_the_hash_of_the_source_is_in_the_run_and_in_its_checkpoints(finished):
+    expected = import_path.source_hash(NAME, run_config.LEARNER)
+    assert _source_of(finished) == expected
+    checkpoints = Checkpoints(finished, read_only=True)
+    assert checkpoints.meta(2)["config"]["model"]["ttt"]["learner_source"] == expected
+    checkpoints.close()
+    assert trained.load(finished).config.model.ttt.learner_source == expected
+
+
+def test_a_changed_source_is_refused_by_training_and_evaluation_before_it_runs(copy, changed, tiny_config):
+    expected = (
+        f"^model.ttt.learner='{NAME}': {changed} has changed since .* ttt train --accept-changed-learner, [^\n]*$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        loop.train(tiny_config({**CHANGES, "training.duration": "3 steps"}), copy)
+    with pytest.raises(ConfigError, match=expected):
+        trained.load(copy)
+    (copy / "config.json").unlink()  # the copy in the checkpoint says the same
+    with pytest.raises(ConfigError, match=expected):
+        trained.load(copy)
+
+
+def test_a_changed_source_is_recorded_once_it_is_accepted(copy, lab, tiny_config, capsys):
+    before = _source_of(copy)
+    try:
+        lab.write_text(SOURCE + "# another comment\n")
+        assert loop.train(tiny_config(CHANGES), copy, accept_changed_learner=True).step == 2
+        assert "has changed since the run began; accepted" in capsys.readouterr().err
+        assert _source_of(copy) == import_path.source_hash(NAME, run_config.LEARNER) != before
+        trained.load(copy)  # although the checkpoint says what it was trained with
+        assert loop.train(tiny_config(CHANGES), copy).step == 2
+    finally:
+        lab.write_text(SOURCE)
+    with pytest.raises(ConfigError, match="has changed since the run began"):
+        trained.load(copy)
+
+
+def test_the_flag_of_the_command_accepts_it(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(cli.config_file, "from_arguments", lambda rest: None)
+    monkeypatch.setattr(
+        loop, "train", lambda config, workdir, **options: asked.append(options) or loop.Outcome(0, 0, None, None)
+    )
+    for flag in ([], ["--accept-changed-learner"]):
+        assert cli.main(["train", "--config", "x.py", "--workdir", str(tmp_path), *flag]) == 0
+    assert asked == [{"accept_changed_learner": False}, {"accept_changed_learner": True}]
+
+
+def test_a_learner_that_is_gone_is_refused(copy, lab, tiny_config):
+    lab.unlink()
+    try:
+        for use in (lambda: trained.load(copy), lambda: loop.train(tiny_config(CHANGES), copy)):
+            with pytest.raises(ConfigError, match=r"^model\.ttt\.learner=.*: no module ttt_learner_of_a_test here"):
+                use()
+    finally:
+        lab.write_text(SOURCE)
+
+
+def test_a_config_may_say_which_source_it_takes(lab, tmp_path, tiny_config):
+    config = tiny_config({**CHANGES, "model.ttt.learner_source": "0" * 64})
+    with pytest.raises(ConfigError, match=r"has changed since the run began \(its SHA-256 was 000000000000\.\.\."):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_learner_is_taken_from_the_workdir(copy, monkeypatch, tiny_config):
+    (copy / "ttt_learner_of_a_stranger.py").write_text("raise AssertionError('this has been run')\n")
+    monkeypatch.syspath_prepend(copy)
+    config = tiny_config({**CHANGES, "model.ttt.learner": "ttt_learner_of_a_stranger:gated"})
+    with pytest.raises(ConfigError, match=f"^model.ttt.learner=.* is inside the workdir {re.escape(str(copy))}, from"):
+        loop.train(config, copy)
+    run_config.write(copy, config)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ConfigError, match="is inside the workdir"):
+        run_config.of_run(copy)
+
+
+def test_registered_learners_have_no_source(tiny_config):
+    config = tiny_config({"model.ttt.learner": "linear"})
+    assert run_config.with_learner_source(config) == config
