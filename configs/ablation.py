@@ -11,7 +11,7 @@ four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, an
     linear_attention                                                  15.23
     equivalence        model.mixer=ttt_linear                         15.23    the same numbers, to rounding (Theorem 1)
     learned_w0         model.ttt.learned_w0=true                      15.27
-    norm_residual      model.ttt.norm_residual=true                   14.05
+    norm_residual      model.ttt.output=residual_norm, .bias=true     14.05
     mini_batch         model.ttt.mini_batch=16                        12.35    from the whole sequence, 2048
     learned_eta        model.ttt.learned_eta=true                     11.99
     mamba_backbone     model.ttt.backbone=mamba                       11.09    which is paper.py:ttt_linear-125m-pile-2k
@@ -51,7 +51,7 @@ def get_config(arg: str = "mamba_backbone"):
     if "mini_batch" in missing:
         c.model.ttt.mini_batch = c.data.sequence_length
     if "norm_residual" in missing:
-        c.model.ttt.norm_residual = False
+        c.model.ttt.output, c.model.ttt.bias = "none", False
     if "learned_w0" in missing:
         c.model.ttt.learned_w0 = False
     if "equivalence" in missing:

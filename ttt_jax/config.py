@@ -16,6 +16,7 @@ from ttt_jax.errors import ConfigError as ConfigError
 
 MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
 LEARNERS = ("linear", "mlp", "swiglu")  # the registered ones; others are named by import path
+OUTPUTS = ("residual_norm", "none")  # model.ttt.output
 GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
 
 # Key, default and meaning of everything that can be configured. A type for a default means None, until set.
@@ -51,7 +52,8 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.mlp_width_factor", 4.0, "their hidden width, in head widths"),
     ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0 for ttt_linear, 0.1 for ttt_mlp"),
     ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
-    ("model.ttt.norm_residual", True, "f(x) = x + LN(f_res(x)), its dense layers with biases; false: f_res, without"),
+    ("model.ttt.output", "residual_norm", "residual_norm: f(x) = x + LN(f_res(x)), of a learner f_res; none: f_res"),
+    ("model.ttt.bias", True, "the dense layers of registered learners have biases"),
     ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
     ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
     ("model.ttt.kernel", "auto", "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one"),
@@ -170,6 +172,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of(config, "model.dtype", ("float32", "bfloat16"))
     _one_of(config, "model.remat", ("none", "block"))
     _one_of(config, "model.ttt.backbone", ("mamba", "transformer"))
+    _one_of(config, "model.ttt.output", OUTPUTS)
     _one_of(config, "model.ttt.kernel", ("auto", "pallas", "scan"))
     _one_of(config, "evaluation.split", ("train", "validation", "test"))
     for key in (

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ttt_jax import config as config_lib
-from ttt_jax import json_files
+from ttt_jax import json_files, renamed_keys
 from ttt_jax.config import ConfigError
 from ttt_jax.workdir import Workdir
 
@@ -44,7 +44,7 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def from_json(path: Workdir) -> ml_collections.ConfigDict:
     """The config of an earlier run, from the ``config.json`` in its workdir. Keys that have been added since then
-    have their defaults.
+    have their defaults, and those that have been renamed (:mod:`ttt_jax.renamed_keys`) their new names.
 
     Raises:
       ConfigError: when the file is missing, cannot be read, is not JSON, or does not hold a valid config.
@@ -63,7 +63,7 @@ def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
     """
     config = config_lib.default()
     try:
-        config.update(content)
+        config.update(renamed_keys.current(content))
         config_lib.validate(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -117,6 +117,8 @@ def _said(error: Exception) -> str:
     if match := re.search(
         r'(?:Key )?["\'](\w+)["\'](?: does not exist|\n).*?(?:Did you mean "(\w+)"|$)', text, re.DOTALL
     ):
+        if advice := renamed_keys.advice_for_name(match[1]):
+            return advice
         return f"{match[1]}: unknown key" + (f"; did you mean {match[2]}?" if match[2] else "")
     if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type.*<class '([\w.]+)'>$", text):
         return f"{match[1]}={match[2]}: expected {_kind(match[3].split('.')[-1])}"
@@ -133,6 +135,8 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
         key, _, value = override.partition("=")
         if key in sections:
             return f"{key}={value}: is a section; expected one of its keys, such as {_first(known, key)}"
+        if advice := renamed_keys.advice(key, value):
+            return advice
         if key not in known:
             close = difflib.get_close_matches(key, known, 1, 0) or known[:1]
             return f"{key}: unknown key; did you mean {close[0]}?"

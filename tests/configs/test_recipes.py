@@ -134,7 +134,7 @@ def count_by_hand(c):
         if ttt.learned_eta:
             block += heads * d + heads + ttt.mini_batch  # w, c and tau
         biases = 0
-        if ttt.norm_residual:
+        if ttt.output == "residual_norm":
             block += 2 * d  # the learner's LN
             biases = head_dim if kind == "ttt_linear" else 5 * head_dim
         if ttt.learned_w0:

@@ -17,7 +17,7 @@ LADDER = [  # what changes from row to row, and the perplexity of each
     ({"model__mixer": "linear_attention"}, 15.0),
     ({"model__mixer": "ttt_linear"}, 15.0),
     ({"model__ttt__learned_w0": True}, 15.2),
-    ({"model__ttt__norm_residual": True}, 14.0),
+    ({"model__ttt__output": "residual_norm", "model__ttt__bias": True}, 14.0),
     ({"model__ttt__mini_batch": 16}, 12.0),
     ({"model__ttt__learned_eta": True}, 11.9),
     ({"model__ttt__backbone": "mamba"}, 11.0),
@@ -30,7 +30,8 @@ def ladder(tmp_path):
         "model__ttt__backbone": "transformer",
         "model__ttt__learned_eta": False,
         "model__ttt__mini_batch": 64,
-        "model__ttt__norm_residual": False,
+        "model__ttt__output": "none",
+        "model__ttt__bias": False,
         "model__ttt__learned_w0": False,
     }
     places = []

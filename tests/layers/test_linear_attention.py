@@ -39,7 +39,9 @@ def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtyp
     def model(mixer):
         c = config_lib.default().model
         c.update(mixer=mixer, vocab_size=11, width=8, num_layers=2, num_heads=2, mlp_width=12, dtype=dtype)
-        c.ttt.update(backbone="transformer", mini_batch=10, norm_residual=False, learned_w0=False, learned_eta=False)
+        c.ttt.update(
+            backbone="transformer", mini_batch=10, output="none", bias=False, learned_w0=False, learned_eta=False
+        )
         return language_model(c)
 
     def read(mixer):

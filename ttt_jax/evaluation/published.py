@@ -30,7 +30,9 @@ class Stated(NamedTuple):
 
 _ATTENTION = {"model.mixer": "linear_attention"}
 _BATCH = {"model.mixer": "ttt_linear", "model.ttt.backbone": "transformer", "model.ttt.learned_eta": False}
-_MINI_BATCH = {"model.ttt.learned_w0": True, "model.ttt.norm_residual": True, "model.ttt.mini_batch": 16}
+_PLAIN = {"model.ttt.output": "none", "model.ttt.bias": False}
+_LN_AND_RESIDUAL = {"model.ttt.output": "residual_norm", "model.ttt.bias": True}
+_MINI_BATCH = {"model.ttt.learned_w0": True, **_LN_AND_RESIDUAL, "model.ttt.mini_batch": 16}
 
 # The first row of Table 1, 15.91, is linear attention with a normalizer and a feature expansion, which is not here.
 TABLE_1 = (
@@ -39,19 +41,19 @@ TABLE_1 = (
         "TTT equivalence",
         15.23,
         "Table 1",
-        {**_BATCH, "model.ttt.learned_w0": False, "model.ttt.norm_residual": False, "model.ttt.mini_batch": None},
+        {**_BATCH, "model.ttt.learned_w0": False, **_PLAIN, "model.ttt.mini_batch": None},
     ),
     Stated(
         "+ learnable W0",
         15.27,
         "Table 1",
-        {**_BATCH, "model.ttt.learned_w0": True, "model.ttt.norm_residual": False, "model.ttt.mini_batch": None},
+        {**_BATCH, "model.ttt.learned_w0": True, **_PLAIN, "model.ttt.mini_batch": None},
     ),
     Stated(
         "+ LN and residual in f",
         14.05,
         "Table 1",
-        {**_BATCH, "model.ttt.learned_w0": True, "model.ttt.norm_residual": True, "model.ttt.mini_batch": None},
+        {**_BATCH, "model.ttt.learned_w0": True, **_LN_AND_RESIDUAL, "model.ttt.mini_batch": None},
     ),
     Stated("+ mini-batch TTT", 12.35, "Table 1", {**_BATCH, **_MINI_BATCH}),
     Stated("+ learnable eta", 11.99, "Table 1", {**_BATCH, **_MINI_BATCH, "model.ttt.learned_eta": True}),

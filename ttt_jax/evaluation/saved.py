@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ttt_jax import finite, json_files
+from ttt_jax import finite, json_files, renamed_keys
 from ttt_jax.config import ConfigError
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -118,4 +118,6 @@ def _read(path: Workdir) -> dict[str, Any]:
         if key in found and type(found[key]) not in types:
             shown = json.dumps(found[key])[:40]
             raise json_files.DamagedFile(f"{path}: {key} is {shown}; expected what ttt eval or ttt inspect writes")
+    if "config" in found:
+        found["config"] = renamed_keys.current(found["config"])
     return found

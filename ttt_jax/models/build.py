@@ -99,7 +99,7 @@ def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
         found = learner_lib.linear(head_dim)
     else:
         found = learner_lib.mlp(head_dim, depth=ttt.mlp_depth, width_factor=ttt.mlp_width_factor)
-    return dataclasses.replace(found, norm_residual=ttt.norm_residual, bias=ttt.norm_residual)
+    return dataclasses.replace(found, norm_residual=ttt.output == "residual_norm", bias=ttt.bias)
 
 
 def inner_loop(model: ml_collections.ConfigDict) -> str:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ttt_jax.config import ConfigError
 from ttt_jax.json_files import DamagedFile, read_object, write_object
+from ttt_jax.renamed_keys import current_values
 from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.files import on_each
 from ttt_jax.sweep.names import Value, text
@@ -61,8 +62,10 @@ def read(directory: Workdir) -> Sweep | None:
         raise ConfigError(f"{path}: version {version}; expected version {_VERSION}, of a sweep")
     try:
         axes = [Axis(tuple(axis["keys"]), tuple(map(tuple, axis["rows"]))) for axis in content["axes"]]
-        return Sweep(content["base"], axes, [Point(**point) for point in content["points"]])
-    except (KeyError, TypeError) as error:
+        points = [Point(**point) for point in content["points"]]
+        points = [point._replace(values=current_values(point.values)) for point in points]
+        return Sweep(current_values(content["base"]), axes, points)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a sweep: {type(error).__name__}: {error}") from error
 
 

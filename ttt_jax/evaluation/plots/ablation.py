@@ -30,11 +30,12 @@ _LATEX = {character: f"\\{character}" for character in "_%&#${}"} | {
 _EQUIVALENCE = "TTT equivalence"
 _WORDS = {  # steps of the paper's Table 1, by key and value
     ("model.ttt.learned_w0", True): "learnable W0",
-    ("model.ttt.norm_residual", True): "LN and residual in f",
+    ("model.ttt.output", "residual_norm"): "LN and residual in f",
     ("model.ttt.learned_eta", True): "learnable eta",
     ("model.ttt.backbone", "mamba"): "Mamba backbone",
     ("model.mixer", "ttt_linear"): _EQUIVALENCE,
 }
+_WITH_BIAS = {"model.ttt.output": "residual_norm", "model.ttt.bias": True}  # one step: configs/ablation.py says why
 
 
 class Row(NamedTuple):
@@ -172,7 +173,10 @@ def _step(above: Point, point: Point) -> str:
     """What a run changes in the one above it, in the paper's words where it has some."""
     before, after = flat(above.config), flat(point.config)
     changes = []
-    for key in points_lib.differing(above.config, point.config):
+    differing = points_lib.differing(above.config, point.config)
+    if all(after.get(key) == value and key in differing for key, value in _WITH_BIAS.items()):
+        del differing["model.ttt.bias"]
+    for key in differing:
         value = after.get(key)
         if key == "model.ttt.mini_batch" and value < before.get(key, 0) == before["data.sequence_length"]:
             changes.append(f"mini-batch TTT, b = {value}")
