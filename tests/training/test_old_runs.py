@@ -1,0 +1,65 @@
+"""Runs that an earlier version has written: they load, evaluate to the same losses, and go on as they would have.
+
+``tests/old_runs/NAME.tar.gz`` are workdirs of commit 748715c, which had ``model.ttt.norm_residual``. Its commands were,
+with ``--config.model.vocab_size=17 --config.model.width=16 --config.model.num_layers=1 --config.model.num_heads=2
+--config.model.mlp_width=16 --config.model.init_stddev=0.2 --config.model.ttt.mini_batch=4 --config.data.source=synthetic
+--config.data.sequence_length=14 --config.data.batch_size=2 --config.optimizer.peak_lr=0.01 --config.training.duration=6
+--config.checkpoint.every=3 --config.log.every=1``:
+
+    ttt train --config configs/quickstart.py:ttt_linear --workdir ttt_linear --config.model.ttt.norm_residual=false
+    ttt train --config configs/quickstart.py:ttt_mlp --workdir ttt_mlp --config.model.ttt.mlp_width_factor=2
+
+Then the checkpoint of step 6 and the records of steps 4 to 6 were removed, which are in ``continued.json``, and at
+step 3 came ``ttt eval --workdir NAME --context 30 --max-windows 4``.
+"""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ttt_jax import config_file
+from ttt_jax.evaluation import evaluate, evaluations, trained
+from ttt_jax.training import loop, metrics
+
+pytestmark = pytest.mark.slow
+
+OLD_RUNS = Path(__file__).resolve().parents[1] / "old_runs"
+CONTINUED = json.loads((OLD_RUNS / "continued.json").read_text())
+MEANING = {"ttt_linear": ("none", False), "ttt_mlp": ("residual_norm", True)}
+
+
+@pytest.fixture(scope="module", params=sorted(CONTINUED))
+def workdir(request, tmp_path_factory):
+    """The workdir of an old run, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(OLD_RUNS / f"{request.param}.tar.gz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder / request.param
+
+
+def test_evaluation_gives_the_losses_of_then(workdir):
+    """In pieces of 14 tokens, so that the state is carried on from the middle of a mini-batch."""
+    assert "norm_residual" in (workdir / "config.json").read_text()
+    run = trained.load(workdir)
+    assert (run.config.model.ttt.output, run.config.model.ttt.bias) == MEANING[workdir.name]
+    then = evaluations.read(workdir, "validation", 30)
+    now = evaluate.evaluate(run, evaluate.What(30, most=4))
+    assert now.about["checkpoint"] == then.about["checkpoint"]
+    assert now.about["parameters"] == then.about["parameters"]
+    assert now.about["config"] == then.about["config"] == run.config.to_dict()
+    np.testing.assert_array_equal(now.document_counts, then.document_counts)
+    np.testing.assert_allclose(now.document_sums, then.document_sums, rtol=3e-6)
+    np.testing.assert_allclose(now.loss, then.loss, rtol=3e-6)
+
+
+def test_training_goes_on_as_it_would_have_then(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    assert loop.train(config_file.from_json(copy / "config.json"), copy).step == 6
+    records = metrics.read(copy)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for key, values in CONTINUED[workdir.name].items():
+        np.testing.assert_allclose([record[key] for record in records[3:]], values, rtol=3e-6, err_msg=key)
