@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +155,19 @@ def test_nothing_in_a_workdir_is_imported_not_even_the_package(lab):
     import_path.check_outside("lab.learners:gated", KEY, root / "runs" / "a")
     import_path.check_outside("lab.missing:gated", KEY, root / "runs" / "a")
     import_path.check_outside("nowhere:gated", KEY, root)
+
+
+def test_other_machines_have_a_module_at_its_own_place_in_what_is_sent(lab):
+    folder = lab({"learners": GATED})
+    root = folder.parent
+    there = [Path("lab/__init__.py"), Path("lab/learners.py")]
+    for sent in (None, there):
+        import_path.check_sent("lab.learners:gated", KEY, root, sent)
+        import_path.check_sent("lab:anything", KEY, root, sent)
+    for other_root, sent in ((root.parent, None), (folder, None), (root, there[:1])):
+        message = refused(import_path.check_sent, "lab.learners:gated", KEY, other_root, sent)
+        assert message.startswith(
+            f"{KEY}='lab.learners:gated': {folder}/learners.py would be missing on other machines; expected the module "
+            f"at {other_root}/lab/learners.py, which they get"
+        )
+    assert not (root / "imported").exists()

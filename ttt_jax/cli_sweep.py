@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ttt_jax import cli_launch, extras
+from ttt_jax import cli_launch, extras, import_path
+from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cache_folder import cache_folder
 from ttt_jax.config import ConfigError
@@ -96,6 +97,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     if there is not None:
         sweep_file.check_started(directory, made.points, made.configs)
 
+    _check_learners(made.configs, elsewhere=options.ray_address is not None)
     if not launcher and options.engine != "ray":  # else other machines have what they need
         for config in made.configs:
             wandb = bool(config.log.wandb_project)
@@ -234,6 +236,15 @@ def _check_engine(options: argparse.Namespace) -> None:
     for option in ("ray_address", "asha", "grace"):
         if getattr(options, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')}: expected --engine ray too")
+
+
+def _check_learners(configs, *, elsewhere: bool) -> None:
+    """Raise ConfigError where a learner of the user's own is missing here, or on the machines of a cluster."""
+    for named in dict.fromkeys(config_lib.own_learner(config) for config in configs):
+        if named is not None and elsewhere:
+            import_path.check_sent(named, config_lib.LEARNER, Path.cwd())
+        elif named is not None:
+            import_path.source_file(named, config_lib.LEARNER)
 
 
 def _resources(texts: Sequence[str]) -> dict[str, float]:

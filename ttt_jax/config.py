@@ -15,6 +15,7 @@ from ttt_jax import import_path
 from ttt_jax.errors import ConfigError as ConfigError
 
 MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
+LEARNER = "model.ttt.learner"
 LEARNERS = ("linear", "mlp", "swiglu")  # the registered ones; others are named by import path
 OUTPUTS = ("residual_norm", "none")  # model.ttt.output
 GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
@@ -250,6 +251,12 @@ def _check_learner(ttt: ml_collections.ConfigDict) -> None:
             f"model.ttt.learner_source={source[:12]}...: is of a learner by import path, and model.ttt.learner is "
             f"{'unset' if named is None else named}; expected none"
         )
+
+
+def own_learner(config: ml_collections.ConfigDict) -> str | None:
+    """Return the import path of a learner of the user's own; None where the config has none."""
+    named = config.model.ttt.learner
+    return named if named is not None and import_path.is_import_path(named) else None
 
 
 def profiled_steps(config: ml_collections.ConfigDict) -> range:

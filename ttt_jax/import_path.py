@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,24 @@ def check_outside(text: str, key: str, folder: str | os.PathLike) -> None:
                     f"{key}={text!r}: {place} is inside the workdir {folder}, from which nothing is imported; expected "
                     "a module elsewhere"
                 )
+
+
+def check_sent(text: str, key: str, root: Path, sent: Collection[Path] | None = None) -> None:
+    """Raise :class:`ConfigError` where a module would not be found on another machine, on which the command runs in a
+    copy of a folder.
+
+    Args:
+      root: the folder.
+      sent: the files of it that are there, by their paths in it; None for all.
+    """
+    file, module = source_file(text, key), Path(*text.partition(":")[0].split("."))
+    expected = [root / f"{module}.py", root / module / "__init__.py"]
+    places = [place for place in expected if place.resolve() == file]
+    if not places or (sent is not None and places[0].relative_to(root) not in sent):
+        raise ConfigError(
+            f"{key}={text!r}: {file} would be missing on other machines; expected the module at {expected[0]}, which "
+            "they get (a folder that git ignores, and tests, are not sent)"
+        )
 
 
 def _spec(text: str, key: str) -> ModuleSpec:

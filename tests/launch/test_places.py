@@ -67,6 +67,29 @@ def launch(target, *command, env=()):
     return cli.main(["launch", *target, *env, "--dry-run", "--", *command])
 
 
+def test_a_learner_has_to_be_in_the_tree_that_is_sent(capsys, tmp_path, monkeypatch):
+    (tmp_path / "lab_elsewhere.py").write_text("raise AssertionError('this has been run')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = "--config.data.batch_size=4"
+    refused = {
+        "lab_elsewhere:gated": f"{tmp_path}/lab_elsewhere.py would be missing on other machines; expected the module "
+        f"at {ROOT}/lab_elsewhere.py, which they get",
+        "tests.saved_runs:run": f"{ROOT}/tests/saved_runs.py would be missing on other machines; expected ",
+        "json:dumps": "",  # of Python itself, which may be another one there
+        "lab_nowhere:gated": "no module lab_nowhere here; expected one",
+    }
+    for name, target in {**TARGETS, "slurm": ["slurm", "--gpus-per-node", "1"]}.items():
+        for learner, message in refused.items():
+            is_refused = name != "slurm" or "nowhere" in learner  # nodes of Slurm see the files of this machine
+            assert launch(target, *TRAIN, batch, f"--config.model.ttt.learner={learner}") == (2 if is_refused else 0)
+            if is_refused:
+                said = capsys.readouterr().err
+                assert said.startswith(f"ttt launch: model.ttt.learner='{learner}': {message}")
+                assert said.count("\n") == 1
+        assert launch(target, *TRAIN, batch, "--config.model.ttt.learner=ttt_jax.import_path:load") == 0
+        capsys.readouterr()
+
+
 @pytest.mark.parametrize(("command", "message"), REFUSED, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
 def test_local_files_are_refused(capsys, command, message):
     for target in TARGETS.values():
@@ -163,9 +186,10 @@ def test_options_that_are_written_exist():
 
 def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
     texts = {key for key, default, _ in config_lib.KEYS if isinstance(default, str) or default is str}
-    others = """model.mixer model.dtype model.remat model.ttt.backbone model.ttt.kernel optimizer.warmup
-        training.duration checkpoint.every checkpoint.milestone_every evaluation.every evaluation.split profile.steps
-        log.every log.wandb_project""".split()
+    others = """model.mixer model.dtype model.remat model.ttt.backbone model.ttt.kernel model.ttt.learner
+        model.ttt.learner_source model.ttt.output optimizer.warmup training.duration checkpoint.every
+        checkpoint.milestone_every evaluation.every evaluation.split profile.steps log.every
+        log.wandb_project""".split()
     assert texts == {*places._CONFIG_KINDS, *others}
 
 

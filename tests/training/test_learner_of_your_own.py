@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ttt_jax import cli, import_path, json_files
+from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
 from ttt_jax.models import build
@@ -53,7 +54,7 @@ def copy(finished, tmp_path):
 
 def _learner(model):
     """As :func:`build.learner` of the mixer, once the one of the config has been imported."""
-    import_path.load(model.ttt.learner, run_config.LEARNER, model.ttt.learner_source)
+    import_path.load(model.ttt.learner, config_lib.LEARNER, model.ttt.learner_source)
     return build.learner_lib.linear(model.width // model.num_heads)
 
 
@@ -62,7 +63,7 @@ def _source_of(workdir):
 
 
 def test_the_hash_of_the_source_is_in_the_run_and_in_its_checkpoints(finished):
-    expected = import_path.source_hash(NAME, run_config.LEARNER)
+    expected = import_path.source_hash(NAME, config_lib.LEARNER)
     assert _source_of(finished) == expected
     checkpoints = Checkpoints(finished, read_only=True)
     assert checkpoints.meta(2)["config"]["model"]["ttt"]["learner_source"] == expected
@@ -89,7 +90,7 @@ def test_a_changed_source_is_recorded_once_it_is_accepted(copy, lab, tiny_config
         lab.write_text(SOURCE + "# another comment\n")
         assert loop.train(tiny_config(CHANGES), copy, accept_changed_learner=True).step == 2
         assert "has changed since the run began; accepted" in capsys.readouterr().err
-        assert _source_of(copy) == import_path.source_hash(NAME, run_config.LEARNER) != before
+        assert _source_of(copy) == import_path.source_hash(NAME, config_lib.LEARNER) != before
         trained.load(copy)  # although the checkpoint says what it was trained with
         assert loop.train(tiny_config(CHANGES), copy).step == 2
     finally:

@@ -2,9 +2,9 @@
 
 ``tests/old_runs/NAME.tar.gz`` are workdirs of commit 748715c, which had ``model.ttt.norm_residual``. Its commands were,
 with ``--config.model.vocab_size=17 --config.model.width=16 --config.model.num_layers=1 --config.model.num_heads=2
---config.model.mlp_width=16 --config.model.init_stddev=0.2 --config.model.ttt.mini_batch=4 --config.data.source=synthetic
---config.data.sequence_length=14 --config.data.batch_size=2 --config.optimizer.peak_lr=0.01 --config.training.duration=6
---config.checkpoint.every=3 --config.log.every=1``:
+--config.model.mlp_width=16 --config.model.init_stddev=0.2 --config.model.ttt.mini_batch=4
+--config.data.source=synthetic --config.data.sequence_length=14 --config.data.batch_size=2
+--config.optimizer.peak_lr=0.01 --config.training.duration=6 --config.checkpoint.every=3 --config.log.every=1``:
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir ttt_linear --config.model.ttt.norm_residual=false
     ttt train --config configs/quickstart.py:ttt_mlp --workdir ttt_mlp --config.model.ttt.mlp_width_factor=2

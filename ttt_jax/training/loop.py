@@ -276,7 +276,7 @@ def _with_learner_source(
     """Return the config with the hash of a learner of the user's own, which is not imported before it is accepted."""
     run_config.check_learner_outside(config, workdir)
     config = run_config.with_learner_source(config)
-    if run_config.own_learner(config) is not None:
+    if config_lib.own_learner(config) is not None:
         resume.check_same_run(config, workdir, accept_changed)
     return config
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from ttt_jax import config as config_lib
 from ttt_jax import import_path, json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.json_files import DamagedFile
@@ -46,8 +47,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
     if not there.learner_source:
         return False
     if not accept_changed_learner:
-        import_path.check_unchanged(there.learner, run_config.LEARNER, there.learner_source)
-    return import_path.source_hash(there.learner, run_config.LEARNER) != there.learner_source
+        import_path.check_unchanged(there.learner, config_lib.LEARNER, there.learner_source)
+    return import_path.source_hash(there.learner, config_lib.LEARNER) != there.learner_source
 
 
 def check_same_data(there: dict[str, Any], fingerprint: str, name: str) -> None:

@@ -17,7 +17,6 @@ from ttt_jax.json_files import DamagedFile
 from ttt_jax.workdir import Workdir, explained, is_local
 
 NAME = "config.json"
-LEARNER = "model.ttt.learner"
 
 # What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration (the
 # schedule of the rest), the mesh (the order of sums) and the guard (which has to be turned on when spikes are seen).
@@ -74,12 +73,12 @@ def with_learner_source(config: ml_collections.ConfigDict) -> ml_collections.Con
       ConfigError: where there is no such module, or the config holds the hash of another source.
     """
     ttt = config.model.ttt
-    if own_learner(config) is None:
+    if config_lib.own_learner(config) is None:
         return config
     if ttt.learner_source:
-        import_path.check_unchanged(ttt.learner, LEARNER, ttt.learner_source)
+        import_path.check_unchanged(ttt.learner, config_lib.LEARNER, ttt.learner_source)
     config = ml_collections.ConfigDict(config).lock()
-    config.model.ttt.learner_source = import_path.source_hash(ttt.learner, LEARNER)
+    config.model.ttt.learner_source = import_path.source_hash(ttt.learner, config_lib.LEARNER)
     return config
 
 
@@ -92,17 +91,11 @@ def record_learner(workdir: Workdir, source: str) -> None:
     write(workdir, config)
 
 
-def own_learner(config: ml_collections.ConfigDict) -> str | None:
-    """Return the import path of a learner of the user's own; None where the config has none."""
-    named = config.model.ttt.learner
-    return named if named is not None and import_path.is_import_path(named) else None
-
-
 def check_learner_outside(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """Raise :class:`ConfigError` where a learner of the user's own lies in the workdir: a run is data, also that of a
     stranger, and nothing in it is ever run."""
-    if (named := own_learner(config)) is not None and is_local(workdir):
-        import_path.check_outside(named, LEARNER, str(workdir))
+    if (named := config_lib.own_learner(config)) is not None and is_local(workdir):
+        import_path.check_outside(named, config_lib.LEARNER, str(workdir))
 
 
 def of_run(workdir: Workdir) -> ml_collections.ConfigDict:
