@@ -26,7 +26,7 @@ from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, metrics, program, resume, run_config, validation
+from ttt_jax.training import checkpoint, metrics, own_learner, program, resume, run_config, validation
 from ttt_jax.training import start as start_lib
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
@@ -74,16 +74,18 @@ def train(
     """
     # ---- What to run, and where
     workdir = workdir_lib.at(workdir)
-    config = peers.on_all(lambda: _with_learner_source(config, workdir, accept_changed_learner))
     about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
     peers.check_same(about)
+    if config_lib.own_learner(config) is not None:
+        config = peers.on_all(lambda: own_learner.found(config, workdir, accept_changed_learner))
+        peers.check_same({"model.ttt.learner_source": config.model.ttt.learner_source})
     prepared = peers.on_all(lambda: _prepare(config, workdir))
     with peers.locked(workdir, "ttt train") as lock:
         is_changed = peers.on_all(lambda: resume.check_same_run(config, workdir, accept_changed_learner))
         if is_changed:
             peers.say(f"model.ttt.learner={config.model.ttt.learner!r}: has changed since the run began; accepted")
             if jax.process_index() == 0:
-                run_config.record_learner(workdir, config.model.ttt.learner_source)
+                own_learner.record(workdir, config.model.ttt.learner_source)
         return _train(config, workdir, lock, *prepared)
 
 
@@ -268,17 +270,6 @@ def _train(
                 output.close()
             checkpoints.close()
     return Outcome(step, total, report.loss, signal.Signals(verdict()) if step < total else None)
-
-
-def _with_learner_source(
-    config: ml_collections.ConfigDict, workdir: Workdir, accept_changed: bool
-) -> ml_collections.ConfigDict:
-    """Return the config with the hash of a learner of the user's own, which is not imported before it is accepted."""
-    run_config.check_learner_outside(config, workdir)
-    config = run_config.with_learner_source(config)
-    if config_lib.own_learner(config) is not None:
-        resume.check_same_run(config, workdir, accept_changed)
-    return config
 
 
 def _prepare(

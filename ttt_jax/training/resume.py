@@ -4,11 +4,10 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax import config as config_lib
-from ttt_jax import import_path, json_files
+from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.json_files import DamagedFile
-from ttt_jax.training import run_config
+from ttt_jax.training import own_learner, run_config
 from ttt_jax.workdir import Workdir
 
 
@@ -43,12 +42,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
         )
     if found.problem:
         json_files.tell(f"{found.problem}; the config that {found.origin.parent.parent} holds is this one, going on")
-    there = found.config.model.ttt
-    if not there.learner_source:
-        return False
-    if not accept_changed_learner:
-        import_path.check_unchanged(there.learner, config_lib.LEARNER, there.learner_source)
-    return import_path.source_hash(there.learner, config_lib.LEARNER) != there.learner_source
+    return own_learner.is_changed(found.config, accept_changed_learner)
 
 
 def check_same_data(there: dict[str, Any], fingerprint: str, name: str) -> None:

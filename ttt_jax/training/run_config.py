@@ -66,31 +66,6 @@ def write(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     json_files.write_object(workdir / NAME, config.to_dict())
 
 
-def with_learner_source(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Return a config with the hash of the source of a learner of the user's own, which is found and not imported.
-
-    Raises:
-      ConfigError: where there is no such module, or the config holds the hash of another source.
-    """
-    ttt = config.model.ttt
-    if config_lib.own_learner(config) is None:
-        return config
-    if ttt.learner_source:
-        import_path.check_unchanged(ttt.learner, config_lib.LEARNER, ttt.learner_source)
-    config = ml_collections.ConfigDict(config).lock()
-    config.model.ttt.learner_source = import_path.source_hash(ttt.learner, config_lib.LEARNER)
-    return config
-
-
-def record_learner(workdir: Workdir, source: str) -> None:
-    """Write the hash of the source of a learner into ``config.json``, in the place of the one that the run had."""
-    found = find(workdir)
-    assert found is not None
-    config = ml_collections.ConfigDict(found.config).lock()
-    config.model.ttt.learner_source = source
-    write(workdir, config)
-
-
 def check_learner_outside(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """Raise :class:`ConfigError` where a learner of the user's own lies in the workdir: a run is data, also that of a
     stranger, and nothing in it is ever run."""
