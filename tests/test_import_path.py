@@ -1,9 +1,11 @@
 """Functions by import path: what is found, hashed and imported, and what is refused before anything of it runs."""
 
 import hashlib
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ttt_jax import import_path
@@ -171,3 +173,19 @@ def test_other_machines_have_a_module_at_its_own_place_in_what_is_sent(lab):
             f"at {other_root}/lab/learners.py, which they get"
         )
     assert not (root / "imported").exists()
+
+
+def test_the_example_of_the_docs_is_a_learner(lab):
+    section = (
+        (Path(__file__).resolve().parents[1] / "docs/recipes.md").read_text().partition("## A learner of your own")[2]
+    )
+    lab({"learners": re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]})
+    gated = import_path.load(re.search(r"model\.ttt\.learner=my(lab[\w.:]+)", section)[1], KEY)
+    widths = []
+
+    def dense(x, features):
+        widths.append((x.shape[-1], features))
+        return np.ones((*x.shape[:-1], features))
+
+    assert gated(dense, np.ones((3, 4))).shape == (3, 4)
+    assert widths == [(4, 8), (4, 8), (8, 4)]

@@ -273,7 +273,7 @@ def test_a_stopped_evaluation_goes_on(run, model, data):
     np.testing.assert_array_equal(found.document_counts, whole.document_counts)
 
 
-@pytest.mark.parametrize("changed", ["windows", "checkpoint", "cut short"])
+@pytest.mark.parametrize("changed", ["windows", "checkpoint", "learner", "cut short"])
 def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, changed):
     def stop(done, total):
         if done:
@@ -287,6 +287,10 @@ def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, cha
         what = What(22, most=6)
     elif changed == "checkpoint":
         model = trained.load(run[0], 3)
+    elif changed == "learner":
+        config = model.config.copy_and_resolve_references()
+        config.model.ttt.learner_source = "0" * 64
+        model = model._replace(config=config)
     else:
         part.write_bytes(part.read_bytes()[:-4])
     calls = []

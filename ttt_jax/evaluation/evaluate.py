@@ -91,6 +91,8 @@ def evaluate(
 
     spans = hashlib.blake2b(repr(sequences).encode(), digest_size=8).hexdigest()
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
+    if source := trained.config.model.ttt.learner_source:  # which may change while the checkpoint stays
+        identity["learner"] = source
     folder = unfinished_lib.folder(trained.workdir / "eval", stem or what.stem(None), identity, ("data", "sequences"))
     unfinished = Unfinished(folder, identity, lengths, check)
     first = jax.process_index() == 0
