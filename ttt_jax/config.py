@@ -59,6 +59,12 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
     ("model.ttt.kernel", "auto", "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one"),
     (
+        "model.ttt.kernel_check",
+        True,
+        "compare the fused kernel with the scan before its first use on an accelerator, and use the scan where they "
+        "differ (docs/kernels.md)",
+    ),
+    (
         "model.ttt.remat_group",
         int,
         "mini-batches between two inner states that the backward pass keeps; 0: all; unset: what is fastest "

@@ -15,7 +15,7 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.models import build, flops
 from ttt_jax.parallel import sharding
-from ttt_jax.training import program
+from ttt_jax.training import kernel_check, program
 
 _MATMUL_SIZE = 2048
 
@@ -82,7 +82,8 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
     Raises:
       ConfigError: where the config does not fit the devices.
     """
-    run = program.make(config, sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count())))
+    mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
+    run = kernel_check.settled(program.make(config, mesh))
     start = time.perf_counter()
     step = run.compiled_step()
     compile_time = time.perf_counter() - start

@@ -13,7 +13,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import peers, sharding
-from ttt_jax.training import checksums, program, run_config, validation
+from ttt_jax.training import checksums, kernel_check, program, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.errors import CheckpointError
 
@@ -149,6 +149,7 @@ def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Tr
     checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params(step, run.abstract_state.params)
     checkpoints.close()
+    run = kernel_check.settled(run)
     return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
 
 

@@ -71,9 +71,9 @@ class Exchange:
         text = self.on_all(lambda: json.dumps(work()) if jax.process_index() == 0 else "")
         return json.loads(self(text)[0])
 
-    def first_problem(self, problem: str) -> str | None:
+    def first_problem(self, problem: str, timeout: float = _HOUR) -> str | None:
         """What failed on one of the processes, each of which gives its problem; empty where there is none."""
-        problems = {i: problem for i, problem in enumerate(self(problem)) if problem != _ALL_ARE_WELL}
+        problems = {i: problem for i, problem in enumerate(self(problem, timeout)) if problem != _ALL_ARE_WELL}
         if not problems:
             return None
         # What went wrong first is not that another process failed.

@@ -26,7 +26,7 @@ from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
 from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, metrics, own_learner, program, resume, run_config, validation
+from ttt_jax.training import checkpoint, kernel_check, metrics, own_learner, program, resume, run_config, validation
 from ttt_jax.training import start as start_lib
 from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
@@ -176,6 +176,7 @@ def _train(
         try:
             # ---- Compile
             began = time.monotonic()
+            run = kernel_check.settled(run)
             if output is not None:
                 output.bar.compiling()
             if restored is None:

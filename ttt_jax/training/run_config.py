@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "mesh.",
     "model.remat",
     "model.ttt.kernel",
+    "model.ttt.kernel_check",
     "model.ttt.learner_source",  # checked apart: ttt train --accept-changed-learner
     "model.ttt.remat_group",
     "model.ttt.unroll",

@@ -76,7 +76,7 @@ def test_weights_that_are_kept_further_apart_change_nothing(
 
 @pytest.mark.slow
 def test_groups_that_are_mixed_change_nothing(make_problem, by_kernel, kernel_solution, with_gradients, relative_error):
-    mixed = with_gradients(partial(by_kernel, unroll=2), make_problem(**SHAPES[0]))
+    mixed = with_gradients(partial(by_kernel, unroll=(2, 2)), make_problem(**SHAPES[0]))
     assert relative_error(mixed, kernel_solution(1, SHAPES[0])) < 1e-6
 
 

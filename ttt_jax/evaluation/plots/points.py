@@ -30,6 +30,7 @@ _OF_THE_RUN = (
     *_NOT_OF_THE_MODEL,
     "model.remat",
     "model.ttt.kernel",
+    "model.ttt.kernel_check",
     "model.ttt.remat_group",
     "model.ttt.unroll",
     "data.worker_processes",

@@ -42,19 +42,24 @@ def choose(kernel: str, learner: Learner, mini_batch: int, device: str, remat_gr
     if kernel == "scan":
         return Choice(None, "scan, as configured")
     reason = run.unsupported(learner, mini_batch)
-    there = partial(run.run, remat_group=remat_group, interpret=not _is_tpu(device))
+    there = partial(run.run, remat_group=remat_group, interpret=interpreted(device))
     if device.startswith(_SMALL):
         reason = reason or f"too little fast memory on {device}"
     if kernel == "pallas":
         if reason:
             raise ValueError(f"no kernel: {reason}")
-        how = "fused kernel, as configured" + ("" if _is_tpu(device) else f", interpreted: slow on {device}")
+        how = "fused kernel, as configured" + (f", interpreted: slow on {device}" if interpreted(device) else "")
         return Choice(there, how)
     if not _is_tpu(device):
         return Choice(None, f"scan, for {device} (fused kernels are for TPUs)")
     if reason:
         return Choice(None, f"scan, for {reason}")
     return Choice(there, f"fused kernel, for {device}")
+
+
+def interpreted(device: str) -> bool:
+    """Whether the kernels run as ordinary XLA operations on a device: on all but TPUs."""
+    return not _is_tpu(device)
 
 
 def _is_tpu(device: str) -> bool:

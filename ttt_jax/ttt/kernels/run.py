@@ -1,6 +1,8 @@
 """Whole mini-batches through fused kernels: what :mod:`ttt_jax.ttt.scan` computes, by two programs for a TPU."""
 
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,30 @@ def keeps_blocks(mini_batch: int, remat_group: int | None) -> bool:
     return mini_batch * (remat_group or 0) > layout_lib.GROUP_TOKENS
 
 
+def blocks(
+    learner: Learner,
+    mini_batch: int,
+    heads: int,
+    dtype: Any,
+    *,
+    interpret: bool = False,
+    most_packs: int | None = None,
+) -> tuple[Layout, tuple[int, int]]:
+    """Return how heads and tokens are laid out, and how many groups are computed together, forward and backward: as
+    many as are of use, and 1 where the kernel is interpreted."""
+    kernel = _kernel(learner)
+    layout = Layout(heads, learner.widths[0], mini_batch, most_packs or kernel.most_packs(learner, _operands(dtype)))
+    return layout, (1, 1) if interpret else kernel.unroll(layout)
+
+
+def _kernel(learner: Learner) -> ModuleType:
+    return linear if learner.depth == 1 else mlp
+
+
+def _operands(dtype: Any) -> jnp.dtype:
+    return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32)
+
+
 def run(
     learner: Learner,
     norm: LayerNormParams,
@@ -53,7 +79,8 @@ def run(
     *,
     interpret: bool = False,
     remat_group: int | None = None,
-    unroll: int | None = None,
+    unroll: tuple[int, int] | None = None,
+    most_packs: int | None = None,
 ) -> tuple[jax.Array, Weights]:
     """Reads whole mini-batches.
 
@@ -69,22 +96,19 @@ def run(
       remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
         again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
         is every 64 tokens.
-      unroll: groups of mini-batches whose operations are mixed; what is best, and 1 where that would be of no use.
+      unroll: groups of mini-batches whose operations are mixed, forward and backward; unset: see :func:`blocks`.
+      most_packs: packs of heads in a block, at most; unset: as many as fit into fast memory.
 
     Returns:
       z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
     """
-    _, tokens, heads, head_dim = q.shape
-    operands = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
-    kernel = linear if learner.depth == 1 else mlp
-    b = len(position_eta)
-    layout = Layout(heads, head_dim, b, kernel.most_packs(learner, operands))
+    _, tokens, heads, _ = q.shape
+    b, kernel = len(position_eta), _kernel(learner)
+    layout, best = blocks(learner, b, heads, q.dtype, interpret=interpret, most_packs=most_packs)
     again = keeps_blocks(b, remat_group)
-    numerics = Numerics(layout, jnp.dtype(operands))
-    best = (1, 1) if interpret else kernel.unroll(layout)
-    unrolled = (unroll, unroll) if unroll else best
+    numerics = Numerics(layout, _operands(q.dtype))
     chain = kernel.chain(numerics, learner)
-    how = Program(kernel.group, kernel.derivative, chain, numerics, unrolled, kernel.STAGGER, again, interpret)
+    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll or best, kernel.STAGGER, again, interpret)
     q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
     inputs = Inputs(
         Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),

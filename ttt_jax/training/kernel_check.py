@@ -1,0 +1,65 @@
+"""Have a fused kernel check itself before a program is compiled with it, and use the scan where it is wrong."""
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from ttt_jax.models import build
+from ttt_jax.parallel import peers
+from ttt_jax.parallel.exchange import Exchange, describe
+from ttt_jax.training import program
+from ttt_jax.ttt.kernels import choice, self_check
+
+_LIMIT = 900.0  # seconds for the slowest process
+
+
+def settled(run: program.Program) -> program.Program:
+    """Return a program whose inner loop has been checked on its devices, which are here.
+
+    Where :func:`family` says that a fused kernel is going to run, each process has it check itself on one of its
+    devices (:mod:`ttt_jax.ttt.kernels.self_check`; once, whatever else is built for the same shapes). Where it is
+    wrong on any process, all of them say so on standard error, in a line that names the array that differs most, and
+    get a program that uses the scan. ``config`` stays as it is.
+
+    All processes call this alike.
+    """
+    checked = family(run.config.model, run.mesh)
+    if checked is None:
+        return run
+    here = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
+    known = self_check.of_family.cache_info().misses
+    problem = Exchange("kernel check").first_problem(_problem(checked, here), _LIMIT)
+    if problem is None:
+        if self_check.of_family.cache_info().misses > known:
+            report = self_check.of_family(checked, here)
+            peers.say(f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}")
+        return run
+    peers.say(
+        f"WARNING: the fused kernel of the inner loop is wrong on {here.device_kind}: {problem}. The scan is used "
+        "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
+        "model.ttt.kernel_check=false uses the kernel as it is"
+    )
+    config = run.config.copy_and_resolve_references()
+    config.model.ttt.kernel = "scan"
+    return program.make(config, run.mesh)._replace(config=run.config)
+
+
+def family(model: ml_collections.ConfigDict, mesh: Mesh) -> self_check.Family | None:
+    """Return what is to be checked of the model on a mesh: None where no kernel is used, where it is interpreted, or
+    where ``model.ttt.kernel_check`` is false."""
+    if not build.learns(model) or not model.ttt.kernel_check:
+        return None
+    ttt, learner, device = model.ttt, build.learner(model), mesh.devices.flat[0].device_kind
+    if choice.choose(ttt.kernel, learner, ttt.mini_batch, device).kernel is None or choice.interpreted(device):
+        return None
+    heads = model.num_heads // mesh.shape["tensor"]
+    return self_check.Family(learner, ttt.mini_batch, heads, model.dtype, ttt.remat_group)
+
+
+def _problem(checked: self_check.Family, device: jax.Device) -> str:
+    """What is wrong with the kernel, in words; nothing where nothing is."""
+    try:
+        report = self_check.of_family(checked, device)
+    except Exception as error:  # of the compiler, of the device
+        return f"it does not run, {describe(error)}"
+    return f"it differs from the scan by {report}" if report.wrong else ""
