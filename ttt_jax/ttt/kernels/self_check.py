@@ -154,7 +154,8 @@ def problem(learner: Learner, mini_batch: int, heads: int, tokens: int, dtype: s
         return rng.standard_normal(shape).astype(np.float32)
 
     weights = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), learner, heads))
-    q, k, v = (normal(_BATCH, tokens, heads, d).astype(jnp.dtype(dtype)) for _ in "qkv")
+    q, k, v = (normal(_BATCH, tokens, heads, d) for _ in "qkv")
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x in (0.6 * q + 0.8 * k, k, v))  # queries are like keys
     return Arguments(
         LayerNormParams(1 + 0.1 * normal(heads, 1, d), 0.1 * normal(heads, 1, d)),
         jax.tree.map(lambda x: 0.1 * normal(*x.shape), weights),
@@ -207,10 +208,12 @@ def _with_steps(results: dict[str, Any], arguments: Arguments) -> dict[str, Any]
 
 
 def cotangents(learner: Learner, arguments: Arguments) -> dict[str, Any]:
-    """What the results count for in the sum of which gradients are taken: normal, the same always."""
+    """What the results count for in the sum of which gradients are taken: drawn, and for outputs like the values, so
+    that steps, which take outputs there, have an effect that does not cancel in sums over tokens."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(partial(_solve, learner, None), arguments)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    return {**drawn, "outputs": drawn["outputs"] + arguments.v}
 
 
 def _with_precision(precision: str, function: Callable) -> Callable:
