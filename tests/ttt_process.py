@@ -20,7 +20,12 @@ def _keep(key, seconds, name, backend, executable, host_callbacks):
         compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
 
 
-if __name__ == "__main__":
+def share_compiled_programs() -> None:
+    """Let this process find and keep programs as the others do."""
     cache_key._hash_accelerator_config = _hash_devices
     compiler._cache_write = _keep
+
+
+if __name__ == "__main__":
+    share_compiled_programs()
     sys.exit(main())

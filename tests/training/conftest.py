@@ -66,10 +66,20 @@ def start_training():
 def start_processes(start_training):
     """``start_processes(workdir, n, {key: value}, devices=d)``: n processes of one run, of d devices each.
 
-    ``of_process`` gives one of them other changes: ``{1: {key: value}}``.
+    ``of_process`` gives one of them other changes: ``{1: {key: value}}``; ``ttt`` is the program in ``tests``.
     """
 
-    def start(workdir, processes, changes=None, *, devices=1, of_process=None, options=(), environment=os.environ):
+    def start(
+        workdir,
+        processes,
+        changes=None,
+        *,
+        devices=1,
+        of_process=None,
+        options=(),
+        environment=os.environ,
+        ttt="ttt_process.py",
+    ):
         with socket.socket() as listener:
             listener.bind(("localhost", 0))
             port = listener.getsockname()[1]
@@ -81,7 +91,7 @@ def start_processes(start_training):
                 devices=devices,
                 options=[*several, "--process", str(process), *options],
                 environment=environment,
-                ttt=[str(ROOT / "tests/ttt_process.py")],
+                ttt=[str(ROOT / "tests" / ttt)],
             )
             for process in range(processes)
         ]

@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from kernel_by_scan import outputs_shifted, right
 
-from ttt_jax.ttt import scan
 from ttt_jax.ttt.kernels import linear, run, self_check
 from ttt_jax.ttt.kernels.self_check import Family
 from ttt_jax.ttt.learner import linear as linear_learner
@@ -26,23 +26,7 @@ def device():
     return jax.devices()[0]
 
 
-# ---- Kernels made wrong on purpose, of the scan, which takes no time to compile
-
-
-def right(learner, norm, start, q, k, v, token_eta, position_eta, **_):
-    """What a kernel computes."""
-
-    def of_sequence(start, q, k, v, token_eta):
-        q, k, v, token_eta = (x[None] for x in (q, k, v, token_eta))
-        result = scan.run(learner, norm, start, q, k, v, token_eta, position_eta)
-        return result.z[0], jax.tree.map(lambda x: x[0], result.state.weights)
-
-    return jax.vmap(of_sequence)(start, q, k, v, token_eta)
-
-
-def outputs_shifted(*arguments, **_):
-    z, end = right(*arguments)
-    return z + 0.01, end
+# ---- Kernels made wrong on purpose
 
 
 def second_block_shifted(*arguments, **_):

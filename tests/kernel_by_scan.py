@@ -1,0 +1,47 @@
+"""A kernel that is as quick to compile as the scan of which it is made, right or wrong on purpose.
+
+``python tests/kernel_by_scan.py ARGUMENTS`` is ``tests/ttt_process.py`` where CPUs count as accelerators, and the
+kernel is wrong on the last of the processes.
+"""
+
+import sys
+import unittest.mock
+
+import jax
+import ttt_process
+
+from ttt_jax.cli import main
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.kernels import choice, run
+
+
+def right(learner, norm, start, q, k, v, token_eta, position_eta, **_):
+    """What a kernel computes; its options change nothing."""
+
+    def of_sequence(start, q, k, v, token_eta):
+        q, k, v, token_eta = (x[None] for x in (q, k, v, token_eta))
+        result = scan.run(learner, norm, start, q, k, v, token_eta, position_eta)
+        return result.z[0], jax.tree.map(lambda x: x[0], result.state.weights)
+
+    return jax.vmap(of_sequence)(start, q, k, v, token_eta)
+
+
+def outputs_shifted(*arguments, **_):
+    """Every output has a wrong feature, which no gradient of the kernel's shows."""
+    z, end = right(*arguments)
+    return z.at[..., 0].add(10.0), end
+
+
+def wrong_on_the_last_process(*arguments, **_):
+    """What a kernel computes, but for one process."""
+    last = jax.process_index() == jax.process_count() - 1
+    return (outputs_shifted if last else right)(*arguments)
+
+
+if __name__ == "__main__":
+    ttt_process.share_compiled_programs()
+    with (
+        unittest.mock.patch.object(run, "run", wrong_on_the_last_process),
+        unittest.mock.patch.object(choice, "interpreted", return_value=False),
+    ):
+        sys.exit(main())

@@ -1,0 +1,145 @@
+"""What becomes of a run whose fused kernel is wrong on its devices: CPUs that count as accelerators, with kernels made
+of the scan."""
+
+from types import SimpleNamespace
+
+import jax
+import kernel_by_scan
+import pytest
+
+from ttt_jax import config_file
+from ttt_jax.exit_status import DONE
+from ttt_jax.parallel import sharding
+from ttt_jax.training import kernel_check, loop, metrics, program
+from ttt_jax.ttt.kernels import choice, run, self_check
+from ttt_jax.ttt.kernels.self_check import Family
+from ttt_jax.ttt.learner import linear, mlp
+
+RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
+WRONG = "WARNING: the fused kernel of the inner loop is wrong on cpu: it differs from the scan by "
+
+
+@pytest.fixture
+def use_kernel(monkeypatch):
+    """``use_kernel(function)``: it is the fused kernel from now on, of CPUs too; returns a list of its calls."""
+    self_check.of_family.cache_clear()
+
+    def use(kernel):
+        calls = []
+
+        def counted(*arguments, **options):
+            calls.append(arguments)
+            return kernel(*arguments, **options)
+
+        monkeypatch.setattr(choice, "interpreted", lambda device: False)
+        monkeypatch.setattr(run, "run", counted)
+        return calls
+
+    yield use
+    self_check.of_family.cache_clear()
+
+
+@pytest.fixture
+def make(tiny_config):
+    def of(changes=None):
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+        return program.make(tiny_config({**RUN, **(changes or {})}), mesh)
+
+    return of
+
+
+def losses(workdir):
+    return [record["loss"] for record in metrics.read(workdir)]
+
+
+@pytest.fixture(scope="module")
+def by_scan(tmp_path_factory, tiny_config):
+    """The losses of the run by the scan."""
+    workdir = tmp_path_factory.mktemp("scan")
+    loop.train(tiny_config({**RUN, "model.ttt.kernel": "scan"}), workdir)
+    return losses(workdir)
+
+
+def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config, use_kernel, by_scan):
+    use_kernel(kernel_by_scan.outputs_shifted)
+    loop.train(tiny_config(RUN), tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert line.startswith(WRONG)
+    assert "of the largest entry of the outputs and of 1 other array (1e-04 is allowed)" in line
+    assert losses(tmp_path) == by_scan
+    assert config_file.from_json(tmp_path / "config.json").model.ttt.kernel == "pallas"
+
+
+def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel, by_scan):
+    """In the same workdir, too: the check does not change which numbers are wanted."""
+    use_kernel(kernel_by_scan.outputs_shifted)
+    loop.train(tiny_config({**RUN, "training.duration": "1 step"}), tmp_path)
+    loop.train(tiny_config({**RUN, "model.ttt.kernel_check": False}), tmp_path)
+    first, second = losses(tmp_path)
+    assert first == by_scan[0]
+    assert abs(second - by_scan[1]) > 1e-5
+    assert capsys.readouterr().err.count("WARNING") == 1
+
+
+def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kernel):
+    calls = use_kernel(kernel_by_scan.right)
+    made = make()
+    assert kernel_check.settled(made) is made
+    checked = len(calls)
+    assert checked > 0
+    assert "fused kernel checked against the scan in " in capsys.readouterr().err
+    assert kernel_check.settled(made) is made
+    assert len(calls) == checked
+    assert not capsys.readouterr().err
+    made.compiled_step()
+    assert len(calls) > checked
+
+
+def test_a_kernel_that_does_not_compile(capsys, make, use_kernel):
+    def refused(*arguments, **options):
+        raise NotImplementedError("no such operation")
+
+    use_kernel(refused)
+    made = make()
+    settled = kernel_check.settled(made)
+    assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
+    assert settled.config is made.config
+    settled.compiled_step()  # without it
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        ({}, "TPU v5 lite", Family(linear(16), 16, 2, "float32")),
+        ({"mesh.tensor": 2}, "TPU v5 lite", Family(linear(16), 16, 1, "float32")),
+        (
+            {"model.mixer": "ttt_mlp", "model.dtype": "bfloat16", "model.ttt.remat_group": 8},
+            "TPU v6 lite",
+            Family(mlp(16), 16, 2, "bfloat16", 8),
+        ),
+        ({"model.ttt.kernel_check": False}, "TPU v5 lite", None),
+        ({"model.ttt.kernel": "scan"}, "TPU v5 lite", None),
+        ({"model.ttt.mini_batch": 12}, "TPU v5 lite", None),
+        ({}, "TPU v4", None),
+        ({}, "cpu", None),
+        ({"model.ttt.kernel": "pallas"}, "cpu", None),
+        ({"model.ttt.kernel": "pallas"}, "NVIDIA H200", None),
+        ({"model.mixer": "attention"}, "TPU v5 lite", None),
+    ],
+)
+def test_what_is_checked(tiny_config, changes, device, expected):
+    config = tiny_config(changes)
+    devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=device)])
+    mesh = SimpleNamespace(devices=devices, shape={"tensor": config.mesh.tensor})
+    assert kernel_check.family(config.model, mesh) == expected
+
+
+@pytest.mark.slow
+def test_where_one_process_finds_it_wrong_all_use_the_scan(tmp_path, start_processes, finish, by_scan):
+    changes = {**RUN, "mesh.data": 2}
+    processes = start_processes(tmp_path, 2, changes, ttt="kernel_by_scan.py")
+    printed = finish(*processes, status=DONE)
+    (line,) = [line for line in printed.splitlines() if "WARNING" in line]
+    assert line.startswith(WRONG)
+    assert "(process 1)" in line
+    assert losses(tmp_path) == pytest.approx(by_scan, rel=1e-5)
