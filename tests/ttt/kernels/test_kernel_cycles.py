@@ -36,9 +36,9 @@ def test_fused_kernels_are_as_much_faster_as_they_were(settings, at_least):
     assert seconds(**settings, path="official") / seconds(**settings, path="pallas") > at_least
 
 
-def compiled(chip, *settings):
+def compiled(chip, *settings, build=BUILD):
     """Return the text of each inner loop as the compiler leaves it, which says nothing of its schedule."""
-    program = [sys.executable, str(Path(__file__).with_name("compiles.py")), chip]
+    program = [sys.executable, str(Path(__file__).with_name("compiles.py")), chip, build]
     done = subprocess.run([*program, json.dumps(settings)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -64,6 +64,17 @@ def test_they_compile_for_other_chips_and_shapes(chip, settings):
     for text in texts:
         assert "ttt_linear_forward" in text
         assert "ttt_linear_backward" in text
+
+
+def test_the_programs_of_their_check_compile():
+    """Also those in float32, whose matrix products are not those that a model gets by default."""
+    parts = [
+        {"kind": "linear", "heads": 2, "dtype": "f32", "part": part, "remat_group": group}
+        for part, group in (("scan", 4), ("kernel", 4), ("kernel", 8), ("inference", 4))
+    ]
+    texts = compiled("v5e:1x1", *parts, build="ttt_jax.benchmark.kernel_check:build")
+    kernels = [[name for name in ("ttt_linear_forward", "ttt_linear_backward") if name in text] for text in texts]
+    assert [len(each) for each in kernels] == [0, 2, 2, 1]
 
 
 def test_the_largest_fit_into_fast_memory():
