@@ -8,6 +8,8 @@ import kernel_by_scan
 import pytest
 
 from ttt_jax import config_file
+from ttt_jax.benchmark import step
+from ttt_jax.evaluation import trained
 from ttt_jax.exit_status import DONE
 from ttt_jax.parallel import sharding
 from ttt_jax.training import kernel_check, loop, metrics, program
@@ -68,6 +70,15 @@ def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config
     assert "of the largest entry of the outputs and of 1 other array (1e-04 is allowed)" in line
     assert losses(tmp_path) == by_scan
     assert config_file.from_json(tmp_path / "config.json").model.ttt.kernel == "pallas"
+    found = trained.load(tmp_path)
+    assert capsys.readouterr().err.startswith(WRONG)
+    assert found.config.model.ttt.kernel == "pallas"
+
+
+def test_a_benchmark_checks_too(capsys, tiny_config, use_kernel):
+    use_kernel(kernel_by_scan.outputs_shifted)
+    step.measure(tiny_config({**RUN, "training.duration": "1 step"}), repeats=1, warmup=0)
+    assert capsys.readouterr().err.startswith(WRONG)
 
 
 def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel, by_scan):
