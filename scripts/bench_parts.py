@@ -23,6 +23,7 @@ from ttt_jax.parallel import sharding
 from ttt_jax.training import program
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_mlp
 
 TOKENS, WIDTH, HEADS, HIDDEN, MINI_BATCH = 2048, 768, 12, 2048, 16
 HEAD_DIM = WIDTH // HEADS
@@ -66,11 +67,11 @@ def swiglu(matmul: Callable) -> Callable:
 
 
 def inner_loop(depth: int, remat_group: int) -> Callable:
-    learner = learner_lib.mlp(HEAD_DIM, depth=depth)
+    loop = ttt_mlp(HEAD_DIM, depth=depth)
 
     def run(w0, norm, q, k, v, token_eta):
         position_eta = 1 / jnp.arange(1.0, MINI_BATCH + 1)
-        return scan.run(learner, norm, w0, q, k, v, token_eta, position_eta, remat_group=remat_group).z
+        return scan.run(loop, Parameters(w0, norm, position_eta), Tokens(q, k, v, token_eta), remat_group=remat_group).z
 
     return run
 
@@ -113,10 +114,10 @@ def main() -> None:
     heads = [normal(1, TOKENS, HEADS, HEAD_DIM) for _ in range(3)]
     compare("attention", {"library": library, "causal_attention": causal_attention}, *heads)
 
-    norm = learner_lib.LayerNormParams(jnp.ones((HEADS, 1, HEAD_DIM)), jnp.zeros((HEADS, 1, HEAD_DIM)))
+    norm = {"norm_scale": jnp.ones((HEADS, 1, HEAD_DIM)), "norm_bias": jnp.zeros((HEADS, 1, HEAD_DIM))}
     token_eta = jnp.full((1, TOKENS, HEADS), 1 / HEAD_DIM)
     for depth, name in ((1, "inner loop, Linear"), (2, "inner loop, MLP")):
-        w0 = learner_lib.init(next(keys), learner_lib.mlp(HEAD_DIM, depth=depth), HEADS)
+        w0 = learner_lib.init(next(keys), ttt_mlp(HEAD_DIM, depth=depth).learner, HEADS)
         ways = {f"remat_group={group}": inner_loop(depth, group) for group in (1, 0, 4, 16)}
         compare(name, ways, w0, norm, *heads, token_eta)
 

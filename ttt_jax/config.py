@@ -14,16 +14,16 @@ from ml_collections import config_dict
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError as ConfigError
 
-MIXERS = ("ttt_linear", "ttt_mlp", "attention", "linear_attention")
+MIXERS = ("ttt_linear", "ttt_mlp", "ttt", "attention", "linear_attention")
 LEARNER = "model.ttt.learner"
-LEARNERS = ("linear", "mlp", "swiglu")  # the registered ones; others are named by import path
+SETTLED = {"ttt_linear": "linear", "ttt_mlp": "mlp"}  # mixers whose inner loop is settled, and their learners
 OUTPUTS = ("residual_norm", "none")  # model.ttt.output
 GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
 
 # Key, default and meaning of everything that can be configured. A type for a default means None, until set.
 KEYS: tuple[tuple[str, Any, str], ...] = (
     ("seed", 0, "of the initial parameters and of the order of the data"),
-    ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp, attention or linear_attention"),
+    ("model.mixer", "ttt_linear", "sequence mixer: ttt_linear, ttt_mlp, ttt, attention or linear_attention"),
     ("model.vocab_size", 258, "at least that of the data; 258 is bytes, BOS and EOS"),
     ("model.width", 768, "D"),
     ("model.num_layers", 12, "blocks"),
@@ -49,9 +49,24 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
         "",
         "SHA-256 of the file of a learner of your own; filled in when training starts",
     ),
-    ("model.ttt.mlp_depth", 2, "dense layers of the learner of ttt_mlp"),
-    ("model.ttt.mlp_width_factor", 4.0, "their hidden width, in head widths"),
-    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0 for ttt_linear, 0.1 for ttt_mlp"),
+    ("model.ttt.mlp_depth", 2, "dense layers of the learner mlp"),
+    ("model.ttt.mlp_width_factor", 4.0, "hidden width of the learners mlp and swiglu, in head widths"),
+    ("model.ttt.objective", "squared_error", "of f(k) and v: squared_error, or dot_product"),
+    ("model.ttt.rate", "sigmoid/d", "inner learning rate per token: base_lr sigmoid(x w + c) / d, sigmoid or softplus"),
+    ("model.ttt.rate_per_matrix", False, "each weight matrix of the learner has its own"),
+    ("model.ttt.position_rate", "1/t", "what multiplies it by position in the mini-batch: max(0, 1/t + tau), or 1"),
+    (
+        "model.ttt.update",
+        "sgd",
+        "how gradients change W: sgd, or a chain such as 'momentum + muon + renormalise', decay, decay=0.99",
+    ),
+    (
+        "model.ttt.reading",
+        "causal",
+        "causal: a token uses the steps of its mini-batch up to its own; previous: it uses the weights that its "
+        "mini-batch starts with",
+    ),
+    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0, for ttt_mlp 0.1, for softplus 0.001"),
     ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
     ("model.ttt.output", "residual_norm", "residual_norm: f(x) = x + LN(f_res(x)), of a learner f_res; none: f_res"),
     ("model.ttt.bias", True, "the dense layers of registered learners have biases"),
@@ -210,6 +225,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     profiled_steps(config)
     _check_learner(t)
+    _check_inner_loop(m)
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
 
@@ -224,7 +240,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"model.num_heads={m.num_heads}: gives an odd head width, {head_dim}; "
             "expected model.width / model.num_heads to be even, which rotary positions need"
         )
-    if m.mixer == "ttt_mlp" and not 1 <= head_dim * t.mlp_width_factor < _MOST:
+    if m.mixer in ("ttt_mlp", "ttt") and not 1 <= head_dim * t.mlp_width_factor < _MOST:
         raise ConfigError(f"model.ttt.mlp_width_factor={t.mlp_width_factor}: expected at least 1 / {head_dim}")
     if m.mixer == "ttt_mlp" and not t.learned_w0:
         raise ConfigError(
@@ -248,8 +264,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
 def _check_learner(ttt: ml_collections.ConfigDict) -> None:
     named, source = ttt.learner, ttt.learner_source
     is_own = named is not None and import_path.is_import_path(named)
-    if named is not None and named not in LEARNERS and not is_own:
-        raise ConfigError(f"model.ttt.learner={named!r}: expected one of {', '.join(LEARNERS)}, or {import_path.FORM}")
     if source and not re.fullmatch("[0-9a-f]{64}", source):
         raise ConfigError(f"model.ttt.learner_source={source!r}: expected a SHA-256 in 64 hexadecimal digits, or none")
     if source and not is_own:
@@ -257,6 +271,26 @@ def _check_learner(ttt: ml_collections.ConfigDict) -> None:
             f"model.ttt.learner_source={source[:12]}...: is of a learner by import path, and model.ttt.learner is "
             f"{'unset' if named is None else named}; expected none"
         )
+
+
+def _check_inner_loop(model: ml_collections.ConfigDict) -> None:
+    """Refuse choices of an inner loop that do not exist, and those that a mixer does not leave open."""
+    if model.mixer == "ttt":
+        from ttt_jax.models import build  # loads JAX, and only this mixer needs it here
+
+        build.check_names(model)
+    if model.mixer not in SETTLED:
+        return
+    settled = default().model.ttt
+    settled.learner = SETTLED[model.mixer]
+    if model.ttt.learner is None:
+        settled.learner = None
+    for key in ("learner", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading"):
+        if model.ttt[key] != settled[key]:
+            raise ConfigError(
+                f"model.ttt.{key}={model.ttt[key]!r}: is settled for model.mixer={model.mixer}; expected "
+                f"{'nothing' if settled[key] is None else settled[key]}, or model.mixer=ttt, which leaves it open"
+            )
 
 
 def own_learner(config: ml_collections.ConfigDict) -> str | None:

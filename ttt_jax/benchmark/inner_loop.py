@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from ttt_jax.config import ConfigError
 from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt import scan
+from ttt_jax.ttt import learners, scan
+from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear, ttt_mlp
 from ttt_jax.ttt.kernels import run as kernels
+from ttt_jax.ttt.learner import Affine, Constants, Weights
 
 PATHS = ("official", "scan", "pallas")
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -49,15 +51,15 @@ def build(
     for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
         if value not in known:
             raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
-    learner = learner_lib.linear(head_dim) if kind == "linear" else learner_lib.mlp(head_dim)
+    loop = ttt_linear(head_dim) if kind == "linear" else ttt_mlp(head_dim)
     if path == "official":
-        run = partial(official, learner, remat_group=remat_group)
+        run = partial(official, remat_group=remat_group)
     elif path == "pallas":
-        if reason := kernels.unsupported(learner, mini_batch):
+        if reason := kernels.unsupported(loop, mini_batch):
             raise ConfigError(f"path=pallas: no kernel: {reason}; expected official or scan")
-        run = partial(_scan, learner, kernel=partial(kernels.run, remat_group=remat_group))
+        run = partial(_scan, loop, kernel=partial(kernels.run, remat_group=remat_group))
     else:
-        run = partial(_scan, learner, remat_group=remat_group, unroll=unroll)
+        run = partial(_scan, loop, remat_group=remat_group, unroll=unroll)
 
     def forward(q, k, v, *others):
         by_head = (x.reshape(batch, tokens, heads, head_dim) for x in (q, k, v))
@@ -67,8 +69,8 @@ def build(
         return jax.ShapeDtypeStruct(shape, of)
 
     tokenwise = array(batch, tokens, heads * head_dim, of=_DTYPES[dtype])
-    w0 = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), learner, heads))
-    norm = learner_lib.LayerNormParams(array(heads, 1, head_dim), array(heads, 1, head_dim))
+    w0 = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), loop.learner, heads))
+    norm = {name: array(heads, 1, head_dim) for name in ("norm_scale", "norm_bias")}
     arguments = (tokenwise, tokenwise, tokenwise, array(batch, tokens, heads), array(mini_batch), w0, norm)
     if not backward:
         return forward, arguments
@@ -80,19 +82,18 @@ def build(
     return forward_backward, (tokenwise, *arguments)
 
 
-def _scan(learner, q, k, v, token_eta, position_eta, w0, norm, **options):
-    return scan.run(learner, norm, w0, q, k, v, token_eta, position_eta, **options).z
+def _scan(loop, q, k, v, token_eta, position_eta, w0, norm, **options):
+    return scan.run(loop, Parameters(w0, norm, position_eta), Tokens(q, k, v, token_eta), **options).z
 
 
 def official(
-    learner: learner_lib.Learner,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     token_eta: jax.Array,
     position_eta: jax.Array,
-    w0: learner_lib.Weights,
-    norm: learner_lib.LayerNormParams,
+    w0: Weights,
+    norm: Constants,
     *,
     remat_group: int = 4,
 ) -> jax.Array:
@@ -129,8 +130,8 @@ def _official_mini_batch(norm, weights, q, k, v, eta):
     def layer_norm(z):
         mean = z.mean(-1, keepdims=True)
         variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
-        scale = jax.lax.rsqrt(variance + learner_lib.LAYER_NORM_EPSILON) * norm.scale
-        return ((z - mean) * scale + norm.bias).astype(q.dtype)
+        scale = jax.lax.rsqrt(variance + learners.LAYER_NORM_EPSILON) * norm["norm_scale"]
+        return ((z - mean) * scale + norm["norm_bias"]).astype(q.dtype)
 
     last, lower = eta[-1][:, None], jnp.tril(jnp.ones_like(eta))
     inputs, hidden = [k], []
@@ -140,14 +141,14 @@ def _official_mini_batch(norm, weights, q, k, v, eta):
     normed, pullback = jax.vjp(layer_norm, hidden[-1])
     gradients = list(pullback((normed - (v - k)).astype(normed.dtype)))
     for layer, z in zip(weights[:0:-1], hidden[-2::-1], strict=True):
-        gradients.insert(0, gradients[0] @ layer.weight.T * learner_lib.gelu_and_derivative(z)[1])
+        gradients.insert(0, gradients[0] @ layer.weight.T * learners.gelu_and_derivative(z)[1])
     x_bar, new = q, []
     for index, (layer, x, g) in enumerate(zip(weights, inputs[:-1], gradients, strict=True)):
         x_bar = jax.nn.gelu(x_bar) if index else x_bar
         attention = jnp.tril(x_bar @ x.T)
         x_bar = x_bar @ layer.weight - (eta * attention) @ g + (layer.bias - (eta * lower) @ g)
         new.append(
-            learner_lib.Dense(
+            Affine(
                 (layer.weight - (last * x).T @ g).astype(jnp.float32),
                 (layer.bias - (last * g).sum(0, keepdims=True)).astype(jnp.float32),
             )

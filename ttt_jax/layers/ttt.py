@@ -7,6 +7,9 @@ Linear and MLP differ in the learner only. Two ways to make q, k and v (the back
 
     eta[t, s] = base_lr * inner_lr_scale * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
 
+is the rate of both; :mod:`ttt_jax.ttt.rate` has others, and an update may read gates of each token, which are computed
+as the rate is: a function of ``w_h . x_s + c_h``.
+
 Two parts can be left out, as on the paper's way from linear attention. Without ``learned_w0`` sequences start at
 W0 = 0. Without ``learned_eta`` the rate stays what it is before any learning, with w, c and tau all 0.
 
@@ -14,15 +17,16 @@ The collection ``statistics``, filled on request (``mutable=["statistics"]``) an
 inner loop did, for each token of each sequence and head. Nothing in it is a mean:
 
 * ``loss_at_w0``, ``loss_before``, ``loss_after``, ``weight_distance`` [B, T, H]: :class:`ttt_jax.ttt.scan.Statistics`;
-* ``target_spread`` [B, T, H]: what the loss would be of a learner that knows nothing but the mean of its targets;
-* ``eta`` [B, T, H]: the rate of each token's gradient before its position counts, base_lr * ... / d in the above;
+* ``target_spread`` [B, T, H]: what the loss would be of a learner that knows nothing but the mean of its targets; where
+  the objective is the squared error;
+* ``eta`` [B, T, H] or [B, T, H, M]: the rate of each token's gradient before its position counts, base_lr * ... / d in
+  the above;
 * ``position_eta`` [b]: max(0, 1/t + tau[t]);
 * ``w0_norm`` [H]: Frobenius norm of W0.
 
-Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch.
+Shapes: B batch, T tokens, D width, H heads, d = D / H, b tokens per mini-batch, M weight matrices of the learner.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -37,8 +41,13 @@ from ttt_jax.layers.projection import Projection
 from ttt_jax.parallel.activations import device_kind, locally
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.kernels import choice
+from ttt_jax.ttt.learner import Affine, Matrix, Weights, norm_per_head
+from ttt_jax.ttt.learners import ResidualNorm
+from ttt_jax.ttt.objective import squared_error
 from ttt_jax.ttt.state import InnerState, initial_state
+from ttt_jax.ttt.update import Decay
 
 
 class TTTState(NamedTuple):
@@ -53,7 +62,7 @@ class TTT(nn.Module):
     """One TTT layer.
 
     Attributes:
-      learner: the inner model; its width is d.
+      loop: the inner loop; the width of its learner is d.
       base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
@@ -61,7 +70,7 @@ class TTT(nn.Module):
       kernel, remat_group, unroll: see :mod:`ttt_jax.ttt.kernels.choice`.
     """
 
-    learner: learner_lib.Learner
+    loop: InnerLoop
     num_heads: int
     dtype: jnp.dtype
     backbone: str = "mamba"
@@ -83,41 +92,34 @@ class TTT(nn.Module):
         width, position = x.shape[-1], 0 if state is None else state.inner.position
         q, k, v, conv_q, conv_k = self._qkv(x, state)
         positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
-        w0, norm = self._inner_parameters()
-        token_eta, position_eta = self._token_eta(x, inner_lr_scale), self._position_eta()
-        result = self._inner_loop(
-            norm,
-            w0,
+        parameters = self._inner_parameters()
+        tokens = Tokens(
             rope.rotate(q, positions, self.rope_theta),
             rope.rotate(k, positions, self.rope_theta),
             v,
-            token_eta,
-            position_eta,
-            None if state is None else _started(state.inner, w0),
+            self._token_eta(x, inner_lr_scale),
+            self._gates(x),
         )
+        inner = None if state is None else _started(state.inner, self._begin(parameters.w0, x.shape[0]))
+        result = self._inner_loop(parameters, tokens, inner)
         if result.statistics is not None:
-            self._record(result.statistics, k, v, w0, token_eta, position_eta)
+            self._record(result.statistics, parameters, tokens, k)
         z = post_norm()(result.z.reshape(x.shape))
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
         return y, None if state is None else TTTState(InnerState(*result.state), conv_q, conv_k)
 
-    def _inner_loop(self, norm, w0, q, k, v, token_eta, position_eta, state) -> scan.Result:
+    def _inner_loop(self, parameters: Parameters, tokens: Tokens, state: InnerState | None) -> scan.Result:
         """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics")
-        kernel = choice.choose(self.kernel, self.learner, self.mini_batch, device_kind(), self.remat_group).kernel
+        kernel = choice.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
 
-        def run(norm, w0, q, k, v, token_eta, position_eta, state):
+        def run(parameters, tokens, state):
             z, end, stats = scan.run(
-                self.learner,
-                norm,
-                w0,
-                q,
-                k,
-                v,
-                token_eta,
-                position_eta,
+                self.loop,
+                Parameters(*parameters),
+                Tokens(*tokens),
                 None if state is None else InnerState(*state),
                 statistics=statistics,
                 kernel=kernel,
@@ -125,31 +127,30 @@ class TTT(nn.Module):
             )
             return z, None if state is None else tuple(end), stats
 
-        heads, tokens = ("num_heads",), ("batch", None, "num_heads")
-        states = None if state is None else (("batch", "num_heads"), ("batch", "num_heads"), ())
-        inputs = (heads, heads, tokens, tokens, tokens, tokens, (), states)
-        return scan.Result(
-            *locally(run, inputs, (tokens, states, tokens))(
-                norm, w0, q, k, v, token_eta, position_eta, None if state is None else tuple(state)
-            )
-        )
+        heads, by_token, by_head = ("num_heads",), ("batch", None, "num_heads"), ("batch", "num_heads")
+        states = None if state is None else (by_head, by_head, (), by_head, by_head)
+        inputs = ((heads, heads, ()), (by_token,) * 5, states)
+        arguments = tuple(parameters), tuple(tokens), None if state is None else tuple(state)
+        return scan.Result(*locally(run, inputs, (by_token, states, by_token))(*arguments))
 
-    def _record(self, statistics: scan.Statistics, k, v, w0, token_eta, position_eta):
-        """Fills the collection ``statistics``."""
+    def _record(self, statistics: scan.Statistics, parameters: Parameters, tokens: Tokens, k: jax.Array):
+        """Fills the collection ``statistics``; ``k`` is before RoPE."""
         values = {
             **statistics._asdict(),
-            "target_spread": _target_spread(k, v),
-            "w0_norm": learner_lib.norm_per_head(w0),
-            "eta": token_eta,
-            "position_eta": position_eta,
+            "w0_norm": norm_per_head(parameters.w0),
+            "eta": tokens.eta,
+            "position_eta": parameters.position_eta,
         }
+        if self.loop.objective is squared_error:
+            residual = isinstance(self.loop.learner.f, ResidualNorm)
+            values["target_spread"] = _spread(tokens.v - k if residual else tokens.v)
         for name, value in values.items():
             self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
 
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """The state before the first token; its size does not depend on ``length``."""
         del length
-        inner = initial_state(self._zero_weights(), batch)  # W0 takes their place
+        inner = self._begin(self._zero_weights(), batch)  # what W0 makes of it takes its place
         if self.backbone != "mamba":
             return TTTState(inner, None, None)
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype)
@@ -174,67 +175,79 @@ class TTT(nn.Module):
         q, k, v = (y.reshape(batch, tokens, self.num_heads, width // self.num_heads) for y in (q, k, v))
         return q, k, v, conv_q, conv_k
 
-    def _inner_parameters(self) -> tuple[learner_lib.Weights, learner_lib.LayerNormParams]:
-        """W0 and the learner's LN, trained by the outer loop, float32 whatever the compute dtype."""
+    def _inner_parameters(self) -> Parameters:
+        """W0, the parameters inside the learner and tau, float32 whatever the compute dtype."""
 
         def param(name, init, *shape, split=(None, None)):
-            return parameter(self, name, init, (self.num_heads, *shape), ("num_heads", *split))
+            return parameter(self, f"inner_{name}", init, (self.num_heads, *shape), ("num_heads", *split))
 
-        normal, zeros, ones = nn.initializers.normal(self.init_stddev), nn.initializers.zeros, nn.initializers.ones
-        hidden, last, d = "learner_hidden", self.learner.depth - 1, self.learner.widths[-1]
+        normal, zeros = nn.initializers.normal(self.init_stddev), nn.initializers.zeros
+        matrices, constants, _ = self.loop.learner.structure
+        w0 = self._zero_weights()
         if self.learned_w0:
             w0 = tuple(
-                learner_lib.Dense(
-                    param(
-                        f"inner_kernel_{i}",
-                        normal,
-                        n_in,
-                        n_out,
-                        split=(hidden, None) if i else (None, hidden if last else None),
-                    ),
-                    param(f"inner_bias_{i}", zeros, 1, n_out) if self.learner.bias else None,
+                Affine(
+                    param(f"kernel_{i}", normal, m.features_in, m.features_out, split=_split(m, len(matrices))),
+                    param(f"bias_{i}", zeros, 1, m.features_out) if m.bias else None,
                 )
-                for i, (n_in, n_out) in enumerate(pairwise(self.learner.widths))
+                for i, m in enumerate(matrices)
             )
-        else:
-            w0 = self._zero_weights()
-        if not self.learner.norm_residual:
-            no_norm = jnp.zeros((self.num_heads, 1, d))
-            return w0, learner_lib.LayerNormParams(no_norm, no_norm)  # which nothing reads
-        norm = learner_lib.LayerNormParams(param("inner_norm_scale", ones, 1, d), param("inner_norm_bias", zeros, 1, d))
-        return w0, norm
+        inside = {c.name: param(c.name, c.init, *c.shape) for c in constants}
+        return Parameters(w0, inside, self._position_eta())
 
-    def _zero_weights(self) -> learner_lib.Weights:
-        return learner_lib.init(jax.random.key(0), self.learner, self.num_heads, stddev=0.0)
+    def _begin(self, w0: Weights, batch: int) -> InnerState:
+        return initial_state(w0, batch, self.loop.update)
+
+    def _zero_weights(self) -> Weights:
+        return learner_lib.init(jax.random.key(0), self.loop.learner, self.num_heads, stddev=0.0)
 
     def _token_eta(self, x, inner_lr_scale):
-        """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d``, [B, T, H], float32."""
-        rate = self.base_lr * inner_lr_scale / self.learner.widths[0]
-        if not self.learned_eta:
-            return jnp.full((*x.shape[:2], self.num_heads), rate * nn.sigmoid(0.0), jnp.float32)
-        normal, shape = nn.initializers.normal(self.init_stddev), (x.shape[-1], self.num_heads)
-        kernel = parameter(self, "eta_kernel", normal, shape, ("channels", "num_heads"))
-        bias = parameter(self, "eta_bias", nn.initializers.zeros, (self.num_heads,), ("num_heads",))
-        gate = nn.sigmoid((x.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32) + bias)
-        return rate * gate
+        """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d`` or what the rate is else, [B, T, H] or [B, T, H, M]."""
+        per_matrix = (len(self.loop.learner.structure.matrices),) if self.loop.rate.per_matrix else ()
+        if self.learned_eta:
+            logits = self._logits(x, "eta", per_matrix)
+        else:
+            logits = jnp.zeros((*x.shape[:2], self.num_heads, *per_matrix))
+        return self.loop.rate.token_eta(logits, self.base_lr, inner_lr_scale, self.loop.learner.features)
+
+    def _gates(self, x) -> dict[str, jax.Array]:
+        """What members of the update read of each token, [B, T, H] each."""
+        members = [m for m in self.loop.update if m.gate and not (isinstance(m, Decay) and m.factor is not None)]
+        return {member.gate: member.activation(self._logits(x, member.gate)) for member in members}
+
+    def _logits(self, x, name: str, more: tuple[int, ...] = ()):
+        """``w_h . x_s + c_h``, [B, T, H, ...], float32."""
+        shape, axes = (self.num_heads, *more), ("num_heads", *[None] * len(more))
+        normal = nn.initializers.normal(self.init_stddev)
+        kernel = parameter(self, f"{name}_kernel", normal, (x.shape[-1], *shape), ("channels", *axes))
+        bias = parameter(self, f"{name}_bias", nn.initializers.zeros, shape, axes)
+        kernel = kernel.astype(self.dtype).reshape(x.shape[-1], -1)
+        return (x.astype(self.dtype) @ kernel).astype(jnp.float32).reshape(*x.shape[:2], *shape) + bias
 
     def _position_eta(self):
-        """``max(0, 1/t + tau[t])``, [b]."""
-        start = 1.0 / jnp.arange(1, self.mini_batch + 1)
-        if not self.learned_eta:
-            return start
+        """``max(0, 1/t + tau[t])`` or what the rate is else, [b]."""
+        if not self.learned_eta or self.loop.rate.position != "1/t":
+            return self.loop.rate.position_eta(self.mini_batch)
         tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
-        return jnp.maximum(0.0, start + tau)
+        return self.loop.rate.position_eta(self.mini_batch, tau)
 
 
-def _started(inner: InnerState, w0: learner_lib.Weights) -> InnerState:
-    """The state with W0 for its weights where no token has been read yet."""
+def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
+    """Names of the axes of a weight matrix: the wider one is hidden, where there is something to hide."""
+    if matrices == 1:
+        return None, None
+    hidden = "learner_hidden"
+    return (None, hidden) if matrix.features_out > matrix.features_in else (hidden, None)
+
+
+def _started(inner: InnerState, begin: InnerState) -> InnerState:
+    """The state that W0 makes where no token has been read yet."""
     first = inner.position == 0
-    return inner._replace(weights=jax.tree.map(lambda new, w: jnp.where(first, new, w), w0, inner.weights))
+    return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin, inner)
 
 
-def _target_spread(k: jax.Array, v: jax.Array) -> jax.Array:
-    """Half the squared distance of each token's target v - k (before RoPE) from its mean over the tokens read in one
-    go, [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
-    target = (v - k).astype(jnp.float32)
+def _spread(target: jax.Array) -> jax.Array:
+    """Half the squared distance of each token's target (before RoPE) from its mean over the tokens read in one go,
+    [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
+    target = target.astype(jnp.float32)
     return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1)

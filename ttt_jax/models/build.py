@@ -1,13 +1,14 @@
 """From the ``model`` section of a config to a :class:`LanguageModel`."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from ttt_jax import config as config_lib
 from ttt_jax import import_path
 from ttt_jax.config import ConfigError
 from ttt_jax.layers.attention import Attention
@@ -16,17 +17,26 @@ from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel.activations import device_kind
-from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import learners, rules, update
+from ttt_jax.ttt.inner_loop import InnerLoop
 from ttt_jax.ttt.kernels import choice
+from ttt_jax.ttt.learner import Function, Learner
+from ttt_jax.ttt.learners import LEARNERS, ResidualNorm
+from ttt_jax.ttt.objective import OBJECTIVES
+from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 
-PAPER_BASE_LR = {"ttt_linear": 1.0, "ttt_mlp": 0.1}
+_LEARNERS = {"ttt_linear": "linear", "ttt_mlp": "mlp", "ttt": "linear"}  # of mixers that learn, unless it is said
+_BASE_LR = {"ttt_mlp": 0.1}  # the paper's where it is not 1
+_SOFTPLUS_BASE_LR = 0.001  # LaCT's
+# Keys of model.ttt that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output.
+CHOICES = ("learner", "output", "bias", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading")
 
 
 def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
     """Builds the model that a validated ``config.model`` describes.
 
     Raises:
-      ConfigError: where it asks for a kernel that there is not.
+      ConfigError: where it asks for a kernel that does not exist, or for a learner that breaks the rules.
     """
     dtype = jnp.dtype(model.dtype)
     common = {"num_heads": model.num_heads, "dtype": dtype, "init_stddev": model.init_stddev}
@@ -38,11 +48,13 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
     else:
         ttt = model.ttt
         if ttt.kernel == "pallas":
-            inner_loop(model)  # refuses what there is not
+            inner_loop(model)  # refuses what does not exist
+        found = loop(model)
+        _check(model, found)
         mamba_style = ttt.backbone == "mamba"
         mixer = partial(
             TTT,
-            learner=learner(model),
+            loop=found,
             backbone=ttt.backbone,
             mini_batch=ttt.mini_batch,
             base_lr=base_lr(model),
@@ -80,26 +92,65 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
 
 def learns(model: ml_collections.ConfigDict) -> bool:
     """Whether the mixer is a TTT layer, so that ``config.model.ttt`` means something."""
-    return model.mixer in PAPER_BASE_LR
+    return model.mixer in _LEARNERS
 
 
-def learner(model: ml_collections.ConfigDict) -> learner_lib.Learner:
-    """The inner model that ``config.model`` describes.
+def check_names(model: ml_collections.ConfigDict) -> None:
+    """Raise :class:`ConfigError` where a choice does not exist or go with the others; imports no learner."""
+    named = model.ttt.learner
+    if named is not None and import_path.is_import_path(named):
+        import_path.source_file(named, config_lib.LEARNER)
+        model = model.copy_and_resolve_references().unlock()
+        model.ttt.learner = None
+    loop(model)
+
+
+def loop(model: ml_collections.ConfigDict) -> InnerLoop:
+    """Return the inner loop that ``config.model`` describes: of TTT-Linear and TTT-MLP, or any other.
 
     Raises:
-      ConfigError: where ``model.ttt.learner`` is not one that the mixer takes.
+      ConfigError: where a choice is not among those that exist, or does not go with the others.
     """
-    head_dim, ttt = model.width // model.num_heads, model.ttt
-    of_mixer = {"ttt_linear": "linear", "ttt_mlp": "mlp"}[model.mixer]
-    if ttt.learner is not None and import_path.is_import_path(ttt.learner):
-        import_path.load(ttt.learner, "model.ttt.learner", ttt.learner_source)
-    if ttt.learner not in (None, of_mixer):
-        raise ConfigError(f"model.ttt.learner={ttt.learner!r}: model.mixer={model.mixer} takes {of_mixer}, or none")
-    if model.mixer == "ttt_linear":
-        found = learner_lib.linear(head_dim)
-    else:
-        found = learner_lib.mlp(head_dim, depth=ttt.mlp_depth, width_factor=ttt.mlp_width_factor)
-    return dataclasses.replace(found, norm_residual=ttt.output == "residual_norm", bias=ttt.bias)
+    ttt = model.ttt
+    try:
+        f = learner_function(model)
+        return InnerLoop(
+            Learner(ResidualNorm(f) if ttt.output == "residual_norm" else f, model.width // model.num_heads),
+            _named("model.ttt.objective", ttt.objective, OBJECTIVES),
+            Rate(
+                _name("model.ttt.rate", ttt.rate, TOKEN_RATES),
+                _name("model.ttt.position_rate", ttt.position_rate, POSITION_RATES),
+                ttt.rate_per_matrix,
+            ),
+            update.parse(ttt.update),
+            ttt.reading,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"model.ttt: {error}") from error
+
+
+def learner_function(model: ml_collections.ConfigDict) -> Function:
+    """Return the learner's function, imported where it is one of the user's own."""
+    ttt, named = model.ttt, model.ttt.learner or _LEARNERS[model.mixer]
+    if import_path.is_import_path(named):
+        return import_path.load(named, config_lib.LEARNER, ttt.learner_source)
+    if named == "mlp" and ttt.mlp_depth == 1:
+        named = "linear"  # the same function, by the name that kernels know
+    kind = _named(config_lib.LEARNER, named, LEARNERS, f", or {import_path.FORM}")
+    options = {"depth": ttt.mlp_depth, "width_factor": ttt.mlp_width_factor, "bias": ttt.bias}
+    return learners.make(kind, options)
+
+
+def _name(key: str, name: str, known: Mapping[str, Any], more: str = "") -> str:
+    if name not in known:
+        raise ConfigError(f"{key}={name!r}: expected one of {', '.join(known)}{more}")
+    return name
+
+
+def _named(key: str, name: str, known: Mapping[str, Any], more: str = "") -> Any:
+    return known[_name(key, name, known, more)]
 
 
 def inner_loop(model: ml_collections.ConfigDict) -> str:
@@ -109,19 +160,55 @@ def inner_loop(model: ml_collections.ConfigDict) -> str:
       ConfigError: where a kernel is asked for that there is not.
     """
     try:
-        return choice.choose(model.ttt.kernel, learner(model), model.ttt.mini_batch, device_kind()).why
+        return choice.choose(model.ttt.kernel, loop(model), model.ttt.mini_batch, device_kind()).why
     except ValueError as error:
         raise ConfigError(f"model.ttt.kernel={model.ttt.kernel}: {error}; expected auto or scan") from error
 
 
 def base_lr(model: ml_collections.ConfigDict) -> float:
     """The peak inner learning rate: as configured, else the paper's for this mixer."""
-    return PAPER_BASE_LR[model.mixer] if model.ttt.base_lr is None else model.ttt.base_lr
+    if model.ttt.base_lr is not None:
+        return model.ttt.base_lr
+    return _SOFTPLUS_BASE_LR if model.ttt.rate == "softplus" else _BASE_LR.get(model.mixer, 1.0)
 
 
 def describe(model: ml_collections.ConfigDict) -> str:
     """The model in words, for labels."""
     if not learns(model):
         return {"attention": "Transformer", "linear_attention": "Linear attention"}[model.mixer]
+    backbone = f"{model.ttt.backbone.capitalize()} backbone"
+    if model.mixer == "ttt":
+        return f"TTT ({', '.join([*_choices(model), backbone])})"
     name = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP"}[model.mixer]
-    return f"{name} ({model.ttt.backbone.capitalize()} backbone)"
+    return f"{name} ({backbone})"
+
+
+def _choices(model: ml_collections.ConfigDict) -> list[str]:
+    """Return the learner, and the other choices of an inner loop where they are not those of TTT-Linear, in words."""
+    ttt, default = model.ttt, config_lib.default().model.ttt
+    own = [ttt.learner or _LEARNERS[model.mixer]]
+    for key in CHOICES:
+        if key != "learner" and ttt[key] != default[key]:
+            own.append(f"{key} {ttt[key]}" if isinstance(ttt[key], bool) or key == "output" else ttt[key])
+    return own
+
+
+def _check(model: ml_collections.ConfigDict, found: InnerLoop) -> None:
+    """Refuse a learner that breaks the rules, and one that cannot learn."""
+    named = model.ttt.learner or _LEARNERS[model.mixer]
+    try:
+        structure = found.learner.structure
+        if import_path.is_import_path(named):
+            rules.check(found.learner)
+    except ValueError as error:
+        raise ConfigError(f"{config_lib.LEARNER}={named!r}: {error}") from error
+    if structure.features_out != found.learner.features:
+        raise ConfigError(
+            f"{config_lib.LEARNER}={named!r}: makes {structure.features_out} features of {found.learner.features}; "
+            "expected as many as it is given, which is the width of a head"
+        )
+    if len(structure.matrices) > 1 and not model.ttt.learned_w0:
+        raise ConfigError(
+            f"model.ttt.learned_w0=False: the learner {named} has {len(structure.matrices)} weight matrices, and with "
+            "two or more of zeros all gradients are zero; expected true, or the learner linear"
+        )

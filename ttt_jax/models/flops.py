@@ -4,12 +4,11 @@ Matrix products only, two operations per multiply-add; a backward pass counts tw
 (remat) is not counted: this is the work that the model needs, not what a program does.
 """
 
-from itertools import pairwise
-
 import ml_collections
 
 from ttt_jax.layers.linear_attention import CHUNK
 from ttt_jax.models import build
+from ttt_jax.ttt import operations
 
 
 def per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
@@ -46,16 +45,7 @@ def _mixer(model: ml_collections.ConfigDict, sequence_length: int) -> float:
 
 def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     """Per token and head: a forward and a backward pass of the learner over k, the update, and the pass over q."""
-    learner = build.learner(model)
-    b = min(model.ttt.mini_batch, sequence_length)
-    total = 0.0
-    for index, (n_in, n_out) in enumerate(pairwise(learner.widths)):
-        dense = 2 * n_in * n_out
-        total += dense  # k W
-        total += dense if index else 0  # G W^T
-        total += dense  # K^T G
-        total += dense + 2 * b * n_in + 2 * b * n_out  # q W, (q K^T) and its product with G
-    return total
+    return operations.per_token(build.loop(model), min(model.ttt.mini_batch, sequence_length))
 
 
 def _linear_attention(head_dim: int, sequence_length: int) -> float:

@@ -64,11 +64,12 @@ def step_time(
     ]
     if inner:
         device = chip.device_kinds[0]
-        fused = choice.choose(model.ttt.kernel, build.learner(model), model.ttt.mini_batch, device).kernel is not None
+        fused = choice.choose(model.ttt.kernel, build.loop(model), model.ttt.mini_batch, device).kernel is not None
         scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
         b = min(model.ttt.mini_batch, data.sequence_length)
         fill = min(1.0, (max(b, GROUP_TOKENS) if fused else b) / MATRIX_UNIT)
-        for width in build.learner(model).widths[:2]:
+        matrix = build.loop(model).learner.structure.matrices[0]
+        for width in (matrix.features_in, matrix.features_out):
             fill *= min(1.0, width / MATRIX_UNIT)
         kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
         passes = 3 + again + kept

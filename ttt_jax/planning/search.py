@@ -1,7 +1,6 @@
 """Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
 
 import collections
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -158,7 +157,7 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     if m.mixer == "attention":
         inside += (4 + itemsize) * m.num_heads / choice.tensor * length / 2  # softmax of a token over those before it
     elif build.learns(m):
-        states = sum(a * b for a, b in itertools.pairwise(build.learner(m).widths))
+        states = sum(x.features_in * x.features_out for x in build.loop(m).learner.structure.matrices)
         inside += itemsize * states * m.num_heads / choice.tensor / max(64, m.ttt.mini_batch)  # W, so often kept
     kept = d * itemsize
     activations = kept * m.num_layers + inside if choice.remat == "block" else (kept + inside) * m.num_layers

@@ -1,99 +1,158 @@
-"""One mini-batch in the dual form, for any stack of dense layers.
+"""One mini-batch in the dual form, for any learner, objective and update that is linear in the gradients.
 
-All gradients of a mini-batch are taken at the weights W it starts with; token t sees the steps of every token
-s <= t of its mini-batch. With eta[t, s] = position_eta[t] * token_eta[s], for each dense layer
+Gradients of token s are taken at A_s W: the weights that its mini-batch starts with, after the decay. Token t sees the
+steps of every token s <= t of its mini-batch. For each weight matrix of the learner, with X its inputs on the way of k
+and G the gradients of the losses at its outputs, its output on the way of q is
 
-    Zbar = Xbar W + c - (tril(eta) * (Xbar X^T + 1)) G
+    Zbar_t = A_t (xbar_t W + c) - p_t sum_{s <= t} (A_t / A_s) (xbar_t . x_s + 1) eta_s G_s - p_t mu_t (xbar_t M + m)
 
-where X are the layer's inputs on the way of k, G the gradient of the loss at its outputs, and Xbar its inputs
-on the way of q, through the layers below as token t has them. No W_t is ever formed: a mini-batch is a handful of
-matmuls. The weights that it hands on are W - X^T (eta_b * G), eta_b the last row of eta.
+where xbar are its inputs on the way of q, through the calls before it as token t has them, and (M, m) is the momentum
+(see :mod:`ttt_jax.ttt.update`). No W_t is ever formed: a mini-batch is a handful of matmuls. G comes from autodiff with
+respect to a perturbation of each output. The gradient that the mini-batch hands on is the sum of
+(A_b / A_s) eta_s x_s G_s^T.
 
-Shapes: B batch, H heads, b tokens of this mini-batch, d head width.
+Shapes: B batch, H heads, b tokens of this mini-batch, d_in and d_out widths of a matrix.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner, Weights
+from ttt_jax.ttt import update
+from ttt_jax.ttt.inner_loop import InnerLoop, Tokens
+from ttt_jax.ttt.learner import Affine, Constants, Dense, Weights
+from ttt_jax.ttt.update import Gate
+
+
+class Start(NamedTuple):
+    """What a mini-batch, or the next piece of one, starts from."""
+
+    weights: Weights  # those that f uses, leaves [B, H, ...]
+    pending: Weights | None  # the sum over tokens of earlier pieces of the mini-batch; None where there are none
+    slots: tuple[Any, ...]  # what the members of the update remember
 
 
 class Pass(NamedTuple):
     """What a mini-batch leaves behind: a forward and a backward pass of the learner over its keys.
 
-    The gradient of the weights of layer l, each token weighed with its rate, is ``inputs[l]^T scaled[l]``.
+    The gradient of weight matrix l, each token weighed with its rate, is ``inputs[l]^T scaled[l]``.
     """
 
-    inputs: tuple[jax.Array, ...]  # X of each layer, [B, H, b, d_in]
-    scaled: tuple[jax.Array, ...]  # token_eta * G of each layer, [B, H, b, d_out]
-    f_res: jax.Array  # output of the last layer, [B, H, b, d]
+    inputs: tuple[jax.Array, ...]  # X of each matrix, [B, H, b, d_in]
+    scaled: tuple[jax.Array, ...]  # token_eta * G of each matrix, [B, H, b, d_out]
+    f_k: jax.Array  # outputs of f, [B, H, b, d_v]
 
 
 def mini_batch(
-    learner: Learner,
-    norm: LayerNormParams,
-    weights: Weights,
-    pending: Weights | None,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    token_eta: jax.Array,
+    loop: InnerLoop,
+    constants: Constants,
+    start: Start,
+    tokens: Tokens,
     position_eta: jax.Array,
+    gates: Mapping[str, Gate],
 ) -> tuple[jax.Array, Pass]:
-    """Outputs of one mini-batch, and the pass over its keys.
+    """Return the outputs z [B, H, b, d_v] of one mini-batch, and the pass over its keys.
 
     Args:
-      weights: W at the start of the mini-batch, leaves [B, H, ...].
-      pending: sum of token_eta[s] * gradient[s] over tokens of this mini-batch that came in an earlier piece of the
-        sequence; None when there are none.
-      q, k, v: [B, H, b, d], after RoPE.
-      token_eta: [B, H, b, 1].
+      tokens: q, k, v [B, H, b, d], eta [B, H, b, 1] or [B, H, b, M].
       position_eta: [b], the rates of the positions that these tokens have in their mini-batch.
-
-    Returns:
-      z [B, H, b, d], and the pass.
+      gates: what members of the update read, at each of these tokens.
     """
-    keys = forward_backward(learner, norm, weights, k, v, token_eta)
-    row_eta = position_eta[:, None]
-    tril_eta = jnp.tril(jnp.broadcast_to(row_eta, (len(position_eta),) * 2))  # [b, b]
-    z_bar = q
-    for index, (layer, x, scaled) in enumerate(zip(weights, keys.inputs, keys.scaled, strict=True)):
-        x_bar = learner_lib.gelu(z_bar) if index else q
-        z_bar = learner_lib.dense(layer, x_bar)
-        similarity = x_bar @ x.swapaxes(-1, -2)  # [B, H, b, b]
-        if learner.bias:
-            similarity += 1
-        z_bar -= (tril_eta * similarity) @ scaled
-        if pending is not None:
-            z_bar -= row_eta * learner_lib.dense(pending[index], x_bar)
-    return learner_lib.output(learner, norm, q, z_bar), keys
+    decay = update.decay_of(loop.update)
+    log_decay = gates[decay.gate] if decay is not None else None
+    if loop.reading == "previous":
+        return loop.learner.apply(start.weights, constants, tokens.q), pass_over_keys(loop, constants, start, tokens)
+    keys = pass_over_keys(loop, constants, start, tokens, log_decay)
+    memories = [member.memory(gates.get(member.gate)) for member in loop.update]
+    dense = _AsTokensSee(constants, start, keys, position_eta, log_decay, memories)
+    return loop.learner.f(dense, tokens.q), keys
 
 
-def forward_backward(
-    learner: Learner, norm: LayerNormParams, weights: Weights, k: jax.Array, v: jax.Array, token_eta: jax.Array
+def pass_over_keys(
+    loop: InnerLoop, constants: Constants, start: Start, tokens: Tokens, log_decay: Gate | None = None
 ) -> Pass:
-    """The learner over the keys of a mini-batch, and the gradients of its losses by back-propagation written out."""
-    inputs, derivatives = [k], []
-    for layer in weights[:-1]:
-        activation, derivative = learner_lib.gelu_and_derivative(learner_lib.dense(layer, inputs[-1]))
-        inputs.append(activation)
-        derivatives.append(derivative)
-    f_res = learner_lib.dense(weights[-1], inputs[-1])
-    gradients = [learner_lib.loss_gradient_at_f_res(learner, norm, k, v, f_res)]
-    for layer, derivative in zip(reversed(weights[1:]), reversed(derivatives), strict=True):
-        gradients.insert(0, (gradients[0] @ layer.weight.swapaxes(-1, -2)) * derivative)
-    return Pass(tuple(inputs), tuple(token_eta * g for g in gradients), f_res)
+    """Return the pass of the learner over the keys of a mini-batch, at A_s W where there is a decay."""
+    factor = None if log_decay is None else jnp.exp(log_decay.total)
+    k, v, eta = tokens.k, tokens.v, tokens.eta
+
+    def total_loss(perturbations):
+        dense = _OnTheWayOfKeys(start.weights, constants, factor, perturbations)
+        f_k = loop.learner.f(dense, k)
+        return loop.objective(f_k, v).sum(), (tuple(dense.inputs), f_k)
+
+    matrices = loop.learner.structure.matrices
+    zeros = tuple(jnp.zeros((*k.shape[:-1], m.features_out), k.dtype) for m in matrices)
+    loss, pullback, (inputs, f_k) = jax.vjp(total_loss, zeros, has_aux=True)
+    (gradients,) = pullback(jnp.ones_like(loss))
+    rates = [eta] * len(matrices) if eta.shape[-1] == 1 else jnp.split(eta, len(matrices), -1)
+    return Pass(inputs, tuple(rate * g for rate, g in zip(rates, gradients, strict=True)), f_k)
 
 
-def gradient(learner: Learner, keys: Pass, rate: jax.Array | float = 1.0) -> Weights:
-    """Sum over the tokens of a mini-batch of ``rate * token_eta[s] * gradient[s]``, leaves [B, H, ...]."""
+def gradient(
+    loop: InnerLoop, keys: Pass, rate: jax.Array | float = 1.0, gates: Mapping[str, Gate] | None = None
+) -> Weights:
+    """Return the sum over the tokens of a mini-batch of ``rate * token_eta[s] * gradient[s]``, leaves [B, H, ...]; each
+    decayed by the tokens after it."""
+    decay = update.decay_of(loop.update)
+    if decay is not None and gates is not None:
+        total = gates[decay.gate].total
+        rate = rate * jnp.exp(total[..., -1:, :] - total)
 
-    def layer(x, scaled):
+    def matrix(shape, x, scaled):
         # The rate goes to the small factor: times the product it would cost, backwards, a pass over all of W.
         step = rate * scaled
-        return Dense(x.swapaxes(-1, -2) @ step, step.sum(-2, keepdims=True) if learner.bias else None)
+        return Affine(x.swapaxes(-1, -2) @ step, step.sum(-2, keepdims=True) if shape.bias else None)
 
-    return tuple(map(layer, keys.inputs, keys.scaled))
+    return tuple(map(matrix, loop.learner.structure.matrices, keys.inputs, keys.scaled))
+
+
+class _OnTheWayOfKeys(Dense):
+    """Keeps the inputs of each matrix, and adds a perturbation to its outputs, by which the loss is differentiated."""
+
+    def __init__(self, weights, constants, factor, perturbations):
+        super().__init__(weights, constants)
+        self._factor, self._perturbations = factor, perturbations
+        self.inputs = []
+
+    def apply(self, index: int, affine: Affine, x: jax.Array) -> jax.Array:
+        self.inputs.append(x)
+        y = affine(x) if self._factor is None else self._factor * affine(x)
+        return y + self._perturbations[index]
+
+
+class _AsTokensSee(Dense):
+    """Applies to each token the weights that it sees, without forming them."""
+
+    def __init__(self, constants, start: Start, keys: Pass, position_eta, log_decay: Gate | None, memories):
+        super().__init__(start.weights, constants)
+        self._start, self._keys = start, keys
+        self._rate = position_eta[:, None]  # [b, 1]
+        b = len(position_eta)
+        lower = jnp.tril(jnp.ones((b, b), bool))
+        if log_decay is None:
+            self._factor = None
+            self._among = jnp.where(lower, self._rate, 0.0)  # [b, b]
+            since_start = self._rate
+        else:
+            total = log_decay.total
+            difference = jnp.where(lower, total - total.swapaxes(-1, -2), -jnp.inf)  # of logarithms: no 0 * inf
+            self._factor = jnp.exp(total)
+            self._among = self._rate * jnp.exp(difference)  # [B, H, b, b]
+            before = total[..., :1, :] - log_decay.value[..., :1, :]  # of the pieces before this one
+            since_start = self._rate * jnp.exp(total - before)
+        self._also = [] if start.pending is None else [(start.pending, since_start)]
+        for slot, memory in zip(start.slots, memories, strict=True):
+            if memory is not None:
+                self._also.append((slot, self._rate * memory))
+
+    def apply(self, index: int, affine: Affine, x: jax.Array) -> jax.Array:
+        y = affine(x) if self._factor is None else self._factor * affine(x)
+        similarity = x @ self._keys.inputs[index].swapaxes(-1, -2)  # [B, H, b, b]
+        if affine.bias is not None:
+            similarity += 1
+        y -= (self._among * similarity) @ self._keys.scaled[index]
+        for direction, rate in self._also:
+            y -= rate * direction[index](x)
+        return y

@@ -1,166 +1,193 @@
-"""What a learner is: the inner model ``f``, its self-supervised loss, and the gradient of that loss.
+"""A learner: the inner model ``f``, a function that calls ``dense`` for each of its weight matrices.
 
-    f(x) = x + LN(f_res(x))        f_res = dense layers with GELU between them
-    loss(W; k, v) = 1/2 || LN(f_res(k)) - (v - k) ||^2        summed over d
+    def gated(dense, x):                                  # x: [..., d], one row per token
+        d = x.shape[-1]
+        return dense(jax.nn.silu(dense(x, 4 * d)) * dense(x, 4 * d), d)
 
-Linear is one dense layer, the paper's MLP two with a hidden width of 4d. The weights *and* the biases of the
-dense layers are the hidden state of a TTT layer; the scale and bias of LN belong to the outer loop.
+``dense(x, features, bias=True)`` applies the next weight matrix, ``x W + c``. Weights and biases are the hidden state
+of a TTT layer, which the inner loop changes. ``dense.param(name, shape, init)`` gives a parameter of the outer loop, of
+which each head has its own, constant in the inner loop. Everything else (initial weights, gradients, the dual form,
+shapes, operation counts) is derived from the function.
 
-Shapes: B batch, H heads, b tokens, d head width. Leading axes broadcast, so ``...`` is [B, H] or [H].
-Everything here is computed in the dtype of the weights, which is float32.
+Rules: f acts on each token alone; it is deterministic; it calls ``dense`` equally often with the same shapes each time;
+and never inside ``scan``, ``vmap``, ``checkpoint`` or ``jit``. :mod:`ttt_jax.ttt.rules` checks them.
+
+Shapes: B batch, H heads, b tokens, d_in and d_out widths of a matrix. Leading axes broadcast, so ``...`` is [B, H] or
+[H].
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LAYER_NORM_EPSILON = 1e-6
-_GELU_SCALE = (2.0 / jnp.pi) ** 0.5
-_GELU_CUBIC = 0.044715
+Initializer = Callable[..., jax.Array]  # (key, shape) to an array, as in jax.nn.initializers
 
 
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """The inner model, without its weights.
-
-    Attributes:
-      widths: width of the input, of each hidden layer, and of the output; ``(d, d)`` is TTT-Linear,
-        ``(d, 4 * d, d)`` is TTT-MLP. First and last are equal.
-      norm_residual: with LN and residual, as above. Without, ``f = f_res`` and the target is ``v`` itself,
-        which is the setting of Theorem 1.
-      bias: whether the dense layers have biases.
-    """
-
-    widths: tuple[int, ...]
-    norm_residual: bool = True
-    bias: bool = True
-
-    def __post_init__(self):
-        if len(self.widths) < 2 or min(self.widths) < 1 or self.widths[0] != self.widths[-1]:
-            raise ValueError(f"learner widths {self.widths}: give at least two, all positive, first equal to last")
-
-    @property
-    def depth(self) -> int:
-        """Number of dense layers."""
-        return len(self.widths) - 1
-
-
-def linear(head_dim: int) -> Learner:
-    """The learner of TTT-Linear."""
-    return mlp(head_dim, depth=1)
-
-
-def mlp(head_dim: int, *, depth: int = 2, width_factor: float = 4.0) -> Learner:
-    """The learner of TTT-MLP: ``depth`` dense layers, hidden widths ``width_factor * head_dim``."""
-    hidden = int(head_dim * width_factor)
-    return Learner((head_dim, *(hidden,) * (depth - 1), head_dim))
-
-
-class Dense(NamedTuple):
-    """One dense layer of a learner, or a gradient of its shape."""
+class Affine(NamedTuple):
+    """A weight matrix with its bias, or a gradient of their shape."""
 
     weight: jax.Array  # [..., d_in, d_out]
     bias: jax.Array | None  # [..., 1, d_out]
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return ``x W + c``, [..., b, d_in] to [..., b, d_out]."""
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
 
-Weights = tuple[Dense, ...]
+
+Weights = tuple[Affine, ...]  # in the order in which f calls dense
+Constants = Mapping[str, jax.Array]  # parameters of the outer loop inside f, [H, 1, n] each
 
 
-class LayerNormParams(NamedTuple):
-    """Scale and bias of the LN inside the learner; trained by the outer loop only."""
+class Dense:
+    """What a learner is called with: applies given weights in the order of the calls.
 
-    scale: jax.Array  # [H, 1, d]
-    bias: jax.Array  # [H, 1, d]
+    Subclasses change what one matrix does (:meth:`apply`).
+    """
+
+    def __init__(self, weights: Weights, constants: Constants):
+        self._weights, self._constants, self.calls = weights, constants, 0
+
+    def __call__(self, x: jax.Array, features: int, bias: bool = True) -> jax.Array:
+        """Apply the next weight matrix, [..., b, d_in] to [..., b, ``features``]."""
+        index, self.calls = self.calls, self.calls + 1
+        return self.apply(index, self._weights[index], x)
+
+    def apply(self, index: int, affine: Affine, x: jax.Array) -> jax.Array:
+        """Return what matrix ``index`` makes of its inputs."""
+        return affine(x)
+
+    def param(self, name: str, shape: tuple[int, ...] = (), init: Initializer = jax.nn.initializers.ones) -> jax.Array:
+        """Return a parameter of the outer loop, of shape [H, 1, n] (or [H, 1, 1]), which broadcasts against tokens.
+
+        Args:
+          name: what it is called; a second call with the same name is the same parameter.
+          shape: of one head: ``()`` or ``(n,)``.
+          init: draws the initial values.
+        """
+        return self._constants[name]
+
+
+Function = Callable[[Dense, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A learner without its weights.
+
+    Attributes:
+      f: the function.
+      features: width of its inputs, the keys and queries.
+    """
+
+    f: Function
+    features: int
+
+    @property
+    def structure(self) -> "Structure":
+        """What f calls, in order."""
+        return _structure(self.f, self.features)
+
+    def apply(self, weights: Weights, constants: Constants, x: jax.Array) -> jax.Array:
+        """Return ``f(x; W)``, [..., b, d_in] to [..., b, d_out]."""
+        return self.f(Dense(weights, constants), x)
+
+
+class Matrix(NamedTuple):
+    """The shape of one weight matrix."""
+
+    features_in: int
+    features_out: int
+    bias: bool
+
+
+class Constant(NamedTuple):
+    """A parameter of the outer loop inside f; ``shape`` without the axis of heads."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: Initializer
+
+
+class Structure(NamedTuple):
+    """What a learner is made of.
+
+    Attributes:
+      matrices: shape of each weight matrix, in the order of the calls.
+      constants: parameters of the outer loop inside f.
+      features_out: width of f's outputs.
+    """
+
+    matrices: tuple[Matrix, ...]
+    constants: tuple[Constant, ...]
+    features_out: int
 
 
 def init(key: jax.Array, learner: Learner, heads: int, stddev: float = 0.02) -> Weights:
-    """Draws W0 for every head: normal weights, zero biases."""
-    keys = jax.random.split(key, learner.depth)
+    """Draw W0 for every head: normal weights, zero biases; leaves [H, ...]."""
+    matrices = learner.structure.matrices
+    keys = jax.random.split(key, len(matrices))
     return tuple(
-        Dense(
-            stddev * jax.random.normal(k, (heads, n_in, n_out)),
-            jnp.zeros((heads, 1, n_out)) if learner.bias else None,
+        Affine(
+            stddev * jax.random.normal(k, (heads, m.features_in, m.features_out)),
+            jnp.zeros((heads, 1, m.features_out)) if m.bias else None,
         )
-        for k, n_in, n_out in zip(keys, learner.widths[:-1], learner.widths[1:], strict=True)
+        for k, m in zip(keys, matrices, strict=True)
     )
 
 
-def dense(layer: Dense, x: jax.Array) -> jax.Array:
-    """``x W + c``, [..., b, d_in] to [..., b, d_out]."""
-    y = x @ layer.weight
-    return y if layer.bias is None else y + layer.bias
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh form."""
-    return gelu_and_derivative(x)[0]
-
-
-def gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """GELU in its tanh form and its derivative, sharing the one tanh."""
-    t = jnp.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3))
-    derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x**2)
-    return 0.5 * x * (1 + t), derivative
-
-
-def normalise(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(z - mean) / std`` over the last axis, and ``1 / std``."""
-    centred = z - z.mean(-1, keepdims=True)
-    inverse_std = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
-    return centred * inverse_std, inverse_std
-
-
-def layer_norm(z: jax.Array, norm: LayerNormParams) -> jax.Array:
-    """LN per head over d."""
-    return normalise(z)[0] * norm.scale + norm.bias
-
-
-def residual_branch(weights: Weights, x: jax.Array) -> jax.Array:
-    """``f_res(x)``, [..., b, d] to [..., b, d]."""
-    for layer in weights[:-1]:
-        x = gelu(dense(layer, x))
-    return dense(weights[-1], x)
-
-
-def output(learner: Learner, norm: LayerNormParams, x: jax.Array, f_res: jax.Array) -> jax.Array:
-    """``f(x)`` from ``f_res(x)``: LN and residual, where the learner has them."""
-    return x + layer_norm(f_res, norm) if learner.norm_residual else f_res
-
-
-def apply(learner: Learner, norm: LayerNormParams, weights: Weights, x: jax.Array) -> jax.Array:
-    """``f(x; W)``, [..., b, d] to [..., b, d]."""
-    return output(learner, norm, x, residual_branch(weights, x))
-
-
-def loss(learner: Learner, norm: LayerNormParams, weights: Weights, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The self-supervised loss per token, [..., b, d] to [..., b]. With the residual, ``f(k) - v`` is
-    ``LN(f_res(k)) - (v - k)``."""
-    return loss_from_output(apply(learner, norm, weights, k), v)
-
-
-def loss_from_output(f_k: jax.Array, v: jax.Array) -> jax.Array:
-    """``1/2 || f(k) - v ||^2`` per token, [..., b, d] to [..., b]."""
-    return 0.5 * ((f_k - v) ** 2).sum(-1)
-
-
-def gradient_step(weights: Weights, gradient: Weights, rate: jax.Array | float = 1.0) -> Weights:
-    """``W - rate * gradient``."""
-    return jax.tree.map(lambda w, g: w - rate * g, weights, gradient)
+def init_constants(key: jax.Array, learner: Learner, heads: int) -> dict[str, jax.Array]:
+    """Draw the parameters of the outer loop inside f, [H, 1, n] each."""
+    constants = learner.structure.constants
+    keys = jax.random.split(key, max(1, len(constants)))
+    return {c.name: c.init(k, (heads, *c.shape)) for k, c in zip(keys, constants, strict=False)}
 
 
 def norm_per_head(weights: Weights) -> jax.Array:
-    """Frobenius norm over all weights and biases of a head, [..., d_in, d_out] leaves to [...]."""
+    """Return the Frobenius norm over all weights and biases of a head, [..., d_in, d_out] leaves to [...]."""
     return jnp.sqrt(sum((w**2).sum((-2, -1)) for w in jax.tree.leaves(weights)))
 
 
-def loss_gradient_at_f_res(
-    learner: Learner, norm: LayerNormParams, k: jax.Array, v: jax.Array, f_res: jax.Array
-) -> jax.Array:
-    """Gradient of the loss with respect to ``f_res(k)``, that is G of the last layer: [..., b, d]."""
-    if not learner.norm_residual:
-        return f_res - v
-    x_hat, inverse_std = normalise(f_res)
-    g = (x_hat * norm.scale + norm.bias - (v - k)) * norm.scale
-    return inverse_std * (g - g.mean(-1, keepdims=True) - x_hat * (g * x_hat).mean(-1, keepdims=True))
+@functools.lru_cache(maxsize=256)
+def _structure(f: Function, features: int) -> Structure:
+    recorder = _Recorder()
+    x = jax.ShapeDtypeStruct((1, 1, 1, features), jnp.float32)
+    y = jax.eval_shape(functools.partial(f, recorder), x)
+    if not isinstance(y, jax.ShapeDtypeStruct) or y.shape[:-1] != (1, 1, 1):
+        raise ValueError(f"{_name(f)} returns {y}; expected an array [..., tokens, features], one row per token")
+    if not recorder.matrices:
+        raise ValueError(f"{_name(f)} does not call dense; expected a call for each of its weight matrices")
+    return Structure(tuple(recorder.matrices), tuple(recorder.constants.values()), y.shape[-1])
+
+
+class _Recorder(Dense):
+    """Keeps the shapes that f asks for; computes zeros."""
+
+    def __init__(self):
+        self.matrices: list[Matrix] = []
+        self.constants: dict[str, Constant] = {}
+
+    def __call__(self, x: jax.Array, features: int, bias: bool = True) -> jax.Array:
+        if features < 1:
+            raise ValueError(f"dense is called with features={features}; expected 1 or more")
+        self.matrices.append(Matrix(x.shape[-1], features, bool(bias)))
+        return jnp.zeros((*x.shape[:-1], features), x.dtype)
+
+    def param(self, name: str, shape: tuple[int, ...] = (), init: Initializer = jax.nn.initializers.ones) -> jax.Array:
+        if not name.isidentifier() or re.fullmatch(r"(kernel|bias)_\d+", name):
+            raise ValueError(f"dense.param({name!r}): expected an identifier other than kernel_0, bias_0 and so on")
+        if len(shape) > 1:
+            raise ValueError(f"dense.param({name!r}, {shape}): expected a shape of at most one axis, such as (d,)")
+        found = Constant(name, (1,) * (2 - len(shape)) + tuple(shape), init)
+        if self.constants.setdefault(name, found)[:2] != found[:2]:
+            raise ValueError(f"dense.param({name!r}, {shape}): the name has another shape elsewhere in the learner")
+        return jnp.zeros((1, *found.shape))
+
+
+def _name(f: Any) -> str:
+    return getattr(f, "__name__", None) or type(f).__name__

@@ -1,55 +1,70 @@
 """The inner loop in primal form: one token after another, gradients by autodiff, every W_t formed.
 
-The definition that the dual form must equal, and the cheaper way for a single token, as in decoding.
+The definition that the dual form must equal, for every learner, objective, rate, update and reading.
 
-Shapes: B batch, T tokens, H heads, b tokens per mini-batch, d head width.
+Shapes: B batch, T tokens, H heads, b tokens per mini-batch, d_k and d_v widths of keys and values.
 """
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt.learner import LayerNormParams, Learner
+from ttt_jax.ttt import update
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.learner import Dense
 from ttt_jax.ttt.state import InnerState
+from ttt_jax.ttt.update import Gate
 
 
-def run(
-    learner: Learner,
-    norm: LayerNormParams,
-    state: InnerState,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    token_eta: jax.Array,
-    position_eta: jax.Array,
-) -> tuple[jax.Array, InnerState]:
-    """A piece of a sequence, from any position in a mini-batch to any other.
-
-    Args:
-      q, k, v: [B, T, H, d], after RoPE.
-      token_eta: [B, T, H].
-      position_eta: [b]; its length is the size of a mini-batch.
+def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerState) -> tuple[jax.Array, InnerState]:
+    """Read a piece of a sequence, from any position in a mini-batch to any other.
 
     Returns:
-      z [B, T, H, d] and the state after the last token.
+      z [B, T, H, d_v] and the state after the last token.
     """
-    b = len(position_eta)
+    w0, constants, position_eta = parameters
+    b, chain, causal = len(position_eta), loop.update, loop.reading == "causal"
+    decay = update.decay_of(chain)
+    start_of_sequence = jax.tree.map(lambda w: jnp.broadcast_to(w, (len(tokens.q), *w.shape[-3:])), w0)
 
     def total_loss(weights, k, v):
-        return learner_lib.loss(learner, norm, weights, k, v).sum()
+        return loop.objective(loop.learner.f(Dense(weights, constants), k), v).sum()
 
-    def token(state: InnerState, inputs):
-        q, k, v, eta = inputs  # [B, H, 1, d] three times, [B, H, 1, 1]
-        gradient = jax.grad(total_loss)(state.weights, k, v)
-        pending = jax.tree.map(lambda p, g: p + eta * g, state.pending, gradient)
+    def token(state: InnerState, now):
         place = state.position % b
-        weights = learner_lib.gradient_step(state.weights, pending, position_eta[place])
-        z = learner_lib.apply(learner, norm, weights, q)
-        return state.advanced(pending, weights, 1, place == b - 1), z
+        totals = {name: total + now.gates[name][..., 0, 0] for name, total in (state.gates or {}).items()}
+        gates = {name: Gate(now.gates[name], total[..., None, None], place + 1) for name, total in totals.items()}
 
-    def token_first(x):  # [B, T, H, d] -> [T, B, H, 1, d]
-        return x.astype(jnp.float32).swapaxes(0, 1)[..., None, :]
+        def shrunk(by, weights):  # by the exponential of a gate
+            return weights if decay is None else jax.tree.map(lambda w: jnp.exp(by(gates[decay.gate])) * w, weights)
 
-    xs = (token_first(q), token_first(k), token_first(v), token_first(token_eta[..., None]))
+        used = update.used_weights(chain, state.weights, start_of_sequence)
+        at = shrunk(lambda gate: gate.total, used) if causal else used
+        gradient = jax.grad(total_loss)(at, now.k, now.v)
+        rates = [now.eta[..., i % now.eta.shape[-1], None] for i in range(len(gradient))]
+        step = tuple(jax.tree.map(lambda g, r=r: r * g, g) for r, g in zip(rates, gradient, strict=True))
+        pending = jax.tree.map(jnp.add, shrunk(lambda gate: gate.value, state.pending), step)
+        stepped, slots = update.step(
+            chain, state.weights, state.slots, pending, gates, position_eta[place], start_of_sequence
+        )
+        reads = update.used_weights(chain, stepped, start_of_sequence) if causal else used
+        z = loop.learner.apply(reads, constants, now.q)
+
+        full = place == b - 1
+        after = InnerState(
+            stepped, jax.tree.map(jnp.zeros_like, pending), state.position, slots, jax.tree.map(jnp.zeros_like, totals)
+        )
+        inside = state._replace(pending=pending, gates=totals)
+        new = jax.tree.map(lambda x, y: jnp.where(full, x, y), after, inside)
+        return new._replace(position=state.position + 1), z
+
+    dtype = jnp.promote_types(w0[0].weight.dtype, jnp.float32)
+
+    def token_first(x):  # [B, T, H, ...] -> [T, B, H, 1, ...]
+        return jnp.expand_dims(x.astype(dtype).swapaxes(0, 1), 3)
+
+    gates = update.gates_per_token(chain, tokens.gates or {}, tokens.eta.astype(dtype))
+    eta = tokens.eta if tokens.eta.ndim == 4 else tokens.eta[..., None]
+    by_token = {name: token_first(gate[..., None]) for name, gate in gates.items()}
+    xs = Tokens(*(token_first(x) for x in (tokens.q, tokens.k, tokens.v, eta)), by_token)
     state, z = jax.lax.scan(token, state, xs)
-    return z[..., 0, :].swapaxes(0, 1).astype(q.dtype), state
+    return z[..., 0, :].swapaxes(0, 1).astype(tokens.q.dtype), state

@@ -4,7 +4,7 @@ A sequence may be read in pieces cut anywhere, also inside a mini-batch: the sta
 the next one starts from, and the outputs are those of one go. When the sequence length is not a multiple of b, the
 last mini-batch has fewer tokens and is exact too.
 
-Shapes: B batch, T tokens of this piece, H heads, b tokens per mini-batch, n mini-batches, d head width.
+Shapes: B batch, T tokens of this piece, H heads, b tokens per mini-batch, n mini-batches, d_v width of values.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt import dual
-from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
+from ttt_jax.ttt import dual, update
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.learner import Weights, norm_per_head
 from ttt_jax.ttt.state import InnerState, initial_state
+from ttt_jax.ttt.update import Gate
 
 
 class Statistics(NamedTuple):
@@ -32,24 +33,19 @@ class Statistics(NamedTuple):
 class Result(NamedTuple):
     """What :func:`run` returns."""
 
-    z: jax.Array  # [B, T, H, d], in the dtype of q
+    z: jax.Array  # [B, T, H, d_v], in the dtype of q
     state: InnerState  # after the last token
     statistics: Statistics | None
 
 
-# (learner, norm, weights at the start, q, k, v, token_eta, position_eta) -> (z, weights at the end)
-Kernel = Callable[..., tuple[jax.Array, Weights]]
+# (loop, parameters, weights at the start, tokens) -> (z, weights at the end), both of whole mini-batches
+Kernel = Callable[[InnerLoop, Parameters, Weights, Tokens], tuple[jax.Array, Weights]]
 
 
 def run(
-    learner: Learner,
-    norm: LayerNormParams,
-    w0: Weights,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    token_eta: jax.Array,
-    position_eta: jax.Array,
+    loop: InnerLoop,
+    parameters: Parameters,
+    tokens: Tokens,
     state: InnerState | None = None,
     *,
     remat_group: int = 0,
@@ -57,15 +53,13 @@ def run(
     statistics: bool = False,
     kernel: Kernel | None = None,
 ) -> Result:
-    """Reads T tokens, taking one gradient step per mini-batch of b.
+    """Read T tokens, taking one step per mini-batch of b.
 
     Args:
-      learner, norm: the inner model and its LN.
-      w0: weights at the start of a sequence, leaves [H, ...].
-      q, k, v: [B, T, H, d], after RoPE, any float dtype; the inner loop computes in float32.
-      token_eta: [B, T, H], the part of the learning rate that depends on the token whose gradient is taken.
-      position_eta: [b], the part that depends on the position in the mini-batch of the token that uses it; its length
-        sets b. eta[t, s] = position_eta[t] * token_eta[s].
+      loop: the five choices.
+      parameters: W0, what is constant in the inner loop, and the rates of the positions, whose number is b.
+      tokens: q, k (after RoPE), v, rates and gates, any float dtype; the inner loop computes in float32 (in float64
+        where W0 is).
       state: where an earlier piece of the same sequences ended; None starts them.
       remat_group: mini-batches between two stored W in the backward pass; what lies between is computed again.
         0 stores everything.
@@ -76,69 +70,133 @@ def run(
 
     Returns:
       Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.
+
+    Raises:
+      ValueError: where a gate that the update reads is missing.
     """
-    dtype = q.dtype
-    inputs = (q, k, v, token_eta[..., None])
-    options = _Options(learner, norm, w0, position_eta, remat_group, unroll, statistics, kernel)
-    z, state, stats = _whole(options, inputs) if state is None else _continued(options, inputs, state)
-    return Result(z.astype(dtype), state, Statistics(*stats) if statistics else None)
+    eta = tokens.eta if tokens.eta.ndim == 4 else tokens.eta[..., None]
+    gates = update.gates_per_token(loop.update, tokens.gates or {}, tokens.eta)
+    inputs = tokens._replace(eta=eta, gates={name: gate[..., None] for name, gate in gates.items()})
+    reader = _Reader(loop, parameters, remat_group, unroll, statistics, kernel)
+    z, end, stats = _whole(reader, inputs) if state is None else _continued(reader, inputs, state)
+    return Result(z.astype(tokens.q.dtype), end, Statistics(*stats) if statistics else None)
 
 
-class _Options(NamedTuple):
+class _Reader(NamedTuple):
     """What stays the same for all mini-batches of a call."""
 
-    learner: Learner
-    norm: LayerNormParams
-    w0: Weights
-    position_eta: jax.Array
+    loop: InnerLoop
+    parameters: Parameters
     remat_group: int
     unroll: int
     statistics: bool
     kernel: Kernel | None
 
     @property
+    def b(self) -> int:
+        return len(self.parameters.position_eta)
+
+    @property
     def uses_kernel(self) -> bool:
         return self.kernel is not None and not self.statistics
 
+    def read(self, start: InnerState, pending: Weights | None, tokens: Tokens, filled: Any):
+        """Read (a part of) one mini-batch.
 
-def _whole(options: _Options, inputs):
+        Args:
+          start: where its reading starts.
+          pending: what earlier parts of the mini-batch left; None where it is known that there are none.
+          tokens: [B, H, n, ...], beginning at the first place of the mini-batch, or with empty places before them.
+          filled: places of the mini-batch that are filled after them.
+
+        Returns:
+          the state as if the mini-batch ended here, what is pending if it does not, the totals of the gates, z, and
+          the statistics.
+        """
+        loop, (w0, constants, position_eta) = self.loop, self.parameters
+        tokens = jax.tree.map(lambda x: x.astype(start.weights[0].weight.dtype), tokens)
+        count = jnp.arange(1, tokens.q.shape[-2] + 1)[:, None]
+        gates = {}
+        for name, value in (tokens.gates or {}).items():
+            before = 0.0 if start.gates is None else start.gates[name][..., None, None]
+            gates[name] = Gate(value, before + jnp.cumsum(value, -2), count)
+        last = {name: _at(gate, filled - 1) for name, gate in gates.items()}
+        rate = position_eta[filled - 1]
+
+        used = update.used_weights(loop.update, start.weights, w0)
+        begin = dual.Start(used, pending, start.slots)
+        z, keys = dual.mini_batch(loop, constants, begin, tokens, position_eta[: tokens.q.shape[-2]], gates)
+        if pending is None and not loop.update and filled is self.b:
+            step = dual.gradient(loop, keys, rate)  # the rate goes to the small factor
+            weights, slots = jax.tree.map(lambda w, g: w - g, start.weights, step), ()
+        else:
+            left = dual.gradient(loop, keys, gates=gates)
+            pending = left if pending is None else jax.tree.map(jnp.add, self._shrunk(pending, gates), left)
+            weights, slots = update.step(loop.update, start.weights, start.slots, pending, last, rate, w0)
+        after = start._replace(weights=weights, slots=slots)
+        stats = self._statistics(used, keys, tokens, weights)
+        return after, pending, {name: gate.total[..., 0, 0] for name, gate in last.items()}, (z, stats)
+
+    def _shrunk(self, pending: Weights, gates: dict[str, Gate]) -> Weights:
+        """Return what earlier parts of a mini-batch left, decayed by these tokens."""
+        decay = update.decay_of(self.loop.update)
+        if decay is None:
+            return pending
+        factor = jnp.exp(gates[decay.gate].value.sum(-2, keepdims=True))
+        return jax.tree.map(lambda p: factor * p, pending)
+
+    def _statistics(self, used: Weights, keys: dual.Pass, tokens: Tokens, weights: Weights) -> tuple[jax.Array, ...]:
+        """Return those of a mini-batch, [B, H, b] each; none when they were not asked for."""
+        if not self.statistics:
+            return ()
+        loop, (w0, constants, _) = self.loop, self.parameters
+
+        def loss(weights):
+            return loop.objective(loop.learner.apply(weights, constants, tokens.k), tokens.v)
+
+        new = update.used_weights(loop.update, weights, w0)
+        at_start = loop.objective(keys.f_k, tokens.v) if update.decay_of(loop.update) is None else loss(used)
+        change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, new, w0))  # |x| has no gradient at 0
+        distance = jnp.broadcast_to(norm_per_head(change)[..., None], tokens.k.shape[:-1])
+        return loss(w0), at_start, loss(new), distance
+
+
+def _whole(reader: _Reader, inputs: Tokens):
     """From the start of the sequence: mini-batches of b, then one of the T mod b tokens that are left."""
-    batch, tokens = inputs[0].shape[:2]
-    b = len(options.position_eta)
+    batch, tokens = inputs.q.shape[:2]
+    b = reader.b
     n, rest = divmod(tokens, b)
 
-    def step(weights, x):
-        x = _float32(x)
-        z, keys = _mini_batch(options, weights, None, x, options.position_eta)
-        new_weights = learner_lib.gradient_step(weights, dual.gradient(options.learner, keys, options.position_eta[-1]))
-        return new_weights, (z, _statistics(options, keys, x, new_weights))
+    def step(state: InnerState, x: Tokens):
+        after, _, _, y = reader.read(state, None, x, b)
+        return after, y
 
-    start = initial_state(options.w0, batch)
-    weights, pending = start.weights, start.pending
+    start = initial_state(reader.parameters.w0, batch, reader.loop.update)
+    state = start._replace(gates=None)  # none pending
     outputs = []
-    if n and options.uses_kernel:
-        weights, z = _by_kernel(options, weights, tuple(x[:, : n * b] for x in inputs))
+    if n and reader.uses_kernel:
+        weights, z = _by_kernel(reader, state.weights, jax.tree.map(lambda x: x[:, : n * b], inputs))
+        state = state._replace(weights=weights)
         outputs.append((z, ()))
     elif n:
-        head = tuple(_split(x[:, : n * b], b) for x in inputs)
-        weights, ys = _grouped_scan(step, weights, head, options.remat_group, options.unroll)
+        head = jax.tree.map(lambda x: _split(x[:, : n * b], b), inputs)
+        state, ys = _grouped_scan(step, state, head, reader.remat_group, reader.unroll)
         outputs.append(_join_outputs(ys))
+    pending, gates = start.pending, start.gates
     if rest:
-        tail = _float32(tuple(_split(x[:, n * b :], rest)[0] for x in inputs))
-        position_eta = options.position_eta[:rest]
-        z, keys = _mini_batch(options, weights, None, tail, position_eta)
-        pending = dual.gradient(options.learner, keys)
-        stats = _statistics(options, keys, tail, learner_lib.gradient_step(weights, pending, position_eta[-1]))
-        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], (z, stats))))
+        tail = jax.tree.map(lambda x: _split(x[:, n * b :], rest)[0], inputs)
+        _, pending, gates, y = reader.read(state, None, tail, rest)
+        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], y)))
     z, stats = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *outputs)
-    return z, InnerState(weights, pending, jnp.asarray(tokens, jnp.int32)), stats
+    end = state._replace(pending=pending, gates=gates, position=jnp.asarray(tokens, jnp.int32))
+    return z, end, stats
 
 
-def _continued(options: _Options, inputs, state: InnerState):
+def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
     """From any position: the tokens are laid out on the grid of mini-batches, with empty places (rate 0) before the
     first and after the last one, and a mini-batch takes its step once its last place has been filled."""
-    tokens = inputs[0].shape[1]
-    b = len(options.position_eta)
+    tokens = inputs.q.shape[1]
+    b = reader.b
     offset = state.position % b
     n = -(-(tokens + b - 1) // b)  # enough for every offset
 
@@ -146,25 +204,25 @@ def _continued(options: _Options, inputs, state: InnerState):
         return jnp.roll(jnp.pad(x, ((0, 0), (0, n * b - tokens), (0, 0), (0, 0))), offset, axis=1)
 
     def step(carry: InnerState, x):
-        *x, filled = x
-        x = _float32(x)
-        z, keys = _mini_batch(options, carry.weights, carry.pending, x, options.position_eta)
-        pending = jax.tree.map(jnp.add, carry.pending, dual.gradient(options.learner, keys))
-        new_weights = learner_lib.gradient_step(carry.weights, pending, options.position_eta[filled - 1])
-        new = carry.advanced(pending, new_weights, 0, filled == b)
-        return new, (z, _statistics(options, keys, x, new_weights))
+        x, filled = x
+        after, pending, gates, y = reader.read(carry, carry.pending, x, filled)
+        inside = carry._replace(pending=pending, gates=gates)
+        zeros = jax.tree.map(jnp.zeros_like, (pending, gates))
+        whole = after._replace(pending=zeros[0], gates=zeros[1])
+        return jax.tree.map(lambda x, y: jnp.where(filled == b, x, y), whole, inside), y
 
     filled = jnp.clip(offset + tokens - b * jnp.arange(n), 0, b)  # places filled when this piece ends
-    grid = tuple(map(on_grid, inputs))
+    grid = jax.tree.map(on_grid, inputs)
 
     def scan(state, first, last):
-        xs = (*(_split(x[:, first * b : last * b], b) for x in grid), filled[first:last])
-        state, ys = _grouped_scan(step, state, xs, options.remat_group, options.unroll)
+        xs = (jax.tree.map(lambda x: _split(x[:, first * b : last * b], b), grid), filled[first:last])
+        state, ys = _grouped_scan(step, state, xs, reader.remat_group, reader.unroll)
         return state, _join_outputs(ys)
 
-    if options.uses_kernel and n > 3:  # all but the first and the last two mini-batches are whole at every offset
+    if reader.uses_kernel and n > 3:  # all but the first and the last two mini-batches are whole at every offset
         state_then, first = scan(state, 0, 1)
-        weights, z = _by_kernel(options, state_then.weights, tuple(x[:, b : (n - 2) * b] for x in grid))
+        inner = jax.tree.map(lambda x: x[:, b : (n - 2) * b], grid)
+        weights, z = _by_kernel(reader, state_then.weights, inner)
         end, last = scan(state_then._replace(weights=weights), n - 2, n)
         ys = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), first, (z, ()), last)
     else:
@@ -173,38 +231,18 @@ def _continued(options: _Options, inputs, state: InnerState):
     return z, end._replace(position=state.position + tokens), stats
 
 
-def _by_kernel(options: _Options, weights: Weights, inputs) -> tuple[Weights, jax.Array]:
+def _by_kernel(reader: _Reader, weights: Weights, inputs: Tokens) -> tuple[Weights, jax.Array]:
     """Whole mini-batches; the weights after them, and z."""
-    assert options.kernel is not None
-    *qkv, token_eta = inputs
-    eta = token_eta[..., 0].astype(jnp.float32)
-    z, weights = options.kernel(options.learner, options.norm, weights, *qkv, eta, options.position_eta)
+    assert reader.kernel is not None
+    tokens = inputs._replace(eta=inputs.eta[..., 0].astype(jnp.float32))
+    z, weights = reader.kernel(reader.loop, reader.parameters, weights, tokens)
     return weights, z.astype(jnp.float32)
 
 
-def _float32(x):
-    return jax.tree.map(lambda y: y.astype(jnp.float32), x)
-
-
-def _mini_batch(options: _Options, weights, pending, x, position_eta):
-    q, k, v, token_eta = x
-    return dual.mini_batch(options.learner, options.norm, weights, pending, q, k, v, token_eta, position_eta)
-
-
-def _statistics(options: _Options, keys: dual.Pass, x, new_weights) -> tuple[jax.Array, ...]:
-    """Those of a mini-batch, [B, H, b] each; none when they were not asked for."""
-    if not options.statistics:
-        return ()
-    _, k, v, _ = x
-    learner, norm = options.learner, options.norm
-    change = jax.lax.stop_gradient(learner_lib.gradient_step(new_weights, options.w0))  # |x| has no gradient at 0
-    distance = learner_lib.norm_per_head(change)
-    return (
-        learner_lib.loss(learner, norm, options.w0, k, v),
-        learner_lib.loss_from_output(learner_lib.output(learner, norm, k, keys.f_res), v),
-        learner_lib.loss(learner, norm, new_weights, k, v),
-        jnp.broadcast_to(distance[..., None], k.shape[:-1]),
-    )
+def _at(gate: Gate, place: Any) -> Gate:
+    """Return a gate as of one place of a mini-batch; ``place`` may be traced."""
+    value, total = (jax.lax.dynamic_slice_in_dim(x, place, 1, -2) for x in (gate.value, gate.total))
+    return Gate(value, total, jnp.maximum(place + 1, 1))
 
 
 def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):

@@ -3,8 +3,8 @@
 from functools import partial
 from typing import NamedTuple
 
+from ttt_jax.ttt.inner_loop import InnerLoop
 from ttt_jax.ttt.kernels import run
-from ttt_jax.ttt.learner import Learner
 from ttt_jax.ttt.scan import Kernel
 
 KERNELS = ("auto", "pallas", "scan")
@@ -28,7 +28,7 @@ def scan_options(remat_group: int | None, unroll: int | None, device: str) -> di
     return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
 
 
-def choose(kernel: str, learner: Learner, mini_batch: int, device: str, remat_group: int | None = None) -> Choice:
+def choose(kernel: str, loop: InnerLoop, mini_batch: int, device: str, remat_group: int | None = None) -> Choice:
     """What ``auto``, ``pallas`` or ``scan`` comes to.
 
     Args:
@@ -41,7 +41,7 @@ def choose(kernel: str, learner: Learner, mini_batch: int, device: str, remat_gr
     """
     if kernel == "scan":
         return Choice(None, "scan, as configured")
-    reason = run.unsupported(learner, mini_batch)
+    reason = run.unsupported(loop, mini_batch)
     there = partial(run.run, remat_group=remat_group, interpret=interpreted(device))
     if device.startswith(_SMALL):
         reason = reason or f"too little fast memory on {device}"

@@ -25,14 +25,14 @@ from ttt_jax.ttt.kernels import norm
 from ttt_jax.ttt.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, stack_heads
 from ttt_jax.ttt.kernels.program import Saved
-from ttt_jax.ttt.learner import Dense, Learner, Weights
+from ttt_jax.ttt.learner import Affine, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
 STAGGER = (0.0, 0.0)
 coefficients = layout_lib.coefficients
 
 
-def most_packs(learner: Learner, operands: jnp.dtype) -> int:
+def most_packs(widths: tuple[int, ...], operands: jnp.dtype) -> int:
     """Packs that are computed together, at most: what fits into the fast memory of the chip."""
     return 8 if operands == jnp.float32 else 16
 
@@ -49,7 +49,7 @@ class State(NamedTuple):
     bias: jax.Array
 
 
-def chain(numerics: Numerics, learner: Learner) -> tuple[Saved, ...]:
+def chain(numerics: Numerics, widths: tuple[int, ...]) -> tuple[Saved, ...]:
     """Z."""
     return (Saved(1, LANES, jnp.float32),)
 
@@ -131,4 +131,4 @@ def unpack(layout: Layout, state: State, start: Weights) -> Weights:
     weight = jnp.stack([blocks[:, :, i, :, i] for i in range(s)], 2).reshape(batch, -1, slot, slot)[:, :heads, :d, :d]
     bias = state.bias.reshape(batch, -1, 1, slot)[:, :heads, :, :d]
     old_weight, old_bias = (x.mean(-1, keepdims=True) for x in jax.tree.leaves(start))
-    return (Dense(weight + old_weight, bias + old_bias),)
+    return (Affine(weight + old_weight, bias + old_bias),)

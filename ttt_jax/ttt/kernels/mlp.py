@@ -33,16 +33,16 @@ from ttt_jax.ttt.kernels.mlp_backward import derivative as derivative
 from ttt_jax.ttt.kernels.mlp_rows import earlier, hidden_rates, join, no_tiles, over_hidden, rows_of, sum_per_head, tile
 from ttt_jax.ttt.kernels.ops import Numerics, dot, split, spread, stack_heads, unstack_heads
 from ttt_jax.ttt.kernels.program import Saved
-from ttt_jax.ttt.learner import Dense, Learner, Weights
+from ttt_jax.ttt.learner import Affine, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
 STAGGER = (300.0, 1200.0)
 
 
-def most_packs(learner: Learner, operands: jnp.dtype) -> int:
+def most_packs(widths: tuple[int, ...], operands: jnp.dtype) -> int:
     """Packs that are computed together, at most: what fits into the fast memory of the chip."""
     of_256 = 4 if operands == jnp.float32 else 8
-    return max(1, min(of_256, of_256 * 256 // hidden(learner)))
+    return max(1, min(of_256, of_256 * 256 // hidden(widths)))
 
 
 def unroll(layout: Layout) -> tuple[int, int]:
@@ -82,15 +82,15 @@ def coefficients(layout: Layout, position_eta: jax.Array) -> Coefficients:
     return Coefficients(jnp.tile(queries, per_head), jnp.tile(of_keys, per_head), jnp.broadcast_to(last, (1, LANES)))
 
 
-def chain(numerics: Numerics, learner: Learner) -> tuple[Saved, ...]:
+def chain(numerics: Numerics, widths: tuple[int, ...]) -> tuple[Saved, ...]:
     """Z1, in rows, and Z2."""
     layout, operands = numerics
-    return Saved(layout.pack, hidden(learner), operands), Saved(1, LANES, jnp.float32)
+    return Saved(layout.pack, hidden(widths), operands), Saved(1, LANES, jnp.float32)
 
 
-def hidden(learner: Learner) -> int:
+def hidden(widths: tuple[int, ...]) -> int:
     """m, lanes of the hidden features."""
-    return -(-learner.widths[1] // LANES) * LANES
+    return -(-widths[1] // LANES) * LANES
 
 
 def group(
@@ -187,8 +187,8 @@ def unpack(layout: Layout, state: State, start: Weights) -> Weights:
     c2 = state.bias2.reshape(batch, layout.packs * layout.pack, 1, layout.slot)[:, :heads, :, :d]
     w2 = jnp.swapaxes(unpack_weight(state.weight2), -1, -2)
     return (
-        Dense(unpack_weight(state.weight1), c1),
-        Dense(w2 + _mean(second.weight), c2 + _mean(second.bias)),
+        Affine(unpack_weight(state.weight1), c1),
+        Affine(w2 + _mean(second.weight), c2 + _mean(second.bias)),
     )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ttt_jax.ttt.kernels.layout import LANES, Layout
-from ttt_jax.ttt.learner import LAYER_NORM_EPSILON
+from ttt_jax.ttt.learners import LAYER_NORM_EPSILON
 
 
 class Numerics(NamedTuple):

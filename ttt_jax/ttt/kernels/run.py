@@ -7,34 +7,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters
+from ttt_jax.ttt.inner_loop import Tokens as LoopTokens
 from ttt_jax.ttt.kernels import layout as layout_lib
 from ttt_jax.ttt.kernels import linear, mlp, program
 from ttt_jax.ttt.kernels.layout import Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.program import Inputs, Program
-from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
+from ttt_jax.ttt.learner import Learner, Weights
+from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm
+from ttt_jax.ttt.objective import squared_error
 
 
-def unsupported(learner: Learner, mini_batch: int) -> str | None:
-    """Say why no kernel exists for a learner and a size of mini-batches; return None where one does.
+def unsupported(loop: InnerLoop, mini_batch: int) -> str | None:
+    """Say why no kernel exists for an inner loop and a size of mini-batches; return None where one does.
 
-    Kernels compute one function: dense layers with GELU, LN and residual. A learner is accepted only where it equals
-    the one of its widths that they compute, so a subclass, or a field added to :class:`Learner`, is refused.
+    Kernels compute two points, TTT-Linear and TTT-MLP, at any rates per token. A loop is accepted only where it equals
+    one of them, never because its widths are the same.
     """
-    if type(learner) is not Learner:
-        return f"the learner is a {type(learner).__name__}, which the kernels do not compute"
-    if not learner.norm_residual:
+    f, d = loop.learner.f, loop.learner.features
+    if loop.objective is not squared_error:
+        return f"the objective is {getattr(loop.objective, '__name__', loop.objective)}"
+    if loop.update:
+        return f"the update is {' + '.join(type(member).__name__.lower() for member in loop.update)}"
+    if loop.reading != "causal":
+        return f"the reading is {loop.reading}"
+    if loop.rate.per_matrix:
+        return "each weight matrix has its own rate"
+    if type(f) is not ResidualNorm:
         return "the learner has no LN and residual"
-    if not learner.bias:
+    inner: Any = f.f
+    if type(inner) not in (Linear, MLP):
+        return f"the learner is {getattr(inner, '__name__', type(inner).__name__)}, which the kernels do not compute"
+    if not inner.bias:
         return "the learner has no biases"
-    if learner.depth > 2:
-        return f"the learner has {learner.depth} dense layers"
-    if learner.depth == 2 and learner.widths[1] > 4 * learner.widths[0]:
-        return f"the hidden layer of the learner has more than 4 times the {learner.widths[0]} features of a head"
-    if learner != Learner(learner.widths):
-        return f"{learner} is not one that the kernels compute"
-    if not layout_lib.supported(learner.widths[0], mini_batch):
-        return f"heads of {learner.widths[0]} features and mini-batches of {mini_batch} tokens do not fill registers"
+    if type(inner) is MLP and inner.depth != 2:
+        return f"the learner has {inner.depth} dense layers"
+    if type(inner) is MLP and inner.width_factor > 4:
+        return f"the hidden layer of the learner has more than 4 times the {d} features of a head"
+    known = Linear() if type(inner) is Linear else MLP(2, inner.width_factor)
+    if loop != InnerLoop(Learner(ResidualNorm(known), d), rate=loop.rate):
+        return f"{loop} is not one that the kernels compute"
+    if not layout_lib.supported(d, mini_batch):
+        return f"heads of {d} features and mini-batches of {mini_batch} tokens do not fill registers"
     return None
 
 
@@ -44,7 +59,7 @@ def keeps_blocks(mini_batch: int, remat_group: int | None) -> bool:
 
 
 def blocks(
-    learner: Learner,
+    loop: InnerLoop,
     mini_batch: int,
     heads: int,
     dtype: Any,
@@ -54,13 +69,18 @@ def blocks(
 ) -> tuple[Layout, tuple[int, int]]:
     """Return how heads and tokens are laid out, and how many groups are computed together, forward and backward: as
     many as are of use, and 1 where the kernel is interpreted."""
-    kernel = _kernel(learner)
-    layout = Layout(heads, learner.widths[0], mini_batch, most_packs or kernel.most_packs(learner, _operands(dtype)))
+    kernel, widths = _kernel(loop), _widths(loop)
+    layout = Layout(heads, widths[0], mini_batch, most_packs or kernel.most_packs(widths, _operands(dtype)))
     return layout, (1, 1) if interpret else kernel.unroll(layout)
 
 
-def _kernel(learner: Learner) -> ModuleType:
-    return linear if learner.depth == 1 else mlp
+def _kernel(loop: InnerLoop) -> ModuleType:
+    return linear if len(loop.learner.structure.matrices) == 1 else mlp
+
+
+def _widths(loop: InnerLoop) -> tuple[int, ...]:
+    """Return the widths of the input, of each hidden layer, and of the output."""
+    return (loop.learner.features, *(matrix.features_out for matrix in loop.learner.structure.matrices))
 
 
 def _operands(dtype: Any) -> jnp.dtype:
@@ -68,14 +88,10 @@ def _operands(dtype: Any) -> jnp.dtype:
 
 
 def run(
-    learner: Learner,
-    norm: LayerNormParams,
+    loop: InnerLoop,
+    parameters: Parameters,
     start: Weights,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    token_eta: jax.Array,
-    position_eta: jax.Array,
+    tokens: LoopTokens,
     *,
     interpret: bool = False,
     remat_group: int | None = None,
@@ -85,13 +101,12 @@ def run(
     """Reads whole mini-batches.
 
     Args:
-      learner: one that is not :func:`unsupported`.
-      norm: its LN, [H, 1, d].
+      loop: one that is not :func:`unsupported`.
+      parameters: its LN, [H, 1, d], and the rates of positions, [b]; W0 is not read.
       start: weights before the first token, leaves [B, H, ...].
-      q, k, v: [B, n * b, H, d]. In bfloat16, operands of matrix products are rounded to bfloat16; in float32 they are
-        not (TPUs do it all the same, unless ``jax_default_matmul_precision`` says otherwise). All else is float32.
-      token_eta: [B, n * b, H].
-      position_eta: [b].
+      tokens: q, k, v [B, n * b, H, d] and eta [B, n * b, H]. Where q is bfloat16, operands of matrix products are
+        rounded to bfloat16; in float32 they are not (TPUs do it all the same, unless ``jax_default_matmul_precision``
+        says otherwise). All else is float32.
       interpret: for machines without a TPU.
       remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
         again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
@@ -102,22 +117,24 @@ def run(
     Returns:
       z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
     """
-    _, tokens, heads, _ = q.shape
-    b, kernel = len(position_eta), _kernel(learner)
-    layout, best = blocks(learner, b, heads, q.dtype, interpret=interpret, most_packs=most_packs)
+    position_eta, constants = parameters.position_eta, parameters.constants
+    _, length, heads, _ = tokens.q.shape
+    b, kernel, widths = len(position_eta), _kernel(loop), _widths(loop)
+    layout, best = blocks(loop, b, heads, tokens.q.dtype, interpret=interpret, most_packs=most_packs)
     again = keeps_blocks(b, remat_group)
-    numerics = Numerics(layout, _operands(q.dtype))
-    chain = kernel.chain(numerics, learner)
+    numerics = Numerics(layout, _operands(tokens.q.dtype))
+    chain = kernel.chain(numerics, widths)
     how = Program(kernel.group, kernel.derivative, chain, numerics, unroll or best, kernel.STAGGER, again, interpret)
-    q, k, v = (layout_lib.pack_tokens(layout, x) for x in (q, k, v))
+    q, k, v = (layout_lib.pack_tokens(layout, x) for x in tokens[:3])
+    norm = (constants["norm_scale"], constants["norm_bias"])
     inputs = Inputs(
-        Tokens(q, k, v, layout_lib.pack_rates(layout, token_eta)),
+        Tokens(q, k, v, layout_lib.pack_rates(layout, tokens.eta)),
         kernel.pack(layout, start),
         Norm(*(layout_lib.pack_features_in_lanes(layout, x, 0) for x in norm)),
         kernel.coefficients(layout, position_eta),
     )
     z, end = _run(how, inputs)
-    return layout_lib.unpack_tokens(layout, z, tokens), kernel.unpack(layout, end, start)
+    return layout_lib.unpack_tokens(layout, z, length), kernel.unpack(layout, end, start)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,0 +1,84 @@
+"""An inner loop: the five choices that make one, and the arrays that it works on.
+
+    learner     f, and its output            :mod:`ttt_jax.ttt.learner`, :mod:`ttt_jax.ttt.learners`
+    objective   loss of f(k) and v           :mod:`ttt_jax.ttt.objective`
+    rate        per token times position     :mod:`ttt_jax.ttt.rate`
+    update      how gradients change W       :mod:`ttt_jax.ttt.update`
+    reading     which W a token uses         ``causal`` or ``previous``
+
+Shapes: B batch, T tokens, H heads, M weight matrices, d_k and d_v widths of keys and values, b tokens per mini-batch.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+
+from ttt_jax.ttt import learners, update
+from ttt_jax.ttt.learner import Constants, Learner, Weights
+from ttt_jax.ttt.objective import Objective, squared_error
+from ttt_jax.ttt.rate import Rate
+from ttt_jax.ttt.update import Chain
+
+PAPER_RATE = Rate()
+READINGS = ("causal", "previous")
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+    """One point among all inner loops. The rest of what computes it is equal for all of them.
+
+    Attributes:
+      learner: f with the width of its inputs.
+      objective: the self-supervised loss.
+      rate: how token_eta and position_eta are made; what computes the inner loop takes the arrays.
+      update: how gradients change the weights; the empty chain is gradient descent.
+      reading: ``causal``, a token sees the steps of its mini-batch up to its own; or ``previous``, a mini-batch uses
+        the weights that it starts with, and its step follows.
+    """
+
+    learner: Learner
+    objective: Objective = squared_error
+    rate: Rate = PAPER_RATE
+    update: Chain = ()
+    reading: str = "causal"
+
+    def __post_init__(self):
+        if self.reading not in READINGS:
+            raise ValueError(f"reading {self.reading!r}: expected one of {', '.join(READINGS)}")
+        if sum(isinstance(member, update.Decay) for member in self.update) > 1:
+            raise ValueError("update: weights decay twice; expected one decay at most")
+        if self.reading == "causal" and not update.is_linear(self.update):
+            names = [type(member).__name__.lower() for member in self.update if not member.linear]
+            raise ValueError(
+                f"reading 'causal': the update {' and '.join(names)} is not linear in the gradients, so the steps "
+                "inside a mini-batch have no closed form; expected the reading 'previous'"
+            )
+
+
+def ttt_linear(features: int) -> InnerLoop:
+    """Return the inner loop of TTT-Linear."""
+    return InnerLoop(learners.linear(features))
+
+
+def ttt_mlp(features: int, *, depth: int = 2, width_factor: float = 4.0) -> InnerLoop:
+    """Return the inner loop of TTT-MLP."""
+    return InnerLoop(learners.mlp(features, depth=depth, width_factor=width_factor))
+
+
+class Parameters(NamedTuple):
+    """What the outer loop trains."""
+
+    w0: Weights  # weights before the first token, leaves [H, ...], or [B, H, ...] for sequences with their own
+    constants: Constants  # parameters inside f, [H, 1, n] each
+    position_eta: jax.Array  # [b], the part of the rate that depends on the position; its length sets b
+
+
+class Tokens(NamedTuple):
+    """What is read, in any float dtype."""
+
+    q: jax.Array  # [B, T, H, d_k]
+    k: jax.Array  # [B, T, H, d_k]
+    v: jax.Array  # [B, T, H, d_v]
+    eta: jax.Array  # [B, T, H] or [B, T, H, M], the part of the rate that depends on the token
+    gates: dict[str, jax.Array] | None = None  # [B, T, H] each, by name: what members of the update read

@@ -1,0 +1,146 @@
+"""The learners that come with the package, and the wrap of their output.
+
+    linear:  f(x) = x W + c                                            (TTT-Linear, within ``ResidualNorm``)
+    mlp:     f(x) = dense layers with GELU between them                (TTT-MLP: two, hidden width 4d)
+    swiglu:  f(x) = (silu(x W_gate) * (x W_up)) W_down                 (LaCT)
+
+The output is f itself, or ``x + LN(f(x))``, the paper's, whose LN has a scale and a bias per head in the outer loop.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.ttt.learner import Dense, Function, Learner
+
+LAYER_NORM_EPSILON = 1e-6
+_GELU_SCALE = (2.0 / jnp.pi) ** 0.5
+_GELU_CUBIC = 0.044715
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """One dense layer.
+
+    Attributes:
+      bias: whether it has a bias.
+      features_out: width of the output; None is that of the input.
+    """
+
+    bias: bool = True
+    features_out: int | None = None
+
+    def __call__(self, dense: Dense, x: jax.Array) -> jax.Array:
+        """Return f(x), [..., d_in] to [..., d_out]."""
+        return dense(x, self.features_out or x.shape[-1], self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP:
+    """Dense layers with GELU between them.
+
+    Attributes:
+      depth: number of dense layers.
+      width_factor: width of the hidden layers, in input widths.
+      bias: whether the layers have biases.
+      features_out: width of the output; None is that of the input.
+    """
+
+    depth: int = 2
+    width_factor: float = 4.0
+    bias: bool = True
+    features_out: int | None = None
+
+    def __call__(self, dense: Dense, x: jax.Array) -> jax.Array:
+        """Return f(x), [..., d_in] to [..., d_out]."""
+        d = x.shape[-1]
+        for _ in range(self.depth - 1):
+            x = gelu(dense(x, int(d * self.width_factor), self.bias))
+        return dense(x, self.features_out or d, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLU:
+    """A gated layer: its matrices are, in order, those of the gate, of the values, and of the output.
+
+    Attributes: those of :class:`MLP`.
+    """
+
+    width_factor: float = 4.0
+    bias: bool = True
+    features_out: int | None = None
+
+    def __call__(self, dense: Dense, x: jax.Array) -> jax.Array:
+        """Return f(x), [..., d_in] to [..., d_out]."""
+        d = x.shape[-1]
+        hidden = int(d * self.width_factor)
+        gate = jax.nn.silu(dense(x, hidden, self.bias))
+        return dense(gate * dense(x, hidden, self.bias), self.features_out or d, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualNorm:
+    """The output of the paper: ``x + LN(f(x))``."""
+
+    f: Function
+
+    def __call__(self, dense: Dense, x: jax.Array) -> jax.Array:
+        """Return x + LN(f(x)), [..., d] to [..., d]."""
+        y = self.f(dense, x)
+        if y.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f"the learner makes {y.shape[-1]} features of {x.shape[-1]}, to which a residual cannot be added; "
+                "expected equal widths, or the output none"
+            )
+        d = (x.shape[-1],)
+        scale = dense.param("norm_scale", d, jax.nn.initializers.ones)
+        return x + normalise(y) * scale + dense.param("norm_bias", d, jax.nn.initializers.zeros)
+
+
+LEARNERS: dict[str, Function | type] = {"linear": Linear, "mlp": MLP, "swiglu": SwiGLU}
+
+
+def make(kind: Function | type, options: Mapping[str, Any]) -> Function:
+    """Return a learner's function: a function as it is, or a dataclass above made with those options that it has."""
+    if not isinstance(kind, type):
+        return kind
+    return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})
+
+
+def linear(features: int) -> Learner:
+    """Return the learner of TTT-Linear."""
+    return Learner(ResidualNorm(Linear()), features)
+
+
+def mlp(features: int, *, depth: int = 2, width_factor: float = 4.0) -> Learner:
+    """Return the learner of TTT-MLP: ``depth`` dense layers, hidden widths ``width_factor * features``."""
+    return Learner(ResidualNorm(MLP(depth, width_factor)), features) if depth > 1 else linear(features)
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """Return GELU in its tanh form."""
+    return gelu_and_derivative(x)[0]
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    """Derive with the one tanh of the value, which autodiff of the formula would not reuse in the backward pass."""
+    value, derivative = gelu_and_derivative(*primals)
+    return value, derivative * tangents[0]
+
+
+def gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return GELU in its tanh form and its derivative, sharing the one tanh."""
+    t = jnp.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3))
+    derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x**2)
+    return 0.5 * x * (1 + t), derivative
+
+
+def normalise(z: jax.Array) -> jax.Array:
+    """Return ``(z - mean) / std`` over the last axis."""
+    centred = z - z.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)

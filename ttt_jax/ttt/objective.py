@@ -1,0 +1,20 @@
+"""The self-supervised loss of a learner's output ``f(k)`` and the value ``v``, per token: [..., b, d] to [..., b]."""
+
+from collections.abc import Callable
+
+import jax
+
+Objective = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def squared_error(f_k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return ``1/2 || f(k) - v ||^2``."""
+    return 0.5 * ((f_k - v) ** 2).sum(-1)
+
+
+def dot_product(f_k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return ``-<f(k), v>``."""
+    return -(f_k * v).sum(-1)
+
+
+OBJECTIVES: dict[str, Objective] = {"squared_error": squared_error, "dot_product": dot_product}
