@@ -65,6 +65,6 @@ def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerSta
     gates = update.gates_per_token(chain, tokens.gates or {}, tokens.eta.astype(dtype))
     eta = tokens.eta if tokens.eta.ndim == 4 else tokens.eta[..., None]
     by_token = {name: token_first(gate[..., None]) for name, gate in gates.items()}
-    xs = Tokens(*(token_first(x) for x in (tokens.q, tokens.k, tokens.v, eta)), by_token)
+    xs = Tokens(token_first(tokens.q), token_first(tokens.k), token_first(tokens.v), token_first(eta), by_token)
     state, z = jax.lax.scan(token, state, xs)
     return z[..., 0, :].swapaxes(0, 1).astype(tokens.q.dtype), state
