@@ -281,15 +281,12 @@ def _check_inner_loop(model: ml_collections.ConfigDict) -> None:
         build.check_names(model)
     if model.mixer not in SETTLED:
         return
-    settled = default().model.ttt
-    settled.learner = SETTLED[model.mixer]
-    if model.ttt.learner is None:
-        settled.learner = None
+    settled = {**default().model.ttt.to_dict(), "learner": SETTLED[model.mixer]}
     for key in ("learner", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading"):
-        if model.ttt[key] != settled[key]:
+        if model.ttt[key] not in (None, settled[key]):
             raise ConfigError(
                 f"model.ttt.{key}={model.ttt[key]!r}: is settled for model.mixer={model.mixer}; expected "
-                f"{'nothing' if settled[key] is None else settled[key]}, or model.mixer=ttt, which leaves it open"
+                f"{settled[key]}, or model.mixer=ttt, which leaves it open"
             )
 
 

@@ -1,50 +1,58 @@
 """Random problems for the inner loop, and its two ways to solve them, each compiled once per shape."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from ttt_jax.ttt import primal, scan
-from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner, Weights
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_mlp
+from ttt_jax.ttt.learner import Affine
 
 
 class Case(NamedTuple):
     """The arguments of scan.run. B = H = 2."""
 
-    learner: Learner
-    norm: LayerNormParams
-    w0: Weights
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    token_eta: np.ndarray
-    position_eta: np.ndarray
+    loop: InnerLoop
+    parameters: Parameters
+    tokens: Tokens
 
 
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
-    """``make_case(depth, tokens, b, seed)``: drawn by NumPy, with inner steps that move the outputs by O(1)."""
+    """``make_case(loop, tokens, b, seed)``: drawn by NumPy, with inner steps that move the outputs by O(1). An integer
+    for a loop is the depth of a TTT-MLP; 1 is TTT-Linear."""
 
-    def make(depth: int, tokens: int, b: int, seed: int = 0, rate: float = 0.5, width: int = 6) -> Case:
+    def make(loop: InnerLoop | int, tokens: int, b: int, seed: int = 0, rate: float = 0.5, dtype=np.float32) -> Case:
         rng = np.random.default_rng(seed)
+        if isinstance(loop, int):
+            loop = ttt_mlp(6, depth=loop, width_factor=1.5)
 
         def normal(*shape):
-            return rng.standard_normal(shape).astype(np.float32)
+            return rng.standard_normal(shape).astype(dtype)
 
-        learner = Learner((width, *(width + 3,) * (depth - 1), width))
+        matrices, constants, features_out = loop.learner.structure
+        width = loop.learner.features
         w0 = tuple(
-            Dense(0.5 * normal(2, n_in, n_out), 0.5 * normal(2, 1, n_out)) for n_in, n_out in pairwise(learner.widths)
+            Affine(
+                0.5 * normal(2, m.features_in, m.features_out), 0.5 * normal(2, 1, m.features_out) if m.bias else None
+            )
+            for m in matrices
         )
+        inside = {c.name: float("scale" in c.name) + 0.3 * normal(2, *c.shape) for c in constants}
+        per_matrix = (len(matrices),) if loop.rate.per_matrix else ()
+        gates = {"momentum": rng.random((2, tokens, 2)), "log_decay": -rng.random((2, tokens, 2))}
         return Case(
-            learner,
-            LayerNormParams(1 + 0.3 * normal(2, 1, width), 0.3 * normal(2, 1, width)),
-            w0,
-            *(normal(2, tokens, 2, width) for _ in "qkv"),
-            (rate * rng.random((2, tokens, 2))).astype(np.float32),
-            np.maximum(0, 1 / np.arange(1, b + 1) + 0.3 * rng.standard_normal(b)).astype(np.float32),
+            loop,
+            Parameters(w0, inside, np.maximum(0, 1 / np.arange(1, b + 1) + 0.3 * rng.standard_normal(b)).astype(dtype)),
+            Tokens(
+                normal(2, tokens, 2, width),
+                normal(2, tokens, 2, width),
+                normal(2, tokens, 2, features_out),
+                (rate * rng.random((2, tokens, 2, *per_matrix))).astype(dtype),
+                {member.gate: gates[member.gate].astype(dtype) for member in loop.update if member.gate},
+            ),
         )
 
     return make
@@ -52,9 +60,9 @@ def make_case() -> Callable[..., Case]:
 
 @pytest.fixture(scope="session")
 def run_scan(quick_jit) -> Callable[..., scan.Result]:
-    return quick_jit(scan.run, static_argnames=("learner", "remat_group", "unroll", "statistics"))
+    return quick_jit(scan.run, static_argnames=("loop", "remat_group", "unroll", "statistics"))
 
 
 @pytest.fixture(scope="session")
 def run_primal(quick_jit) -> Callable:
-    return quick_jit(primal.run, static_argnames=("learner",))
+    return quick_jit(primal.run, static_argnames=("loop",))

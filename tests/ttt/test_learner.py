@@ -1,4 +1,4 @@
-"""The learner against autodiff and plain NumPy, in float64 where constants must be exact."""
+"""Learners against plain NumPy, in float64 where constants must be exact; and what is derived from their function."""
 
 from itertools import pairwise
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner
+from ttt_jax.ttt import learners, objective
+from ttt_jax.ttt.learner import Affine, Constant, Learner, Matrix
+from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm, SwiGLU
 
 RNG = np.random.default_rng(0)
 WIDTH = 5
@@ -24,84 +26,134 @@ def draw(*shape):
     return RNG.standard_normal(shape)
 
 
-def norm_params():
-    return LayerNormParams(1 + 0.3 * draw(2, 1, WIDTH), 0.3 * draw(2, 1, WIDTH))
+def weights_of(learner):
+    """Weights of two heads."""
+    return tuple(
+        Affine(draw(2, m.features_in, m.features_out), draw(2, 1, m.features_out) if m.bias else None)
+        for m in learner.structure.matrices
+    )
+
+
+def numpy_dense(x, affine):
+    y = np.einsum("bhtd,hdf->bhtf", x, affine.weight)
+    return y if affine.bias is None else y + affine.bias
 
 
 def numpy_gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def numpy_layer_norm(z, norm):
-    return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * norm.scale + norm.bias
+def numpy_layer_norm(z, scale, bias):
+    return (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def applied(learner, weights, constants, x):
+    return learner.apply(jax.tree.map(jnp.asarray, weights), jax.tree.map(jnp.asarray, constants), jnp.asarray(x))
 
 
 @pytest.mark.usefixtures("float64")
-def test_gelu_and_its_derivative_have_exact_constants():
+def test_gelu_and_its_derivatives_have_exact_constants():
     """The constants of the authors' derivative, cut to nine digits, are 1e-9 off and would be seen."""
-    x = np.linspace(-6, 6, 101)
-    value, derivative = learner_lib.gelu_and_derivative(jnp.asarray(x))
+    x = jnp.linspace(-6, 6, 101)
+    value, derivative = learners.gelu_and_derivative(x)
     np.testing.assert_allclose(value, numpy_gelu(x), rtol=0, atol=1e-14)
-    expected = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=True)))(jnp.asarray(x))
-    np.testing.assert_allclose(derivative, expected, rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(learners.gelu(x), value)
 
+    def exact(x):
+        return jax.nn.gelu(x, approximate=True)
 
-@pytest.mark.parametrize("norm_residual", [True, False])
-@pytest.mark.usefixtures("float64")
-def test_gradient_at_f_res_is_that_of_autodiff(quick_jit, norm_residual):
-    learner = Learner((WIDTH, WIDTH), norm_residual=norm_residual)
-    norm, k, v, f_res = norm_params(), draw(3, 2, 4, WIDTH), draw(3, 2, 4, WIDTH), draw(3, 2, 4, WIDTH)
-
-    def total_loss(f_res):
-        f_k = learner_lib.output(learner, norm, k, f_res)
-        return 0.5 * ((f_k - v) ** 2).sum()
-
-    gradient = quick_jit(learner_lib.loss_gradient_at_f_res, static_argnums=0)
-    expected = quick_jit(jax.grad(total_loss))(f_res)
-    np.testing.assert_allclose(gradient(learner, norm, k, v, f_res), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(derivative, jax.vmap(jax.grad(exact))(x), rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(learners.gelu))(x), derivative)
+    second = jax.vmap(jax.grad(jax.grad(learners.gelu)))(x)
+    np.testing.assert_allclose(second, jax.vmap(jax.grad(jax.grad(exact)))(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.usefixtures("float64")
-def test_loss_is_half_the_squared_distance_summed_over_the_width(depth):
-    learner = learner_lib.mlp(WIDTH, depth=depth, width_factor=1.6)
+def test_mlp_within_residual_and_norm(depth):
+    learner = learners.mlp(WIDTH, depth=depth, width_factor=1.6)
     widths = (WIDTH, *(8,) * (depth - 1), WIDTH)
-    assert learner.widths == widths
-    weights = [Dense(draw(2, m, n), draw(2, 1, n)) for m, n in pairwise(widths)]
-    norm, k, v = norm_params(), draw(3, 2, 4, WIDTH), draw(3, 2, 4, WIDTH)
-    x = k
-    for i, layer in enumerate(weights):
-        x = np.einsum("bhtd,hdf->bhtf", x if i == 0 else numpy_gelu(x), layer.weight) + layer.bias
-    expected = np.square(numpy_layer_norm(x, norm) - (v - k)).sum(-1) / 2
-    actual = learner_lib.loss(learner, norm, jax.tree.map(jnp.asarray, tuple(weights)), jnp.asarray(k), jnp.asarray(v))
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    assert [m[:2] for m in learner.structure.matrices] == list(pairwise(widths))
+    weights, x = weights_of(learner), draw(3, 2, 4, WIDTH)
+    constants = {"norm_scale": 1 + 0.3 * draw(2, 1, WIDTH), "norm_bias": 0.3 * draw(2, 1, WIDTH)}
+    y = x
+    for i, affine in enumerate(weights):
+        y = numpy_dense(numpy_gelu(y) if i else y, affine)
+    expected = x + numpy_layer_norm(y, constants["norm_scale"], constants["norm_bias"])
+    np.testing.assert_allclose(applied(learner, weights, constants, x), expected, rtol=1e-12)
 
 
-def test_output_is_residual_plus_layer_norm_or_f_res_alone():
-    norm, x, f_res = norm_params(), draw(1, 2, 4, WIDTH), draw(1, 2, 4, WIDTH)
-    with_norm = learner_lib.output(Learner((WIDTH, WIDTH)), norm, x, f_res)
-    np.testing.assert_allclose(with_norm, x + numpy_layer_norm(f_res, norm), atol=1e-6)
-    without = learner_lib.output(Learner((WIDTH, WIDTH), norm_residual=False), norm, x, f_res)
-    np.testing.assert_array_equal(without, f_res)
+@pytest.mark.usefixtures("float64")
+def test_swiglu_of_another_width():
+    learner = Learner(SwiGLU(1.6, bias=True, features_out=3), WIDTH)
+    assert learner.structure == ((Matrix(5, 8, True), Matrix(5, 8, True), Matrix(8, 3, True)), (), 3)
+    (gate, value, out), x = weights_of(learner), draw(3, 2, 4, WIDTH)
+    z = numpy_dense(x, gate)
+    expected = numpy_dense(z / (1 + np.exp(-z)) * numpy_dense(x, value), out)
+    np.testing.assert_allclose(applied(learner, (gate, value, out), {}, x), expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_objectives_are_sums_over_the_width():
+    y, v = draw(3, 4, WIDTH), draw(3, 4, WIDTH)
+    np.testing.assert_allclose(objective.squared_error(y, v), np.square(y - v).sum(-1) / 2, rtol=1e-12)
+    np.testing.assert_allclose(objective.dot_product(y, v), -(y * v).sum(-1), rtol=1e-12)
+    assert objective.OBJECTIVES.keys() == {"squared_error", "dot_product"}
 
 
 def test_layer_norm_epsilon_is_1e_6():
     """At a variance of 1e-6 the epsilon halves the square: 1e-5 would give 0.30 instead of 0.71."""
-    normalised, inverse_std = learner_lib.normalise(jnp.array([-1e-3, 1e-3]))
-    np.testing.assert_allclose(normalised, [-(0.5**0.5), 0.5**0.5], rtol=1e-5)
-    np.testing.assert_allclose(inverse_std, [2e-6**-0.5], rtol=1e-5)
+    np.testing.assert_allclose(learners.normalise(jnp.array([-1e-3, 1e-3])), [-(0.5**0.5), 0.5**0.5], rtol=1e-5)
 
 
 def test_initial_weights_are_normal_with_zero_biases():
-    weights = learner_lib.init(jax.random.key(0, impl="rbg"), learner_lib.mlp(32), heads=3)
+    weights = learner_lib.init(jax.random.key(0, impl="rbg"), learners.mlp(32), heads=3)
     assert [w.weight.shape for w in weights] == [(3, 32, 128), (3, 128, 32)]
     for layer in weights:
         np.testing.assert_allclose([layer.weight.mean(), layer.weight.std()], [0, 0.02], atol=1e-3)
         np.testing.assert_array_equal(layer.bias, np.zeros((3, 1, layer.weight.shape[-1])))
-    assert learner_lib.init(jax.random.key(0, impl="rbg"), Learner((4, 4), bias=False), heads=1)[0].bias is None
+    bare = learner_lib.init(jax.random.key(0, impl="rbg"), Learner(Linear(bias=False), 4), heads=1)
+    assert bare[0].bias is None
+    constants = learner_lib.init_constants(jax.random.key(0), learners.linear(4), heads=3)
+    np.testing.assert_array_equal(constants["norm_scale"], np.ones((3, 1, 4)))
+    np.testing.assert_array_equal(constants["norm_bias"], np.zeros((3, 1, 4)))
 
 
-@pytest.mark.parametrize("widths", [(), (4,), (4, 8), (4, 0, 4), (-1, -1)])
-def test_impossible_widths_are_refused(widths):
-    with pytest.raises(ValueError, match="learner widths"):
-        Learner(widths)
+def test_structure_is_what_the_function_asks_for():
+    def own(dense, x):
+        y = dense(x, 7, bias=False) * dense.param("gain", (7,), jax.nn.initializers.zeros)
+        return dense(y, 2) * dense.param("size") + dense.param("gain", (7,))[..., :2]
+
+    zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+    matrices, constants, features_out = Learner(own, 4).structure
+    assert matrices == (Matrix(4, 7, False), Matrix(7, 2, True))
+    assert constants == (Constant("gain", (1, 7), zeros), Constant("size", (1, 1), ones))
+    assert features_out == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda dense, x: x, "does not call dense"),
+        (lambda dense, x: dense(x, 4).sum(-1), "expected an array [..., tokens, features]"),
+        (lambda dense, x: (dense(x, 4), x), "expected an array [..., tokens, features]"),
+        (lambda dense, x: dense(x, 0), "dense is called with features=0; expected 1 or more"),
+        (lambda dense, x: dense(x, 4) * dense.param("a", (2, 4)), "expected a shape of at most one axis"),
+        (lambda dense, x: dense(x, 4) * dense.param("a", (4,)) + dense.param("a"), "has another shape elsewhere"),
+        (lambda dense, x: dense(x, 4) * dense.param("kernel_0"), "expected an identifier other than kernel_0"),
+        (lambda dense, x: dense(x, 4) * dense.param("a/b"), "expected an identifier"),
+        (ResidualNorm(lambda dense, x: dense(x, 3)), "makes 3 features of 4, to which a residual cannot be added"),
+    ],
+)
+def test_functions_that_are_no_learners_are_refused(function, message):
+    with pytest.raises(ValueError) as error:
+        _ = Learner(function, 4).structure
+    assert message in str(error.value)
+
+
+def test_registered_learners_take_the_options_that_they_have():
+    options = {"depth": 3, "width_factor": 2.0, "bias": False}
+    made = {name: learners.make(kind, options) for name, kind in learners.LEARNERS.items()}
+    assert made == {"linear": Linear(False), "mlp": MLP(3, 2.0, False), "swiglu": SwiGLU(2.0, False)}
+    assert learners.make(numpy_gelu, options) is numpy_gelu
+    assert learners.mlp(4, depth=1) == learners.linear(4)

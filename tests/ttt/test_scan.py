@@ -8,13 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_jax.ttt import dual, scan
-from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt.state import initial_state
 
 
 def numpy_normalise(z):
     std = np.sqrt(np.mean((z - z.mean()) ** 2) + 1e-6)
     return (z - z.mean()) / std, std
+
+
+def stepped(weights, gradient, rate):
+    """W - rate * gradient."""
+    return jax.tree.map(lambda w, g: w - rate * g, weights, gradient)
 
 
 def one_head_from_the_spec(scale, bias, w, c, q, k, v, token_eta, position_eta):
@@ -41,16 +45,16 @@ def one_head_from_the_spec(scale, bias, w, c, q, k, v, token_eta, position_eta):
 def test_linear_is_the_float64_loop_of_the_specification(make_case, run_scan, assert_close, tokens, b):
     case = make_case(1, tokens, b, seed=3)
     z, state, statistics = run_scan(*case, statistics=True)
-    weights = learner_lib.gradient_step(state.weights, state.pending, case.position_eta[(tokens - 1) % b])[0]
-    norm, w0, *inputs, position_eta = jax.tree.map(lambda x: np.asarray(x, np.float64), case[1:])
+    weights = stepped(state.weights, state.pending, case.parameters.position_eta[(tokens - 1) % b])[0]
+    (w0, norm, position_eta), inputs = jax.tree.map(lambda x: np.asarray(x, np.float64), case[1:])
     for i in range(2):
         for h in range(2):
             expected = one_head_from_the_spec(
-                norm.scale[h, 0],
-                norm.bias[h, 0],
+                norm["norm_scale"][h, 0],
+                norm["norm_bias"][h, 0],
                 w0[0].weight[h],
                 w0[0].bias[h, 0],
-                *(x[i, :, h] for x in inputs),
+                *(x[i, :, h] for x in inputs[:4]),
                 position_eta,
             )
             assert_close((z[i, :, h], weights.weight[i, h], weights.bias[i, h, 0]), expected)
@@ -60,28 +64,29 @@ def test_linear_is_the_float64_loop_of_the_specification(make_case, run_scan, as
 
 
 def test_scan_is_a_loop_over_mini_batches(make_case, run_scan, quick_jit, assert_close):
-    case = make_case(2, 10, 4)
-    mini_batch = quick_jit(dual.mini_batch, static_argnames="learner")
-    weights, z = initial_state(case.w0, 2).weights, []
-    for start in (0, 4, 8):
-        q, k, v, token_eta = (x[:, start : start + 4].swapaxes(1, 2) for x in case[3:7])
-        position_eta = case.position_eta[: q.shape[2]]
-        z_part, keys = mini_batch(case.learner, case.norm, weights, None, q, k, v, token_eta[..., None], position_eta)
+    loop, (w0, norm, position_eta), tokens = case = make_case(2, 10, 4)
+    mini_batch = quick_jit(dual.mini_batch, static_argnames="loop")
+    weights, z = initial_state(w0, 2).weights, []
+    for first in (0, 4, 8):
+        q, k, v, eta = (x[:, first : first + 4].swapaxes(1, 2) for x in tokens[:4])
+        piece = tokens._replace(q=q, k=k, v=v, eta=eta[..., None])
+        start = dual.Start(weights, None, ())
+        z_part, keys = mini_batch(loop, norm, start, piece, position_eta[: q.shape[2]], {})
         z.append(z_part.swapaxes(1, 2))
         if q.shape[2] == 4:
-            weights = learner_lib.gradient_step(weights, dual.gradient(case.learner, keys, position_eta[-1]))
+            weights = stepped(weights, dual.gradient(loop, keys), position_eta[-1])
     result = run_scan(*case)
     assert_close(result.z, np.concatenate(z, axis=1))
     assert_close(result.state.weights, weights)
-    assert_close(result.state.pending, dual.gradient(case.learner, keys))
+    assert_close(result.state.pending, dual.gradient(loop, keys))
 
 
 def read_in_pieces(run_scan, case, lengths, state):
     """z and statistics joined, and the state after the last piece."""
     results, start = [], 0
     for length in lengths:
-        inputs = (x[:, start : start + length] for x in case[3:7])
-        results.append(run_scan(case.learner, case.norm, case.w0, *inputs, case.position_eta, state, statistics=True))
+        piece = jax.tree.map(lambda x, s=start, n=length: x[:, s : s + n], case.tokens)
+        results.append(run_scan(case.loop, case.parameters, piece, state, statistics=True))
         state, start = results[-1].state, start + length
     z = np.concatenate([r.z for r in results], axis=1)
     statistics = zip(*(r.statistics for r in results), strict=True)
@@ -110,7 +115,7 @@ def pieces(draw, tokens, lengths=(1, 2, 5)):
 def test_pieces_cut_anywhere_are_one_go(make_case, run_scan, assert_close, seed, lengths):
     case = make_case(2, 11, 4, seed)
     whole = run_scan(*case, statistics=True)
-    actual = read_in_pieces(run_scan, case, lengths, initial_state(case.w0, 2))
+    actual = read_in_pieces(run_scan, case, lengths, initial_state(case.parameters.w0, 2))
     assert_same_reading(assert_close, actual, whole)
     # In the piece that holds a mini-batch's last token, its step is the whole step.
     last = (3, 7, 10)
@@ -130,11 +135,11 @@ def test_a_start_without_a_state_can_be_continued(make_case, run_scan, assert_cl
 def test_remat_group_and_unroll_change_nothing(make_case, quick_jit, assert_close):
     """Three mini-batches: a group that does not divide them, and one larger than all of them."""
     case = make_case(1, 6, 2)
-    cotangent = np.random.default_rng(1).standard_normal(case.q.shape).astype(np.float32)
+    cotangent = np.random.default_rng(1).standard_normal(case.tokens.q.shape).astype(np.float32)
 
     def outputs_and_gradients(**options):
         def scalar(arguments):
-            z = scan.run(case.learner, *arguments, **options).z
+            z = scan.run(case.loop, *arguments, **options).z
             return (z * cotangent).sum(), z
 
         return quick_jit(jax.grad(scalar, has_aux=True))(case[1:])
@@ -146,32 +151,33 @@ def test_remat_group_and_unroll_change_nothing(make_case, quick_jit, assert_clos
 
 def test_remat_group_and_unroll_change_nothing_from_a_state(make_case, run_scan, assert_close):
     case = make_case(1, 7, 2)
-    state = initial_state(case.w0, 2)._replace(position=jnp.int32(1))
+    state = initial_state(case.parameters.w0, 2)._replace(position=jnp.int32(1))
     assert_close(run_scan(*case, state, remat_group=3, unroll=2), run_scan(*case, state))
 
 
 def test_statistics_are_of_the_weights_of_the_primal_form(make_case, run_scan, run_primal, quick_jit, assert_close):
     """Two whole mini-batches and half of a third."""
-    case = make_case(2, 10, 4)
+    loop, parameters, tokens = case = make_case(2, 10, 4)
+    w0, norm, position_eta = parameters
     actual = run_scan(*case, statistics=True).statistics
-    state = initial_state(case.w0, 2)
-    w0 = state.weights
-    loss_of = quick_jit(learner_lib.loss, static_argnums=0)
+    state = initial_state(w0, 2)
+    starts = state.weights
+
+    @quick_jit
+    def loss_of(weights, k, v):
+        return loop.objective(loop.learner.apply(weights, norm, k), v)
+
     expected = [[], [], [], []]
     for start in (0, 4, 8):
-        q, k, v, token_eta = (x[:, start : start + 4] for x in case[3:7])
+        piece = jax.tree.map(lambda x, s=start: x[:, s : s + 4], tokens)
         before = state.weights
-        _, state = run_primal(case.learner, case.norm, state, q, k, v, token_eta, case.position_eta)
-        used = q.shape[1]
-        after = (
-            state.weights
-            if used == 4
-            else learner_lib.gradient_step(before, state.pending, case.position_eta[used - 1])
-        )
-        for losses, weights in zip(expected, (w0, before, after), strict=False):
-            losses.append(loss_of(case.learner, case.norm, weights, k.swapaxes(1, 2), v.swapaxes(1, 2)).swapaxes(1, 2))
+        _, state = run_primal(loop, parameters, piece, state)
+        used = piece.q.shape[1]
+        after = state.weights if used == 4 else stepped(before, state.pending, position_eta[used - 1])
+        for losses, weights in zip(expected, (starts, before, after), strict=False):
+            losses.append(loss_of(weights, piece.k.swapaxes(1, 2), piece.v.swapaxes(1, 2)).swapaxes(1, 2))
         changes = [
-            np.asarray(new, np.float64) - old for new, old in zip(*map(jax.tree.leaves, (after, w0)), strict=True)
+            np.asarray(new, np.float64) - old for new, old in zip(*map(jax.tree.leaves, (after, starts)), strict=True)
         ]
         distance = np.sqrt(sum((x**2).sum((2, 3)) for x in changes))  # [B, H]
         expected[3].append(np.repeat(distance[:, None], used, axis=1))
@@ -182,9 +188,9 @@ def test_statistics_are_of_the_weights_of_the_primal_form(make_case, run_scan, r
 def test_inner_loop_is_float32_whatever_the_input(make_case, run_scan, assert_close):
     """Only the outputs are rounded to the dtype of q."""
     case = make_case(1, 7, 3)
-    low = [jnp.asarray(x, jnp.bfloat16) for x in case[3:7]]
-    exact = [x.astype(jnp.float32) for x in low]
-    (z, state, _), (exact_z, exact_state, _) = (run_scan(*case[:3], *x, case.position_eta) for x in (low, exact))
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), case.tokens)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    (z, state, _), (exact_z, exact_state, _) = (run_scan(*case[:2], x) for x in (low, exact))
     assert z.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves((state.weights, state.pending))} == {jnp.dtype("float32")}
     assert_close(state, exact_state)

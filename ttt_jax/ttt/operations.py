@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
@@ -35,14 +36,18 @@ def per_token(loop: InnerLoop, mini_batch: int) -> float:
 
 
 def products(jaxpr: Any) -> int:
-    """Return the operations of the matrix products in a jaxpr; those of a scan count for each turn."""
-    total = 0
-    for equation in jaxpr.eqns:
+    """Return the operations of the matrix products in a jaxpr whose results are used; those of a scan count for each
+    turn."""
+    total, used = 0, {variable for variable in jaxpr.outvars if not hasattr(variable, "val")}
+    for equation in reversed(jaxpr.eqns):
+        if used.isdisjoint(equation.outvars):
+            continue
+        used.update(variable for variable in equation.invars if not hasattr(variable, "val"))
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(left[i] for i in contracted) * math.prod(equation.outvars[0].aval.shape)
         turns = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += turns * products(inner)
     return total
