@@ -29,6 +29,7 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """
     path, argument, overrides = _split(arguments)
     config = _run(path, argument)
+    overrides = _set_hidden(config, overrides)
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["ttt", *overrides])
@@ -89,6 +90,26 @@ def _split(arguments: Sequence[str]) -> tuple[Path, list[str], list[str]]:
     if not Path(name).is_file():
         raise ConfigError(f"--config {name}: no such file; expected a Python file with get_config()")
     return Path(name), argument, overrides
+
+
+def _set_hidden(config: ml_collections.ConfigDict, overrides: list[str]) -> list[str]:
+    """Set the keys that a method of ConfigDict hides from its flags (``update``), and return the other overrides."""
+    hidden = [key for key, _, _ in config_lib.KEYS if hasattr(ml_collections.ConfigDict, key.rpartition(".")[2])]
+    others, left = [], list(overrides)
+    while left:
+        first = left.pop(0)
+        key, separator, value = first.partition("=")
+        if key.lstrip("-").removeprefix("config.") not in hidden or not key.startswith("-"):
+            others.append(first)
+            continue
+        *sections, name = key.lstrip("-").removeprefix("config.").split(".")
+        if not separator and not left:
+            raise ConfigError(f"{'.'.join([*sections, name])}: expected a value, as in {key}=VALUE")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value if separator else left.pop(0)
+    return others
 
 
 def _run(path: Path, argument: list[str]) -> ml_collections.ConfigDict:

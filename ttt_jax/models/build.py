@@ -122,7 +122,7 @@ def loop(model: ml_collections.ConfigDict) -> InnerLoop:
                 _name("model.ttt.position_rate", ttt.position_rate, POSITION_RATES),
                 ttt.rate_per_matrix,
             ),
-            update.parse(ttt.update),
+            update.parse(ttt["update"]),  # ttt.update is a method
             ttt.reading,
         )
     except ConfigError:
