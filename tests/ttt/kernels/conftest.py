@@ -1,7 +1,6 @@
 """Problems for the fused kernels, at the size that they are made for."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -10,22 +9,22 @@ import numpy as np
 import pytest
 
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_mlp
 from ttt_jax.ttt.kernels import run
-from ttt_jax.ttt.learner import Dense, LayerNormParams, Learner, Weights, mlp
+from ttt_jax.ttt.learner import Affine
 from ttt_jax.ttt.state import initial_state
 
 
 class Problem(NamedTuple):
     """The arguments of scan.run."""
 
-    learner: Learner
-    norm: LayerNormParams
-    w0: Weights
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    token_eta: jax.Array
-    position_eta: jax.Array
+    loop: InnerLoop
+    parameters: Parameters
+    tokens: Tokens
+
+    def in_float32(self) -> "Problem":
+        """The same with all of its tokens in float32."""
+        return self._replace(tokens=jax.tree.map(lambda x: x.astype(jnp.float32), self.tokens))
 
 
 @pytest.fixture(scope="session")
@@ -42,23 +41,24 @@ def make_problem() -> Callable[..., Problem]:
         def normal(*shape):
             return rng.standard_normal(shape).astype(np.float32)
 
-        learner = mlp(head_dim, depth=depth)
+        loop = ttt_mlp(head_dim, depth=depth)
         weight, bias, inputs = (0.02, 0.0, 0.55) if initial else (0.1, 0.1, 1.0)
         w0 = tuple(
-            Dense(weight * normal(heads, n_in, n_out), bias * normal(heads, 1, n_out))
-            for n_in, n_out in pairwise(learner.widths)
+            Affine(weight * normal(heads, n_in, n_out), bias * normal(heads, 1, n_out))
+            for n_in, n_out, _ in loop.learner.structure.matrices
         )
         rate = (1.0 if depth == 1 else 0.1) / head_dim
         noise = 0.0 if initial else 0.01
-        problem = Problem(
-            learner,
-            LayerNormParams(1 + 0.1 * normal(heads, 1, head_dim), 0.1 * normal(heads, 1, head_dim)),
-            w0,
+        norm = {
+            "norm_scale": 1 + 0.1 * normal(heads, 1, head_dim),
+            "norm_bias": 0.1 * normal(heads, 1, head_dim),
+        }
+        drawn = Tokens(
             *((inputs * normal(batch, tokens, heads, head_dim)).astype(dtype) for _ in "qkv"),
             np.float32(rate) / (1 + np.exp(-normal(batch, tokens, heads))),
-            (1 / np.arange(1, b + 1) + noise * normal(b)).astype(np.float32),
         )
-        return problem._replace(**jax.tree.map(jnp.asarray, {x: getattr(problem, x) for x in Problem._fields[1:]}))
+        position_eta = (1 / np.arange(1, b + 1) + noise * normal(b)).astype(np.float32)
+        return Problem(loop, *jax.tree.map(jnp.asarray, (Parameters(w0, norm, position_eta), drawn)))
 
     return make
 
@@ -67,8 +67,8 @@ def make_problem() -> Callable[..., Problem]:
 def by_scan() -> Callable:
     """``(problem) -> (z, weights at the end)``"""
 
-    def solve(learner, *arguments):
-        result = scan.run(learner, *arguments)
+    def solve(loop, parameters, tokens):
+        result = scan.run(loop, parameters, tokens)
         return result.z, result.state.weights
 
     return solve
@@ -78,9 +78,9 @@ def by_scan() -> Callable:
 def by_kernel() -> Callable:
     """The same by the fused kernels, interpreted, with options of run.run."""
 
-    def solve(learner, norm, w0, q, *arguments, **options):
-        start = initial_state(w0, q.shape[0]).weights
-        return run.run(learner, norm, start, q, *arguments, interpret=True, **options)
+    def solve(loop, parameters, tokens, **options):
+        start = initial_state(parameters.w0, len(tokens.q)).weights
+        return run.run(loop, parameters, start, tokens, interpret=True, **options)
 
     return solve
 
@@ -91,7 +91,7 @@ def with_gradients(quick_jit) -> Callable:
 
     def compute(solve, problem):
         def functional(arguments):
-            results = solve(problem.learner, *arguments)
+            results = solve(problem.loop, *arguments)
             rng = np.random.default_rng(1)
             products = jax.tree.map(lambda x: (x.astype(jnp.float32) * rng.standard_normal(x.shape)).sum(), results)
             return sum(jax.tree.leaves(products)), results

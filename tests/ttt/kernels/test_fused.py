@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -54,9 +55,8 @@ def test_outputs_end_and_gradients_are_those_of_the_scan(
 def test_bfloat16(make_problem, by_scan, kernel_solution, with_gradients, relative_error, depth, shape):
     gradients, (z, end) = kernel_solution(depth, shape, jnp.bfloat16)
     problem = make_problem(depth, dtype=jnp.bfloat16, **shape)
-    exact = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
-    expected_gradients, expected = with_gradients(by_scan, exact)
-    assert z.dtype == gradients[2].dtype == jnp.bfloat16
+    expected_gradients, expected = with_gradients(by_scan, problem.in_float32())
+    assert z.dtype == gradients[1].q.dtype == jnp.bfloat16
     assert end[0].weight.dtype == jnp.float32
     assert relative_error((z, end), expected) < 1e-2
     assert relative_error(gradients, expected_gradients) < 2e-2
@@ -85,15 +85,15 @@ def test_groups_that_are_mixed_change_nothing(make_problem, by_kernel, kernel_so
 def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first):
     """Also where the second piece begins inside a mini-batch, and ends inside one."""
     problem = make_problem(tokens=131, heads=2)
-    learner, norm, w0, *inputs, token_eta, position_eta = problem
+    loop, parameters, tokens = problem
     kernel = partial(run.run, interpret=True)
 
     def read(start, stop, state):
-        tokens = (x[:, start:stop] for x in (*inputs, token_eta))
-        return scan.run(learner, norm, w0, *tokens, position_eta, state, kernel=kernel)
+        piece = jax.tree.map(lambda x: x[:, start:stop], tokens)
+        return scan.run(loop, parameters, piece, state, kernel=kernel)
 
     def pieces():
-        one = read(0, first, initial_state(w0, 1))
+        one = read(0, first, initial_state(parameters.w0, 1))
         two = read(first, 131, one.state)
         return jnp.concatenate([one.z, two.z], axis=1), two.state
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ttt_jax.ttt.kernels import layout as layout_lib
 from ttt_jax.ttt.kernels import linear
 from ttt_jax.ttt.kernels.layout import Layout
-from ttt_jax.ttt.learner import Dense
+from ttt_jax.ttt.learner import Affine
 
 
 @settings(max_examples=12, deadline=None)
@@ -32,7 +32,7 @@ def test_tokens_come_back(heads, head_dim, tokens):
 def test_weights_come_back_with_the_mean_that_was_taken_out(quick_jit, heads, head_dim):
     layout = Layout(heads, head_dim, 16)
     rng = np.random.default_rng(0)
-    start = (Dense(*(rng.standard_normal((2, heads, n, head_dim)).astype(np.float32) for n in (head_dim, 1))),)
+    start = (Affine(*(rng.standard_normal((2, heads, n, head_dim)).astype(np.float32) for n in (head_dim, 1))),)
     packed = quick_jit(lambda start: linear.pack(layout, start))(start)
     packed = jax.tree.map(np.asarray, packed)
     assert packed.weight.shape == (2, layout.packs, 128, 128)

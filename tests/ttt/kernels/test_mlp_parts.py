@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import learners
 from ttt_jax.ttt.kernels import gelu, heads, mlp
 from ttt_jax.ttt.kernels.layout import Layout
 from ttt_jax.ttt.kernels.ops import Numerics, stack_heads
@@ -14,7 +15,7 @@ from ttt_jax.ttt.kernels.ops import Numerics, stack_heads
 def test_gelu_and_its_derivatives():
     z = jnp.linspace(-6, 6, 64).reshape(8, 8)
     value, first, _ = gelu.gelu_and_derivatives(z)
-    exact = learner_lib.gelu_and_derivative
+    exact = learners.gelu_and_derivative
     np.testing.assert_allclose(value, exact(z)[0], atol=1e-6)
     np.testing.assert_allclose(first, exact(z)[1], atol=3e-6)
     np.testing.assert_allclose(gelu.gelu(z), value, atol=1e-6)
@@ -58,12 +59,13 @@ def test_products_per_head(head_dim):
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (2, 20), (2, 96)])
 def test_weights_of_packs_and_back(heads, head_dim):
-    learner, layout = learner_lib.mlp(head_dim), Layout(heads, head_dim, 16)
+    learner, layout = learners.mlp(head_dim), Layout(heads, head_dim, 16)
+    hidden = mlp.hidden((head_dim, 4 * head_dim, head_dim))
     rng = np.random.default_rng(0)
     like = learner_lib.init(jax.random.key(0), learner, heads)
     weights = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal((2, *x.shape)), jnp.float32), like)
     state = mlp.pack(layout, weights)
-    assert state.weight1.shape == (2, layout.packs, 128, mlp.hidden(learner))
-    np.testing.assert_allclose(state.weight2.reshape(2, -1, layout.slot, mlp.hidden(learner)).sum(2), 0, atol=1e-4)
+    assert state.weight1.shape == (2, layout.packs, 128, hidden)
+    np.testing.assert_allclose(state.weight2.reshape(2, -1, layout.slot, hidden).sum(2), 0, atol=1e-4)
     back = mlp.unpack(layout, state, weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), back, weights)

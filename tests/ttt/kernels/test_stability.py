@@ -3,7 +3,7 @@
 At the weights of initialisation, whose outputs are small: there an instability has room to grow.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ from ttt_jax.ttt.kernels import norm, ops
 pytestmark = pytest.mark.slow
 
 
-def float64_loop(norm_params, w0, q, k, v, token_eta, position_eta):
+def float64_loop(parameters, tokens):
     """One head of one sequence, mini-batch by mini-batch, every token of it at weights of its own: [T, d]."""
-    scale, bias = (np.asarray(x[0, 0], np.float64) for x in norm_params)
-    weights = [tuple(np.asarray(x[0], np.float64) for x in layer) for layer in w0]
-    q, k, v, token_eta = (np.asarray(x[0, :, 0], np.float64) for x in (q, k, v, token_eta))
-    position_eta = np.asarray(position_eta, np.float64)
+    scale, bias = (np.asarray(parameters.constants[x][0, 0], np.float64) for x in ("norm_scale", "norm_bias"))
+    weights = [tuple(np.asarray(x[0], np.float64) for x in layer) for layer in parameters.w0]
+    q, k, v, token_eta = (np.asarray(x[0, :, 0], np.float64) for x in tokens[:4])
+    position_eta = np.asarray(parameters.position_eta, np.float64)
 
     def normalise(z):
         centred = z - z.mean(-1, keepdims=True)
@@ -61,6 +61,12 @@ def float64_loop(norm_params, w0, q, k, v, token_eta, position_eta):
     return z
 
 
+def official(parameters, tokens):
+    """The outputs by the authors' structure."""
+    w0, norm, position_eta = parameters
+    return inner_loop.official(*tokens[:4], position_eta, w0, norm)
+
+
 def error_by_part(z, exact, parts):
     split = [np.split(np.asarray(x, np.float64), parts, axis=1) for x in (z, exact)]
     return [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(*split, strict=True)]
@@ -71,18 +77,17 @@ def errors(by_kernel, by_scan, quick_jit):
     """Of a part of the sequence each, relative to the size of the outputs there."""
 
     def compute(problem, exact=None, parts=8, jit=quick_jit):
-        learner, *arguments = problem
-        z, _ = jit(lambda *x: by_kernel(learner, *x))(*arguments)  # traced anew each time
+        loop, *arguments = problem
+        z, _ = jit(lambda *x: by_kernel(loop, *x))(*arguments)  # traced anew each time
         if exact is None:
-            float32 = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
-            exact, _ = quick_jit(lambda *x: by_scan(learner, *x))(*float32[1:])
+            exact, _ = quick_jit(lambda *x: by_scan(loop, *x))(*problem.in_float32()[1:])
         return error_by_part(z, exact, parts)
 
     return compute
 
 
 # Of long sequences running is more than compiling.
-optimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+optimised = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def test_the_error_does_not_grow(make_problem, errors):
@@ -103,10 +108,8 @@ def test_nor_that_of_ttt_mlp(make_problem, errors):
 def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
     """Large weights forget rounding errors slowly, in the authors' structure too: as much is allowed."""
     problem = make_problem(tokens=2048, dtype=jnp.bfloat16)
-    learner, norm_params, w0, *inputs = problem
-    theirs = quick_jit(lambda *x: inner_loop.official(learner, *x, w0, norm_params))(*inputs)
-    float32 = (x.astype(jnp.float32) for x in inputs)
-    exact, _ = quick_jit(lambda *x: by_scan(learner, norm_params, w0, *x))(*float32)
+    theirs = quick_jit(official)(*problem[1:])
+    exact, _ = quick_jit(partial(by_scan, problem.loop))(*problem.in_float32()[1:])
     for found, allowed in zip(errors(problem, exact), error_by_part(theirs, exact, 8), strict=True):
         assert found < 1.2 * allowed < 5e-3
 
@@ -115,13 +118,11 @@ def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
 def test_against_float64(make_problem, errors, quick_jit, depth):
     """No more than that of the authors' structure in bfloat16, anywhere."""
     problem = make_problem(depth, tokens=2048, initial=True, dtype=jnp.bfloat16)
-    learner, norm_params, w0, *inputs = problem
-    float32 = problem._replace(**{x: getattr(problem, x).astype(jnp.float32) for x in "qkv"})
     exact = float64_loop(*problem[1:])[None, :, None]
-    theirs = quick_jit(lambda *x: inner_loop.official(learner, *x, w0, norm_params))(*inputs)
+    theirs = quick_jit(official)(*problem[1:])
     for found, allowed in zip(errors(problem, exact), error_by_part(theirs, exact, 8), strict=True):
         assert found < 1.2 * allowed < 6e-3
-    assert max(errors(float32, exact)) < 5e-6
+    assert max(errors(problem.in_float32(), exact)) < 5e-6
 
 
 def test_the_mean_that_is_next_to_nothing_is_needed(make_problem, errors, monkeypatch):

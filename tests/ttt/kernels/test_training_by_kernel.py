@@ -22,12 +22,12 @@ def calls(monkeypatch):
     """The kernel is used whatever is configured; how often it was traced."""
     found, choose = [], choice.choose
 
-    def kernel(learner, *arguments, **options):
-        found.append(learner)
-        return run.run(learner, *arguments, interpret=True, **options)
+    def kernel(loop, *arguments, **options):
+        found.append(loop)
+        return run.run(loop, *arguments, interpret=True, **options)
 
-    def chosen(asked, learner, *rest):
-        return choose("pallas", learner, *rest)._replace(kernel=kernel)
+    def chosen(asked, loop, *rest):
+        return choose("pallas", loop, *rest)._replace(kernel=kernel)
 
     monkeypatch.setattr(choice, "choose", chosen)
     return found
