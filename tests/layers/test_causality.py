@@ -11,16 +11,16 @@ from ttt_jax.layers.attention import Attention
 from ttt_jax.layers.linear_attention import LinearAttention
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.models.block import Block
-from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 
 TOKENS, WIDTH, HEADS, B = 6, 8, 2, 3
-LEARNERS = {"linear": learner_lib.linear(WIDTH // HEADS), "mlp": learner_lib.mlp(WIDTH // HEADS)}
+LOOPS = {"linear": ttt_linear(WIDTH // HEADS), "mlp": ttt_mlp(WIDTH // HEADS)}
 MIXERS = {
     "attention": partial(Attention, HEADS, jnp.float32),
     "linear_attention": partial(LinearAttention, HEADS, jnp.float32),
     **{
-        f"ttt_{name}-{backbone}": partial(TTT, learner, HEADS, jnp.float32, backbone, mini_batch=B)
-        for name, learner in LEARNERS.items()
+        f"ttt_{name}-{backbone}": partial(TTT, loop, HEADS, jnp.float32, backbone, mini_batch=B)
+        for name, loop in LOOPS.items()
         for backbone in ("mamba", "transformer")
     },
 }

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers.ttt import TTT
-from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear
+from ttt_jax.ttt.learner import Affine
 
 BATCH, TOKENS, WIDTH, HEADS, B = 2, 7, 8, 2, 3
 HEAD_DIM = WIDTH // HEADS
@@ -15,7 +16,7 @@ X = np.random.default_rng(5).standard_normal((BATCH, TOKENS, WIDTH)).astype(np.f
 
 
 def layer(backbone="mamba", **options):
-    return TTT(learner_lib.linear(HEAD_DIM), HEADS, jnp.float32, backbone, mini_batch=B, **options)
+    return TTT(ttt_linear(HEAD_DIM), HEADS, jnp.float32, backbone, mini_batch=B, **options)
 
 
 def sigmoid(x):
@@ -60,9 +61,9 @@ class Recorder:
     def __init__(self, monkeypatch):
         monkeypatch.setattr(scan, "run", self)
 
-    def __call__(self, learner, norm, w0, *inputs, **_):
-        self.inputs = inputs[:5]
-        return scan.Result(inputs[0], None, None)
+    def __call__(self, loop, parameters, tokens, *_, **__):
+        self.inputs = (*tokens[:4], parameters.position_eta)
+        return scan.Result(tokens.q, None, None)
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
@@ -119,11 +120,11 @@ def test_layer_is_norm_gate_and_projection_of_the_inner_loop(random_params, quic
     y, state = quick_jit(module.apply)({"params": params}, X)
     assert state is None
 
-    w0 = (learner_lib.Dense(params["inner_kernel_0"], params["inner_bias_0"]),)
-    norm = learner_lib.LayerNormParams(params["inner_norm_scale"], params["inner_norm_bias"])
+    w0 = (Affine(params["inner_kernel_0"], params["inner_bias_0"]),)
+    norm = {name: params[f"inner_{name}"] for name in ("norm_scale", "norm_bias")}
     p = float64(params)
-    inputs = (x.astype(np.float32) for x in numpy_inputs(p, backbone))
-    z = quick_jit(scan.run, static_argnums=0)(module.learner, norm, w0, *inputs).z
+    *tokens, position_eta = (x.astype(np.float32) for x in numpy_inputs(p, backbone))
+    z = quick_jit(scan.run, static_argnums=0)(module.loop, Parameters(w0, norm, position_eta), Tokens(*tokens)).z
     z = np.asarray(z, np.float64).reshape(X.shape)
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
     z = z * p["post_norm"]["scale"] + p["post_norm"]["bias"]
