@@ -19,8 +19,8 @@ from ttt_jax.evaluation.trained import Trained
 from ttt_jax.layers import ttt as ttt_layer
 from ttt_jax.models.build import language_model
 from ttt_jax.parallel import sharding
-from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import primal, scan
+from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear
 from ttt_jax.ttt.state import initial_state
 from ttt_jax.workdir import at
 
@@ -60,20 +60,23 @@ def data(monkeypatch):
     monkeypatch.setattr(inner_loop.sources, "from_config", from_config)
 
 
-def by_the_primal_form(run, loss_of, learner, norm, w0, q, k, v, token_eta, position_eta):
+def by_the_primal_form(run, loss_of, loop, parameters, tokens):
     """What the diagnostics of one layer are, from the weights of the primal form. [B, T, H], and |W0| [H]."""
-    b, start = len(position_eta), initial_state(w0, len(q))
+    w0, constants, position_eta = parameters
+    b, start = len(position_eta), initial_state(w0, len(tokens.q))
     state, found = start, {"loss_at_w0": [], "loss_before": [], "loss_after": [], "weight_distance": []}
-    for t in range(0, q.shape[1], b):
-        piece = [x[:, t : t + b] for x in (q, k, v, token_eta)]
-        used = piece[0].shape[1]
-        _, new = run(learner, norm, state, *piece, position_eta)
-        step = (
-            new.weights if used == b else learner_lib.gradient_step(state.weights, new.pending, position_eta[used - 1])
-        )
+    for t in range(0, tokens.q.shape[1], b):
+        piece = jax.tree.map(lambda x, t=t: x[:, t : t + b], tokens)
+        used = piece.q.shape[1]
+        _, new = run(loop, parameters, piece, state)
+        if used == b:
+            step = new.weights
+        else:
+            rate = position_eta[used - 1]
+            step = jax.tree.map(lambda w, g, rate=rate: w - rate * g, state.weights, new.pending)
         at = {"loss_at_w0": start.weights, "loss_before": state.weights, "loss_after": step}
         for name, weights in at.items():
-            loss = loss_of(learner, norm, weights, piece[1].swapaxes(1, 2), piece[2].swapaxes(1, 2))
+            loss = loss_of(loop.learner, constants, weights, piece.k.swapaxes(1, 2), piece.v.swapaxes(1, 2))
             found[name].append(np.asarray(loss, np.float64).swapaxes(1, 2))
         change = [
             np.asarray(w, np.float64) - old for w, old in zip(*map(jax.tree.leaves, (step, start.weights)), strict=True)
@@ -83,7 +86,7 @@ def by_the_primal_form(run, loss_of, learner, norm, w0, q, k, v, token_eta, posi
     w0_norm = np.sqrt(sum((np.asarray(w, np.float64) ** 2).sum((1, 2)) for w in jax.tree.leaves(w0)))
     return {name: np.concatenate(parts, axis=1) for name, parts in found.items()} | {
         "w0_norm": w0_norm,
-        "eta": np.asarray(token_eta, np.float64),
+        "eta": np.asarray(tokens.eta, np.float64),
     }
 
 
@@ -93,22 +96,21 @@ def expected(trained, quick_jit):
     given to the primal form with the very inputs that it has there."""
 
     primal_run = quick_jit(primal.run, static_argnums=0)
-    loss_of = quick_jit(learner_lib.loss, static_argnums=0)
+
+    def loss(learner, constants, weights, k, v):
+        return ((learner.apply(weights, constants, k) - v) ** 2).sum(-1) / 2
+
+    loss_of = quick_jit(loss, static_argnums=0)
 
     class Inputs(NamedTuple):
         """Stands where the statistics of a scan stood, so that the layer hands out the inputs of its scan."""
 
-        norm: learner_lib.LayerNormParams
-        w0: learner_lib.Weights
-        q: jax.Array
-        k: jax.Array
-        v: jax.Array
-        token_eta: jax.Array
-        position_eta: jax.Array
+        parameters: Parameters
+        tokens: Tokens
 
     def recording(run):
-        def spy(learner, *inputs, **options):
-            return run(learner, *inputs, **options)._replace(statistics=Inputs(*inputs[:7]))
+        def spy(loop, parameters, tokens, *state, **options):
+            return run(loop, parameters, tokens, *state, **options)._replace(statistics=Inputs(parameters, tokens))
 
         return spy
 
@@ -116,14 +118,14 @@ def expected(trained, quick_jit):
         inputs = np.stack([TOKENS[start : start + tokens] for start in starts]).astype(np.int32)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scan, "run", recording(scan.run))
-            patch.setattr(ttt_layer, "_target_spread", lambda k, v: v - k)
+            patch.setattr(ttt_layer, "_spread", lambda target: target)
             forward = quick_jit(lambda params: trained.model.apply({"params": params}, inputs, mutable=["statistics"]))
             _, filled = forward(trained.params)
         recorded = filled["statistics"]["layers"]["mixer"]
-        learner, layers = learner_lib.linear(trained.config.model.width // HEADS), []
+        loop, layers = ttt_linear(trained.config.model.width // HEADS), []
         for i in range(LAYERS):
             of_layer = jax.tree.map(lambda x, i=i: x[i], recorded)
-            layer = by_the_primal_form(primal_run, loss_of, learner, *(of_layer[name] for name in Inputs._fields))
+            layer = by_the_primal_form(primal_run, loss_of, loop, *(of_layer[name] for name in Inputs._fields))
             target = np.asarray(of_layer["target_spread"], np.float64)
             length = tokens if tokens <= TRAINING else PIECE
             pieces = [target[:, i : i + length] for i in range(0, tokens, length)]
