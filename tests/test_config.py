@@ -123,11 +123,12 @@ REFUSED = [
     ("model.ttt.base_lr=fast", "model.ttt.base_lr=fast", "a number"),
     ("model.tie_embeddings=maybe", "model.tie_embeddings=maybe", "true or false"),
     ("model.pre_conv=maybe", "model.pre_conv=maybe", "true or false"),
-    ("model.mixer=lstm", "model.mixer='lstm'", "ttt_linear, ttt_mlp, attention"),
+    ("model.mixer=lstm", "model.mixer='lstm'", "ttt_linear, ttt_mlp, ttt, attention"),
     ("model.ttt.backbone=rwkv", "model.ttt.backbone='rwkv'", "mamba, transformer"),
-    ("model.ttt.learner=conv", "model.ttt.learner='conv'", "linear, mlp, swiglu, or MODULE:NAME"),
-    ("model.ttt.learner=my lab:gated", "model.ttt.learner='my lab:gated'", "MODULE:NAME, such as"),
-    ("model.ttt.learner=mylab.learners:a.b", "model.ttt.learner='mylab.learners:a.b'", "MODULE:NAME, such as"),
+    ("model.ttt.learner=mlp", "model.ttt.learner='mlp'", "expected linear, or model.mixer=ttt, which leaves it open"),
+    ("model.ttt.update=decay", "model.ttt.update='decay'", "expected sgd, or model.mixer=ttt"),
+    ("model.ttt.rate_per_matrix=true", "model.ttt.rate_per_matrix=True", "expected False, or model.mixer=ttt"),
+    ("model.ttt.reading=previous", "model.ttt.reading='previous'", "expected causal, or model.mixer=ttt"),
     ("model.ttt.learner_source=abc", "model.ttt.learner_source='abc'", "a SHA-256 in 64"),
     (f"model.ttt.learner_source={'a' * 64}", "model.ttt.learner_source=aaaaaaaaaaaa...: is of a learner", "none"),
     ("model.dtype=float16", "model.dtype='float16'", "float32, bfloat16"),
@@ -178,6 +179,34 @@ def test_refused(override, beginning, accepted):
     message = error_of(parse, override)
     assert message.startswith(beginning)
     assert accepted in message[len(beginning) :]
+
+
+CHOICES = [
+    ("model.ttt.learner=conv", "model.ttt.learner='conv'", "linear, mlp, swiglu, or MODULE:NAME"),
+    ("model.ttt.learner=my lab:gated", "model.ttt.learner='my lab:gated'", "linear, mlp, swiglu, or MODULE:NAME"),
+    ("model.ttt.learner=mylab.learners:a.b", "model.ttt.learner='mylab.learners:a.b'", "MODULE:NAME, such as"),
+    ("model.ttt.learner=nowhere:f", "model.ttt.learner='nowhere:f'", "one that is installed"),
+    ("model.ttt.objective=huber", "model.ttt.objective='huber'", "squared_error, dot_product"),
+    ("model.ttt.rate=tanh", "model.ttt.rate='tanh'", "sigmoid/d, sigmoid, softplus"),
+    ("model.ttt.position_rate=2/t", "model.ttt.position_rate='2/t'", "1/t, 1"),
+    ("model.ttt.update=sgd + adam", "model.ttt.update='sgd + adam'", "sgd, or some of decay, momentum"),
+    ("model.ttt.update=muon", "model.ttt.update='muon'", "expected the reading 'previous'"),
+    ("model.ttt.reading=next", "model.ttt.reading='next'", "causal, previous"),
+]
+
+
+@pytest.mark.parametrize(("override", "beginning", "accepted"), CHOICES, ids=[r[0] for r in CHOICES])
+def test_refused_choices_of_an_inner_loop(override, beginning, accepted):
+    message = error_of(parse, "model.mixer=ttt", override)
+    assert message.startswith(beginning)
+    assert accepted in message[len(beginning) :]
+
+
+def test_a_key_that_a_method_hides_is_set_like_others():
+    """ConfigDict has a method ``update``."""
+    assert (
+        parse("model.mixer=ttt", "model.ttt.update=momentum", "model.ttt.update=decay").model.ttt["update"] == "decay"
+    )
 
 
 EDGES = [

@@ -10,13 +10,17 @@ from ttt_jax import cli, import_path, json_files
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
-from ttt_jax.models import build
 from ttt_jax.training import loop, own_learner, run_config
 from ttt_jax.training.checkpoint import Checkpoints
 
 NAME = "ttt_learner_of_a_test:gated"
 SOURCE = "def gated(dense, x):\n    return dense(x, x.shape[-1])\n"
-CHANGES = {"model.ttt.learner": NAME, "training.duration": "2 steps", "checkpoint.every": "1 step"}
+CHANGES = {
+    "model.mixer": "ttt",
+    "model.ttt.learner": NAME,
+    "training.duration": "2 steps",
+    "checkpoint.every": "1 step",
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,6 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setattr(build, "learner", _learner)
         yield folder / "ttt_learner_of_a_test.py"
 
 
@@ -50,12 +53,6 @@ def finished(lab, tmp_path_factory, tiny_config):
 @pytest.fixture
 def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
-
-
-def _learner(model):
-    """As :func:`build.learner` of the mixer, once the one of the config has been imported."""
-    import_path.load(model.ttt.learner, config_lib.LEARNER, model.ttt.learner_source)
-    return build.learner_lib.linear(model.width // model.num_heads)
 
 
 def _source_of(workdir):

@@ -199,7 +199,7 @@ def test_chains_by_name():
     assert update.parse("decay=0.9 + momentum_of_last") == (Decay(0.9), Momentum(average=False))
     assert update.parse("renormalise_before_use") == (Renormalise(before_use=True),)
     for text in ("", "adam", "sgd + muon", "decay=0", "decay=1.5", "decay=1.2.3", "momentum(0.9)"):
-        with pytest.raises(ValueError, match="expected sgd, or some of decay, momentum"):
+        with pytest.raises(ValueError, match="is no update; expected sgd, or some of decay, momentum"):
             update.parse(text)
 
 

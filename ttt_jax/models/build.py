@@ -1,6 +1,6 @@
 """From the ``model`` section of a config to a :class:`LanguageModel`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ttt_jax.models.block import Block
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel.activations import device_kind
 from ttt_jax.ttt import learners, rules, update
-from ttt_jax.ttt.inner_loop import InnerLoop
+from ttt_jax.ttt.inner_loop import READINGS, InnerLoop
 from ttt_jax.ttt.kernels import choice
 from ttt_jax.ttt.learner import Function, Learner
 from ttt_jax.ttt.learners import LEARNERS, ResidualNorm
@@ -96,10 +96,12 @@ def learns(model: ml_collections.ConfigDict) -> bool:
 
 
 def check_names(model: ml_collections.ConfigDict) -> None:
-    """Raise :class:`ConfigError` where a choice does not exist or go with the others; imports no learner."""
+    """Raise :class:`ConfigError` where a choice does not exist or go with the others.
+
+    A learner of the user's own is neither imported nor looked for: pictures of a run do not need it.
+    """
     named = model.ttt.learner
     if named is not None and import_path.is_import_path(named):
-        import_path.source_file(named, config_lib.LEARNER)
         model = model.copy_and_resolve_references().unlock()
         model.ttt.learner = None
     loop(model)
@@ -111,24 +113,20 @@ def loop(model: ml_collections.ConfigDict) -> InnerLoop:
     Raises:
       ConfigError: where a choice is not among those that exist, or does not go with the others.
     """
-    ttt = model.ttt
+    ttt, f = model.ttt, learner_function(model)
+    objective = _named("model.ttt.objective", ttt.objective, OBJECTIVES)
+    rate = Rate(
+        _name("model.ttt.rate", ttt.rate, TOKEN_RATES),
+        _name("model.ttt.position_rate", ttt.position_rate, POSITION_RATES),
+        ttt.rate_per_matrix,
+    )
+    learner = Learner(ResidualNorm(f) if ttt.output == "residual_norm" else f, model.width // model.num_heads)
+    reading = _name("model.ttt.reading", ttt.reading, READINGS)
+    chosen = ttt["update"]  # ttt.update is a method
     try:
-        f = learner_function(model)
-        return InnerLoop(
-            Learner(ResidualNorm(f) if ttt.output == "residual_norm" else f, model.width // model.num_heads),
-            _named("model.ttt.objective", ttt.objective, OBJECTIVES),
-            Rate(
-                _name("model.ttt.rate", ttt.rate, TOKEN_RATES),
-                _name("model.ttt.position_rate", ttt.position_rate, POSITION_RATES),
-                ttt.rate_per_matrix,
-            ),
-            update.parse(ttt["update"]),  # ttt.update is a method
-            ttt.reading,
-        )
-    except ConfigError:
-        raise
+        return InnerLoop(learner, objective, rate, update.parse(chosen), reading)
     except ValueError as error:
-        raise ConfigError(f"model.ttt: {error}") from error
+        raise ConfigError(f"model.ttt.update={chosen!r}: {error}") from error
 
 
 def learner_function(model: ml_collections.ConfigDict) -> Function:
@@ -143,7 +141,7 @@ def learner_function(model: ml_collections.ConfigDict) -> Function:
     return learners.make(kind, options)
 
 
-def _name(key: str, name: str, known: Mapping[str, Any], more: str = "") -> str:
+def _name(key: str, name: str, known: Collection[str], more: str = "") -> str:
     if name not in known:
         raise ConfigError(f"{key}={name!r}: expected one of {', '.join(known)}{more}")
     return name

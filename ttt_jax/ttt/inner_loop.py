@@ -51,8 +51,8 @@ class InnerLoop:
         if self.reading == "causal" and not update.is_linear(self.update):
             names = [type(member).__name__.lower() for member in self.update if not member.linear]
             raise ValueError(
-                f"reading 'causal': the update {' and '.join(names)} is not linear in the gradients, so the steps "
-                "inside a mini-batch have no closed form; expected the reading 'previous'"
+                f"{' and '.join(names)} is not linear in the gradients, so for the reading 'causal' the steps inside a "
+                "mini-batch have no closed form; expected the reading 'previous'"
             )
 
 

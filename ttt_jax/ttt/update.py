@@ -187,8 +187,8 @@ def _member(name: str) -> Member:
         if 0 < factor <= 1:
             return Decay(factor)
     raise ValueError(
-        f"update {name!r}: expected sgd, or some of {', '.join(MEMBERS)} with + between them, or decay=FACTOR, the "
-        "same for all tokens"
+        f"{name!r} is no update; expected sgd, or some of {', '.join(MEMBERS)} with + between them, or decay=FACTOR, "
+        "the same for all tokens"
     )
 
 
