@@ -1,5 +1,7 @@
 """The TTT layer around its inner loop: rates, positions, convolutions, gate and norm against NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +9,22 @@ import pytest
 
 from ttt_jax.layers.ttt import TTT
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear
-from ttt_jax.ttt.learner import Affine
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_linear, ttt_mlp
+from ttt_jax.ttt.learner import Affine, Learner
+from ttt_jax.ttt.learners import Linear
+from ttt_jax.ttt.objective import dot_product
+from ttt_jax.ttt.rate import Rate
+from ttt_jax.ttt.update import Decay, Momentum
 
 BATCH, TOKENS, WIDTH, HEADS, B = 2, 7, 8, 2, 3
 HEAD_DIM = WIDTH // HEADS
+LINEAR = ttt_linear(HEAD_DIM)
+GATES = {"log_decay": np.log(99), "momentum": 0.0}  # what is added to the logits, so that a decay starts at 0.99
 X = np.random.default_rng(5).standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32)
 
 
-def layer(backbone="mamba", **options):
-    return TTT(ttt_linear(HEAD_DIM), HEADS, jnp.float32, backbone, mini_batch=B, **options)
+def layer(backbone="mamba", loop=LINEAR, **options):
+    return TTT(loop, HEADS, jnp.float32, backbone, mini_batch=B, **options)
 
 
 def sigmoid(x):
@@ -62,7 +70,7 @@ class Recorder:
         monkeypatch.setattr(scan, "run", self)
 
     def __call__(self, loop, parameters, tokens, *_, **__):
-        self.inputs = (*tokens[:4], parameters.position_eta)
+        self.inputs, self.gates = (*tokens[:4], parameters.position_eta), tokens.gates
         return scan.Result(tokens.q, None, None)
 
 
@@ -97,6 +105,50 @@ def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
     token_eta, position_eta = recorder.inputs[3:]
     assert_close(token_eta, np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / 2 / HEAD_DIM), 1e-6)
     np.testing.assert_allclose(position_eta, [1, 1 / 2, 1 / 3], rtol=1e-6)
+
+
+def test_a_rate_for_each_weight_matrix(random_params, assert_close, monkeypatch):
+    """eta = scale * softplus(w.x + c + softplus^-1(base_lr)), with nothing that depends on the position."""
+    loop = dataclasses.replace(ttt_mlp(HEAD_DIM), rate=Rate("softplus", "1", per_matrix=True))
+    module = layer(loop=loop, base_lr=0.3)
+    params = random_params(module, X)
+    assert params["eta_kernel"].shape == (WIDTH, HEADS, 2)
+    assert "tau" not in params
+    recorder = Recorder(monkeypatch)
+    module.apply({"params": params}, X, None, 0.7)
+    logits = np.einsum("btd,dhm->bthm", X, float64(params)["eta_kernel"]) + params["eta_bias"]
+    token_eta, position_eta = recorder.inputs[3:]
+    assert_close(token_eta, 0.7 * np.log1p(np.exp(logits + np.log(np.expm1(0.3)))), 1e-6)
+    np.testing.assert_array_equal(position_eta, np.ones(B))
+
+
+def test_gates_of_the_update(random_params, assert_close, monkeypatch):
+    """Each is a function of w.x + c; a decay that is the same for all tokens has no parameters."""
+    module = layer(loop=dataclasses.replace(LINEAR, update=(Decay(), Momentum())))
+    params = random_params(module, X)
+    recorder = Recorder(monkeypatch)
+    module.apply({"params": params}, X)
+    p = float64(params)
+    decay, momentum = (sigmoid(X @ p[f"{name}_kernel"] + p[f"{name}_bias"] + shift) for name, shift in GATES.items())
+    assert_close(recorder.gates, {"log_decay": np.log(decay), "momentum": momentum}, 1e-5)
+    fixed = layer(loop=dataclasses.replace(LINEAR, update=(Decay(0.9),)))
+    assert random_params(fixed, X).keys() == random_params(layer(), X).keys()
+
+
+def test_what_an_update_remembers_is_read_on_in_pieces(random_params, quick_jit, assert_close):
+    """Cut within a mini-batch; with slots, gates and weights that do not start at zero."""
+    module = layer(loop=dataclasses.replace(LINEAR, update=(Decay(), Momentum())))
+    params = random_params(module, X)
+
+    @quick_jit
+    def run(params):
+        state, pieces = module.initial_state(BATCH, WIDTH, TOKENS), []
+        for piece in (X[:, :4], X[:, 4:]):
+            y, state = module.apply({"params": params}, piece, state)
+            pieces.append(y)
+        return module.apply({"params": params}, X)[0], jnp.concatenate(pieces, 1)
+
+    assert_close(*run(params)[::-1], 1e-5)
 
 
 def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):
@@ -153,6 +205,21 @@ def test_target_spread_is_the_loss_of_the_mean_target(random_params, quick_jit, 
     target = heads(X @ params["wv"]["kernel"] - X @ params["wk"]["kernel"]).astype(np.float64)
     expected = ((target - target.mean(1, keepdims=True)) ** 2).sum(-1) / 2
     assert_close(extra["statistics"]["target_spread"], expected)
+
+
+def test_target_spread_without_a_residual_is_that_of_the_values(random_params, quick_jit, assert_close):
+    """And there is none where the loss is no distance from a target."""
+
+    def statistics(**choices):
+        module = layer("transformer", InnerLoop(Learner(Linear(), HEAD_DIM), **choices))
+        params = random_params(module, X)
+        _, extra = quick_jit(lambda p: module.apply({"params": p}, X, mutable=["statistics"]))(params)
+        return params, extra["statistics"]
+
+    params, found = statistics()
+    target = heads(X @ params["wv"]["kernel"]).astype(np.float64)
+    assert_close(found["target_spread"], ((target - target.mean(1, keepdims=True)) ** 2).sum(-1) / 2)
+    assert found.keys() - statistics(objective=dot_product)[1].keys() == {"target_spread"}
 
 
 @pytest.mark.parametrize("learned", [True, False])
