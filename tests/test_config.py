@@ -185,7 +185,6 @@ CHOICES = [
     ("model.ttt.learner=conv", "model.ttt.learner='conv'", "linear, mlp, swiglu, or MODULE:NAME"),
     ("model.ttt.learner=my lab:gated", "model.ttt.learner='my lab:gated'", "linear, mlp, swiglu, or MODULE:NAME"),
     ("model.ttt.learner=mylab.learners:a.b", "model.ttt.learner='mylab.learners:a.b'", "MODULE:NAME, such as"),
-    ("model.ttt.learner=nowhere:f", "model.ttt.learner='nowhere:f'", "one that is installed"),
     ("model.ttt.objective=huber", "model.ttt.objective='huber'", "squared_error, dot_product"),
     ("model.ttt.rate=tanh", "model.ttt.rate='tanh'", "sigmoid/d, sigmoid, softplus"),
     ("model.ttt.position_rate=2/t", "model.ttt.position_rate='2/t'", "1/t, 1"),

@@ -14,7 +14,8 @@ from ttt_jax.models import build
 
 
 def every_model():
-    for mixer, backbone in itertools.product(MIXERS, ("mamba", "transformer")):
+    named = [mixer for mixer in MIXERS if mixer != "ttt"]  # which stands for many, told apart within a picture
+    for mixer, backbone in itertools.product(named, ("mamba", "transformer")):
         c = config_lib.default()
         c.model.mixer, c.model.ttt.backbone = mixer, backbone
         yield build.describe(c.model)

@@ -70,7 +70,7 @@ def launch(target, *command, env=()):
 def test_a_learner_has_to_be_in_the_tree_that_is_sent(capsys, tmp_path, monkeypatch):
     (tmp_path / "lab_elsewhere.py").write_text("raise AssertionError('this has been run')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    batch = "--config.data.batch_size=4"
+    options = "--config.data.batch_size=4", "--config.model.mixer=ttt"
     refused = {
         "lab_elsewhere:gated": f"{tmp_path}/lab_elsewhere.py would be missing on other machines; expected the module "
         f"at {ROOT}/lab_elsewhere.py, which they get",
@@ -81,12 +81,12 @@ def test_a_learner_has_to_be_in_the_tree_that_is_sent(capsys, tmp_path, monkeypa
     for name, target in {**TARGETS, "slurm": ["slurm", "--gpus-per-node", "1"]}.items():
         for learner, message in refused.items():
             is_refused = name != "slurm" or "nowhere" in learner  # nodes of Slurm see the files of this machine
-            assert launch(target, *TRAIN, batch, f"--config.model.ttt.learner={learner}") == (2 if is_refused else 0)
+            assert launch(target, *TRAIN, *options, f"--config.model.ttt.learner={learner}") == 2 * is_refused
             if is_refused:
                 said = capsys.readouterr().err
                 assert said.startswith(f"ttt launch: model.ttt.learner='{learner}': {message}")
                 assert said.count("\n") == 1
-        assert launch(target, *TRAIN, batch, "--config.model.ttt.learner=ttt_jax.import_path:load") == 0
+        assert launch(target, *TRAIN, *options, "--config.model.ttt.learner=ttt_jax.import_path:load") == 0
         capsys.readouterr()
 
 
@@ -187,7 +187,8 @@ def test_options_that_are_written_exist():
 def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
     texts = {key for key, default, _ in config_lib.KEYS if isinstance(default, str) or default is str}
     others = """model.mixer model.dtype model.remat model.ttt.backbone model.ttt.kernel model.ttt.learner
-        model.ttt.learner_source model.ttt.output optimizer.warmup training.duration checkpoint.every
+        model.ttt.learner_source model.ttt.output model.ttt.objective model.ttt.rate model.ttt.position_rate
+        model.ttt.update model.ttt.reading optimizer.warmup training.duration checkpoint.every
         checkpoint.milestone_every evaluation.every evaluation.split profile.steps log.every
         log.wandb_project""".split()
     assert texts == {*places._CONFIG_KINDS, *others}
