@@ -15,15 +15,10 @@ from ttt_jax.ttt import scan
 from ttt_jax.ttt.kernels import choice, run
 
 
-def right(learner, norm, start, q, k, v, token_eta, position_eta, **_):
+def right(loop, parameters, start, tokens, **_):
     """What a kernel computes; its options change nothing."""
-
-    def of_sequence(start, q, k, v, token_eta):
-        q, k, v, token_eta = (x[None] for x in (q, k, v, token_eta))
-        result = scan.run(learner, norm, start, q, k, v, token_eta, position_eta)
-        return result.z[0], jax.tree.map(lambda x: x[0], result.state.weights)
-
-    return jax.vmap(of_sequence)(start, q, k, v, token_eta)
+    result = scan.run(loop, parameters._replace(w0=start), tokens)
+    return result.z, result.state.weights
 
 
 def outputs_shifted(*arguments, **_):

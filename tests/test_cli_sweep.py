@@ -33,8 +33,6 @@ REFUSED = {
     f"{SWEEP} --grid optimizer.peak_lr=1e-3,0.001": "points peak_lr=0.001 and peak_lr=0.001: are the same run",
     f"{SWEEP} --grid model.ttt.norm_residual=true,false": f"point {QUICKSTART}, model.ttt.norm_residual=true: model."
     "ttt.norm_residual: is now model.ttt.output and model.ttt.bias; expected --config.model.ttt.output=residual_norm ",
-    f"{SWEEP} --config.model.mixer=ttt --grid model.ttt.learner=linear,lab_nowhere:f": "model.ttt.learner='lab_nowhere:f': no module lab",
-    f"{SWEEP} --config.model.mixer=ttt --config.model.ttt.learner=json:dumps --engine ray --ray-address auto": "model.ttt.learner='json:dumps'",
     f"{SWEEP} --jobs 0": "--jobs 0: expected 1 or more",
     f"{SWEEP} --restarts -1": "--restarts -1: expected 0 or more",
     f"{SWEEP} -- train": "-- train: expected -- launch TARGET, and options of it",
@@ -80,6 +78,23 @@ def test_refused(answers, command):
     assert said.startswith(REFUSED[command])
     if "error:" not in err:
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--grid model.ttt.learner=linear,lab_nowhere:f", "model.ttt.learner='lab_nowhere:f': no module lab"),
+        ("--config.model.ttt.learner=json:dumps --engine ray --ray-address auto", "model.ttt.learner='json:dumps'"),
+    ],
+)
+def test_learners_that_its_machines_would_not_find_are_refused(capsys, tmp_path, options, message):
+    from ttt_jax import cli
+
+    if "--engine ray" in options:
+        pytest.importorskip("ray")
+    command = ["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), "--config.model.mixer=ttt"]
+    assert cli.main([*command, *options.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"ttt sweep: {message}")
 
 
 def test_a_dry_run_prints_the_commands(capsys, tmp_path):

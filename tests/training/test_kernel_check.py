@@ -13,9 +13,9 @@ from ttt_jax.evaluation import trained
 from ttt_jax.exit_status import DONE
 from ttt_jax.parallel import sharding
 from ttt_jax.training import kernel_check, loop, metrics, program
+from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 from ttt_jax.ttt.kernels import choice, run, self_check
 from ttt_jax.ttt.kernels.self_check import Family
-from ttt_jax.ttt.learner import linear, mlp
 
 RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
 WRONG = "WARNING: the fused kernel of the inner loop is wrong on cpu: it differs from the scan by "
@@ -121,12 +121,12 @@ def test_a_kernel_that_does_not_compile(capsys, make, use_kernel):
 @pytest.mark.parametrize(
     ("changes", "device", "expected"),
     [
-        ({}, "TPU v5 lite", Family(linear(16), 16, 2, "float32")),
-        ({"mesh.tensor": 2}, "TPU v5 lite", Family(linear(16), 16, 1, "float32")),
+        ({}, "TPU v5 lite", Family(ttt_linear(16), 16, 2, "float32")),
+        ({"mesh.tensor": 2}, "TPU v5 lite", Family(ttt_linear(16), 16, 1, "float32")),
         (
             {"model.mixer": "ttt_mlp", "model.dtype": "bfloat16", "model.ttt.remat_group": 8},
             "TPU v6 lite",
-            Family(mlp(16), 16, 2, "bfloat16", 8),
+            Family(ttt_mlp(16), 16, 2, "bfloat16", 8),
         ),
         ({"model.ttt.kernel_check": False}, "TPU v5 lite", None),
         ({"model.ttt.kernel": "scan"}, "TPU v5 lite", None),

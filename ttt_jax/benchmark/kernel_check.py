@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.config import ConfigError
-from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 from ttt_jax.ttt.kernels import self_check
 
 PARTS = ("scan", "kernel", "inference")
@@ -39,9 +39,9 @@ def build(
     for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("part", part, PARTS)):
         if value not in known:
             raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
-    learner = learner_lib.linear(head_dim) if kind == "linear" else learner_lib.mlp(head_dim)
-    family = self_check.Family(learner, mini_batch, heads, _DTYPES[dtype], remat_group)
+    loop = ttt_linear(head_dim) if kind == "linear" else ttt_mlp(head_dim)
+    family = self_check.Family(loop, mini_batch, heads, _DTYPES[dtype], remat_group)
     arguments, kernel = self_check.problem_of(family, device)
-    cotangents = self_check.cotangents(learner, arguments)
+    cotangents = self_check.cotangents(loop, arguments)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (arguments, cotangents))
-    return self_check.programs(learner, kernel, jnp.dtype(family.dtype))[part], shapes
+    return self_check.programs(loop, kernel, jnp.dtype(family.dtype))[part], shapes

@@ -49,11 +49,11 @@ def family(model: ml_collections.ConfigDict, mesh: Mesh) -> self_check.Family | 
     where ``model.ttt.kernel_check`` is false."""
     if not build.learns(model) or not model.ttt.kernel_check:
         return None
-    ttt, learner, device = model.ttt, build.learner(model), mesh.devices.flat[0].device_kind
-    if choice.choose(ttt.kernel, learner, ttt.mini_batch, device).kernel is None or choice.interpreted(device):
+    ttt, loop, device = model.ttt, build.loop(model), mesh.devices.flat[0].device_kind
+    if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is None or choice.interpreted(device):
         return None
     heads = model.num_heads // mesh.shape["tensor"]
-    return self_check.Family(learner, ttt.mini_batch, heads, model.dtype, ttt.remat_group)
+    return self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group)
 
 
 def _problem(checked: self_check.Family, device: jax.Device) -> str:

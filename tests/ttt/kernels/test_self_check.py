@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import pytest
 from kernel_by_scan import outputs_shifted, right
 
+from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 from ttt_jax.ttt.kernels import linear, run, self_check
 from ttt_jax.ttt.kernels.self_check import Family
-from ttt_jax.ttt.learner import linear as linear_learner
-from ttt_jax.ttt.learner import mlp as mlp_learner
 
-TINY = Family(linear_learner(8), mini_batch=32, heads=1, dtype="float32")  # 352 tokens, of which 256 in a first block
+TINY = Family(ttt_linear(8), mini_batch=32, heads=1, dtype="float32")  # 352 tokens, of which 256 in a first block
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +38,11 @@ def one_output_not_finite(*arguments, **_):
     return z.at[0, 300, 0, 5].add(jnp.nan), end
 
 
-def last_step_left_out(*arguments, **_):
+def last_step_left_out(loop, parameters, start, tokens, **_):
     """No output depends on it."""
-    *others, token_eta, position_eta = arguments
-    z, end = right(*arguments)
-    _, short = right(*others, token_eta.at[:, -len(position_eta) :].set(0), position_eta)
+    z, end = right(loop, parameters, start, tokens)
+    shorter = tokens._replace(eta=tokens.eta.at[:, -len(parameters.position_eta) :].set(0))
+    _, short = right(loop, parameters, start, shorter)
     return z, jax.tree.map(lambda x, y: x + jax.lax.stop_gradient(y - x), end, short)
 
 
@@ -56,26 +55,26 @@ def scaled_backwards(x):
 scaled_backwards.defvjp(lambda x: (x, None), lambda _, g: (1.001 * g,))
 
 
-def gradient_of_k_scaled(learner, norm, start, q, k, *others, **_):
-    return right(learner, norm, start, q, scaled_backwards(k), *others)
+def gradient_of_k_scaled(loop, parameters, start, tokens, **_):
+    return right(loop, parameters, start, tokens._replace(k=scaled_backwards(tokens.k)))
 
 
-def gradient_of_v_scaled_in_second_block(learner, norm, start, q, k, v, *others, **_):
-    v = jnp.concatenate([v[:, :256], scaled_backwards(v[:, 256:])], 1)
-    return right(learner, norm, start, q, k, v, *others)
+def gradient_of_v_scaled_in_second_block(loop, parameters, start, tokens, **_):
+    v = jnp.concatenate([tokens.v[:, :256], scaled_backwards(tokens.v[:, 256:])], 1)
+    return right(loop, parameters, start, tokens._replace(v=v))
 
 
-def second_sequence_left_out_backwards(learner, norm, start, *others, **_):
+def second_sequence_left_out_backwards(loop, parameters, start, tokens, **_):
     """Of the gradient of what the sequences share."""
     start = jax.tree.map(lambda x: x.at[1].set(jax.lax.stop_gradient(x[1])), start)
-    return right(learner, norm, start, *others)
+    return right(loop, parameters, start, tokens)
 
 
-def inference_shifted(learner, *arrays, **_):
+def inference_shifted(loop, *arrays, **_):
     """Where no backward pass follows, another program runs."""
-    without_gradient = jax.custom_vjp(lambda arrays: outputs_shifted(learner, *arrays))
+    without_gradient = jax.custom_vjp(lambda arrays: outputs_shifted(loop, *arrays))
     without_gradient.defvjp(
-        lambda arrays: jax.vjp(lambda arrays: right(learner, *arrays), arrays), lambda pullback, g: pullback(g)
+        lambda arrays: jax.vjp(lambda arrays: right(loop, *arrays), arrays), lambda pullback, g: pullback(g)
     )
     return without_gradient(arrays)
 
@@ -120,11 +119,11 @@ def test_it_runs_once_for_a_family_and_a_device(monkeypatch, device):
 
 # ---- The kernels themselves, interpreted
 
-WIDER = {"learner": linear_learner(16), "dtype": "bfloat16"}  # with 8 features some LN is of next to nothing
+WIDER = {"loop": ttt_linear(16), "dtype": "bfloat16"}  # with 8 features some LN is of next to nothing
 CASES = [
     TINY,
     pytest.param(TINY._replace(**WIDER, remat_group=4), marks=pytest.mark.slow),
-    pytest.param(TINY._replace(**{**WIDER, "learner": mlp_learner(16)}), marks=pytest.mark.slow),
+    pytest.param(TINY._replace(**{**WIDER, "loop": ttt_mlp(16)}), marks=pytest.mark.slow),
 ]
 
 
@@ -154,14 +153,14 @@ def test_a_fused_kernel_with_a_wrong_step_is_found(monkeypatch, device):
 # ---- The small problem
 
 
-@pytest.mark.parametrize("learner", [linear_learner(64), linear_learner(96), mlp_learner(64), mlp_learner(128)])
+@pytest.mark.parametrize("loop", [ttt_linear(64), ttt_linear(96), ttt_mlp(64), ttt_mlp(128)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [1, 2, 5, 12, 25, 32, 64])
-def test_the_small_problem_is_computed_as_the_real_one(learner, dtype, heads):
-    family = Family(learner, 16, heads, dtype)
+def test_the_small_problem_is_computed_as_the_real_one(loop, dtype, heads):
+    family = Family(loop, 16, heads, dtype)
     size = self_check.small_size(family)
-    real, unroll = run.blocks(learner, 16, heads, dtype)
-    small, _ = run.blocks(learner, 16, size.heads, dtype, most_packs=size.most_packs)
+    real, unroll = run.blocks(loop, 16, heads, dtype)
+    small, _ = run.blocks(loop, 16, size.heads, dtype, most_packs=size.most_packs)
     assert size.unroll == unroll
     assert size.heads <= heads
     assert small.block_packs == min(real.block_packs, size.most_packs)
@@ -172,7 +171,7 @@ def test_the_small_problem_is_computed_as_the_real_one(learner, dtype, heads):
 
 
 def test_of_the_smallest_model_of_the_paper_all_heads_are_checked():
-    assert self_check.small_size(Family(linear_learner(64), 16, 12, "bfloat16")).heads == 12
+    assert self_check.small_size(Family(ttt_linear(64), 16, 12, "bfloat16")).heads == 12
 
 
 def test_differences_are_told_with_the_worst_first():
@@ -190,7 +189,7 @@ def test_both_sides_are_computed_in_float32_where_that_is_the_dtype():
     """TPUs would round operands otherwise, by more than is allowed."""
     arguments, _ = self_check.problem_of(TINY, "cpu")
     for dtype, exact in (("float32", {"scan", "kernel", "inference"}), ("bfloat16", {"scan"})):
-        functions = self_check.programs(TINY.learner, partial(right), jnp.dtype(dtype))
-        inputs = arguments, self_check.cotangents(TINY.learner, arguments)
+        functions = self_check.programs(TINY.loop, partial(right), jnp.dtype(dtype))
+        inputs = arguments, self_check.cotangents(TINY.loop, arguments)
         texts = {name: str(jax.make_jaxpr(function)(*inputs)) for name, function in functions.items()}
         assert {name for name, text in texts.items() if "HIGHEST" in text} == exact

@@ -1,8 +1,8 @@
 """Compare a fused kernel with the scan on a small problem, on the device that is going to run it.
 
 A compiler may make something wrong of a kernel that is right when it is interpreted. The small problem is therefore
-computed by the program that the real one uses: the same learner, mini-batch, head width, dtype, number of groups that
-are computed together and weights that are kept, and the same packs of heads per block unless those would take long to
+computed by the program that the real one uses: the same inner loop, mini-batch, head width, dtype, number of groups
+computed together and weights that are kept, and the same packs of heads per block unless those would take long to
 compile. It has two sequences of a block of tokens and a part of another, and two blocks of packs where the real problem
 has several. So it covers what is carried from group to group and from block to block, what begins anew with each
 sequence, sums over sequences, and tokens and heads that are missing from a block. Compared are the outputs and the
@@ -30,8 +30,9 @@ import numpy as np
 
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.kernels import choice, run
-from ttt_jax.ttt.learner import LayerNormParams, Learner, Weights
+from ttt_jax.ttt.learner import Weights
 from ttt_jax.ttt.scan import Kernel
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest entry of an array, by the dtype of q, k and v
@@ -43,13 +44,13 @@ class Family(NamedTuple):
     """What decides which program a kernel is, as far as the check tells programs apart.
 
     Attributes:
-      learner, mini_batch: what is computed.
+      loop, mini_batch: what is computed.
       heads: of one device.
       dtype: of q, k and v: ``float32`` or ``bfloat16``.
       remat_group: see :func:`ttt_jax.ttt.kernels.run.run`.
     """
 
-    learner: Learner
+    loop: InnerLoop
     mini_batch: int
     heads: int
     dtype: str
@@ -87,7 +88,7 @@ class Report(NamedTuple):
 class Arguments(NamedTuple):
     """The arrays that the inner loop is a function of, and with respect to which gradients are compared."""
 
-    norm: LayerNormParams  # [H, 1, d]
+    norm: dict[str, Any]  # [H, 1, d]
     w0: Weights  # leaves [H, ...]
     q: Any  # [B, T, H, d]
     k: Any
@@ -104,18 +105,18 @@ def of_family(family: Family, device: jax.Device) -> Report:
       Exception: whatever the kernel raises where it does not compile or run.
     """
     arguments, kernel = problem_of(family, device.device_kind)
-    return compare(family.learner, kernel, arguments, device)
+    return compare(family.loop, kernel, arguments, device)
 
 
-def compare(learner: Learner, kernel: Kernel, arguments: Arguments, device: jax.Device) -> Report:
+def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.Device) -> Report:
     """Compute a problem by a kernel and by the scan on a device, and compare all results and gradients.
 
     Not to be called while a function is traced: it compiles and runs programs.
     """
     began = time.monotonic()
     dtype = jnp.dtype(arguments.q.dtype)
-    functions = programs(learner, kernel, dtype)
-    inputs = jax.device_put((arguments, cotangents(learner, arguments)), device)
+    functions = programs(loop, kernel, dtype)
+    inputs = jax.device_put((arguments, cotangents(loop, arguments)), device)
     with ThreadPoolExecutor(len(functions)) as pool:  # compiling is all of the time
         compiled = list(pool.map(lambda function: jax.jit(function).lower(*inputs).compile(), functions.values()))
     by_scan, by_kernel, inference = (jax.device_get(program(*inputs)) for program in compiled)
@@ -125,17 +126,17 @@ def compare(learner: Learner, kernel: Kernel, arguments: Arguments, device: jax.
     return Report(errors, TOLERANCES[dtype.name], time.monotonic() - began)
 
 
-def programs(learner: Learner, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Callable[..., dict[str, Any]]]:
+def programs(loop: InnerLoop, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Callable[..., dict[str, Any]]]:
     """The functions of (arguments, cotangents) that the check compiles: results and gradients by the scan and by the
     kernel, and results by the kernel as inference computes them."""
 
     def everything(kernel, arguments, cotangents):
-        results, pullback = jax.vjp(partial(_solve, learner, kernel), arguments)
+        results, pullback = jax.vjp(partial(_solve, loop, kernel), arguments)
         (gradients,) = pullback(cotangents)
         return {**_with_steps(results, arguments), "gradient of": gradients}
 
     def inference(arguments, cotangents):
-        return _with_steps(_solve(learner, kernel, arguments), arguments)
+        return _with_steps(_solve(loop, kernel, arguments), arguments)
 
     exact = partial(_with_precision, "highest")
     same = exact if dtype == jnp.float32 else lambda function: function
@@ -146,18 +147,18 @@ def programs(learner: Learner, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Ca
     }
 
 
-def problem(learner: Learner, mini_batch: int, heads: int, tokens: int, dtype: str) -> Arguments:
+def problem(loop: InnerLoop, mini_batch: int, heads: int, tokens: int, dtype: str) -> Arguments:
     """Draw arguments that make every part of the inner loop felt; by NumPy, which compiles nothing."""
-    rng, d = np.random.default_rng(0), learner.widths[0]
+    rng, d = np.random.default_rng(0), loop.learner.features
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    weights = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), learner, heads))
+    weights = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), loop.learner, heads))
     q, k, v = (normal(_BATCH, tokens, heads, d) for _ in "qkv")
     q, k, v = (x.astype(jnp.dtype(dtype)) for x in (0.6 * q + 0.8 * k, k, v))  # queries are like keys
     return Arguments(
-        LayerNormParams(1 + 0.1 * normal(heads, 1, d), 0.1 * normal(heads, 1, d)),
+        {"norm_scale": 1 + 0.1 * normal(heads, 1, d), "norm_bias": 0.1 * normal(heads, 1, d)},
         jax.tree.map(lambda x: 0.1 * normal(*x.shape), weights),
         q,
         k,
@@ -178,8 +179,8 @@ class Size(NamedTuple):
 
 def small_size(family: Family, *, interpret: bool = False) -> Size:
     """Return the size of the problem that stands for a family."""
-    learner, b = family.learner, family.mini_batch
-    layout, unroll = run.blocks(learner, b, family.heads, family.dtype, interpret=interpret)
+    loop, b = family.loop, family.mini_batch
+    layout, unroll = run.blocks(loop, b, family.heads, family.dtype, interpret=interpret)
     packs = min(layout.block_packs, max(1, int(layout.most_packs * _AFFORDABLE)))
     blocks = min(layout.packs // layout.block_packs, 2)
     heads = min(family.heads, blocks * packs * layout.pack - -family.heads % layout.pack)
@@ -188,16 +189,18 @@ def small_size(family: Family, *, interpret: bool = False) -> Size:
 
 def problem_of(family: Family, device: str) -> tuple[Arguments, Kernel]:
     """Return the small problem that stands for a family, and the kernel of a kind of device in blocks of that size."""
-    learner, b = family.learner, family.mini_batch
+    loop, b = family.loop, family.mini_batch
     size = small_size(family, interpret=choice.interpreted(device))
-    kernel = choice.choose("pallas", learner, b, device, family.remat_group).kernel
+    kernel = choice.choose("pallas", loop, b, device, family.remat_group).kernel
     assert kernel is not None  # choose raises where there is none
     kernel = partial(kernel, most_packs=size.most_packs, unroll=size.unroll)
-    return problem(learner, b, size.heads, size.tokens, family.dtype), kernel
+    return problem(loop, b, size.heads, size.tokens, family.dtype), kernel
 
 
-def _solve(learner: Learner, kernel: Kernel | None, arguments: Arguments) -> dict[str, Any]:
-    result = scan.run(learner, *arguments, kernel=kernel)
+def _solve(loop: InnerLoop, kernel: Kernel | None, arguments: Arguments) -> dict[str, Any]:
+    parameters = Parameters(arguments.w0, arguments.norm, arguments.position_eta)
+    tokens = Tokens(arguments.q, arguments.k, arguments.v, arguments.token_eta)
+    result = scan.run(loop, parameters, tokens, kernel=kernel)
     return {"outputs": result.z, "final weights": result.state.weights}
 
 
@@ -207,11 +210,11 @@ def _with_steps(results: dict[str, Any], arguments: Arguments) -> dict[str, Any]
     return {"outputs": results["outputs"], "sum of steps": steps}
 
 
-def cotangents(learner: Learner, arguments: Arguments) -> dict[str, Any]:
+def cotangents(loop: InnerLoop, arguments: Arguments) -> dict[str, Any]:
     """What the results count for in the sum of which gradients are taken: drawn, and for outputs like the values, so
     that steps, which take outputs there, have an effect that does not cancel in sums over tokens."""
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(partial(_solve, learner, None), arguments)
+    shapes = jax.eval_shape(partial(_solve, loop, None), arguments)
     drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
     return {**drawn, "outputs": drawn["outputs"] + arguments.v}
 
