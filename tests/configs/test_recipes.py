@@ -136,9 +136,9 @@ def count_by_hand(c):
         biases = 0
         if ttt.output == "residual_norm":
             block += 2 * d  # the learner's LN
-            biases = head_dim if kind == "ttt_linear" else 5 * head_dim
+            biases = 5 * head_dim if kind == "ttt_mlp" else head_dim
         if ttt.learned_w0:
-            weights = head_dim**2 if kind == "ttt_linear" else 8 * head_dim**2
+            weights = 8 * head_dim**2 if kind == "ttt_mlp" else head_dim**2
             block += heads * (weights + biases)
         if ttt.backbone == "mamba":
             block += 2 * 5 * d  # convolutions of 4 taps and a bias, of q and of k
