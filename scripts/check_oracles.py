@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compares this package with numbers computed by the TTT authors' own code.
+"""Compares this package with numbers computed by the TTT and LaCT authors' own code.
 
-    python scripts/check_oracles.py tests/oracles
+    python scripts/check_oracles.py tests/oracles tests/oracles/lact
 
 Reads every .npz of the oracle format in the given folders, prints one line per file with the largest error of each
 kind, and exits 1 if any is beyond its tolerance (or if there was nothing to compare).

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.interop import oracles
+from ttt_jax.interop.comparison import Report, worst
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / "tests" / "oracles"
@@ -86,11 +87,16 @@ class TestSingleParameters:
 
 
 def test_report_passes_only_with_numbers_within_tolerance():
-    tolerance = oracles.TOLERANCE["logits"]
-    assert oracles.Report({"logits": tolerance}).passed
-    assert not oracles.Report({"logits": 1.01 * tolerance, "nll": 0.0}).passed
-    assert not oracles.Report({"logits": float("nan")}).passed
-    assert not oracles.Report({}).passed
+    tolerance = {"logits": 1e-5, "nll": 1e-5}
+    assert Report({"logits": 1e-5}, tolerance).passed
+    assert not Report({"logits": 1.01e-5, "nll": 0.0}, tolerance).passed
+    assert not Report({"logits": float("nan")}, tolerance).passed
+    assert not Report({}, tolerance).passed
+
+
+@pytest.mark.parametrize("errors", [[1.0, float("nan")], [float("nan"), 1.0]])
+def test_worst_error_is_nan_where_one_is(errors):
+    assert np.isnan(worst(errors))
 
 
 def test_script_passes_a_good_file(main, tmp_path, capsys):

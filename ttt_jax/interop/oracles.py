@@ -2,9 +2,9 @@
 
 Files are ``.npz`` in the format that ``tests/oracles/README.md`` describes: ``model_*`` (one forward and backward
 pass), ``traj_*`` (ten AdamW steps) and ``generation_*`` (prefill and decoding). What a file is, its keys tell.
+Files of the LaCT authors' operation go to :mod:`ttt_jax.interop.lact_oracles`.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ttt_jax.interop import official_jax
+from ttt_jax.interop import lact_oracles, official_jax
+from ttt_jax.interop.comparison import Oracle, Report, largest, load, relative, worst
 from ttt_jax.models.build import language_model
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.training import optimizer as optimizer_lib
@@ -47,26 +48,6 @@ _STATISTICS = {
     "ttt_loss_mse_step_1": "loss_after",
 }
 
-Oracle = Mapping[str, Any]  # name to array
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """The largest error of each kind found in one file."""
-
-    errors: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        """Whether something was compared and every error is within tolerance (NaN is not)."""
-        return bool(self.errors) and all(error <= TOLERANCE[kind] for kind, error in self.errors.items())
-
-    def __str__(self) -> str:
-        return "  ".join(
-            f"{kind} {error:.1e}" + ("" if error <= TOLERANCE[kind] else f" (beyond {TOLERANCE[kind]:.0e}!)")
-            for kind, error in self.errors.items()
-        )
-
 
 def check(path: Path) -> Report | None:
     """Compares everything one file holds; None where the file is of another format.
@@ -77,6 +58,9 @@ def check(path: Path) -> Report | None:
     oracle = load(path)
     if "config" not in oracle or oracle["config"].dtype.kind != "U":
         return None
+    config = json.loads(str(oracle["config"]))
+    if lact_oracles.is_operation(config):
+        return lact_oracles.check(oracle, config)
     if "logits" in oracle and "input_tokens" in oracle:
         return check_model(oracle)
     if "learning_rate_applied" in oracle:
@@ -84,12 +68,6 @@ def check(path: Path) -> Report | None:
     if "decode_logits" in oracle:
         return check_generation(oracle, load(path.with_name(Path(str(oracle["params_file"])).name)))
     return None
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file."""
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
 
 
 def params(oracle: Oracle, prefix: str = "params/") -> dict[str, Any]:
@@ -119,28 +97,28 @@ def check_model(oracle: Oracle) -> Report:
         return _check_bf16(oracle)
     ours = _evaluate(oracle)
     errors = {
-        "logits": _largest(ours["logits"], oracle["logits"]),
-        "nll": _largest(ours["nll"], oracle["nll"]),
-        "loss": _largest(ours["loss"], oracle["loss"]),
-        "accuracy": _largest(ours["accuracy"], oracle["accuracy"]),
-        "grad_norm": _relative(ours["grad_norm"], oracle["grad_norm"]),
+        "logits": largest(ours["logits"], oracle["logits"]),
+        "nll": largest(ours["nll"], oracle["nll"]),
+        "loss": largest(ours["loss"], oracle["loss"]),
+        "accuracy": largest(ours["accuracy"], oracle["accuracy"]),
+        "grad_norm": relative(ours["grad_norm"], oracle["grad_norm"]),
     }
     gradients = {k.removeprefix("grads/"): g for k, g in oracle.items() if k.startswith("grads/")}
     if gradients:
         _same_keys(ours["grads"], gradients)
-        errors["grad"] = max(_largest(ours["grads"][k], g) / max(np.abs(g).max(), 1e-30) for k, g in gradients.items())
+        errors["grad"] = worst(largest(ours["grads"][k], g) / max(np.abs(g).max(), 1e-30) for k, g in gradients.items())
     hidden = [oracle[f"hidden_states/{i}"] for i in range(sum(k.startswith("hidden_states/") for k in oracle))]
     if hidden:  # embedding, outputs of all blocks but the last, final norm
         states = ours["hidden_states"]
         mine = [states["embedding"], *states["layers"]["h"][:-1], states["final"]]
-        errors["hidden"] = max(_largest(a, b) for a, b in zip(mine, hidden, strict=True))
+        errors["hidden"] = worst(largest(a, b) for a, b in zip(mine, hidden, strict=True))
     if any(k.startswith("ttt_stats/") for k in oracle):
         errors["statistics"] = _statistics_error(oracle, ours["statistics"]["layers"]["mixer"])
     if "logits_with_bf16_mult" in oracle:
         scale = np.asarray(oracle["ttt_lr_mult"], jnp.bfloat16).astype(np.float32)
         rounded = _evaluate({**oracle, "ttt_lr_mult": scale})
-        errors["logits"] = max(errors["logits"], _largest(rounded["logits"], oracle["logits_with_bf16_mult"]))
-    return Report(errors)
+        errors["logits"] = worst([errors["logits"], largest(rounded["logits"], oracle["logits_with_bf16_mult"])])
+    return Report(errors, TOLERANCE)
 
 
 def _check_bf16(oracle: Oracle) -> Report:
@@ -150,7 +128,7 @@ def _check_bf16(oracle: Oracle) -> Report:
     def distance(logits):
         return float(np.sqrt(np.mean((np.asarray(logits, np.float64) - exact["logits"]) ** 2)))
 
-    return Report({"bf16_logits": distance(ours["logits"]) / distance(oracle["logits"])})
+    return Report({"bf16_logits": distance(ours["logits"]) / distance(oracle["logits"])}, TOLERANCE)
 
 
 def check_trajectory(oracle: Oracle) -> Report:
@@ -179,14 +157,14 @@ def check_trajectory(oracle: Oracle) -> Report:
             "mask": oracle["loss_masks"][i],
         }
         state, metrics = step(state, batch)
-        errors["step_loss"] = max(errors["step_loss"], _largest(metrics["loss"], oracle["loss"][i]))
-        errors["grad_norm"] = max(errors["grad_norm"], _relative(metrics["grad_norm"], oracle["grad_norm"][i]))
-        lr_error = _largest(metrics["learning_rate"], oracle["learning_rate_applied"][i]) / options["lr"]
-        errors["learning_rate"] = max(errors["learning_rate"], lr_error)
+        errors["step_loss"] = worst([errors["step_loss"], largest(metrics["loss"], oracle["loss"][i])])
+        errors["grad_norm"] = worst([errors["grad_norm"], relative(metrics["grad_norm"], oracle["grad_norm"][i])])
+        lr_error = largest(metrics["learning_rate"], oracle["learning_rate_applied"][i]) / options["lr"]
+        errors["learning_rate"] = worst([errors["learning_rate"], lr_error])
         if i == 4:
             errors["params_5"] = _params_error(oracle, state.params, "params_after_5/")
     errors["params_10"] = _params_error(oracle, state.params, "final_params/")
-    return Report(errors)
+    return Report(errors, TOLERANCE)
 
 
 def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
@@ -206,12 +184,12 @@ def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
     prefill, state = apply(tokens[:, :prompt], lm.initial_state(len(tokens), tokens.shape[1]))
     greedy = decode(state, oracle["greedy_tokens"])
     errors = [
-        _largest(prefill, oracle["prefill_logits"]),
-        _largest(decode(state, tokens[:, prompt:]), oracle["decode_logits"]),
-        _largest(apply(tokens, None)[0], oracle["full_forward_logits_no_cache"]),
-        _largest(np.concatenate([prefill[:, -1:], greedy], axis=1), oracle["greedy_logits"]),
+        largest(prefill, oracle["prefill_logits"]),
+        largest(decode(state, tokens[:, prompt:]), oracle["decode_logits"]),
+        largest(apply(tokens, None)[0], oracle["full_forward_logits_no_cache"]),
+        largest(np.concatenate([prefill[:, -1:], greedy], axis=1), oracle["greedy_logits"]),
     ]
-    return Report({"logits": max(errors)})
+    return Report({"logits": worst(errors)}, TOLERANCE)
 
 
 def _evaluate(oracle: Oracle, dtype: str | None = None) -> dict[str, Any]:
@@ -254,29 +232,17 @@ def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
             _, layer, name = key.split("/")
             token = 0 if name == "ssl_tgt_from_mean_mse" else b - 1
             mine = 2 / head_dim * ours[_STATISTICS[name]][int(layer)].mean((0, 2))[token::b]
-            errors.append(_relative(mine, theirs))
-    return max(errors)
+            errors.append(relative(mine, theirs))
+    return worst(errors)
 
 
 def _params_error(oracle: Oracle, tree: Any, prefix: str) -> float:
     mine = official_jax.params_to_theirs(tree)
     theirs = {k.removeprefix(prefix): x for k, x in oracle.items() if k.startswith(prefix)}
     _same_keys(mine, theirs)
-    return max(_largest(mine[k], x) for k, x in theirs.items())
+    return worst(largest(mine[k], x) for k, x in theirs.items())
 
 
 def _same_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     if ours.keys() != theirs.keys():
         raise ValueError(f"parameters on one side only: {sorted(ours.keys() ^ theirs.keys())}")
-
-
-def _largest(ours: Any, theirs: Any) -> float:
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape:
-        raise ValueError(f"shape {ours.shape} here, {theirs.shape} in the file")
-    return float(np.abs(ours - theirs).max())
-
-
-def _relative(ours: Any, theirs: Any) -> float:
-    size = np.maximum(np.abs(np.asarray(theirs, np.float64)), 1e-30)
-    return _largest(ours / size, theirs / size)

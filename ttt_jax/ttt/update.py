@@ -139,15 +139,21 @@ class Renormalise(Member):
     """The weights that make each output feature of a matrix keep the norm that they have in W0.
 
     Attributes:
-      before_use: W itself grows freely and f uses a renormalised copy (LaCT's pre-norm); without, W is renormalised
-        after each step (post-norm).
+      before_use: W itself grows freely and f uses a renormalised copy (LaCT's pre-norm), before the first step W0 as it
+        is; without, W is renormalised after each step (post-norm).
     """
 
     before_use: bool = False
 
     def weights(self, w: Weights, w0: Weights) -> Weights:
-        """Renormalise for use."""
-        return _with_norms_of(w, w0) if self.before_use else w
+        """Renormalise for use, but not W0 itself, from whose norms the epsilon would take 1e-5."""
+        if not self.before_use:
+            return w
+
+        def matrix(w, w0, renormalised):
+            return jnp.where((w == w0).all((-2, -1), keepdims=True), w, renormalised)
+
+        return jax.tree.map(matrix, w, w0, _with_norms_of(w, w0))
 
     def settle(self, w: Weights, w0: Weights) -> Weights:
         """Renormalise what is stored."""
