@@ -15,9 +15,10 @@ _EPSILON = 1e-7
 
 
 def orthogonalise(g: jax.Array) -> jax.Array:
-    """Return matrices [..., m, n] orthogonalised, each alone; singular values above 0.01 of the norm end in 0.98-1.03.
+    """Return matrices [..., m, n] orthogonalised, each alone.
 
-    A matrix of zeros stays one, with a derivative.
+    Singular values above 0.01 of the Frobenius norm end in 0.977 to 1.032, where that norm is well above 1e-7. A matrix
+    of zeros stays one, with a finite derivative.
     """
     wide = g.shape[-2] <= g.shape[-1]
     x = g if wide else g.swapaxes(-1, -2)  # the product X X^T is then the smaller one
