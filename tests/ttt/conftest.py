@@ -51,7 +51,11 @@ def make_case() -> Callable[..., Case]:
                 normal(2, tokens, 2, width),
                 normal(2, tokens, 2, features_out),
                 (rate * rng.random((2, tokens, 2, *per_matrix))).astype(dtype),
-                {member.gate: gates[member.gate].astype(dtype) for member in loop.update if member.gate},
+                {
+                    gate: (gates[gate] if gate in gates else rng.random((2, tokens, 2))).astype(dtype)
+                    for gate in (member.gate for member in loop.update)
+                    if gate
+                },
             ),
         )
 

@@ -8,7 +8,7 @@ import pytest
 
 from ttt_jax.ttt import learners, rules
 from ttt_jax.ttt.learner import Learner
-from ttt_jax.ttt.learners import MLP, ResidualNorm, SwiGLU
+from ttt_jax.ttt.learners import LEARNERS, MLP, ResidualNorm
 
 COUNTER = itertools.count()
 
@@ -86,9 +86,14 @@ def not_finite(dense, x):
     return jnp.log(dense(x, x.shape[-1]))
 
 
-@pytest.mark.parametrize("f", [keeps_the_rules, ResidualNorm(keeps_the_rules), ResidualNorm(MLP(3)), SwiGLU()])
+@pytest.mark.parametrize("f", [keeps_the_rules, ResidualNorm(keeps_the_rules), ResidualNorm(MLP(3))])
 def test_learners_that_keep_the_rules(f):
     rules.check(Learner(f, 4))
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_registered_learners_keep_the_rules(name):
+    rules.check(Learner(learners.make(LEARNERS[name], {}), 4))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,11 @@ class ResidualNorm:
         return x + normalise(y) * scale + dense.param("norm_bias", d, jax.nn.initializers.zeros)
 
 
-LEARNERS: dict[str, Function | type] = {"linear": Linear, "mlp": MLP, "swiglu": SwiGLU}
+LEARNERS: dict[str, Function | type] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "swiglu": SwiGLU,
+}
 
 
 def make(kind: Function | type, options: Mapping[str, Any]) -> Function:

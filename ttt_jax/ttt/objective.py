@@ -17,4 +17,7 @@ def dot_product(f_k: jax.Array, v: jax.Array) -> jax.Array:
     return -(f_k * v).sum(-1)
 
 
-OBJECTIVES: dict[str, Objective] = {"squared_error": squared_error, "dot_product": dot_product}
+OBJECTIVES: dict[str, Objective] = {
+    "squared_error": squared_error,
+    "dot_product": dot_product,
+}
