@@ -77,23 +77,31 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
     about = found.about
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")
-    console.output().print(_table(inner_loop.summary(found)))
+    console.output().print(_table(inner_loop.summary(found), per_matrix=found.eta.ndim == 4))
     if bad := inner_loop.not_finite(found):
         print(f"the loss of the inner loop is NaN or infinite at {bad:,} of {found.loss_before.size:,} positions")
     print(f"  {path} (and .csv, .json)", flush=True)
 
 
-def _table(layers):
+def _table(layers, per_matrix=False):
     from rich import box
     from rich.table import Table
 
-    caption = "Losses: last quarter of the positions. eta: mean, lowest and highest of heads."
+    rates_of = "heads and weight matrices" if per_matrix else "heads"
+    caption = f"Losses: last quarter of the positions. eta: mean, lowest and highest of {rates_of}."
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_style="")
     table.caption_justify = "left"
-    for column in ("layer", "at W0", "before", "after", "explained", "|W-W0|/|W0|", "eta", "min", "max"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for i, x in enumerate(layers):
-        losses = (finite.shown(loss, ".4g") for loss in (x.loss_at_w0, x.loss_before, x.loss_after))
-        etas = (f"{eta:.1e}" for eta in (x.eta, x.eta_min, x.eta_max))
-        table.add_row(str(i), *losses, f"{x.explained:.1%}", f"{x.weight_change:.3f}", *etas)
+    columns = {"layer": [str(i) for i in range(len(layers))]}
+    for name, key in (("at W0", "loss_at_w0"), ("before", "loss_before"), ("after", "loss_after")):
+        columns[name] = [finite.shown(getattr(x, key), ".4g") for x in layers]
+    if any(x.explained is not None for x in layers):
+        columns["explained"] = [f"{x.explained:.1%}" for x in layers]
+    if any(x.weight_change is not None for x in layers):
+        columns["|W-W0|/|W0|"] = ["W0 = 0" if x.weight_change is None else f"{x.weight_change:.3f}" for x in layers]
+    for name, key in (("eta", "eta"), ("min", "eta_min"), ("max", "eta_max")):
+        columns[name] = [f"{getattr(x, key):.1e}" for x in layers]
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table

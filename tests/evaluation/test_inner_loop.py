@@ -33,10 +33,10 @@ DOCUMENTS = [0, 61, 101]  # where those three begin
 MEANS = ("loss_at_w0", "loss_before", "loss_after", "target_spread", "weight_change", "eta")
 
 
-def tiny(mixer="ttt_linear"):
+def tiny(mixer="ttt_linear", **ttt):
     config = config_lib.default()
     config.model.update(mixer=mixer, width=8, num_layers=LAYERS, num_heads=HEADS, mlp_width=8)
-    config.model.ttt.update(mini_batch=B)
+    config.model.ttt.update({"mini_batch": B, **ttt})
     config.data.update(sequence_length=TRAINING, batch_size=2)
     config_lib.validate(config)
     return config
@@ -198,20 +198,52 @@ def test_what_there_is_not(trained, options, message):
 
 
 def test_a_model_without_an_inner_loop(trained):
-    with pytest.raises(ConfigError, match=r"its Transformer has no inner loop; expected .* model\.mixer=ttt_linear"):
+    message = r"its Transformer has no inner loop; expected .* model\.mixer=ttt_linear or ttt_mlp or ttt$"
+    with pytest.raises(ConfigError, match=message):
         inner_loop.inspect(trained._replace(config=tiny("attention")), context=TRAINING)
+
+
+def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_params, quick_jit):
+    """What a point with neither a rate for all matrices nor a squared error has, and in pieces that are whole
+    mini-batches."""
+    config = tiny(
+        "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
+    )
+    config.model.ttt.update({"update": "momentum + muon + renormalise", "reading": "previous", "base_lr": 0.1})
+    model = language_model(config.model)
+    params = random_params(model, np.zeros((1, 1), np.int32))
+    found = inner_loop.inspect(trained._replace(config=config, model=model, params=params), context=16, most_windows=3)
+    starts = [i * ((len(TOKENS) - 1) // 16) // 3 * 16 for i in range(3)]
+    windows = np.stack([TOKENS[start : start + 16] for start in starts]).astype(np.int32)
+    _, filled = quick_jit(lambda params: model.apply({"params": params}, windows, mutable=["statistics"]))(params)
+    expected = filled["statistics"]["layers"]["mixer"]  # [L, N, T, H, ...]
+    assert "target_spread" not in expected
+    assert (found.target_spread, found.target_spread_standard_error) == (None, None)
+    assert found.eta.shape == (LAYERS, HEADS, 3, 16)
+    assert np.ptp(found.eta.mean((1, 3)), axis=1).min() > 0  # rates of matrices differ
+    np.testing.assert_allclose(found.eta, np.moveaxis(expected["eta"], 2, -1).mean(1), rtol=1e-4)
+    error = np.moveaxis(expected["eta"].mean(3), 2, -1).std(1, ddof=1) / np.sqrt(3)  # [L, M, T]
+    np.testing.assert_allclose(found.eta_standard_error, error, rtol=1e-2)
+    for name in inner_loop.LOSSES:
+        np.testing.assert_allclose(getattr(found, name), expected[name].mean((1, 3)), rtol=1e-3, atol=1e-5)
+    change = (expected["weight_distance"] / expected["w0_norm"][:, None, None]).mean((1, 3))[:, B - 1 :: B]
+    np.testing.assert_allclose(found.weight_change, change, rtol=1e-4)
 
 
 # ---- Files
 
 
-def made_up(context=9, step=7):
-    """Arrays of numbers all different, two layers, three heads, mini-batches of four."""
+def made_up(context=9, step=7, matrices=None):
+    """Arrays of numbers all different, two layers, three heads, mini-batches of four; of an inner loop with a rate for
+    each weight matrix and no spread of targets, where their number is given."""
     shapes = dict.fromkeys(("loss_at_w0", "loss_before", "loss_after", "target_spread"), (2, context))
     shapes |= {"weight_change": (2, 3)}
     shapes |= {f"{name}_standard_error": shape for name, shape in shapes.items()}
     shapes |= {"weight_distance": (2, 3, 3), "w0_norm": (2, 3), "eta": (2, 3, context), "position_eta": (2, 4)}
     shapes |= {"eta_standard_error": (2, context)}
+    if matrices is not None:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("target_spread")}
+        shapes |= {"eta": (2, 3, matrices, context), "eta_standard_error": (2, matrices, context)}
     arrays = {name: RNG.random(shape) for name, shape in shapes.items()}
     places = {"position": np.arange(1, context + 1), "weight_position": np.array([4, 8, 9])}
     return inner_loop.InnerLoop({"step": step, "context": context}, **places, **arrays)
@@ -227,6 +259,39 @@ def test_a_layer_in_a_line():
         assert line.weight_change == found.weight_change[i, -1]
         heads = found.eta[i].mean(1)
         assert (line.eta, line.eta_min, line.eta_max) == pytest.approx((heads.mean(), heads.min(), heads.max()))
+
+
+def test_what_does_not_exist_is_left_out(tmp_path):
+    """The spread of targets, and the change of a W0 that is zero; each weight matrix has its rate."""
+    found = made_up(matrices=4)
+    found.weight_change[0], found.w0_norm[0] = np.nan, 0
+    path = inner_loop_files.save(found, tmp_path, "validation-9")
+    back = inner_loop_files.read(tmp_path, "validation")
+    assert back.target_spread is None
+    np.testing.assert_array_equal(back.eta, found.eta)
+    with np.load(path, allow_pickle=False) as file:
+        assert not [name for name in file if "target_spread" in name]
+    first, second = json.loads(path.with_suffix(".json").read_text())["layers"]
+    assert (first["explained"], second["explained"], first["weight_change"]) == (None, None, None)
+    rates = found.eta.mean(-1)
+    assert [second[key] for key in ("eta", "eta_min", "eta_max")] == pytest.approx(
+        [rates[1].mean(), rates[1].min(), rates[1].max()]
+    )
+    with path.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert not [row for row in rows if row["quantity"] in ("eta", "target_spread") or "nan" in row.values()]
+    third = [row for row in rows if (row["quantity"], row["layer"]) == ("eta_3", "1")]
+    means, heads = [row for row in third if not row["head"]], [row for row in third if row["head"]]
+    np.testing.assert_allclose([float(row["value"]) for row in means], found.eta[1, :, 3].mean(0))
+    np.testing.assert_allclose([float(row["standard_error"]) for row in means], found.eta_standard_error[1, 3])
+    np.testing.assert_allclose([float(row["value"]) for row in heads], found.eta[1, :, 3].mean(1))
+    table = Console(width=120, record=True)
+    table.print(cli_inspect._table(inner_loop.summary(found), per_matrix=True))
+    text = table.export_text()
+    assert "explained" not in text
+    assert "nan" not in text
+    assert text.count("W0 = 0") == 1
+    assert "of heads and weight matrices" in text
 
 
 def test_files_hold_what_was_found(tmp_path):

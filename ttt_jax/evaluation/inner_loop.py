@@ -2,7 +2,8 @@
 
 Figures 4 and 14 of the paper are ``loss_at_w0``, ``loss_before`` and ``loss_after``.
 
-Shapes: L layers, H heads, T tokens (the context), n mini-batches, b tokens of each, B sequences at a time.
+Shapes: L layers, H heads, T tokens (the context), n mini-batches, b tokens of each, B sequences at a time, M weight
+matrices of the learner.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from ttt_jax.models import build
 from ttt_jax.parallel import sharding
 from ttt_jax.workdir import Workdir
 
-BY_POSITION = ("loss_at_w0", "loss_before", "loss_after", "target_spread")
-_WITH_ERRORS = (*BY_POSITION, "weight_change", "eta")  # means over heads, of each window
+LOSSES = ("loss_at_w0", "loss_before", "loss_after")
+_WITH_ERRORS = (*LOSSES, "target_spread", "weight_change", "eta")  # means over heads, of each window
 _BY_HEAD = ("weight_distance", "eta")
 
 
@@ -36,14 +37,17 @@ class InnerLoop:
       position: [T], from 1.
       loss_at_w0, loss_before, loss_after: [L, T], the self-supervised loss of a token at W0, at the weights that its
         mini-batch starts with, and after the step of its mini-batch.
-      target_spread: [L, T], what it would be if the learner knew nothing but the mean of its targets.
       weight_position: [n], the last position of each mini-batch.
       weight_distance: [L, H, n], |W - W0| after it, a Frobenius norm.
       w0_norm: [L, H], |W0|.
       weight_change: [L, n], the mean over heads of |W - W0| / |W0|; NaN where W0 = 0.
-      eta: [L, H, T], the learning rate of a token's gradient, but for the factor of the position that it is used at.
+      eta: [L, H, T], the learning rate of a token's gradient, but for the factor of the position that it is used at;
+        [L, H, M, T] where each weight matrix of the learner has its own.
       position_eta: [L, b], that factor: eta[t, s] = position_eta[t] * eta[s].
-      *_standard_error: [L, T] or [L, n], over windows, of the mean over heads; NaN with one window.
+      target_spread: [L, T], the loss if the learner knew nothing but the mean of its targets. None where the objective
+        is not the squared error, of which alone it is a loss.
+      *_standard_error: [L, T] or [L, n] (of eta also [L, M, T]), over windows, of the mean over heads; NaN with one
+        window.
     """
 
     about: dict[str, Any]
@@ -54,8 +58,6 @@ class InnerLoop:
     loss_before_standard_error: np.ndarray
     loss_after: np.ndarray
     loss_after_standard_error: np.ndarray
-    target_spread: np.ndarray
-    target_spread_standard_error: np.ndarray
     weight_position: np.ndarray
     weight_change: np.ndarray
     weight_change_standard_error: np.ndarray
@@ -64,22 +66,32 @@ class InnerLoop:
     eta: np.ndarray
     eta_standard_error: np.ndarray
     position_eta: np.ndarray
+    target_spread: np.ndarray | None = None
+    target_spread_standard_error: np.ndarray | None = None
+
+    @property
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Return what there is by layer and position, [L, T] each: losses and the spread of targets."""
+        spread = {} if self.target_spread is None else {"target_spread": self.target_spread}
+        return {name: getattr(self, name) for name in LOSSES} | spread
 
 
 class LayerSummary(NamedTuple):
     """One layer in a line. Losses and spread are means over the last quarter of the positions.
 
     Attributes:
-      explained: 1 - loss_before / target_spread, the share of the spread that W knew of before it saw the tokens.
-      weight_change: at the last position.
-      eta, eta_min, eta_max: mean over positions, of all heads and of the heads with the lowest and the highest.
+      explained: 1 - loss_before / target_spread, the share of the spread that W knew of before it saw the tokens; None
+        without a spread.
+      weight_change: at the last position; None where W0 = 0.
+      eta, eta_min, eta_max: mean over positions, of all heads and of the heads with the lowest and the highest. Where
+        each weight matrix has a rate of its own, of all heads and matrices.
     """
 
     loss_at_w0: float
     loss_before: float
     loss_after: float
-    explained: float
-    weight_change: float
+    explained: float | None
+    weight_change: float | None
     eta: float
     eta_min: float
     eta_max: float
@@ -88,27 +100,34 @@ class LayerSummary(NamedTuple):
 def summary(found: InnerLoop) -> list[LayerSummary]:
     """Of each layer."""
     last_quarter = slice(len(found.position) * 3 // 4, None)
-    at_w0, before, after, spread = (getattr(found, name)[:, last_quarter].mean(1) for name in BY_POSITION)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        explained = 1 - before / spread
-    eta = found.eta.mean(2)  # [L, H]
-    columns = (
-        at_w0, before, after, explained, found.weight_change[:, -1], eta.mean(1), eta.min(1), eta.max(1)
-    )  # fmt: skip
-    return [LayerSummary(*map(float, row)) for row in zip(*columns, strict=True)]
+    mean = {name: values[:, last_quarter].mean(1) for name, values in found.by_position.items()}
+    lines = []
+    for layer, etas in enumerate(found.eta.mean(-1)):  # [H] or [H, M]
+        at_w0, before, after = (float(mean[name][layer]) for name in LOSSES)
+        explained = None
+        if "target_spread" in mean:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                explained = float(1 - before / mean["target_spread"][layer])
+        change = float(found.weight_change[layer, -1]) if found.w0_norm[layer].all() else None
+        lines.append(
+            LayerSummary(
+                at_w0, before, after, explained, change, float(etas.mean()), float(etas.min()), float(etas.max())
+            )
+        )
+    return lines
 
 
 def not_finite(found: InnerLoop) -> int:
     """Return at how many positions, of all layers, a loss is NaN or infinite."""
-    return int((~np.isfinite([getattr(found, name) for name in BY_POSITION]).all(0)).sum())
+    return int((~np.isfinite(list(found.by_position.values())).all(0)).sum())
 
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
     """Raises :class:`ConfigError` where the model of a run has no inner loop."""
     if not build.learns(model):
         raise ConfigError(
-            f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with "
-            "model.mixer=ttt_linear or ttt_mlp"
+            f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with model.mixer="
+            f"{' or '.join(build.LEARNING)}"
         )
 
 
@@ -148,9 +167,8 @@ def inspect(
         batch_size = max(1, config.data.batch_size * training_context // piece_length)
     batch_size = -(-min(batch_size, len(starts)) // trained.rows) * trained.rows
 
-    shape = config.model.num_layers, context
-    means = {name: _Mean(shape, len(starts)) for name in _WITH_ERRORS}
-    by_head = {name: np.zeros((*shape, config.model.num_heads)) for name in _BY_HEAD}
+    means: dict[str, _Mean] = {}
+    by_head: dict[str, np.ndarray] = {}  # sums over windows, [L, T, H] or [L, T, H, M]
     constants: dict[str, np.ndarray] = {}
     done, total = 0, len(starts) * context
     progress(done, total)
@@ -158,18 +176,23 @@ def inspect(
         constants = {name: statistics.pop(name) for name in ("w0_norm", "position_eta")}
         values = {name: np.asarray(x[:, :rows], np.float64) for name, x in statistics.items()}
         end = min(offset + piece_length, context)
-        for name, total_by_head in by_head.items():
-            total_by_head[:, offset:end] += values[name].sum(1)
-        values["eta"] = values["eta"].mean(-1)
-        for name, mean in means.items():
-            mean.add(offset, values[name])
+        for name in _BY_HEAD:
+            x = values[name]  # [L, windows, tokens, H, ...]
+            sums = by_head.setdefault(name, np.zeros((len(x), context, *x.shape[3:])))
+            sums[:, offset:end] += x.sum(1)
+        values["eta"] = values["eta"].mean(3)
+        for name in _WITH_ERRORS:
+            if name in values:
+                x = values[name]
+                means.setdefault(name, _Mean((len(x), context, *x.shape[3:]), len(starts))).add(offset, x)
         done += rows * (end - offset)
         progress(done, total)
 
     ends = np.unique(np.append(np.arange(b - 1, context, b), context - 1))
     arrays = {name: mean.mean for name, mean in means.items()}
     arrays |= {f"{name}_standard_error": mean.standard_error for name, mean in means.items()}
-    arrays |= {name: x.swapaxes(1, 2) / len(starts) for name, x in by_head.items()}  # [L, H, T]
+    arrays |= {name: sums / len(starts) for name, sums in by_head.items()}
+    arrays = {name: np.moveaxis(x, 1, -1) for name, x in arrays.items()}  # the tokens last
     arrays |= {name: x[..., ends] for name, x in arrays.items() if name.startswith("weight_")}
     arrays |= {"position": np.arange(1, context + 1), "weight_position": ends + 1, **constants}
     about = _about(trained, data, split, context, by_document, len(starts))
@@ -207,7 +230,7 @@ def _read(
         return state, {
             **found,
             "weight_change": change.mean(-1),
-            **{name: found[name].mean(-1) for name in BY_POSITION},
+            **{name: found[name].mean(-1) for name in (*LOSSES, "target_spread") if name in found},
         }
 
     for first in range(0, len(starts), batch_size):
@@ -226,13 +249,13 @@ def _read(
 
 
 class _Mean:
-    """Mean over N windows and its standard error, [L, T], in float64."""
+    """Mean over N windows and its standard error, [L, T, ...], in float64."""
 
-    def __init__(self, shape: tuple[int, int], windows: int):
+    def __init__(self, shape: tuple[int, ...], windows: int):
         self._sum, self._squares, self._n = np.zeros(shape), np.zeros(shape), windows
 
     def add(self, offset: int, values: np.ndarray) -> None:
-        """Values [L, windows, tokens] of the tokens from ``offset``."""
+        """Values [L, windows, tokens, ...] of the tokens from ``offset``."""
         where = slice(offset, offset + values.shape[2])
         self._sum[:, where] += values.sum(1)
         self._squares[:, where] += (values**2).sum(1)

@@ -3,10 +3,11 @@
 NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
 
 ``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each, null for
-           what is NaN or infinite; ``not_finite``: positions of layers with such a loss
-``.npz``   the arrays of :class:`ttt_jax.evaluation.inner_loop.InnerLoop`, by its names
+           what does not exist, is NaN or infinite; ``not_finite``: positions of layers with such a loss
+``.npz``   the arrays of :class:`ttt_jax.evaluation.inner_loop.InnerLoop`, by its names, without those that are None
 ``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers and heads count from 0, positions
-           from 1. Without a head, the mean over heads; with one and no position, the mean over positions.
+           from 1. Without a head, the mean over heads; with one and no position, the mean over positions. Where each
+           weight matrix has a rate of its own, ``eta_0`` is that of the first, and so on, in place of ``eta``.
 """
 
 import os
@@ -20,7 +21,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, saved
 from ttt_jax.evaluation.catalogue import name as name
-from ttt_jax.evaluation.inner_loop import BY_POSITION, InnerLoop, not_finite, summary
+from ttt_jax.evaluation.inner_loop import InnerLoop, not_finite, summary
 from ttt_jax.workdir import Workdir
 
 _COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
@@ -64,19 +65,30 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
 
 def _rows(found: InnerLoop) -> Iterator[tuple]:
     """Yield the rows of the table. Empty are errors of a single window and changes of a W0 that is zero."""
-    means = {key: (found.position, getattr(found, key)) for key in BY_POSITION}
+    means = {key: (found.position, values) for key, values in found.by_position.items()}
     means["weight_change"] = found.weight_position, found.weight_change
     means["weight_distance"] = found.weight_position, found.weight_distance.mean(1)
-    means["eta"] = found.position, found.eta.mean(1)
+    errors = {key: getattr(found, f"{key}_standard_error", np.full_like(x, np.nan)) for key, (_, x) in means.items()}
+    rates = _rates(found)
+    means |= {key: (found.position, eta.mean(1)) for key, (eta, _) in rates.items()}
+    errors |= {key: error for key, (_, error) in rates.items()}
     for key, (positions, values) in means.items():
-        errors = getattr(found, f"{key}_standard_error", np.full_like(values, np.nan))
-        for layer, (line, line_errors) in enumerate(zip(values, errors, strict=True)):
+        for layer, (line, line_errors) in enumerate(zip(values, errors[key], strict=True)):
             for position, value, error in zip(positions.tolist(), line.tolist(), line_errors.tolist(), strict=True):
                 unknown = key == "weight_change" and np.isnan(value) and not found.w0_norm[layer].all()
                 yield key, layer, None, position, None if unknown else value, None if np.isnan(error) else error
-    of_heads = {"w0_norm": found.w0_norm, "eta": found.eta.mean(2), "weight_distance": found.weight_distance.mean(2)}
+    of_heads = {"w0_norm": found.w0_norm, **{key: eta.mean(2) for key, (eta, _) in rates.items()}}
+    of_heads["weight_distance"] = found.weight_distance.mean(2)
     for key, values in of_heads.items():
         for (layer, head), value in np.ndenumerate(values):
             yield key, layer, head, None, float(value), None
     for (layer, place), value in np.ndenumerate(found.position_eta):
         yield "position_eta", layer, None, place + 1, float(value), None
+
+
+def _rates(found: InnerLoop) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return eta [L, H, T] with its errors [L, T] by name: one of all weight matrices, or one of each."""
+    if found.eta.ndim == 3:
+        return {"eta": (found.eta, found.eta_standard_error)}
+    matrices = range(found.eta.shape[2])
+    return {f"eta_{i}": (found.eta[:, :, i], found.eta_standard_error[:, i]) for i in matrices}

@@ -40,11 +40,12 @@ def write(
     """Write the three files, each as a whole; return the path of the ``.npz``. The ``.json`` is written last.
 
     Args:
-      found: a dataclass; its fields but the first are the arrays.
+      found: a dataclass; its fields but the first are the arrays, or None.
       about: what the ``.json`` holds; numbers that are not finite become null.
       columns, rows: of the table.
     """
     arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     table, content = io.StringIO(newline=""), io.BytesIO()
     writer = csv.writer(table)
     writer.writerow(columns)
@@ -81,6 +82,7 @@ def check(about: dict[str, Any], path: Workdir, needed: Iterable[str]) -> None:
 
 def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     """Return a dataclass: its first field, ``about``, is in the ``.json``, its others are the arrays of the ``.npz``.
+    Those with a default may be missing.
 
     Args:
       path: of the ``.npz``.
@@ -105,7 +107,8 @@ def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
     except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: missing or damaged, or the .json beside it; expected what {verb} wrote") from error
     _, *fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # any dataclass
-    if arrays.keys() != {field.name for field in fields}:
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not needed <= arrays.keys() <= {field.name for field in fields}:
         raise ConfigError(f"{path}: not of this version of ttt_jax; expected the arrays that {verb} writes now")
     return kind(about, **arrays)
 

@@ -26,6 +26,7 @@ from ttt_jax.ttt.objective import OBJECTIVES
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 
 _LEARNERS = {**config_lib.SETTLED, "ttt": "linear"}  # of mixers that learn, unless it is said
+LEARNING = tuple(_LEARNERS)  # mixers with an inner loop
 _BASE_LR = {"ttt_mlp": 0.1}  # the paper's where it is not 1
 _SOFTPLUS_BASE_LR = 0.001  # LaCT's
 # Keys of model.ttt that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output.
