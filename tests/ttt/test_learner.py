@@ -106,6 +106,24 @@ def test_layer_norm_epsilon_is_1e_6():
     np.testing.assert_allclose(learners.normalise(jnp.array([-1e-3, 1e-3])), [-(0.5**0.5), 0.5**0.5], rtol=1e-5)
 
 
+@pytest.mark.usefixtures("float64")
+def test_derivatives_of_normalise_are_those_of_its_formula():
+    z, u, t = (jnp.asarray(draw(3, WIDTH)) for _ in range(3))
+
+    def formula(z):
+        centred = z - z.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+
+    def derivatives(f):
+        """The value, the first derivative on the way back and on the way forth, and the second."""
+        value, pullback = jax.vjp(f, z)
+        second = jax.grad(lambda z: (jax.vjp(f, z)[1](u)[0] * t).sum())(z)
+        return value, pullback(u)[0], jax.jvp(f, (z,), (t,))[1], second
+
+    for actual, expected in zip(derivatives(learners.normalise), derivatives(formula), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
 def test_initial_weights_are_normal_with_zero_biases():
     weights = learner_lib.init(jax.random.key(0, impl="rbg"), learners.mlp(32), heads=3)
     assert [w.weight.shape for w in weights] == [(3, 32, 128), (3, 128, 32)]
