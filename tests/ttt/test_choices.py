@@ -21,15 +21,15 @@ from ttt_jax.ttt.update import MEMBERS
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 KEYS = ("learner", "objective", "rate", "position_rate", "update")
 NAMES = [list(names) for names in (LEARNERS, OBJECTIVES, TOKEN_RATES, POSITION_RATES, ["sgd", *MEMBERS, "decay=0.9"])]
-# Compiling takes most of the time, so a program has one name of every registry, and each name is in a program or more.
-CHOICES = [[names[i % len(names)] for names in NAMES] for i in range(max(map(len, NAMES)))]
+# Compiling takes most of the time, so a program tests a name of every registry, or the first where there are no more.
+CHOICES = [[names[i if i < len(names) else 0] for names in NAMES] for i in range(max(map(len, NAMES)))]
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids="-".join)
 def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, choices):
     """Outputs, final state, and gradients with respect to all parameters, tokens, logits of rates and gates.
 
-    Five tokens and mini-batches of three, read as a piece: one mini-batch is whole, one is partial, one has no token.
+    Six tokens and mini-batches of three, read as a piece of a sequence, which ends with a mini-batch without tokens.
     """
     reading = "causal" if update.is_linear(update.parse(choices[-1])) else "previous"
     small = {"model.width": 8, "model.num_heads": 2, "model.mixer": "ttt", "model.ttt.mlp_width_factor": 1.5}
@@ -38,7 +38,7 @@ def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, c
     loop = build.loop(config_file.from_arguments(["--config", str(CONFIG), *arguments]).model)
 
     with jax.enable_x64(True):
-        _, parameters, tokens = make_case(loop, 5, 3, dtype=np.float64)
+        _, parameters, tokens = make_case(loop, 6, 3, dtype=np.float64)
         rng = np.random.default_rng(1)
         logits, tau = rng.standard_normal(tokens.eta.shape), 0.3 * rng.standard_normal(3)
         gates = {member.gate: rng.standard_normal(tokens.eta.shape) for member in loop.update if member.gate}
