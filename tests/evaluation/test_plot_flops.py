@@ -60,6 +60,15 @@ def test_points_of_each_panel_and_line(runs, drawn, tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == [LINEAR, MLP_T, TRANSFORMER]
 
 
+def test_inner_loops_of_any_kind_are_told_apart(tmp_path, drawn):
+    for i, update in enumerate(("decay", "momentum")):
+        run(tmp_path / str(i), model__mixer="ttt", model__ttt__update=update)
+    perplexity_by_flops([str(tmp_path)], [tmp_path / "x.png"])
+    first, second = drawn[0].axes[0].get_lines()
+    assert first.get_color() != second.get_color()
+    assert first.get_marker() != second.get_marker()
+
+
 def test_one_context_and_what_is_written(runs, tmp_path):
     outputs = [tmp_path / "a.svg", tmp_path / "b.png"]
     perplexity_by_flops([str(runs)], outputs, contexts=[128])

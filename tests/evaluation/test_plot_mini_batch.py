@@ -28,6 +28,19 @@ def test_perplexity_and_median_time(tmp_path, monkeypatch):
     assert lines(right) == {LINEAR: [(1, 0.7), (64, 0.7 / 64)]}
 
 
+def test_inner_loops_of_any_kind_have_mini_batches_and_are_told_apart(tmp_path, monkeypatch):
+    run(tmp_path / "a", model__mixer="ttt", model__ttt__update="decay")
+    run(tmp_path / "b", perplexity=11, model__mixer="ttt", model__ttt__learner="mylab.learners:gated")
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
+    by_mini_batch([str(tmp_path)], [tmp_path / "x.png"])
+    plt.close(figures[0])
+    found = {line.get_label(): line for line in figures[0].axes[0].get_lines()}
+    assert found.keys() == {"TTT (linear, decay, Mamba backbone)", "TTT (mylab.learners:gated, Mamba backbone)"}
+    for look in ("color", "marker"):
+        assert len({getattr(line, f"get_{look}")() for line in found.values()}) == 2
+
+
 def test_what_is_written(tmp_path):
     for b in (8, 16):
         run(tmp_path / f"run{b}", context=2048, model__ttt__mini_batch=b, seconds=[0.1])

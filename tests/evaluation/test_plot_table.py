@@ -102,6 +102,14 @@ def test_what_else_may_change(tmp_path):
     ]
 
 
+def test_another_learner_is_named_without_the_hash_of_its_file(tmp_path):
+    for i, (learner, source) in enumerate((("lab:a", "0" * 64), ("lab:b", "1" * 64), ("lab:b", "2" * 64))):
+        run(tmp_path / str(i), model__mixer="ttt", model__ttt__learner=learner, model__ttt__learner_source=source)
+    first, *others = (row.name for row in ablation.rows([str(tmp_path)]))
+    assert first == "TTT (lab:a, Mamba backbone)"
+    assert others == ["+ learner=lab:b", f"+ learner_source={'2' * 64}"]
+
+
 def test_text(ladder):
     rows = ablation.rows(ladder, published=True)
     console = Console(width=80, file=io.StringIO())

@@ -31,6 +31,19 @@ def test_each_model_has_a_colour_a_line_and_a_marker_of_its_own():
         assert len(set(part)) == len(style.SERIES)
 
 
+def test_an_inner_loop_is_called_by_its_choices():
+    c = config_lib.default()
+    c.model.update({"mixer": "ttt"})
+    assert build.describe(c.model) == "TTT (linear, Mamba backbone)"
+    c.model.ttt.update({"learner": "swiglu", "output": "none", "bias": False, "objective": "dot_product"})
+    c.model.ttt.update({"rate": "softplus", "rate_per_matrix": True, "position_rate": "1", "reading": "previous"})
+    c.model.ttt.update({"update": "momentum + muon", "backbone": "transformer"})
+    assert build.describe(c.model) == (
+        "TTT (swiglu, output none, no biases, dot_product, softplus rate, rates per matrix, position rate 1, "
+        "momentum + muon, reading previous, Transformer backbone)"
+    )
+
+
 def test_lines_of_one_model_are_told_apart():
     found = style.distinct(["Transformer", "Transformer", "new", "Mamba", "Transformer"])
     assert len(set(found)) == 5
@@ -97,6 +110,24 @@ def test_a_legend_lies_within_the_picture_and_has_each_label_once():
     assert page.x0 <= box.x0 < box.x1 <= page.x1
     assert page.y0 <= box.y0 < box.y1 <= min(axes.get_tightbbox().y0 for axes in panels)
     assert [text.get_text()[-1] for text in legend.get_texts()] == list("0123456")
+    plt.close(figure)
+
+
+def test_labels_too_long_for_a_line_go_on_in_further_lines_for_which_the_picture_grows():
+    figure, (axes,) = style.panels(1)
+    height = figure.get_figheight()
+    for label in (f"TTT ({', '.join(['one choice'] * 14)})", "Transformer"):
+        axes.plot([0, 1], [0, 1], label=label)
+    style.legend_below(figure)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    first, second = (text.get_text() for text in legend.get_texts())
+    assert " ".join(first.split("\n")) == f"TTT ({', '.join(['one choice'] * 14)})"
+    assert second == "Transformer"
+    assert figure.get_figheight() == pytest.approx(height + 0.17 * first.count("\n"))
+    assert first.count("\n") >= 2
     plt.close(figure)
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,18 +114,30 @@ def panels(
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all panels: each label once, in the order in which they came, in as many columns as fit."""
+    """One legend for all panels: each label once, in the order in which they came, in as many columns as fit. Labels
+    that are too long for one go on in further lines, for which the picture grows."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     # A dash pattern is seen only where there is room for it.
     look: dict[str, Any] = {"loc": "outside lower center", "fontsize": 9, "edgecolor": "none", "handlelength": 3.6}
-    for columns in range(min(4, len(handles)), 0, -1):
-        legend = figure.legend(list(handles.values()), list(handles), ncols=columns, **look)
-        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+    longest = max(map(len, handles), default=0)
+    layouts = [(columns, longest) for columns in range(min(4, len(handles)), 0, -1)]
+    layouts += [(1, characters) for characters in range(longest - 4, 40, -4)]
+    for columns, characters in layouts:
+        labels = [wrapped(label, characters) for label in handles]
+        legend = figure.legend(list(handles.values()), labels, ncols=columns, **look)
+        if legend.get_window_extent().width < figure.bbox.width or (columns, characters) == layouts[-1]:
+            more = sum(label.count("\n") for label in labels)
+            figure.set_figheight(figure.get_figheight() + 0.17 * more)
             break
         legend.remove()
+
+
+def wrapped(text: str, characters: int) -> str:
+    """Return a text in lines of so many characters, where it is longer."""
+    return text if len(text) <= characters else textwrap.fill(text, characters, break_long_words=False)
 
 
 def tokens(count: float) -> str:

@@ -31,6 +31,16 @@ _BASE_LR = {"ttt_mlp": 0.1}  # the paper's where it is not 1
 _SOFTPLUS_BASE_LR = 0.001  # LaCT's
 # Keys of model.ttt that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output.
 CHOICES = ("learner", "output", "bias", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading")
+_IN_WORDS = {  # what a label says of a choice that is not TTT-Linear's
+    "output": "output {}",
+    "bias": "no biases",
+    "objective": "{}",
+    "rate": "{} rate",
+    "rate_per_matrix": "rates per matrix",
+    "position_rate": "position rate {}",
+    "update": "{}",
+    "reading": "reading {}",
+}
 
 
 def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
@@ -186,9 +196,7 @@ def _choices(model: ml_collections.ConfigDict) -> list[str]:
     """Return the learner, and the other choices of an inner loop where they are not those of TTT-Linear, in words."""
     ttt, default = model.ttt, config_lib.default().model.ttt
     own = [ttt.learner or _LEARNERS[model.mixer]]
-    for key in CHOICES:
-        if key != "learner" and ttt[key] != default[key]:
-            own.append(f"{key} {ttt[key]}" if isinstance(ttt[key], bool) or key == "output" else ttt[key])
+    own += [_IN_WORDS[key].format(ttt[key]) for key in CHOICES if key in _IN_WORDS and ttt[key] != default[key]]
     return own
 
 

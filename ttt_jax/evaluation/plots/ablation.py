@@ -176,6 +176,8 @@ def _step(above: Point, point: Point) -> str:
     differing = points_lib.differing(above.config, point.config)
     if all(after.get(key) == value and key in differing for key, value in _WITH_BIAS.items()):
         del differing["model.ttt.bias"]
+    if "model.ttt.learner" in differing:
+        differing.pop("model.ttt.learner_source", None)  # the file of the learner, which has another name anyway
     for key in differing:
         value = after.get(key)
         if key == "model.ttt.mini_batch" and value < before.get(key, 0) == before["data.sequence_length"]:

@@ -46,7 +46,7 @@ def perplexity_by_context(
 
     by_size = dict(sorted(points_lib.grouped(points, lambda p: p.size).items()))
     names = {size: points_lib.size_name(members) for size, members in by_size.items()}
-    styles = dict(zip(by_size, style.SERIES, strict=False))
+    of_sizes, of_kinds = dict(zip(by_size, style.SERIES, strict=False)), points_lib.styles(points)
 
     def kind(point: Point) -> str:
         return points_lib.line_of(point.about)
@@ -62,12 +62,12 @@ def perplexity_by_context(
     for axes, (panel, members) in zip(panels, by_panel.items(), strict=True):
         axes.set_yscale("log")
         for line, of_line in points_lib.grouped(members, line_of).items():
-            look: Style = styles[line] if lines == "size" else style.of(line)
+            look: Style = of_sizes[line] if lines == "size" else of_kinds[line]
             label = f"{names[line]} parameters" if lines == "size" else line
             pairs = points_lib.joined(of_line, lambda p: p.about["training_context"])
             axes.plot(*zip(*pairs, strict=True), label=label, **look.of_points)
         points_lib.note_not_finite(axes, members)
-        axes.set_title(panel if lines == "size" else f"{names[panel]} parameters", fontsize=11)
+        axes.set_title(style.wrapped(panel, 45) if lines == "size" else f"{names[panel]} parameters", fontsize=11)
         style.token_axis(axes.xaxis, known)
         axes.set_xlim(known[0] / 1.2, known[-1] * 1.2)
         axes.set_xlabel("context, tokens (log scale)")

@@ -50,6 +50,7 @@ def perplexity_by_flops(
             f"--published: the paper states perplexities of the models of its Table 1 at {published_lib.CONTEXT} "
             "tokens, and of none of these runs"
         )
+    styles = points_lib.styles(points)
     figure, panels = style.panels(len(by_context))
     for axes, (context, members) in zip(panels, by_context.items(), strict=True):
         points_lib.check_same_text(members)
@@ -57,7 +58,7 @@ def perplexity_by_flops(
         axes.set_yscale("log")
         for name, line in points_lib.grouped(members, lambda p: points_lib.line_of(p.about)).items():
             pairs = points_lib.joined(line, _training_flops)
-            axes.plot(*zip(*pairs, strict=True), label=name, **style.of(name).of_points)
+            axes.plot(*zip(*pairs, strict=True), label=name, **styles[name].of_points)
         points_lib.note_not_finite(axes, members)
         if published:
             _draw_stated(axes, members)

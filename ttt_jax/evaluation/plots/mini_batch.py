@@ -13,6 +13,7 @@ from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
+from ttt_jax.models import build
 from ttt_jax.sweep import files, metric
 from ttt_jax.sweep.results import flat
 
@@ -39,14 +40,15 @@ def by_mini_batch(
     points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     for point in points:
-        if not point.config["model"]["mixer"].startswith("ttt_"):
+        if point.config["model"]["mixer"] not in build.LEARNING:
             raise ConfigError(f"{point.workdir}: {point.about['model']} has no mini-batches; expected a TTT layer")
     seconds = dict(zip((p.workdir for p in points), files.on_each(_seconds, points), strict=True))
     sizes = sorted({_b(point) for point in points})
+    styles = points_lib.styles(points)
     figure, (left, right) = style.panels(2)
     left.set_yscale("log")
     for name, line in points_lib.grouped(points, lambda p: points_lib.line_of(p.about)).items():
-        look = style.of(name).of_points
+        look = styles[name].of_points
         left.plot(*zip(*points_lib.joined(line, _b), strict=True), label=name, **look)
         timed = sorted(
             (b, s) for b, s in ((_b(p), seconds[p.workdir]) for p in line) if s is not None and math.isfinite(s)

@@ -12,6 +12,7 @@ from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, evaluations, saved, style
+from ttt_jax.evaluation.style import Style
 from ttt_jax.sweep import files, sweep_file
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir, explained
@@ -101,6 +102,12 @@ def line_of(about: dict[str, Any]) -> str:
     """What a model is called: its mixer and backbone, and that it was fine-tuned."""
     started = about.get("config", {}).get("training", {}).get("start_from")
     return about["model"] + (style.FINETUNED if started else "")
+
+
+def styles(points: Iterable[Point]) -> dict[str, Style]:
+    """Return a style for each line of a picture, by its name."""
+    names = list(dict.fromkeys(line_of(point.about) for point in points))
+    return dict(zip(names, style.distinct(names), strict=True))
 
 
 def loss_of(point: Point) -> float:
