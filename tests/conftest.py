@@ -133,7 +133,7 @@ def random_params() -> Callable[..., Any]:
     """
 
     def draw(module: nn.Module, *args: Any, seed: int = 0, stddev: float = 0.5) -> Any:
-        shapes = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *args))["params"]
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
         rng = np.random.default_rng(seed)
 
         def leaf(path, x):

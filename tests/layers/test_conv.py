@@ -64,6 +64,6 @@ def test_kernels_start_with_variance_one_over_their_width():
     params = conv.CausalConv(4, jnp.float32).init(jax.random.key(0, impl="rbg"), np.zeros((1, 1, 4096), np.float32))[
         "params"
     ]
-    kernel = params["kernel"].unbox()
+    kernel = params["kernel"]
     np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.5], atol=0.02)
-    assert not params["bias"].unbox().any()
+    assert not params["bias"].any()

@@ -2,7 +2,6 @@
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +34,7 @@ def forward(model):
     """The forward pass, and shapes of its arguments for one sequence of T tokens."""
     module = language_model(model)
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    params = nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), tokens))["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
     return (lambda params, tokens: module.apply({"params": params}, tokens)[0]), params, tokens
 
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -126,7 +125,7 @@ def test_size_of_the_program_does_not_grow_with_depth(name):
 
     def program_size(layers):
         model = build(name, num_layers=layers)
-        params = jax.eval_shape(lambda: nn.meta.unbox(model.init(jax.random.key(0), TOKENS)["params"]))
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
         gradient = jax.jit(jax.grad(lambda params: model.apply({"params": params}, TOKENS)[0].sum()))
         return len(gradient.lower(params).as_text())
 
@@ -146,7 +145,7 @@ def test_remat_of_blocks_changes_nothing(draw, quick_jit, assert_close):
 def test_initial_parameters_are_those_of_the_paper(quick_jit):
     """Normal 0.02, but convolutions 1 / sqrt(width); biases and tau 0, scales 1. Every kernel is another draw."""
     model = build("ttt_mlp-mamba", width=64, vocab_size=512, mlp_width=64, tie_embeddings=False)
-    params = flat(nn.meta.unbox(quick_jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS)["params"]))
+    params = flat(quick_jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS)["params"])
     for key, x in params.items():
         name = key.rsplit("/", 1)[-1]
         if name.endswith("scale"):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.parameter import parameter
+from ttt_jax.layers.parameter import named, parameter
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +27,7 @@ def post_norm() -> nn.LayerNorm:
         epsilon=1e-6,
         dtype=jnp.float32,
         use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("channels",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("channels",)),
+        scale_init=named(nn.initializers.ones, ("channels",)),
+        bias_init=named(nn.initializers.zeros, ("channels",)),
         name="post_norm",
     )

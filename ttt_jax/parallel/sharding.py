@@ -72,8 +72,13 @@ def _grid(create: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
     """What is traced within lies where ``rules`` put it on ``mesh`` (see :mod:`ttt_jax.parallel.activations`)."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(dataclasses.asdict(rules).items())):
+    with jax.set_mesh(mesh), axis_names(rules):
         yield
+
+
+def axis_names(rules: ShardingRules) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which initial parameters carry the names of their axes."""
+    return nn.logical_axis_rules(tuple(dataclasses.asdict(rules).items()))
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:

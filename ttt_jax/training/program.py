@@ -1,6 +1,7 @@
 """From a config to the one compiled step of a run, and the arrays it works on."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,10 +35,8 @@ class Program(NamedTuple):
 
     def initial_state(self) -> TrainState:
         """The state before the first step, drawn from ``config.seed``; the same on every mesh."""
-        return jax.jit(self._init, out_shardings=self.state_sharding)(jax.random.key(self.config.seed))
-
-    def _init(self, key: jax.Array) -> TrainState:
-        return nn.meta.unbox(_boxed_initial_state(self.model, self.optimizer, key))
+        draw = jax.jit(partial(_initial_state, self.model, self.optimizer), out_shardings=self.state_sharding)
+        return draw(jax.random.key(self.config.seed))
 
     def compiled_step(self) -> jax.stages.Compiled:
         """``(state, batch) -> (state, metrics)``, compiled for the shapes of the config; the state is donated."""
@@ -85,7 +84,8 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
         clip_norm=o.clip_norm,
     )
     rules = sharding.ShardingRules()
-    boxed = jax.eval_shape(lambda: _boxed_initial_state(model, optimizer, jax.random.key(0)))
+    with sharding.axis_names(rules):
+        boxed = jax.eval_shape(partial(_initial_state, model, optimizer), jax.random.key(0))
     state_sharding = sharding.state_sharding(boxed, mesh, rules)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.meta.unbox(boxed), state_sharding
@@ -111,8 +111,8 @@ def schedules(config: ml_collections.ConfigDict) -> tuple[optimizer_lib.Schedule
     return optimizer_lib.learning_rate(o.peak_lr, o.end_lr, warmup, total), _inner_lr_scale(config.model, warmup)
 
 
-def _boxed_initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The first state, its parameters (and their moments) in boxes that carry logical axis names."""
+def _initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Return the first state; where axes have names, its parameters and their moments are in boxes that carry them."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return initial_state(params, optimizer)
 

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -71,7 +70,7 @@ def _source(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple[Wo
 
 def _abstract_params(model: ml_collections.ConfigDict) -> Any:
     module = build.language_model(model)
-    return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
