@@ -40,14 +40,13 @@ from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
 from ttt_jax.parallel.activations import device_kind, locally
 from ttt_jax.ttt import learner as learner_lib
-from ttt_jax.ttt import scan
+from ttt_jax.ttt import scan, update
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.kernels import choice
 from ttt_jax.ttt.learner import Affine, Matrix, Weights, norm_per_head
 from ttt_jax.ttt.learners import ResidualNorm
 from ttt_jax.ttt.objective import squared_error
 from ttt_jax.ttt.state import InnerState, initial_state
-from ttt_jax.ttt.update import Decay
 
 
 class TTTState(NamedTuple):
@@ -212,8 +211,8 @@ class TTT(nn.Module):
 
     def _gates(self, x) -> dict[str, jax.Array]:
         """What members of the update read of each token, [B, T, H] each."""
-        members = [m for m in self.loop.update if m.gate and not (isinstance(m, Decay) and m.factor is not None)]
-        return {member.gate: member.activation(self._logits(x, member.gate)) for member in members}
+        members = update.token_gates(self.loop.update)
+        return {name: member.activation(self._logits(x, name)) for name, member in members.items()}
 
     def _logits(self, x, name: str, more: tuple[int, ...] = ()):
         """``w_h . x_s + c_h``, [B, T, H, ...], float32."""

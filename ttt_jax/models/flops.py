@@ -8,7 +8,7 @@ import ml_collections
 
 from ttt_jax.layers.linear_attention import CHUNK
 from ttt_jax.models import build
-from ttt_jax.ttt import operations
+from ttt_jax.ttt import operations, update
 
 
 def per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
@@ -39,8 +39,17 @@ def _mixer(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     if model.mixer == "linear_attention":
         return 4 * 2 * d * d + model.num_heads * _linear_attention(d // model.num_heads, sequence_length)
     projections = 4  # q, v, o, and k or, in the Mamba-style backbone, the gate
-    rates = 2 * d * model.num_heads if model.ttt.learned_eta else 0
-    return projections * 2 * d * d + rates + model.num_heads * _inner_loop(model, sequence_length)
+    per_token = _rates(model) + len(update.token_gates(build.loop(model).update))  # numbers of a head
+    numbers = 2 * d * model.num_heads * per_token
+    return projections * 2 * d * d + numbers + model.num_heads * _inner_loop(model, sequence_length)
+
+
+def _rates(model: ml_collections.ConfigDict) -> int:
+    """Return how many inner learning rates are computed of a token, for each head."""
+    if not model.ttt.learned_eta:
+        return 0
+    loop = build.loop(model)
+    return len(loop.learner.structure.matrices) if loop.rate.per_matrix else 1
 
 
 def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float:

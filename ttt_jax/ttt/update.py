@@ -208,6 +208,11 @@ def decay_of(chain: Chain) -> Decay | None:
     return next((member for member in chain if isinstance(member, Decay)), None)
 
 
+def token_gates(chain: Chain) -> dict[str, Member]:
+    """Return the members that read a number of each token, by its name; not those whose number is always the same."""
+    return {m.gate: m for m in chain if m.gate and not (isinstance(m, Decay) and m.factor is not None)}
+
+
 def gates_per_token(chain: Chain, given: Mapping[str, jax.Array], like: jax.Array) -> dict[str, jax.Array]:
     """Return the gates that the members read, [B, T, H] each: those given, and those that are the same for all tokens.
 
