@@ -58,6 +58,13 @@ def test_the_work_of_the_inner_loop_fills_little_of_a_matrix_unit():
     assert step_time(c).compute == pytest.approx(expected)
 
 
+def test_matrices_of_a_learner_fill_it_by_their_work():
+    """32 to 128 to 128 to 32: 2/3 of the work are in a matrix that fills it, the rest in two that fill a quarter."""
+    c = config("ttt_mlp")
+    c.model.ttt.mlp_depth = 3
+    assert any("fill 6.2% of a matrix unit" in said for said in step_time(c).assumptions)  # 16/128 / (2/3 + 4/3)
+
+
 def test_a_fused_inner_loop_fills_it_with_groups():
     """64 tokens instead of 16, nothing computed again, no turns: 6.2 % of the peak of a v5e for heads of 64, which is
     what the schedule of the compiler comes to."""

@@ -43,6 +43,28 @@ def test_choices_split_devices_rows_and_heads(config):
         config_lib.mesh_shape(search.with_choice(config, choice), 16)
 
 
+def test_memory_of_an_inner_loop_counts_w0_and_what_its_update_remembers(config):
+    config.model.update(mixer="ttt", num_layers=3)  # four heads of 16
+    config.model.ttt.update({"learner": "swiglu", "bias": False})
+    chips = devices(1)
+
+    def memory(update):
+        config.model.ttt.update({"update": update})
+        return {guess.choice: guess.memory for guess in search.guesses(config, chips)}
+
+    w0 = 4 * 3 * 16 * 64
+    of_w0 = memory("sgd")
+    config.model.ttt.learner = "linear"
+    of_less = memory("sgd")
+    config.model.ttt.learner = "swiglu"
+    for choice, with_momentum in memory("momentum").items():
+        tokens = 8 * 64 / choice.accumulation
+        kept = 4 * w0 * tokens / 64 * (1 if choice.remat == "block" else 3)  # every 64 tokens
+        assert with_momentum - of_w0[choice] == pytest.approx(kept)
+        more = 1 - 1 / 12  # of a matrix of 16 x 16
+        assert of_w0[choice] - of_less[choice] == pytest.approx((3 * 16 * w0 + kept) * more)
+
+
 def test_what_seems_to_fit_comes_first(config):
     """3 G parameters in 16 GB: 16 bytes each, so 4 chips at least share them."""
     config.model.update(width=8192, num_heads=4, num_layers=4, mlp_width=16384)

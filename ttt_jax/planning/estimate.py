@@ -11,6 +11,7 @@ from ttt_jax.models import build, flops
 from ttt_jax.parallel.chips import Chip
 from ttt_jax.ttt.kernels import choice, run
 from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
+from ttt_jax.ttt.learner import Learner
 
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
 MATRIX_UNIT = 128  # rows and columns of it, on TPUs
@@ -67,10 +68,7 @@ def step_time(
         fused = choice.choose(model.ttt.kernel, build.loop(model), model.ttt.mini_batch, device).kernel is not None
         scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
         b = min(model.ttt.mini_batch, data.sequence_length)
-        fill = min(1.0, (max(b, GROUP_TOKENS) if fused else b) / MATRIX_UNIT)
-        matrix = build.loop(model).learner.structure.matrices[0]
-        for width in (matrix.features_in, matrix.features_out):
-            fill *= min(1.0, width / MATRIX_UNIT)
+        fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(build.loop(model).learner)
         kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
         passes = 3 + again + kept
         turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)
@@ -96,3 +94,16 @@ def step_time(
         communication,
         tuple(assumptions),
     )
+
+
+def _part(size: int) -> float:
+    """Return how much of a side of a matrix unit so many rows or columns fill."""
+    return min(1.0, size / MATRIX_UNIT)
+
+
+def _fill_of_widths(learner: Learner) -> float:
+    """Return how much of a matrix unit the weight matrices of a learner fill: the mean over their work, in time."""
+    matrices = learner.structure.matrices
+    work = [m.features_in * m.features_out for m in matrices]
+    time = [w / (_part(m.features_in) * _part(m.features_out)) for w, m in zip(work, matrices, strict=True)]
+    return sum(work) / sum(time)
