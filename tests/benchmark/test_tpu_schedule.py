@@ -242,6 +242,15 @@ def test_the_baseline_computes_the_same_as_the_scan(kind, assert_close, quick_ji
     assert_close(*found)
 
 
+def test_any_registered_learner_is_scanned():
+    run, arguments = inner_loop.build(kind="swiglu", **SMALL)
+    assert len(arguments[5]) == 3  # matrices of W0
+    assert jax.eval_shape(run, *arguments).shape == (2, 16, 2 * 4)
+    for path, message in (("official", "official: has no swiglu; .* linear or mlp"), ("pallas", "pallas: no kernel")):
+        with pytest.raises(ConfigError, match=f"path={message}"):
+            inner_loop.build(kind="swiglu", path=path, **SMALL)
+
+
 @pytest.mark.parametrize("path", ["official", "scan"])
 def test_backward_gives_gradients_of_everything(path):
     run, (gradient, *arguments) = inner_loop.build(kind="mlp", path=path, backward=True, **SMALL)

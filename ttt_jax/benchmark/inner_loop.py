@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from ttt_jax.config import ConfigError
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners, scan
-from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear, ttt_mlp
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.kernels import run as kernels
-from ttt_jax.ttt.learner import Affine, Constants, Weights
+from ttt_jax.ttt.learner import Affine, Constants, Learner, Weights
 
 PATHS = ("official", "scan", "pallas")
+OFFICIAL = ("linear", "mlp")  # learners of the authors' code
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -38,7 +39,7 @@ def build(
     outputs are [B, T, H d] too: as projections leave what goes into the inner loop, and take what comes out of it.
 
     Args:
-      kind: the learner, ``linear`` or ``mlp``.
+      kind: the learner, a name in :data:`ttt_jax.ttt.learners.LEARNERS`, within the residual and norm of the paper.
       dtype: of q, k, v and the outputs, ``bf16`` or ``f32``.
       backward: also the gradients of all of these, for a first argument that is the gradient of the outputs.
       path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
@@ -48,11 +49,13 @@ def build(
     Raises:
       ConfigError: for names that are not among these.
     """
-    for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
+    for name, value, known in (("kind", kind, learners.LEARNERS), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
         if value not in known:
             raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
-    loop = ttt_linear(head_dim) if kind == "linear" else ttt_mlp(head_dim)
+    loop = InnerLoop(Learner(learners.ResidualNorm(learners.make(learners.LEARNERS[kind], {})), head_dim))
     if path == "official":
+        if kind not in OFFICIAL:
+            raise ConfigError(f"path=official: has no {kind}; expected kind={' or '.join(OFFICIAL)}, or path=scan")
         run = partial(official, remat_group=remat_group)
     elif path == "pallas":
         if reason := kernels.unsupported(loop, mini_batch):
