@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_jax.ttt import dual, scan
+from ttt_jax.ttt.inner_loop import InnerLoop
+from ttt_jax.ttt.learner import Learner
 from ttt_jax.ttt.state import initial_state
 
 
@@ -121,6 +123,14 @@ def test_pieces_cut_anywhere_are_one_go(make_case, run_scan, assert_close, seed,
     last = (3, 7, 10)
     for name in ("loss_after", "weight_distance"):
         assert_close(getattr(actual[1], name)[:, last], getattr(whole.statistics, name)[:, last])
+
+
+def test_a_learner_without_a_gradient_at_zeros_is_read_in_pieces(make_case, run_scan, assert_close):
+    """As the empty places of a mini-batch would be."""
+    loop = InnerLoop(Learner(lambda dense, x: dense(x / jnp.sqrt((x**2).sum(-1, keepdims=True)), 6), 6))
+    case = make_case(loop, 7, 4)
+    whole = run_scan(*case, statistics=True)
+    assert_same_reading(assert_close, read_in_pieces(run_scan, case, [2, 4, 1], None), whole)
 
 
 @pytest.mark.parametrize("first", [4, 5])

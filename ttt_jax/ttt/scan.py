@@ -126,7 +126,7 @@ class _Reader(NamedTuple):
         used = update.used_weights(loop.update, start.weights, w0)
         begin = dual.Start(used, pending, start.slots)
         z, keys = dual.mini_batch(loop, constants, begin, tokens, position_eta[: tokens.q.shape[-2]], gates)
-        if pending is None and not loop.update and filled is self.b:
+        if pending is None and not loop.update and isinstance(filled, int) and filled == self.b:
             step = dual.gradient(loop, keys, rate)  # the rate goes to the small factor
             weights, slots = jax.tree.map(lambda w, g: w - g, start.weights, step), ()
         else:
@@ -200,8 +200,8 @@ def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
     offset = state.position % b
     n = -(-(tokens + b - 1) // b)  # enough for every offset
 
-    def on_grid(x):
-        return jnp.roll(jnp.pad(x, ((0, 0), (0, n * b - tokens), (0, 0), (0, 0))), offset, axis=1)
+    def on_grid(x, mode="constant"):
+        return jnp.roll(jnp.pad(x, ((0, 0), (0, n * b - tokens), (0, 0), (0, 0)), mode), offset, axis=1)
 
     def step(carry: InnerState, x):
         x, filled = x
@@ -212,7 +212,10 @@ def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
         return jax.tree.map(lambda x, y: jnp.where(filled == b, x, y), whole, inside), y
 
     filled = jnp.clip(offset + tokens - b * jnp.arange(n), 0, b)  # places filled when this piece ends
-    grid = jax.tree.map(on_grid, inputs)
+    # Empty places hold a token that is there, since a learner may have no gradient at zeros; its rate is 0.
+    q, k, v = (on_grid(x, "edge") for x in inputs[:3])
+    eta, gates = jax.tree.map(on_grid, (inputs.eta, inputs.gates))
+    grid = Tokens(q, k, v, eta, gates)
 
     def scan(state, first, last):
         xs = (jax.tree.map(lambda x: _split(x[:, first * b : last * b], b), grid), filled[first:last])
