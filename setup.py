@@ -20,7 +20,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "backports.zstd>=1.0",
-        "flax>=0.12",
+        "flax>=0.12.2",
         "fsspec>=2024.10",
         "grain>=0.2.18",
         "jax>=0.10.2",

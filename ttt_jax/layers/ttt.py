@@ -111,7 +111,7 @@ class TTT(nn.Module):
 
     def _inner_loop(self, parameters: Parameters, tokens: Tokens, state: InnerState | None) -> scan.Result:
         """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
-        statistics = self.is_mutable_collection("statistics")
+        statistics = self.is_mutable_collection("statistics") and not self.is_initializing()
         kernel = choice.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
 
         def run(parameters, tokens, state):

@@ -1,0 +1,70 @@
+"""The code of docs/library.md, run as it stands there, in one go."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from ttt_jax import config
+from ttt_jax.ttt import primal
+from ttt_jax.ttt.state import initial_state
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, save_run) -> dict:
+    """What the blocks leave behind, by name. Their own assertions hold."""
+    c, folder = config.default(), tmp_path_factory.mktemp("library")
+    c.model.width, c.model.num_heads, c.model.num_layers, c.model.mlp_width = 8, 2, 1, 8
+    save_run(folder / "runs" / "a", c)
+    (folder / "blocks.py").write_text("\n".join(BLOCKS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return runpy.run_path("blocks.py")
+
+
+def arrays(tree) -> list[np.ndarray]:
+    """The leaves of a tree, none of which is a box."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: not isinstance(x, (dict, tuple)))
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+def test_gradients_of_the_inner_loop_reach_every_parameter(found):
+    assert all(np.abs(x).max() > 0 for x in arrays(found["gradient"]))
+
+
+def test_the_learner_is_read_as_in_the_primal_form(found, quick_jit, assert_close):
+    own, parameters = found["own"], found["Parameters"](found["w0"], found["constants"], np.ones(16))
+    tokens = found["tokens_of_own"]
+    state = initial_state(found["w0"], len(tokens.q), own.update)
+    expected, _ = quick_jit(primal.run, static_argnums=0)(own, parameters, tokens, state)
+    assert_close(found["of_own"], expected, 1e-5)
+    assert np.abs(found["of_own"] - found["z"]).max() > 0.01
+
+
+def test_the_nnx_model_is_the_linen_model(found, assert_close):
+    """With its parameters, which are plain arrays in both."""
+    assert arrays(found["params"])
+    state = nnx.state(found["nnx_block"], nnx.Param)
+    theirs = jax.tree.map(lambda x: x[...], nnx.to_pure_dict(state))
+    assert jax.tree.map(np.shape, theirs["mixer"]) == jax.tree.map(np.shape, found["params"]["mixer"])
+    y, _ = found["apply"]({"params": theirs}, found["x"])
+    assert_close(nnx.jit(lambda block, x: block(x))(found["nnx_block"], found["x"]), y)
+    assert np.isfinite(jax.tree.leaves(found["of_nnx"])[0]).all()
+
+
+def test_a_run_is_loaded_in_three_lines_and_sampled(found):
+    (code,) = (block for block in BLOCKS if "trained.load" in block)
+    assert (
+        len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 4
+    )  # with the tokens
+    assert found["logits"].shape == (1, 1, 258)
+    assert len(found["text"]) == 8
+    assert all(0 <= token < 258 for token in found["text"])
