@@ -3,6 +3,7 @@
 An entry that is added to a registry is tested here as it stands: ``pytest tests/ttt -k NAME``.
 """
 
+import shlex
 from pathlib import Path
 
 import jax
@@ -12,13 +13,14 @@ import pytest
 from ttt_jax import config_file
 from ttt_jax.models import build
 from ttt_jax.ttt import primal, scan, update
-from ttt_jax.ttt.learners import LEARNERS
-from ttt_jax.ttt.objective import OBJECTIVES
-from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES
+from ttt_jax.ttt.learners import LEARNERS, SwiGLU
+from ttt_jax.ttt.objective import OBJECTIVES, dot_product
+from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 from ttt_jax.ttt.state import initial_state
-from ttt_jax.ttt.update import MEMBERS
+from ttt_jax.ttt.update import MEMBERS, Momentum, Muon, Renormalise
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "quickstart.py"
 KEYS = ("learner", "objective", "rate", "position_rate", "update")
 NAMES = [list(names) for names in (LEARNERS, OBJECTIVES, TOKEN_RATES, POSITION_RATES, ["sgd", *MEMBERS, "decay=0.9"])]
 # Compiling takes most of the time, so a program tests a name of every registry, or the first where there are no more.
@@ -63,3 +65,15 @@ def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, c
     (_, (z, _)), (of_parameters, _, of_logits, *_) = expected
     assert np.abs(z - still).max() > 0.1  # inner steps that are seen
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves((of_parameters.w0, of_logits)))
+
+
+def test_the_example_of_the_docs_is_an_inner_loop():
+    example = (
+        (ROOT / "docs" / "inner-loop.md").read_text().split("ttt train ... ")[1].split("\n\n")[0].replace("\\\n", "")
+    )
+    loop = build.loop(config_file.from_arguments(["--config", str(CONFIG), *shlex.split(example)]).model)
+    assert loop.learner.f == SwiGLU(bias=False)
+    assert loop.rate == Rate("softplus", "1", per_matrix=True)
+    assert loop.objective is dot_product
+    assert loop.update == (Momentum(), Muon(), Renormalise())
+    assert loop.reading == "previous"
