@@ -65,6 +65,9 @@ def test_a_run_is_loaded_in_three_lines_and_sampled(found):
     assert (
         len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 4
     )  # with the tokens
-    assert found["logits"].shape == (1, 1, 258)
+    run, tokens = found["trained_run"], found["tokens"]
+    logits = np.asarray(run.model.apply({"params": run.params}, tokens)[0], np.float64)[0, :-1]
+    nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(15), np.asarray(tokens)[0, 1:]]
+    np.testing.assert_allclose(found["nll"], nll[None], rtol=1e-4)
     assert len(found["text"]) == 8
     assert all(0 <= token < 258 for token in found["text"])
