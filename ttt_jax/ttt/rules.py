@@ -29,7 +29,7 @@ def check(learner: Learner) -> None:
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.default_matmul_precision("highest"):
         weights = tuple(
             Affine(
                 normal(_HEADS, m.features_in, m.features_out) * m.features_in**-0.5,
