@@ -21,9 +21,9 @@ class LanguageModel(nn.Module):
     """A decoder. ``make_block`` builds one of its L equal blocks; their parameters are stacked, [L, ...], and the
     stack is one scan, so that compile time does not grow with depth.
 
-    Collections that ``apply`` fills on request (``mutable=``), and ``init`` always (parameters are its ``["params"]``):
-    ``statistics``, what the inner loop of TTT layers did, [L, ...] of what :mod:`ttt_jax.layers.ttt` says;
-    ``hidden_states``, the block outputs ``h`` [L, B, T, D], with ``embedding`` and ``final``.
+    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, what the inner loop of TTT layers did,
+    [L, ...] of what :mod:`ttt_jax.layers.ttt` says; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with
+    ``embedding`` and ``final``, which ``init`` fills too (parameters are its ``["params"]``).
     """
 
     make_block: Callable[..., Block]
