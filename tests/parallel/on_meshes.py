@@ -18,13 +18,18 @@ from ttt_jax.parallel import sharding
 from ttt_jax.planning import hlo
 from ttt_jax.training import program
 
+# Of mixer ttt: rates of each weight matrix, two gates, and a state of W and the momentum.
+POINT = {
+    **{"learner": "swiglu", "objective": "dot_product", "rate": "softplus", "rate_per_matrix": True, "base_lr": 0.05},
+    **{"update": "decay + momentum + muon + renormalise", "reading": "previous"},
+}
 ONE = (1, 1, 1)  # devices along data, fsdp and tensor
 
 
 def tiny(mixer, kernel=None):
     config = config_lib.default()
     config.model.update(mixer=mixer, vocab_size=16, width=32, num_heads=4, num_layers=2, mlp_width=64, init_stddev=0.1)
-    config.model.ttt.mini_batch = 4
+    config.model.ttt.update({"mini_batch": 4, **(POINT if mixer == "ttt" else {})})
     config.data.update(sequence_length=8, batch_size=8)
     config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)
     config.training.duration = "20 steps"
@@ -55,7 +60,7 @@ def train(mixer, shape, kernel=None):
         state, values = step(state, batch)
         metrics.append({name: float(x) for name, x in values.items()})
     text = step.as_text()
-    with_statistics = mixer == "ttt_mlp" and shape in (ONE, (2, 2, 2))
+    with_statistics = mixer in ("ttt_mlp", "ttt") and shape in (ONE, (2, 2, 2))
     return {
         "statistics": _statistics(run, state.params, batch["inputs"]) if with_statistics else None,
         "loss": [m["loss"] for m in metrics],
