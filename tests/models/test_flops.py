@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inner_loops import POINTS
 from jax.extend.core import jaxprs_in_params
 
 from ttt_jax import config as config_lib
@@ -18,13 +19,6 @@ MODELS = [
     *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
     *("ttt-mamba-lact", "ttt-transformer-decay"),
 ]
-TTT = {  # keys of model.ttt, by the last part of a name
-    "lact": {
-        **{"learner": "swiglu", "output": "none", "objective": "dot_product", "rate": "softplus"},
-        **{"rate_per_matrix": True, "update": "momentum + muon + renormalise", "reading": "previous"},
-    },
-    "decay": {"update": "decay + momentum"},
-}
 T, VOCAB, WIDTH, HEADS, MLP_WIDTH, B = 24, 40, 32, 4, 48, 8  # T: three mini-batches
 
 
@@ -34,7 +28,7 @@ def model_config(name, **options):
     sizes = {"vocab_size": VOCAB, "width": WIDTH, "num_layers": 1, "num_heads": HEADS, "mlp_width": MLP_WIDTH}
     config.model.update({**sizes, "mixer": mixer, **options})
     config.model.ttt.update({"mini_batch": B, "remat_group": 0, **({"backbone": backbone} if backbone else {})})
-    config.model.ttt.update(TTT.get(point, {}))
+    config.model.ttt.update(POINTS.get(point, {}))
     config_lib.validate(config)
     return config.model
 

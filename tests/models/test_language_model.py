@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inner_loops import POINTS
 
 from ttt_jax import config as config_lib
 from ttt_jax.models.build import language_model
@@ -15,6 +16,7 @@ BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
 MODELS = [
     *("attention", "linear_attention"),
     *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
+    *("ttt-mamba-lact", "ttt-transformer-decay"),
 ]
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
 
@@ -22,10 +24,11 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
 def build(name="ttt_linear-mamba", ttt=(), **options):
     """A model of two layers; ``ttt`` and ``options`` as in ``config.model``."""
     config = config_lib.default()
-    mixer, _, backbone = name.partition("-")
+    mixer, backbone, point, *_ = *name.split("-"), "", ""
     sizes = {"vocab_size": VOCAB, "width": WIDTH, "num_layers": 2, "num_heads": HEADS, "mlp_width": 12}
     config.model.update({**sizes, "mixer": mixer, **options})
-    config.model.ttt.update({"mini_batch": B, **({"backbone": backbone} if backbone else {}), **dict(ttt)})
+    config.model.ttt.update({"mini_batch": B, **({"backbone": backbone} if backbone else {})})
+    config.model.ttt.update({**POINTS.get(point, {}), **dict(ttt)})
     config_lib.validate(config)
     return language_model(config.model)
 
@@ -69,7 +72,7 @@ def test_inner_steps_reach_the_logits(draw, quick_jit):
     assert np.abs(read(1.0) - read(0.0)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-transformer"])
+@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-transformer", "ttt-transformer-decay"])
 def test_bfloat16_compute_keeps_parameters_inner_state_and_logits_in_float32(draw, quick_jit, name):
     model = build(name, dtype="bfloat16")
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
@@ -82,7 +85,7 @@ def test_bfloat16_compute_keeps_parameters_inner_state_and_logits_in_float32(dra
     error = np.sqrt(np.mean((logits - exact) ** 2) / np.mean(exact**2))
     assert 1e-4 < error < 0.1, "bfloat16 is used, and is close"
     if name != "attention":
-        inner = jax.tree.leaves((state.mixer.inner.weights, state.mixer.inner.pending))
+        inner = jax.tree.leaves(state.mixer.inner._replace(position=()))
         assert {x.dtype for x in inner} == {jnp.dtype("float32")}
         assert all(np.isfinite(x).all() for x in inner)
 
