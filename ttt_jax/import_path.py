@@ -46,7 +46,7 @@ def load(text: str, key: str, expected_hash: str = "") -> Callable[..., Any]:
     try:
         module = importlib.import_module(spec.name)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{key}={text!r}: importing {spec.name} fails: {_said(error, spec)}") from error
+        raise ConfigError(f"{key}={text!r}: importing {spec.name} fails: {said(error, spec.origin)}") from error
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, [each for each in vars(module) if callable(vars(module)[each])], 1)
         expected = f"did you mean {spec.name}:{close[0]}?" if close else "expected the name of a function in it"
@@ -165,12 +165,12 @@ def _one_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
         return spec
 
 
-def _said(error: BaseException, spec: ModuleSpec) -> str:
-    """Return what an import has raised and where, by the line of the module itself if it can be."""
+def said(error: BaseException, file: str | os.PathLike | None) -> str:
+    """Return what was raised and where, by the line of a file of the user's own if it can be."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen importlib")]
-    mine = [frame for frame in frames if frame.filename == spec.origin]
+    mine = [frame for frame in frames if file is not None and frame.filename == os.fspath(file)]
     place = (mine or frames)[-1]
     said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
     return f"{place.filename}, line {place.lineno}: {said}"

@@ -1,5 +1,6 @@
 """The source of a learner of the user's own is kept with the run, and a changed one is refused before it runs."""
 
+import importlib
 import re
 import shutil
 import sys
@@ -10,6 +11,7 @@ from ttt_jax import cli, import_path, json_files
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
+from ttt_jax.models import build
 from ttt_jax.training import loop, own_learner, run_config
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -30,6 +32,28 @@ def lab(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield folder / "ttt_learner_of_a_test.py"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return dens(x, 2)", "fails: {file}, line 3: NameError: name 'dens' is not defined"),
+        ("return dense(x, 2)[0] @ x.reshape(3, -1)", "fails: {file}, line 3: TypeError: "),
+        ("dense(x, 2)", "broken returns None; expected an array [..., tokens, features], one row per token"),
+        ("return x", "broken does not call dense; expected a call for each of its weight matrices"),
+    ],
+)
+def test_a_learner_that_does_not_work_is_refused_in_a_line(lab, body, message, tiny_config):
+    file = lab.with_name("ttt_broken_learner.py")
+    file.write_text(f"def broken(dense, x):\n    # comment\n    {body}\n")
+    importlib.invalidate_caches()
+    sys.modules.pop("ttt_broken_learner", None)
+    sys.path_importer_cache.clear()
+    name = "ttt_broken_learner:broken"
+    config = tiny_config({"model.mixer": "ttt", "model.ttt.learner": name})
+    with pytest.raises(ConfigError) as caught:
+        build.language_model(config.model)
+    assert str(caught.value).startswith(f"model.ttt.learner={name!r}: {message.format(file=file)}")
 
 
 @pytest.fixture

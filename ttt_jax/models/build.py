@@ -203,19 +203,27 @@ def _choices(model: ml_collections.ConfigDict) -> list[str]:
 def _check(model: ml_collections.ConfigDict, found: InnerLoop) -> None:
     """Refuse a learner that breaks the rules, and one that cannot learn."""
     named = model.ttt.learner or _LEARNERS[model.mixer]
+    is_own, f, features = import_path.is_import_path(named), found.learner.f, found.learner.features
+    alone = Learner(f.f if isinstance(f, ResidualNorm) else f, features)
     try:
-        structure = found.learner.structure
-        if import_path.is_import_path(named):
+        matrices = alone.structure.matrices  # messages name the function, not the residual around it
+        features_out = found.learner.structure.features_out
+        if is_own:
             rules.check(found.learner)
     except ValueError as error:
         raise ConfigError(f"{config_lib.LEARNER}={named!r}: {error}") from error
-    if structure.features_out != found.learner.features:
+    except Exception as error:
+        if not is_own:
+            raise
+        where = import_path.said(error, import_path.source_file(named, config_lib.LEARNER))
+        raise ConfigError(f"{config_lib.LEARNER}={named!r}: fails: {where}") from error
+    if features_out != features:
         raise ConfigError(
-            f"{config_lib.LEARNER}={named!r}: makes {structure.features_out} features of {found.learner.features}; "
+            f"{config_lib.LEARNER}={named!r}: makes {features_out} features of {features}; "
             "expected as many as it is given, which is the width of a head"
         )
-    if len(structure.matrices) > 1 and not model.ttt.learned_w0:
+    if len(matrices) > 1 and not model.ttt.learned_w0:
         raise ConfigError(
-            f"model.ttt.learned_w0=False: the learner {named} has {len(structure.matrices)} weight matrices, and with "
+            f"model.ttt.learned_w0=False: the learner {named} has {len(matrices)} weight matrices, and with "
             "two or more of zeros all gradients are zero; expected true, or the learner linear"
         )
