@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from hypothesis import strategies as st
 from ttt_jax import config as config_lib
 from ttt_jax import config_file
 from ttt_jax.config import ConfigError
+from ttt_jax.ttt.inner_loop import READINGS
+from ttt_jax.ttt.learners import LEARNERS
+from ttt_jax.ttt.objective import OBJECTIVES
+from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES
+from ttt_jax.ttt.update import MEMBERS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 QUICKSTART = CONFIGS / "quickstart.py"
@@ -519,3 +525,22 @@ def test_differing_keys():
     b = {"x": 1, "s": {"y": 4}, "t": 5}
     assert config_lib.differing_keys(a, b) == {"s.only_a": (3, None), "s.y": (2, 4), "t": ({"z": math.inf}, 5)}
     assert config_lib.differing_keys(a, a) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("model.mixer", config_lib.MIXERS),
+        ("model.ttt.learner", LEARNERS),
+        ("model.ttt.output", config_lib.OUTPUTS),
+        ("model.ttt.objective", OBJECTIVES),
+        ("model.ttt.rate", TOKEN_RATES),
+        ("model.ttt.position_rate", POSITION_RATES),
+        ("model.ttt.update", MEMBERS),
+        ("model.ttt.reading", READINGS),
+    ],
+)
+def test_the_help_of_a_choice_names_all_that_is_registered(key, names):
+    (meaning,) = (meaning for known, _, meaning in config_lib.KEYS if known == key)
+    said = re.split(r"[\s,:;()]+", meaning)
+    assert [name for name in names if name not in said] == []

@@ -51,27 +51,42 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
     ),
     ("model.ttt.mlp_depth", 2, "dense layers of the learner mlp"),
     ("model.ttt.mlp_width_factor", 4.0, "hidden width of the learners mlp and swiglu, in head widths"),
-    ("model.ttt.objective", "squared_error", "of f(k) and v: squared_error, or dot_product"),
-    ("model.ttt.rate", "sigmoid/d", "inner learning rate per token: base_lr sigmoid(x w + c) / d, sigmoid or softplus"),
-    ("model.ttt.rate_per_matrix", False, "each weight matrix of the learner has its own"),
-    ("model.ttt.position_rate", "1/t", "what multiplies it by position in the mini-batch: max(0, 1/t + tau), or 1"),
+    ("model.ttt.bias", True, "dense layers of the learners linear, mlp and swiglu have biases"),
+    ("model.ttt.output", "residual_norm", "residual_norm: f(x) = x + LN(learner(x)); none: f(x) = learner(x)"),
+    ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
+    ("model.ttt.objective", "squared_error", "inner loss of f(k) and v: squared_error, or dot_product"),
+    (
+        "model.ttt.rate",
+        "sigmoid/d",
+        "inner learning rate of a token: sigmoid/d (base_lr sigmoid(x w + c) / d), sigmoid (without / d), or softplus "
+        "(of x w + c, base_lr at first)",
+    ),
+    ("model.ttt.rate_per_matrix", False, "each weight matrix of the learner has a rate of its own"),
+    (
+        "model.ttt.position_rate",
+        "1/t",
+        "factor of the rate at place t of the mini-batch: 1/t (max(0, 1/t + tau), tau learned), or 1",
+    ),
+    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0, for ttt_mlp 0.1, for softplus 0.001"),
+    ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
+    (
+        "model.ttt.learned_eta",
+        True,
+        "the rates are learned; false: they stay at their first values, by default base_lr / (2 t d); gates of the "
+        "update are learned all the same",
+    ),
     (
         "model.ttt.update",
         "sgd",
-        "how gradients change W: sgd, or a chain such as 'momentum + muon + renormalise', decay, decay=0.99",
+        "how gradients change W: sgd, or a chain of decay (decay=0.99: the same for all tokens), momentum, "
+        "momentum_of_last, muon, renormalise, renormalise_before_use, such as 'momentum + muon + renormalise'",
     ),
     (
         "model.ttt.reading",
         "causal",
         "causal: a token uses the steps of its mini-batch up to its own; previous: it uses the weights that its "
-        "mini-batch starts with",
+        "mini-batch starts with, as muon and renormalise require",
     ),
-    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0, for ttt_mlp 0.1, for softplus 0.001"),
-    ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
-    ("model.ttt.output", "residual_norm", "residual_norm: f(x) = x + LN(f_res(x)), of a learner f_res; none: f_res"),
-    ("model.ttt.bias", True, "the dense layers of registered learners have biases"),
-    ("model.ttt.learned_w0", True, "W0 is learned; false: it is zero"),
-    ("model.ttt.learned_eta", True, "the inner learning rate is learned; false: base_lr / (2 t d)"),
     ("model.ttt.kernel", "auto", "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one"),
     (
         "model.ttt.kernel_check",
