@@ -88,6 +88,7 @@ def test_config_keys():
     assert (mamba.mixer, mamba.ttt.backbone, mamba.pre_conv) == ("ttt_linear", "mamba", True)
 
 
-def test_unknown_mixers_are_refused():
-    with pytest.raises(ValueError, match="ttt_conv"):
-        official_jax.model_config({"seq_modeling_block": "ttt_conv"})
+@pytest.mark.parametrize("block", ["ttt_conv", "ttt"])  # the second is a mixer here, and no block of theirs
+def test_unknown_mixers_are_refused(block):
+    with pytest.raises(ValueError, match=f"seq_modeling_block='{block}'"):
+        official_jax.model_config({"seq_modeling_block": block})

@@ -100,7 +100,7 @@ def model_config(theirs: Mapping[str, Any], dtype: str = "float32") -> ml_collec
     block = theirs["seq_modeling_block"]
     mixer = {"self_attention": "attention"}.get(block, block.removesuffix("_base"))
     backbone = "transformer" if block.endswith("_base") or mixer == "attention" else "mamba"
-    if mixer not in config_lib.MIXERS:
+    if mixer not in ("attention", *config_lib.SETTLED):
         raise ValueError(f"seq_modeling_block={block!r}: expected self_attention, ttt_linear[_base] or ttt_mlp[_base]")
     model = config_lib.default().model
     model.update(
