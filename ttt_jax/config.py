@@ -17,6 +17,7 @@ from ttt_jax.errors import ConfigError as ConfigError
 MIXERS = ("ttt_linear", "ttt_mlp", "ttt", "attention", "linear_attention")
 LEARNER = "model.ttt.learner"
 SETTLED = {"ttt_linear": "linear", "ttt_mlp": "mlp"}  # mixers whose inner loop is settled, and their learners
+LEARNERS = {**SETTLED, "ttt": "linear"}  # of the mixers that have an inner loop, unless model.ttt.learner is set
 OUTPUTS = ("residual_norm", "none")  # model.ttt.output
 GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
 

@@ -98,6 +98,7 @@ def test_every_choice_is_that_of_the_primal_form_in_float64(make_case, run_scan,
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * max(1, np.abs(y).max(initial=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["swiglu, dot product, rates per matrix, decay, two momenta", "swiglu, previous, LaCT"]
 )

@@ -25,8 +25,6 @@ from ttt_jax.ttt.learners import LEARNERS, ResidualNorm
 from ttt_jax.ttt.objective import OBJECTIVES
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 
-_LEARNERS = {**config_lib.SETTLED, "ttt": "linear"}  # of mixers that learn, unless it is said
-LEARNING = tuple(_LEARNERS)  # mixers with an inner loop
 _BASE_LR = {"ttt_mlp": 0.1}  # the paper's where it is not 1
 _SOFTPLUS_BASE_LR = 0.001  # LaCT's
 # Keys of model.ttt that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output.
@@ -103,7 +101,7 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
 
 def learns(model: ml_collections.ConfigDict) -> bool:
     """Whether the mixer is a TTT layer, so that ``config.model.ttt`` means something."""
-    return model.mixer in _LEARNERS
+    return model.mixer in config_lib.LEARNERS
 
 
 def check_names(model: ml_collections.ConfigDict) -> None:
@@ -142,7 +140,7 @@ def loop(model: ml_collections.ConfigDict) -> InnerLoop:
 
 def learner_function(model: ml_collections.ConfigDict) -> Function:
     """Return the learner's function, imported where it is one of the user's own."""
-    ttt, named = model.ttt, model.ttt.learner or _LEARNERS[model.mixer]
+    ttt, named = model.ttt, model.ttt.learner or config_lib.LEARNERS[model.mixer]
     if import_path.is_import_path(named):
         return import_path.load(named, config_lib.LEARNER, ttt.learner_source)
     if named == "mlp" and ttt.mlp_depth == 1:
@@ -195,14 +193,14 @@ def describe(model: ml_collections.ConfigDict) -> str:
 def _choices(model: ml_collections.ConfigDict) -> list[str]:
     """Return the learner, and the other choices of an inner loop where they are not those of TTT-Linear, in words."""
     ttt, default = model.ttt, config_lib.default().model.ttt
-    own = [ttt.learner or _LEARNERS[model.mixer]]
+    own = [ttt.learner or config_lib.LEARNERS[model.mixer]]
     own += [_IN_WORDS[key].format(ttt[key]) for key in CHOICES if key in _IN_WORDS and ttt[key] != default[key]]
     return own
 
 
 def _check(model: ml_collections.ConfigDict, found: InnerLoop) -> None:
     """Refuse a learner that breaks the rules, and one that cannot learn."""
-    named = model.ttt.learner or _LEARNERS[model.mixer]
+    named = model.ttt.learner or config_lib.LEARNERS[model.mixer]
     is_own, f, features = import_path.is_import_path(named), found.learner.f, found.learner.features
     alone = Learner(f.f if isinstance(f, ResidualNorm) else f, features)
     try:
