@@ -13,6 +13,7 @@ from ttt_jax import config
 from ttt_jax.ttt import primal
 from ttt_jax.ttt.state import initial_state
 
+pytestmark = pytest.mark.slow  # the blocks compile for a quarter of a minute
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
 

@@ -80,7 +80,7 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
         "model.ttt.update",
         "sgd",
         "how gradients change W: sgd, or a chain of decay (decay=0.99: the same for all tokens), momentum, "
-        "momentum_of_last, muon, renormalise, renormalise_before_use, such as 'momentum + muon + renormalise'",
+        "momentum_per_token, muon, renormalise, renormalise_before_use, such as 'momentum + muon + renormalise'",
     ),
     (
         "model.ttt.reading",

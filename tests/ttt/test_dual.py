@@ -197,7 +197,7 @@ def test_a_gate_that_is_missing_is_named(make_case):
 def test_chains_by_name():
     assert update.parse("sgd") == ()
     assert update.parse("momentum + muon+renormalise") == (Momentum(), Muon(), Renormalise())
-    assert update.parse("decay=0.9 + momentum_of_last") == (Decay(0.9), Momentum(average=False))
+    assert update.parse("decay=0.9 + momentum_per_token") == (Decay(0.9), Momentum(average=False))
     assert update.parse("renormalise_before_use") == (Renormalise(before_use=True),)
     for text in ("", "adam", "sgd + muon", "decay=0", "decay=1.5", "decay=1.2.3", "momentum(0.9)"):
         with pytest.raises(ValueError, match="is no update; expected sgd, or some of decay, momentum"):

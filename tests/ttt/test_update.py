@@ -182,7 +182,7 @@ def by_numpy(parameters, tokens, *, decay=False, average=True, muon=False, befor
 
 
 CHAINS = {
-    "momentum_of_last": ((Momentum(average=False), Renormalise()), {"average": False}),
+    "momentum_per_token": ((Momentum(average=False), Renormalise()), {"average": False}),
     "all_members": ((Decay(), Momentum(), Muon(), Renormalise()), {"decay": True, "muon": True}),
     "all_members_before_use": (
         (Decay(), Momentum(), Muon(), Renormalise(before_use=True)),

@@ -102,7 +102,8 @@ class Momentum(Member):
     """``m <- mu m + P``, which is followed; no factor of 1 - mu, no look ahead.
 
     Attributes:
-      average: mu of a mini-batch is the mean of its tokens' gates (so far, within it); without, that of its last token.
+      average: mu is the mean of the gates of a mini-batch's tokens, within it of those so far; without, it is the gate
+        of the token itself, after a mini-batch of its last token.
     """
 
     average: bool = True
@@ -163,7 +164,7 @@ class Renormalise(Member):
 MEMBERS: dict[str, Member] = {
     "decay": Decay(),
     "momentum": Momentum(),
-    "momentum_of_last": Momentum(average=False),
+    "momentum_per_token": Momentum(average=False),
     "muon": Muon(),
     "renormalise": Renormalise(),
     "renormalise_before_use": Renormalise(before_use=True),
