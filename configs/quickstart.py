@@ -2,7 +2,7 @@
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
 
-ARG is the mixer: ttt_linear (default), ttt_mlp, attention or linear_attention.
+ARG is the mixer: ttt_linear (default), ttt_mlp, ttt, attention or linear_attention.
 
 One window a step rather than four learns more from fewer tokens at this size: 250 steps come to the losses of 140 steps
 of four windows, or below, from less than half of the tokens.
