@@ -68,8 +68,8 @@ KEYS: tuple[tuple[str, Any, str], ...] = (
         "1/t",
         "factor of the rate at place t of the mini-batch: 1/t (max(0, 1/t + tau), tau learned), or 1",
     ),
-    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0, for ttt_mlp 0.1, for softplus 0.001"),
-    ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for ttt_mlp a tenth of it"),
+    ("model.ttt.base_lr", float, "peak inner learning rate; unset: 1.0, for the learner mlp 0.1, for softplus 0.001"),
+    ("model.ttt.base_lr_start", float, "where its warm-up starts; unset: base_lr, for the learner mlp a tenth of it"),
     (
         "model.ttt.learned_eta",
         True,

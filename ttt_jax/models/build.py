@@ -25,7 +25,7 @@ from ttt_jax.ttt.learners import LEARNERS, ResidualNorm
 from ttt_jax.ttt.objective import OBJECTIVES
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 
-_BASE_LR = {"ttt_mlp": 0.1}  # the paper's where it is not 1
+_BASE_LR = {"mlp": 0.1}  # the paper's by learner, where it is not 1
 _SOFTPLUS_BASE_LR = 0.001  # LaCT's
 # Keys of model.ttt that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output.
 CHOICES = ("learner", "output", "bias", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading")
@@ -138,9 +138,14 @@ def loop(model: ml_collections.ConfigDict) -> InnerLoop:
         raise ConfigError(f"model.ttt.update={chosen!r}: {error}") from error
 
 
+def learner_name(model: ml_collections.ConfigDict) -> str:
+    """Return the name of the learner, which the mixer has where none is set."""
+    return model.ttt.learner or config_lib.LEARNERS[model.mixer]
+
+
 def learner_function(model: ml_collections.ConfigDict) -> Function:
     """Return the learner's function, imported where it is one of the user's own."""
-    ttt, named = model.ttt, model.ttt.learner or config_lib.LEARNERS[model.mixer]
+    ttt, named = model.ttt, learner_name(model)
     if import_path.is_import_path(named):
         return import_path.load(named, config_lib.LEARNER, ttt.learner_source)
     if named == "mlp" and ttt.mlp_depth == 1:
@@ -173,10 +178,10 @@ def inner_loop(model: ml_collections.ConfigDict) -> str:
 
 
 def base_lr(model: ml_collections.ConfigDict) -> float:
-    """The peak inner learning rate: as configured, else the paper's for this mixer."""
+    """The peak inner learning rate: as configured, else the paper's for this learner."""
     if model.ttt.base_lr is not None:
         return model.ttt.base_lr
-    return _SOFTPLUS_BASE_LR if model.ttt.rate == "softplus" else _BASE_LR.get(model.mixer, 1.0)
+    return _SOFTPLUS_BASE_LR if model.ttt.rate == "softplus" else _BASE_LR.get(learner_name(model), 1.0)
 
 
 def describe(model: ml_collections.ConfigDict) -> str:
@@ -193,14 +198,14 @@ def describe(model: ml_collections.ConfigDict) -> str:
 def _choices(model: ml_collections.ConfigDict) -> list[str]:
     """Return the learner, and the other choices of an inner loop where they are not those of TTT-Linear, in words."""
     ttt, default = model.ttt, config_lib.default().model.ttt
-    own = [ttt.learner or config_lib.LEARNERS[model.mixer]]
+    own = [learner_name(model)]
     own += [_IN_WORDS[key].format(ttt[key]) for key in CHOICES if key in _IN_WORDS and ttt[key] != default[key]]
     return own
 
 
 def _check(model: ml_collections.ConfigDict, found: InnerLoop) -> None:
     """Refuse a learner that breaks the rules, and one that cannot learn."""
-    named = model.ttt.learner or config_lib.LEARNERS[model.mixer]
+    named = learner_name(model)
     is_own, f, features = import_path.is_import_path(named), found.learner.f, found.learner.features
     alone = Learner(f.f if isinstance(f, ResidualNorm) else f, features)
     try:

@@ -118,11 +118,11 @@ def _initial_state(model: LanguageModel, optimizer: optax.GradientTransformation
 
 
 def _inner_lr_scale(model: ml_collections.ConfigDict, warmup: int) -> optimizer_lib.Schedule:
-    """The warm-up of the inner learning rate: of TTT-MLP from a tenth, unless the config says otherwise."""
+    """The warm-up of the inner learning rate: from a tenth for the learner of TTT-MLP, unless the config says it."""
     if not build.learns(model):
         return lambda step: jnp.ones(())
     peak = build.base_lr(model)
     start = model.ttt.base_lr_start
     if start is None:
-        start = peak / 10 if model.mixer == "ttt_mlp" else peak
+        start = peak / 10 if build.learner_name(model) == "mlp" else peak
     return optimizer_lib.inner_lr_scale(start, peak, warmup)
