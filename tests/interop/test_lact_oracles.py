@@ -36,7 +36,11 @@ def test_all_files_are_there():
     assert len(FILES) == 7
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# Those without Muon compile quickly.
+CASES = [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("muon" in f.stem)) for f in FILES]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_file(path):
     report = oracles.check(path)
     assert report is not None
@@ -65,6 +69,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_another_inner_loop_is_far_away(error_of_outputs, mistake):
     name, changes = MISTAKES[mistake]
@@ -77,6 +82,7 @@ def test_swapped_rates_are_far_away(error_of_outputs):
     assert error_of_outputs({**oracle, "lr1": oracle["lr2"], "lr2": oracle["lr1"]}) > 0.05
 
 
+@pytest.mark.slow
 def test_four_iterations_of_newton_schulz_are_far_away(error_of_outputs, monkeypatch):
     monkeypatch.setattr(newton_schulz, "_COEFFICIENTS", newton_schulz._COEFFICIENTS[:-1])
     assert error_of_outputs(load("momentum_muon")) > 0.05

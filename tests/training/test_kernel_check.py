@@ -75,12 +75,14 @@ def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config
     assert found.config.model.ttt.kernel == "pallas"
 
 
+@pytest.mark.slow
 def test_a_benchmark_checks_too(capsys, tiny_config, use_kernel):
     use_kernel(kernel_by_scan.outputs_shifted)
     step.measure(tiny_config({**RUN, "training.duration": "1 step"}), repeats=1, warmup=0)
     assert capsys.readouterr().err.startswith(WRONG)
 
 
+@pytest.mark.slow
 def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel, by_scan):
     """In the same workdir, too: the check does not change which numbers are wanted."""
     use_kernel(kernel_by_scan.outputs_shifted)
@@ -92,6 +94,7 @@ def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel,
     assert capsys.readouterr().err.count("WARNING") == 1
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kernel):
     calls = use_kernel(kernel_by_scan.right)
     made = make()

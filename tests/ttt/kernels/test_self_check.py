@@ -79,18 +79,21 @@ def inference_shifted(loop, *arrays, **_):
     return without_gradient(arrays)
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kernel", "wrong"),
     [
         (right, set()),
         (outputs_shifted, {"outputs", "outputs of inference"}),
-        (second_block_shifted, {"outputs", "outputs of inference"}),
-        (one_output_not_finite, {"outputs", "outputs of inference"}),
-        (last_step_left_out, {f"sum of steps 0 {x}{of}" for x in ("weight", "bias") for of in ("", " of inference")}),
         (gradient_of_k_scaled, {"gradient of k"}),
-        (gradient_of_v_scaled_in_second_block, {"gradient of v"}),
-        (second_sequence_left_out_backwards, {"gradient of w0 0 weight", "gradient of w0 0 bias"}),
-        (inference_shifted, {"outputs of inference"}),
+        slow(second_block_shifted, {"outputs", "outputs of inference"}),
+        slow(one_output_not_finite, {"outputs", "outputs of inference"}),
+        slow(last_step_left_out, {f"sum of steps 0 {x}{y}" for x in ("weight", "bias") for y in ("", " of inference")}),
+        slow(gradient_of_v_scaled_in_second_block, {"gradient of v"}),
+        slow(second_sequence_left_out_backwards, {"gradient of w0 0 weight", "gradient of w0 0 bias"}),
+        slow(inference_shifted, {"outputs of inference"}),
     ],
 )
 def test_what_is_wrong_is_named(monkeypatch, device, kernel, wrong):
@@ -136,6 +139,7 @@ def test_the_kernels_are_right_by_a_margin(device, family):
     assert max(report.errors.values()) < report.tolerance / margin, report
 
 
+@pytest.mark.slow
 def test_a_fused_kernel_with_a_wrong_step_is_found(monkeypatch, device):
     """The bias takes a step that is too short after each group of mini-batches."""
     group = linear.group
