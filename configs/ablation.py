@@ -1,4 +1,4 @@
-"""From linear attention to TTT-Linear, a rung at a time: Table 1 of "Learning to (Learn at Test Time)".
+"""Go from linear attention to TTT-Linear, a rung at a time: Table 1 of "Learning to (Learn at Test Time)".
 
     ttt train --config configs/ablation.py:mini_batch --workdir gs://bucket/ablation/mini_batch \
         --config.data.source=gs://bucket/pile

@@ -16,7 +16,7 @@ from ttt_jax.ttt.kernels import choice, run
 
 
 def right(loop, parameters, start, tokens, **_):
-    """What a kernel computes; its options change nothing."""
+    """Compute what a kernel does; its options change nothing."""
     result = scan.run(loop, parameters._replace(w0=start), tokens)
     return result.z, result.state.weights
 
@@ -28,7 +28,7 @@ def outputs_shifted(*arguments, **_):
 
 
 def wrong_on_the_last_process(*arguments, **_):
-    """What a kernel computes, but for one process."""
+    """Compute what a kernel does, but not on the last process."""
     last = jax.process_index() == jax.process_count() - 1
     return (outputs_shifted if last else right)(*arguments)
 

@@ -182,7 +182,7 @@ def test_an_earlier_step(run, data, nll):
 
 @pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
 def test_documents_are_read_whole(model, data, nll, context):
-    """As one forward pass over each document, from its BOS, would have it: the state is carried over the pieces."""
+    """Expect what one forward pass over each document, from its BOS, gives: the state is carried over the pieces."""
     found = evaluate(model, What(context, by_document=True), batch_size=2)
     segments = []
     for i, (start, n) in enumerate(zip(data.documents, LENGTHS, strict=True)):
@@ -193,7 +193,7 @@ def test_documents_are_read_whole(model, data, nll, context):
 
 @pytest.mark.parametrize(("context", "batch_size"), [(200, 1), (200, 2), (30, 2)])
 def test_the_state_is_carried_from_document_to_document(model, data, nll, context, batch_size):
-    """As one pass over a chain of documents (their first ``context`` tokens), losses counted from each one's BOS."""
+    """Expect what one pass over a chain of documents (their first ``context`` tokens) gives, from each one's BOS."""
     found = evaluate(model, What(context, chains=2), batch_size=batch_size)
     alone = evaluate(model, What(context, by_document=True))
     segments = []
@@ -335,7 +335,7 @@ def test_a_split_without_documents(model, data, monkeypatch):
 
 
 def test_losses_that_are_not_finite_show(model, data, monkeypatch):
-    """Where the model finds byte 7 it gives NaN, and at BOS, which is no target, too."""
+    """Use a model that gives NaN where it finds byte 7, and at BOS, which is no target."""
     tokens = data.tokens.copy()
     tokens[tokens == 7] = 8
     tokens[[30, 31, 100]] = 7
@@ -367,7 +367,7 @@ def test_losses_that_are_not_finite_show(model, data, monkeypatch):
 
 
 def test_an_evaluation_that_was_stopped_before_masks_were_apart_goes_on(run, model, data, monkeypatch):
-    """Its parts hold NaN where nothing counts; the data says where that is."""
+    """Write NaN into its parts where nothing counts; the data says where that is."""
     whole = evaluate(model, What(22, most=7), batch_size=1)
 
     def stop(done, total):

@@ -61,7 +61,7 @@ def data(monkeypatch):
 
 
 def by_the_primal_form(run, loss_of, loop, parameters, tokens):
-    """What the diagnostics of one layer are, from the weights of the primal form. [B, T, H], and |W0| [H]."""
+    """Return the diagnostics of one layer, from the weights of the primal form: [B, T, H], and |W0| [H]."""
     w0, constants, position_eta = parameters
     b, start = len(position_eta), initial_state(w0, len(tokens.q))
     state, found = start, {"loss_at_w0": [], "loss_before": [], "loss_after": [], "weight_distance": []}
@@ -158,7 +158,7 @@ def check(found, expected, windows, tokens, tolerance=1e-4):
 
 
 def test_windows(trained, expected):
-    """Of the training context, in one go."""
+    """Read windows of the training context, in one go."""
     found = inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=2)
     windows = (len(TOKENS) - 1) // TRAINING
     check(found, expected([i * windows // 3 * TRAINING for i in range(3)], TRAINING), 3, TRAINING)
@@ -204,7 +204,7 @@ def test_a_model_without_an_inner_loop(trained):
 
 
 def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_params, quick_jit):
-    """What a point with neither a rate for all matrices nor a squared error has, and in pieces that are whole
+    """Inspect a point with neither a rate for all matrices nor a squared error, also in pieces that are whole
     mini-batches."""
     config = tiny(
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True

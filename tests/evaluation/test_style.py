@@ -1,4 +1,4 @@
-"""How pictures look: models are told apart, axes say what they say, files are whole or not there."""
+"""Check how pictures look: models are told apart, axes are labelled, files are whole or absent."""
 
 import itertools
 

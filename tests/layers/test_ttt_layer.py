@@ -224,7 +224,7 @@ def test_target_spread_without_a_residual_is_that_of_the_values(random_params, q
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_rates_and_the_norm_of_w0_are_statistics(random_params, quick_jit, assert_close, learned):
-    """From the start, and with the state of a first piece that ends within a mini-batch."""
+    """Read from the start, and from the state of a first piece that ends within a mini-batch."""
     module = layer(base_lr=0.3, learned_eta=learned, learned_w0=learned)
     params = random_params(module, X)
 

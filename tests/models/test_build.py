@@ -1,4 +1,4 @@
-"""From a config to an inner loop."""
+"""Check which inner loop a config describes."""
 
 import pytest
 

@@ -75,7 +75,7 @@ def train(mixer, shape, kernel=None):
 
 
 def _statistics(run, params, tokens):
-    """What the inner loop of each layer did in a first and a second piece of the sequences, by name."""
+    """Return what the inner loop of each layer did in a first and a second piece of the sequences, by name."""
 
     @jax.jit
     def read(params, tokens):

@@ -1,4 +1,4 @@
-"""Where arrays are placed, what devices tell each other, and that the mesh changes no number.
+"""Check where arrays are placed, what devices send to each other, and that the mesh changes no number.
 
 On eight CPU devices, and for eight TPU chips that are not there, in processes of their own.
 """

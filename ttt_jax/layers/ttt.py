@@ -232,7 +232,7 @@ class TTT(nn.Module):
 
 
 def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
-    """Names of the axes of a weight matrix: the wider one is hidden, where there is something to hide."""
+    """Return the names of the axes of a weight matrix: the wider one is hidden, where there is something to hide."""
     if matrices == 1:
         return None, None
     hidden = "learner_hidden"
@@ -240,13 +240,13 @@ def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
 
 
 def _started(inner: InnerState, begin: InnerState) -> InnerState:
-    """The state that W0 makes where no token has been read yet."""
+    """Return the state that W0 makes where no token has been read yet, else the state as it is."""
     first = inner.position == 0
     return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin, inner)
 
 
 def _spread(target: jax.Array) -> jax.Array:
-    """Half the squared distance of each token's target (before RoPE) from its mean over the tokens read in one go,
-    [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
+    """Return half the squared distance of each token's target (before RoPE) from its mean over the tokens read in one
+    go, [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
     target = target.astype(jnp.float32)
     return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1)

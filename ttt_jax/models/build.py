@@ -42,7 +42,7 @@ _IN_WORDS = {  # what a label says of a choice that is not TTT-Linear's
 
 
 def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
-    """Builds the model that a validated ``config.model`` describes.
+    """Build the model that a validated ``config.model`` describes.
 
     Raises:
       ConfigError: where it asks for a kernel that does not exist, or for a learner that breaks the rules.
@@ -100,7 +100,7 @@ def language_model(model: ml_collections.ConfigDict) -> LanguageModel:
 
 
 def learns(model: ml_collections.ConfigDict) -> bool:
-    """Whether the mixer is a TTT layer, so that ``config.model.ttt`` means something."""
+    """Return whether the mixer is a TTT layer, so that ``config.model.ttt`` means something."""
     return model.mixer in config_lib.LEARNERS
 
 
@@ -166,10 +166,10 @@ def _named(key: str, name: str, known: Mapping[str, Any], more: str = "") -> Any
 
 
 def inner_loop(model: ml_collections.ConfigDict) -> str:
-    """How the inner loop of a TTT mixer is computed on the devices of the present mesh, and why, in words.
+    """Say how the inner loop of a TTT mixer is computed on the devices of the present mesh, and why.
 
     Raises:
-      ConfigError: where a kernel is asked for that there is not.
+      ConfigError: where a kernel is asked for that does not exist.
     """
     try:
         return choice.choose(model.ttt.kernel, loop(model), model.ttt.mini_batch, device_kind()).why
@@ -178,14 +178,14 @@ def inner_loop(model: ml_collections.ConfigDict) -> str:
 
 
 def base_lr(model: ml_collections.ConfigDict) -> float:
-    """The peak inner learning rate: as configured, else the paper's for this learner."""
+    """Return the peak inner learning rate: as configured, else the paper's for this learner."""
     if model.ttt.base_lr is not None:
         return model.ttt.base_lr
     return _SOFTPLUS_BASE_LR if model.ttt.rate == "softplus" else _BASE_LR.get(learner_name(model), 1.0)
 
 
 def describe(model: ml_collections.ConfigDict) -> str:
-    """The model in words, for labels."""
+    """Describe the model in words, for labels."""
     if not learns(model):
         return {"attention": "Transformer", "linear_attention": "Linear attention"}[model.mixer]
     backbone = f"{model.ttt.backbone.capitalize()} backbone"

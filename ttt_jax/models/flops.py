@@ -12,7 +12,7 @@ from ttt_jax.ttt import operations, update
 
 
 def per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
-    """Forward operations per token, averaged over a sequence of ``sequence_length`` tokens."""
+    """Return the forward operations per token, averaged over a sequence of ``sequence_length`` tokens."""
     d, layers = model.width, model.num_layers
     feed_forward = 3 * 2 * d * model.mlp_width
     head = 2 * d * model.vocab_size
@@ -20,12 +20,12 @@ def per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
 
 
 def per_step(model: ml_collections.ConfigDict, sequence_length: int, sequences: int) -> float:
-    """Operations of one training step: forward and backward."""
+    """Return the operations of one training step: forward and backward."""
     return 3 * per_token(model, sequence_length) * sequence_length * sequences
 
 
 def inner_loop_per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
-    """The part of :func:`per_token` that is in inner loops, of all layers; none of attention."""
+    """Return the part of :func:`per_token` that is in inner loops, of all layers; none of attention."""
     if not build.learns(model):
         return 0.0
     return model.num_layers * model.num_heads * _inner_loop(model, sequence_length)
@@ -53,11 +53,11 @@ def _rates(model: ml_collections.ConfigDict) -> int:
 
 
 def _inner_loop(model: ml_collections.ConfigDict, sequence_length: int) -> float:
-    """Per token and head: a forward and a backward pass of the learner over k, the update, and the pass over q."""
+    """Count, per token and head, the learner forward and backward over k, the update, and the learner over q."""
     return operations.per_token(build.loop(model), min(model.ttt.mini_batch, sequence_length))
 
 
 def _linear_attention(head_dim: int, sequence_length: int) -> float:
-    """Per token and head: q S, k^T v, and within the chunk q k^T and its product with v."""
+    """Count, per token and head, q S, k^T v, and within the chunk q k^T and its product with v."""
     chunk = min(CHUNK, sequence_length)
     return 2 * 2 * head_dim**2 + 2 * 2 * chunk * head_dim

@@ -127,7 +127,7 @@ class _AsTokensSee(Dense):
 
     def __init__(self, constants, start: Start, keys: Pass, position_eta, log_decay: Gate | None, memories):
         super().__init__(start.weights, constants)
-        self._start, self._keys = start, keys
+        self._keys = keys
         self._rate = position_eta[:, None]  # [b, 1]
         b = len(position_eta)
         lower = jnp.tril(jnp.ones((b, b), bool))

@@ -162,7 +162,7 @@ class _Reader(NamedTuple):
 
 
 def _whole(reader: _Reader, inputs: Tokens):
-    """From the start of the sequence: mini-batches of b, then one of the T mod b tokens that are left."""
+    """Read from the start of the sequence: mini-batches of b, then one of the T mod b tokens that are left."""
     batch, tokens = inputs.q.shape[:2]
     b = reader.b
     n, rest = divmod(tokens, b)
@@ -193,8 +193,8 @@ def _whole(reader: _Reader, inputs: Tokens):
 
 
 def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
-    """From any position: the tokens are laid out on the grid of mini-batches, with empty places (rate 0) before the
-    first and after the last one, and a mini-batch takes its step once its last place has been filled."""
+    """Read from any position: the tokens are laid out on the grid of mini-batches, with empty places (rate 0) before
+    the first and after the last one, and a mini-batch takes its step once its last place has been filled."""
     tokens = inputs.q.shape[1]
     b = reader.b
     offset = state.position % b
@@ -235,7 +235,7 @@ def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
 
 
 def _by_kernel(reader: _Reader, weights: Weights, inputs: Tokens) -> tuple[Weights, jax.Array]:
-    """Whole mini-batches; the weights after them, and z."""
+    """Read whole mini-batches; return the weights after them, and z."""
     assert reader.kernel is not None
     tokens = inputs._replace(eta=inputs.eta[..., 0].astype(jnp.float32))
     z, weights = reader.kernel(reader.loop, reader.parameters, weights, tokens)
