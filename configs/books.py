@@ -21,7 +21,8 @@ The data may be any text: see docs/data.md. On an accelerator, train a larger mo
 """
 
 from ttt_jax import config as config_lib
-from ttt_jax.config import MIXERS, ConfigError
+from ttt_jax.config import ConfigError
+from ttt_jax.mixers import MIXERS
 
 _VOCAB_SIZES = {"byte": 258, "bpe": 8192}
 

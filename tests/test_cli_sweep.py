@@ -53,7 +53,10 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def answers(in_one_process):
-    return in_one_process(["sweep --help", "sweep status --help", "sweep results --help", *REFUSED])
+    return in_one_process(
+        ["sweep --help", "sweep status --help", "sweep results --help", *REFUSED],
+        unwanted=("matplotlib", "orbax", "grain"),
+    )
 
 
 def test_help(answers):

@@ -32,7 +32,7 @@ SIZES = (  # whatever the recipe says: the messages below name them
     "optimizer.warmup=10%",
 )
 GET_CONFIG = "from ttt_jax import config\n\n\ndef get_config(arg=''):\n    c = config.default()\n"  # 5 lines
-NAMES = [key for key, _, _ in config_lib.KEYS]
+NAMES = [key for key, _, _ in config_lib.all_keys()]
 
 
 def parse(*overrides, file=QUICKSTART):
@@ -67,7 +67,7 @@ def get(config, key):
 def test_defaults_are_those_of_the_table_and_valid():
     config = config_lib.default()
     assert dict(flat(config.to_dict())) == {
-        key: None if isinstance(value, type) else value for key, value, _ in config_lib.KEYS
+        key: None if isinstance(value, type) else value for key, value, _ in config_lib.all_keys()
     }
     assert len(set(NAMES)) == len(NAMES)
     config_lib.validate(config)
@@ -88,7 +88,7 @@ def test_defaults_cannot_be_misspelt_or_given_another_type():
 @pytest.mark.parametrize("key", NAMES)
 def test_every_key_can_be_set_from_the_command_line(key):
     before = get(parse(), key)
-    types = {name: default for name, default, _ in config_lib.KEYS}
+    types = {name: default for name, default, _ in config_lib.all_keys()}
     value = {bool: True, float: 0.25, int: 7, str: "linear"}[types[key]] if before is None else before
     config = parse(f"{key}={json.dumps(value) if isinstance(value, bool) else value}")
     assert get(config, key) == value
@@ -97,7 +97,7 @@ def test_every_key_can_be_set_from_the_command_line(key):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "benchmark", "books"])
-@pytest.mark.parametrize("mixer", config_lib.MIXERS)
+@pytest.mark.parametrize("mixer", config_lib.mixers())
 def test_configs_of_the_repository_are_valid_with_every_mixer(name, mixer):
     assert parse(file=f"{CONFIGS / name}.py:{mixer}").model.mixer == mixer
 
@@ -530,9 +530,8 @@ def test_differing_keys():
 @pytest.mark.parametrize(
     ("key", "names"),
     [
-        ("model.mixer", config_lib.MIXERS),
+        ("model.mixer", config_lib.mixers()),
         ("model.ttt.learner", LEARNERS),
-        ("model.ttt.output", config_lib.OUTPUTS),
         ("model.ttt.objective", OBJECTIVES),
         ("model.ttt.rate", TOKEN_RATES),
         ("model.ttt.position_rate", POSITION_RATES),
@@ -541,6 +540,6 @@ def test_differing_keys():
     ],
 )
 def test_the_help_of_a_choice_names_all_that_is_registered(key, names):
-    (meaning,) = (meaning for known, _, meaning in config_lib.KEYS if known == key)
+    (meaning,) = (meaning for known, _, meaning in config_lib.all_keys() if known == key)
     said = re.split(r"[\s,:;()]+", meaning)
     assert [name for name in names if name not in said] == []

@@ -70,7 +70,7 @@ def as_toml(config: ml_collections.ConfigDict) -> str:
     """Return a line ``key = value`` for each key of a config. A comment has the default where it differs, and the steps
     of durations in other units; keys that are unset are comments."""
     lines = []
-    for key, default, _ in config_lib.KEYS:
+    for key, default, _ in config_lib.all_keys():
         value = config_lib.value_of(config, key)
         line = f"# {key} is unset" if value is None else f"{key} = {_shown(value)}"
         notes = [f"default: {_shown(default)}"] if differs(value, default) else []
@@ -85,7 +85,7 @@ def manual(config: ml_collections.ConfigDict | None) -> str:
     lines = [_HEADER + "the keys, with their defaults:", ""]
     if config is not None:
         lines = [_HEADER + "the keys, with the values of this command; * marks what is not the default:", ""]
-    for key, default, meaning in config_lib.KEYS:
+    for key, default, meaning in config_lib.all_keys():
         value = default if config is None else config_lib.value_of(config, key)
         changed = config is not None and differs(value, default)
         setting = f"{'*' if changed else ' '} --config.{key}={_shown(value)}"

@@ -34,7 +34,7 @@ def paper_recipes() -> list[str]:
 
 
 def all_recipes() -> list[str]:
-    mixers = config_lib.MIXERS
+    mixers = config_lib.mixers()
     return [
         *(f"quickstart.py:{mixer}" for mixer in mixers),
         *(f"benchmark.py:{mixer}" for mixer in mixers),

@@ -16,7 +16,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data.source import TokenSource
 from ttt_jax.evaluation import inner_loop, inner_loop_files
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.layers import ttt as ttt_layer
+from ttt_jax.mixers import ttt_layer
 from ttt_jax.models.build import language_model
 from ttt_jax.parallel import sharding
 from ttt_jax.ttt import primal, scan

@@ -8,8 +8,9 @@ from matplotlib import pyplot as plt
 from saved_runs import words
 
 from ttt_jax import config as config_lib
-from ttt_jax.config import MIXERS, ConfigError
+from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import style
+from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build
 
 

@@ -10,6 +10,7 @@ import pytest
 from inner_loops import POINTS
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.build import language_model
 
 BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
@@ -68,7 +69,7 @@ def test_inner_steps_reach_the_logits(draw, quick_jit):
     """The comparisons of this file would say little if the hidden state hardly mattered."""
     model = build()
     params = draw(model, TOKENS)
-    read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, scale)[0])
+    read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, Context(inner_lr_scale=scale))[0])
     assert np.abs(read(1.0) - read(0.0)).max() > 0.1
 
 

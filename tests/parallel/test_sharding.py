@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from ttt_jax.config import MIXERS, ConfigError
+from ttt_jax.config import ConfigError
+from ttt_jax.mixers import MIXERS
 from ttt_jax.parallel import sharding
 
 HERE = Path(__file__).parent

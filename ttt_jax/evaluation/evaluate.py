@@ -140,9 +140,10 @@ def _data(trained: Trained, what: What) -> TokenSource:
 
 def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
     if what.chains:
-        if trained.config.model.mixer == "attention":
+        if any("time" in axes for axes in jax.tree.leaves(trained.model.state_axes())):
             raise ConfigError(
-                f"--carry-state: {trained.workdir} is a Transformer, whose state grows with all that it has read; "
+                f"--carry-state: {trained.workdir} is a {build.describe(trained.config.model)}, whose state grows with "
+                "all that it has read; "
                 "expected a model with a state of one size, such as model.mixer=ttt_linear"
             )
         found = sequences_lib.chains(data, what.context, what.most, what.chains)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import pipeline, sequences, source, sources
 from ttt_jax.data.source import TokenSource
 from ttt_jax.evaluation.trained import Trained
+from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build
 from ttt_jax.parallel import sharding
 from ttt_jax.workdir import Workdir
@@ -128,7 +128,7 @@ def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
     if not build.learns(model):
         raise ConfigError(
             f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with model.mixer="
-            f"{' or '.join(config_lib.LEARNERS)}"
+            f"{' or '.join(name for name, mixer in MIXERS.items() if mixer.learns)}"
         )
 
 

@@ -6,11 +6,13 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
+from ttt_jax.mixers import MIXERS
+from ttt_jax.mixers.mixer import Style
 from ttt_jax.workdir import explained
 
 matplotlib.use("Agg")
@@ -25,34 +27,10 @@ FINETUNED = ", fine-tuned"  # follows the model in words, of a run that started 
 NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.4"}  # of remarks within a picture
 
 
-class Style(NamedTuple):
-    """Of a line: each of the three tells it from the others, so that a picture can be read without colour."""
-
-    color: str
-    line: str | tuple
-    marker: str
-
-    @property
-    def hollow(self) -> dict[str, Any]:
-        """The keywords of ``Axes.plot`` for points that the paper states."""
-        return {"color": self.color, "linestyle": "none", "marker": self.marker, "markersize": 9, "mfc": "white"}
-
-    @property
-    def of_points(self) -> dict[str, Any]:
-        """The keywords of ``Axes.plot`` for points that are joined."""
-        return {"color": self.color, "linestyle": self.line, "marker": self.marker, "markersize": 5, "linewidth": 1.8}
-
-
-# Okabe and Ito's palette, and greys. The names are those of models.build.describe.
+# Okabe and Ito's palette, and greys.
 _MODELS = {
-    "TTT-Linear (Mamba backbone)": Style("#0072B2", "-", "o"),
-    "TTT-MLP (Mamba backbone)": Style("#D55E00", "--", "s"),
-    "Transformer": Style("#000000", "-.", "^"),
-    f"Transformer{FINETUNED}": Style("#7A7A7A", (0, (6, 1, 1, 1, 1, 1)), "v"),
-    "TTT-Linear (Transformer backbone)": Style("#56B4E9", (0, (5, 1)), "D"),
-    "TTT-MLP (Transformer backbone)": Style("#E69F00", (0, (3, 1, 1, 1)), "P"),
-    "Linear attention": Style("#CC79A7", (0, (1, 1)), "X"),
-    "Mamba": Style("#009E73", ":", "*"),
+    **{label: look for mixer in MIXERS.values() for label, look in mixer.styles.items()},
+    "Mamba": Style("#009E73", ":", "*"),  # of the paper's numbers
 }
 _OTHERS = (
     Style("#009E73", ":", "h"),

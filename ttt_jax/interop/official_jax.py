@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers import MIXERS
 
 
 class _Entry(NamedTuple):
@@ -35,6 +36,7 @@ _TOP = [
     _Entry("lm_head/kernel", "head"),
 ]
 _MIXER = "seq_modeling_block/"
+_MIXERS = {"self_attention": "attention", "ttt_linear": "ttt_linear", "ttt_mlp": "ttt_mlp"}  # theirs, without _base
 _LAYER = [
     _Entry("seq_norm/kernel", "mixer_norm/scale"),
     _Entry("ffn_norm/kernel", "mlp_norm/scale"),
@@ -98,9 +100,8 @@ def model_config(theirs: Mapping[str, Any], dtype: str = "float32") -> ml_collec
       ValueError: for a ``seq_modeling_block`` that has no counterpart here.
     """
     block = theirs["seq_modeling_block"]
-    mixer = {"self_attention": "attention"}.get(block, block.removesuffix("_base"))
-    backbone = "transformer" if block.endswith("_base") or mixer == "attention" else "mamba"
-    if mixer not in ("attention", *config_lib.SETTLED):
+    mixer = _MIXERS.get(block.removesuffix("_base"))
+    if mixer is None:
         raise ValueError(f"seq_modeling_block={block!r}: expected self_attention, ttt_linear[_base] or ttt_mlp[_base]")
     model = config_lib.default().model
     model.update(
@@ -118,9 +119,9 @@ def model_config(theirs: Mapping[str, Any], dtype: str = "float32") -> ml_collec
         init_stddev=theirs.get("initializer_range", 0.02),
         conv_width=theirs.get("conv_width", 4),
     )
-    if mixer != "attention":
+    if MIXERS[mixer].learns:
         model.ttt.update(
-            backbone=backbone,
+            backbone="transformer" if block.endswith("_base") else "mamba",
             mini_batch=theirs["mini_batch_size"],
             base_lr=float(theirs["ttt_base_lr"]),
             remat_group=theirs.get("remat_mini_batch_group_size", 0),

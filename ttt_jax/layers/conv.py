@@ -5,8 +5,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ttt_jax.layers.parameter import parameter
+
+STATE_AXES = PartitionSpec("batch", None, None)
 
 
 class CausalConv(nn.Module):

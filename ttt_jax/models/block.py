@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
+from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.parallel.activations import constrain
 
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, state: BlockState | None, inner_lr_scale: jax.Array | float
+        self, h: jax.Array, state: BlockState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, BlockState | None]:
         def norm(name, x):
             return RMSNorm(self.dtype, self.norm_epsilon, name=name)(x)
@@ -45,7 +46,7 @@ class Block(nn.Module):
             conv = conv_lib.CausalConv(self.conv_width, self.dtype, name="conv")
             y, conv_state = conv(norm("conv_norm", h), conv_state)
             h = h + y
-        y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, inner_lr_scale)
+        y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, context)
         h = h + y
         h = h + SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name="mlp")(norm("mlp_norm", h))
         h = constrain(h, "batch", None, None)
@@ -56,3 +57,8 @@ class Block(nn.Module):
         """The state before the first token."""
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype) if self.pre_conv else None
         return BlockState(conv, self.make_mixer(parent=None).initial_state(batch, width, length))
+
+    def state_axes(self) -> BlockState:
+        """The names of the axes of the state."""
+        conv = conv_lib.STATE_AXES if self.pre_conv else None
+        return BlockState._make((conv, self.make_mixer(parent=None).state_axes()))

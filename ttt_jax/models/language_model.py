@@ -9,11 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ttt_jax.layers.embedding import AXES, lookup
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import project
+from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.models.block import Block
 
 
@@ -22,7 +24,7 @@ class LanguageModel(nn.Module):
     stack is one scan, so that compile time does not grow with depth.
 
     Collections that ``apply`` fills on request (``mutable=``): ``statistics``, what the inner loop of TTT layers did,
-    [L, ...] of what :mod:`ttt_jax.layers.ttt` says; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with
+    [L, ...] of what :mod:`ttt_jax.mixers.ttt_layer` says; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with
     ``embedding`` and ``final``, which ``init`` fills too (parameters are its ``["params"]``).
     """
 
@@ -37,15 +39,13 @@ class LanguageModel(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(
-        self, tokens: jax.Array, state: Any = None, inner_lr_scale: jax.Array | float = 1.0
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, tokens: jax.Array, state: Any = None, context: Context = PLAIN) -> tuple[jax.Array, Any]:
         """Logits [B, T, V], float32, and the state after the tokens.
 
         Args:
           tokens: [B, T], integers below V.
           state: None to read whole sequences; else where the last piece ended, or :meth:`initial_state`.
-          inner_lr_scale: multiplies the inner learning rate of TTT layers (its warm-up).
+          context: padding, beginnings of documents, and what else mixers may want to know.
         """
         normal = nn.initializers.normal(self.init_stddev)
         embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), AXES)
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
             length=self.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        h, state = stack(self.make_block(name="layers"), h, state, inner_lr_scale)
+        h, state = stack(self.make_block(name="layers"), h, state, context)
         h = RMSNorm(self.dtype, self.norm_epsilon, name="final_norm")(h)
         self._record("final", h)
         if self.tie_embeddings:
@@ -73,9 +73,14 @@ class LanguageModel(nn.Module):
         one = self.make_block(parent=None).initial_state(batch, self.width, length)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
 
+    def state_axes(self) -> Any:
+        """The names of the axes of the state: a tree like it, with a ``PartitionSpec`` for each array."""
+        one = self.make_block(parent=None).state_axes()
+        return jax.tree.map(lambda axes: PartitionSpec("layers", *axes), one)
+
     def _record(self, name, value):
         self.sow("hidden_states", name, value, reduce_fn=lambda _, new: new)
 
 
-def _read(block: Block, h: jax.Array, state: Any, inner_lr_scale: jax.Array | float) -> tuple[jax.Array, Any]:
-    return block(h, state, inner_lr_scale)
+def _read(block: Block, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+    return block(h, state, context)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -7,7 +7,8 @@ import dataclasses
 
 import ml_collections
 
-from ttt_jax.models import build, flops
+from ttt_jax.mixers import ttt_loop
+from ttt_jax.models import flops
 from ttt_jax.parallel.chips import Chip
 from ttt_jax.ttt.kernels import choice, run
 from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
@@ -64,11 +65,11 @@ def step_time(
         + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
     ]
     if inner:
-        device = chip.device_kinds[0]
-        fused = choice.choose(model.ttt.kernel, build.loop(model), model.ttt.mini_batch, device).kernel is not None
+        device, loop = chip.device_kinds[0], ttt_loop.loop(model)
+        fused = choice.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
         scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
         b = min(model.ttt.mini_batch, data.sequence_length)
-        fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(build.loop(model).learner)
+        fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
         kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
         passes = 3 + again + kept
         turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)

@@ -1,21 +1,17 @@
 """Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
 
 import collections
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 
 from ttt_jax.config import ConfigError
-from ttt_jax.models import build
+from ttt_jax.mixers import MIXERS
 from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate
 from ttt_jax.planning.plan import CompilerError, Plan, plan
-from ttt_jax.ttt import learner, update
-from ttt_jax.ttt.inner_loop import InnerLoop
 
 MOST_FAILURES = 24
 
@@ -151,19 +147,14 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     """
     m, data, length = config.model, config.data, config.data.sequence_length
     shards, d = choice.fsdp * choice.tensor, m.width
-    state = _state_of_a_head(build.loop(m)) if build.learns(m) else _State(0, 0)
-    parameters = m.num_layers * ((3 * m.mlp_width + 4 * d) * d + m.num_heads * state.weights) + m.vocab_size * d
+    mixer = MIXERS[m.mixer].memory(m, length)
+    parameters = m.num_layers * ((3 * m.mlp_width + 4 * d) * d + mixer.parameters) + m.vocab_size * d
     tokens = data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length  # of a micro-batch, on a chip
     itemsize = 2 if m.dtype == "bfloat16" else 4
     # What the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, by the plans in
     # docs/benchmarks.md. Those that are split between heads or over the feed-forward width lie in parts.
-    arrays = 14 if m.mixer == "attention" else 25
-    inside = itemsize * ((3 * m.mlp_width + arrays * d) / choice.tensor + arrays * d)
-    if m.mixer == "attention":
-        inside += (4 + itemsize) * m.num_heads / choice.tensor * length / 2  # softmax of a token over those before it
-    elif build.learns(m):
-        states = state.weights + state.slots
-        inside += itemsize * states * m.num_heads / choice.tensor / max(64, m.ttt.mini_batch)  # so often kept
+    inside = itemsize * ((3 * m.mlp_width + mixer.arrays * d) / choice.tensor + mixer.arrays * d)
+    inside += mixer.bytes_per_head * m.num_heads / choice.tensor
     kept = d * itemsize
     activations = kept * m.num_layers + inside if choice.remat == "block" else (kept + inside) * m.num_layers
     logits = 3 * 4 * m.vocab_size / choice.tensor
@@ -187,20 +178,6 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
         collectives=count * choice.accumulation,
     )
     return Guess(choice, memory, time.total)
-
-
-class _State(NamedTuple):
-    """Numbers of an inner loop's state: in its weight matrices, and in what its update remembers of them."""
-
-    weights: int
-    slots: int
-
-
-@functools.lru_cache(maxsize=16)
-def _state_of_a_head(loop: InnerLoop) -> _State:
-    w0 = jax.eval_shape(lambda: learner.init(jax.random.key(0), loop.learner, heads=1))
-    slots = jax.eval_shape(functools.partial(update.init, loop.update), w0)
-    return _State(sum(x.weight.size for x in w0), sum(x.size for x in jax.tree.leaves(slots)))
 
 
 def _turns(collectives: int, devices: int) -> float:

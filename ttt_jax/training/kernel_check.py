@@ -4,7 +4,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ttt_jax.models import build
+from ttt_jax.mixers import MIXERS
 from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange, describe
 from ttt_jax.training import program
@@ -47,9 +47,10 @@ def settled(run: program.Program) -> program.Program:
 def family(model: ml_collections.ConfigDict, mesh: Mesh) -> self_check.Family | None:
     """Return what is to be checked of the model on a mesh: None where no kernel is used, where it is interpreted, or
     where ``model.ttt.kernel_check`` is false."""
-    if not build.learns(model) or not model.ttt.kernel_check:
+    inner_loop = MIXERS[model.mixer].inner_loop
+    if inner_loop is None or not model.ttt.kernel_check:
         return None
-    ttt, loop, device = model.ttt, build.loop(model), mesh.devices.flat[0].device_kind
+    ttt, loop, device = model.ttt, inner_loop(model), mesh.devices.flat[0].device_kind
     if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is None or choice.interpreted(device):
         return None
     heads = model.num_heads // mesh.shape["tensor"]

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers import ttt_loop
 from ttt_jax.models import build
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import sharding
@@ -121,8 +122,4 @@ def _inner_lr_scale(model: ml_collections.ConfigDict, warmup: int) -> optimizer_
     """The warm-up of the inner learning rate: from a tenth for the learner of TTT-MLP, unless the config says it."""
     if not build.learns(model):
         return lambda step: jnp.ones(())
-    peak = build.base_lr(model)
-    start = model.ttt.base_lr_start
-    if start is None:
-        start = peak / 10 if build.learner_name(model) == "mlp" else peak
-    return optimizer_lib.inner_lr_scale(start, peak, warmup)
+    return optimizer_lib.inner_lr_scale(ttt_loop.base_lr_start(model), ttt_loop.base_lr(model), warmup)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel.activations import constrain
 from ttt_jax.training import guard as guard_lib
@@ -48,7 +49,7 @@ def train_step(
     """
 
     def loss_fn(params, batch, scale):
-        logits, _ = model.apply({"params": params}, batch["inputs"], None, scale)
+        logits, _ = model.apply({"params": params}, batch["inputs"], None, Context(inner_lr_scale=scale))
         return mean_over_rows(token_nll(logits, batch["targets"]), batch["mask"])
 
     def loss_and_gradient(params, batch, scale):

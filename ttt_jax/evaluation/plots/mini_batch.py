@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib import ticker
 from matplotlib.axes import Axes
 
-from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
+from ttt_jax.mixers import MIXERS
 from ttt_jax.sweep import files, metric
 from ttt_jax.sweep.results import flat
 
@@ -40,7 +40,7 @@ def by_mini_batch(
     points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     for point in points:
-        if point.config["model"]["mixer"] not in config_lib.LEARNERS:
+        if not MIXERS[point.config["model"]["mixer"]].learns:
             raise ConfigError(f"{point.workdir}: {point.about['model']} has no mini-batches; expected a TTT layer")
     seconds = dict(zip((p.workdir for p in points), files.on_each(_seconds, points), strict=True))
     sizes = sorted({_b(point) for point in points})

@@ -3,15 +3,18 @@
 Shapes: B batch, T tokens, S length of the cache, D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.projection import Projection, to_heads
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
 
 
 class AttentionState(NamedTuple):
@@ -32,10 +35,10 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, state: AttentionState | None = None, inner_lr_scale: jax.Array | float = 1.0
+        self, x: jax.Array, state: AttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, AttentionState | None]:
         """Attends. A state must have room for the tokens: positions past its length are not defined."""
-        del inner_lr_scale  # of mixers that learn
+        del context
         batch, tokens, width = x.shape
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         start = jnp.zeros((), jnp.int32) if state is None else state.position
@@ -57,6 +60,11 @@ class Attention(nn.Module):
         """An empty cache for sequences of up to ``length`` tokens."""
         empty = jnp.zeros((batch, length, self.num_heads, width // self.num_heads), self.dtype)
         return AttentionState(empty, empty, jnp.zeros((), jnp.int32))
+
+    def state_axes(self) -> AttentionState:
+        """The names of the axes of the state."""
+        cache, position = P("batch", "time", "num_heads", None), P()
+        return AttentionState._make((cache, cache, position))
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int = 256) -> jax.Array:
@@ -101,3 +109,38 @@ def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, start: ja
         return attend(0)[:, :tokens]
     y = jax.lax.map(attend, block * jnp.arange(blocks))  # [blocks, B, block, H, d]
     return y.swapaxes(0, 1).reshape(q.shape)[:, :tokens]
+
+
+def _module(model: Model) -> Callable[..., nn.Module]:
+    return partial(
+        Attention,
+        num_heads=model.num_heads,
+        dtype=jnp.dtype(model.dtype),
+        init_stddev=model.init_stddev,
+        rope_theta=model.rope_theta,
+    )
+
+
+def _operations(model: Model, sequence_length: int) -> float:
+    """Count the four projections, and the products with the keys and values that a token sees, on average."""
+    visible = (sequence_length + 1) / 2
+    return 4 * 2 * model.width**2 + 2 * 2 * model.width * visible
+
+
+def _memory(model: Model, sequence_length: int) -> Memory:
+    """Count the softmax of a token over those before it: logits in float32, weights in the compute dtype."""
+    return Memory(0, 14, (4 + jnp.dtype(model.dtype).itemsize) * sequence_length / 2)
+
+
+MIXERS = {
+    "attention": Mixer(
+        module=_module,
+        operations=_operations,
+        label=lambda model: "Transformer",
+        styles={
+            "Transformer": Style("#000000", "-.", "^"),
+            "Transformer, fine-tuned": Style("#7A7A7A", (0, (6, 1, 1, 1, 1, 1)), "v"),
+        },
+        memory=_memory,
+    ),
+}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers import rope
-from ttt_jax.layers.attention import Attention, cached_attention, causal_attention
+from ttt_jax.mixers.attention import Attention, cached_attention, causal_attention
 
 
 def numpy_attention(q, k, v):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.layers.linear_attention import linear_attention
+from ttt_jax.mixers.linear_attention import linear_attention
 from ttt_jax.models.build import language_model
 
 BATCH, HEADS, D = 2, 3, 4

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.layers.attention import Attention
-from ttt_jax.layers.linear_attention import LinearAttention
-from ttt_jax.layers.ttt import TTT
+from ttt_jax.mixers.attention import Attention
+from ttt_jax.mixers.linear_attention import LinearAttention
+from ttt_jax.mixers.ttt import TTT
 from ttt_jax.models.block import Block
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.models import build
+from ttt_jax.mixers import ttt_loop
 from ttt_jax.training import program
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 
@@ -24,16 +24,16 @@ def config(**ttt):
 def test_settled_mixers_are_points_of_the_open_one(settled, loop, base_lr, first):
     """The same inner loop, rate and warm-up as those of model.mixer=ttt with their learner."""
     for c in (config(mixer=settled), config(learner=settled.removeprefix("ttt_"))):
-        assert build.loop(c.model) == loop
-        assert build.base_lr(c.model) == base_lr
+        assert ttt_loop.loop(c.model) == loop
+        assert ttt_loop.base_lr(c.model) == base_lr
         _, inner_lr_scale = program.schedules(c)
         assert float(inner_lr_scale(0)) == pytest.approx(first)
 
 
 def test_a_rate_by_softplus_starts_at_that_of_lact():
-    assert build.base_lr(config(rate="softplus", learner="mlp").model) == 0.001
-    assert build.base_lr(config(rate="softplus", base_lr=0.5).model) == 0.5
+    assert ttt_loop.base_lr(config(rate="softplus", learner="mlp").model) == 0.001
+    assert ttt_loop.base_lr(config(rate="softplus", base_lr=0.5).model) == 0.5
 
 
 def test_an_mlp_of_one_layer_is_linear():
-    assert build.loop(config(mixer="ttt_mlp", mlp_depth=1).model) == ttt_linear(64)
+    assert ttt_loop.loop(config(mixer="ttt_mlp", mlp_depth=1).model) == ttt_linear(64)

@@ -10,16 +10,19 @@ been read rather than the sum, which is the same to the LN but for its epsilon.
 Shapes: B batch, T tokens, D width, H heads, d = D / H, c tokens of a chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.projection import Projection, to_heads
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
 
 CHUNK = 128  # tokens
 
@@ -41,9 +44,9 @@ class LinearAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, state: LinearAttentionState | None = None, inner_lr_scale: jax.Array | float = 1.0
+        self, x: jax.Array, state: LinearAttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, LinearAttentionState | None]:
-        del inner_lr_scale  # of mixers that learn
+        del context
         batch, tokens, width = x.shape
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         start = self.initial_state(batch, width, tokens) if state is None else state
@@ -61,6 +64,10 @@ class LinearAttention(nn.Module):
         del length
         d = width // self.num_heads
         return LinearAttentionState(jnp.zeros((batch, self.num_heads, d, d)), jnp.zeros((), jnp.int32))
+
+    def state_axes(self) -> LinearAttentionState:
+        """The names of the axes of the state."""
+        return LinearAttentionState._make((P("batch", "num_heads", None, None), P()))
 
 
 def linear_attention(
@@ -87,3 +94,30 @@ def linear_attention(
     sums, z = jax.lax.scan(step, sums, (chunks(q), chunks(k), chunks(v)))
     z = z.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], n * c, *q.shape[2:])
     return z[:, :tokens], sums
+
+
+def _module(model: Model) -> Callable[..., nn.Module]:
+    return partial(
+        LinearAttention,
+        num_heads=model.num_heads,
+        dtype=jnp.dtype(model.dtype),
+        init_stddev=model.init_stddev,
+        rope_theta=model.rope_theta,
+    )
+
+
+def _operations(model: Model, sequence_length: int) -> float:
+    """Count the four projections; of each head q S, k^T v, and within the chunk q k^T and its product with v."""
+    d, chunk = model.width // model.num_heads, min(CHUNK, sequence_length)
+    return 4 * 2 * model.width**2 + model.num_heads * (2 * 2 * d**2 + 2 * 2 * chunk * d)
+
+
+MIXERS = {
+    "linear_attention": Mixer(
+        module=_module,
+        operations=_operations,
+        label=lambda model: "Linear attention",
+        styles={"Linear attention": Style("#CC79A7", (0, (1, 1)), "X")},
+        memory=lambda model, sequence_length: Memory(0, 25),
+    ),
+}

@@ -32,12 +32,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
+from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.parallel.activations import device_kind, locally
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan, update
@@ -86,7 +88,7 @@ class TTT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, state: TTTState | None = None, inner_lr_scale: jax.Array | float = 1.0
+        self, x: jax.Array, state: TTTState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, TTTState | None]:
         width, position = x.shape[-1], 0 if state is None else state.inner.position
         q, k, v, conv_q, conv_k = self._qkv(x, state)
@@ -96,7 +98,7 @@ class TTT(nn.Module):
             rope.rotate(q, positions, self.rope_theta),
             rope.rotate(k, positions, self.rope_theta),
             v,
-            self._token_eta(x, inner_lr_scale),
+            self._token_eta(x, context.inner_lr_scale),
             self._gates(x),
         )
         inner = None if state is None else _started(state.inner, self._begin(parameters.w0, x.shape[0]))
@@ -154,6 +156,13 @@ class TTT(nn.Module):
             return TTTState(inner, None, None)
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype)
         return TTTState(inner, conv, conv)
+
+    def state_axes(self) -> TTTState:
+        """The names of the axes of the state; those inside a weight matrix have none."""
+        inner = jax.eval_shape(lambda: self._begin(self._zero_weights(), 1))
+        names = jax.tree.map(lambda x: PartitionSpec(*("batch", "num_heads", None, None)[: x.ndim]), inner)
+        conv = conv_lib.STATE_AXES if self.backbone == "mamba" else None
+        return TTTState._make((names, conv, conv))
 
     def _projection(self, width, name):
         return Projection(width, ("embed", "heads"), self.dtype, self.init_stddev, name=name)

@@ -1,0 +1,115 @@
+"""What the rest of the package asks of a sequence mixer.
+
+A mixer's Flax module has three methods. B is the batch, T tokens, D the width.
+
+* ``__call__(x, state=None, context=Context()) -> (y, state)``: x and y are [B, T, D]. Without a state it reads whole
+  sequences from their start, which is training, and returns None for the state. With one it reads the next piece, of
+  any length, and returns the state after it.
+* ``initial_state(batch, width, length)``: the state before the first of at most ``length`` tokens. It has a leaf
+  ``position``, int32 [B]: the tokens of the present document that each row has read.
+* ``state_axes()``: the same tree with the names of the axes of each leaf in place of its array, such as
+  ``PartitionSpec("batch", "time", "num_heads", None)``. An axis named ``time`` grows with what is read.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import flax.struct
+import jax
+import ml_collections
+
+from ttt_jax.ttt.inner_loop import InnerLoop
+
+Model: TypeAlias = ml_collections.ConfigDict  # the section ``model`` of a config, of one mixer
+
+
+@flax.struct.dataclass
+class Context:
+    """What a mixer may want to know beside its input.
+
+    Attributes:
+      valid: bool [B, T]; tokens that are not valid are padding and change nothing. None: all are valid.
+      reset: bool [B, T]; a valid token with a reset begins a document, and reads nothing of what is before it. None: no
+        token does.
+      inner_lr_scale: multiplies the inner learning rate of mixers that learn (its warm-up).
+      aligned: a promise that all tokens are valid, and that states and resets are at multiples of the mini-batch of
+        mixers that have one, which is faster. Where it is broken, results are NaN.
+    """
+
+    valid: jax.Array | None = None
+    reset: jax.Array | None = None
+    inner_lr_scale: jax.Array | float = 1.0
+    aligned: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+PLAIN = Context()  # whole sequences of one document, without padding
+
+
+class Style(NamedTuple):
+    """How a line looks in pictures: each of the three tells it from others, so that none needs to be seen in colour."""
+
+    color: str
+    line: str | tuple
+    marker: str
+
+    @property
+    def hollow(self) -> dict[str, Any]:
+        """The keywords of ``Axes.plot`` for points that the paper states."""
+        return {"color": self.color, "linestyle": "none", "marker": self.marker, "markersize": 9, "mfc": "white"}
+
+    @property
+    def of_points(self) -> dict[str, Any]:
+        """The keywords of ``Axes.plot`` for points that are joined."""
+        return {"color": self.color, "linestyle": self.line, "marker": self.marker, "markersize": 5, "linewidth": 1.8}
+
+
+class Memory(NamedTuple):
+    """What ``ttt plan --search`` takes a mixer to hold, before anything is compiled.
+
+    Attributes:
+      parameters: numbers of all heads together, without what all mixers have: four projections of D x D.
+      arrays: of D numbers a token that the backward pass keeps, in the compute dtype.
+      bytes_per_head: beside these, for each token and head.
+    """
+
+    parameters: int = 0
+    arrays: int = 14
+    bytes_per_head: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+    """A value of ``model.mixer``. All functions take the section ``model`` of a validated config.
+
+    Attributes:
+      module: returns a function that makes the Flax module; raises ``ConfigError`` for what can be seen only now.
+      operations: floating point operations forward, per token, averaged over a sequence of so many tokens.
+      label: the model in words.
+      styles: how lines of models with these labels look.
+      section: of ``model`` that holds its own keys; None where it has none.
+      settings: the dataclass of the section (:mod:`ttt_jax.settings`).
+      check: raises ``ConfigError`` for values that do not go together.
+      pre_conv: whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
+      inner_loop: of a mixer that learns at test time; None for the others.
+      computed: how the mixer is computed on the devices of the present mesh, and why; None where there is no choice.
+      memory: for guesses about sequences of so many tokens.
+    """
+
+    module: Callable[[Model], Callable[..., nn.Module]]
+    operations: Callable[[Model, int], float]
+    label: Callable[[Model], str]
+    styles: Mapping[str, Style] = dataclasses.field(default_factory=dict)
+    section: str | None = None
+    settings: type | None = None
+    check: Callable[[Model], None] = lambda model: None
+    pre_conv: Callable[[Model], bool] = lambda model: False
+    inner_loop: Callable[[Model], InnerLoop] | None = None
+    computed: Callable[[Model], str] | None = None
+    memory: Callable[[Model, int], Memory] = lambda model, length: Memory()
+
+    @property
+    def learns(self) -> bool:
+        """Whether its state is the weights of a learner."""
+        return self.inner_loop is not None
