@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ttt_jax import config_file
+from ttt_jax import config as config_lib
 from ttt_jax.exit_status import DONE, RESTART
 from ttt_jax.parallel import sharding
 from ttt_jax.training import metrics, program
@@ -160,7 +160,7 @@ def compare(workdir: Path, undisturbed: Path) -> None:
 
 def final_state(workdir: Path):
     """The last checkpoint."""
-    config = config_file.from_json(workdir / "config.json")
+    config = config_lib.from_json(workdir / "config.json")
     run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)
     assert restored is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax import cli, cli_config, config_file
+from ttt_jax import cli, cli_config
 from ttt_jax import config as config_lib
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
@@ -25,7 +25,7 @@ def ttt(*arguments) -> int:
 def test_the_lines_are_toml_of_the_whole_config(capsys):
     assert ttt("config", *MINE) == 0
     out = capsys.readouterr().out
-    found, expected = tomllib.loads(out), config_file.from_arguments(MINE)
+    found, expected = tomllib.loads(out), config_lib.from_arguments(MINE)
     for key, _, _ in config_lib.all_keys():
         value, there = config_lib.value_of(expected, key), found
         for part in key.split("."):
@@ -43,7 +43,7 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
 def test_json_is_that_of_a_run(capsys, tmp_path):
     assert ttt("config", "--json", *MINE) == 0
     (tmp_path / "config.json").write_text(capsys.readouterr().out)
-    assert config_file.from_json(tmp_path / "config.json").to_dict() == config_file.from_arguments(MINE).to_dict()
+    assert config_lib.from_json(tmp_path / "config.json").to_dict() == config_lib.from_arguments(MINE).to_dict()
 
 
 @pytest.mark.parametrize("verb", [["train"], ["plan"], ["bench"], ["bench", "tpu-schedule"], ["sweep"], ["config"]])

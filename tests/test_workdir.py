@@ -74,10 +74,11 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 USE = """
 import sys
-from ttt_jax import config_file, workdir
+from ttt_jax import config as config_lib
+from ttt_jax import workdir
 for bucket in sys.argv[1:]:
     place = workdir.at(f"gs://{bucket}/run")
-    for use in (lambda: workdir.make(place), lambda: config_file.from_json(place / "config.json")):
+    for use in (lambda: workdir.make(place), lambda: config_lib.from_json(place / "config.json")):
         try:
             print(use())
         except ValueError as error:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 
 def cache_folder() -> Path:

@@ -23,14 +23,14 @@ from ttt_jax import (
     cli_sweep,
     cli_sweep_report,
     cli_tokenize,
-    config_file,
     garbage,
 )
+from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_config import Parser
 from ttt_jax.cli_types import add_processes
-from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch.errors import LaunchError
 from ttt_jax.stop_signals import SecondCtrlC
@@ -169,7 +169,7 @@ def _what_is_left(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace, rest: list[str]) -> int:
     """``ttt train``"""
     workdir = workdir_lib.at(options.workdir)
-    config = config_file.from_arguments(rest)
+    config = config_lib.from_arguments(rest)
     from ttt_jax.parallel import startup
 
     startup.use_compilation_cache()

@@ -9,9 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_jax import config_file, finite
+from ttt_jax import config as config_lib
+from ttt_jax import finite
 from ttt_jax.cli_types import not_negative, positive
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def step(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """``ttt bench step``"""
-    config = config_file.from_arguments(rest)
+    config = config_lib.from_arguments(rest)
     from ttt_jax.benchmark import step
 
     measurement = step.measure(config, repeats=options.repeats, warmup=options.warmup)
@@ -132,7 +133,7 @@ def _target(options: argparse.Namespace, rest: list[str], variant: str) -> "Func
             raise ConfigError("--config, --function: missing; expected --config FILE or --function MODULE:NAME")
         _settings("--compare", pairs)
         named = next((b for a, b in pairwise(rest) if re.fullmatch("--?config", a)), "")
-        config = config_file.from_arguments([*rest, *(f"--config.{pair}" for pair in pairs)])
+        config = config_lib.from_arguments([*rest, *(f"--config.{pair}" for pair in pairs)])
         return Step(config, f"training step of {named or 'the config'}")
     if rest:
         raise ConfigError(

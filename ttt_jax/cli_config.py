@@ -9,8 +9,7 @@ from typing import Any
 import ml_collections
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, REFUSED
 
 DESCRIPTION = """\
@@ -41,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             return super().format_help()
         arguments = _of_config(self._arguments)
         try:
-            config = config_file.from_arguments(arguments) if _files(arguments) == 1 else None
+            config = config_lib.from_arguments(arguments) if _files(arguments) == 1 else None
         except ConfigError as error:
             self.exit(REFUSED, f"{self.prog}: {error}\n")
         return f"{super().format_help()}\n{manual(config)}\n"
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """``ttt config``"""
-    config = config_file.from_arguments(rest)
+    config = config_lib.from_arguments(rest)
     print(json.dumps(config.to_dict(), indent=2) if options.json else as_toml(config))
     return DONE
 

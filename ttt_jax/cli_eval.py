@@ -23,7 +23,7 @@ from ttt_jax.cli_types import (
     not_negative,
     positive,
 )
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.status_line import StatusLine, duration
 from ttt_jax.training import run_config

@@ -10,7 +10,7 @@ from pathlib import Path
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import check_file, not_negative, positive
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.workdir_lock import WorkdirLock
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ttt_jax import config_file, finite
-from ttt_jax.config import ConfigError
+from ttt_jax import config as config_lib
+from ttt_jax import finite
+from ttt_jax.errors import ConfigError
 
 DESCRIPTION = """\
 Compiles the training step of a config for chips that need not be there, with their own compiler, and prints what a chip
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ttt_jax.planning import topology as topology_lib
 
     topology = topology_lib.parse(options.topology, options.slices)
-    config = config_file.from_arguments(rest)
+    config = config_lib.from_arguments(rest)
     topology_lib.prepare(topology)
     from ttt_jax.planning import plan as plan_lib
     from ttt_jax.planning import report

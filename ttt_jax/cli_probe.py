@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cli_types import SPLITS, at_least, check_file, counts, not_negative, positive
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE
 from ttt_jax.training import run_config
 

@@ -13,7 +13,7 @@ from ttt_jax import cli_launch, extras, import_path
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
 from ttt_jax.cache_folder import cache_folder
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, RESTART
 from ttt_jax.workdir import Workdir
 from ttt_jax.workdir_lock import WorkdirLock

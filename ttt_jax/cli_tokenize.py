@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.status_line import StatusLine, duration
 from ttt_jax.stop_signals import StopSignals
 from ttt_jax.wording import counted

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 SPLITS = ("train", "validation", "test")
 

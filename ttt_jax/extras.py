@@ -6,7 +6,7 @@ import shlex
 
 from packaging.requirements import Requirement
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 
 def hint(extra: str) -> str:

@@ -13,7 +13,7 @@ import sys
 import zlib
 from typing import Any, NamedTuple
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.workdir import Workdir, explained, is_local
 
 HASH = "sha256"

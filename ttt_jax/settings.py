@@ -95,3 +95,15 @@ def of(section: type) -> Iterator[Setting]:
             (kind,) = (each for each in kind.__args__ if each is not types.NoneType)
         meta = field.metadata
         yield Setting(field.name, field.default, kind, meta["meaning"], meta["accepts"], meta["changes_results"])
+
+
+def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys whose values differ between two nested dicts, with both values; None is a missing key."""
+    found = {}
+    for key in sorted(a.keys() | b.keys()):
+        left, right, name = a.get(key), b.get(key), f"{prefix}{key}"
+        if isinstance(left, dict) and isinstance(right, dict):
+            found.update(differing_keys(left, right, name + "."))
+        elif left != right:
+            found[name] = (left, right)
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, Union
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from etils import epath

@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.lock_file import BucketObject, Holder, LocalFile, parsed, started
 
 NAME = "running.json"

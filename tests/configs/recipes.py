@@ -8,7 +8,6 @@ import runpy
 from pathlib import Path
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GOLDEN = Path(__file__).with_name("recipes.json")
@@ -19,7 +18,7 @@ TASKS = runpy.run_path(str(CONFIGS / "tasks.py"))
 
 def get(name, *overrides):
     """The config of ``FILE:ARG``, with overrides as on the command line, validated."""
-    return config_file.from_arguments(["--config", str(CONFIGS / name), *overrides])
+    return config_lib.from_arguments(["--config", str(CONFIGS / name), *overrides])
 
 
 def paper_recipes() -> list[str]:

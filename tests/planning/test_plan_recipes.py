@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax import config_file
+from ttt_jax import config as config_lib
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_recipes.py"
 CHIPS = {"v5e:16x16": 256, "v5e:8x16": 128, "v5e:8x8": 64}
@@ -30,7 +30,7 @@ def test_every_recipe_divides_its_chips(script):
     for name in names:
         command = script.command(name)
         where = command.index("--topology")
-        config = config_file.from_arguments(command[command.index("--config") : where])
+        config = config_lib.from_arguments(command[command.index("--config") : where])
         model = config.mesh.fsdp * config.mesh.tensor
         data = CHIPS[command[where + 1]] // model
         assert data * model == CHIPS[command[where + 1]], name

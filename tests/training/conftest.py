@@ -124,13 +124,13 @@ def final_state():
     """``final_state(workdir)``: step and state of the newest checkpoint, on the host."""
     import jax
 
-    from ttt_jax import config_file
+    from ttt_jax import config as config_lib
     from ttt_jax.parallel import sharding
     from ttt_jax.training import program
     from ttt_jax.training.checkpoint import Checkpoints
 
     def read(workdir):
-        config = config_file.from_json(workdir / "config.json")
+        config = config_lib.from_json(workdir / "config.json")
         run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
         checkpoints = Checkpoints(workdir, read_only=True)
         step = checkpoints.latest_step()

@@ -7,7 +7,7 @@ import jax
 import kernel_by_scan
 import pytest
 
-from ttt_jax import config_file
+from ttt_jax import config as config_lib
 from ttt_jax.benchmark import step
 from ttt_jax.evaluation import trained
 from ttt_jax.exit_status import DONE
@@ -69,7 +69,7 @@ def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config
     assert line.startswith(WRONG)
     assert "of the largest entry of the outputs and of 1 other array (1e-04 is allowed)" in line
     assert losses(tmp_path) == by_scan
-    assert config_file.from_json(tmp_path / "config.json").model.ttt.kernel == "pallas"
+    assert config_lib.from_json(tmp_path / "config.json").model.ttt.kernel == "pallas"
     found = trained.load(tmp_path)
     assert capsys.readouterr().err.startswith(WRONG)
     assert found.config.model.ttt.kernel == "pallas"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax import config_file
+from ttt_jax import config as config_lib
 from ttt_jax.evaluation import evaluate, evaluations, trained
 from ttt_jax.training import loop, metrics
 
@@ -58,7 +58,7 @@ def test_evaluation_gives_the_losses_of_then(workdir):
 
 def test_training_goes_on_as_it_would_have_then(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
-    assert loop.train(config_file.from_json(copy / "config.json"), copy).step == 6
+    assert loop.train(config_lib.from_json(copy / "config.json"), copy).step == 6
     records = metrics.read(copy)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for key, values in CONTINUED[workdir.name].items():

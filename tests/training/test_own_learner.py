@@ -122,7 +122,7 @@ def test_a_changed_source_is_recorded_once_it_is_accepted(copy, lab, tiny_config
 
 def test_the_flag_of_the_command_accepts_it(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(cli.config_file, "from_arguments", lambda rest: None)
+    monkeypatch.setattr(cli.config_lib, "from_arguments", lambda rest: None)
     monkeypatch.setattr(
         loop, "train", lambda config, workdir, **options: asked.append(options) or loop.Outcome(0, 0, None, None)
     )

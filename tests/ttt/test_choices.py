@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax import config_file
+from ttt_jax import config as config_lib
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.ttt import primal, scan, update
 from ttt_jax.ttt.learners import LEARNERS, SwiGLU
@@ -37,7 +37,7 @@ def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, c
     small = {"model.width": 8, "model.num_heads": 2, "model.mixer": "ttt", "model.ttt.mlp_width_factor": 1.5}
     chosen = {f"model.ttt.{key}": name for key, name in zip((*KEYS, "reading"), (*choices, reading), strict=True)}
     arguments = [f"--config.{key}={value}" for key, value in {**small, **chosen}.items()]
-    loop = ttt_loop.loop(config_file.from_arguments(["--config", str(CONFIG), *arguments]).model)
+    loop = ttt_loop.loop(config_lib.from_arguments(["--config", str(CONFIG), *arguments]).model)
 
     with jax.enable_x64(True):
         _, parameters, tokens = make_case(loop, 6, 3, dtype=np.float64)
@@ -71,7 +71,7 @@ def test_the_example_of_the_docs_is_an_inner_loop():
     example = (
         (ROOT / "docs" / "inner-loop.md").read_text().split("ttt train ... ")[1].split("\n\n")[0].replace("\\\n", "")
     )
-    loop = ttt_loop.loop(config_file.from_arguments(["--config", str(CONFIG), *shlex.split(example)]).model)
+    loop = ttt_loop.loop(config_lib.from_arguments(["--config", str(CONFIG), *shlex.split(example)]).model)
     assert loop.learner.f == SwiGLU(bias=False)
     assert loop.rate == Rate("softplus", "1", per_matrix=True)
     assert loop.objective is dot_product

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners, scan
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens

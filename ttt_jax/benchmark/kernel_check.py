@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 from ttt_jax.ttt.kernels import self_check
 

@@ -15,10 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
 from ttt_jax.data.job import Job, Part, tokenize
 from ttt_jax.data.records import Unit
+from ttt_jax.errors import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

@@ -14,9 +14,9 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import decompression, listing
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 from ttt_jax.wording import counted, first_few
 
 KINDS = ("jsonl", "json", "txt", "parquet")

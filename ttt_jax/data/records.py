@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
 from ttt_jax.data import json_values
 from ttt_jax.data.decompression import CORRUPT
 from ttt_jax.data.files import InputFile
+from ttt_jax.errors import ConfigError
 
 _LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
 _PARQUET_ROWS = 256

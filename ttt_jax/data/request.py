@@ -4,11 +4,11 @@ import hashlib
 import itertools
 from typing import Any
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import records
 from ttt_jax.data.files import InputFile
 from ttt_jax.data.records import Position, Unit
 from ttt_jax.data.store import Store
+from ttt_jax.errors import ConfigError
 from ttt_jax.wording import counted
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data.pipeline import Batch, stacked
 from ttt_jax.data.source import Tokens, TokenSource
+from ttt_jax.errors import ConfigError
 
 _SCANNED = 1 << 22  # tokens looked at at a time
 LEAST_TOKENS = 2  # of a document; there is nothing to predict in a shorter one

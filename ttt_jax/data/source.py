@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 
 _HASHED_WHOLE = 1 << 26  # tokens; of more, blocks are hashed
 _BLOCKS, _BLOCK = 64, 1 << 12

@@ -9,12 +9,12 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, embedded, files, official, synthetic, task_source
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.source import TokenSource
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED
+from ttt_jax.errors import ConfigError
 
 _LOOKED_AT = 1000  # files of a folder that is no dataset
 _EXPECTED = (

@@ -14,8 +14,8 @@ from typing import Any
 import tensorstore as ts
 
 from ttt_jax import json_files
-from ttt_jax.config import ConfigError
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 
 
 class Store:

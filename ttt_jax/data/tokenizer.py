@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
 from ttt_jax.data import files, special_tokens
+from ttt_jax.errors import ConfigError
 
 Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
 Decode = Callable[[np.ndarray], str]  # and back; BOS, EOS and other special tokens are left out

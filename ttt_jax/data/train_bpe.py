@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ttt_jax import json_files
-from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, records, request
 from ttt_jax.data.errors import DataError
 from ttt_jax.data.files import InputFile, with_content
@@ -18,6 +17,7 @@ from ttt_jax.data.job import Job
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED, check_empty
 from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
+from ttt_jax.errors import ConfigError
 
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 _GRACE = 0.5  # seconds that a training has to end after Ctrl-C

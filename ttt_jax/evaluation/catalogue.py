@@ -11,9 +11,9 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import saved
 from ttt_jax.json_files import DamagedFile, tell
 from ttt_jax.workdir import Workdir, explained

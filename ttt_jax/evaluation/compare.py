@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import statistics
 from ttt_jax.evaluation.evaluations import Evaluation
 

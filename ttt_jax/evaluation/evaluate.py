@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from ttt_jax import finite
-from ttt_jax.config import ConfigError
 from ttt_jax.data import sequences as sequences_lib
 from ttt_jax.data import source as source_lib
 from ttt_jax.data import sources
 from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.source import TokenSource
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, losses, statistics
 from ttt_jax.evaluation import unfinished as unfinished_lib
 from ttt_jax.evaluation.catalogue import name

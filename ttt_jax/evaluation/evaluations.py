@@ -18,7 +18,7 @@ import numpy as np
 
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, saved, statistics
 from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import pipeline, sequences, source, sources
 from ttt_jax.data.source import TokenSource
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, saved
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.evaluation.inner_loop import InnerLoop, not_finite, summary

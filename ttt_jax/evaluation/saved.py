@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ttt_jax import finite, json_files, renamed_keys
-from ttt_jax.config import ConfigError
+from ttt_jax import finite, json_files
+from ttt_jax.config import renamed
+from ttt_jax.errors import ConfigError
 from ttt_jax.workdir import Workdir, explained, is_local
 
 T = TypeVar("T")
@@ -122,5 +123,5 @@ def _read(path: Workdir) -> dict[str, Any]:
             shown = json.dumps(found[key])[:40]
             raise json_files.DamagedFile(f"{path}: {key} is {shown}; expected what ttt eval or ttt inspect writes")
     if "config" in found:
-        found["config"] = renamed_keys.current(found["config"])
+        found["config"] = renamed.current(found["config"])
     return found

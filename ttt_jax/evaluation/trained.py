@@ -10,7 +10,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import peers, sharding
 from ttt_jax.training import checksums, kernel_check, program, run_config, validation

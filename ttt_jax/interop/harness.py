@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, loaded, steps
 from ttt_jax.interop.prefix import prefix_token_of

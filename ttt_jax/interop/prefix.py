@@ -3,11 +3,11 @@
 import ml_collections
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, sources, task_source
 from ttt_jax.data.source import TokenSource
 from ttt_jax.data.store import Store
 from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.errors import ConfigError
 
 _READ = 1 << 20  # tokens of the training data that are looked through, where nothing describes it
 

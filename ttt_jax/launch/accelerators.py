@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 
 class Accelerator(NamedTuple):

@@ -1,7 +1,8 @@
 """What a job on other machines may not need, and what it needs to be installed."""
 
 from ttt_jax import import_path
-from ttt_jax.config import LEARNER, ConfigError, own_learner
+from ttt_jax.config import LEARNER, own_learner
+from ttt_jax.errors import ConfigError
 from ttt_jax.launch import places, versions
 from ttt_jax.launch.job import Job
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.launch.errors import LaunchError
 
 FIRST_WAIT = 5.0  # seconds before the second attempt; each further wait is twice as long

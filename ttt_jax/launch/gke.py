@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import RESTART
 from ttt_jax.launch import checks, image, lifecycle
 from ttt_jax.launch.commands import CommandError, Commands

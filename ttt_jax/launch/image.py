@@ -6,7 +6,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.launch import checks, versions
 from ttt_jax.launch.commands import Commands, Retry
 from ttt_jax.launch.job import Job

@@ -11,8 +11,8 @@ from pathlib import Path
 import ml_collections
 
 import ttt_jax
-from ttt_jax import config_file
-from ttt_jax.config import ConfigError
+from ttt_jax import config as config_lib
+from ttt_jax.errors import ConfigError
 from ttt_jax.launch import places, versions
 from ttt_jax.launch.places import Place
 
@@ -82,7 +82,7 @@ def make(
     if isinstance(workdir, list):  # of ttt eval: the first stands for all, but the name is of all of them
         name, workdir = name or default_name(None, command), workdir[0]
     needs_config = options.takes_config and not getattr(options, "function", None)  # ttt bench tpu-schedule
-    config = config_file.from_arguments(rest) if needs_config else None
+    config = config_lib.from_arguments(rest) if needs_config else None
     named = places.of_options(options.parser, options) + ([] if config is None else places.of_config(config))
     command = tuple(_config_in(root, command) if needs_config and sends_sources else command)
     return Job(

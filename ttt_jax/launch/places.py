@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ttt_jax.config import GENERATED, ConfigError, value_of
+from ttt_jax.config import GENERATED, value_of
+from ttt_jax.errors import ConfigError
 
 _KINDS = {"DIR": "folder", "FILE": "file", "FILES": "file"}  # by metavar
 _WRITTEN = {("train", "workdir"), ("tokenize", "output")}  # by verb and option

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ttt_jax.cache_folder import cache_folder
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import accelerators, checks, lifecycle, stream, versions
 from ttt_jax.launch.commands import CommandError, Commands, Retry

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import checks, lifecycle
 from ttt_jax.launch.commands import CommandError, Commands, Retry

@@ -5,7 +5,7 @@ import re
 
 from ttt_jax import config as config_lib
 from ttt_jax.cache_folder import cache_folder
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.launch import accelerators, checks, tpu_run
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job

@@ -14,7 +14,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 _NOT_SENT = ("tests",)  # tens of megabytes that no run needs
 _MOST_BYTES = 200 * 2**20

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from ttt_jax.config import ConfigError, differing_keys
+from ttt_jax.errors import ConfigError
 from ttt_jax.parallel.exchange import Exchange
+from ttt_jax.settings import differing_keys
 from ttt_jax.workdir import Workdir
 from ttt_jax.workdir_lock import LockLostError, WorkdirLock
 

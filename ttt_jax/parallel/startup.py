@@ -16,7 +16,7 @@ from typing import NoReturn
 import jax
 
 from ttt_jax.cache_folder import cache_folder
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import FAILED, INTERRUPTED, RESTART
 from ttt_jax.parallel.exchange import describe
 from ttt_jax.parallel.watchdog import Watchdog

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate

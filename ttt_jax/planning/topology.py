@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from ttt_jax import extras
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 # The slices that Google offers. Those of v5p are boxes of many sizes; its compiler knows them.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.sweep import values
 from ttt_jax.sweep.values import MOST
 

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.sweep import names
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.points import Point

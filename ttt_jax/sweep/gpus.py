@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Mapping
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 
 def split(jobs: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:

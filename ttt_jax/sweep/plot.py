@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
 from ttt_jax import finite
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import style
 from ttt_jax.sweep import names, results
 from ttt_jax.sweep.names import Value

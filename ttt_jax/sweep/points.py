@@ -7,8 +7,7 @@ from typing import NamedTuple
 import ml_collections
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.sweep import names
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.values import MOST
@@ -93,7 +92,7 @@ def make(
 def _config(recipe: str, constant: Mapping[str, str], override: Mapping[str, str]) -> ml_collections.ConfigDict:
     settings = [f"--config.{key}={value}" for key, value in {**constant, **override}.items()]
     try:
-        return config_file.from_arguments(["--config", recipe, *settings])
+        return config_lib.from_arguments(["--config", recipe, *settings])
     except ConfigError as error:
         where = ", ".join(f"{key}={value}" for key, value in override.items())
         raise ConfigError(f"point {recipe}{', ' * bool(where)}{where}: {error}") from error

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from ttt_jax import extras
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
 from ttt_jax.data import engines
 from ttt_jax.data.errors import DataError
+from ttt_jax.errors import ConfigError
 from ttt_jax.stop_signals import StopSignals
 from ttt_jax.sweep import record
 from ttt_jax.sweep.follow import Follower

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ttt_jax import renamed_keys
-from ttt_jax.config import ConfigError
+from ttt_jax.config import renamed
+from ttt_jax.errors import ConfigError
 from ttt_jax.sweep import files, metric, names, record, status, sweep_file
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.status import Standing
@@ -65,7 +65,7 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
 
     def one(point):
         workdir = directory / point.name
-        config = flat(renamed_keys.current(files.json_object(workdir / "config.json") or {}))
+        config = flat(renamed.current(files.json_object(workdir / "config.json") or {}))
         values = {key: config[key] for key in keys if key in config} | point.values
         if CONFIG in keys:
             values[CONFIG] = names.label(point.recipe)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ttt_jax.config import ConfigError
+from ttt_jax.config.renamed import current_values
+from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import DamagedFile, read_object, write_object
-from ttt_jax.renamed_keys import current_values
 from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.files import on_each
 from ttt_jax.sweep.names import Value, text

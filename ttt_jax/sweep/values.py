@@ -11,7 +11,7 @@ it is. A range stands for the values that it holds, and may be one entry of a li
 import math
 import re
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 MOST = 10_000  # values of a list, points of a sweep: more is a slip
 

@@ -25,7 +25,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 import ttt_jax
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange
 from ttt_jax.training import checksums

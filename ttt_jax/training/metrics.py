@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax import extras, json_files
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import write_atomically
 from ttt_jax.training.bucket_file import BucketFile
 from ttt_jax.workdir import Workdir, explained, is_local

@@ -5,7 +5,7 @@ from typing import Any
 import ml_collections
 
 from ttt_jax import json_files
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import DamagedFile
 from ttt_jax.training import own_learner, run_config
 from ttt_jax.workdir import Workdir

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file, import_path, json_files
-from ttt_jax.config import ConfigError
+from ttt_jax import import_path, json_files
+from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import DamagedFile
 from ttt_jax.workdir import Workdir, explained, is_local
 
@@ -106,7 +106,7 @@ def _find(workdir: Workdir) -> Found | None:
     problem: ConfigError | None = None
     try:
         content = json_files.read_object(path)
-        there = config_file.from_dict(content, path)
+        there = config_lib.from_dict(content, path)
     except (FileNotFoundError, NotADirectoryError):
         if saved is None:
             return None
@@ -152,7 +152,7 @@ def _newest_saved(workdir: Workdir) -> Found | None:
         try:
             _check(folder / str(step), path)
             content = json_files.read_object(path)["config"]
-            return Found(config_file.from_dict(content, path), path)
+            return Found(config_lib.from_dict(content, path), path)
         except (OSError, KeyError, ConfigError):
             continue  # damaged, half written, or of a version that did not keep it
     return None

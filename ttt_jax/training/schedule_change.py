@@ -7,8 +7,7 @@ import ml_collections
 import numpy as np
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.training import program
 from ttt_jax.workdir import Workdir
 
@@ -21,7 +20,7 @@ def schedule_change(config: ml_collections.ConfigDict, saved: Any, step: int, wo
       saved: the config in the checkpoint that it goes on from.
     """
     try:
-        before = config_file.from_dict(saved, workdir)
+        before = config_lib.from_dict(saved, workdir)
     except ConfigError:
         return None  # of another version
     old, new = program.schedules(before), program.schedules(config)

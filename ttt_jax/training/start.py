@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.models import build
 from ttt_jax.parallel import peers
 from ttt_jax.training import run_config

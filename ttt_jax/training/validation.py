@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from ttt_jax import finite
-from ttt_jax.config import ConfigError
 from ttt_jax.data import sequences
 from ttt_jax.data.source import TokenSource
+from ttt_jax.errors import ConfigError
 from ttt_jax.parallel import sharding
 from ttt_jax.parallel.exchange import Exchange
 from ttt_jax.training import metrics

@@ -24,7 +24,7 @@ import ml_collections
 import ttt_jax
 from ttt_jax import garbage
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 
 LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out
 UTILIZATION = "pre-delay_hlo-static-per-bundle-utilization"

@@ -13,7 +13,7 @@ from ttt_jax.benchmark.tpu_schedule.bundles import Counts
 from ttt_jax.benchmark.tpu_schedule.compile import Compiled, Function, Step
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.benchmark.tpu_schedule.program import Operation
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.planning import hlo, topology
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ttt_jax import console as console_lib
 from ttt_jax import finite
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import compare, evaluations
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation.plots import points as points_lib

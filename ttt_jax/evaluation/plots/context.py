@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point

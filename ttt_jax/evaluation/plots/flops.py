@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from ttt_jax import config as config_lib
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib

@@ -8,7 +8,7 @@ import numpy as np
 
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import inner_loop_files, saved, style
 from ttt_jax.evaluation.style import Style
 

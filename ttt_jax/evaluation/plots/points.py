@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax import workdir as workdir_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, evaluations, saved, style
 from ttt_jax.evaluation.style import Style
 from ttt_jax.sweep import files, sweep_file

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttt_jax import finite
-from ttt_jax.config import ConfigError
+from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import DamagedFile, read_object, write_atomically, write_object
 from ttt_jax.workdir import Workdir, is_local
 from ttt_jax.workdir_lock import WorkdirLock

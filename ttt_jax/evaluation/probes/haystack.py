@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import files
 from ttt_jax.data.source import TokenSource
 from ttt_jax.data.tokenizer import Decode
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle
 
 # A unit ends with a sentence or a paragraph, and begins with the white space before it.

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle, prompt
 from ttt_jax.evaluation.probes.cells import Cell, Cells
 from ttt_jax.evaluation.probes.haystack import Haystack

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import task_source
 from ttt_jax.data.task_example import Example
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes.cells import Cell, Cells
 from ttt_jax.evaluation.probes.interval import finite_or_none, share
 from ttt_jax.evaluation.probes.needle_probe import run_in_words

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ttt_jax.config import ConfigError
 from ttt_jax.data import sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import haystack as haystack_lib
 from ttt_jax.evaluation.probes.haystack import Haystack
 from ttt_jax.evaluation.probes.needle import TASKS

@@ -12,9 +12,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ttt_jax import config as config_lib
-from ttt_jax import json_files, renamed_keys
-from ttt_jax.config import ConfigError
+from ttt_jax import json_files
+from ttt_jax.config import renamed
+from ttt_jax.config import tree as config_lib
+from ttt_jax.errors import ConfigError
 from ttt_jax.workdir import Workdir
 
 
@@ -45,7 +46,7 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
 
 def from_json(path: Workdir) -> ml_collections.ConfigDict:
     """The config of an earlier run, from the ``config.json`` in its workdir. Keys that have been added since then
-    have their defaults, and those that have been renamed (:mod:`ttt_jax.renamed_keys`) their new names.
+    have their defaults, and those that have been renamed (:mod:`ttt_jax.config.renamed`) their new names.
 
     Raises:
       ConfigError: when the file is missing, cannot be read, is not JSON, or does not hold a valid config.
@@ -64,7 +65,7 @@ def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
     """
     config = config_lib.default()
     try:
-        config.update(renamed_keys.current(content))
+        config.update(renamed.current(content))
         config_lib.validate(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -138,7 +139,7 @@ def _said(error: Exception) -> str:
     if match := re.search(
         r'(?:Key )?["\'](\w+)["\'](?: does not exist|\n).*?(?:Did you mean "(\w+)"|$)', text, re.DOTALL
     ):
-        if advice := renamed_keys.advice_for_name(match[1]):
+        if advice := renamed.advice_for_name(match[1]):
             return advice
         return f"{match[1]}: unknown key" + (f"; did you mean {match[2]}?" if match[2] else "")
     if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type.*<class '([\w.]+)'>$", text):
@@ -156,7 +157,7 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
         key, _, value = override.partition("=")
         if key in sections:
             return f"{key}={value}: is a section; expected one of its keys, such as {_first(known, key)}"
-        if advice := renamed_keys.advice(key, value):
+        if advice := renamed.advice(key, value):
             return advice
         if key not in known:
             close = difflib.get_close_matches(key, known, 1, 0) or known[:1]

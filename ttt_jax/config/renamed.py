@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ttt_jax import config as config_lib
+from ttt_jax.config import tree as config_lib
 
 # Of each key that is gone: its value, to the keys and values that mean the same now.
 RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from ttt_jax import import_path
 from ttt_jax import settings as settings_lib
-from ttt_jax.errors import ConfigError as ConfigError
+from ttt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from ttt_jax.mixers.mixer import Mixer
@@ -280,18 +280,6 @@ def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
             f"mesh.data x mesh.fsdp; expected a multiple of {rows * config.training.accumulation}"
         )
     return shape
-
-
-def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two nested dicts, with both values (None where a key is missing)."""
-    found = {}
-    for key in sorted(a.keys() | b.keys()):
-        left, right, name = a.get(key), b.get(key), f"{prefix}{key}"
-        if isinstance(left, dict) and isinstance(right, dict):
-            found.update(differing_keys(left, right, name + "."))
-        elif left != right:
-            found[name] = (left, right)
-    return found
 
 
 def value_of(config: ml_collections.ConfigDict, key: str) -> Any:

@@ -8,8 +8,8 @@ import pytest
 import saved_runs
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file, json_files, renamed_keys
-from ttt_jax.config import ConfigError
+from ttt_jax import json_files
+from ttt_jax.config import ConfigError, renamed
 from ttt_jax.evaluation import catalogue, evaluations
 from ttt_jax.evaluation.plots import ablation
 from ttt_jax.sweep import results, sweep_file
@@ -17,7 +17,7 @@ from ttt_jax.sweep.points import Point
 from ttt_jax.training import run_config
 
 KEY = "model.ttt.norm_residual"
-QUICKSTART = str(Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
+QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.py")
 MEANING = {  # of values of the key that is gone
     True: {"model.ttt.output": "residual_norm", "model.ttt.bias": True},
     False: {"model.ttt.output": "none", "model.ttt.bias": False},
@@ -45,30 +45,30 @@ def expected(norm_residual):
 def test_a_config_with_old_keys_means_what_it_meant(value, tmp_path):
     before = as_before(value)
     unchanged = copy.deepcopy(before)
-    assert renamed_keys.current(before) == expected(value).to_dict()
+    assert renamed.current(before) == expected(value).to_dict()
     assert before == unchanged
     (tmp_path / "config.json").write_text(json.dumps(before))
-    assert config_file.from_json(tmp_path / "config.json") == expected(value)
-    assert renamed_keys.current(expected(value).to_dict()) == expected(value).to_dict()
+    assert config_lib.from_json(tmp_path / "config.json") == expected(value)
+    assert renamed.current(expected(value).to_dict()) == expected(value).to_dict()
 
 
 def test_keys_that_did_not_exist_have_their_defaults(tmp_path):
     before = as_before(True)
     del before["model"]["ttt"]["norm_residual"], before["optimizer"]["spike_factor"], before["log"]
-    assert renamed_keys.current(before) == config_lib.default().to_dict()
+    assert renamed.current(before) == config_lib.default().to_dict()
 
 
 @pytest.mark.parametrize("content", [{}, [], None, {"model": 3}, {"model": {"ttt": 3}}, {"model": {"ttt": {"a": 1}}}])
 def test_what_is_no_config_is_left_to_those_who_read_it(content):
     before = copy.deepcopy(content)
-    found = renamed_keys.current(content)
+    found = renamed.current(content)
     assert content == before
     assert found == content if not content else found["model"] != config_lib.default().model.to_dict()
 
 
 def test_every_meaning_is_of_keys_that_exist_and_the_old_ones_do_not():
     known = {key for key, _, _ in config_lib.all_keys()}
-    for key, meaning in renamed_keys.RENAMED.items():
+    for key, meaning in renamed.RENAMED.items():
         assert key not in known
         for value in (True, False):
             assert meaning(value).keys() <= known
@@ -135,7 +135,7 @@ def test_a_sweep_over_an_old_key_goes_on_by_the_new_ones(tmp_path):
 @pytest.mark.parametrize("value", ["false", "true", "False"])
 def test_an_old_key_on_the_command_line_is_told_its_new_names(value):
     with pytest.raises(ConfigError) as caught:
-        config_file.from_arguments(["--config", QUICKSTART, f"--config.{KEY}={value}"])
+        config_lib.from_arguments(["--config", QUICKSTART, f"--config.{KEY}={value}"])
     new = {"false": "none --config.model.ttt.bias=false", "true": "residual_norm --config.model.ttt.bias=true"}
     assert str(caught.value) == (
         f"{KEY}: is now model.ttt.output and model.ttt.bias; expected --config.model.ttt.output={new[value.lower()]}"
@@ -149,4 +149,4 @@ def test_an_old_key_in_a_config_file_is_told_its_new_names(tmp_path):
         "    c.model.ttt.norm_residual = False\n    return c\n"
     )
     with pytest.raises(ConfigError, match=rf"mine.py, line 6: {KEY}: is now model.ttt.output and model.ttt.bias; "):
-        config_file.from_arguments(["--config", str(file)])
+        config_lib.from_arguments(["--config", str(file)])

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
-from ttt_jax import config_file
 from ttt_jax.config import ConfigError
 from ttt_jax.ttt.inner_loop import READINGS
 from ttt_jax.ttt.learners import LEARNERS
@@ -21,7 +20,7 @@ from ttt_jax.ttt.objective import OBJECTIVES
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES
 from ttt_jax.ttt.update import MEMBERS
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.py"
 SIZES = (  # whatever the recipe says: the messages below name them
     "model.width=128",
@@ -36,7 +35,7 @@ NAMES = [key for key, _, _ in config_lib.all_keys()]
 
 
 def parse(*overrides, file=QUICKSTART):
-    return config_file.from_arguments(["--config", str(file), *(f"--config.{text}" for text in (*SIZES, *overrides))])
+    return config_lib.from_arguments(["--config", str(file), *(f"--config.{text}" for text in (*SIZES, *overrides))])
 
 
 def error_of(call, *args, **options) -> str:
@@ -248,21 +247,21 @@ def test_an_mlp_cannot_start_at_zero():
 
 @pytest.mark.parametrize("arguments", [[], ["--config"], ["--config.model.width=32"]], ids=str)
 def test_missing_config_argument(arguments):
-    message = error_of(config_file.from_arguments, arguments)
+    message = error_of(config_lib.from_arguments, arguments)
     assert message.startswith("--config: missing")
     assert "--config configs/quickstart.py" in message
 
 
 @pytest.mark.parametrize("arguments", [["--config=nowhere/x.py"], ["--config", "nowhere/x.py:ttt_mlp"]], ids=str)
 def test_config_file_that_is_not_there(arguments):
-    message = error_of(config_file.from_arguments, arguments)
+    message = error_of(config_lib.from_arguments, arguments)
     assert message == "--config nowhere/x.py: no such file; expected a Python file with get_config()"
 
 
 @pytest.mark.parametrize("argument", ["stray", "--foo=3", "--flagfile=/etc/passwd", "--undefok=x", "-foo"])
 def test_unexpected_argument(argument):
     assert argument.lstrip("-").split("=")[0] in error_of(
-        config_file.from_arguments, ["--config", str(QUICKSTART), argument]
+        config_lib.from_arguments, ["--config", str(QUICKSTART), argument]
     )
 
 
@@ -479,7 +478,7 @@ def test_json_holds_a_config_completely(tmp_path):
     assert config.model.pre_conv is None  # some keys are set, some are not
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.to_dict()))
-    again = config_file.from_json(path)
+    again = config_lib.from_json(path)
     assert again.to_dict() == config.to_dict()
     assert again.is_locked
     with pytest.raises(TypeError):
@@ -489,12 +488,12 @@ def test_json_holds_a_config_completely(tmp_path):
 def test_json_of_an_older_version_has_defaults_for_newer_keys(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"model": {"width": 64, "num_heads": 2}}')
-    changed = config_lib.differing_keys(config_file.from_json(path).to_dict(), config_lib.default().to_dict())
+    changed = config_lib.differing_keys(config_lib.from_json(path).to_dict(), config_lib.default().to_dict())
     assert changed == {"model.width": (64, 768), "model.num_heads": (2, 12)}
 
 
 def test_json_that_is_not_there(tmp_path):
-    message = error_of(config_file.from_json, tmp_path / "config.json")
+    message = error_of(config_lib.from_json, tmp_path / "config.json")
     assert message == f"{tmp_path / 'config.json'}: not found; expected the workdir of a run, with its config.json"
 
 
@@ -517,7 +516,7 @@ def test_json_that_is_not_there(tmp_path):
 def test_json_that_is_no_config(tmp_path, text, essential):
     path = tmp_path / "config.json"
     path.write_text(text)
-    assert essential in error_of(config_file.from_json, path)
+    assert essential in error_of(config_lib.from_json, path)
 
 
 def test_differing_keys():
