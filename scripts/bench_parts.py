@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ttt_jax import config as config_lib
 from ttt_jax.layers.conv import convolve
 from ttt_jax.layers.projection import project
+from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.attention import causal_attention
 from ttt_jax.parallel import sharding
 from ttt_jax.training import program
@@ -121,7 +122,7 @@ def main() -> None:
         ways = {f"remat_group={group}": inner_loop(depth, group) for group in (1, 0, 4, 16)}
         compare(name, ways, w0, norm, *heads, token_eta)
 
-    for mixer in config_lib.mixers():
+    for mixer in MIXERS:
         compile_time(mixer, 2)
         times: dict[str, list[float]] = {"2 layers": [], "24 layers": []}
         for _ in range(3):

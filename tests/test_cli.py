@@ -83,11 +83,11 @@ def test_help_and_refusals_load_little(in_one_process):
     for text in ("--workdir DIR", "--config FILE[:ARG]", "config.json", "metrics.jsonl", "checkpoints/"):
         assert text in outputs["train --help"]
     for verb in ("train", "bench"):
-        for key, value, meaning in config_lib.all_keys():
-            default = "unset" if isinstance(value, type) else json.dumps(value)
+        for key, each in config_lib.settings().items():
+            default = "unset" if each.default is None else json.dumps(each.default)
             lines = [x for x in outputs[f"{verb} --help"].splitlines() if x.startswith(f"  --config.{key}={default}")]
             assert len(lines) == 1
-            assert lines[0].endswith(meaning)
+            assert lines[0].endswith(each.meaning)
     for option in ("--workdir", "--context", "--split", "--max-windows", "--step", "--batch-size", "SPLIT-T.npz"):
         assert option in outputs["eval --help"]
     for kind in ("loss-by-position", "flops", "context", "mini-batch", "inner-loss", "table", "ttt plot flops --help"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax import cli, cli_config
+from ttt_jax import cli
 from ttt_jax import config as config_lib
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
@@ -26,7 +26,7 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
     assert ttt("config", *MINE) == 0
     out = capsys.readouterr().out
     found, expected = tomllib.loads(out), config_lib.from_arguments(MINE)
-    for key, _, _ in config_lib.all_keys():
+    for key in config_lib.settings():
         value, there = config_lib.value_of(expected, key), found
         for part in key.split("."):
             there = there.get(part) if isinstance(there, dict) else None
@@ -74,12 +74,6 @@ def test_usage_names_the_verb(capsys):
     assert capsys.readouterr().err.startswith(
         "usage: ttt launch [-h] TARGET [options] -- VERB ...\nttt launch: error: "
     )
-
-
-def test_a_value_that_is_the_default_is_not_marked():
-    assert not cli_config.differs(None, float)
-    assert cli_config.differs(0.0, float)
-    assert not cli_config.differs(257, 257)
 
 
 def test_it_loads_no_data():

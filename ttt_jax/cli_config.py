@@ -11,6 +11,7 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
 from ttt_jax.exit_status import DONE, REFUSED
+from ttt_jax.settings import Duration
 
 DESCRIPTION = """\
 Prints the config that a command with the same arguments would use, and runs nothing: a line of TOML for each key, with
@@ -69,11 +70,11 @@ def as_toml(config: ml_collections.ConfigDict) -> str:
     """Return a line ``key = value`` for each key of a config. A comment has the default where it differs, and the steps
     of durations in other units; keys that are unset are comments."""
     lines = []
-    for key, default, _ in config_lib.all_keys():
-        value = config_lib.value_of(config, key)
+    for key, each in config_lib.settings().items():
+        default, value = each.default, config_lib.value_of(config, key)
         line = f"# {key} is unset" if value is None else f"{key} = {_shown(value)}"
-        notes = [f"default: {_shown(default)}"] if differs(value, default) else []
-        if value and key in config_lib.DURATIONS and not re.fullmatch(r"\s*\d+( steps?)?\s*", str(value)):
+        notes = [f"default: {_shown(default)}"] if value != default else []
+        if value and each.kind is Duration and not re.fullmatch(r"\s*\d+( steps?)?\s*", str(value)):
             notes.insert(0, f"{config_lib.steps(config, key):,} steps")
         lines.append(f"{line:<44}  # {'; '.join(notes)}" if notes else line)
     return "\n".join(lines)
@@ -84,18 +85,14 @@ def manual(config: ml_collections.ConfigDict | None) -> str:
     lines = [_HEADER + "the keys, with their defaults:", ""]
     if config is not None:
         lines = [_HEADER + "the keys, with the values of this command; * marks what is not the default:", ""]
-    for key, default, meaning in config_lib.all_keys():
+    for key, each in config_lib.settings().items():
+        default = each.default
         value = default if config is None else config_lib.value_of(config, key)
-        changed = config is not None and differs(value, default)
+        changed = config is not None and value != default
         setting = f"{'*' if changed else ' '} --config.{key}={_shown(value)}"
         was = f" (default: {_shown(default)})" if changed else ""
-        lines.append(f"{setting:<46} {meaning}{was}".rstrip())
+        lines.append(f"{setting:<46} {each.meaning}{was}".rstrip())
     return "\n".join(lines)
-
-
-def differs(value: Any, default: Any) -> bool:
-    """Return whether a value is not the default; a type for a default means that the key is unset."""
-    return value is not None if isinstance(default, type) else value != default
 
 
 def _of_config(arguments: Sequence[str]) -> list[str]:
@@ -116,4 +113,4 @@ def _files(arguments: Sequence[str]) -> int:
 
 
 def _shown(value: Any) -> str:
-    return "unset" if value is None or isinstance(value, type) else json.dumps(value, ensure_ascii=False)
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)

@@ -4,7 +4,8 @@
     class Sliding:
         window: int = setting(1024, "tokens that a token sees, itself included", least=1)
 
-A field whose type is ``int | None`` or the like is unset until it is set.
+A field whose type is ``int | None`` or the like is unset until it is set. Types are bool, int, float, str, and
+:class:`Duration`, whose values are texts as well.
 """
 
 import dataclasses
@@ -17,6 +18,10 @@ from typing import Any
 from ttt_jax.errors import ConfigError
 
 
+class Duration(str):
+    """The type of a key whose text is a duration, such as ``"300 steps"`` (:mod:`ttt_jax.config.durations`)."""
+
+
 def setting(
     default: Any,
     meaning: str,
@@ -26,6 +31,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     changes_results: bool = True,
+    may_change: bool | None = None,
 ) -> Any:
     """Return a dataclass field of a config section.
 
@@ -34,12 +40,16 @@ def setting(
       meaning: one line for ``ttt config --help`` and the docs.
       among: the only values that are accepted, where it is not empty.
       least, above, below: bounds of a number: at least, more than, less than.
-      changes_results: whether another value would compute other numbers, so that a run cannot go on with it.
+      changes_results: whether a model that is trained with another value would be another one, but for rounding.
+      may_change: whether a run may go on with another value; by default where it changes no results.
     """
-    accepts = Accepts(tuple(among), least, above, below)
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "accepts": accepts, "changes_results": changes_results}
-    )
+    metadata = {
+        "meaning": meaning,
+        "accepts": Accepts(tuple(among), least, above, below),
+        "changes_results": changes_results,
+        "may_change": not changes_results if may_change is None else may_change,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Accepts(typing.NamedTuple):
@@ -51,15 +61,13 @@ class Accepts(typing.NamedTuple):
     below: float | None = None
 
     def check(self, key: str, value: Any) -> None:
-        """Raise :class:`ConfigError` where ``value`` is not accepted; None stands for an unset key, and is."""
-        if value is None:
-            return
+        """Raise :class:`ConfigError` where ``value`` is not accepted."""
         if self.among and value not in self.among:
             raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, self.among))}")
         bounds = (self.least, self.above, self.below)
         if all(bound is None for bound in bounds):
             return
-        fits = math.isfinite(value)
+        fits = isinstance(value, int) or math.isfinite(value)
         fits = fits and (self.least is None or value >= self.least)
         fits = fits and (self.above is None or value > self.above)
         fits = fits and (self.below is None or value < self.below)
@@ -84,6 +92,24 @@ class Setting(typing.NamedTuple):
     meaning: str
     accepts: Accepts
     changes_results: bool
+    may_change: bool
+
+    def check(self, key: str, value: Any) -> None:
+        """Raise :class:`ConfigError` where ``value`` is not of the type or not accepted. A key that is unset may be."""
+        if value is None and self.default is None:
+            return
+        if not isinstance(value, _TYPES[self.kind]) or (self.kind is not bool and isinstance(value, bool)):
+            raise ConfigError(f"{key}={value!r}: expected {self.kind_in_words}")
+        self.accepts.check(key, value)
+
+    @property
+    def kind_in_words(self) -> str:
+        """The type, as messages call it."""
+        return _IN_WORDS[self.kind]
+
+
+_TYPES: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Duration: (str,)}
+_IN_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", Duration: "a text"}
 
 
 def of(section: type) -> Iterator[Setting]:
@@ -93,8 +119,7 @@ def of(section: type) -> Iterator[Setting]:
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
             (kind,) = (each for each in kind.__args__ if each is not types.NoneType)
-        meta = field.metadata
-        yield Setting(field.name, field.default, kind, meta["meaning"], meta["accepts"], meta["changes_results"])
+        yield Setting(field.name, field.default, kind, **field.metadata)
 
 
 def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:

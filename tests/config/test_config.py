@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
+from ttt_jax.mixers import MIXERS
 from ttt_jax.ttt.inner_loop import READINGS
 from ttt_jax.ttt.learners import LEARNERS
 from ttt_jax.ttt.objective import OBJECTIVES
@@ -31,7 +32,7 @@ SIZES = (  # whatever the recipe says: the messages below name them
     "optimizer.warmup=10%",
 )
 GET_CONFIG = "from ttt_jax import config\n\n\ndef get_config(arg=''):\n    c = config.default()\n"  # 5 lines
-NAMES = [key for key, _, _ in config_lib.all_keys()]
+NAMES = list(config_lib.settings())
 
 
 def parse(*overrides, file=QUICKSTART):
@@ -65,9 +66,7 @@ def get(config, key):
 
 def test_defaults_are_those_of_the_table_and_valid():
     config = config_lib.default()
-    assert dict(flat(config.to_dict())) == {
-        key: None if isinstance(value, type) else value for key, value, _ in config_lib.all_keys()
-    }
+    assert dict(flat(config.to_dict())) == {key: each.default for key, each in config_lib.settings().items()}
     assert len(set(NAMES)) == len(NAMES)
     config_lib.validate(config)
 
@@ -87,8 +86,8 @@ def test_defaults_cannot_be_misspelt_or_given_another_type():
 @pytest.mark.parametrize("key", NAMES)
 def test_every_key_can_be_set_from_the_command_line(key):
     before = get(parse(), key)
-    types = {name: default for name, default, _ in config_lib.all_keys()}
-    value = {bool: True, float: 0.25, int: 7, str: "linear"}[types[key]] if before is None else before
+    unset = {bool: True, float: 0.25, int: 7, str: "linear"}
+    value = unset[config_lib.settings()[key].kind] if before is None else before
     config = parse(f"{key}={json.dumps(value) if isinstance(value, bool) else value}")
     assert get(config, key) == value
     assert type(get(config, key)) is type(value)
@@ -96,7 +95,7 @@ def test_every_key_can_be_set_from_the_command_line(key):
 
 
 @pytest.mark.parametrize("name", ["quickstart", "benchmark", "books"])
-@pytest.mark.parametrize("mixer", config_lib.mixers())
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_configs_of_the_repository_are_valid_with_every_mixer(name, mixer):
     assert parse(file=f"{CONFIGS / name}.py:{mixer}").model.mixer == mixer
 
@@ -529,7 +528,7 @@ def test_differing_keys():
 @pytest.mark.parametrize(
     ("key", "names"),
     [
-        ("model.mixer", config_lib.mixers()),
+        ("model.mixer", MIXERS),
         ("model.ttt.learner", LEARNERS),
         ("model.ttt.objective", OBJECTIVES),
         ("model.ttt.rate", TOKEN_RATES),
@@ -539,6 +538,5 @@ def test_differing_keys():
     ],
 )
 def test_the_help_of_a_choice_names_all_that_is_registered(key, names):
-    (meaning,) = (meaning for known, _, meaning in config_lib.all_keys() if known == key)
-    said = re.split(r"[\s,:;()]+", meaning)
+    said = re.split(r"[\s,:;()]+", config_lib.settings()[key].meaning)
     assert [name for name in names if name not in said] == []

@@ -67,7 +67,7 @@ def test_what_is_no_config_is_left_to_those_who_read_it(content):
 
 
 def test_every_meaning_is_of_keys_that_exist_and_the_old_ones_do_not():
-    known = {key for key, _, _ in config_lib.all_keys()}
+    known = config_lib.settings().keys()
     for key, meaning in renamed.RENAMED.items():
         assert key not in known
         for value in (True, False):

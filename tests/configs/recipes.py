@@ -8,6 +8,7 @@ import runpy
 from pathlib import Path
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers import MIXERS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GOLDEN = Path(__file__).with_name("recipes.json")
@@ -33,7 +34,7 @@ def paper_recipes() -> list[str]:
 
 
 def all_recipes() -> list[str]:
-    mixers = config_lib.mixers()
+    mixers = list(MIXERS)
     return [
         *(f"quickstart.py:{mixer}" for mixer in mixers),
         *(f"benchmark.py:{mixer}" for mixer in mixers),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ttt_jax import config as config_lib
 from ttt_jax.sweep import names
 
-KEYS = sorted(key for key, _, _ in config_lib.all_keys())
+KEYS = sorted(config_lib.settings())
 TEXTS = st.text(max_size=12) | st.sampled_from(["300 steps", "10%", "300-steps", "10pct", "a/b", "..", "x,seed=1", "é"])
 VALUES = st.booleans() | st.integers(-(10**6), 10**12) | st.floats(allow_nan=False) | TEXTS
 POINTS = st.tuples(

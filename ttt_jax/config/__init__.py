@@ -4,19 +4,17 @@ A config file is Python with ``get_config(arg="")`` that starts from :func:`defa
 key can be set from the command line too: ``--config.optimizer.peak_lr=1e-3``.
 """
 
+from ttt_jax.config.durations import steps as steps
 from ttt_jax.config.files import from_arguments as from_arguments
 from ttt_jax.config.files import from_dict as from_dict
 from ttt_jax.config.files import from_json as from_json
-from ttt_jax.config.tree import DURATIONS as DURATIONS
-from ttt_jax.config.tree import GENERATED as GENERATED
+from ttt_jax.config.mesh import mesh_shape as mesh_shape
+from ttt_jax.config.sections import GENERATED as GENERATED
+from ttt_jax.config.sections import profiled_steps as profiled_steps
 from ttt_jax.config.tree import LEARNER as LEARNER
-from ttt_jax.config.tree import all_keys as all_keys
 from ttt_jax.config.tree import default as default
-from ttt_jax.config.tree import mesh_shape as mesh_shape
-from ttt_jax.config.tree import mixers as mixers
 from ttt_jax.config.tree import own_learner as own_learner
-from ttt_jax.config.tree import profiled_steps as profiled_steps
-from ttt_jax.config.tree import steps as steps
+from ttt_jax.config.tree import settings as settings
 from ttt_jax.config.tree import validate as validate
 from ttt_jax.config.tree import value_of as value_of
 from ttt_jax.errors import ConfigError as ConfigError

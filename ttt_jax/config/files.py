@@ -95,7 +95,7 @@ def _split(arguments: Sequence[str]) -> tuple[Path, list[str], list[str]]:
 
 def _set_hidden(config: ml_collections.ConfigDict, overrides: list[str]) -> list[str]:
     """Set the keys that a method of ConfigDict hides from its flags (``update``), and return the other overrides."""
-    hidden = [key for key, _, _ in config_lib.all_keys() if hasattr(ml_collections.ConfigDict, key.rpartition(".")[2])]
+    hidden = [key for key in config_lib.settings() if hasattr(ml_collections.ConfigDict, key.rpartition(".")[2])]
     others, left = [], list(overrides)
     while left:
         first = left.pop(0)
@@ -151,7 +151,7 @@ def _one_line(error: Exception, arguments: Sequence[str]) -> str:
     """What was wrong, in the words of whoever typed it."""
     text = str(error).strip()
     overrides = [a.lstrip("-").removeprefix("config.") for a in arguments if re.match("--?(no)?config[.]", a)]
-    known = [key for key, _, _ in config_lib.all_keys()]
+    known = list(config_lib.settings())
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -172,8 +172,7 @@ def _first(known: list[str], section: str) -> str:
 
 
 def _type_of(key: str) -> str:
-    value = next(value for name, value, _ in config_lib.all_keys() if name == key)
-    return (value if isinstance(value, type) else type(value)).__name__
+    return config_lib.settings()[key].kind.__name__
 
 
 def _kind(type_name: str) -> str:

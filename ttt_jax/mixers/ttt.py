@@ -48,7 +48,7 @@ class Settings:
     learner_source: str = setting(
         "",
         "SHA-256 of the file of a learner of your own; filled in when training starts",
-        changes_results=False,  # checked apart: ttt train --accept-changed-learner
+        may_change=True,  # checked apart: ttt train --accept-changed-learner
     )
     mlp_depth: int = setting(2, "dense layers of the learner mlp", least=1)
     mlp_width_factor: float = setting(4.0, "hidden width of the learners mlp and swiglu, in head widths", above=0)

@@ -57,7 +57,7 @@ def text(value: Value) -> str:
 
 @functools.cache
 def _short_keys() -> dict[str, str]:
-    keys = [key for key, _, _ in config_lib.all_keys()]
+    keys = list(config_lib.settings())
     found = {}
     for key in keys:
         parts = key.split(".")

@@ -1,0 +1,60 @@
+"""Durations: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``), and, for all but the run
+itself, ``"10%"`` of the run. A key that is empty by default may be empty."""
+
+import math
+import re
+
+import ml_collections
+
+from ttt_jax import settings
+from ttt_jax.config.sections import SECTIONS
+from ttt_jax.errors import ConfigError
+from ttt_jax.settings import Duration
+
+_DEFAULTS: dict[str, str] = {
+    f"{name}.{each.name}": each.default
+    for name, section in SECTIONS.items()
+    for each in settings.of(section.settings)
+    if each.kind is Duration
+}
+_MOST = 1e18  # steps or tokens: more is a slip, and would overflow
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuse texts that are no durations, and a warm-up that does not end."""
+    for key in _DEFAULTS:
+        steps(config, key)
+    if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
+        raise ConfigError(
+            f"optimizer.warmup={config.optimizer.warmup!r}: expected less than "
+            f"training.duration={config.training.duration!r}"
+        )
+
+
+def steps(config: ml_collections.ConfigDict, key: str) -> int:
+    """Return a duration of the config in optimizer steps, at least 1; 0 for an empty one.
+
+    Raises:
+      ConfigError: where the text is no duration.
+    """
+    section, name = key.split(".")
+    text = str(config[section][name]).strip()
+    if not text and not _DEFAULTS[key]:
+        return 0
+    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)
+    try:
+        amount = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
+    except ValueError:
+        amount = math.nan
+    unit = match[3] if match else ""
+    of_run = key == "training.duration"
+    if not amount > 0 or not math.isfinite(amount) or (unit == "%" and (of_run or amount > 100)):
+        percent = "" if of_run else ', "10%" of the run'
+        raise ConfigError(f'{key}={text!r}: expected a duration such as "300 steps", "2.5e9 tokens"{percent}')
+    if unit != "%" and amount > _MOST:
+        raise ConfigError(f"{key}={text!r}: expected a duration of at most {_MOST:.0e} steps or tokens")
+    if unit == "%":
+        return max(1, round(steps(config, "training.duration") * amount / 100))
+    if unit.startswith("token"):
+        amount /= config.data.batch_size * config.data.sequence_length
+    return max(1, round(amount))

@@ -1,0 +1,232 @@
+"""The sections of a config but for those of mixers, which lie in the mixers' files.
+
+Each is a dataclass that says of every key what it means, what it accepts, and whether another value changes results.
+What it cannot say is in a function beside it, which raises :class:`ConfigError` for values that do not go together.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ml_collections
+
+from ttt_jax.config import mesh
+from ttt_jax.errors import ConfigError
+from ttt_jax.settings import Duration, setting
+
+GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
+
+
+@dataclass(frozen=True)
+class Run:
+    """The keys that are in no section."""
+
+    seed: int = setting(0, "of the initial parameters and of the order of the data")
+
+
+def check_run(config: ml_collections.ConfigDict) -> None:
+    """Refuse seeds that JAX would not tell apart."""
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The section ``model``. Sections of mixers follow in it."""
+
+    mixer: str = setting("ttt_linear", "sequence mixer")
+    vocab_size: int = setting(258, "at least that of the data; 258 is bytes, BOS and EOS", least=1)
+    width: int = setting(768, "D", least=1)
+    num_layers: int = setting(12, "blocks", least=1)
+    num_heads: int = setting(12, "H; divides the width", least=1)
+    mlp_width: int = setting(2048, "hidden width of the feed-forward layers", least=1)
+    tie_embeddings: bool = setting(True, "the head is the transposed embedding")
+    rope_theta: float = setting(10000.0, "base of the rotary positions", above=0)
+    pre_conv: bool | None = setting(None, "a convolution before each mixer; unset: where the backbone is mamba")
+    conv_width: int = setting(4, "tokens that the causal convolutions see", least=1)
+    norm_epsilon: float = setting(1e-6, "of RMSNorm", above=0)
+    init_stddev: float = setting(0.02, "of initial kernels, embedding and inner W0", above=0)
+    dtype: str = setting(
+        "float32",
+        "of the compute, or bfloat16; parameters and inner state are float32 always",
+        among=("float32", "bfloat16"),
+    )
+    remat: str = setting(
+        "none",
+        "block: keep only the input of each block for the backward pass",
+        among=("none", "block"),
+        changes_results=False,
+    )
+
+
+def check_model(config: ml_collections.ConfigDict) -> None:
+    """Refuse heads that do not share the width evenly."""
+    m = config.model
+    if m.width % m.num_heads:
+        near = next(h for h in range(min(m.num_heads, m.width), 0, -1) if m.width % h == 0)
+        raise ConfigError(
+            f"model.num_heads={m.num_heads}: does not divide model.width={m.width}; expected a divisor, such as {near}"
+        )
+    head_dim = m.width // m.num_heads
+    if head_dim % 2:
+        raise ConfigError(
+            f"model.num_heads={m.num_heads}: gives an odd head width, {head_dim}; "
+            "expected model.width / model.num_heads to be even, which rotary positions need"
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """The section ``data``."""
+
+    source: str = setting(
+        "embedded",
+        "a folder or URL; embedded: the Python standard library as bytes; synthetic; a task: docs/probes.md",
+        may_change=True,  # a copy elsewhere; that it holds the same tokens is checked
+    )
+    tokenizer: str = setting(
+        "",
+        "what must have made the tokens: its kind, name, file or hash; empty: anything",
+        may_change=True,  # as the source
+    )
+    bos: int | None = setting(None, "token that begins documents and is no target; unset: what the dataset says")
+    worker_processes: int = setting(
+        0, "that read batches ahead; 0: threads of this one do", least=0, changes_results=False
+    )
+    sequence_length: int = setting(2048, "T, tokens", least=1)
+    batch_size: int = setting(8, "sequences per optimizer step, over all devices", least=1)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The section ``optimizer``: AdamW, its schedule and its guard."""
+
+    peak_lr: float = setting(1e-3, "AdamW learning rate after the warm-up", above=0)
+    end_lr: float = setting(1e-5, "where its cosine ends", least=0)
+    warmup: Duration = setting("10%", "a duration; also of the inner learning rate")
+    beta1: float = setting(0.9, "", least=0, below=1)
+    beta2: float = setting(0.95, "", least=0, below=1)
+    epsilon: float = setting(1e-8, "", above=0)
+    weight_decay: float = setting(0.1, "on every parameter", least=0)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient", above=0)
+    spike_factor: float = setting(
+        0.0,
+        "updates whose gradient norm is so many times the median are left out; 0: none are",
+        may_change=True,  # it is turned on when spikes are seen
+    )
+
+
+def check_optimizer(config: ml_collections.ConfigDict) -> None:
+    """Refuse a guard that would leave out ordinary updates."""
+    factor = config.optimizer.spike_factor
+    if not (factor == 0 or 1 < factor < math.inf):
+        raise ConfigError(f"optimizer.spike_factor={factor}: expected a finite number above 1, or 0 for none")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The section ``training``."""
+
+    duration: Duration = setting(
+        "1000 steps",
+        'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run',
+        may_change=True,  # it changes the schedule of the rest
+    )
+    start_from: str = setting("", "the workdir of another run, or one of its checkpoints: the parameters to start with")
+    accumulation: int = setting(1, "micro-batches per optimizer step", least=1, changes_results=False)
+    stall_limit: float = setting(
+        900.0,
+        "seconds without a finished step that end the process, to be restarted; 0: none do",
+        least=0,
+        changes_results=False,
+    )
+
+
+def check_training(config: ml_collections.ConfigDict) -> None:
+    """Refuse micro-batches of different sizes."""
+    if config.data.batch_size % config.training.accumulation:
+        raise ConfigError(
+            f"training.accumulation={config.training.accumulation}: does not divide "
+            f"data.batch_size={config.data.batch_size}; expected a divisor"
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The section ``checkpoint``."""
+
+    every: Duration = setting("10%", "a duration", changes_results=False)
+    keep_last: int = setting(2, "how many of the newest checkpoints are kept", least=1, changes_results=False)
+    milestone_every: Duration = setting(
+        "", "a duration; checkpoints at its multiples are kept for good", changes_results=False
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The section ``evaluation``: of validation during training."""
+
+    every: Duration = setting(
+        "", "a duration: loss of held-out windows; the checkpoint of the lowest is kept", changes_results=False
+    )
+    split: str = setting(
+        "validation", "where they are from", among=("train", "validation", "test"), changes_results=False
+    )
+    windows: int = setting(64, "at most so many, as long as those of training", least=1, changes_results=False)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The section ``profile``."""
+
+    steps: str = setting(
+        "",
+        'steps to trace into WORKDIR/profile, for xprof or TensorBoard: "10" or "10:13"',
+        changes_results=False,
+    )
+
+
+def profiled_steps(config: ml_collections.ConfigDict) -> range:
+    """Return the steps to trace, counted from 1; none where ``profile.steps`` is empty."""
+    text = config.profile.steps.strip()
+    match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if text and not 1 <= first <= last:
+        raise ConfigError(f'profile.steps={text!r}: expected steps from 1, such as "10" or "10:13"')
+    return range(first, last + 1)
+
+
+@dataclass(frozen=True)
+class Log:
+    """The section ``log``."""
+
+    every: Duration = setting("1 step", "a duration: one record of metrics.jsonl", changes_results=False)
+    tensorboard: bool = setting(
+        False, "also write TensorBoard files; needs the extra [tensorboard]", changes_results=False
+    )
+    wandb_project: str = setting(
+        "", "also log to this Weights & Biases project; needs the extra [wandb]", changes_results=False
+    )
+
+
+class Section(NamedTuple):
+    """A section, and the check of its values with each other and with those of other sections."""
+
+    settings: type
+    check: Callable[[ml_collections.ConfigDict], object] = lambda config: None
+
+
+SECTIONS = {
+    "": Section(Run, check_run),
+    "model": Section(Model, check_model),
+    "data": Section(Data),
+    "optimizer": Section(Optimizer, check_optimizer),
+    "training": Section(Training, check_training),
+    "mesh": Section(mesh.Mesh, mesh.check),
+    "checkpoint": Section(Checkpoint),
+    "evaluation": Section(Evaluation),
+    "profile": Section(Profile, profiled_steps),
+    "log": Section(Log),
+}
