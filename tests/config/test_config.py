@@ -109,6 +109,34 @@ def test_the_last_value_of_a_key_counts():
     assert parse("model.width=64", "model.width=256").model.width == 256
 
 
+# ---- What may change
+
+
+def test_a_run_may_go_on_with_other_values_of_what_changes_no_results_and_of_a_few_more_keys():
+    may_change = {key for key in NAMES if config_lib.may_change(key)}
+    no_results = {key for key in NAMES if not config_lib.changes_results(key)}
+    assert no_results < may_change
+    assert may_change - no_results == {
+        *("data.source", "data.tokenizer", "model.ttt.learner_source"),  # each is checked apart
+        *("training.duration", "optimizer.spike_factor"),
+    }
+    assert no_results > {
+        "model.remat",
+        "model.ttt.kernel",
+        "mesh.fsdp",
+        "checkpoint.every",
+        "log.every",
+        "profile.steps",
+    }
+    for key in ("seed", "model.width", "model.mixer", "data.batch_size", "optimizer.peak_lr", "training.start_from"):
+        assert key not in may_change
+
+
+def test_a_key_of_another_version_may_not_change():
+    assert not config_lib.may_change("model.gone")
+    assert config_lib.changes_results("model.gone")
+
+
 # ---- One line, which names the key and what would be accepted
 
 REFUSED = [

@@ -12,7 +12,9 @@ from ttt_jax.config.mesh import mesh_shape as mesh_shape
 from ttt_jax.config.sections import GENERATED as GENERATED
 from ttt_jax.config.sections import profiled_steps as profiled_steps
 from ttt_jax.config.tree import LEARNER as LEARNER
+from ttt_jax.config.tree import changes_results as changes_results
 from ttt_jax.config.tree import default as default
+from ttt_jax.config.tree import may_change as may_change
 from ttt_jax.config.tree import own_learner as own_learner
 from ttt_jax.config.tree import settings as settings
 from ttt_jax.config.tree import validate as validate

@@ -49,6 +49,16 @@ def settings() -> Mapping[str, Setting]:
     return {f"{section}.{each.name}" if section else each.name: each for section, each in _settings()}
 
 
+def may_change(key: str) -> bool:
+    """Return whether a run may go on with another value of a key; a key that does not exist may not change."""
+    return key in settings() and settings()[key].may_change
+
+
+def changes_results(key: str) -> bool:
+    """Return whether another value of a key makes another model of the same training, but for rounding."""
+    return key not in settings() or settings()[key].changes_results
+
+
 def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
     """Return the value of a dotted key."""
     for part in key.split("."):

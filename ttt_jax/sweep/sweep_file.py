@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ttt_jax import config as config_lib
 from ttt_jax.config.renamed import current_values
 from ttt_jax.errors import ConfigError
 from ttt_jax.json_files import DamagedFile, read_object, write_object
@@ -10,7 +11,7 @@ from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.files import on_each
 from ttt_jax.sweep.names import Value, text
 from ttt_jax.sweep.points import Point
-from ttt_jax.training import resume, run_config
+from ttt_jax.training import resume
 from ttt_jax.workdir import Workdir
 
 NAME = "sweep.json"
@@ -99,11 +100,7 @@ def merged(directory: Workdir, there: Sweep | None, here: Sweep) -> Sweep:
     new = {point.name: point for point in here.points}
     kept = [point for point in there.points if point.name not in new]
     different = {key for key in there.base.keys() | here.base.keys() if there.base.get(key) != here.base.get(key)}
-    refused = [
-        key
-        for key in sorted(different)
-        if not key.startswith(run_config.MAY_CHANGE) or (kept and key.startswith(_OF_ALL))
-    ]
+    refused = [key for key in sorted(different) if not config_lib.may_change(key) or (kept and key in _OF_ALL)]
     if refused:
         listed = ", ".join(f"{key} {_shown(there.base, key)} there, {_shown(here.base, key)} here" for key in refused)
         raise ConfigError(

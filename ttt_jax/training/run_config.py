@@ -18,29 +18,6 @@ from ttt_jax.workdir import Workdir, explained, is_local
 
 NAME = "config.json"
 
-# What may differ between the parts of a run. None of it changes which numbers are computed, but for the duration (the
-# schedule of the rest), the mesh (the order of sums) and the guard (which has to be turned on when spikes are seen).
-MAY_CHANGE = (
-    "training.duration",
-    "training.accumulation",
-    "training.stall_limit",
-    "optimizer.spike_factor",
-    "checkpoint.",
-    "data.source",  # a copy elsewhere; that it holds the same tokens is checked
-    "data.tokenizer",
-    "data.worker_processes",
-    "evaluation.",
-    "log.",
-    "mesh.",
-    "model.remat",
-    "model.ttt.kernel",
-    "model.ttt.kernel_check",
-    "model.ttt.learner_source",  # checked apart: ttt train --accept-changed-learner
-    "model.ttt.remat_group",
-    "model.ttt.unroll",
-    "profile.",
-)
-
 
 class Found(NamedTuple):
     """The config of a run.
@@ -129,9 +106,9 @@ def _find(workdir: Workdir) -> Found | None:
 
 
 def refused(there: ml_collections.ConfigDict, here: ml_collections.ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Return the keys that differ and change which numbers are computed, with both values."""
+    """Return the keys that differ and may not change between the parts of a run, with both values."""
     different = config_lib.differing_keys(there.to_dict(), here.to_dict())
-    return {key: values for key, values in different.items() if not key.startswith(MAY_CHANGE)}
+    return {key: values for key, values in different.items() if not config_lib.may_change(key)}
 
 
 def listed(differing: dict[str, tuple[Any, Any]], there: str = "there", here: str = "here") -> str:

@@ -17,26 +17,6 @@ from ttt_jax.sweep import files, sweep_file
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir, explained
 
-_NOT_OF_THE_MODEL = (
-    "seed",
-    "checkpoint.",
-    "evaluation.",
-    "log.",
-    "mesh.",
-    "profile.",
-    "training.accumulation",
-    "training.stall_limit",
-)
-_OF_THE_RUN = (
-    *_NOT_OF_THE_MODEL,
-    "model.remat",
-    "model.ttt.kernel",
-    "model.ttt.kernel_check",
-    "model.ttt.remat_group",
-    "model.ttt.unroll",
-    "data.worker_processes",
-)
-
 
 class Point(NamedTuple):
     """An evaluation of a run.
@@ -163,7 +143,7 @@ def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[f
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys in which two runs differ, with both values, but for those that do not change what is learned, and seeds."""
     found = config_lib.differing_keys(a, b)
-    return {key: values for key, values in found.items() if not key.startswith(_OF_THE_RUN)}
+    return {key: values for key, values in found.items() if key != "seed" and config_lib.changes_results(key)}
 
 
 def size_name(points: Sequence[Point]) -> str:
