@@ -77,13 +77,13 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
     about = found.about
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")
-    console.output().print(_table(inner_loop.summary(found), per_matrix=found.eta.ndim == 4))
+    console.output().print(_table(found.blocks, inner_loop.summary(found), per_matrix=found.eta.ndim == 4))
     if bad := inner_loop.not_finite(found):
         print(f"the loss of the inner loop is NaN or infinite at {bad:,} of {found.loss_before.size:,} positions")
     print(f"  {path} (and .csv, .json)", flush=True)
 
 
-def _table(layers, per_matrix=False):
+def _table(blocks, layers, per_matrix=False):
     from rich import box
     from rich.table import Table
 
@@ -91,7 +91,7 @@ def _table(layers, per_matrix=False):
     caption = f"Losses: last quarter of the positions. eta: mean, lowest and highest of {rates_of}."
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_style="")
     table.caption_justify = "left"
-    columns = {"layer": [str(i) for i in range(len(layers))]}
+    columns = {"layer": [str(block) for block in blocks]}
     for name, key in (("at W0", "loss_at_w0"), ("before", "loss_before"), ("after", "loss_after")):
         columns[name] = [finite.shown(getattr(x, key), ".4g") for x in layers]
     if any(x.explained is not None for x in layers):

@@ -132,3 +132,19 @@ def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, A
         elif left != right:
             found[name] = (left, right)
     return found
+
+
+def parse(key: str, kind: type, text: str) -> Any:
+    """Return the value that a text spells; text is matched, never run.
+
+    Raises:
+      ConfigError: where it is no value of this kind.
+    """
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"{key}: expected true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key}: expected {'an integer' if kind is int else 'a number'}") from None

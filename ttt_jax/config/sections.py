@@ -45,6 +45,12 @@ class Model:
     tie_embeddings: bool = setting(True, "the head is the transposed embedding")
     rope_theta: float = setting(10000.0, "base of the rotary positions", above=0)
     pre_conv: bool | None = setting(None, "a convolution before each mixer; unset: where the backbone is mamba")
+    channel: str = setting(
+        "swiglu", "what follows the mixer in a block: swiglu (feed-forward), none, or several such as 'swiglu + swiglu'"
+    )
+    norms: str = setting(
+        "pre", "pre: a norm before each part of a block; pre_post: also one after it", among=("pre", "pre_post")
+    )
     conv_width: int = setting(4, "tokens that the causal convolutions see", least=1)
     norm_epsilon: float = setting(1e-6, "of RMSNorm", above=0)
     init_stddev: float = setting(0.02, "of initial kernels, embedding and inner W0", above=0)

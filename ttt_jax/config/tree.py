@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
@@ -11,7 +12,7 @@ from ttt_jax import import_path
 from ttt_jax import settings as settings_lib
 from ttt_jax.config import durations
 from ttt_jax.config.sections import SECTIONS
-from ttt_jax.settings import Accepts, Setting
+from ttt_jax.settings import Setting
 
 if TYPE_CHECKING:
     from ttt_jax.mixers.mixer import Mixer
@@ -39,7 +40,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         each.check(key, value_of(config, key))
     for section in SECTIONS.values():
         section.check(config)
-    _mixers()[config.model.mixer].check(config.model)
+    _pattern().check(config.model)
     durations.check(config)
 
 
@@ -78,7 +79,8 @@ def _settings() -> Iterator[tuple[str, Setting]]:
         for each in settings_lib.of(section.settings):
             if (name, each.name) == ("model", "mixer"):
                 each = each._replace(
-                    meaning=f"{each.meaning}: {', '.join(_mixers())}", accepts=Accepts(among=tuple(_mixers()))
+                    meaning=f"{each.meaning}: {', '.join(_mixers())}; or a pattern of them that is repeated, such as "
+                    "'ttt_linear*5 + attention' (docs/recipes.md)"
                 )
             yield name, each
         if name == "model":
@@ -93,3 +95,10 @@ def _mixers() -> Mapping[str, "Mixer"]:
     from ttt_jax.mixers import MIXERS
 
     return MIXERS
+
+
+def _pattern() -> ModuleType:
+    """Return the module that reads ``model.mixer``; it loads JAX too."""
+    from ttt_jax.models import pattern
+
+    return pattern

@@ -2,11 +2,12 @@
 
 Figures 4 and 14 of the paper are ``loss_at_w0``, ``loss_before`` and ``loss_after``.
 
-Shapes: L layers, H heads, T tokens (the context), n mini-batches, b tokens of each, B sequences at a time, M weight
-matrices of the learner.
+Shapes: L layers (the blocks whose mixers learn), H heads, T tokens (the context), n mini-batches, b tokens of each,
+B sequences at a time, M weight matrices of the learner.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from ttt_jax.data.source import TokenSource
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models import build
+from ttt_jax.models import build, pattern
 from ttt_jax.parallel import sharding
 from ttt_jax.workdir import Workdir
 
@@ -69,6 +70,11 @@ class InnerLoop:
     position_eta: np.ndarray
     target_spread: np.ndarray | None = None
     target_spread_standard_error: np.ndarray | None = None
+
+    @property
+    def blocks(self) -> list[int]:
+        """Return which block of the model each of the L layers is, from 0: only those that learn are here."""
+        return self.about.get("blocks", list(range(len(self.loss_before))))
 
     @property
     def by_position(self) -> dict[str, np.ndarray]:
@@ -125,7 +131,7 @@ def not_finite(found: InnerLoop) -> int:
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
     """Raises :class:`ConfigError` where the model of a run has no inner loop."""
-    if not build.learns(model):
+    if not pattern.learns(model):
         raise ConfigError(
             f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with model.mixer="
             f"{' or '.join(name for name, mixer in MIXERS.items() if mixer.learns)}"
@@ -162,8 +168,9 @@ def inspect(
     data = sources.from_config(config, split)
     source.check(data, config.model.vocab_size, 1 if by_document else context, length_is="--context ")
     starts = _starts(data, context, most_windows, by_document)
-    training_context, b = config.data.sequence_length, config.model.ttt.mini_batch
-    piece_length = context if context <= training_context else max(1, training_context // b) * b  # whole mini-batches
+    training_context, sizes = config.data.sequence_length, _mini_batches(config.model)
+    b, whole = min(sizes), math.lcm(*sizes)
+    piece_length = context if context <= training_context else max(1, training_context // whole) * whole
     if batch_size is None:
         batch_size = max(1, config.data.batch_size * training_context // piece_length)
     batch_size = -(-min(batch_size, len(starts)) // trained.rows) * trained.rows
@@ -225,7 +232,7 @@ def _read(
     @jax.jit
     def read(params, state, inputs):
         (_, state), filled = trained.model.apply({"params": params}, inputs, state, mutable=["statistics"])
-        found = dict(filled["statistics"]["layers"]["mixer"])
+        found = _stacked([block["mixer"] for block in trained.model.by_block(filled["statistics"]) if block])
         w0_norm = found["w0_norm"][:, None, None]
         change = jnp.where(w0_norm > 0, found["weight_distance"] / w0_norm, jnp.nan)
         return state, {
@@ -247,6 +254,37 @@ def _read(
             with sharding.on_mesh(trained.mesh, trained.rules):
                 state, statistics = read(trained.params, state, inputs)
             yield offset, len(group), jax.device_get(statistics)
+
+
+def _stacked(blocks: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Return the statistics of blocks as arrays [L, ...].
+
+    What not all blocks have is left out. Where mini-batches differ in size, rates of positions that do not exist are
+    NaN; where the numbers of rates of a token differ, eta is the mean of them.
+    """
+    if len({block["eta"].shape for block in blocks}) > 1:
+        blocks = [{**block, "eta": block["eta"].reshape(*block["loss_before"].shape, -1).mean(-1)} for block in blocks]
+    longest = max(len(block["position_eta"]) for block in blocks)
+    found = {}
+    for name in blocks[0]:
+        values = [block[name] for block in blocks if name in block]
+        if name == "position_eta":
+            values = [jnp.pad(x, (0, longest - len(x)), constant_values=jnp.nan) for x in values]
+        if len(values) == len(blocks):
+            found[name] = jnp.stack(values)
+    return found
+
+
+def _mini_batches(model: ml_collections.ConfigDict) -> list[int]:
+    """Return the sizes of the mini-batches of the blocks that learn."""
+    return [kind.model.ttt.mini_batch for kind in pattern.learns(model)]
+
+
+def _blocks(model: ml_collections.ConfigDict) -> list[int]:
+    """Return which blocks of the model learn, from 0."""
+    each = [run for segment in pattern.segments(model) for _ in range(segment.repeats) for run in segment.runs]
+    kinds = [run.model.mixer for run in each for _ in range(run.blocks)]
+    return [place for place, name in enumerate(kinds) if MIXERS[name].learns]
 
 
 class _Mean:
@@ -290,6 +328,7 @@ def _about(
         "training_context": trained.config.data.sequence_length,
         "windows": windows,
         "tokens": windows * context,
-        "mini_batch": model.ttt.mini_batch,
+        "mini_batch": min(_mini_batches(model)),
+        "blocks": _blocks(model),
         "config": trained.config.to_dict(),
     }

@@ -5,9 +5,10 @@ NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
 ``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inner_loop.LayerSummary` of each, null for
            what does not exist, is NaN or infinite; ``not_finite``: positions of layers with such a loss
 ``.npz``   the arrays of :class:`ttt_jax.evaluation.inner_loop.InnerLoop`, by its names, without those that are None
-``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers and heads count from 0, positions
-           from 1. Without a head, the mean over heads; with one and no position, the mean over positions. Where each
-           weight matrix has a rate of its own, ``eta_0`` is that of the first, and so on, in place of ``eta``.
+``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers (numbers of blocks) and heads count
+           from 0, positions from 1. Without a head, the mean over heads; with one and no position, the mean over
+           positions. Where each weight matrix has a rate of its own, ``eta_0`` is that of the first, and so on, in
+           place of ``eta``.
 """
 
 import os
@@ -73,17 +74,19 @@ def _rows(found: InnerLoop) -> Iterator[tuple]:
     means |= {key: (found.position, eta.mean(1)) for key, (eta, _) in rates.items()}
     errors |= {key: error for key, (_, error) in rates.items()}
     for key, (positions, values) in means.items():
-        for layer, (line, line_errors) in enumerate(zip(values, errors[key], strict=True)):
+        for layer, block in enumerate(found.blocks):
+            line, line_errors = values[layer], errors[key][layer]
             for position, value, error in zip(positions.tolist(), line.tolist(), line_errors.tolist(), strict=True):
                 unknown = key == "weight_change" and np.isnan(value) and not found.w0_norm[layer].all()
-                yield key, layer, None, position, None if unknown else value, None if np.isnan(error) else error
+                yield key, block, None, position, None if unknown else value, None if np.isnan(error) else error
     of_heads = {"w0_norm": found.w0_norm, **{key: eta.mean(2) for key, (eta, _) in rates.items()}}
     of_heads["weight_distance"] = found.weight_distance.mean(2)
     for key, values in of_heads.items():
         for (layer, head), value in np.ndenumerate(values):
-            yield key, layer, head, None, float(value), None
+            yield key, found.blocks[layer], head, None, float(value), None
     for (layer, place), value in np.ndenumerate(found.position_eta):
-        yield "position_eta", layer, None, place + 1, float(value), None
+        if not np.isnan(value):  # mini-batches of other layers are longer
+            yield "position_eta", found.blocks[layer], None, place + 1, float(value), None
 
 
 def _rates(found: InnerLoop) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -124,6 +124,7 @@ def model_config(theirs: Mapping[str, Any], dtype: str = "float32") -> ml_collec
             backbone="transformer" if block.endswith("_base") else "mamba",
             mini_batch=theirs["mini_batch_size"],
             base_lr=float(theirs["ttt_base_lr"]),
+            base_lr_start=0.0,  # so that Context.inner_lr_warmup is their ttt_lr_mult
             remat_group=theirs.get("remat_mini_batch_group_size", 0),
         )
     return model

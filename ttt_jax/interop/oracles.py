@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ttt_jax.interop import lact_oracles, official_jax
 from ttt_jax.interop.comparison import Oracle, Report, largest, load, relative, worst
+from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.build import language_model
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.training import optimizer as optimizer_lib
@@ -209,7 +210,8 @@ def _computation(config: FrozenConfigDict) -> Callable[..., dict[str, Any]]:
     def run(tree, tokens, targets, mask, scale):
         def loss_fn(tree):
             collections = ["statistics", "hidden_states"]
-            (logits, _), extra = lm.apply({"params": tree}, tokens, None, scale, mutable=collections)
+            context = Context(inner_lr_warmup=scale)
+            (logits, _), extra = lm.apply({"params": tree}, tokens, None, context, mutable=collections)
             nll = token_nll(logits, targets)
             accuracy = mean_over_rows((logits.argmax(-1) == targets).astype(jnp.float32), mask)
             return mean_over_rows(nll, mask), {"logits": logits, "nll": nll, "accuracy": accuracy, **extra}

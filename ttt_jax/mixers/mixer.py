@@ -33,14 +33,14 @@ class Context:
       valid: bool [B, T]; tokens that are not valid are padding and change nothing. None: all are valid.
       reset: bool [B, T]; a valid token with a reset begins a document, and reads nothing of what is before it. None: no
         token does.
-      inner_lr_scale: multiplies the inner learning rate of mixers that learn (its warm-up).
+      inner_lr_warmup: how far the warm-up of inner learning rates has come, from 0 to 1.
       aligned: a promise that all tokens are valid, and that states and resets are at multiples of the mini-batch of
         mixers that have one, which is faster. Where it is broken, results are NaN.
     """
 
     valid: jax.Array | None = None
     reset: jax.Array | None = None
-    inner_lr_scale: jax.Array | float = 1.0
+    inner_lr_warmup: jax.Array | float = 1.0
     aligned: bool = flax.struct.field(pytree_node=False, default=False)
 
 
@@ -93,7 +93,7 @@ class Mixer:
       check: raises ``ConfigError`` for values that do not go together.
       pre_conv: whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
       inner_loop: of a mixer that learns at test time; None for the others.
-      computed: how the mixer is computed on the devices of the present mesh, and why; None where there is no choice.
+      computed: how the mixer is computed on the devices of the present mesh, and why; empty where there is no choice.
       memory: for guesses about sequences of so many tokens.
     """
 
@@ -106,7 +106,7 @@ class Mixer:
     check: Callable[[Model], None] = lambda model: None
     pre_conv: Callable[[Model], bool] = lambda model: False
     inner_loop: Callable[[Model], InnerLoop] | None = None
-    computed: Callable[[Model], str] | None = None
+    computed: Callable[[Model], str] = lambda model: ""
     memory: Callable[[Model, int], Memory] = lambda model, length: Memory()
 
     @property

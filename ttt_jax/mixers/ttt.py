@@ -21,6 +21,7 @@ from ttt_jax.mixers.ttt_loop import (
     LEARNER,
     SETTLED,
     base_lr,
+    base_lr_start,
     check_learner,
     check_names,
     learner_name,
@@ -73,7 +74,7 @@ class Settings:
         None, "peak inner learning rate; unset: 1.0, for the learner mlp 0.1, for softplus 0.001", above=0
     )
     base_lr_start: float | None = setting(
-        None, "where its warm-up starts; unset: base_lr, for the learner mlp a tenth of it", above=0
+        None, "where its warm-up starts; unset: base_lr, for the learner mlp a tenth of it", least=0
     )
     learned_eta: bool = setting(
         True,
@@ -186,6 +187,7 @@ def _module(model: Model) -> Callable[..., nn.Module]:
         backbone=ttt.backbone,
         mini_batch=ttt.mini_batch,
         base_lr=base_lr(model),
+        base_lr_start=base_lr_start(model),
         learned_w0=ttt.learned_w0,
         learned_eta=ttt.learned_eta,
         conv_width=model.conv_width,

@@ -5,7 +5,7 @@ Linear and MLP differ in the learner only. Two ways to make q, k and v (the back
 * ``mamba``: q and k are two causal convolutions of one projection, and a gate multiplies the output;
 * ``transformer``: three projections, no convolution, no gate.
 
-    eta[t, s] = base_lr * inner_lr_scale * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
+    eta[t, s] = base_lr * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
 
 is the rate of both; :mod:`ttt_jax.ttt.rate` has others, and an update may read gates of each token, which are computed
 as the rate is: a function of ``w_h . x_s + c_h``.
@@ -65,6 +65,7 @@ class TTT(nn.Module):
     Attributes:
       loop: the inner loop; the width of its learner is d.
       base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
+      base_lr_start: what it is at the start of its warm-up (``Context.inner_lr_warmup``).
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
@@ -77,6 +78,7 @@ class TTT(nn.Module):
     backbone: str = "mamba"
     mini_batch: int = 16
     base_lr: float = 1.0
+    base_lr_start: float = 0.0
     learned_w0: bool = True
     learned_eta: bool = True
     conv_width: int = 4
@@ -98,7 +100,7 @@ class TTT(nn.Module):
             rope.rotate(q, positions, self.rope_theta),
             rope.rotate(k, positions, self.rope_theta),
             v,
-            self._token_eta(x, context.inner_lr_scale),
+            self._token_eta(x, context.inner_lr_warmup),
             self._gates(x),
         )
         inner = None if state is None else _started(state.inner, self._begin(parameters.w0, x.shape[0]))
@@ -209,14 +211,16 @@ class TTT(nn.Module):
     def _zero_weights(self) -> Weights:
         return learner_lib.init(jax.random.key(0), self.loop.learner, self.num_heads, stddev=0.0)
 
-    def _token_eta(self, x, inner_lr_scale):
-        """``base_lr * scale * sigmoid(w_h . x_s + c_h) / d`` or what the rate is else, [B, T, H] or [B, T, H, M]."""
+    def _token_eta(self, x, warmup):
+        """``base_lr * sigmoid(w_h . x_s + c_h) / d`` or what the rate is else, [B, T, H] or [B, T, H, M]."""
         per_matrix = (len(self.loop.learner.structure.matrices),) if self.loop.rate.per_matrix else ()
         if self.learned_eta:
             logits = self._logits(x, "eta", per_matrix)
         else:
             logits = jnp.zeros((*x.shape[:2], self.num_heads, *per_matrix))
-        return self.loop.rate.token_eta(logits, self.base_lr, inner_lr_scale, self.loop.learner.features)
+        start = self.base_lr_start / self.base_lr
+        scale = start + (1 - start) * warmup
+        return self.loop.rate.token_eta(logits, self.base_lr, scale, self.loop.learner.features)
 
     def _gates(self, x) -> dict[str, jax.Array]:
         """What members of the update read of each token, [B, T, H] each."""

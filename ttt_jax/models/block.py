@@ -1,4 +1,4 @@
-"""A residual block: a sequence mixer and a feed-forward layer, each behind a norm. [B, T, D] to [B, T, D]."""
+"""A residual block: a sequence mixer and channel parts, each behind a norm. [B, T, D] to [B, T, D]."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +13,9 @@ from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.parallel.activations import constrain
 
+CHANNELS = ("swiglu",)  # what model.channel is made of; "none" is none of it
+NORMS = ("pre", "pre_post")  # model.norms
+
 
 class BlockState(NamedTuple):
     """Where a block stands in its sequences."""
@@ -22,7 +25,12 @@ class BlockState(NamedTuple):
 
 
 class Block(nn.Module):
-    """``h += conv(norm h)`` with ``pre_conv``; ``h += mixer(norm h)``; ``h += mlp(norm h)``."""
+    """``h += conv(norm h)`` with ``pre_conv``; ``h += mixer(norm h)``; ``h += channel(norm h)`` for each channel part.
+
+    Attributes:
+      channel: members of :data:`CHANNELS` in order; none for a mixer that has a feed-forward part of its own.
+      post_norm: what the mixer and the channel parts return goes through a norm too before it is added.
+    """
 
     make_mixer: Callable[..., nn.Module]
     mlp_width: int
@@ -31,13 +39,24 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-6
     pre_conv: bool = False
     conv_width: int = 4
+    channel: tuple[str, ...] = ("swiglu",)
+    post_norm: bool = False
 
     @nn.compact
     def __call__(
         self, h: jax.Array, state: BlockState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, BlockState | None]:
-        def norm(name, x):
+        """Return h [B, T, D] after the block, and its state after the tokens."""
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(self.dtype, self.norm_epsilon, name=name)(x)
+
+        def added(name: str, y: jax.Array) -> jax.Array:
+            if self.post_norm:
+                y = norm(f"{name}_post_norm", y)
+            if context.valid is not None:
+                y = jnp.where(context.valid[..., None], y, 0)
+            return h + y
 
         conv_state = mixer_state = None
         if state is not None:
@@ -47,18 +66,35 @@ class Block(nn.Module):
             y, conv_state = conv(norm("conv_norm", h), conv_state)
             h = h + y
         y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, context)
-        h = h + y
-        h = h + SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name="mlp")(norm("mlp_norm", h))
+        h = added("mixer", y)
+        for place, _ in enumerate(self.channel):
+            name = "mlp" if place == 0 else f"mlp_{place + 1}"
+            mlp = SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name=name)
+            h = added(name, mlp(norm(f"{name}_norm", h)))
         h = constrain(h, "batch", None, None)
         self.sow("hidden_states", "h", h, reduce_fn=lambda _, new: new)
         return h, None if state is None else BlockState(conv_state, mixer_state)
 
     def initial_state(self, batch: int, width: int, length: int) -> BlockState:
-        """The state before the first token."""
+        """Return the state before the first token."""
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype) if self.pre_conv else None
         return BlockState(conv, self.make_mixer(parent=None).initial_state(batch, width, length))
 
     def state_axes(self) -> BlockState:
-        """The names of the axes of the state."""
+        """Return the names of the axes of the state."""
         conv = conv_lib.STATE_AXES if self.pre_conv else None
         return BlockState._make((conv, self.make_mixer(parent=None).state_axes()))
+
+
+def channel_parts(text: str) -> tuple[str, ...]:
+    """Return the channel parts that ``model.channel`` names, in order: ``none``, or some joined by +.
+
+    Raises:
+      ValueError: for a name that does not exist.
+    """
+    if text == "none":
+        return ()
+    parts = tuple(part.strip() for part in text.split("+"))
+    if any(part not in CHANNELS for part in parts):
+        raise ValueError(f"expected none, or one or more of {', '.join(CHANNELS)} joined by +")
+    return parts

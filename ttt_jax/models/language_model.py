@@ -1,37 +1,35 @@
-"""Tokens to logits: embedding, a scanned stack of blocks, final norm, head.
+"""Tokens to logits: embedding, a stack of blocks, final norm, head.
 
-Shapes: B batch, T tokens, V vocabulary, D width, L layers.
+Shapes: B batch, T tokens, V vocabulary, D width, L blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from ttt_jax.layers.embedding import AXES, lookup
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import project
 from ttt_jax.mixers.mixer import PLAIN, Context
-from ttt_jax.models.block import Block
+from ttt_jax.models import stack
+from ttt_jax.models.stack import Segments
 
 
 class LanguageModel(nn.Module):
-    """A decoder. ``make_block`` builds one of its L equal blocks; their parameters are stacked, [L, ...], and the
-    stack is one scan, so that compile time does not grow with depth.
+    """A decoder of the blocks in ``segments`` (:mod:`ttt_jax.models.stack`).
 
-    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, what the inner loop of TTT layers did,
-    [L, ...] of what :mod:`ttt_jax.mixers.ttt_layer` says; ``hidden_states``, the block outputs ``h`` [L, B, T, D], with
-    ``embedding`` and ``final``, which ``init`` fills too (parameters are its ``["params"]``).
+    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, what the inner loop of TTT layers did
+    (:mod:`ttt_jax.mixers.ttt_layer`); ``hidden_states``, the block outputs ``h`` [B, T, D], with ``embedding`` and
+    ``final``, which ``init`` fills too (parameters are its ``["params"]``). :meth:`by_block` takes them apart.
     """
 
-    make_block: Callable[..., Block]
+    segments: Segments
     vocab_size: int
     width: int
-    num_layers: int
     dtype: jnp.dtype
     tie_embeddings: bool = True
     init_stddev: float = 0.02
@@ -51,15 +49,7 @@ class LanguageModel(nn.Module):
         embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), AXES)
         h = lookup(embedding, tokens, self.dtype)
         self._record("embedding", h)
-        stack = nn.scan(
-            nn.remat(_read, prevent_cse=False) if self.remat else _read,
-            variable_axes={"params": 0, "statistics": 0, "hidden_states": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        h, state = stack(self.make_block(name="layers"), h, state, context)
+        h, state = stack.read(self.segments, self.remat, h, state, context)
         h = RMSNorm(self.dtype, self.norm_epsilon, name="final_norm")(h)
         self._record("final", h)
         if self.tie_embeddings:
@@ -69,18 +59,16 @@ class LanguageModel(nn.Module):
         return project(h, head, AXES[::-1], self.dtype, jnp.float32), state
 
     def initial_state(self, batch: int, length: int) -> Any:
-        """The state before the first token of ``batch`` sequences of at most ``length`` tokens."""
-        one = self.make_block(parent=None).initial_state(batch, self.width, length)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
+        """Return the state before the first token of ``batch`` sequences of at most ``length`` tokens."""
+        return stack.initial_state(self.segments, batch, self.width, length)
 
     def state_axes(self) -> Any:
-        """The names of the axes of the state: a tree like it, with a ``PartitionSpec`` for each array."""
-        one = self.make_block(parent=None).state_axes()
-        return jax.tree.map(lambda axes: PartitionSpec("layers", *axes), one)
+        """Return the names of the axes of the state: a tree like it, with a ``PartitionSpec`` for each array."""
+        return stack.state_axes(self.segments)
+
+    def by_block(self, filled: Mapping[str, Any]) -> list[Any]:
+        """Return what a collection, or the parameters, hold of each of the L blocks, in order."""
+        return stack.by_block(self.segments, filled)
 
     def _record(self, name, value):
         self.sow("hidden_states", name, value, reduce_fn=lambda _, new: new)
-
-
-def _read(block: Block, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-    return block(h, state, context)

@@ -35,4 +35,4 @@ def _part(keys: list[str]) -> str:
         return "W0 of inner loops"
     if any("norm" in key or key.startswith("conv") for key in keys):
         return "norms and convolutions"
-    return "feed-forward" if "mlp" in keys else "mixers"
+    return "feed-forward" if any(key.startswith("mlp") for key in keys) else "mixers"

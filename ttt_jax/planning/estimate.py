@@ -7,8 +7,8 @@ import dataclasses
 
 import ml_collections
 
-from ttt_jax.mixers import ttt_loop
-from ttt_jax.models import flops
+from ttt_jax.mixers import MIXERS
+from ttt_jax.models import flops, pattern
 from ttt_jax.parallel.chips import Chip
 from ttt_jax.ttt.kernels import choice, run
 from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
@@ -64,21 +64,10 @@ def step_time(
         f"matrix products at {EFFICIENCY:.0%} of the peak of {chip.peak_flops / 1e12:.0f} TFLOP/s"
         + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
     ]
-    if inner:
-        device, loop = chip.device_kinds[0], ttt_loop.loop(model)
-        fused = choice.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
-        scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
-        b = min(model.ttt.mini_batch, data.sequence_length)
-        fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
-        kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
-        passes = 3 + again + kept
-        turns = data.sequence_length / b * model.num_layers * config.training.accumulation * (2 + again)
-        by_work, by_turns = passes * inner * tokens / (rate * fill), turns / scan["unroll"] * TURN
-        compute += by_work if fused else max(by_work, by_turns)
-        assumptions += [
-            f"inner loop, {'fused' if fused else 'scan'}: its products fill {fill:.1%} of a matrix unit "
-            f"({MATRIX_UNIT} x {MATRIX_UNIT})" + ("" if fused else f"; {TURN * 1e6:.0f} us per turn at least")
-        ]
+    for kind in pattern.learns(model):
+        seconds, assumption = _inner_loop(kind, config, chip, rate)
+        compute += seconds
+        assumptions += [assumption] if assumption not in assumptions else []
     assumptions += [
         f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
         f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, and "
@@ -95,6 +84,33 @@ def step_time(
         communication,
         tuple(assumptions),
     )
+
+
+def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip, rate: float) -> tuple[float, str]:
+    """Return the seconds of the inner loops of all blocks of a kind, and what is assumed for them.
+
+    Args:
+      rate: operations a second of all chips, of products that fill their matrix units.
+    """
+    model, length, device = kind.model, config.data.sequence_length, chip.device_kinds[0]
+    inner_loop = MIXERS[model.mixer].inner_loop
+    assert inner_loop is not None
+    loop, tokens = inner_loop(model), config.data.batch_size * length
+    fused = choice.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
+    scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
+    b = min(model.ttt.mini_batch, length)
+    fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
+    kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
+    again = 1 if model.remat == "block" else 0
+    operations = kind.blocks * flops.inner_loop_of_block(model, length) * tokens
+    by_work = (3 + again + kept) * operations / (rate * fill)
+    turns = length / b * kind.blocks * config.training.accumulation * (2 + again)
+    by_turns = turns / scan["unroll"] * TURN
+    assumption = (
+        f"inner loop, {'fused' if fused else 'scan'}: its products fill {fill:.1%} of a matrix unit "
+        f"({MATRIX_UNIT} x {MATRIX_UNIT})" + ("" if fused else f"; {TURN * 1e6:.0f} us per turn at least")
+    )
+    return by_work if fused else max(by_work, by_turns), assumption
 
 
 def _part(size: int) -> float:

@@ -9,6 +9,8 @@ import ml_collections
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
+from ttt_jax.models import pattern
+from ttt_jax.models.block import channel_parts
 from ttt_jax.parallel.chips import of_device
 from ttt_jax.planning import estimate
 from ttt_jax.planning.plan import CompilerError, Plan, plan
@@ -147,16 +149,17 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     """
     m, data, length = config.model, config.data, config.data.sequence_length
     shards, d = choice.fsdp * choice.tensor, m.width
-    mixer = MIXERS[m.mixer].memory(m, length)
-    parameters = m.num_layers * ((3 * m.mlp_width + 4 * d) * d + mixer.parameters) + m.vocab_size * d
+    kinds = pattern.kinds(m)
+    parameters = m.vocab_size * d + sum(kind.blocks * _parameters(kind.model, length) for kind in kinds)
     tokens = data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length  # of a micro-batch, on a chip
     itemsize = 2 if m.dtype == "bfloat16" else 4
-    # What the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, by the plans in
-    # docs/benchmarks.md. Those that are split between heads or over the feed-forward width lie in parts.
-    inside = itemsize * ((3 * m.mlp_width + mixer.arrays * d) / choice.tensor + mixer.arrays * d)
-    inside += mixer.bytes_per_head * m.num_heads / choice.tensor
+    inside = [(kind.blocks, _inside_block(kind.model, length, itemsize, choice.tensor)) for kind in kinds]
     kept = d * itemsize
-    activations = kept * m.num_layers + inside if choice.remat == "block" else (kept + inside) * m.num_layers
+    activations = kept * m.num_layers
+    if choice.remat == "block":
+        activations += max(one for _, one in inside)
+    else:
+        activations += sum(blocks * one for blocks, one in inside)
     logits = 3 * 4 * m.vocab_size / choice.tensor
     memory = 16 * parameters / shards + tokens * (activations + logits)
     if chip is None:
@@ -178,6 +181,20 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
         collectives=count * choice.accumulation,
     )
     return Guess(choice, memory, time.total)
+
+
+def _parameters(model: ml_collections.ConfigDict, length: int) -> float:
+    """Return the parameters of a block, but for vectors."""
+    channel = len(channel_parts(model.channel)) * 3 * model.mlp_width
+    return (channel + 4 * model.width) * model.width + MIXERS[model.mixer].memory(model, length).parameters
+
+
+def _inside_block(model: ml_collections.ConfigDict, length: int, itemsize: int, tensor: int) -> float:
+    """Return what the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, by the
+    plans in docs/benchmarks.md. Those that are split between heads or over the feed-forward width lie in parts."""
+    mixer, channel = MIXERS[model.mixer].memory(model, length), len(channel_parts(model.channel)) * 3 * model.mlp_width
+    arrays = mixer.arrays * model.width
+    return itemsize * ((channel + arrays) / tensor + arrays) + mixer.bytes_per_head * model.num_heads / tensor
 
 
 def _turns(collectives: int, devices: int) -> float:

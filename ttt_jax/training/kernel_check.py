@@ -5,6 +5,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ttt_jax.mixers import MIXERS
+from ttt_jax.models import pattern
 from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange, describe
 from ttt_jax.training import program
@@ -16,23 +17,24 @@ _LIMIT = 900.0  # seconds for the slowest process
 def settled(run: program.Program) -> program.Program:
     """Return a program whose inner loop has been checked on its devices, which are here.
 
-    Where :func:`family` says that a fused kernel is going to run, each process has it check itself on one of its
+    Where :func:`families` says that a fused kernel is going to run, each process has it check itself on one of its
     devices (:mod:`ttt_jax.ttt.kernels.self_check`; once, whatever else is built for the same shapes). Where it is
     wrong on any process, all of them say so on standard error, in a line that names the array that differs most, and
     get a program that uses the scan. ``config`` stays as it is.
 
     All processes call this alike.
     """
-    checked = family(run.config.model, run.mesh)
-    if checked is None:
+    found = families(run.config.model, run.mesh)
+    if not found:
         return run
     here = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
     known = self_check.of_family.cache_info().misses
-    problem = Exchange("kernel check").first_problem(_problem(checked, here), _LIMIT)
+    wrong = "; ".join(filter(None, (_problem(family, here) for family in found)))
+    problem = Exchange("kernel check").first_problem(wrong, _LIMIT)
     if problem is None:
         if self_check.of_family.cache_info().misses > known:
-            report = self_check.of_family(checked, here)
-            peers.say(f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}")
+            for report in (self_check.of_family(family, here) for family in found):
+                peers.say(f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}")
         return run
     peers.say(
         f"WARNING: the fused kernel of the inner loop is wrong on {here.device_kind}: {problem}. The scan is used "
@@ -44,17 +46,20 @@ def settled(run: program.Program) -> program.Program:
     return program.make(config, run.mesh)._replace(config=run.config)
 
 
-def family(model: ml_collections.ConfigDict, mesh: Mesh) -> self_check.Family | None:
-    """Return what is to be checked of the model on a mesh: None where no kernel is used, where it is interpreted, or
-    where ``model.ttt.kernel_check`` is false."""
-    inner_loop = MIXERS[model.mixer].inner_loop
-    if inner_loop is None or not model.ttt.kernel_check:
-        return None
-    ttt, loop, device = model.ttt, inner_loop(model), mesh.devices.flat[0].device_kind
-    if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is None or choice.interpreted(device):
-        return None
-    heads = model.num_heads // mesh.shape["tensor"]
-    return self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group)
+def families(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
+    """Return what is to be checked of the model on a mesh, for each kind of block that uses a kernel: none where it is
+    interpreted, or where ``model.ttt.kernel_check`` is false."""
+    device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
+    if not model.ttt.kernel_check or choice.interpreted(device):
+        return []
+    found = []
+    for kind in pattern.learns(model):
+        inner_loop, ttt = MIXERS[kind.model.mixer].inner_loop, kind.model.ttt
+        assert inner_loop is not None
+        loop = inner_loop(kind.model)
+        if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
+            found.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
+    return list(dict.fromkeys(found))
 
 
 def _problem(checked: self_check.Family, device: jax.Device) -> str:

@@ -22,7 +22,7 @@ from ttt_jax import workdir as workdir_lib
 from ttt_jax.data import pipeline, source, sources
 from ttt_jax.data.errors import DataError
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models import build, flops, parameter_count
+from ttt_jax.models import build, flops, parameter_count, pattern
 from ttt_jax.parallel import chips, peers, sharding, startup
 from ttt_jax.parallel.agreement import Agreement
 from ttt_jax.parallel.watchdog import Watchdog
@@ -149,9 +149,10 @@ def _train(
         + (f"; with the parameters of {origin}" if origin else "")
     )
     peers.say(f"parameters: {parameter_count.in_words(run.abstract_state.params)}")
-    if (computed := MIXERS[config.model.mixer].computed) is not None:
-        with sharding.on_mesh(run.mesh, run.rules):
-            peers.say(f"inner loop: {computed(config.model)}")
+    with sharding.on_mesh(run.mesh, run.rules):
+        for way in dict.fromkeys(MIXERS[kind.model.mixer].computed(kind.model) for kind in pattern.kinds(config.model)):
+            if way:
+                peers.say(f"inner loop: {way}")
     first = jax.process_index() == 0
     output = peers.on_all(lambda: _output(config, workdir, start, useful) if first else None)
     report = Report(

@@ -1,4 +1,4 @@
-"""AdamW with global-norm clipping, its learning rate, and the warm-up of the inner learning rate."""
+"""AdamW with global-norm clipping, its learning rate, and the warm-up of inner learning rates."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,9 @@ def learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) 
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), end)
 
 
-def inner_lr_scale(start: float, peak: float, warmup_steps: int) -> Schedule:
-    """What multiplies the inner learning rate: linear from ``start / peak`` to 1 over the warm-up."""
-
-    def schedule(step: jax.Array) -> jax.Array:
-        progress = jnp.minimum(1.0, step / warmup_steps)
-        return (start + progress * (peak - start)) / peak
-
-    return schedule
+def warmup(steps: int) -> Schedule:
+    """How far a warm-up of so many steps has come: linear from 0 to 1."""
+    return lambda step: jnp.minimum(1.0, step / steps)
 
 
 def adamw(

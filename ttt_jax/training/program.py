@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax import config as config_lib
-from ttt_jax.mixers import ttt_loop
 from ttt_jax.models import build
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.parallel import sharding
@@ -27,7 +26,7 @@ class Program(NamedTuple):
     model: LanguageModel
     optimizer: optax.GradientTransformation
     learning_rate: optimizer_lib.Schedule
-    inner_lr_scale: optimizer_lib.Schedule
+    inner_lr_warmup: optimizer_lib.Schedule
     mesh: Mesh
     rules: sharding.ShardingRules
     state_sharding: Any
@@ -45,7 +44,7 @@ class Program(NamedTuple):
             self.model,
             self.optimizer,
             self.learning_rate,
-            self.inner_lr_scale,
+            self.inner_lr_warmup,
             self.config.training.accumulation,
             self.config.optimizer.spike_factor,
         )
@@ -75,7 +74,7 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     """
     model = build.language_model(config.model)
     o = config.optimizer
-    learning_rate, inner_lr_scale = schedules(config)
+    learning_rate, inner_lr_warmup = schedules(config)
     optimizer = optimizer_lib.adamw(
         learning_rate,
         beta1=o.beta1,
@@ -96,7 +95,7 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
         model,
         optimizer,
         learning_rate,
-        inner_lr_scale,
+        inner_lr_warmup,
         mesh,
         rules,
         state_sharding,
@@ -106,20 +105,13 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
 
 
 def schedules(config: ml_collections.ConfigDict) -> tuple[optimizer_lib.Schedule, optimizer_lib.Schedule]:
-    """Return the learning rate, and what multiplies the inner learning rate, by optimizer steps taken."""
+    """Return the learning rate, and how far the warm-up of inner learning rates has come, by optimizer steps taken."""
     o, warmup = config.optimizer, config_lib.steps(config, "optimizer.warmup")
     total = config_lib.steps(config, "training.duration")
-    return optimizer_lib.learning_rate(o.peak_lr, o.end_lr, warmup, total), _inner_lr_scale(config.model, warmup)
+    return optimizer_lib.learning_rate(o.peak_lr, o.end_lr, warmup, total), optimizer_lib.warmup(warmup)
 
 
 def _initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Return the first state; where axes have names, its parameters and their moments are in boxes that carry them."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return initial_state(params, optimizer)
-
-
-def _inner_lr_scale(model: ml_collections.ConfigDict, warmup: int) -> optimizer_lib.Schedule:
-    """The warm-up of the inner learning rate: from a tenth for the learner of TTT-MLP, unless the config says it."""
-    if not build.learns(model):
-        return lambda step: jnp.ones(())
-    return optimizer_lib.inner_lr_scale(ttt_loop.base_lr_start(model), ttt_loop.base_lr(model), warmup)

@@ -34,7 +34,7 @@ def train_step(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
     learning_rate: Schedule,
-    inner_lr_scale: Schedule,
+    inner_lr_warmup: Schedule,
     accumulation: int = 1,
     spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -44,20 +44,20 @@ def train_step(
     in that many micro-batches, and the mean of their gradients is one step. With ``spike_factor`` an update may be left
     out: see :mod:`ttt_jax.training.guard`.
 
-    Metrics: ``loss`` before the update, ``grad_norm`` before clipping, ``learning_rate`` and ``inner_lr_scale`` of
+    Metrics: ``loss`` before the update, ``grad_norm`` before clipping, ``learning_rate`` and ``inner_lr_warmup`` of
     this step; with ``spike_factor`` also ``skipped`` and ``skipped_in_a_row``, updates left out.
     """
 
-    def loss_fn(params, batch, scale):
-        logits, _ = model.apply({"params": params}, batch["inputs"], None, Context(inner_lr_scale=scale))
+    def loss_fn(params, batch, warmup):
+        logits, _ = model.apply({"params": params}, batch["inputs"], None, Context(inner_lr_warmup=warmup))
         return mean_over_rows(token_nll(logits, batch["targets"]), batch["mask"])
 
-    def loss_and_gradient(params, batch, scale):
+    def loss_and_gradient(params, batch, warmup):
         if accumulation == 1:
-            return jax.value_and_grad(loss_fn)(params, batch, scale)
+            return jax.value_and_grad(loss_fn)(params, batch, warmup)
 
         def micro_batch(total, rows):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, rows, scale)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, rows, warmup)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         parts = jax.tree.map(lambda x: constrain(x.reshape(accumulation, -1, x.shape[1]), None, "batch", None), batch)
@@ -65,8 +65,8 @@ def train_step(
         return jax.tree.map(lambda x: x / accumulation, total)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        scale = inner_lr_scale(state.step)
-        loss, gradient = loss_and_gradient(state.params, batch, scale)
+        warmup = inner_lr_warmup(state.step)
+        loss, gradient = loss_and_gradient(state.params, batch, warmup)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
@@ -74,7 +74,7 @@ def train_step(
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": learning_rate(state.step),
-            "inner_lr_scale": jnp.asarray(scale, jnp.float32),
+            "inner_lr_warmup": jnp.asarray(warmup, jnp.float32),
         }
         allowed, guard = guard_lib.judge(state.guard, norm, spike_factor)
         if spike_factor:

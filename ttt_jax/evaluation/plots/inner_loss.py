@@ -38,7 +38,7 @@ def inner_loss(
     Args:
       outputs: paths that end in .png, .pdf or .svg.
       context: of the inspection; None is the longest.
-      layers: from 0; None is all.
+      layers: blocks of the model that learn, from 0; None is all of them.
       window: positions that are averaged over.
       windows: of the inspection, where there are several.
 
@@ -48,22 +48,22 @@ def inner_loss(
     style.check_output(*outputs)
     found = inner_loop_files.read(workdir, split, context, windows=windows)
     saved.check(found.about, workdir_lib.at(workdir) / "inspect", ("model", "source", "windows", "context"))
-    count = len(found.loss_at_w0)
-    chosen = range(count) if layers is None else layers
+    chosen = found.blocks if layers is None else layers
     for layer in chosen:
-        if not 0 <= layer < count:
-            raise ConfigError(f"--layers {layer}: no such layer; expected 0 to {count - 1}")
+        if layer not in found.blocks:
+            raise ConfigError(f"--layers {layer}: no such layer that learns; expected {_listed(found.blocks)}")
     if not 1 <= window <= len(found.position):
         raise ConfigError(f"--window {window}: expected 1 to {len(found.position)}, the context")
     figure, panels = style.panels(
         len(chosen), columns=3 if len(chosen) in (3, 5, 6, 9) else min(4, len(chosen)), width=3.4, height=2.5
     )
     for axes, layer in zip(panels, chosen, strict=True):
+        row = found.blocks.index(layer)
         labels = _ONLINE if found.position_eta.shape[1] == 1 else _MINI_BATCH
         for (name, look), label in zip(_STYLES.items(), labels, strict=True):
-            position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[layer]))
+            position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[row]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
-        bad = sum(int((~np.isfinite(getattr(found, name)[layer])).sum()) for name in _STYLES)
+        bad = sum(int((~np.isfinite(getattr(found, name)[row])).sum()) for name in _STYLES)
         axes.set_title(f"layer {layer}" + (f": {bad:,} losses {finite.NOT_FINITE}" if bad else ""), fontsize=10)
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
@@ -80,6 +80,12 @@ def inner_loss(
     figure.suptitle(style.literal(title), fontsize=10, wrap=True)
     style.legend_below(figure)
     style.save(figure, *outputs)
+
+
+def _listed(blocks: list[int]) -> str:
+    if len(blocks) > 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):
+        return f"{blocks[0]} to {blocks[-1]}"
+    return ", ".join(map(str, blocks))
 
 
 def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -7,13 +7,14 @@ from typing import Any
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from ml_collections import ConfigDict
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
-from ttt_jax.mixers import MIXERS
+from ttt_jax.models import pattern
 from ttt_jax.sweep import files, metric
 from ttt_jax.sweep.results import flat
 
@@ -40,7 +41,7 @@ def by_mini_batch(
     points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     for point in points:
-        if not MIXERS[point.config["model"]["mixer"]].learns:
+        if not pattern.learns(ConfigDict(point.config["model"])):
             raise ConfigError(f"{point.workdir}: {point.about['model']} has no mini-batches; expected a TTT layer")
     seconds = dict(zip((p.workdir for p in points), files.on_each(_seconds, points), strict=True))
     sizes = sorted({_b(point) for point in points})

@@ -1,0 +1,176 @@
+"""Which mixer is in which block: ``model.mixer`` as a pattern that is repeated until all blocks are there.
+
+    sliding*5 + attention                               five blocks of one mixer, one of the other, and so on
+    ttt_linear(mini_batch=32)*3 + attention             keys of the mixer's section, for these blocks
+    sliding*9 + sliding(channel=swiglu + swiglu)*3      or those of :data:`BLOCK_KEYS`
+
+An entry is a name of :data:`ttt_jax.mixers.MIXERS`, in parentheses what it has of its own, and how often it follows
+itself. What is left over where the number of blocks is no multiple of the pattern is the pattern's first blocks.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from ttt_jax import import_path, settings
+from ttt_jax.errors import ConfigError
+from ttt_jax.mixers import MIXERS
+from ttt_jax.models.block import NORMS, channel_parts
+
+BLOCK_KEYS = ("channel", "norms", "pre_conv", "conv_width", "mlp_width", "rope_theta")
+
+_ENTRY = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*(?:\*\s*(\d{1,6}))?\s*(\+|$)")
+_EXAMPLE = "a pattern of them such as 'sliding*5 + attention'"
+
+
+class Run(NamedTuple):
+    """Blocks of one kind that follow each other."""
+
+    model: ml_collections.ConfigDict  # the section ``model``, as it is for these blocks: with one mixer
+    text: str  # the entry of the pattern, without its count
+    blocks: int
+
+
+class Segment(NamedTuple):
+    """Runs of blocks, read so many times one after the other."""
+
+    runs: tuple[Run, ...]
+    repeats: int
+
+    @property
+    def blocks(self) -> int:
+        """All blocks of the segment."""
+        return self.repeats * sum(run.blocks for run in self.runs)
+
+
+def segments(model: ml_collections.ConfigDict) -> tuple[Segment, ...]:
+    """Return the stack that ``config.model`` describes: the pattern as often as it fits whole, and what is left over.
+
+    Raises:
+      ConfigError: for a pattern that cannot be read, that names what does not exist, or that has more blocks than the
+        model.
+    """
+    runs = _merged(_runs(model))
+    whole = sum(run.blocks for run in runs)
+    if len(runs) == 1:
+        return (Segment((runs[0]._replace(blocks=model.num_layers),), 1),)
+    if whole > model.num_layers:
+        raise ConfigError(
+            f"model.num_layers={model.num_layers}: fewer blocks than the {whole} of model.mixer={model.mixer!r}; "
+            f"expected {whole} or more"
+        )
+    repeats, rest = divmod(model.num_layers, whole)
+    found = [Segment(tuple(runs), repeats)]
+    if rest:
+        found.append(Segment(tuple(_first(runs, rest)), 1))
+    return tuple(found)
+
+
+def kinds(model: ml_collections.ConfigDict) -> list[Run]:
+    """Return each kind of block once, in the order in which they come first, with how many blocks there are of it."""
+    found: dict[str, Run] = {}
+    for segment, run in each_run(model):
+        count = segment.repeats * run.blocks
+        known = found.get(run.text)
+        found[run.text] = run._replace(blocks=count + (known.blocks if known else 0))
+    return list(found.values())
+
+
+def each_run(model: ml_collections.ConfigDict) -> Iterator[tuple[Segment, Run]]:
+    """Yield every run of every segment, in order."""
+    return ((segment, run) for segment in segments(model) for run in segment.runs)
+
+
+def check(model: ml_collections.ConfigDict) -> None:
+    """Raise :class:`ConfigError` where the pattern, or what is said of one kind of block, cannot be."""
+    for kind in kinds(model):
+        try:
+            channel_parts(kind.model.channel)
+        except ValueError as error:
+            raise ConfigError(f"model.channel={kind.model.channel!r}: {error}") from error
+        if kind.model.norms not in NORMS:
+            raise ConfigError(f"model.norms={kind.model.norms!r}: expected one of {', '.join(NORMS)}")
+        MIXERS[kind.model.mixer].check(kind.model)
+
+
+def describe(model: ml_collections.ConfigDict) -> str:
+    """Describe the model in words, for labels: that of its mixer, or ``Hybrid 5 sliding : 1 attention``."""
+    runs = _merged(_runs(model))
+    if len(runs) == 1:
+        return MIXERS[runs[0].model.mixer].label(runs[0].model)
+    return "Hybrid " + " : ".join(f"{run.blocks} {run.text}" for run in runs)
+
+
+def learns(model: ml_collections.ConfigDict) -> list[Run]:
+    """Return the kinds of block whose mixers learn at test time, so that ``config.model.ttt`` means something."""
+    return [kind for kind in kinds(model) if MIXERS[kind.model.mixer].learns]
+
+
+def _runs(model: ml_collections.ConfigDict) -> list[Run]:
+    runs, place, more = [], 0, True
+    text = model.mixer
+    while more:
+        match = _ENTRY.match(text, place)
+        if match is None or match[1] not in MIXERS:
+            unknown = f": {match[1]!r}" if match and match[0].strip() != text.strip() else ""
+            raise ConfigError(f"model.mixer={text!r}{unknown}: expected one of {', '.join(MIXERS)}, or {_EXAMPLE}")
+        name, own, count, plus = match.groups()
+        if count is not None and int(count) < 1:
+            raise ConfigError(f"model.mixer={text!r}: {name}*{count}: expected 1 or more")
+        entry = f"{name}({', '.join(_assignments(own))})" if own else name
+        runs.append(Run(_of_entry(model, name, own or ""), entry, int(count or 1)))
+        place, more = match.end(), plus == "+" and match[0].strip() != ""
+        if more and place >= len(text):
+            raise ConfigError(f"model.mixer={text!r}: ends with +; expected {_EXAMPLE}")
+    return runs
+
+
+def _merged(runs: list[Run]) -> list[Run]:
+    """Return the runs with neighbours of one kind as one."""
+    found = []
+    for _, group in itertools.groupby(runs, key=lambda run: run.text):
+        alike = list(group)
+        found.append(alike[0]._replace(blocks=sum(run.blocks for run in alike)))
+    return found
+
+
+def _first(runs: list[Run], blocks: int) -> Iterator[Run]:
+    for run in runs:
+        if blocks <= 0:
+            return
+        yield run._replace(blocks=min(run.blocks, blocks))
+        blocks -= run.blocks
+
+
+def _of_entry(model: ml_collections.ConfigDict, name: str, own: str) -> ml_collections.ConfigDict:
+    """Return the section ``model`` for the blocks of one entry of the pattern."""
+    found = ml_collections.ConfigDict(model.to_dict())
+    found.mixer = name
+    section, declared = MIXERS[name].section, MIXERS[name].settings
+    of_section = {each.name: each for each in settings.of(declared)} if declared else {}
+    for assignment in _assignments(own):
+        key, _, text = (part.strip() for part in assignment.partition("="))
+        where = f"model.mixer={model.mixer!r}: {name}({assignment})"
+        each = of_section.get(key)
+        if each is not None and not each.may_change:
+            value = settings.parse(where, each.kind, text)
+            each.accepts.check(where.removesuffix(")"), value)
+            if isinstance(value, str) and import_path.is_import_path(value):
+                raise ConfigError(f"{where}: expected a function of this package; model.{section}.{key} takes yours")
+            found[section][key] = value
+        elif key in BLOCK_KEYS:
+            found[key] = settings.parse(where, _KINDS.get(key, str), text)
+        else:
+            known = [each.name for each in of_section.values() if not each.may_change]
+            raise ConfigError(f"{where}: unknown key; expected one of {', '.join([*known, *BLOCK_KEYS])}")
+    return found
+
+
+def _assignments(own: str) -> list[str]:
+    return [part.strip() for part in own.split(",") if part.strip()]
+
+
+_KINDS: dict[str, Any] = {"pre_conv": bool, "conv_width": int, "mlp_width": int, "rope_theta": float}

@@ -1,0 +1,147 @@
+"""Segments of blocks, read one after the other; the blocks of a run are one scan.
+
+A segment is a pattern of runs, repeated; a run is some blocks of one kind. Their parameters are stacked, and the
+compiled program has the body of each run once, so that compile time grows with the kinds of block, not their number.
+
+Shapes: B batch, T tokens, D width; n blocks of a run, r repeats of a segment, L blocks of the model.
+
+A model of equal blocks has its parameters in ``layers``, [L, ...]. In any other, block c of run j in repeat i of
+segment s has them in ``segment_s/NAME_j``, at [i, c] of [r, n, ...].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ttt_jax.mixers.mixer import Context
+from ttt_jax.models.block import Block
+
+ONE = "layers"  # the name of the only run of a model of equal blocks
+
+
+class Run(NamedTuple):
+    """``blocks`` of one kind that follow each other; ``name`` tells the kind."""
+
+    name: str
+    make_block: Callable[..., Block]
+    blocks: int
+
+
+class Segment(NamedTuple):
+    """Runs, read ``repeats`` times one after the other."""
+
+    runs: tuple[Run, ...]
+    repeats: int
+
+
+Segments = tuple[Segment, ...]
+
+
+def read(segments: Segments, remat: bool, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+    """Read h [B, T, D] through all blocks, within a compact method of a Flax module; return it and the state."""
+    if _only_run(segments):
+        (run,) = segments[0].runs
+        return _read_run(run, ONE, remat, h, state, context)
+    after = []
+    for s, segment in enumerate(segments):
+        pattern = _Pattern(segment.runs, remat, name=f"segment_{s}")
+        of_segment = None if state is None else state[s]
+        h, of_segment = _scan(_call, segment.repeats)(pattern, h, of_segment, context)
+        after.append(of_segment)
+    return h, None if state is None else tuple(after)
+
+
+def initial_state(segments: Segments, batch: int, width: int, length: int) -> Any:
+    """Return the state of all blocks before the first token of ``batch`` sequences of at most ``length`` tokens."""
+
+    def of_run(run: Run, repeats: tuple[int, ...]) -> Any:
+        one = run.make_block(parent=None).initial_state(batch, width, length)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*repeats, run.blocks, *x.shape)), one)
+
+    return _each(segments, of_run)
+
+
+def state_axes(segments: Segments) -> Any:
+    """Return a tree like the state, with the names of the axes of each array as a ``PartitionSpec``."""
+
+    def of_run(run: Run, repeats: tuple[int, ...]) -> Any:
+        stacked = ("layers",) * (len(repeats) + 1)
+        return jax.tree.map(lambda axes: PartitionSpec(*stacked, *axes), run.make_block(parent=None).state_axes())
+
+    return _each(segments, of_run)
+
+
+def by_block(segments: Segments, filled: Mapping[str, Any]) -> list[Any]:
+    """Return what a collection (or the parameters) holds of each of the L blocks, in order; {} where it holds nothing.
+
+    Args:
+      filled: the collection, as ``apply`` returns it.
+    """
+    if _only_run(segments):
+        return _taken(filled.get(ONE, {}), range(segments[0].runs[0].blocks))
+    found: list[Any] = []
+    for s, segment in enumerate(segments):
+        of_segment = filled.get(f"segment_{s}", {})
+        for repeat in range(segment.repeats):
+            for j, run in enumerate(segment.runs):
+                of_run = jax.tree.map(lambda x, i=repeat: x[i], of_segment.get(_name(j, run), {}))
+                found += _taken(of_run, range(run.blocks))
+    return found
+
+
+class _Pattern(nn.Module):
+    """The runs of a segment, once."""
+
+    runs: tuple[Run, ...]
+    remat: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+        after = []
+        for j, run in enumerate(self.runs):
+            h, of_run = _read_run(run, _name(j, run), self.remat, h, None if state is None else state[j], context)
+            after.append(of_run)
+        return h, None if state is None else tuple(after)
+
+
+def _read_run(run: Run, name: str, remat: bool, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+    body = nn.remat(_call, prevent_cse=False) if remat else _call
+    return _scan(body, run.blocks)(run.make_block(name=name), h, state, context)
+
+
+def _scan(body: Callable, length: int) -> Callable:
+    return nn.scan(
+        body,
+        variable_axes={"params": 0, "statistics": 0, "hidden_states": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def _call(module: nn.Module, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
+    return module(h, state, context)
+
+
+def _each(segments: Segments, of_run: Callable[[Run, tuple[int, ...]], Any]) -> Any:
+    """Return a value for each run, in the shape of the state."""
+    if _only_run(segments):
+        return of_run(segments[0].runs[0], ())
+    return tuple(tuple(of_run(run, (segment.repeats,)) for run in segment.runs) for segment in segments)
+
+
+def _only_run(segments: Sequence[Segment]) -> bool:
+    return len(segments) == 1 and len(segments[0].runs) == 1 and segments[0].repeats == 1
+
+
+def _name(place: int, run: Run) -> str:
+    return f"{run.name}_{place}"
+
+
+def _taken(tree: Any, places: range) -> list[Any]:
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in places]
