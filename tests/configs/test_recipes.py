@@ -11,6 +11,7 @@ from recipes import GOLDEN, PAPER, all_recipes, dump, get, paper_recipes, text
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
+from ttt_jax.mixers import ttt_loop
 from ttt_jax.models.build import language_model
 from ttt_jax.parallel import sharding
 from ttt_jax.training import loop, metrics, program
@@ -75,11 +76,12 @@ def test_contexts_data_and_backbones(mixer):
 
 def test_inner_rates_are_the_papers():
     """1.0 for Linear; for MLP 0.1, warmed up from 0.01 over the outer warm-up."""
-    mesh = AbstractMesh((1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    for mixer, start in (("ttt_linear", 1.0), ("ttt_mlp", 0.1)):
-        run = program.make(get(f"paper.py:{mixer}-125m-pile-2k"), mesh)
-        scale = [float(run.inner_lr_scale(step)) for step in (0, 240, 480, 4800)]
-        np.testing.assert_allclose(scale, [start, (start + 1) / 2, 1, 1], rtol=1e-6)
+    for mixer, start, peak in (("ttt_linear", 1.0, 1.0), ("ttt_mlp", 0.01, 0.1)):
+        config = get(f"paper.py:{mixer}-125m-pile-2k")
+        assert ttt_loop.base_lr_start(config.model) == pytest.approx(start)
+        assert ttt_loop.base_lr(config.model) == peak
+        _, warmup = program.schedules(config)
+        np.testing.assert_allclose([float(warmup(step)) for step in (0, 240, 480, 4800)], [0, 0.5, 1, 1], rtol=1e-6)
 
 
 def test_finetuning_has_a_fifth_of_the_steps():

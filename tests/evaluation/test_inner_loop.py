@@ -286,7 +286,7 @@ def test_what_does_not_exist_is_left_out(tmp_path):
     np.testing.assert_allclose([float(row["standard_error"]) for row in means], found.eta_standard_error[1, 3])
     np.testing.assert_allclose([float(row["value"]) for row in heads], found.eta[1, :, 3].mean(1))
     table = Console(width=120, record=True)
-    table.print(cli_inspect._table(inner_loop.summary(found), per_matrix=True))
+    table.print(cli_inspect._table(found.blocks, inner_loop.summary(found), per_matrix=True))
     text = table.export_text()
     assert "explained" not in text
     assert "nan" not in text
@@ -372,5 +372,5 @@ def test_losses_that_are_not_finite_show(tmp_path):
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert [line for line in lines if line.startswith("loss_before,1,,8,nan")]
     table = Console(width=120, record=True)
-    table.print(cli_inspect._table(inner_loop.summary(found)))
+    table.print(cli_inspect._table(found.blocks, inner_loop.summary(found)))
     assert table.export_text().count("not finite") == 2

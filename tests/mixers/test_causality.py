@@ -49,5 +49,5 @@ def test_mixer(random_params, quick_jit, name):
 
 def test_block_with_a_convolution_before_its_mixer(random_params, quick_jit):
     block = Block(MIXERS["attention"], mlp_width=4, dtype=jnp.float32, init_stddev=0.02, pre_conv=True)
-    params = random_params(block, np.zeros((1, TOKENS, WIDTH), np.float32), None, 1.0)
-    assert_lower_triangle(influence(quick_jit, lambda x: block.apply({"params": params}, x, None, 1.0)[0]))
+    params = random_params(block, np.zeros((1, TOKENS, WIDTH), np.float32))
+    assert_lower_triangle(influence(quick_jit, lambda x: block.apply({"params": params}, x)[0]))

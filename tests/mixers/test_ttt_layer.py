@@ -82,7 +82,7 @@ def test_inputs_of_the_inner_loop(random_params, assert_close, monkeypatch, back
     params = random_params(module, X)
     params["tau"] = np.array([0.25, -2.0, -0.1], np.float32)  # the second one is clipped: 1/2 - 2 < 0
     recorder = Recorder(monkeypatch)
-    module.apply({"params": params}, X, None, Context(inner_lr_scale=0.7))
+    module.apply({"params": params}, X, None, Context(inner_lr_warmup=0.7))
     assert_close(recorder.inputs, numpy_inputs(float64(params), backbone, 0.3, 0.7), 1e-6)
     np.testing.assert_allclose(recorder.inputs[4], [1.25, 0, 1 / 3 - 0.1], rtol=1e-6)
 
@@ -91,7 +91,7 @@ def test_inputs_of_the_inner_loop(random_params, assert_close, monkeypatch, back
 def test_inner_rate_is_linear_in_base_lr_and_its_scale(random_params, assert_close, monkeypatch, base_lr, scale):
     params = random_params(layer(), X)
     recorder = Recorder(monkeypatch)
-    layer(base_lr=base_lr).apply({"params": params}, X, None, Context(inner_lr_scale=scale))
+    layer(base_lr=base_lr).apply({"params": params}, X, None, Context(inner_lr_warmup=scale))
     gate = sigmoid(float64(X) @ params["eta_kernel"] + params["eta_bias"])
     assert_close(recorder.inputs[3] * HEAD_DIM, base_lr * scale * gate, 1e-6)
 
@@ -102,7 +102,7 @@ def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
     params = random_params(module, X)
     assert not {"eta_kernel", "eta_bias", "tau"} & params.keys()
     recorder = Recorder(monkeypatch)
-    module.apply({"params": params}, X, None, Context(inner_lr_scale=0.7))
+    module.apply({"params": params}, X, None, Context(inner_lr_warmup=0.7))
     token_eta, position_eta = recorder.inputs[3:]
     assert_close(token_eta, np.full((BATCH, TOKENS, HEADS), 0.3 * 0.7 / 2 / HEAD_DIM), 1e-6)
     np.testing.assert_allclose(position_eta, [1, 1 / 2, 1 / 3], rtol=1e-6)
@@ -116,7 +116,7 @@ def test_a_rate_for_each_weight_matrix(random_params, assert_close, monkeypatch)
     assert params["eta_kernel"].shape == (WIDTH, HEADS, 2)
     assert "tau" not in params
     recorder = Recorder(monkeypatch)
-    module.apply({"params": params}, X, None, Context(inner_lr_scale=0.7))
+    module.apply({"params": params}, X, None, Context(inner_lr_warmup=0.7))
     logits = np.einsum("btd,dhm->bthm", X, float64(params)["eta_kernel"]) + params["eta_bias"]
     token_eta, position_eta = recorder.inputs[3:]
     assert_close(token_eta, 0.7 * np.log1p(np.exp(logits + np.log(np.expm1(0.3)))), 1e-6)
@@ -231,12 +231,14 @@ def test_rates_and_the_norm_of_w0_are_statistics(random_params, quick_jit, asser
 
     @quick_jit
     def run(params):
-        _, whole = module.apply({"params": params}, X, None, Context(inner_lr_scale=0.7), mutable=["statistics"])
+        _, whole = module.apply({"params": params}, X, None, Context(inner_lr_warmup=0.7), mutable=["statistics"])
         state = module.initial_state(BATCH, WIDTH, TOKENS)
         (_, state), first = module.apply(
-            {"params": params}, X[:, :4], state, Context(inner_lr_scale=0.7), mutable=["statistics"]
+            {"params": params}, X[:, :4], state, Context(inner_lr_warmup=0.7), mutable=["statistics"]
         )
-        _, rest = module.apply({"params": params}, X[:, 4:], state, Context(inner_lr_scale=0.7), mutable=["statistics"])
+        _, rest = module.apply(
+            {"params": params}, X[:, 4:], state, Context(inner_lr_warmup=0.7), mutable=["statistics"]
+        )
         return whole["statistics"], first["statistics"], rest["statistics"]
 
     whole, *pieces = run(params)

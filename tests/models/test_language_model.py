@@ -67,9 +67,9 @@ def test_pieces_cut_inside_mini_batches_are_one_go(draw, quick_jit, assert_close
 
 def test_inner_steps_reach_the_logits(draw, quick_jit):
     """The comparisons of this file would say little if the hidden state hardly mattered."""
-    model = build()
+    model = build(ttt={"base_lr_start": 0.0})
     params = draw(model, TOKENS)
-    read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, Context(inner_lr_scale=scale))[0])
+    read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, Context(inner_lr_warmup=scale))[0])
     assert np.abs(read(1.0) - read(0.0)).max() > 0.1
 
 

@@ -17,7 +17,7 @@ BIG_STATE = {"model.vocab_size": 40000}
 
 def _curves(workdir):
     """All that was recorded but the times."""
-    names = ("step", "loss", "grad_norm", "learning_rate", "inner_lr_scale", "tokens")
+    names = ("step", "loss", "grad_norm", "learning_rate", "inner_lr_warmup", "tokens")
     return [[record[name] for name in names] for record in metrics.read(workdir)]
 
 

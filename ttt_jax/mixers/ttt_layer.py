@@ -218,8 +218,7 @@ class TTT(nn.Module):
             logits = self._logits(x, "eta", per_matrix)
         else:
             logits = jnp.zeros((*x.shape[:2], self.num_heads, *per_matrix))
-        start = self.base_lr_start / self.base_lr
-        scale = start + (1 - start) * warmup
+        scale = warmup_scale(self.base_lr_start, self.base_lr, warmup)
         return self.loop.rate.token_eta(logits, self.base_lr, scale, self.loop.learner.features)
 
     def _gates(self, x) -> dict[str, jax.Array]:
@@ -242,6 +241,11 @@ class TTT(nn.Module):
             return self.loop.rate.position_eta(self.mini_batch)
         tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
         return self.loop.rate.position_eta(self.mini_batch, tau)
+
+
+def warmup_scale(start: float, peak: float, warmup: jax.Array | float) -> jax.Array | float:
+    """Return what multiplies the peak rate during its warm-up from ``start``: linear in ``warmup``, from 0 to 1."""
+    return start / peak + (1 - start / peak) * warmup
 
 
 def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:

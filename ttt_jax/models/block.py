@@ -51,9 +51,7 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(self.dtype, self.norm_epsilon, name=name)(x)
 
-        def added(name: str, y: jax.Array) -> jax.Array:
-            if self.post_norm:
-                y = norm(f"{name}_post_norm", y)
+        def added(y: jax.Array) -> jax.Array:
             if context.valid is not None:
                 y = jnp.where(context.valid[..., None], y, 0)
             return h + y
@@ -64,13 +62,13 @@ class Block(nn.Module):
         if self.pre_conv:
             conv = conv_lib.CausalConv(self.conv_width, self.dtype, name="conv")
             y, conv_state = conv(norm("conv_norm", h), conv_state)
-            h = h + y
+            h = added(y)
         y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, context)
-        h = added("mixer", y)
+        h = added(norm("mixer_post_norm", y) if self.post_norm else y)
         for place, _ in enumerate(self.channel):
             name = "mlp" if place == 0 else f"mlp_{place + 1}"
-            mlp = SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name=name)
-            h = added(name, mlp(norm(f"{name}_norm", h)))
+            y = SwiGLU(self.mlp_width, self.dtype, self.init_stddev, name=name)(norm(f"{name}_norm", h))
+            h = added(norm(f"{name}_post_norm", y) if self.post_norm else y)
         h = constrain(h, "batch", None, None)
         self.sow("hidden_states", "h", h, reduce_fn=lambda _, new: new)
         return h, None if state is None else BlockState(conv_state, mixer_state)
