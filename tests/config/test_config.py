@@ -192,7 +192,7 @@ REFUSED = [
     ("optimizer.beta2=nan", "optimizer.beta2=nan", "from 0 to below 1"),
     ("optimizer.clip_norm=0", "optimizer.clip_norm=0.0", "a positive number"),
     ("model.ttt.base_lr=0", "model.ttt.base_lr=0.0", "a positive number"),
-    ("model.ttt.base_lr_start=nan", "model.ttt.base_lr_start=nan", "a positive number"),
+    ("model.ttt.base_lr_start=nan", "model.ttt.base_lr_start=nan", "0 or more"),
     ("seed=-1", "seed=-1", "0 to 2^32 - 1"),
     ("seed=4294967296", "seed=4294967296", "0 to 2^32 - 1"),
     ("optimizer.warmup=200", "optimizer.warmup='200'", "less than training.duration='200 steps'"),

@@ -12,7 +12,7 @@ from ttt_jax.training.loss import token_nll
 
 VOCAB, TOKENS = 11, np.random.default_rng(0).integers(0, 11, (2, 10))
 # Seven blocks: the pattern twice, and one that is left over.
-HYBRID = "attention(channel=none)*2 + ttt_linear(channel=swiglu + swiglu, norms=pre_post, mini_batch=4, backbone=transformer)"
+HYBRID = "attention(channel=none)*2 + ttt_linear(channel=swiglu + swiglu, norms=pre_post, mini_batch=4)"
 
 
 def config(mixer, blocks, **options):
