@@ -64,7 +64,7 @@ def make_case() -> Callable[..., Case]:
 
 @pytest.fixture(scope="session")
 def run_scan(quick_jit) -> Callable[..., scan.Result]:
-    return quick_jit(scan.run, static_argnames=("loop", "remat_group", "unroll", "statistics"))
+    return quick_jit(scan.run, static_argnames=("loop", "remat_group", "unroll", "statistics", "aligned"))
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ def test_remat_group_and_unroll_change_nothing(make_case, quick_jit, assert_clos
 
 def test_remat_group_and_unroll_change_nothing_from_a_state(make_case, run_scan, assert_close):
     case = make_case(1, 7, 2)
-    state = initial_state(case.parameters.w0, 2)._replace(position=jnp.int32(1))
+    state = initial_state(case.parameters.w0, 2)._replace(position=jnp.array([1, 1]))
     assert_close(run_scan(*case, state, remat_group=3, unroll=2), run_scan(*case, state))
 
 

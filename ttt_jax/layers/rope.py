@@ -11,19 +11,19 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Array:
-    """Turns pair j of token t by the angle ``positions[t] * theta^(-2j/d)``.
+    """Turns pair j of token t by the angle ``positions[..., t] * theta^(-2j/d)``.
 
     Angles, sines and the rotation are float32 whatever the dtype of x: rounded to bfloat16, angles are wrong by 2
     radians at position 2048.
 
     Args:
       x: [B, T, H, d], d even.
-      positions: [T], integers.
+      positions: [T] or [B, T], integers.
     """
     d = x.shape[-1]
     is_even = jnp.arange(d) % 2 == 0
     frequencies = jnp.repeat(theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d), 2)
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies  # [T, 1, d]
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [T, 1, d] or [B, T, 1, d]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     # With the pairs on an axis of their own, a TPU lays out tokens along lanes, and what is around pays for it.
     partner = jnp.where(is_even, _shifted(x, -1), _shifted(x, 1)).astype(jnp.float32)

@@ -48,7 +48,7 @@ from ttt_jax.ttt.kernels import choice
 from ttt_jax.ttt.learner import Affine, Matrix, Weights, norm_per_head
 from ttt_jax.ttt.learners import ResidualNorm
 from ttt_jax.ttt.objective import squared_error
-from ttt_jax.ttt.state import InnerState, initial_state
+from ttt_jax.ttt.state import InnerState, initial_state, where
 
 
 class TTTState(NamedTuple):
@@ -92,7 +92,7 @@ class TTT(nn.Module):
     def __call__(
         self, x: jax.Array, state: TTTState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, TTTState | None]:
-        width, position = x.shape[-1], 0 if state is None else state.inner.position
+        width, position = x.shape[-1], 0 if state is None else state.inner.position[:, None]
         q, k, v, conv_q, conv_k = self._qkv(x, state)
         positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
         parameters = self._inner_parameters()
@@ -131,7 +131,7 @@ class TTT(nn.Module):
             return z, None if state is None else tuple(end), stats
 
         heads, by_token, by_head = ("num_heads",), ("batch", None, "num_heads"), ("batch", "num_heads")
-        states = None if state is None else (by_head, by_head, (), by_head, by_head)
+        states = None if state is None else (by_head, by_head, ("batch",), by_head, by_head)
         inputs = ((heads, heads, ()), (by_token,) * 5, states)
         arguments = tuple(parameters), tuple(tokens), None if state is None else tuple(state)
         return scan.Result(*locally(run, inputs, (by_token, states, by_token))(*arguments))
@@ -257,9 +257,8 @@ def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
 
 
 def _started(inner: InnerState, begin: InnerState) -> InnerState:
-    """Return the state that W0 makes where no token has been read yet, else the state as it is."""
-    first = inner.position == 0
-    return jax.tree.map(lambda new, old: jnp.where(first, new, old), begin, inner)
+    """Return the state that W0 makes of rows that have read no token yet, and of others the state as it is."""
+    return where(inner.position == 0, begin, inner)
 
 
 def _spread(target: jax.Array) -> jax.Array:

@@ -52,13 +52,16 @@ def mini_batch(
     tokens: Tokens,
     position_eta: jax.Array,
     gates: Mapping[str, Gate],
+    together: jax.Array | None = None,
 ) -> tuple[jax.Array, Pass]:
     """Return the outputs z [B, H, b, d_v] of one mini-batch, and the pass over its keys.
 
     Args:
       tokens: q, k, v [B, H, b, d], eta [B, H, b, 1] or [B, H, b, M].
-      position_eta: [b], the rates of the positions that these tokens have in their mini-batch.
+      position_eta: [b] or [B, 1, b], the rates of the positions that these tokens have in their mini-batch.
       gates: what members of the update read, at each of these tokens.
+      together: [B, 1, b, b], which tokens s a token t may see among those up to it, where these are of several
+        documents, which all start from the same weights.
     """
     decay = update.decay_of(loop.update)
     log_decay = gates[decay.gate] if decay is not None else None
@@ -66,7 +69,7 @@ def mini_batch(
         return loop.learner.apply(start.weights, constants, tokens.q), pass_over_keys(loop, constants, start, tokens)
     keys = pass_over_keys(loop, constants, start, tokens, log_decay)
     memories = [member.memory(gates.get(member.gate)) for member in loop.update]
-    dense = _AsTokensSee(constants, start, keys, position_eta, log_decay, memories)
+    dense = _AsTokensSee(constants, start, keys, position_eta, log_decay, memories, together)
     return loop.learner.f(dense, tokens.q), keys
 
 
@@ -125,19 +128,21 @@ class _OnTheWayOfKeys(Dense):
 class _AsTokensSee(Dense):
     """Applies to each token the weights that it sees, without forming them."""
 
-    def __init__(self, constants, start: Start, keys: Pass, position_eta, log_decay: Gate | None, memories):
+    def __init__(self, constants, start: Start, keys: Pass, position_eta, log_decay, memories, together):
         super().__init__(start.weights, constants)
         self._keys = keys
-        self._rate = position_eta[:, None]  # [b, 1]
-        b = len(position_eta)
-        lower = jnp.tril(jnp.ones((b, b), bool))
+        self._rate = position_eta[..., None]  # [b, 1] or [B, 1, b, 1]
+        b = position_eta.shape[-1]
+        seen = jnp.tril(jnp.ones((b, b), bool))
+        if together is not None:
+            seen &= together
         if log_decay is None:
             self._factor = None
-            self._among = jnp.where(lower, self._rate, 0.0)  # [b, b]
+            self._among = jnp.where(seen, self._rate, 0.0)  # [b, b] or [B, 1, b, b]
             since_start = self._rate
         else:
             total = log_decay.total
-            difference = jnp.where(lower, total - total.swapaxes(-1, -2), -jnp.inf)  # of logarithms: no 0 * inf
+            difference = jnp.where(seen, total - total.swapaxes(-1, -2), -jnp.inf)  # of logarithms: no 0 * inf
             self._factor = jnp.exp(total)
             self._among = self._rate * jnp.exp(difference)  # [B, H, b, b]
             before = total[..., :1, :] - log_decay.value[..., :1, :]  # of the pieces before this one

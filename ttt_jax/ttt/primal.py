@@ -11,12 +11,23 @@ import jax.numpy as jnp
 from ttt_jax.ttt import update
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.learner import Dense
-from ttt_jax.ttt.state import InnerState
+from ttt_jax.ttt.state import InnerState, initial_state, where
 from ttt_jax.ttt.update import Gate
 
 
-def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerState) -> tuple[jax.Array, InnerState]:
+def run(
+    loop: InnerLoop,
+    parameters: Parameters,
+    tokens: Tokens,
+    state: InnerState,
+    valid: jax.Array | None = None,
+    reset: jax.Array | None = None,
+) -> tuple[jax.Array, InnerState]:
     """Read a piece of a sequence, from any position in a mini-batch to any other.
+
+    Args:
+      valid: bool [B, T], which tokens are some; the others change nothing, and z is 0 there. None is all.
+      reset: bool [B, T], the tokens with which a document begins, at W0. None where none does.
 
     Returns:
       z [B, T, H, d_v] and the state after the last token.
@@ -29,10 +40,15 @@ def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerSta
     def total_loss(weights, k, v):
         return loop.objective(loop.learner.f(Dense(weights, constants), k), v).sum()
 
-    def token(state: InnerState, now):
+    fresh = initial_state(w0, len(tokens.q), chain)
+
+    def token(given: InnerState, xs):
+        now, valid, reset = xs
+        state = where(valid & reset, fresh, given)
         place = state.position % b
         totals = {name: total + now.gates[name][..., 0, 0] for name, total in (state.gates or {}).items()}
-        gates = {name: Gate(now.gates[name], total[..., None, None], place + 1) for name, total in totals.items()}
+        count = place[:, None, None, None] + 1
+        gates = {name: Gate(now.gates[name], total[..., None, None], count) for name, total in totals.items()}
 
         def shrunk(by, weights):  # by the exponential of a gate
             return weights if decay is None else jax.tree.map(lambda w: jnp.exp(by(gates[decay.gate])) * w, weights)
@@ -43,9 +59,8 @@ def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerSta
         rates = [now.eta[..., i % now.eta.shape[-1], None] for i in range(len(gradient))]
         step = tuple(jax.tree.map(lambda g, r=r: r * g, g) for r, g in zip(rates, gradient, strict=True))
         pending = jax.tree.map(jnp.add, shrunk(lambda gate: gate.value, state.pending), step)
-        stepped, slots = update.step(
-            chain, state.weights, state.slots, pending, gates, position_eta[place], start_of_sequence
-        )
+        rate = position_eta[place][:, None, None, None]
+        stepped, slots = update.step(chain, state.weights, state.slots, pending, gates, rate, start_of_sequence)
         reads = update.used_weights(chain, stepped, start_of_sequence) if causal else used
         z = loop.learner.apply(reads, constants, now.q)
 
@@ -54,8 +69,8 @@ def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerSta
             stepped, jax.tree.map(jnp.zeros_like, pending), state.position, slots, jax.tree.map(jnp.zeros_like, totals)
         )
         inside = state._replace(pending=pending, gates=totals)
-        new = jax.tree.map(lambda x, y: jnp.where(full, x, y), after, inside)
-        return new._replace(position=state.position + 1), z
+        new = where(full, after, inside)._replace(position=state.position + 1)
+        return where(valid, new, given), where(valid, z, jnp.zeros_like(z))
 
     dtype = jnp.promote_types(w0[0].weight.dtype, jnp.float32)
 
@@ -66,5 +81,8 @@ def run(loop: InnerLoop, parameters: Parameters, tokens: Tokens, state: InnerSta
     eta = tokens.eta if tokens.eta.ndim == 4 else tokens.eta[..., None]
     by_token = {name: token_first(gate[..., None]) for name, gate in gates.items()}
     xs = Tokens(token_first(tokens.q), token_first(tokens.k), token_first(tokens.v), token_first(eta), by_token)
-    state, z = jax.lax.scan(token, state, xs)
+    everywhere = jnp.ones(tokens.q.shape[:2], bool)
+    valid = everywhere if valid is None else valid
+    reset = ~everywhere if reset is None else reset
+    state, z = jax.lax.scan(token, state, (xs, valid.T, reset.T))
     return z[..., 0, :].swapaxes(0, 1).astype(tokens.q.dtype), state

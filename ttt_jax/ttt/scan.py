@@ -2,22 +2,26 @@
 
 A sequence may be read in pieces cut anywhere, also inside a mini-batch: the state that one piece ends with is what
 the next one starts from, and the outputs are those of one go. When the sequence length is not a multiple of b, the
-last mini-batch has fewer tokens and is exact too.
+last mini-batch has fewer tokens and is exact too. Rows of a batch may have padding anywhere, and documents that begin
+anywhere: each is read as if it were alone.
 
 Shapes: B batch, T tokens of this piece, H heads, b tokens per mini-batch, n mini-batches, d_v width of values.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ttt import dual, update
+from ttt_jax.ttt import update
+from ttt_jax.ttt import windows as windows_lib
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
-from ttt_jax.ttt.learner import Weights, norm_per_head
-from ttt_jax.ttt.state import InnerState, initial_state
-from ttt_jax.ttt.update import Gate
+from ttt_jax.ttt.learner import Weights
+from ttt_jax.ttt.reader import Reader, Slots
+from ttt_jax.ttt.state import InnerState, where
+from ttt_jax.ttt.windows import Windows
 
 
 class Statistics(NamedTuple):
@@ -48,6 +52,9 @@ def run(
     tokens: Tokens,
     state: InnerState | None = None,
     *,
+    valid: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    aligned: bool = False,
     remat_group: int = 0,
     unroll: int = 1,
     statistics: bool = False,
@@ -61,12 +68,19 @@ def run(
       tokens: q, k (after RoPE), v, rates and gates, any float dtype; the inner loop computes in float32 (in float64
         where W0 is).
       state: where an earlier piece of the same sequences ended; None starts them.
+      valid: bool [B, T], which tokens are some; the others are padding, which changes nothing: z is 0 there, and no
+        gradient comes back. None where there is no padding.
+      reset: bool [B, T], the tokens with which a document begins: the inner loop starts anew at W0, and a mini-batch
+        begins. None where none begins after the start of the sequence.
+      aligned: whether the caller promises that there is no padding, and that in each row the piece and all documents
+        begin a multiple of b tokens after the start of the document and of the piece. It is read faster then. In rows
+        that break the promise, z and the weights of the state are NaN.
       remat_group: mini-batches between two stored W in the backward pass; what lies between is computed again.
         0 stores everything.
       unroll: mini-batches per iteration of the compiled loop.
       statistics: also return :class:`Statistics`; always by the scan.
-      kernel: reads the mini-batches that are known to be whole instead of the scan, such as
-        :func:`ttt_jax.ttt.kernels.run.run`.
+      kernel: reads the mini-batches that are whole instead of the scan, such as
+        :func:`ttt_jax.ttt.kernels.run.run`; where documents begin in the piece, only if it is aligned.
 
     Returns:
       Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.
@@ -77,175 +91,156 @@ def run(
     eta = tokens.eta if tokens.eta.ndim == 4 else tokens.eta[..., None]
     gates = update.gates_per_token(loop.update, tokens.gates or {}, tokens.eta)
     inputs = tokens._replace(eta=eta, gates={name: gate[..., None] for name, gate in gates.items()})
-    reader = _Reader(loop, parameters, remat_group, unroll, statistics, kernel)
-    z, end, stats = _whole(reader, inputs) if state is None else _continued(reader, inputs, state)
+    scan = _Scan(Reader(loop, parameters, statistics), remat_group, unroll, None if statistics else kernel)
+    if aligned or (state is None and valid is None and reset is None):
+        z, end, stats = _whole(scan, inputs, state, valid, reset)
+    else:
+        z, end, stats = _in_windows(scan, inputs, state, valid, reset)
     return Result(z.astype(tokens.q.dtype), end, Statistics(*stats) if statistics else None)
 
 
-class _Reader(NamedTuple):
-    """What stays the same for all mini-batches of a call."""
+class _Scan(NamedTuple):
+    """How mini-batches are read one after the other."""
 
-    loop: InnerLoop
-    parameters: Parameters
+    reader: Reader
     remat_group: int
     unroll: int
-    statistics: bool
     kernel: Kernel | None
 
-    @property
-    def b(self) -> int:
-        return len(self.parameters.position_eta)
+    def by_kernel(self, weights: Weights, inputs: Tokens, restarts: jax.Array | None = None):
+        """Read whole mini-batches; return the weights after them, and z."""
+        assert self.kernel is not None
+        tokens = inputs._replace(eta=inputs.eta[..., 0].astype(jnp.float32))
+        flags = {} if restarts is None else {"restarts": restarts}
+        z, weights = self.kernel(self.reader.loop, self.reader.parameters, weights, tokens, **flags)
+        return weights, z.astype(jnp.float32)
 
-    @property
-    def uses_kernel(self) -> bool:
-        return self.kernel is not None and not self.statistics
-
-    def read(self, start: InnerState, pending: Weights | None, tokens: Tokens, filled: Any):
-        """Read (a part of) one mini-batch.
-
-        Args:
-          start: where its reading starts.
-          pending: what earlier parts of the mini-batch left; None where it is known that there are none.
-          tokens: [B, H, n, ...], beginning at the first place of the mini-batch, or with empty places before them.
-          filled: places of the mini-batch that are filled after them.
-
-        Returns:
-          the state as if the mini-batch ended here, what is pending if it does not, the totals of the gates, z, and
-          the statistics.
-        """
-        loop, (w0, constants, position_eta) = self.loop, self.parameters
-        tokens = jax.tree.map(lambda x: x.astype(start.weights[0].weight.dtype), tokens)
-        count = jnp.arange(1, tokens.q.shape[-2] + 1)[:, None]
-        gates = {}
-        for name, value in (tokens.gates or {}).items():
-            before = 0.0 if start.gates is None else start.gates[name][..., None, None]
-            gates[name] = Gate(value, before + jnp.cumsum(value, -2), count)
-        last = {name: _at(gate, filled - 1) for name, gate in gates.items()}
-        rate = position_eta[filled - 1]
-
-        used = update.used_weights(loop.update, start.weights, w0)
-        begin = dual.Start(used, pending, start.slots)
-        z, keys = dual.mini_batch(loop, constants, begin, tokens, position_eta[: tokens.q.shape[-2]], gates)
-        if pending is None and not loop.update and isinstance(filled, int) and filled == self.b:
-            step = dual.gradient(loop, keys, rate)  # the rate goes to the small factor
-            weights, slots = jax.tree.map(lambda w, g: w - g, start.weights, step), ()
-        else:
-            left = dual.gradient(loop, keys, gates=gates)
-            pending = left if pending is None else jax.tree.map(jnp.add, self._shrunk(pending, gates), left)
-            weights, slots = update.step(loop.update, start.weights, start.slots, pending, last, rate, w0)
-        after = start._replace(weights=weights, slots=slots)
-        stats = self._statistics(used, keys, tokens, weights)
-        return after, pending, {name: gate.total[..., 0, 0] for name, gate in last.items()}, (z, stats)
-
-    def _shrunk(self, pending: Weights, gates: dict[str, Gate]) -> Weights:
-        """Return what earlier parts of a mini-batch left, decayed by these tokens."""
-        decay = update.decay_of(self.loop.update)
-        if decay is None:
-            return pending
-        factor = jnp.exp(gates[decay.gate].value.sum(-2, keepdims=True))
-        return jax.tree.map(lambda p: factor * p, pending)
-
-    def _statistics(self, used: Weights, keys: dual.Pass, tokens: Tokens, weights: Weights) -> tuple[jax.Array, ...]:
-        """Return those of a mini-batch, [B, H, b] each; none when they were not asked for."""
-        if not self.statistics:
-            return ()
-        loop, (w0, constants, _) = self.loop, self.parameters
-
-        def loss(weights):
-            return loop.objective(loop.learner.apply(weights, constants, tokens.k), tokens.v)
-
-        new = update.used_weights(loop.update, weights, w0)
-        at_start = loop.objective(keys.f_k, tokens.v) if update.decay_of(loop.update) is None else loss(used)
-        change = jax.lax.stop_gradient(jax.tree.map(jnp.subtract, new, w0))  # |x| has no gradient at 0
-        distance = jnp.broadcast_to(norm_per_head(change)[..., None], tokens.k.shape[:-1])
-        return loss(w0), at_start, loss(new), distance
+    def by_scan(self, step: Callable, state: InnerState, xs: Any):
+        """Read all windows by ``step``; return the state, and of each slot z and the statistics."""
+        state, ys = _grouped_scan(step, state, xs, self.remat_group, self.unroll)
+        return state, _join_outputs(ys)
 
 
-def _whole(reader: _Reader, inputs: Tokens):
-    """Read from the start of the sequence: mini-batches of b, then one of the T mod b tokens that are left."""
+def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
+    """Read mini-batches of b from the first token on, then one of the T mod b tokens that are left."""
+    reader, b = scan.reader, scan.reader.b
     batch, tokens = inputs.q.shape[:2]
-    b = reader.b
     n, rest = divmod(tokens, b)
+    fresh = reader.fresh(batch)
+    flags = None if reset is None else reset[:, ::b]  # [B, n + 1 or n]
 
-    def step(state: InnerState, x: Tokens):
-        after, _, _, y = reader.read(state, None, x, b)
+    def step(state: InnerState, x):
+        x, flag = x
+        state = state if flag is None else where(flag, fresh._replace(gates=None), state)
+        after, _, _, y = reader.mini_batch(state, None, x)
         return after, y
 
-    start = initial_state(reader.parameters.w0, batch, reader.loop.update)
-    state = start._replace(gates=None)  # none pending
+    state = (fresh if given is None else given)._replace(gates=None)  # none pending
     outputs = []
-    if n and reader.uses_kernel:
-        weights, z = _by_kernel(reader, state.weights, jax.tree.map(lambda x: x[:, : n * b], inputs))
+    whole = None if flags is None else flags[:, :n]
+    if n and scan.kernel is not None:
+        weights, z = scan.by_kernel(state.weights, jax.tree.map(lambda x: x[:, : n * b], inputs), whole)
         state = state._replace(weights=weights)
         outputs.append((z, ()))
     elif n:
-        head = jax.tree.map(lambda x: _split(x[:, : n * b], b), inputs)
-        state, ys = _grouped_scan(step, state, head, reader.remat_group, reader.unroll)
-        outputs.append(_join_outputs(ys))
-    pending, gates = start.pending, start.gates
+        xs = jax.tree.map(lambda x: _split(x[:, : n * b], b), inputs), None if whole is None else whole.T
+        state, y = scan.by_scan(step, state, xs)
+        outputs.append(y)
+    pending, gates = fresh.pending, fresh.gates
     if rest:
+        if flags is not None:
+            state = where(flags[:, n], fresh._replace(gates=None), state)
         tail = jax.tree.map(lambda x: _split(x[:, n * b :], rest)[0], inputs)
-        _, pending, gates, y = reader.read(state, None, tail, rest)
+        _, pending, gates, y = reader.mini_batch(state, None, tail)
         outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], y)))
     z, stats = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *outputs)
-    end = state._replace(pending=pending, gates=gates, position=jnp.asarray(tokens, jnp.int32))
+    end = state._replace(pending=pending, gates=gates, position=state.position + tokens)
+    if flags is not None:
+        last = jnp.where(flags, b * jnp.arange(flags.shape[1], dtype=jnp.int32), -1).max(1)
+        end = end._replace(position=jnp.where(last < 0, end.position, tokens - last))
+    kept = _promise(b, given, valid, reset)
+    if kept is not None:
+        z, weights = jax.tree.map(lambda x: where(kept, x, jnp.full_like(x, jnp.nan)), (z, end.weights))
+        end = end._replace(weights=weights)
     return z, end, stats
 
 
-def _continued(reader: _Reader, inputs: Tokens, state: InnerState):
-    """Read from any position: the tokens are laid out on the grid of mini-batches, with empty places (rate 0) before
-    the first and after the last one, and a mini-batch takes its step once its last place has been filled."""
-    tokens = inputs.q.shape[1]
-    b = reader.b
-    offset = state.position % b
-    n = -(-(tokens + b - 1) // b)  # enough for every offset
+def _promise(b: int, state: InnerState | None, valid, reset) -> jax.Array | None:
+    """Return which rows are aligned as promised, [B]; None where nothing could be wrong."""
+    found = []
+    if state is not None:
+        first = False if reset is None else reset[:, 0]
+        found.append((state.position % b == 0) | first)
+    if valid is not None:
+        found.append(valid.all(1))
+    if reset is not None:
+        found.append(~(reset & (jnp.arange(reset.shape[1]) % b > 0)).any(1))
+    return functools.reduce(jnp.logical_and, found) if found else None
 
-    def on_grid(x, mode="constant"):
-        return jnp.roll(jnp.pad(x, ((0, 0), (0, n * b - tokens), (0, 0), (0, 0)), mode), offset, axis=1)
 
-    def step(carry: InnerState, x):
-        x, filled = x
-        after, pending, gates, y = reader.read(carry, carry.pending, x, filled)
-        inside = carry._replace(pending=pending, gates=gates)
-        zeros = jax.tree.map(jnp.zeros_like, (pending, gates))
-        whole = after._replace(pending=zeros[0], gates=zeros[1])
-        return jax.tree.map(lambda x, y: jnp.where(filled == b, x, y), whole, inside), y
+def _in_windows(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
+    """Read tokens of any place in their sequences, with padding, in the windows of :mod:`ttt_jax.ttt.windows`."""
+    reader = scan.reader
+    batch, tokens = inputs.q.shape[:2]
+    windows = windows_lib.lay(tokens, reader.b, None if given is None else given.position, valid, reset)
+    n, c = windows.source.shape[1:]
+    state = reader.fresh(batch) if given is None else given
+    in_slots = _filled_up(jax.tree.map(windows.put, inputs), windows.filled.reshape(batch, -1))  # [B, n * c, ...]
 
-    filled = jnp.clip(offset + tokens - b * jnp.arange(n), 0, b)  # places filled when this piece ends
-    # Empty places hold a token that is there, since a learner may have no gradient at zeros; its rate is 0.
-    q, k, v = (on_grid(x, "edge") for x in inputs[:3])
-    eta, gates = jax.tree.map(on_grid, (inputs.eta, inputs.gates))
-    grid = Tokens(q, k, v, eta, gates)
+    def slots(first: int, last: int) -> Slots:
+        """Return windows as the scan takes them, [n, B, ...]."""
+        tokens = jax.tree.map(lambda x: _split(x[:, first * c : last * c], c), in_slots)
+        rest = windows.filled, windows.place, windows.begins
+        return Slots(tokens, *jax.tree.map(lambda x: x[:, first:last].swapaxes(0, 1), rest))
 
-    def scan(state, first, last):
-        xs = (jax.tree.map(lambda x: _split(x[:, first * b : last * b], b), grid), filled[first:last])
-        state, ys = _grouped_scan(step, state, xs, reader.remat_group, reader.unroll)
-        return state, _join_outputs(ys)
-
-    if reader.uses_kernel and n > 3:  # all but the first and the last two mini-batches are whole at every offset
-        state_then, first = scan(state, 0, 1)
-        inner = jax.tree.map(lambda x: x[:, b : (n - 2) * b], grid)
-        weights, z = _by_kernel(reader, state_then.weights, inner)
-        end, last = scan(state_then._replace(weights=weights), n - 2, n)
-        ys = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), first, (z, ()), last)
+    step = reader.window if reset is None else _unless_empty(reader.window)
+    if scan.kernel is not None and reset is None and n > 2:
+        state, y = _by_kernel_in_windows(scan, state, in_slots, windows, slots)
     else:
-        end, ys = scan(state, 0, n)
-    z, stats = jax.tree.map(lambda y: jax.lax.dynamic_slice_in_dim(y, offset, tokens, axis=1), ys)
-    return z, end._replace(position=state.position + tokens), stats
+        state, y = scan.by_scan(step, state, slots(0, n))
+    z, stats = jax.tree.map(windows.back, y)
+    return z, state._replace(position=windows.position), stats
 
 
-def _by_kernel(reader: _Reader, weights: Weights, inputs: Tokens) -> tuple[Weights, jax.Array]:
-    """Read whole mini-batches; return the weights after them, and z."""
-    assert reader.kernel is not None
-    tokens = inputs._replace(eta=inputs.eta[..., 0].astype(jnp.float32))
-    z, weights = reader.kernel(reader.loop, reader.parameters, weights, tokens)
-    return weights, z.astype(jnp.float32)
+def _by_kernel_in_windows(scan: _Scan, state: InnerState, in_slots: Tokens, windows: Windows, slots: Callable):
+    """Read the first window by the scan, those that are whole by the kernel, then each row's last one, if it is not."""
+    batch, n, c = windows.source.shape
+    state, (first, _) = scan.by_scan(scan.reader.window, state, slots(0, 1))
+    whole, some = windows.filled.all(-1)[:, 1:], windows.filled.any(-1)[:, 1:]  # [B, n - 1]
+    after = jax.tree.map(lambda x: x[:, c:], in_slots)
+    rates = jnp.where(jnp.repeat(whole, c, 1)[..., None, None], after.eta, 0)  # no step in the others
+    weights, z = scan.by_kernel(state.weights, after._replace(eta=rates))
+    part = some & ~whole  # one of each row at most
+    last = jnp.argmax(part, 1)
+
+    def of_row(x):  # [n - 1, B, ...] -> [1, B, ...]
+        return jnp.take_along_axis(x, last.reshape(1, -1, *[1] * (x.ndim - 2)), 0)
+
+    left = jax.tree.map(of_row, slots(1, n))
+    left = left._replace(filled=left.filled & part.any(1)[:, None])
+    state, (tail, _) = scan.by_scan(scan.reader.window, state._replace(weights=weights), left)
+    z = z.reshape(batch, n - 1, c, *z.shape[2:])
+    z = jnp.where(part.reshape(batch, n - 1, 1, 1, 1), tail[:, None], z)
+    return state, (jnp.concatenate([first, z.reshape(batch, -1, *z.shape[3:])], 1), ())
 
 
-def _at(gate: Gate, place: Any) -> Gate:
-    """Return a gate as of one place of a mini-batch; ``place`` may be traced."""
-    value, total = (jax.lax.dynamic_slice_in_dim(x, place, 1, -2) for x in (gate.value, gate.total))
-    return Gate(value, total, jnp.maximum(place + 1, 1))
+def _unless_empty(step: Callable) -> Callable:
+    """Return a step that costs nothing where no row has a token in the window."""
+
+    def empty(state, slots):
+        _, y = jax.eval_shape(step, state, slots)
+        return state, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), y)
+
+    return lambda state, slots: jax.lax.cond(slots.filled.any(), step, empty, state, slots)
+
+
+def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
+    """Put a vector like any other into empty slots, [B, n * c]: a learner may have no gradient at zeros."""
+
+    def vector(x):
+        return jnp.where(filled[..., None, None], x, jnp.cos(1.0 + jnp.arange(x.shape[-1])).astype(x.dtype))
+
+    return tokens._replace(q=vector(tokens.q), k=vector(tokens.k), v=vector(tokens.v))
 
 
 def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):

@@ -11,13 +11,13 @@ from ttt_jax.ttt.update import Chain
 
 
 class InnerState(NamedTuple):
-    """Where the inner loop stands, at any token.
+    """Where the inner loop stands in each sequence, at any token.
 
     Attributes:
       weights: W at the start of the current mini-batch, leaves [B, H, ...].
       pending: the sum of token_eta[s] * gradient[s] over the tokens of the current mini-batch so far, each decayed by
         those after it. Zero at the start of a mini-batch.
-      position: tokens read so far, int32 scalar.
+      position: tokens of the present document read so far, int32 [B]; modulo b, the place in the current mini-batch.
       slots: what each member of the update remembers, as of the start of the mini-batch.
       gates: the sum of each gate over the tokens of the current mini-batch so far, [B, H].
     """
@@ -44,4 +44,13 @@ def initial_state(w0: Weights, batch: int, chain: Chain = ()) -> InnerState:
     first = weights[0].weight
     gates = {member.gate: jnp.zeros(first.shape[:2], first.dtype) for member in chain if member.gate}
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    return InnerState(weights, zeros, jnp.zeros((), jnp.int32), update.init(chain, weights), gates)
+    return InnerState(weights, zeros, jnp.zeros(batch, jnp.int32), update.init(chain, weights), gates)
+
+
+def where(rows: jax.Array, x: Any, y: Any) -> Any:
+    """Return the tree ``x`` for some of the rows, [B], and ``y`` for the others; leaves [B, ...]."""
+
+    def leaf(x, y):
+        return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(leaf, x, y)

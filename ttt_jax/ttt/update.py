@@ -41,7 +41,7 @@ class Gate(NamedTuple):
 
     value: jax.Array  # of the token itself, [..., b, 1]
     total: jax.Array  # the sum over the tokens of the mini-batch up to it, [..., b, 1]
-    tokens: jax.Array | int  # how many these are, [b, 1]
+    tokens: jax.Array  # how many these are, [b, 1] or [B, 1, b, 1]
 
 
 class Member:

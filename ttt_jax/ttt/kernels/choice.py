@@ -1,7 +1,7 @@
 """Which way the inner loop is computed."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ttt_jax.ttt.inner_loop import InnerLoop
 from ttt_jax.ttt.kernels import run
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     why: str
 
 
-def scan_options(remat_group: int | None, unroll: int | None, device: str) -> dict[str, int]:
+def scan_options(remat_group: int | None, unroll: int | None, device: str) -> dict[str, Any]:
     """``remat_group`` and ``unroll`` of :func:`ttt_jax.ttt.scan.run`, where they are unset the best of the device."""
     best = _ON_TPUS if _is_tpu(device) else _ELSEWHERE
     return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
