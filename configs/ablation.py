@@ -21,10 +21,9 @@ linear attention has no counterpart), and a rate that is not learned is the one 
 a tiny one, on the embedded corpus.
 """
 
-import runpy
-from pathlib import Path
-
 from ttt_jax.config import ConfigError
+
+from . import paper
 
 RUNGS = (
     "linear_attention",
@@ -41,8 +40,7 @@ def get_config(arg: str = "mamba_backbone"):
     rung, _, variant = arg.partition(":")
     if rung not in RUNGS or variant not in ("", "smoke"):
         raise ConfigError(f"ablation.py:{arg}: expected one of {', '.join(RUNGS)}, and :smoke or nothing after it")
-    paper = runpy.run_path(str(Path(__file__).with_name("paper.py")))
-    c = paper["get_config"]("ttt_linear-125m-pile-2k")
+    c = paper.get_config("ttt_linear-125m-pile-2k")
     missing = RUNGS[RUNGS.index(rung) + 1 :]
     if "mamba_backbone" in missing:
         c.model.ttt.backbone = "transformer"
@@ -56,4 +54,4 @@ def get_config(arg: str = "mamba_backbone"):
         c.model.ttt.learned_w0 = False
     if "equivalence" in missing:
         c.model.mixer = "linear_attention"
-    return paper["smoke"](c) if variant else c
+    return paper.smoke(c) if variant else c

@@ -12,8 +12,7 @@ Hardware: two CPU cores, 0.3 GiB beside the libraries; 120 to 250 thousand token
 byte.
 """
 
-import runpy
-from pathlib import Path
+from . import ablation, paper
 
 SIZES = {  # as those of paper.py: blocks, width, heads, feed-forward width, steps, peak learning rate
     "125m": (2, 32, 2, 80, 60, 1e-2),
@@ -28,8 +27,7 @@ FINETUNING_LR = 0.1  # of the peak learning rate
 
 def get_config(arg: str = "ttt_linear-125m-pile-2k"):
     of_ablation = "-" not in arg
-    file = "ablation.py" if of_ablation else "paper.py"
-    c = runpy.run_path(str(Path(__file__).with_name(file)))["get_config"](arg)
+    c = (ablation if of_ablation else paper).get_config(arg)
     size = "125m" if of_ablation else arg.split("-")[-3]
     finetunes = bool(c.training.start_from)
     c.data.update(source="embedded", sequence_length=c.data.sequence_length // SHORTER)

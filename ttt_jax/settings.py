@@ -99,17 +99,17 @@ class Setting(typing.NamedTuple):
         if value is None and self.default is None:
             return
         if not isinstance(value, _TYPES[self.kind]) or (self.kind is not bool and isinstance(value, bool)):
-            raise ConfigError(f"{key}={value!r}: expected {self.kind_in_words}")
+            raise ConfigError(f"{key}={value!r}: expected {kind_in_words(self.kind.__name__)}")
         self.accepts.check(key, value)
-
-    @property
-    def kind_in_words(self) -> str:
-        """The type, as messages call it."""
-        return _IN_WORDS[self.kind]
 
 
 _TYPES: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), Duration: (str,)}
-_IN_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text", Duration: "a text"}
+
+
+def kind_in_words(name: str) -> str:
+    """Return what messages call a type, by its name."""
+    kinds = {"bool": "true or false", "int": "an integer", "float": "a number", "ConfigDict": "a section"}
+    return kinds.get(name, "a text")
 
 
 def of(section: type) -> Iterator[Setting]:
@@ -120,6 +120,14 @@ def of(section: type) -> Iterator[Setting]:
         if isinstance(kind, types.UnionType):
             (kind,) = (each for each in kind.__args__ if each is not types.NoneType)
         yield Setting(field.name, field.default, kind, **field.metadata)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dicts by dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
+    return found
 
 
 def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -134,17 +142,20 @@ def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, A
     return found
 
 
-def parse(key: str, kind: type, text: str) -> Any:
+def parse(where: str, kind: type, text: str) -> Any:
     """Return the value that a text spells; text is matched, never run.
+
+    Args:
+      where: what was typed, for the message.
 
     Raises:
       ConfigError: where it is no value of this kind.
     """
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"{key}: expected true or false")
     try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{key}: expected {'an integer' if kind is int else 'a number'}") from None
+        if kind is bool:
+            return {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(text, 16 if text.startswith("0x") else 10)
+        return float(text) if kind is float else text
+    except (KeyError, ValueError):
+        raise ConfigError(f"{' '.join(where.split())}: expected {kind_in_words(kind.__name__)}") from None

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -107,6 +108,47 @@ def test_configs_of_the_repository_say_what_to_type(path):
 
 def test_the_last_value_of_a_key_counts():
     assert parse("model.width=64", "model.width=256").model.width == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--config.seed", "3"], "seed", 3),
+        (["-config.seed=0x10"], "seed", 16),
+        (["--config.optimizer.peak_lr=1"], "optimizer.peak_lr", 1.0),
+        (["--config.data.source=a=b c"], "data.source", "a=b c"),
+        (["--config.data.source", "--config.seed=1"], "data.source", "--config.seed=1"),
+        (["--config.log.wandb_project="], "log.wandb_project", ""),
+        (["--config.log.wandb_project=None"], "log.wandb_project", "None"),
+        (["--config.model.pre_conv"], "model.pre_conv", True),
+        (["--noconfig.model.pre_conv"], "model.pre_conv", False),
+        (["--config.model.pre_conv=T"], "model.pre_conv", True),
+        (["--config.model.tie_embeddings=0"], "model.tie_embeddings", False),
+        (["--config", str(CONFIGS / "books.py")], "model.width", 128),  # the last file counts, too
+    ],
+    ids=str,
+)
+def test_forms_of_arguments(arguments, key, value):
+    found = get(config_lib.from_arguments(["--config", str(QUICKSTART), *arguments]), key)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.seed"], "seed: expected a value, as in --config.seed=VALUE"),
+        (["--noconfig.seed"], "'--noconfig.seed': unexpected argument; expected --config.seed=VALUE"),
+        (["--noconfig.model.remat=none"], "'--noconfig.model.remat=none': unexpected argument; expected "),
+        (["--noconfig.model"], "model=: is a section; expected one of its keys, such as model.mixer"),
+        (["--noconfig"], "'--noconfig': unexpected argument; expected --config.KEY=VALUE"),
+        (["--config.model.tie_embeddings", "false"], "'false': unexpected argument; expected --config.KEY=VALUE"),
+        (["--config."], ": unknown key; did you mean "),
+        (["--config.model.wi\ndth=3"], "model.wi dth: unknown key; did you mean model.width?"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused(arguments, message):
+    assert error_of(config_lib.from_arguments, ["--config", str(QUICKSTART), *arguments]).startswith(message)
 
 
 # ---- What may change
@@ -299,6 +341,7 @@ BROKEN_FILES = {
     "unknown_key": ("    c.seed = 1\n    c.model.widht = 3\n", 7, ["widht", "unknown key", "width"]),
     "wrong_type": ("    c.model.width = 'wide'\n", 6, ["width=wide", "an integer"]),
     "wrong_number": ("\n    c.model.width = 1.5\n", 7, ["width=1.5", "an integer"]),
+    "section": ("    c.model = 3\n", 6, ["model=3", "a section"]),
     "unknown_section": ("    c.modle.width = 3\n", 6, ["modle", "model"]),
     "syntax": ("    c.model.width = = 3\n", 6, ["syntax"]),
     "name": ("    c.model.width = wdith\n", 6, ["wdith"]),
@@ -324,6 +367,63 @@ def test_config_file_without_a_config(tmp_path, text):
     message = error_of(parse, file=path)
     assert str(path) in message
     assert "get_config" in message
+
+
+def test_config_files_import_their_neighbours(tmp_path, monkeypatch):
+    """Also those of a folder beside them, from any working directory, under names that other modules have."""
+    for folder, seed in (("a", 5), ("b", 6)):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "json.py").write_text(GET_CONFIG + f"    c.seed = {seed}\n    return c\n")
+        (tmp_path / folder / "inner" / "wide.py").write_text("from .. import json\nWIDTH = 64\n")
+        mine = "from . import json\nfrom .inner.wide import WIDTH\n\ndef get_config(arg=''):\n"
+        mine += "    from .json import get_config as again\n    c = again()\n    c.model.width = WIDTH\n    return c\n"
+        (tmp_path / folder / "my.own.py").write_text(mine)
+    modules, path = set(sys.modules), list(sys.path)
+    for where, file in (("/", tmp_path / "a" / "my.own.py"), (tmp_path / "b", "my.own.py")):
+        monkeypatch.chdir(where)
+        config = config_lib.from_arguments(["--config", str(file), "--config.model.num_heads=4"])
+        assert (config.seed, config.model.width) == (5 if where == "/" else 6, 64)
+    assert (set(sys.modules), sys.path) == (modules, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "essential"),
+    [
+        ("x = 1\ny = 1 // 0\n", "base.py, line 2", "division"),
+        ("x = = 1\n", "base.py, line 1", "syntax"),
+        ("x = 1\n", "mine.py, line 1", "cannot import name 'get_config'"),
+        (GET_CONFIG + "    c.model.widht = 3\n", "base.py, line 6", "did you mean model.width?"),
+    ],
+)
+def test_error_in_a_neighbour_of_a_config_file_names_file_and_line(tmp_path, text, place, essential):
+    (tmp_path / "base.py").write_text(text)
+    (tmp_path / "mine.py").write_text("from .base import get_config\n")
+    message = error_of(parse, file=tmp_path / "mine.py")
+    assert message.startswith(f"{tmp_path}/{place}: ")
+    assert essential in message
+
+
+def test_a_neighbour_that_is_missing_is_named_with_the_folder(tmp_path):
+    (tmp_path / "mine.py").write_text("from . import papr\n")
+    message = error_of(parse, file=tmp_path / "mine.py")
+    assert message.startswith(f"{tmp_path}/mine.py, line 1: ImportError: cannot import name 'papr' from ")
+    assert f"({tmp_path})" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.model.extra = 3", "{file}: model.extra: unknown key; did you mean model."),
+        ("del c.optimizer.end_lr", "{file}: optimizer.end_lr: missing; expected a config that starts from "),
+        ("del c.model", "{file}: model.mixer: missing; expected a config that starts from "),
+        ("c.model.width = True", "model.width=True: expected an integer"),
+        ("c.model.width = None", "model.width=None: expected an integer"),
+    ],
+)
+def test_a_tree_that_a_config_file_bends(tmp_path, line, message):
+    file = tmp_path / "mine.py"
+    file.write_text(GET_CONFIG + f"    with c.unlocked():\n        {line}\n    return c\n")
+    assert error_of(config_lib.from_arguments, ["--config", str(file)]).startswith(message.format(file=file))
 
 
 def test_a_config_file_is_read_anew_each_time(tmp_path):

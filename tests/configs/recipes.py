@@ -4,17 +4,15 @@ python tests/configs/recipes.py      # writes tests/configs/recipes.json anew; t
 """
 
 import json
-import runpy
 from pathlib import Path
 
 from ttt_jax import config as config_lib
+from ttt_jax.config.files import names_of
 from ttt_jax.mixers import MIXERS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GOLDEN = Path(__file__).with_name("recipes.json")
-PAPER = runpy.run_path(str(CONFIGS / "paper.py"))
-ABLATION = runpy.run_path(str(CONFIGS / "ablation.py"))
-TASKS = runpy.run_path(str(CONFIGS / "tasks.py"))
+PAPER, ABLATION, TASKS = (names_of(CONFIGS / name) for name in ("paper.py", "ablation.py", "tasks.py"))
 
 
 def get(name, *overrides):

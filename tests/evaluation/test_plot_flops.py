@@ -137,12 +137,12 @@ def test_panels_are_of_one_text(runs, tmp_path):
 
 def test_table_1_is_told_apart_by_the_config():
     """The rungs of configs/ablation.py are those of the table, in its order."""
-    import runpy
     from pathlib import Path
 
-    from ttt_jax.sweep.results import flat
+    from ttt_jax.config.files import names_of
+    from ttt_jax.settings import flat
 
-    ablation = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "ablation.py"))
+    ablation = names_of(Path(__file__).parents[2] / "configs" / "ablation.py")
     found = [published.of(flat(ablation["get_config"](rung).to_dict())) for rung in ablation["RUNGS"]]
     assert found == list(published.TABLE_1)
     assert [stated.perplexity for stated in found] == [15.23, 15.23, 15.27, 14.05, 12.35, 11.99, 11.09]

@@ -113,7 +113,7 @@ def test_operations_are_the_sum_over_blocks():
         ("attention(window=3)", "attention(window=3): unknown key; expected one of channel, norms, "),
         ("attention(channel=relu)", "model.channel='relu': expected none, or one or more of swiglu joined by +"),
         ("attention(norms=post)", "model.norms='post': expected one of pre, pre_post"),
-        ("attention(pre_conv=1)", "attention(pre_conv=1): expected true or false"),
+        ("attention(pre_conv=3)", "attention(pre_conv=3): expected true or false"),
     ],
 )
 def test_refused(mixer, message):

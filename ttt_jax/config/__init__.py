@@ -4,8 +4,8 @@ A config file is Python with ``get_config(arg="")`` that starts from :func:`defa
 key can be set from the command line too: ``--config.optimizer.peak_lr=1e-3``.
 """
 
+from ttt_jax.config.arguments import from_arguments as from_arguments
 from ttt_jax.config.durations import steps as steps
-from ttt_jax.config.files import from_arguments as from_arguments
 from ttt_jax.config.files import from_dict as from_dict
 from ttt_jax.config.files import from_json as from_json
 from ttt_jax.config.mesh import mesh_shape as mesh_shape

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ttt_jax.config import tree as config_lib
+from ttt_jax.config import tree
 
 # Of each key that is gone: its value, to the keys and values that mean the same now.
 RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -36,7 +36,7 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
                 holder = _section(config, sections)
                 if holder is not None:
                     holder.setdefault(name, value)
-    return _filled(config, config_lib.default().to_dict())
+    return _filled(config, tree.default().to_dict())
 
 
 def current_values(values: Mapping[str, Any]) -> dict[str, Any]:

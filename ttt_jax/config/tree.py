@@ -1,5 +1,6 @@
 """The one tree of all sections: those of :mod:`ttt_jax.config.sections` and those of the registered mixers."""
 
+import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -12,6 +13,7 @@ from ttt_jax import import_path
 from ttt_jax import settings as settings_lib
 from ttt_jax.config import durations
 from ttt_jax.config.sections import SECTIONS
+from ttt_jax.errors import ConfigError
 from ttt_jax.settings import Setting
 
 if TYPE_CHECKING:
@@ -24,13 +26,12 @@ def default() -> ml_collections.ConfigDict:
     """Return a config of all keys with their defaults. It is locked: a key that does not exist cannot be set."""
     config = ml_collections.ConfigDict()
     for key, each in settings().items():
-        *sections, name = key.split(".")
         section = config
-        for part in sections:
+        for part in key.split(".")[:-1]:
             if part not in section:
                 section[part] = ml_collections.ConfigDict()
             section = section[part]
-        section[name] = config_dict.placeholder(each.kind) if each.default is None else each.default
+        section[each.name] = config_dict.placeholder(each.kind) if each.default is None else each.default
     return config.lock()
 
 
@@ -44,10 +45,47 @@ def validate(config: ml_collections.ConfigDict) -> None:
     durations.check(config)
 
 
+def check_keys(config: ml_collections.ConfigDict) -> None:
+    """Raise :class:`ConfigError` where a config does not have exactly the keys of :func:`default`."""
+    there = settings_lib.flat(config.to_dict())
+    for key, value in there.items():
+        setting(key, value)
+    if missing := [key for key in settings() if key not in there]:
+        raise ConfigError(f"{missing[0]}: missing; expected a config that starts from ttt_jax.config.default()")
+
+
 @functools.cache
 def settings() -> Mapping[str, Setting]:
     """Return all settings by their dotted keys, in order."""
     return {f"{section}.{each.name}" if section else each.name: each for section, each in _settings()}
+
+
+def setting(key: str, value: Any = "") -> Setting:
+    """Return the setting of a dotted key.
+
+    Args:
+      value: that it is to have, for the message.
+
+    Raises:
+      ConfigError: where the key does not exist, or is a section.
+    """
+    if key in settings():
+        return settings()[key]
+    if inside := [known for known in settings() if known.startswith(f"{key}.")]:
+        said = " ".join(f"{key}={value}".split())
+        raise ConfigError(f"{said}: is a section; expected one of its keys, such as {inside[0]}")
+    (close,) = difflib.get_close_matches(key, settings(), 1, 0)
+    raise ConfigError(f"{' '.join(key.split())}: unknown key; did you mean {close}?")
+
+
+def nearest(name: str) -> str:
+    """Return the key or section whose last part is most like a name."""
+    ends: dict[str, str] = {}
+    for key in settings():
+        parts = key.split(".")
+        for n, part in enumerate(parts):
+            ends.setdefault(part, ".".join(parts[: n + 1]))
+    return ends[difflib.get_close_matches(name, ends, 1, 0)[0]]
 
 
 def may_change(key: str) -> bool:
@@ -65,6 +103,14 @@ def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
+
+
+def set_value(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    """Set the value of a dotted key, also of one that a method of the tree hides, such as ``update``."""
+    *sections, name = key.split(".")
+    for part in sections:
+        config = config[part]
+    config[name] = value
 
 
 def own_learner(config: ml_collections.ConfigDict) -> str | None:

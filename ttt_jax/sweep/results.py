@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ttt_jax.config import renamed
 from ttt_jax.errors import ConfigError
+from ttt_jax.settings import flat
 from ttt_jax.sweep import files, metric, names, record, status, sweep_file
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.status import Standing
@@ -151,11 +152,3 @@ def as_csv(results: Results, name: str) -> str:
     writer.writeheader()
     writer.writerows(table)
     return text.getvalue()
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict by dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found

@@ -16,8 +16,8 @@ from ttt_jax.evaluation import compare, evaluations
 from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
+from ttt_jax.settings import flat
 from ttt_jax.sweep import names
-from ttt_jax.sweep.results import flat
 
 SUFFIXES = (".tex", ".csv", ".txt")
 _LATEX = {character: f"\\{character}" for character in "_%&#${}"} | {

@@ -13,7 +13,7 @@ from ttt_jax.evaluation import published as published_lib
 from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
-from ttt_jax.sweep.results import flat
+from ttt_jax.settings import flat
 from ttt_jax.training import run_config
 from ttt_jax.workdir import Workdir
 

@@ -15,8 +15,8 @@ from ttt_jax.evaluation import style
 from ttt_jax.evaluation.plots import points as points_lib
 from ttt_jax.evaluation.plots.points import Point
 from ttt_jax.models import pattern
+from ttt_jax.settings import flat
 from ttt_jax.sweep import files, metric
-from ttt_jax.sweep.results import flat
 
 _KEY = "model.ttt.mini_batch"
 
