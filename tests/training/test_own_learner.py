@@ -31,7 +31,9 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        yield folder / "ttt_learner_of_a_test.py"
+        file = folder / "ttt_learner_of_a_test.py"
+        file.write_text(SOURCE)
+        yield file
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,6 @@ def changed(lab):
 @pytest.fixture(scope="module")
 def finished(lab, tmp_path_factory, tiny_config):
     """The workdir of a run of two steps, which tests leave as it is."""
-    lab.write_text(SOURCE)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert loop.train(tiny_config(CHANGES), workdir).step == 2
     return workdir
