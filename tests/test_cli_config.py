@@ -1,6 +1,7 @@
 """``ttt config``, and configs in the help of verbs."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax import cli
+from ttt_jax import cli, cli_config
 from ttt_jax import config as config_lib
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "configs" / "quickstart.py")
@@ -32,12 +33,44 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
             there = there.get(part) if isinstance(there, dict) else None
         assert there == value
         if value is None:
-            assert f"# {key} is unset\n" in out
-    lines = {line.split(" = ")[0]: line for line in out.splitlines()}
-    assert lines["model.mixer"].split("  #")[1] == ' default: "ttt_linear"'
-    assert lines["training.duration"].split("  #")[1] == ' 4,000 steps; default: "1000 steps"'
-    assert lines["optimizer.warmup"].split("  #")[1] == " 400 steps"
-    assert "#" not in lines["log.every"]
+            assert f"# {key} is unset  " in out
+    comments = _comments(out)
+    assert list(comments) == list(config_lib.settings())
+    assert comments["model.mixer"].startswith('* default: "ttt_linear"; sequence mixer: ttt_linear, ')
+    assert comments["training.duration"].startswith('* 4,000 steps; default: "1000 steps"; a duration: ')
+    assert comments["optimizer.warmup"] == "  400 steps; a duration; also of the inner learning rate"
+    assert comments["log.every"] == "  a duration: one record of metrics.jsonl"
+    marked = [key for key, comment in comments.items() if comment.startswith("*")]
+    assert out.startswith(f"# {len(marked)} of {len(comments)} keys are not the defaults, marked #*; ")
+
+
+def test_what_is_not_the_default_is_marked_and_printed_alone(capsys):
+    changed = ["model.ttt.base_lr=0.3", "seed=0", "model.pre_conv=false", "log.every=2 steps"]
+    assert ttt("config", "--config", QUICKSTART, *(f"--config.{each}" for each in changed), "--changed") == 0
+    out = capsys.readouterr().out
+    comments = _comments(out)
+    assert len(comments) == len(out.splitlines())
+    assert all(comment.startswith("*") and "default: " in comment for comment in comments.values())
+    config, default = config_lib.from_arguments(["--config", QUICKSTART]), config_lib.default()
+    of_file = config_lib.differing_keys(config.to_dict(), default.to_dict()).keys()
+    assert comments.keys() == of_file | {"model.ttt.base_lr", "model.pre_conv", "log.every"}
+    assert comments["model.pre_conv"].startswith("* default: unset; ")
+    assert "model.pre_conv = false " in out
+
+
+def test_comments_are_as_wide_as_the_terminal():
+    config = config_lib.from_arguments(MINE)
+    lines = list(cli_config.as_toml(config, width=100))
+    assert max(len(line) for line in lines) <= 100
+    assert tomllib.loads("\n".join(lines)) == tomllib.loads("\n".join(cli_config.as_toml(config)))
+    words = re.sub(r"\s*\n\s+#  ", " ", "\n".join(lines))
+    assert words.split() == "\n".join(cli_config.as_toml(config)).split()
+
+
+def _comments(out):
+    """The comment of each key, with the mark."""
+    found = re.findall(r"^(?:# )?([\w.]+) (?:= .*?|is unset) *  #([* ] .*)$", out, re.MULTILINE)
+    return dict(found)
 
 
 def test_json_is_that_of_a_run(capsys, tmp_path):

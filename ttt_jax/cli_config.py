@@ -3,7 +3,10 @@
 import argparse
 import json
 import re
-from collections.abc import Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,9 +18,10 @@ from ttt_jax.settings import Duration
 
 DESCRIPTION = """\
 Prints the config that a command with the same arguments would use, and runs nothing: a line of TOML for each key, with
-its default where it differs. With --json, the same as the config.json of a run.
+its meaning, and its default where it differs. With --json, the same as the config.json of a run.
 """
-USAGE = "ttt config --config FILE[:ARG] [--config.KEY=VALUE ...] [--json]"
+USAGE = "ttt config --config FILE[:ARG] [--config.KEY=VALUE ...] [--changed | --json]"
+_COLUMN = 44  # characters: where comments begin
 _HEADER = """\
 config:
   --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()
@@ -55,29 +59,58 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt config``."""
-    parser.add_argument("--json", action="store_true", help="print JSON, as in the config.json of a run")
+    """Add the options of ``ttt config``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--changed", action="store_true", help="print only what is not the default")
+    group.add_argument("--json", action="store_true", help="print JSON, as in the config.json of a run")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """``ttt config``"""
     config = config_lib.from_arguments(rest)
-    print(json.dumps(config.to_dict(), indent=2) if options.json else as_toml(config))
+    if options.json:
+        print(json.dumps(config.to_dict(), indent=2))
+        return DONE
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n".join(as_toml(config, changed=options.changed, width=width)))
     return DONE
 
 
-def as_toml(config: ml_collections.ConfigDict) -> str:
-    """Return a line ``key = value`` for each key of a config. A comment has the default where it differs, and the steps
-    of durations in other units; keys that are unset are comments."""
-    lines = []
-    for key, each in config_lib.settings().items():
-        default, value = each.default, config_lib.value_of(config, key)
+def as_toml(config: ml_collections.ConfigDict, *, changed: bool = False, width: int | None = None) -> Iterator[str]:
+    """Yield lines ``key = value  # meaning``, with ``#*`` and the default where the value is not the default.
+
+    Keys that are unset are comments, and durations in other units are also told in steps.
+
+    Args:
+      changed: leave out what is the default.
+      width: of lines, in characters; longer comments are continued on lines of their own. None: any.
+    """
+    settings = config_lib.settings()
+    values = {key: config_lib.value_of(config, key) for key in settings}
+    others = [key for key, each in settings.items() if values[key] != each.default]
+    if not changed:
+        yield f"# {len(others)} of {len(settings)} keys are not the defaults, marked #*; --changed prints these alone"
+    section = None
+    for key in others if changed else settings:
+        if key.rpartition(".")[0] != section and not changed:
+            yield ""
+        section = key.rpartition(".")[0]
+        value, each = values[key], settings[key]
         line = f"# {key} is unset" if value is None else f"{key} = {_shown(value)}"
-        notes = [f"default: {_shown(default)}"] if value != default else []
-        if value and each.kind is Duration and not re.fullmatch(r"\s*\d+( steps?)?\s*", str(value)):
+        notes = [f"default: {_shown(each.default)}"] if key in others else []
+        if value and each.kind is Duration and not re.fullmatch(r"\s*\d+( steps?)?\s*", value):
             notes.insert(0, f"{config_lib.steps(config, key):,} steps")
-        lines.append(f"{line:<44}  # {'; '.join(notes)}" if notes else line)
-    return "\n".join(lines)
+        comment = "; ".join([*notes, each.meaning])
+        first, *more = _wrapped(comment, width)
+        yield f"{line:<{_COLUMN}}  #{'*' if key in others else ' '} {first}"
+        yield from (f"{'':<{_COLUMN}}  #  {each}" for each in more)
+
+
+def _wrapped(comment: str, width: int | None) -> list[str]:
+    if width is None:
+        return [comment]
+    room = max(30, width - _COLUMN - len("  #* "))
+    return textwrap.wrap(comment, room, break_on_hyphens=False, break_long_words=False)
 
 
 def manual(config: ml_collections.ConfigDict | None) -> str:

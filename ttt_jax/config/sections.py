@@ -112,9 +112,9 @@ class Optimizer:
     peak_lr: float = setting(1e-3, "AdamW learning rate after the warm-up", above=0)
     end_lr: float = setting(1e-5, "where its cosine ends", least=0)
     warmup: Duration = setting("10%", "a duration; also of the inner learning rate")
-    beta1: float = setting(0.9, "", least=0, below=1)
-    beta2: float = setting(0.95, "", least=0, below=1)
-    epsilon: float = setting(1e-8, "", above=0)
+    beta1: float = setting(0.9, "how much of the mean of the gradients a step keeps", least=0, below=1)
+    beta2: float = setting(0.95, "how much of the mean of their squares a step keeps", least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the latter", above=0)
     weight_decay: float = setting(0.1, "on every parameter", least=0)
     clip_norm: float = setting(1.0, "largest global norm of the gradient", above=0)
     spike_factor: float = setting(
