@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.mixers import MIXERS
+from ttt_jax.sweep import points as points_lib
 from ttt_jax.ttt.inner_loop import READINGS
 from ttt_jax.ttt.learners import LEARNERS
 from ttt_jax.ttt.objective import OBJECTIVES
@@ -384,6 +385,19 @@ def test_config_files_import_their_neighbours(tmp_path, monkeypatch):
         config = config_lib.from_arguments(["--config", str(file), "--config.model.num_heads=4"])
         assert (config.seed, config.model.width) == (5 if where == "/" else 6, 64)
     assert (set(sys.modules), sys.path) == (modules, path)
+
+
+def test_a_file_of_ones_own_starts_from_a_recipe_as_the_docs_say(tmp_path, monkeypatch):
+    (code,) = re.findall(
+        r"```python\n(from .configs import .*?)```", (CONFIGS.parent / "docs/recipes.md").read_text(), re.S
+    )
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path / "configs")
+    recipe = config_lib.from_arguments(["--config", "paper.py:ttt_mlp-125m-books-8k"])
+    points = points_lib.make([str(tmp_path / "mine.py")], {}, [{"seed": "1"}])
+    found = config_lib.differing_keys(recipe.to_dict(), points.configs[0].to_dict())
+    assert found == {"model.ttt.mlp_depth": (2, 3), "seed": (0, 1)}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import job as job_lib
+from ttt_jax.launch import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
@@ -26,6 +27,12 @@ def test_the_config_is_named_by_its_path_in_the_tree_that_is_sent(monkeypatch):
         )
         assert (job.checkout, job.workdir) == (ROOT, "gs://b/a")
         assert (job.config.model.mixer, job.config.seed) == ("ttt_mlp", 7)
+
+
+def test_a_config_is_sent_with_those_that_it_imports():
+    job = make("train", "--config", f"{ROOT}/configs/tiny.py:mini_batch", "--workdir", "gs://b/a")
+    assert (job.config.model.ttt.mini_batch, job.config.model.ttt.learned_eta) == (16, False)
+    assert {Path(f"configs/{name}.py") for name in ("tiny", "ablation", "paper")} <= {*versions.files(ROOT)}
 
 
 def test_the_name_belongs_to_the_workdir():
