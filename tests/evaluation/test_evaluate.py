@@ -321,7 +321,7 @@ def test_a_transformer_carries_nothing(model, data):
     config = model.config.copy_and_resolve_references()
     config.model.mixer = "attention"
     with pytest.raises(ConfigError, match=r"--carry-state: .*some-run is a Transformer, whose state grows"):
-        evaluate(model._replace(config=config), What(22, chains=2))
+        evaluate(model._replace(config=config, model=language_model(config.model)), What(22, chains=2))
 
 
 def test_a_split_without_documents(model, data, monkeypatch):

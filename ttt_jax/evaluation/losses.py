@@ -62,10 +62,6 @@ class _Reader:
         def make():
             return trained.model.initial_state(batch_size, capacity)
 
-        def place(x):  # [L, B, ...]
-            by_row = x.ndim > 1 and x.shape[1] == batch_size
-            return NamedSharding(trained.mesh, PartitionSpec(None, trained.rules.batch) if by_row else PartitionSpec())
-
         def whole(params, inputs, targets):
             return token_nll(trained.model.apply({"params": params}, inputs)[0], targets)
 
@@ -73,7 +69,7 @@ class _Reader:
             logits, state = trained.model.apply({"params": params}, inputs, state)
             return token_nll(logits, targets), state
 
-        states = jax.tree.map(place, jax.eval_shape(make))
+        states = sharding.by_axes(trained.model.state_axes(), trained.mesh, trained.rules)
         self._start = jax.jit(make, out_shardings=states)
         self._whole = jax.jit(whole, out_shardings=everywhere)
         self._piece = jax.jit(piece, out_shardings=(everywhere, states), donate_argnums=1)

@@ -18,7 +18,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis to mesh axis; None is replicated. ``batch`` is of activations, the others of parameters too."""
+    """Logical axis to mesh axis; None is replicated. ``batch`` is of activations and states, ``time`` and ``window`` of
+    states, the others of parameters too."""
 
     layers: str | None = None
     vocab: str | None = "tensor"
@@ -29,6 +30,8 @@ class ShardingRules:
     num_heads: str | None = "tensor"
     learner_hidden: str | None = "fsdp"
     batch: tuple[str, ...] = ("data", "fsdp")
+    time: str | None = None  # tokens that a state keeps, all that were read
+    window: str | None = None  # or so many at most
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -110,6 +113,15 @@ def global_batch(
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), where, part)
 
     return {name: array(x) for name, x in local.items()}
+
+
+def by_axes(axes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    """Return a sharding for each ``PartitionSpec`` of names of axes in a tree, such as a model's ``state_axes()``."""
+
+    def place(names: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(None if name is None else getattr(rules, name) for name in names)))
+
+    return jax.tree.map(place, axes)
 
 
 def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:
