@@ -21,7 +21,6 @@ Prints the config that a command with the same arguments would use, and runs not
 its meaning, and its default where it differs. With --json, the same as the config.json of a run.
 """
 USAGE = "ttt config --config FILE[:ARG] [--config.KEY=VALUE ...] [--changed | --json]"
-_COLUMN = 44  # characters: where comments begin
 _HEADER = """\
 config:
   --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()
@@ -71,8 +70,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(config.to_dict(), indent=2))
         return DONE
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print("\n".join(as_toml(config, changed=options.changed, width=width)))
+    print("\n".join(as_toml(config, changed=options.changed, width=_width())))
     return DONE
 
 
@@ -100,17 +98,8 @@ def as_toml(config: ml_collections.ConfigDict, *, changed: bool = False, width: 
         notes = [f"default: {_shown(each.default)}"] if key in others else []
         if value and each.kind is Duration and not re.fullmatch(r"\s*\d+( steps?)?\s*", value):
             notes.insert(0, f"{config_lib.steps(config, key):,} steps")
-        comment = "; ".join([*notes, each.meaning])
-        first, *more = _wrapped(comment, width)
-        yield f"{line:<{_COLUMN}}  #{'*' if key in others else ' '} {first}"
-        yield from (f"{'':<{_COLUMN}}  #  {each}" for each in more)
-
-
-def _wrapped(comment: str, width: int | None) -> list[str]:
-    if width is None:
-        return [comment]
-    room = max(30, width - _COLUMN - len("  #* "))
-    return textwrap.wrap(comment, room, break_on_hyphens=False, break_long_words=False)
+        mark = "*" if key in others else " "
+        yield from _aligned(f"{line:<44}  #{mark} ", f"{'':<44}  #  ", "; ".join([*notes, each.meaning]), width)
 
 
 def manual(config: ml_collections.ConfigDict | None) -> str:
@@ -124,8 +113,23 @@ def manual(config: ml_collections.ConfigDict | None) -> str:
         changed = config is not None and value != default
         setting = f"{'*' if changed else ' '} --config.{key}={_shown(value)}"
         was = f" (default: {_shown(default)})" if changed else ""
-        lines.append(f"{setting:<46} {each.meaning}{was}".rstrip())
+        lines += _aligned(f"{setting:<46} ", " " * 47, f"{each.meaning}{was}", _width())
     return "\n".join(lines)
+
+
+def _aligned(start: str, again: str, comment: str, width: int | None) -> Iterator[str]:
+    """Yield a line with a comment, and where it is wider than ``width`` the rest of the comment in lines of its own."""
+    lines = [start + comment]
+    if width is not None:
+        lines = textwrap.wrap(
+            comment, max(width, len(start) + 30), initial_indent=start, subsequent_indent=again, break_on_hyphens=False
+        )
+    return (line.rstrip() for line in lines)
+
+
+def _width() -> int | None:
+    """Return the width of the terminal; None for a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _of_config(arguments: Sequence[str]) -> list[str]:

@@ -84,11 +84,13 @@ def test_a_file_of_ones_own_starts_from_a_recipe_as_the_docs_say(tmp_path, monke
     ],
 )
 def test_error_in_a_neighbour_of_a_config_file_names_file_and_line(tmp_path, text, place, essential):
-    (tmp_path / "base.py").write_text(text)
-    (tmp_path / "mine.py").write_text("from .base import get_config\n")
-    message = error_of(parse, file=tmp_path / "mine.py")
-    assert message.startswith(f"{tmp_path}/{place}: ")
-    assert essential in message
+    for folder, name in ((tmp_path, "base"), (tmp_path / "inner", "inner.base")):
+        folder.mkdir(exist_ok=True)
+        (folder / "base.py").write_text(text)
+        (tmp_path / "mine.py").write_text(f"from .{name} import get_config\n")
+        message = error_of(parse, file=tmp_path / "mine.py")
+        assert message.startswith(f"{folder if place.startswith('base') else tmp_path}/{place}: ")
+        assert essential in message
 
 
 def test_a_neighbour_that_is_missing_is_named_with_the_folder(tmp_path):

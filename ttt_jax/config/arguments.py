@@ -13,9 +13,9 @@ from ttt_jax.settings import Setting, parse
 def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """Return the config of the file that the arguments name, with their overrides, validated.
 
-    Values are parsed by the type of their key, and never run.
-    A key that is true or false may stand without a value: ``--config.KEY`` is true and ``--noconfig.KEY`` false. Of all
-    others, the value may be the next argument. The last value of a key counts.
+    Values are parsed by the type of their key, and never run. A key that is true or false may stand without a value:
+    ``--config.KEY`` is true and ``--noconfig.KEY`` false. Of all others, the value may be the next argument. The last
+    value of a key counts.
 
     Raises:
       ConfigError: one line, for whatever is wrong with the arguments, the file or the values.
@@ -44,8 +44,8 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         match = re.fullmatch(r"--?(?:config|(no)?config[.](.*))", flag, re.DOTALL)
         if match is None:
             raise ConfigError(f"{first!r}: unexpected argument; expected --config.KEY=VALUE")
-        no, key = match[1], match[2] or ""
-        if flag.endswith("config"):
+        no, key = match.groups()
+        if key is None:
             yield "", text if equals else (left.pop(0) if left else "")
             continue
         kind = _known(key, text).kind

@@ -20,7 +20,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.settings import flat, kind_in_words
 from ttt_jax.workdir import Workdir
 
-_COUNT = itertools.count()
+_PACKAGE, _COUNT = "config_files_", itertools.count()
 
 
 def load(named: str) -> ml_collections.ConfigDict:
@@ -58,7 +58,7 @@ def executed(path: Path) -> Iterator[dict[str, Any]]:
     Its folder is a package for as long as the context lasts, of a name that no other has: files are read anew each
     time, and those of other folders may have the same names.
     """
-    package = types.ModuleType(f"config_files_{next(_COUNT)}")
+    package = types.ModuleType(f"{_PACKAGE}{next(_COUNT)}")
     package.__file__ = str(path.resolve().parent)  # for messages
     package.__path__ = [package.__file__]
     sys.modules[package.__name__] = package
@@ -114,9 +114,11 @@ def _place(error: Exception, path: Path) -> str:
     """Return where in a config file, or in a neighbour that it imports, an error was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
-    folder = path.resolve().parent
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve().parent == folder]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
+    place = str(path)
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+            place = f"{frame.f_code.co_filename}, line {line}"
+    return place
 
 
 def _said(error: Exception) -> str:
