@@ -22,7 +22,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def printed(in_one_process):
-    return in_one_process(["plan --help", *REFUSED])
+    return in_one_process(["plan --help", *REFUSED], unwanted=("orbax", "grain", "tensorstore"))
 
 
 def test_help(printed):

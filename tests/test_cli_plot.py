@@ -34,7 +34,10 @@ KINDS = ("loss-by-position", "flops", "context", "mini-batch", "inner-loss", "ta
 
 @pytest.fixture(scope="module")
 def answers(in_one_process):
-    return in_one_process(["plot --help", *(f"plot {kind} --help" for kind in KINDS), *REFUSED])
+    return in_one_process(
+        ["plot --help", *(f"plot {kind} --help" for kind in KINDS), *REFUSED],
+        unwanted=("orbax", "grain"),
+    )
 
 
 def test_help(answers):
