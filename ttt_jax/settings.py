@@ -76,11 +76,13 @@ class Accepts(typing.NamedTuple):
 
     def in_words(self) -> str:
         """Return the bounds as a phrase, such as ``1 or more``."""
-        if self.below is not None:
-            return f"a number from {self.least:g} to below {self.below:g}"
-        if self.above is not None:
+        if self.below is None and self.above is None:
+            return f"{self.least:g} or more"
+        if self.below is None:
             return "a positive number" if self.above == 0 else f"a number above {self.above:g}"
-        return f"{self.least:g} or more"
+        if self.least is not None:
+            return f"a number from {self.least:g} to below {self.below:g}"
+        return f"a number {'' if self.above is None else f'above {self.above:g} and '}below {self.below:g}"
 
 
 class Setting(typing.NamedTuple):
