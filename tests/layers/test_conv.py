@@ -1,4 +1,4 @@
-"""The causal convolution against an explicit loop, its written-out gradient against autodiff, and streaming."""
+"""The causal convolution against explicit loops, its written-out gradient against autodiff, pieces and documents."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.layers import conv
+from ttt_jax.layers.context import Context
 
 RNG = np.random.default_rng(0)
 
@@ -45,19 +46,54 @@ def test_pieces_are_one_go(assert_close, lengths):
     np.testing.assert_array_equal(state, x[:, -3:])
 
 
-def test_gradient_is_that_of_autodiff(quick_jit, assert_close):
+@pytest.mark.parametrize("since", [None, np.array([[4, 5, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]])])
+def test_gradient_is_that_of_autodiff(quick_jit, assert_close, since):
+    """Of all inputs, and of those that are of the same document."""
     params, x = random_conv(4, 3, 9)
     cotangent = RNG.standard_normal((2, 6, 3)).astype(np.float32)
 
-    def plain(x, kernel):
+    def plain(x, kernel, since):
         windows = jnp.stack([x[:, j : j + 6] for j in range(4)])
+        if since is not None:
+            windows *= (since >= np.arange(3, -1, -1)[:, None, None])[..., None]
         return jnp.einsum("jbtc,jc->btc", windows, kernel)
 
     def gradient(f):
-        gradients = quick_jit(jax.grad(lambda x, kernel: (f(x, kernel) * cotangent).sum(), (0, 1)))
+        gradients = quick_jit(jax.value_and_grad(lambda x, kernel: (f(x, kernel, since) * cotangent).sum(), (0, 1)))
         return gradients(x, params["params"]["kernel"])
 
     assert_close(gradient(conv.convolve), gradient(plain), 1e-6)
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(4, 6), (4, 2), (1, 3)])
+@pytest.mark.parametrize("given", ["valid", "reset", "both"])
+def test_reads_the_last_valid_tokens_of_the_document(quick_jit, assert_close, width, tokens, given):
+    """In pieces, also of fewer tokens than the convolution reads, wherever padding lies. The state holds real inputs of
+    the document, zeros where it has fewer."""
+    params, x = random_conv(width, 3, 3 * tokens)
+    module = conv.CausalConv(width, jnp.float32)
+    read = quick_jit(lambda x, state, context: module.apply(params, x, state, context))
+    for seed in range(6):
+        valid, reset = (lambda r: r.random((2, *x.shape[:2])) < r.random((2, 2, 1)))(np.random.default_rng(seed))
+        context = Context(None if given == "reset" else valid, None if given == "valid" else reset)
+        state, outputs = conv.initial_state(2, width, 3, jnp.float32), []
+        for start in range(0, 3 * tokens, tokens):
+            piece = np.s_[:, start : start + tokens]
+            y, state = read(
+                x[piece], state, jax.tree.map(lambda m, piece=piece: m[piece] if np.ndim(m) else m, context)
+            )
+            outputs.append(y)
+        found = np.concatenate(outputs, axis=1)
+        for row in range(2):
+            document, expected = [], np.zeros(x.shape[1:])
+            for t in range(x.shape[1]):
+                if given == "reset" or valid[row, t]:
+                    document = [] if given != "valid" and reset[row, t] else document
+                    document.append(t)
+                    expected[t] = numpy_conv(params, x[row : row + 1, document])[0, -1]
+            assert_close(found[row], expected, 1e-6)
+            last = np.concatenate([np.zeros((width, 3)), x[row, document]])
+            np.testing.assert_array_equal(state[row], last[len(last) - width + 1 :])
 
 
 def test_kernels_start_with_variance_one_over_their_width():

@@ -27,6 +27,16 @@ def test_pairs_turn_like_complex_numbers(theta):
     np.testing.assert_allclose(actual[:, :3], expected[:, :3], rtol=0, atol=1e-5)
 
 
+def test_rows_may_have_positions_of_their_own(assert_close):
+    positions = np.stack([POSITIONS, POSITIONS[::-1]])
+    x = jnp.asarray(X, jnp.float32)
+    rows = [rope.rotate(x[i : i + 1], positions[i]) for i in range(2)]
+    assert_close(rope.rotate(x, positions), np.concatenate(rows), 1e-6)
+    _, pull = jax.vjp(lambda x: rope.rotate(x, positions), x)
+    _, pulls = jax.vjp(lambda x: jnp.concatenate([rope.rotate(x[i : i + 1], positions[i]) for i in range(2)]), x)
+    assert_close(pull(x), pulls(x), 1e-6)
+
+
 def test_angles_of_bfloat16_inputs_are_float32():
     """Within the rounding of the output; bfloat16 angles are 0.06 off by position 32 and 2 off by 2048."""
     low = jnp.asarray(X, jnp.bfloat16)

@@ -1,38 +1,91 @@
-"""Blocked causal attention against a softmax in float64, and the layer's positions."""
+"""Attention in blocks, in documents and by a ring, against a softmax in float64; and the layer's positions."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt_jax import config as config_lib
 from ttt_jax.layers import rope
-from ttt_jax.mixers.attention import Attention, cached_attention, causal_attention
+from ttt_jax.mixers.attention import MIXERS, Attention, Keys, causal_attention, document_attention
+from ttt_jax.mixers.mixer import Context
+from ttt_jax.ttt import operations
 
 
-def numpy_attention(q, k, v):
+def numpy_attention(q, k, v, visible):
+    """The rows of what is seen, [B, T, S], where nothing is are zero."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    tokens = q.shape[1]
     logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
-    logits = np.where(np.tri(tokens, dtype=bool), logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), v)
+    weights = np.exp(logits - logits.max()) * visible[:, None]
+    return np.einsum("bhts,bshd->bthd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
 
 
+def seen(tokens, window=None):
+    t = np.arange(tokens)
+    return ((t <= t[:, None]) & (t > t[:, None] - (window or tokens)))[None]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize(("tokens", "block"), [(11, 4), (8, 4), (3, 4), (17, 1)])
-def test_blocks_are_the_softmax(quick_jit, assert_close, tokens, block):
+def test_blocks_are_the_softmax(quick_jit, assert_close, tokens, block, window):
     """Tokens that are no multiple of the block, that are, that are fewer; and a block too small for 16 of them."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
-    actual = quick_jit(causal_attention, static_argnames="block")(q, k, v, block=block)
-    assert_close(actual, numpy_attention(q, k, v), 1e-6)
+    actual = quick_jit(causal_attention, static_argnames=("window", "block"))(q, k, v, window=window, block=block)
+    assert_close(actual, numpy_attention(q, k, v, seen(tokens, window)), 1e-6)
 
 
-@pytest.mark.parametrize(("start", "tokens", "block"), [(5, 7, 3), (0, 6, 3), (9, 1, 4)])
-def test_queries_attend_to_a_cache_up_to_themselves(quick_jit, assert_close, start, tokens, block):
-    """Blocks that are not full, that are, and a single query; behind the last position the cache holds rubbish."""
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, start + tokens, 3, 6)).astype(np.float32)
-    keys, values = (np.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=1e3) for x in (k, v))
-    attend = quick_jit(cached_attention, static_argnames="block")
-    actual = attend(q[:, start:], keys, values, np.int32(start), block=block)
-    assert_close(actual, numpy_attention(q, k, v)[:, start:], 1e-6)
+def test_a_window_includes_the_token_itself():
+    v = np.eye(5, dtype=np.float32)[None, :, None]
+    weights = np.asarray(causal_attention(np.zeros_like(v), np.zeros_like(v), v, window=2))[0, :, 0]
+    np.testing.assert_allclose(weights[[0, 1, 4]], [[1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [0, 0, 0, 0.5, 0.5]])
+
+
+def test_only_the_blocks_of_keys_within_the_window_are_computed():
+    """32 tokens in 16 blocks of 2 queries: each against the 3 + 2 - 1 keys that one of them sees."""
+    x = jax.ShapeDtypeStruct((1, 32, 1, 8), jnp.float32)
+    program = jax.make_jaxpr(functools.partial(causal_attention, window=3, block=2))(x, x, x)
+    assert operations.products(program.jaxpr) == 2 * (2 * 8) * (2 * 2 + 15 * 2 * 4)
+
+
+@pytest.mark.parametrize(("window", "block"), [(None, 256), (None, 3), (2, 256), (2, 3)])
+def test_documents_and_what_is_kept_are_one_softmax(quick_jit, assert_close, window, block):
+    """Queries see the keys of their document at positions up to theirs; padding sees nothing, and gives 0."""
+    rng = np.random.default_rng(0)
+    tokens, slots = 7, 5
+    q, k, v = rng.standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
+    kept_k, kept_v = 10 * rng.standard_normal((2, 2, slots, 3, 6)).astype(np.float32)
+    # The ring holds positions 3 to 7 of document 0, and in the second row those up to 1.
+    kept = Keys(
+        kept_k, kept_v, np.array([[5, 6, 7, 3, 4], [0, 1, -3, -2, -1]]), np.array([[0] * 5, [0, 0, -1, -1, -1]])
+    )
+    document = np.array([[0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, -1, -1]])
+    position = np.array([[8, 9, 10, 0, 1, 2, 0], [2, 3, 0, 1, 2, 3, 3]])
+    piece = Keys(k, v, position, document)
+    attend = quick_jit(document_attention, static_argnames=("window", "block"))
+    joined = jax.tree.map(lambda x, y: np.concatenate([x, y], 1), kept, piece)
+    back = position[..., None] - joined.position[:, None]
+    visible = (document[..., None] == joined.document[:, None]) & (document[..., None] >= 0)
+    visible &= (back >= 0) & (back < (window or 100))
+    expected = numpy_attention(q, joined.keys, joined.values, visible)
+    actual = attend(q, piece, kept, window=window, block=block)
+    assert_close(actual, expected, 1e-6)
+    np.testing.assert_array_equal(actual[1, 5:], 0)
+
+
+def test_padding_gives_finite_gradients_of_zero(quick_jit):
+    """Rows without a key that they see, whatever comes back to them."""
+    q, k, v, g = np.random.default_rng(0).standard_normal((4, 1, 4, 1, 2)).astype(np.float32)
+    document = np.array([[0, 0, -1, -1]])
+
+    def loss(q, k, v):
+        return (document_attention(q, Keys(k, v, np.array([[0, 1, 2, 2]]), document)) * g).sum()
+
+    for gradient in quick_jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[:, 2:], 0)
+        assert np.abs(gradient[:, :2]).max() > 0
 
 
 def test_layer_attends_with_absolute_positions(random_params, assert_close):
@@ -40,5 +93,57 @@ def test_layer_attends_with_absolute_positions(random_params, assert_close):
     x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
     params = random_params(module, x)
     q, k, v = ((x @ params[name]["kernel"]).reshape(2, 5, 2, 4) for name in ("wq", "wk", "wv"))
-    y = numpy_attention(*(rope.rotate(a, jnp.arange(5), 100.0) for a in (q, k)), v).reshape(2, 5, 8)
+    y = numpy_attention(*(rope.rotate(a, jnp.arange(5), 100.0) for a in (q, k)), v, seen(5)).reshape(2, 5, 8)
     assert_close(module.apply({"params": params}, x)[0], y @ params["wo"]["kernel"])
+
+
+@pytest.fixture(scope="module")
+def window_of_four(random_params, quick_jit):
+    """A layer with a window of 4, its parameters, sequences of 16, and what a whole sequence gives."""
+    module = Attention(num_heads=2, dtype=jnp.float32, window=4)
+    x = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
+    params = {"params": random_params(module, x)}
+    apply = quick_jit(module.apply)
+    return module, functools.partial(apply, params), x, apply(params, x)[0]
+
+
+@pytest.mark.parametrize("prompt", [1, 3, 4, 5, 9])
+def test_a_ring_is_exact_before_at_and_behind_the_window(window_of_four, assert_close, prompt):
+    """A prompt, six tokens one by one, and what is left in one piece."""
+    module, apply, x, whole = window_of_four
+    state, found = module.initial_state(2, 8, 16), []
+    assert state.keys.shape == (2, 4, 2, 4)
+    for piece in np.split(x, [prompt, *range(prompt + 1, prompt + 7)], axis=1):
+        y, state = apply(piece, state)
+        found.append(y)
+    assert_close(np.concatenate(found, 1), whole, 1e-5)
+
+
+def test_a_ring_is_no_longer_than_the_sequence(window_of_four, assert_close):
+    module, apply, x, whole = window_of_four
+    state = module.initial_state(2, 8, 3)
+    assert state.keys.shape == (2, 3, 2, 4)
+    y, state = apply(x[:, :2], state)
+    assert_close(np.concatenate([y, apply(x[:, 2:3], state)[0]], 1), whole[:, :3], 1e-5)
+
+
+def test_a_document_that_begins_has_the_whole_cache(random_params, quick_jit, assert_close):
+    """Earlier documents leave no room taken: each of many may be as long as the state."""
+    module = Attention(num_heads=2, dtype=jnp.float32)
+    x = np.random.default_rng(0).standard_normal((1, 24, 8)).astype(np.float32)
+    apply = functools.partial(quick_jit(module.apply), {"params": random_params(module, x)})
+    state, found = module.initial_state(1, 8, 8), []
+    reset = np.arange(24)[None] % 8 == 0
+    for start in range(0, 24, 6):
+        y, state = apply(x[:, start : start + 6], state, Context(reset=reset[:, start : start + 6]))
+        found.append(y)
+    expected = [apply(x[:, start : start + 8])[0] for start in (0, 8, 16)]
+    assert_close(np.concatenate(found, 1), np.concatenate(expected, 1), 1e-5)
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 4), (4, 4), (5, 4), (11, 4)])
+def test_operations_count_what_a_token_sees(length, window):
+    c = config_lib.default().model
+    c.sliding.window = window
+    products = MIXERS["sliding"].operations(c, length) - 8 * c.width**2
+    assert products == pytest.approx(4 * c.width * np.mean([min(t, window) for t in range(1, length + 1)]))

@@ -10,11 +10,14 @@ from ttt_jax.mixers.linear_attention import linear_attention
 from ttt_jax.models.build import language_model
 
 BATCH, HEADS, D = 2, 3, 4
+RNG = np.random.default_rng(0)
 
 
-def numpy_linear_attention(q, k, v, sums):
+def numpy_linear_attention(q, k, v, sums, begins=()):
     z = np.zeros(q.shape)
     for t in range(q.shape[1]):
+        if t in begins:
+            sums = np.zeros(sums.shape)
         sums = sums + np.einsum("bhi,bhj->bhij", k[:, t], v[:, t])
         z[:, t] = np.einsum("bhi,bhij->bhj", q[:, t], sums)
     return z, sums
@@ -25,9 +28,19 @@ def test_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
     rng = np.random.default_rng(tokens)
     q, k, v = rng.standard_normal((3, BATCH, tokens, HEADS, D)).astype(np.float32)
     sums = rng.standard_normal((BATCH, HEADS, D, D)).astype(np.float32)
-    found = quick_jit(linear_attention, static_argnums=4)(q, k, v, sums, chunk)
+    found = quick_jit(linear_attention, static_argnames="chunk")(q, k, v, sums, chunk=chunk)
     assert_close(found, numpy_linear_attention(*(x.astype(np.float64) for x in (q, k, v, sums))), 1e-6)
     assert found[0].dtype == found[1].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("begins", [(0,), (4,), (5, 6), (3, 8), (2, 10)])
+def test_documents_have_sums_of_their_own(quick_jit, assert_close, begins):
+    """That begin with a chunk, within one, two in one, and with the last token."""
+    q, k, v = RNG.standard_normal((3, BATCH, 11, HEADS, D)).astype(np.float32)
+    sums = RNG.standard_normal((BATCH, HEADS, D, D)).astype(np.float32)
+    document = np.tile(np.isin(np.arange(11), begins).cumsum(), (BATCH, 1))
+    found = quick_jit(linear_attention, static_argnames="chunk")(q, k, v, sums, document, chunk=4)
+    assert_close(found, numpy_linear_attention(*(x.astype(np.float64) for x in (q, k, v, sums)), begins), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers.mixer import Context
 from ttt_jax.parallel import sharding
 from ttt_jax.planning import hlo
 from ttt_jax.training import program
@@ -60,8 +61,10 @@ def train(mixer, shape, kernel=None):
         state, values = step(state, batch)
         metrics.append({name: float(x) for name, x in values.items()})
     text = step.as_text()
-    with_statistics = mixer in ("ttt_mlp", "ttt") and shape in (ONE, (2, 2, 2))
+    once = kernel is None and shape in (ONE, (2, 2, 2))
+    with_statistics = once and mixer in ("ttt_mlp", "ttt")
     return {
+        "pieces": _pieces(run, state.params, batch["inputs"]) if once else None,
         "statistics": _statistics(run, state.params, batch["inputs"]) if with_statistics else None,
         "loss": [m["loss"] for m in metrics],
         "grad_norm": [m["grad_norm"] for m in metrics],
@@ -86,6 +89,23 @@ def _statistics(run, params, tokens):
 
     with sharding.on_mesh(run.mesh, run.rules):
         return _by_name(lambda x: np.asarray(x).tolist(), read(params, tokens))
+
+
+def _pieces(run, params, tokens):
+    """Return logits of sequences with padding and documents anywhere, [B, T, V], read in two pieces; 0 at padding."""
+    masks = np.random.default_rng(0).random((2, *tokens.shape)) < np.array([0.7, 0.3])[:, None, None]
+
+    @jax.jit
+    def read(params, tokens, valid, reset):
+        state, found = run.model.initial_state(*tokens.shape), []
+        for piece in np.s_[:, :5], np.s_[:, 5:]:
+            context = Context(valid[piece], reset[piece])
+            logits, state = run.model.apply({"params": params}, tokens[piece], state, context)
+            found.append(logits * valid[piece][..., None])
+        return jax.numpy.concatenate(found, 1)
+
+    with sharding.on_mesh(run.mesh, run.rules):
+        return np.asarray(read(params, tokens, *jax.device_put(tuple(masks), (run.batch_sharding,) * 2))).tolist()
 
 
 def _by_name(function, tree):

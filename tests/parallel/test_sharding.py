@@ -72,6 +72,16 @@ def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_padding_documents_and_states_are_the_same_on_a_mesh(on_meshes, mixer):
+    """Logits of two pieces, the state of the first one split over batch and heads; after the 20 steps."""
+    one, split = (np.array(on_meshes(mixer)[mesh]["pieces"]) for mesh in ("1x1x1", "2x2x2"))
+    assert one.shape == (8, 8, 16)
+    assert 0.2 < np.mean(one == 0) < 0.4  # padding
+    np.testing.assert_allclose(split, one, rtol=0, atol=1e-4 * np.abs(one).max())
+
+
+@pytest.mark.slow
 def test_fused_kernels_compute_on_a_mesh_what_the_scan_does_without():
     """Each device its own sequences and heads."""
     found = run("on_meshes.py", "ttt_linear", "2x2x2", "kernel")

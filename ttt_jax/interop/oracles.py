@@ -171,8 +171,8 @@ def check_trajectory(oracle: Oracle) -> Report:
 def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
     """Prefill of a prompt that ends inside a mini-batch, decoding token by token, and both in one go."""
     lm, tree = model(oracle), {"params": params(params_oracle)}
-    scale = json.loads(str(oracle["config"]))["_run"].get("ttt_lr_mult", 1.0)
-    apply = functools.partial(jax.jit(lambda tree, tokens, state: lm.apply(tree, tokens, state, scale)), tree)
+    context = Context(inner_lr_warmup=json.loads(str(oracle["config"]))["_run"].get("ttt_lr_mult", 1.0))
+    apply = functools.partial(jax.jit(lambda tree, tokens, state: lm.apply(tree, tokens, state, context)), tree)
     tokens, prompt = oracle["tokens"], int(oracle["prompt_len"])
 
     def decode(state, columns):

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ttt_jax.parallel.activations import constrain, locally, sum_over_rows
 
@@ -18,7 +19,7 @@ def lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     the compiler, each device adds up a few columns for the tokens of all devices, which it first has to be sent.
     """
     whole = constrain(table.astype(dtype), None, None)
-    return locally(lambda table, tokens: table[tokens], ((), ("batch",)), ("batch",))(whole, tokens)
+    return locally(lambda table, tokens: table[tokens], (P(), P("batch")), P("batch"))(whole, tokens)
 
 
 def _forward(table, tokens, dtype):
@@ -31,7 +32,7 @@ def _backward(dtype, saved, g):
     def add_up(tokens, g):
         return sum_over_rows(jnp.zeros(table.shape, jnp.float32).at[tokens].add(g.astype(jnp.float32)), None, AXES[1])
 
-    gradient = locally(add_up, (("batch",), ("batch",)), (None, AXES[1]))(tokens, g)
+    gradient = locally(add_up, (P("batch"), P("batch")), P(None, AXES[1]))(tokens, g)
     return constrain(gradient, *AXES).astype(table.dtype), None
 
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rotate(x: jax.Array, positions: jax.Array, theta: float = 10000.0) -> jax.Array:
-    """Turns pair j of token t by the angle ``positions[..., t] * theta^(-2j/d)``.
+    """Turn pair j of token t by the angle ``positions[t] * theta^(-2j/d)``.
 
     Angles, sines and the rotation are float32 whatever the dtype of x: rounded to bfloat16, angles are wrong by 2
     radians at position 2048.
 
     Args:
       x: [B, T, H, d], d even.
-      positions: [T] or [B, T], integers.
+      positions: [T], or [B, T] where rows differ; integers.
     """
     d = x.shape[-1]
     is_even = jnp.arange(d) % 2 == 0

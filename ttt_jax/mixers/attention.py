@@ -1,9 +1,13 @@
 """Causal multi-head self-attention with rotary positions: the mixer of the Llama-style Transformer.
 
-Shapes: B batch, T tokens, S length of the cache, D width, H heads, d = D / H.
+Tokens see all tokens of their document up to themselves, or those within a window (``sliding``). The state is a ring of
+keys and values: that of position p lies in slot p mod S. With a window, S is no more than that.
+
+Shapes: B batch, T tokens, S slots of the state, D width, H heads, d = D / H.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
+from ttt_jax.layers.context import Places, gather_valid, places
 from ttt_jax.layers.projection import Projection, to_heads
 from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
+from ttt_jax.settings import setting
+
+_NO_DOCUMENT = -1  # of keys that nobody sees
 
 
 class AttentionState(NamedTuple):
@@ -22,125 +30,224 @@ class AttentionState(NamedTuple):
 
     keys: jax.Array  # [B, S, H, d]
     values: jax.Array  # [B, S, H, d]
-    position: jax.Array  # tokens read so far, int32 scalar
+    position: jax.Array  # tokens of the present document read so far, int32 [B]
 
 
 class Attention(nn.Module):
-    """``wo softmax(q k^T / sqrt(d)) v``, causal; softmax in float32."""
+    """``wo softmax(q k^T / sqrt(d)) v``, causal; softmax in float32.
+
+    Attributes:
+      window: tokens that a token sees, itself included; None: all of its document up to itself.
+    """
 
     num_heads: int
     dtype: jnp.dtype
     init_stddev: float = 0.02
     rope_theta: float = 10000.0
+    window: int | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, state: AttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, AttentionState | None]:
-        """Attends. A state must have room for the tokens: positions past its length are not defined."""
-        del context
-        batch, tokens, width = x.shape
+        """Attend. The state of attention without a window must have room for the tokens of a document."""
+        _, tokens, width = x.shape
+        gathered = None
+        if self.window is not None and context.valid is not None:
+            gathered = gather_valid(context.valid, context)  # so that the tokens of a window are side by side
+            x, context = gathered.take(x), gathered.context
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
-        start = jnp.zeros((), jnp.int32) if state is None else state.position
-        positions = start + jnp.arange(tokens)
+        placed = places(context, tokens, None if state is None else state.position)
+        positions = jnp.arange(tokens) if placed is None else placed.position
         q = rope.rotate(project("wq"), positions, self.rope_theta)
         k = rope.rotate(project("wk"), positions, self.rope_theta)
         v = project("wv")
-        if state is None:
-            y = causal_attention(q, k, v)
+        if placed is None:
+            y = causal_attention(q, k, v, self.window)
         else:
-            keys = jax.lax.dynamic_update_slice_in_dim(state.keys, k, start, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(state.values, v, start, axis=1)
-            y = cached_attention(q, keys, values, start)
-            state = AttentionState(keys, values, start + tokens)
-        y = y.reshape(batch, tokens, width)
-        return Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(y), state
+            document = placed.document
+            if context.valid is not None:
+                document = jnp.where(context.valid, document, _NO_DOCUMENT)
+            piece = Keys(k, v, placed.position, document)
+            y = document_attention(q, piece, None if state is None else _kept(state), self.window)
+            state = None if state is None else _written(state, piece, placed)
+        y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(y.reshape(x.shape))
+        return y if gathered is None else gathered.back(y), state
 
     def initial_state(self, batch: int, width: int, length: int) -> AttentionState:
-        """An empty cache for sequences of up to ``length`` tokens."""
-        empty = jnp.zeros((batch, length, self.num_heads, width // self.num_heads), self.dtype)
-        return AttentionState(empty, empty, jnp.zeros((), jnp.int32))
+        """Return an empty ring for documents of up to ``length`` tokens."""
+        slots = length if self.window is None else min(length, self.window)
+        empty = jnp.zeros((batch, slots, self.num_heads, width // self.num_heads), self.dtype)
+        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32))
 
     def state_axes(self) -> AttentionState:
-        """The names of the axes of the state."""
-        cache, position = P("batch", "time", "num_heads", None), P()
-        return AttentionState._make((cache, cache, position))
+        """Return the names of the axes of the state."""
+        slots = "time" if self.window is None else "window"
+        ring = P("batch", slots, "num_heads", None)
+        return AttentionState._make((ring, ring, P("batch")))
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, block: int = 256) -> jax.Array:
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, block: int = 256
+) -> jax.Array:
     """Softmax attention of each token to itself and those before it, [B, T, H, d] to [B, T, H, d].
 
-    Queries are taken in blocks, each against the keys up to its end, so that the half of the logits that causality
-    hides is not computed and the logits of the others are never all in memory. On a CPU this takes 0.4 of the time of
-    ``jax.nn.dot_product_attention``. Logits and softmax are float32.
+    Queries are taken in blocks, each against the keys that one of them sees, so that the half of the logits that
+    causality hides is not computed and the logits of the others are never all in memory. On a CPU this takes 0.4 of the
+    time of ``jax.nn.dot_product_attention``. Logits and softmax are float32.
+
+    Args:
+      window: tokens that a token sees, itself included; None: all.
     """
-    dtype, tokens, scale = q.dtype, q.shape[1], q.shape[-1] ** -0.5
-    block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, d]
 
-    def attend(start: int) -> jax.Array:
-        end = min(start + block, tokens)
-        keys = k[:, :, :end].swapaxes(-1, -2)
+    def attend(first: int, start: int, end: int) -> jax.Array:
+        keys = k[:, :, first:end].swapaxes(-1, -2)
         logits = scale * jnp.matmul(q[:, :, start:end], keys, preferred_element_type=jnp.float32)
-        visible = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        visible = jnp.arange(first, end) <= jnp.arange(start, end)[:, None]
+        if window is not None:
+            visible &= jnp.arange(first, end) > jnp.arange(start, end)[:, None] - window
         weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf))
-        return weights.astype(dtype) @ v[:, :, :end]
+        return weights.astype(dtype) @ v[:, :, first:end]
 
-    y = jnp.concatenate([attend(start) for start in range(0, tokens, block)], axis=2)
+    y = jnp.concatenate([attend(*each) for each in _blocks(q.shape[2], window, block)], axis=2)
     return y.swapaxes(1, 2)
 
 
-def cached_attention(q: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, block: int = 256) -> jax.Array:
-    """Softmax attention of queries [B, T, H, d], the first at position ``start``, each to the keys [B, S, H, d] of a
-    cache up to its own position; [B, T, H, d].
+class Keys(NamedTuple):
+    """Keys and values, and where they stand; those without a document are not seen."""
 
-    Queries are taken in blocks, one after the other, so that no more than ``block`` x S logits per head are in memory.
+    keys: jax.Array  # [B, S, H, d]
+    values: jax.Array  # [B, S, H, d]
+    position: jax.Array  # [B, S]
+    document: jax.Array  # [B, S]
+
+
+def document_attention(
+    q: jax.Array, piece: Keys, kept: Keys | None = None, window: int | None = None, block: int = 256
+) -> jax.Array:
+    """Softmax attention of queries [B, T, H, d] to what they see of their document; [B, T, H, d].
+
+    Queries stand where the keys of their piece do; those without a document see nothing, and y is 0 there. What is kept
+    of earlier pieces is seen beside the piece itself, under one softmax and without a copy of either. Blocks are those
+    of :func:`causal_attention`, and so are the dtypes. With a window, padding must be behind all other tokens.
     """
-    tokens, block = q.shape[1], min(block, q.shape[1])
-    blocks = -(-tokens // block)
-    q = jnp.pad(q, ((0, 0), (0, blocks * block - tokens), (0, 0), (0, 0)))
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
 
-    def attend(first: jax.Array | int) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(q, first, block, axis=1)
-        visible = jnp.arange(keys.shape[1]) <= (start + first + jnp.arange(block))[:, None]  # [block, S]
-        return jax.nn.dot_product_attention(part, keys, values, mask=visible[None, None])
+    def attend(first: int, start: int, end: int) -> jax.Array:
+        part = q[:, start:end]
+        position, document = (x[:, start:end, None] for x in (piece.position, piece.document))
+        groups = [jax.tree.map(lambda x: x[:, first:end], piece)]
+        groups += [] if kept is None else [kept]
+        visible = []
+        for group in groups:
+            back = position - group.position[:, None]  # [B, t, S]
+            seen = (document == group.document[:, None]) & (document != _NO_DOCUMENT) & (back >= 0)
+            visible.append(seen if window is None else seen & (back < window))
+        logits = [
+            scale * jnp.einsum("bthd,bshd->bhts", part, group.keys, preferred_element_type=jnp.float32)
+            for group in groups
+        ]
+        weights = _softmax(logits, visible)
+        values = [
+            jnp.einsum("bhts,bshd->bthd", w.astype(dtype), g.values) for w, g in zip(weights, groups, strict=True)
+        ]
+        return sum(values[1:], values[0])
 
-    if blocks == 1:
-        return attend(0)[:, :tokens]
-    y = jax.lax.map(attend, block * jnp.arange(blocks))  # [blocks, B, block, H, d]
-    return y.swapaxes(0, 1).reshape(q.shape)[:, :tokens]
+    return jnp.concatenate([attend(*each) for each in _blocks(q.shape[1], window, block)], axis=1)
 
 
-def _module(model: Model) -> Callable[..., nn.Module]:
+def _softmax(logits: Sequence[jax.Array], visible: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the softmax over all that is visible of logits [B, H, T, S] in groups; zeros where nothing is."""
+    sizes = [x.shape[-1] for x in logits]
+    seen = jnp.concatenate(visible, -1)[:, None]
+    joined = jnp.where(seen, jnp.concatenate(logits, -1), jnp.finfo(jnp.float32).min)  # -inf alone has no softmax
+    weights = jnp.where(seen, jax.nn.softmax(joined), 0)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [weights[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _blocks(tokens: int, window: int | None, block: int) -> list[tuple[int, int, int]]:
+    """Return of each block of queries the first key that one of them sees, its start and its end."""
+    block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time
+    starts = range(0, tokens, block)
+    return [(0 if window is None else max(0, s + 1 - window), s, min(s + block, tokens)) for s in starts]
+
+
+def _kept(state: AttentionState) -> Keys:
+    """Return what the ring holds of the document that goes on: the last S of its positions."""
+    slots = state.keys.shape[1]
+    last = state.position[:, None] - 1
+    position = last - (last - jnp.arange(slots)) % slots
+    return Keys(state.keys, state.values, position, jnp.where(position >= 0, 0, _NO_DOCUMENT))
+
+
+def _written(state: AttentionState, piece: Keys, placed: Places) -> AttentionState:
+    """Return the ring after a piece: of the document that is the last one, with its last S tokens."""
+    slots = state.keys.shape[1]
+    stays = (piece.document == placed.document[:, -1:]) & (piece.position >= placed.end[:, None] - slots)
+    slot = jnp.where(stays, piece.position % slots, slots)  # one that does not exist is not written
+
+    @jax.vmap
+    def write(ring, new, slot):
+        return ring.at[slot].set(new, mode="drop")
+
+    return AttentionState(write(state.keys, piece.keys, slot), write(state.values, piece.values, slot), placed.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The section ``model.sliding``."""
+
+    window: int = setting(1024, "tokens that a token sees, itself included", least=1)
+
+
+def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]:
     return partial(
         Attention,
         num_heads=model.num_heads,
         dtype=jnp.dtype(model.dtype),
         init_stddev=model.init_stddev,
         rope_theta=model.rope_theta,
+        window=window,
     )
 
 
-def _operations(model: Model, sequence_length: int) -> float:
-    """Count the four projections, and the products with the keys and values that a token sees, on average."""
-    visible = (sequence_length + 1) / 2
-    return 4 * 2 * model.width**2 + 2 * 2 * model.width * visible
+def _seen(sequence_length: int, window: int | None = None) -> float:
+    """Return how many tokens a token sees, on average."""
+    inside = sequence_length if window is None else min(sequence_length, window)
+    return (inside * (inside + 1) / 2 + (sequence_length - inside) * inside) / sequence_length
 
 
-def _memory(model: Model, sequence_length: int) -> Memory:
-    """Count the softmax of a token over those before it: logits in float32, weights in the compute dtype."""
-    return Memory(0, 14, (4 + jnp.dtype(model.dtype).itemsize) * sequence_length / 2)
+def _operations(model: Model, seen: float) -> float:
+    """Count the four projections, and the products with the keys and values that a token sees."""
+    return 4 * 2 * model.width**2 + 2 * 2 * model.width * seen
+
+
+def _memory(model: Model, seen: float) -> Memory:
+    """Count the softmax of a token over those that it sees: logits in float32, weights in the compute dtype."""
+    return Memory(0, 14, (4 + jnp.dtype(model.dtype).itemsize) * seen)
 
 
 MIXERS = {
     "attention": Mixer(
         module=_module,
-        operations=_operations,
+        operations=lambda model, length: _operations(model, _seen(length)),
         label=lambda model: "Transformer",
         styles={
             "Transformer": Style("#000000", "-.", "^"),
             "Transformer, fine-tuned": Style("#7A7A7A", (0, (6, 1, 1, 1, 1, 1)), "v"),
         },
-        memory=_memory,
+        memory=lambda model, length: _memory(model, _seen(length)),
+    ),
+    "sliding": Mixer(
+        module=lambda model: _module(model, model.sliding.window),
+        operations=lambda model, length: _operations(model, _seen(length, model.sliding.window)),
+        label=lambda model: "Sliding-window Transformer",
+        styles={"Sliding-window Transformer": Style("#332288", (0, (8, 1, 2, 1)), "<")},
+        section="sliding",
+        settings=Settings,
+        memory=lambda model, length: _memory(model, _seen(length, model.sliding.window)),
     ),
 }

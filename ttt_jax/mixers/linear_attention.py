@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
+from ttt_jax.layers.context import places
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.projection import Projection, to_heads
 from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
@@ -31,7 +32,7 @@ class LinearAttentionState(NamedTuple):
     """What has been read so far."""
 
     sums: jax.Array  # S, [B, H, d, d], float32
-    position: jax.Array  # tokens, int32 scalar
+    position: jax.Array  # tokens of the present document, int32 [B]
 
 
 class LinearAttention(nn.Module):
@@ -46,37 +47,46 @@ class LinearAttention(nn.Module):
     def __call__(
         self, x: jax.Array, state: LinearAttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, LinearAttentionState | None]:
-        del context
         batch, tokens, width = x.shape
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
-        start = self.initial_state(batch, width, tokens) if state is None else state
-        positions = start.position + jnp.arange(tokens)
+        placed = places(context, tokens, None if state is None else state.position)
+        positions = jnp.arange(tokens) if placed is None else placed.position
         q = rope.rotate(project("wq"), positions, self.rope_theta)
         k = rope.rotate(project("wk"), positions, self.rope_theta)
-        z, sums = linear_attention(q, k, project("wv"), start.sums)
-        z /= 2 * (width // self.num_heads) * (positions + 1)[:, None, None]
+        sums = (self.initial_state(batch, width, tokens) if state is None else state).sums
+        document = None if placed is None or context.reset is None else placed.document
+        z, sums = linear_attention(q, context.blank(k), project("wv"), sums, document)
+        z /= 2 * (width // self.num_heads) * (positions + 1)[..., None, None]
         z = post_norm()(z.astype(self.dtype).reshape(x.shape))
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
-        return y, None if state is None else LinearAttentionState(sums, start.position + tokens)
+        return context.blank(y), None if placed is None or state is None else LinearAttentionState(sums, placed.end)
 
     def initial_state(self, batch: int, width: int, length: int) -> LinearAttentionState:
-        """The state before the first token; its size does not depend on ``length``."""
+        """Return the state before the first token; its size does not depend on ``length``."""
         del length
         d = width // self.num_heads
-        return LinearAttentionState(jnp.zeros((batch, self.num_heads, d, d)), jnp.zeros((), jnp.int32))
+        return LinearAttentionState(jnp.zeros((batch, self.num_heads, d, d)), jnp.zeros(batch, jnp.int32))
 
     def state_axes(self) -> LinearAttentionState:
-        """The names of the axes of the state."""
-        return LinearAttentionState._make((P("batch", "num_heads", None, None), P()))
+        """Return the names of the axes of the state."""
+        return LinearAttentionState._make((P("batch", "num_heads", None, None), P("batch")))
 
 
 def linear_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, sums: jax.Array, chunk: int = CHUNK
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sums: jax.Array,
+    document: jax.Array | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """``q_t S_t`` [B, T, H, d] and S after the last token, both float32.
 
     From q, k, v [B, T, H, d] and S before the first token. A scan over chunks of c tokens: within a chunk the products
     of queries and keys, before it the sums.
+
+    Args:
+      document: [B, T], the number of each token's document; 0 is the one that S is of. None: all are of one.
     """
     tokens = q.shape[1]
     c = min(chunk, tokens)
@@ -91,7 +101,21 @@ def linear_attention(
         z = q @ sums + jnp.tril(q @ k.swapaxes(-1, -2)) @ v
         return sums + k.swapaxes(-1, -2) @ v, z
 
-    sums, z = jax.lax.scan(step, sums, (chunks(q), chunks(k), chunks(v)))
+    def step_of_documents(sums, x):
+        (q, k, v), here, before = x  # here [B, 1, c, 1]; before [B, 1, 1, 1], the document that the sums are of
+        last = here[:, :, -1:]
+        logits = jnp.where(here == here.swapaxes(-1, -2), jnp.tril(q @ k.swapaxes(-1, -2)), 0)
+        z = jnp.where(here == before, q @ sums, 0) + logits @ v
+        return jnp.where(last == before, sums, 0) + jnp.where(here == last, k, 0).swapaxes(-1, -2) @ v, z
+
+    xs = (chunks(q), chunks(k), chunks(v))
+    if document is None:
+        sums, z = jax.lax.scan(step, sums, xs)
+    else:
+        here = jnp.pad(document, ((0, 0), (0, n * c - tokens)), "edge")
+        here = here.reshape(len(here), n, c).swapaxes(0, 1)[:, :, None, :, None]
+        before = jnp.concatenate([jnp.zeros_like(here[:1, :, :, -1:]), here[:-1, :, :, -1:]])
+        sums, z = jax.lax.scan(step_of_documents, sums, (xs, here, before))
     z = z.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], n * c, *q.shape[2:])
     return z[:, :tokens], sums
 

@@ -4,11 +4,15 @@ A mixer's Flax module has three methods. B is the batch, T tokens, D the width.
 
 * ``__call__(x, state=None, context=Context()) -> (y, state)``: x and y are [B, T, D]. Without a state it reads whole
   sequences from their start, which is training, and returns None for the state. With one it reads the next piece, of
-  any length, and returns the state after it.
-* ``initial_state(batch, width, length)``: the state before the first of at most ``length`` tokens. It has a leaf
-  ``position``, int32 [B]: the tokens of the present document that each row has read.
+  any length, and returns the state after it. ``context.valid`` and ``context.reset`` say what is padding and where
+  documents begin, with a state or without; :func:`ttt_jax.layers.context.places` computes positions from them. At
+  padding y is 0, and it has no part in any gradient.
+* ``initial_state(batch, width, length)``: the state before the first of at most ``length`` tokens of a document. It has
+  a leaf ``position``, int32 [B]: the tokens of the present document that each row has read.
 * ``state_axes()``: the same tree with the names of the axes of each leaf in place of its array, such as
   ``PartitionSpec("batch", "time", "num_heads", None)``. An axis named ``time`` grows with what is read.
+
+``tests/mixers`` holds every mixer that is listed to this: causality, pieces cut anywhere, padding, documents, states.
 """
 
 import dataclasses
@@ -16,35 +20,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
-import flax.struct
-import jax
 import ml_collections
 
+from ttt_jax.layers.context import PLAIN as PLAIN
+from ttt_jax.layers.context import Context as Context
 from ttt_jax.ttt.inner_loop import InnerLoop
 
 Model: TypeAlias = ml_collections.ConfigDict  # the section ``model`` of a config, of one mixer
-
-
-@flax.struct.dataclass
-class Context:
-    """What a mixer may want to know beside its input.
-
-    Attributes:
-      valid: bool [B, T]; tokens that are not valid are padding and change nothing. None: all are valid.
-      reset: bool [B, T]; a valid token with a reset begins a document, and reads nothing of what is before it. None: no
-        token does.
-      inner_lr_warmup: how far the warm-up of inner learning rates has come, from 0 to 1.
-      aligned: a promise that all tokens are valid, and that states and resets are at multiples of the mini-batch of
-        mixers that have one, which is faster. Where it is broken, results are NaN.
-    """
-
-    valid: jax.Array | None = None
-    reset: jax.Array | None = None
-    inner_lr_warmup: jax.Array | float = 1.0
-    aligned: bool = flax.struct.field(pytree_node=False, default=False)
-
-
-PLAIN = Context()  # whole sequences of one document, without padding
 
 
 class Style(NamedTuple):

@@ -32,10 +32,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
+from ttt_jax.layers.context import places
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
@@ -92,9 +93,10 @@ class TTT(nn.Module):
     def __call__(
         self, x: jax.Array, state: TTTState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, TTTState | None]:
-        width, position = x.shape[-1], 0 if state is None else state.inner.position[:, None]
-        q, k, v, conv_q, conv_k = self._qkv(x, state)
-        positions = (position + jnp.arange(x.shape[1])) % self.mini_batch
+        width = x.shape[-1]
+        q, k, v, conv_q, conv_k = self._qkv(x, state, context)
+        placed = places(context, x.shape[1], None if state is None else state.inner.position)
+        positions = (jnp.arange(x.shape[1]) if placed is None else placed.position) % self.mini_batch
         parameters = self._inner_parameters()
         tokens = Tokens(
             rope.rotate(q, positions, self.rope_theta),
@@ -104,40 +106,47 @@ class TTT(nn.Module):
             self._gates(x),
         )
         inner = None if state is None else _started(state.inner, self._begin(parameters.w0, x.shape[0]))
-        result = self._inner_loop(parameters, tokens, inner)
+        result = self._inner_loop(parameters, tokens, inner, context)
         if result.statistics is not None:
-            self._record(result.statistics, parameters, tokens, k)
+            self._record(result.statistics, parameters, tokens, k, context)
         z = post_norm()(result.z.reshape(x.shape))
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)
-        return y, None if state is None else TTTState(InnerState(*result.state), conv_q, conv_k)
+        return context.blank(y), None if state is None else TTTState(result.state, conv_q, conv_k)
 
-    def _inner_loop(self, parameters: Parameters, tokens: Tokens, state: InnerState | None) -> scan.Result:
-        """The mini-batches in order, by each device for its own sequences and heads: it communicates nothing."""
+    def _inner_loop(
+        self, parameters: Parameters, tokens: Tokens, state: InnerState | None, context: Context
+    ) -> scan.Result:
+        """Read the mini-batches in order, on each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics") and not self.is_initializing()
         kernel = choice.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
 
-        def run(parameters, tokens, state):
-            z, end, stats = scan.run(
+        def run(parameters, tokens, state, valid, reset):
+            result = scan.run(
                 self.loop,
-                Parameters(*parameters),
-                Tokens(*tokens),
-                None if state is None else InnerState(*state),
+                parameters,
+                tokens,
+                state,
+                valid=valid,
+                reset=reset,
+                aligned=context.aligned,
                 statistics=statistics,
                 kernel=kernel,
                 **choice.scan_options(self.remat_group, self.unroll, device_kind()),
             )
-            return z, None if state is None else tuple(end), stats
+            return result if state is not None else scan.Result._make((result.z, None, result.statistics))
 
-        heads, by_token, by_head = ("num_heads",), ("batch", None, "num_heads"), ("batch", "num_heads")
-        states = None if state is None else (by_head, by_head, ("batch",), by_head, by_head)
-        inputs = ((heads, heads, ()), (by_token,) * 5, states)
-        arguments = tuple(parameters), tuple(tokens), None if state is None else tuple(state)
-        return scan.Result(*locally(run, inputs, (by_token, states, by_token))(*arguments))
+        heads, by_token, by_row = P("num_heads"), P("batch", None, "num_heads"), P("batch")
+        state_axes = None if state is None else self.state_axes().inner
+        inputs = (Parameters._make((heads, heads, P())), by_token, state_axes, by_row, by_row)
+        read = locally(run, inputs, scan.Result._make((by_token, state_axes, by_token)))
+        return read(parameters, tokens, state, context.valid, context.begins)
 
-    def _record(self, statistics: scan.Statistics, parameters: Parameters, tokens: Tokens, k: jax.Array):
-        """Fills the collection ``statistics``; ``k`` is before RoPE."""
+    def _record(
+        self, statistics: scan.Statistics, parameters: Parameters, tokens: Tokens, k: jax.Array, context: Context
+    ):
+        """Fill the collection ``statistics``; ``k`` is before RoPE."""
         values = {
             **statistics._asdict(),
             "w0_norm": norm_per_head(parameters.w0),
@@ -146,12 +155,12 @@ class TTT(nn.Module):
         }
         if self.loop.objective is squared_error:
             residual = isinstance(self.loop.learner.f, ResidualNorm)
-            values["target_spread"] = _spread(tokens.v - k if residual else tokens.v)
+            values["target_spread"] = _spread(tokens.v - k if residual else tokens.v, context)
         for name, value in values.items():
             self.sow("statistics", name, value, reduce_fn=lambda _, new: new)
 
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
-        """The state before the first token; its size does not depend on ``length``."""
+        """Return the state before the first token; its size does not depend on ``length``."""
         del length
         inner = self._begin(self._zero_weights(), batch)  # what W0 makes of it takes its place
         if self.backbone != "mamba":
@@ -160,9 +169,9 @@ class TTT(nn.Module):
         return TTTState(inner, conv, conv)
 
     def state_axes(self) -> TTTState:
-        """The names of the axes of the state; those inside a weight matrix have none."""
+        """Return the names of the axes of the state; those inside a weight matrix have none."""
         inner = jax.eval_shape(lambda: self._begin(self._zero_weights(), 1))
-        names = jax.tree.map(lambda x: PartitionSpec(*("batch", "num_heads", None, None)[: x.ndim]), inner)
+        names = jax.tree.map(lambda x: P(*("batch", "num_heads", None, None)[: x.ndim]), inner)
         conv = conv_lib.STATE_AXES if self.backbone == "mamba" else None
         return TTTState._make((names, conv, conv))
 
@@ -172,14 +181,14 @@ class TTT(nn.Module):
     def _conv(self, name):
         return conv_lib.CausalConv(self.conv_width, self.dtype, name=name)
 
-    def _qkv(self, x, state):
-        """q, k, v [B, T, H, d] before RoPE, and the states of the convolutions."""
+    def _qkv(self, x, state, context):
+        """Return q, k, v [B, T, H, d] before RoPE, and the states of the convolutions."""
         batch, tokens, width = x.shape
         conv_q = conv_k = None
         q, v = self._projection(width, "wq")(x), self._projection(width, "wv")(x)
         if self.backbone == "mamba":
-            k, conv_k = self._conv("conv_k")(q, None if state is None else state.conv_k)
-            q, conv_q = self._conv("conv_q")(q, None if state is None else state.conv_q)
+            k, conv_k = self._conv("conv_k")(q, None if state is None else state.conv_k, context)
+            q, conv_q = self._conv("conv_q")(q, None if state is None else state.conv_q, context)
         else:
             k = self._projection(width, "wk")(x)
         q, k, v = (y.reshape(batch, tokens, self.num_heads, width // self.num_heads) for y in (q, k, v))
@@ -261,8 +270,9 @@ def _started(inner: InnerState, begin: InnerState) -> InnerState:
     return where(inner.position == 0, begin, inner)
 
 
-def _spread(target: jax.Array) -> jax.Array:
+def _spread(target: jax.Array, context: Context) -> jax.Array:
     """Return half the squared distance of each token's target (before RoPE) from its mean over the tokens read in one
     go, [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
     target = target.astype(jnp.float32)
-    return 0.5 * ((target - target.mean(1, keepdims=True)) ** 2).sum(-1)
+    counted = None if context.valid is None else context.valid[..., None, None]
+    return 0.5 * ((target - target.mean(1, keepdims=True, where=counted)) ** 2).sum(-1)

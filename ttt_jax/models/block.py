@@ -61,7 +61,7 @@ class Block(nn.Module):
             conv_state, mixer_state = state
         if self.pre_conv:
             conv = conv_lib.CausalConv(self.conv_width, self.dtype, name="conv")
-            y, conv_state = conv(norm("conv_norm", h), conv_state)
+            y, conv_state = conv(norm("conv_norm", h), conv_state, context)
             h = added(y)
         y, mixer_state = self.make_mixer(name="mixer")(norm("mixer_norm", h), mixer_state, context)
         h = added(norm("mixer_post_norm", y) if self.post_norm else y)

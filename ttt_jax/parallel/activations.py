@@ -4,14 +4,12 @@ Layers call these functions at the places that matter; a program for a mesh trac
 :func:`ttt_jax.parallel.sharding.on_mesh`. Without one they do nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
-
-Axes = tuple[str | None, ...]  # logical names of the dimensions of an array, as in ShardingRules
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -33,16 +31,17 @@ def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def locally(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    """``function``, run by each device on its own parts of the arguments; nothing in it communicates.
+    """Return ``function``, run by each device on its own parts of the arguments; nothing in it communicates.
 
     The gradient of an argument that is replicated is summed over the devices once, after the whole of ``function``.
 
     Args:
-      in_axes, out_axes: trees of :data:`Axes` of the arguments and of the result, each for a whole tree of arrays.
+      in_axes, out_axes: trees of ``PartitionSpec`` of the arguments and of the result, each for a whole tree of arrays,
+        with logical names of dimensions, as in ``ShardingRules``.
     """
     if not _on_mesh():
         return function
-    in_specs, out_specs = (jax.tree.map(_spec, axes, is_leaf=_is_axes) for axes in (in_axes, out_axes))
+    in_specs, out_specs = (jax.tree.map(_spec, axes) for axes in (in_axes, out_axes))
     # The check of replication would want every constant in the function declared as varying.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -74,9 +73,5 @@ def _mesh_axes(*axes: str) -> tuple[str, ...]:
     return tuple(jax.tree.leaves(tuple(_spec(axes))))
 
 
-def _is_axes(x: Any) -> bool:
-    return type(x) is tuple and all(name is None or isinstance(name, str) for name in x)
-
-
-def _spec(axes: Axes) -> PartitionSpec:
-    return nn.logical_to_mesh_axes(axes) or PartitionSpec()
+def _spec(axes: Iterable[str | None]) -> PartitionSpec:
+    return nn.logical_to_mesh_axes(tuple(axes)) or PartitionSpec()
