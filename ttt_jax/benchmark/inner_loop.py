@@ -34,6 +34,7 @@ def build(
     path: str = "scan",
     remat_group: int = 4,
     unroll: int = 1,
+    restarts: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function of q, k, v [B, T, H d], token_eta [B, T, H], position_eta [b], W0 and LN, and the shapes of these. Its
     outputs are [B, T, H d] too: as projections leave what goes into the inner loop, and take what comes out of it.
@@ -45,6 +46,7 @@ def build(
       path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
         :func:`ttt_jax.ttt.scan.run`; ``pallas``, the fused kernel.
       remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` and ``pallas`` have no unrolling.
+      restarts: for ``pallas``: a last argument, bool [B, n], says which mini-batches begin at W0.
 
     Raises:
       ConfigError: for names that are not among these.
@@ -53,6 +55,8 @@ def build(
         if value not in known:
             raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
     loop = InnerLoop(Learner(learners.ResidualNorm(learners.make(learners.LEARNERS[kind], {})), head_dim))
+    if restarts and path != "pallas":
+        raise ConfigError(f"restarts=true: expected path=pallas, not path={path}")
     if path == "official":
         if kind not in OFFICIAL:
             raise ConfigError(f"path=official: has no {kind}; expected kind={' or '.join(OFFICIAL)}, or path=scan")
@@ -60,7 +64,7 @@ def build(
     elif path == "pallas":
         if reason := kernels.unsupported(loop, mini_batch):
             raise ConfigError(f"path=pallas: no kernel: {reason}; expected official or scan")
-        run = partial(_scan, loop, kernel=partial(kernels.run, remat_group=remat_group))
+        run = partial(_by_kernel if restarts else _scan, loop, kernel=partial(kernels.run, remat_group=remat_group))
     else:
         run = partial(_scan, loop, remat_group=remat_group, unroll=unroll)
 
@@ -75,18 +79,25 @@ def build(
     w0 = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), loop.learner, heads))
     norm = {name: array(heads, 1, head_dim) for name in ("norm_scale", "norm_bias")}
     arguments = (tokenwise, tokenwise, tokenwise, array(batch, tokens, heads), array(mini_batch), w0, norm)
+    flags = (array(batch, tokens // mini_batch, of=jnp.bool_),) if restarts else ()
     if not backward:
-        return forward, arguments
+        return forward, (*arguments, *flags)
 
     def forward_backward(gradient, *arguments):
-        z, pullback = jax.vjp(forward, *arguments)
+        arguments, flags = arguments[:7], arguments[7:]
+        z, pullback = jax.vjp(lambda *x: forward(*x, *flags), *arguments)
         return z, pullback(gradient)
 
-    return forward_backward, (tokenwise, *arguments)
+    return forward_backward, (tokenwise, *arguments, *flags)
 
 
 def _scan(loop, q, k, v, token_eta, position_eta, w0, norm, **options):
     return scan.run(loop, Parameters(w0, norm, position_eta), Tokens(q, k, v, token_eta), **options).z
+
+
+def _by_kernel(loop, q, k, v, token_eta, position_eta, w0, norm, flags, kernel):
+    kernel = partial(kernel, restarts=flags)
+    return _scan(loop, q, k, v, token_eta, position_eta, w0, norm, kernel=kernel)
 
 
 def official(

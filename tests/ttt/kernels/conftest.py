@@ -108,7 +108,7 @@ def relative_error() -> Callable[..., float]:
     def error(actual, desired):
         def of(x, y):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-            return np.linalg.norm(x - y) / np.linalg.norm(y)
+            return np.linalg.norm(x - y) / (np.linalg.norm(y) or 1.0)
 
         return max(jax.tree.leaves(jax.tree.map(of, actual, desired)))
 

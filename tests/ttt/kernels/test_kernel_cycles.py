@@ -48,11 +48,18 @@ def compiled(chip, *settings, build=BUILD):
     ("chip", "settings"),
     [
         ("v6e:1x1", [{"head_dim": 128, "heads": 3}]),
-        ("v5e:1x1", [{"mini_batch": 64, "heads": 5, "remat_group": 8}]),
+        (
+            "v5e:1x1",
+            [
+                {"mini_batch": 64, "heads": 5, "remat_group": 8},
+                {"heads": 2, "remat_group": 8, "restarts": True},
+                {"kind": "mlp", "heads": 2, "restarts": True},
+            ],
+        ),
         (
             "v5p:2x2x1",
             [
-                {"head_dim": 96, "heads": 2, "dtype": "f32"},
+                {"head_dim": 96, "heads": 2, "dtype": "f32", "restarts": True},
                 {"heads": 16, "head_dim": 128, "mini_batch": 64, "remat_group": 16},
             ],
         ),
@@ -60,10 +67,9 @@ def compiled(chip, *settings, build=BUILD):
 )
 def test_they_compile_for_other_chips_and_shapes(chip, settings):
     texts = compiled(chip, *({"tokens": 256, "backward": True, "path": "pallas", **each} for each in settings))
-    assert len(texts) == len(settings)
-    for text in texts:
-        assert "ttt_linear_forward" in text
-        assert "ttt_linear_backward" in text
+    for text, each in zip(texts, settings, strict=True):
+        assert f"ttt_{each.get('kind', 'linear')}_forward" in text
+        assert f"ttt_{each.get('kind', 'linear')}_backward" in text
 
 
 def test_the_programs_of_their_check_compile():
@@ -79,8 +85,8 @@ def test_the_programs_of_their_check_compile():
 
 def test_the_largest_fit_into_fast_memory():
     """Where a batch is too large for the compiler to keep any of it there, so that all passes through: what it does
-    with a whole training step. It refuses a program that takes more than it may."""
+    with a whole training step. It refuses a program that takes more than it may. With restarts a program takes more."""
     large = {"mini_batch": 8, "heads": 32, "tokens": 2048, "batch": 32, "backward": True, "path": "pallas"}
-    mlp, linear = compiled("v5p:2x2x1", {"kind": "mlp", **large}, {"kind": "linear", **large})
+    mlp, linear = compiled("v5p:2x2x1", {"kind": "mlp", **large}, {"kind": "linear", "restarts": True, **large})
     assert "ttt_mlp_backward" in mlp
     assert "ttt_linear_backward" in linear

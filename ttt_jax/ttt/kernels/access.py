@@ -3,28 +3,36 @@
 Shapes: L tokens of a group, s heads per pack; see :mod:`ttt_jax.ttt.kernels.layout`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from ttt_jax.ttt.kernels.layout import LANES, Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.weave import Read, Write
 
 
-def tokens(layout: Layout, refs: Tokens, p: int, i) -> Tokens:
-    """Group i of pack p, as :class:`Read`."""
+class Rows(NamedTuple):
+    """The tokens of a group that are read, from the first to before the last; scalars of a program."""
+
+    first: Any
+    stop: Any
+
+
+def tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
+    """Group i of pack p, as :class:`Read`; with rate 0 for rows that are not among those to read."""
     rows = rows_of(layout, i)
     q, k, v = (whole(ref.at[rows, lanes_of(p)]) for ref in refs[:3])
-    return Tokens(q, k, v, whole(refs.eta.at[rows, heads_of(layout, p)]))
+    return Tokens(q, k, v, only_rows(layout, refs.eta.at[rows, heads_of(layout, p)], only))
 
 
-def into_tokens(layout: Layout, refs: Tokens, p: int, i) -> Tokens:
+def into_tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
     """The same, as :class:`Write`."""
     rows = rows_of(layout, i)
-    q, k, v = (into(ref.at[rows, lanes_of(p)]) for ref in refs[:3])
-    return Tokens(q, k, v, into(refs.eta.at[rows, heads_of(layout, p)]))
+    q, k, v = (into_rows(layout, ref.at[rows, lanes_of(p)], only) for ref in refs[:3])
+    return Tokens(q, k, v, into_rows(layout, refs.eta.at[rows, heads_of(layout, p)], only))
 
 
 def shared(norm: Norm, coefficients: Any, p: int) -> tuple[Norm, Any]:
@@ -43,6 +51,14 @@ def whole(ref: Any) -> Read:
     return Read(ref.shape, jnp.float32, lambda: ref[...].astype(jnp.float32))
 
 
+def only_rows(layout: Layout, ref: Any, only: Rows | None) -> Read:
+    """In float32, with zeros in other rows; all rows for None."""
+    if only is None:
+        return whole(ref)
+    every = whole(ref)
+    return every._replace(read=lambda: jnp.where(_among(layout, ref.shape, only), every.read(), 0.0))
+
+
 def as_kept(ref: Any) -> Read:
     """In its own dtype."""
     return Read(ref.shape, ref.dtype, lambda: ref[...])
@@ -55,6 +71,21 @@ def into(ref: Any, over: Read | None = None) -> Write:
         ref[...] = value.astype(ref.dtype)
 
     return Write(write, over)
+
+
+def into_rows(layout: Layout, ref: Any, only: Rows | None) -> Write:
+    """In place of what is there in some rows; in all of them for None."""
+    if only is None:
+        return into(ref)
+
+    def write(value):
+        old = ref[...].astype(jnp.float32)
+        ref[...] = jnp.where(_among(layout, ref.shape, only), value.astype(jnp.float32), old).astype(ref.dtype)
+
+    return Write(write)
+
+
+NOWHERE = Write(lambda value: None)
 
 
 def onto(ref: Any) -> Write:
@@ -79,3 +110,9 @@ def lanes_of(p: int) -> slice:
 def heads_of(layout: Layout, p: int) -> slice:
     """Of pack p."""
     return slice(p * layout.pack, (p + 1) * layout.pack)
+
+
+def _among(layout: Layout, shape: tuple[int, int], only: Rows) -> jax.Array:
+    """Whether the token of a row is read, of rows that are the tokens of a group once or more."""
+    token = lax.broadcasted_iota(jnp.int32, shape, 0) & (layout.group_tokens - 1)
+    return (token >= only.first) & (token < only.stop)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from ttt_jax.ttt.kernels.layout import LANES, Layout
 
@@ -76,3 +77,8 @@ class Blocks:
     def whole(self, x: Any) -> pl.BlockSpec:
         """Of [rows, lanes]"""
         return pl.BlockSpec(x.shape, lambda i, j, t: (0, 0))
+
+    def of_mini_batches(self, x: Any) -> pl.BlockSpec:
+        """Of [B, N, 1, mini-batches of a block], as scalars"""
+        block = (None, None, *x.shape[2:])
+        return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), 0, 0), memory_space=pltpu.SMEM)

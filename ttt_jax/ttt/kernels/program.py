@@ -1,10 +1,12 @@
 """The two programs of a fused inner loop, forward and backward, for any learner that says what a group is.
 
-A program runs over a grid (sequence, block of packs, block of tokens), the last in order; the weights stay in the fast
-memory of the chip from one block of tokens to the next. Forward, it keeps the weights that every group starts from, and
-the chain of each group; or, to keep less, only the weights that every block of tokens starts from. Backward, it goes
-through the groups from the last to the first, and differentiates each from what was kept, or from what it computes
-again for the block: the derivative is that of the group itself, taken inside the kernel.
+Forward, a program keeps the weights that every group starts from, and the chain of each group; or, to keep less, only
+the weights that every block of tokens starts from. Backward, it goes through the groups from the last to the first, and
+differentiates each from what was kept, or from what it computes again for the block: the derivative is that of the
+group itself, taken inside the kernel. Where mini-batches restart, a group is read in more than one stretch
+(:mod:`ttt_jax.ttt.kernels.restarts`).
+
+Here is what a program does with a block of tokens; how the blocks come to it is in :mod:`ttt_jax.ttt.kernels.calls`.
 
 Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens, s heads per pack; see
 :mod:`ttt_jax.ttt.kernels.layout`.
@@ -16,18 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from ttt_jax.ttt.kernels import access
-from ttt_jax.ttt.kernels.blocks import Blocks
-from ttt_jax.ttt.kernels.layout import LANES, Norm, Tokens
+from ttt_jax.ttt.kernels import access, restarts
+from ttt_jax.ttt.kernels.access import Rows
+from ttt_jax.ttt.kernels.layout import Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
+from ttt_jax.ttt.kernels.restarts import Stretches
 from ttt_jax.ttt.kernels.weave import weave
-
-_VMEM = 56 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
-_PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM)
 
 
 class Inputs(NamedTuple):
@@ -37,6 +35,7 @@ class Inputs(NamedTuple):
     state: Any  # a named tuple of arrays [B, P, ...]: the weights at the start
     norm: Norm  # [P, 1, 128]
     coefficients: Any  # a named tuple of arrays [rows, lanes]
+    first: Any = None  # the weights W0 that mini-batches restart from, as the state; None where none restarts
 
 
 class Saved(NamedTuple):
@@ -75,69 +74,18 @@ class Program(NamedTuple):
 class Kept(NamedTuple):
     """What the backward program needs of the forward one, or computes again for a block."""
 
-    state: Sequence[
-        Any
-    ]  # what groups start from [B, n, P, ...], matrices in the dtype of operands; or blocks, [B, N, P]
+    state: Sequence[Any]  # what groups start from [B, n, P, ...], matrices as operands; or blocks, [B, N, P, ...]
     chain: Sequence[Any]  # [B, P, rows, lanes]; none where it is computed again
 
 
-def forward(program: Program, inputs: Inputs, *, keep: bool) -> tuple[jax.Array, Any, Kept | None]:
-    """Outputs z [B, T, P * 128] in the dtype of q, the state at the end, and, where wanted, what was kept."""
-    blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape)
-    structure, state = jax.tree.structure(inputs), tuple(inputs.state)
-    shapes: list = [inputs.tokens.q, *state]
-    specs = [blocks.tokens(), *(blocks.of_sequence(x) for x in state)]
-    if keep:
-        kept = _kept(program, blocks, state)
-        shapes += [*kept.state, *kept.chain]
-        specs += _specs_of_kept(program, blocks, kept)
-    z, *rest = pl.pallas_call(
-        partial(_forward, program, structure, keep),
-        name=f"ttt_{_name(program)}_forward",
-        grid=blocks.grid,
-        in_specs=_specs_of(blocks, inputs),
-        out_specs=specs,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
-        interpret=program.interpret,
-        compiler_params=_PARAMETERS,
-    )(*jax.tree.leaves(inputs))
-    n = len(state)
-    return z, type(inputs.state)(*rest[:n]), Kept(rest[n : 2 * n], rest[2 * n :]) if keep else None
+def forward(program: Program, structure: Any, keep: bool, *refs) -> None:
+    """Go through a block: the weights before it become those after it.
 
-
-def backward(program: Program, inputs: Inputs, kept: Kept, dz: jax.Array, d_end: Any) -> Inputs:
-    """Gradients with respect to all inputs, from those of z and of the state at the end. Those of what is shared by
-    sequences or packs have axes for them, to be added up."""
-    blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
-    structure, state = jax.tree.structure(inputs), tuple(inputs.state)
-    norm = [jax.ShapeDtypeStruct((blocks.grid[0], *x.shape), x.dtype) for x in inputs.norm]
-    coefficients = [jax.ShapeDtypeStruct((*blocks.grid[:2], *x.shape), x.dtype) for x in inputs.coefficients]
-    results = pl.pallas_call(
-        partial(_backward, program, structure),
-        name=f"ttt_{_name(program)}_backward",
-        grid=blocks.grid,
-        in_specs=[
-            *_specs_of(blocks, inputs, reads_state=False),
-            *_specs_of_kept(program, blocks, kept),
-            blocks.tokens(),
-            *(blocks.of_sequence(x) for x in state),
-        ],
-        out_specs=[
-            *[blocks.tokens()] * 3,
-            blocks.rates(),
-            *(blocks.of_sequence(x) for x in (*state, *norm)),
-            *(blocks.of_program(x) for x in coefficients),
-        ],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*inputs.tokens, *state, *norm, *coefficients)],
-        scratch_shapes=_scratch(program, blocks, state) if program.again else (),
-        interpret=program.interpret,
-        compiler_params=_PARAMETERS,
-    )(*jax.tree.leaves(inputs), *kept.state, *kept.chain, dz, *d_end)
-    return _take(results, structure)[0]
-
-
-def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
-    inputs, (z_ref, *rest) = _take(refs, structure)
+    Args:
+      structure: of the first of the references: :class:`Inputs` and :class:`Stretches`. The others are the outputs, the
+        state, and, where something is kept, :class:`Kept`.
+    """
+    (inputs, stretches), (z_ref, *rest) = take(refs, structure)
     n = len(inputs.state)
     state_refs, kept = rest[:n], Kept(rest[n : 2 * n], rest[2 * n :])
 
@@ -147,10 +95,17 @@ def _forward(program: Program, structure: Any, keep: bool, *refs) -> None:
 
     if keep and program.again:
         _copy(state_refs, kept.state)
-    _through_block(program, inputs, state_refs, z_ref, kept if keep and not program.again else None)
+    _through_block(program, inputs, stretches, state_refs, z_ref, kept if keep and not program.again else None)
 
 
-def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref: Any, kept: Kept | None) -> None:
+def _through_block(
+    program: Program,
+    inputs: Inputs,
+    stretches: Stretches | None,
+    state_refs: Sequence,
+    z_ref: Any,
+    kept: Kept | None,
+) -> None:
     """The groups of a block of tokens in order. Writes the weights after them over those before, and, where they are
     wanted, the outputs and what a derivative needs of each group."""
     layout, state_type = program.numerics.layout, type(inputs.state)
@@ -164,54 +119,77 @@ def _through_block(program: Program, inputs: Inputs, state_refs: Sequence, z_ref
             state = new
         return state, done
 
-    def body(step, _):
-        indices = [step * unroll + u for u in range(unroll)]
+    def compute(indices, only=None):
         arguments, results = [], []
         for p in range(layout.block_packs):
             state = state_type(*(access.whole(ref.at[p]) for ref in state_refs))
-            tokens = [access.tokens(layout, inputs.tokens, p, i) for i in indices]
+            tokens = [access.tokens(layout, inputs.tokens, p, i, only) for i in indices]
             arguments.append((state, tokens, *access.shared(inputs.norm, inputs.coefficients, p)))
             end = state_type(*(access.into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
             done = []
             for i in indices:
-                z = access.into(z_ref.at[access.rows_of(layout, i), access.lanes_of(p)]) if z_ref is not None else None
-                done.append(_those((z, _into_kept(program, kept, p, i)), wanted))
+                z = None
+                if z_ref is not None:
+                    z = access.into_rows(layout, z_ref.at[access.rows_of(layout, i), access.lanes_of(p)], only)
+                done.append(_those((z, _into_kept(program, kept, p, i, only)), wanted))
             results.append((end, done))
         weave(groups, arguments, results, program.stagger[0])
-        return 0
 
-    lax.fori_loop(0, layout.block_groups // unroll, body, 0)
+    def begin(fresh):
+        pl.when(fresh)(partial(_copy, inputs.first, state_refs))
+
+    def step(turn, fresh):
+        if fresh is not None:
+            begin(fresh)
+        compute([turn * unroll + u for u in range(unroll)])
+
+    def part(group, fresh, only):
+        begin(fresh)
+        if kept is not None:
+            at_start = [ref.at[group] for ref in kept.state]
+            pl.when(only.first == 0)(partial(_copy, state_refs, at_start))
+        compute([group], only)
+
+    restarts.for_each(layout, stretches, unroll, step, part)
 
 
-def _into_kept(program: Program, kept: Kept | None, p: int, i) -> Any:
+def _into_kept(program: Program, kept: Kept | None, p: int, i, only: Rows | None) -> Any:
     if kept is None:
         return None
     layout = program.numerics.layout
     return (
-        tuple(access.into(ref.at[i, p]) for ref in kept.state),
-        tuple(access.into(access.chain(layout, ref, p, i)) for ref in kept.chain),
+        tuple(access.into(ref.at[i, p]) if only is None else access.NOWHERE for ref in kept.state),
+        tuple(access.into_rows(layout, access.chain(layout, ref, p, i), only) for ref in kept.chain),
     )
 
 
-def _backward(program: Program, structure: Any, *refs) -> None:
-    inputs, rest = _take(refs, structure)
+def backward(program: Program, structure: Any, structure_of_results: Any, *refs) -> None:
+    """Go through a block from its end: the gradients of the weights after it become those of the weights before it.
+
+    Args:
+      structure: of the first of the references: :class:`Inputs`, and the :class:`Stretches` of both programs. Then come
+        :class:`Kept`, the gradients of the outputs and of the state at the end, those of the inputs, and scratch.
+      structure_of_results: of :class:`Inputs`.
+    """
+    (inputs, (stretches, forward_stretches)), rest = take(refs, structure)
     n, state_type = len(inputs.state), type(inputs.state)
     m = 0 if program.again else len(program.chain)
     kept, dz_ref, d_end_refs = Kept(rest[:n], rest[n : n + m]), rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
-    (d_tokens, state_refs, *shared), scratch = _take(rest[2 * n + m + 1 :], structure)
+    d_inputs, scratch = take(rest[2 * n + m + 1 :], structure_of_results)
+    state_refs, base = d_inputs.state, scratch[-n:]  # what a part of a group starts from, where mini-batches restart
     layout, unroll = program.numerics.layout, program.unroll[1]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         _copy(d_end_refs, state_refs)
-        for ref in jax.tree.leaves(shared):
+        for ref in jax.tree.leaves((d_inputs.norm, d_inputs.coefficients, d_inputs.first)):
             ref[...] = jnp.zeros_like(ref)
 
     if program.again:
         weights, at_start = scratch[:n], kept.state
-        kept = Kept(scratch[n : 2 * n], scratch[2 * n :])
+        kept = Kept(scratch[n : 2 * n], scratch[2 * n : 2 * n + len(program.chain)])
         _copy(at_start, weights)
-        _through_block(program, inputs, weights, None, kept)
+        _through_block(program, inputs, forward_stretches, weights, None, kept)
 
     def derivatives(d_state, norm, coefficients, groups):
         d_groups, d_shared = [], None
@@ -222,79 +200,51 @@ def _backward(program: Program, structure: Any, *refs) -> None:
             d_shared = new if d_shared is None else jax.tree.map(jnp.add, d_shared, new)
         return d_state, d_shared, d_groups
 
-    def body(step, _):
-        indices = [layout.block_groups - 1 - step * unroll - u for u in range(unroll)]
+    def compute(indices, only=None):
         arguments, results = [], []
         for p in range(layout.block_packs):
             groups, d_groups = [], []
             for i in indices:
-                state = state_type(*(access.as_kept(ref.at[i, p]) for ref in kept.state))
+                at_start = [ref.at[i, p] for ref in kept.state] if only is None else [ref.at[p] for ref in base]
+                state = state_type(*map(access.as_kept, at_start))
                 chain = tuple(access.as_kept(access.chain(layout, ref, p, i)) for ref in kept.chain)
-                dz = access.whole(dz_ref.at[access.rows_of(layout, i), access.lanes_of(p)])
-                groups.append((state, access.tokens(layout, inputs.tokens, p, i), chain, dz))
-                d_groups.append(access.into_tokens(layout, d_tokens, p, i))
+                dz = access.only_rows(layout, dz_ref.at[access.rows_of(layout, i), access.lanes_of(p)], only)
+                groups.append((state, access.tokens(layout, inputs.tokens, p, i, only), chain, dz))
+                d_groups.append(access.into_tokens(layout, d_inputs.tokens, p, i, only))
             d_state = state_type(*(access.whole(ref.at[p]) for ref in state_refs))
             d_before = state_type(*(access.into(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
             arguments.append((d_state, *access.shared(inputs.norm, inputs.coefficients, p), groups))
-            norm = Norm(*(access.onto(ref.at[p]) for ref in shared[0]))
-            results.append((d_before, [norm, jax.tree.map(access.onto, shared[1])], d_groups))
+            norm = Norm(*(access.onto(ref.at[p]) for ref in d_inputs.norm))
+            results.append((d_before, [norm, jax.tree.map(access.onto, d_inputs.coefficients)], d_groups))
         weave(derivatives, arguments, results, program.stagger[1])
-        return 0
 
-    lax.fori_loop(0, layout.block_groups // unroll, body, 0)
+    def end(fresh):
+        """What came before a restart had no part in it."""
 
+        @pl.when(fresh)
+        def _():
+            for total, ref in zip(d_inputs.first, state_refs, strict=True):
+                total[...] += ref[...]
+                ref[...] = jnp.zeros_like(ref)
 
-def _specs_of(blocks: Blocks, inputs: Inputs, reads_state: bool = True) -> list[pl.BlockSpec]:
-    """Backwards the state is not read, and takes no fast memory: groups start from what was kept."""
-    state = [blocks.of_sequence(x) if reads_state else pl.BlockSpec(memory_space=pl.ANY) for x in inputs.state]
-    return [
-        *[blocks.tokens()] * 3,
-        blocks.rates(),
-        *state,
-        *(blocks.of_packs(x) for x in inputs.norm),
-        *(blocks.whole(x) for x in inputs.coefficients),
-    ]
+    def step(turn, fresh):
+        compute([layout.block_groups - 1 - turn * unroll - u for u in range(unroll)])
+        if fresh is not None:
+            end(fresh)
 
+    def part(group, fresh, only):
+        pl.when(only.first == 0)(partial(_copy, [ref.at[group] for ref in kept.state], base))
+        pl.when(only.first > 0)(partial(_copy, inputs.first, base))
+        compute([group], only)
+        end(fresh)
 
-def _specs_of_kept(program: Program, blocks: Blocks, kept: Kept) -> list[pl.BlockSpec]:
-    if program.again:
-        return [blocks.of_blocks(x) for x in kept.state]
-    return [*(blocks.of_groups(x) for x in kept.state), *(blocks.of_chain(*each) for each in program.chain)]
-
-
-def _kept(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> Kept:
-    """Shapes of what is kept. At the start of a block weights are kept as they are: others are computed from them."""
-    layout = program.numerics.layout
-    batch, _, steps = blocks.grid
-    if program.again:
-        return Kept([jax.ShapeDtypeStruct((batch, steps, *x.shape[1:]), x.dtype) for x in state], [])
-    groups = steps * layout.block_groups
-    return Kept(
-        [jax.ShapeDtypeStruct((batch, groups, *x.shape[1:]), _kept_dtype(program, x)) for x in state],
-        [blocks.chain_shape(*each) for each in program.chain],
-    )
+    restarts.for_each(layout, stretches, unroll, step, part, backwards=True)
 
 
-def _scratch(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> list:
-    """For a block that is computed again: its weights, and what is kept elsewhere."""
-    layout = program.numerics.layout
-    shapes = [(layout.block_packs, *x.shape[2:]) for x in state]
-    return [
-        *(pltpu.VMEM(shape, x.dtype) for shape, x in zip(shapes, state, strict=True)),
-        *(pltpu.VMEM((layout.block_groups, *s), _kept_dtype(program, x)) for s, x in zip(shapes, state, strict=True)),
-        *(pltpu.VMEM((layout.block_packs, r * layout.block_tokens, lanes), of) for r, lanes, of in program.chain),
-    ]
-
-
-def _kept_dtype(program: Program, x: jax.Array) -> Any:
-    """Matrices are read as operands only, so rounding what groups start from changes nothing."""
-    return program.numerics.operands if x.shape[2] == LANES else x.dtype
-
-
-def _take(refs: Sequence, structure: Any) -> tuple[Inputs, Sequence]:
-    """The first refs as :class:`Inputs`, and the others."""
+def take(arrays: Sequence, structure: Any) -> tuple[Any, Sequence]:
+    """The first arrays in a structure, and the others."""
     n = structure.num_leaves
-    return jax.tree.unflatten(structure, refs[:n]), refs[n:]
+    return jax.tree.unflatten(structure, arrays[:n]), arrays[n:]
 
 
 def _those(values: Sequence, wanted: Sequence[bool]) -> list:
@@ -303,8 +253,4 @@ def _those(values: Sequence, wanted: Sequence[bool]) -> list:
 
 def _copy(sources: Sequence, targets: Sequence) -> None:
     for source, target in zip(sources, targets, strict=True):
-        target[...] = source[...]
-
-
-def _name(program: Program) -> str:
-    return program.group.__module__.rpartition(".")[2]
+        target[...] = source[...].astype(target.dtype)

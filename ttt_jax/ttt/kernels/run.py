@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters
 from ttt_jax.ttt.inner_loop import Tokens as LoopTokens
+from ttt_jax.ttt.kernels import calls, linear, mlp
 from ttt_jax.ttt.kernels import layout as layout_lib
-from ttt_jax.ttt.kernels import linear, mlp, program
+from ttt_jax.ttt.kernels import restarts as restarts_lib
 from ttt_jax.ttt.kernels.layout import Layout, Norm, Tokens
 from ttt_jax.ttt.kernels.ops import Numerics
 from ttt_jax.ttt.kernels.program import Inputs, Program
@@ -92,6 +93,7 @@ def run(
     parameters: Parameters,
     start: Weights,
     tokens: LoopTokens,
+    restarts: jax.Array | None = None,
     *,
     interpret: bool = False,
     remat_group: int | None = None,
@@ -102,11 +104,14 @@ def run(
 
     Args:
       loop: one that is not :func:`unsupported`.
-      parameters: its LN, [H, 1, d], and the rates of positions, [b]; W0 is not read.
+      parameters: its LN, [H, 1, d], and the rates of positions, [b]; W0, leaves [H, ...] or [B, H, ...], is read only
+        where mini-batches restart.
       start: weights before the first token, leaves [B, H, ...].
       tokens: q, k, v [B, n * b, H, d] and eta [B, n * b, H]. Where q is bfloat16, operands of matrix products are
         rounded to bfloat16; in float32 they are not (TPUs do it all the same, unless ``jax_default_matmul_precision``
         says otherwise). All else is float32.
+      restarts: bool [B, n]: mini-batches that begin at W0, not at the weights that the one before ended with, as the
+        first one of a document does; None where none does.
       interpret: for machines without a TPU.
       remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
         again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
@@ -133,31 +138,37 @@ def run(
         Norm(*(layout_lib.pack_features_in_lanes(layout, x, 0) for x in norm)),
         kernel.coefficients(layout, position_eta),
     )
-    z, end = _run(how, inputs)
+    flags = None
+    if restarts is not None:
+        first = jax.tree.map(lambda w0, w: jnp.broadcast_to(w0, w.shape), parameters.w0, start)
+        inputs = inputs._replace(first=kernel.pack(layout, first))
+        flags = restarts_lib.of_blocks(layout, restarts, q.shape[1] // layout.block_tokens)
+        any_restarts = restarts.any(1)[:, None, None, None]
+        start = jax.tree.map(lambda w0, w: jnp.where(any_restarts, w0, w), first, start)  # what the end came from
+    z, end = _run(how, inputs, flags)
     return layout_lib.unpack_tokens(layout, z, length), kernel.unpack(layout, end, start)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(how: Program, inputs: Inputs):
-    z, end, _ = program.forward(how, inputs, keep=False)
+def _run(how: Program, inputs: Inputs, flags: jax.Array | None):
+    z, end, _ = calls.forward(how, inputs, flags, keep=False)
     return z, end
 
 
-def _run_forward(how: Program, inputs: Inputs):
-    z, end, kept = program.forward(how, inputs, keep=True)
-    return (z, end), (inputs, kept)
+def _run_forward(how: Program, inputs: Inputs, flags: jax.Array | None):
+    z, end, kept = calls.forward(how, inputs, flags, keep=True)
+    return (z, end), (inputs, flags, kept)
 
 
 def _run_backward(how: Program, saved, cotangents):
-    inputs, kept = saved
+    inputs, flags, kept = saved
     dz, d_end = cotangents
-    d = program.backward(how, inputs, kept, dz, d_end)
-    return (
-        d._replace(
-            norm=jax.tree.map(lambda x: x.sum(0), d.norm),
-            coefficients=jax.tree.map(lambda x: x.sum((0, 1)), d.coefficients),
-        ),
+    d = calls.backward(how, inputs, flags, kept, dz, d_end)
+    of_inputs = d._replace(
+        norm=jax.tree.map(lambda x: x.sum(0), d.norm),
+        coefficients=jax.tree.map(lambda x: x.sum((0, 1)), d.coefficients),
     )
+    return of_inputs, None
 
 
 _run.defvjp(_run_forward, _run_backward)
