@@ -4,6 +4,7 @@ python tests/configs/recipes.py      # writes tests/configs/recipes.json anew; t
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from ttt_jax import config as config_lib
@@ -31,8 +32,7 @@ def paper_recipes() -> list[str]:
     ]
 
 
-def all_recipes() -> list[str]:
-    mixers = list(MIXERS)
+def all_recipes(mixers: Collection[str] = MIXERS) -> list[str]:
     return [
         *(f"quickstart.py:{mixer}" for mixer in mixers),
         *(f"benchmark.py:{mixer}" for mixer in mixers),
@@ -46,14 +46,23 @@ def all_recipes() -> list[str]:
     ]
 
 
-def dump() -> dict:
-    """The defaults, and of each recipe the keys in which it differs from them."""
-    default = config_lib.default().to_dict()
+def dump(mixers: Collection[str] = MIXERS) -> dict:
+    """The defaults, and of each recipe the keys in which it differs from them; without what only other mixers have."""
+    known = {name: MIXERS[name].section for name in mixers}
+    others = {mixer.section for mixer in MIXERS.values() if mixer.section} - set(known.values())
+
+    def tree(config) -> dict:
+        found = config.to_dict()
+        found["model"] = {key: value for key, value in found["model"].items() if key not in others}
+        return found
+
+    default = tree(config_lib.default())
     return {
+        "mixers": known,
         "defaults": dict(_flat(default)),
         "recipes": {
-            name: {key: here for key, (_, here) in config_lib.differing_keys(default, get(name).to_dict()).items()}
-            for name in all_recipes()
+            name: {key: here for key, (_, here) in config_lib.differing_keys(default, tree(get(name))).items()}
+            for name in all_recipes(mixers)
         },
     }
 
