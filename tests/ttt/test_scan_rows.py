@@ -3,6 +3,7 @@
 Alone is one token after the other in the primal form, which knows of no row or document but its own. Padding holds NaN.
 """
 
+import copy
 import functools
 import itertools
 
@@ -74,6 +75,12 @@ class Alone:
     def __init__(self, case, jit):
         self._loop, self._parameters, self._tokens = case
         self._step = jit(functools.partial(primal.run, case.loop))
+
+    def of(self, tokens):
+        """Return what reads other tokens, without compiling anything."""
+        other = copy.copy(self)
+        other._tokens = tokens
+        return other
 
     def fresh(self):
         return initial_state(self._parameters.w0, 1, self._loop.update)
@@ -160,6 +167,18 @@ def check(problem, valid, reset):
 @settings(max_examples=20)
 def test_rows_and_documents_are_as_alone(problem, valid, reset, sparse):
     check(problem, valid, reset & sparse)
+
+
+def test_documents_beside_one_that_decays_to_nothing(problem):
+    """Documents of 1, 1 and 2 tokens in one window, the second with a decay that no exponential may be taken of."""
+    case, alone, states, value_and_gradient = problem
+    gates = {**case.tokens.gates}
+    if "log_decay" in gates:
+        gates["log_decay"] = gates["log_decay"].copy()
+        gates["log_decay"][[0, 1], [3, 4]] = -1e3
+    tokens = case.tokens._replace(gates=gates)
+    other = case._replace(tokens=tokens), alone.of(tokens), states, value_and_gradient
+    check(other, ~DOCUMENTS["none"], bits("0011101000", "0001110100"))
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ The tokens of a row are put into windows of c slots, in their order, those of a 
 no slot. No mini-batch lies in two windows. To that end the row's tokens are counted from the first place of the
 mini-batch at hand, and the count is cut into cells of b. A mini-batch is then inside a cell or crosses into the next:
 
-    window 2j       what lies inside cell j: one mini-batch, or the last part of a document and documents after it that
-                    are shorter than b
-    window 2j - 1   the mini-batch that crosses from cell j - 1 to cell j
+    what lies inside a cell       one mini-batch, or the last part of a document and documents after it that are shorter
+                                  than b
+    what crosses into the next    one mini-batch
 
-Mini-batches cross only after a document has begun in the middle of a cell; where documents do not begin inside a piece,
-there are windows for whole cells only.
+Each of these that a row has is its next window. Mini-batches cross only after a document has begun in the middle of a
+cell; where documents do not begin inside a piece, there are windows for whole cells only.
 
 Shapes: B batch, T tokens of this piece, b tokens per mini-batch, n windows of c slots.
 """
@@ -76,6 +76,7 @@ def lay(
     before = jax.lax.cummax(jnp.where(valid, window, -1), axis=1)
     new = valid & (window != jnp.pad(before, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])
     slot = line - jax.lax.cummax(jnp.where(new, line, 0), axis=1)
+    window = jnp.cumsum(new, 1, dtype=jnp.int32) - 1  # without those that are empty: rows have theirs at the same time
     now = jnp.arange(tokens, dtype=jnp.int32)
     target = jnp.where(valid, window * c + slot, n * c + now)
     slots = jnp.broadcast_to(tokens + jnp.arange(n * c, dtype=jnp.int32), (rows, n * c))

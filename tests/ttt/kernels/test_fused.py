@@ -76,16 +76,20 @@ def test_weights_that_are_kept_further_apart_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [37])
-def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first):
-    """Also where the second piece begins inside a mini-batch, and ends inside one."""
+@pytest.mark.parametrize(("first", "padding"), [(37, 0), (61, 7)])
+def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first, padding):
+    """Also where the second piece begins inside a mini-batch, and ends inside one; and with padding behind each."""
     problem = make_problem(tokens=131, heads=2)
     loop, parameters, tokens = problem
     kernel = partial(run.run, interpret=True)
 
     def read(start, stop, state):
-        piece = jax.tree.map(lambda x: x[:, start:stop], tokens)
-        return scan.run(loop, parameters, piece, state, kernel=kernel)
+        def piece(x):
+            return jnp.pad(x[:, start:stop], [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)], constant_values=jnp.nan)
+
+        valid = jnp.arange(stop - start + padding)[None] < stop - start if padding else None
+        result = scan.run(loop, parameters, jax.tree.map(piece, tokens), state, valid=valid, kernel=kernel)
+        return result._replace(z=result.z[:, : stop - start])
 
     def pieces():
         one = read(0, first, initial_state(parameters.w0, 1))
