@@ -252,6 +252,8 @@ def test_any_registered_learner_is_scanned():
     ):
         with pytest.raises(ConfigError, match=f"path={message}"):
             inner_loop.build(kind="swiglu", path=path, **SMALL)
+    with pytest.raises(ConfigError, match="restarts=true: expected path=pallas, not path=scan"):
+        inner_loop.build(kind="swiglu", restarts=True, **SMALL)
 
 
 @pytest.mark.parametrize("path", ["official", "scan"])

@@ -51,8 +51,7 @@ def compiled(chip, *settings, build=BUILD):
         (
             "v5e:1x1",
             [
-                {"mini_batch": 64, "heads": 5, "remat_group": 8},
-                {"heads": 2, "remat_group": 8, "restarts": True},
+                {"mini_batch": 64, "heads": 5, "remat_group": 8, "restarts": True},
                 {"kind": "mlp", "heads": 2, "restarts": True},
             ],
         ),

@@ -114,9 +114,9 @@ def solutions(make_problem, quick_jit):
     [
         (1, {"b": 16}, {"unroll": (2, 2)}),
         (1, {"b": 16, "dtype": jnp.bfloat16}, {"unroll": (2, 1), "remat_group": 16}),
-        (1, {"b": 8, "tokens": 72, "heads": 2, "head_dim": 96}, {"unroll": (1, 2)}),
+        (1, {"b": 8, "tokens": 72, "head_dim": 96}, {"unroll": (1, 2)}),
         (2, {"b": 16}, {}),
-        (2, {"b": 16, "dtype": jnp.bfloat16}, {"unroll": (2, 2), "remat_group": 16}),
+        (2, {"b": 16, "dtype": jnp.bfloat16}, {}),
     ],
 )
 def test_outputs_end_and_gradients_are_those_of_each_document(solutions, relative_error, depth, shape, options):
