@@ -118,7 +118,7 @@ def expected(trained, quick_jit):
         inputs = np.stack([TOKENS[start : start + tokens] for start in starts]).astype(np.int32)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(scan, "run", recording(scan.run))
-            patch.setattr(ttt_layer, "_spread", lambda target: target)
+            patch.setattr(ttt_layer, "_spread", lambda target, _context: target)
             forward = quick_jit(lambda params: trained.model.apply({"params": params}, inputs, mutable=["statistics"]))
             _, filled = forward(trained.params)
         recorded = filled["statistics"]["layers"]["mixer"]

@@ -9,7 +9,16 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.layers import rope
-from ttt_jax.mixers.attention import MIXERS, Attention, Keys, causal_attention, document_attention
+from ttt_jax.layers.context import places
+from ttt_jax.mixers.attention import (
+    MIXERS,
+    Attention,
+    AttentionState,
+    Keys,
+    _written,
+    causal_attention,
+    document_attention,
+)
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.ttt import operations
 
@@ -117,6 +126,23 @@ def test_a_ring_is_exact_before_at_and_behind_the_window(window_of_four, assert_
         y, state = apply(piece, state)
         found.append(y)
     assert_close(np.concatenate(found, 1), whole, 1e-5)
+
+
+def test_no_slot_of_a_ring_is_written_twice():
+    """Else what it holds would depend on the order of writing: of documents that begin, tokens that are out of a window
+    already, and padding, none is written."""
+    rng = np.random.default_rng(0)
+    valid, reset = rng.random((2, 32, 9)) < np.array([0.8, 0.2])[:, None, None]
+    placed = places(Context(valid, reset), 9, rng.integers(0, 6, 32).astype(np.int32))
+    marks = 1.0 + np.broadcast_to(np.arange(9.0)[:, None, None], (32, 9, 1, 1))
+    empty = np.zeros((32, 4, 1, 1))
+    piece = Keys(marks, marks, placed.position, np.where(valid, placed.document, -1))
+    state = AttentionState(empty, empty, placed.end)
+    forwards = _written(state, piece, placed).keys
+    np.testing.assert_array_equal(forwards, _written(state, Keys(*(x[:, ::-1] for x in piece)), placed).keys)
+    for row in range(32):
+        last = [t + 1.0 for t in range(9) if valid[row, t] and placed.document[row, t] == placed.document[row, -1]]
+        assert sorted(forwards[row][forwards[row] > 0]) == last[-4:]
 
 
 def test_a_ring_is_no_longer_than_the_sequence(window_of_four, assert_close):

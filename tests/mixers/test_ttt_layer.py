@@ -136,34 +136,32 @@ def test_gates_of_the_update(random_params, assert_close, monkeypatch):
     assert random_params(fixed, X).keys() == random_params(layer(), X).keys()
 
 
-def test_what_an_update_remembers_is_read_on_in_pieces(random_params, quick_jit, assert_close):
-    """Cut within a mini-batch; with slots, gates and weights that do not start at zero."""
-    module = layer(loop=dataclasses.replace(LINEAR, update=(Decay(), Momentum())))
-    params = random_params(module, X)
-
-    @quick_jit
-    def run(params):
-        state, pieces = module.initial_state(BATCH, WIDTH, TOKENS), []
-        for piece in (X[:, :4], X[:, 4:]):
-            y, state = module.apply({"params": params}, piece, state)
-            pieces.append(y)
-        return module.apply({"params": params}, X)[0], jnp.concatenate(pieces, 1)
-
-    assert_close(*run(params)[::-1], 1e-5)
-
-
 def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):
-    """The same as with a learned W0 of zeros, whether read in one go or in pieces."""
+    """The same as with a learned W0 of zeros."""
     module = layer(learned_w0=False)
     params = random_params(module, X)
     zeros = {"inner_kernel_0": np.zeros((HEADS, HEAD_DIM, HEAD_DIM)), "inner_bias_0": np.zeros((HEADS, 1, HEAD_DIM))}
     expected, _ = quick_jit(layer().apply)({"params": {**params, **zeros}}, X)
     assert not zeros.keys() & params.keys()
     assert_close(quick_jit(module.apply)({"params": params}, X)[0], expected, 1e-6)
-    state = module.initial_state(BATCH, WIDTH, TOKENS)
-    first, state = quick_jit(module.apply)({"params": params}, X[:, :4], state)
-    rest, _ = quick_jit(module.apply)({"params": params}, X[:, 4:], state)
-    assert_close(np.concatenate([first, rest], 1), expected, 1e-5)
+
+
+def test_a_promise_of_whole_mini_batches_is_passed_on(random_params, quick_jit, assert_close):
+    """The same numbers where it is kept, and NaN in rows where it is broken."""
+    module, x = layer(), np.concatenate([X, X], 1)[:, : 4 * B]
+    params = random_params(module, x)
+
+    def run(reset, aligned):
+        return module.apply({"params": params}, x, None, Context(reset=reset, aligned=aligned))[0]
+
+    read = quick_jit(run, static_argnums=1)
+    reset = np.zeros(x.shape[:2], bool)
+    reset[:, 2 * B] = True
+    assert_close(read(reset, True), read(reset, False), 1e-5)
+    reset[1, 2 * B + 1] = True
+    broken = read(reset, True)
+    assert np.isfinite(broken[0]).all()
+    assert np.isnan(broken[1]).any()
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
