@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, S slots of the state, D width, H heads, d = D / H.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -134,38 +135,34 @@ def document_attention(
     of :func:`causal_attention`, and so are the dtypes. With a window, padding must be behind all other tokens.
     """
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    q = q.swapaxes(1, 2)  # [B, H, T, d]
 
     def attend(first: int, start: int, end: int) -> jax.Array:
-        part = q[:, start:end]
         position, document = (x[:, start:end, None] for x in (piece.position, piece.document))
         groups = [jax.tree.map(lambda x: x[:, first:end], piece)]
         groups += [] if kept is None else [kept]
-        visible = []
+        logits = []
         for group in groups:
             back = position - group.position[:, None]  # [B, t, S]
-            seen = (document == group.document[:, None]) & (document != _NO_DOCUMENT) & (back >= 0)
-            visible.append(seen if window is None else seen & (back < window))
-        logits = [
-            scale * jnp.einsum("bthd,bshd->bhts", part, group.keys, preferred_element_type=jnp.float32)
-            for group in groups
-        ]
-        weights = _softmax(logits, visible)
-        values = [
-            jnp.einsum("bhts,bshd->bthd", w.astype(dtype), g.values) for w, g in zip(weights, groups, strict=True)
-        ]
-        return sum(values[1:], values[0])
+            seen = (document == group.document[:, None]) & (back >= 0)
+            seen = seen if window is None else seen & (back < window)
+            keys = group.keys.transpose(0, 2, 3, 1)  # [B, H, d, S]
+            product = jnp.matmul(q[:, :, start:end], keys, preferred_element_type=jnp.float32)
+            logits.append(jnp.where(seen[:, None], scale * product, jnp.finfo(jnp.float32).min))
+        weights = zip(_softmax(logits), groups, strict=True)
+        y = sum(w.astype(dtype) @ group.values.swapaxes(1, 2) for w, group in weights)
+        return jnp.where((document != _NO_DOCUMENT)[:, None], y, 0)
 
-    return jnp.concatenate([attend(*each) for each in _blocks(q.shape[1], window, block)], axis=1)
+    y = jnp.concatenate([attend(*each) for each in _blocks(q.shape[2], window, block)], axis=2)
+    return y.swapaxes(1, 2)
 
 
-def _softmax(logits: Sequence[jax.Array], visible: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the softmax over all that is visible of logits [B, H, T, S] in groups; zeros where nothing is."""
-    sizes = [x.shape[-1] for x in logits]
-    seen = jnp.concatenate(visible, -1)[:, None]
-    joined = jnp.where(seen, jnp.concatenate(logits, -1), jnp.finfo(jnp.float32).min)  # -inf alone has no softmax
-    weights = jnp.where(seen, jax.nn.softmax(joined), 0)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [weights[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
+def _softmax(logits: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the softmax over the last axis of all groups together, without putting them into one array."""
+    largest = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
+    powers = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in logits]
+    total = sum(x.sum(-1, keepdims=True) for x in powers)
+    return [x / total for x in powers]
 
 
 def _blocks(tokens: int, window: int | None, block: int) -> list[tuple[int, int, int]]:
