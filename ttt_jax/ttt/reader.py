@@ -44,18 +44,26 @@ class Reader(NamedTuple):
         return initial_state(self.parameters.w0, batch, self.loop.update)
 
     def window(self, state: InnerState, slots: Slots) -> tuple[InnerState, Any]:
-        """Return the state after a window (but for its position), and z and the statistics of its slots."""
+        """Return the state after a window (but for its position), and z and the statistics of its slots.
+
+        Where the state has None for what is pending, nothing is before the window, and what it leaves is not kept.
+        """
+        kept = state.pending is not None
         document = jnp.zeros_like(slots.place)  # of each slot: how many begin after the first slot, up to it
         if slots.begins is not None:
             fresh = self.fresh(len(slots.place))
+            fresh = fresh if kept else fresh._replace(pending=None, gates=None)
             state = where(slots.begins[:, 0], fresh, state)
             document = jnp.cumsum(slots.begins.at[:, 0].set(False), 1)
         mask = slots.filled & (document == 0)
         after, pending, totals, y = self.mini_batch(state, state.pending, slots.tokens, slots.place, mask)
-        full = (mask & (slots.place == self.b - 1)).any(1)
-        zeros = jax.tree.map(jnp.zeros_like, (pending, totals))
-        whole = after._replace(pending=zeros[0], gates=zeros[1])
-        end = where(full, whole, state._replace(pending=pending, gates=totals)), y
+        if kept:
+            zeros = jax.tree.map(jnp.zeros_like, (pending, totals))
+            after = after._replace(pending=zeros[0], gates=zeros[1])
+            state = state._replace(pending=pending, gates=totals)
+        if kept or self.loop.update:  # without, the step was of rate 0
+            after = where(self._full(slots.place, mask), after, state)
+        end = after, y
         if slots.begins is None:
             return end
 
@@ -96,6 +104,8 @@ class Reader(NamedTuple):
             rates, count = position_eta[place][:, None], place[:, None, :, None] + 1
             last = jnp.where(mask, jnp.arange(c), 0).max(1)[:, None, None, None]
             rate = jnp.take_along_axis(rates[..., None], last, -2)
+            if pending is None:
+                rate = jnp.where(self._full(place, mask)[:, None, None, None], rate, 0.0)
         gates = {}
         for name, value in (tokens.gates or {}).items():
             before = 0.0 if start.gates is None else start.gates[name][..., None, None]
@@ -134,6 +144,9 @@ class Reader(NamedTuple):
         start = dual.Start(update.used_weights(loop.update, fresh.weights, w0), None, fresh.slots)
         rates = position_eta[slots.place][:, None]
         z, keys = dual.mini_batch(loop, constants, start, tokens, rates, gates, together)
+        y = _of_slots(mask, (z, ()), y)
+        if state.pending is None:
+            return state, y
 
         last = together[..., -1:]  # the tokens of the last document, [B, 1, c, 1]
         keys = keys._replace(scaled=tuple(jnp.where(last, x, 0.0) for x in keys.scaled))
@@ -143,7 +156,7 @@ class Reader(NamedTuple):
         }
         totals = {name: gate.total[..., -1, 0] for name, gate in gates.items()}
         end = fresh._replace(pending=dual.gradient(loop, keys, gates=of_last), gates=totals)
-        return where(document[:, -1] > 0, end, state), _of_slots(mask, (z, ()), y)
+        return where(document[:, -1] > 0, end, state), y
 
     def _documents_in_turn(self, fresh: InnerState, slots: Slots, document: jax.Array, state: InnerState, y: Any):
         """Do what :meth:`_documents` does, with statistics: each document has a step of its own for these."""
@@ -157,6 +170,10 @@ class Reader(NamedTuple):
             return jax.lax.cond(mask.any(), read, lambda _, end: end, mask, end), None
 
         return jax.lax.scan(step, (state, y), jnp.arange(1, document.shape[1]))[0]
+
+    def _full(self, place: jax.Array, mask: jax.Array) -> jax.Array:
+        """Return in which rows these tokens fill their mini-batch, [B]."""
+        return (mask & (place == self.b - 1)).any(1)
 
     def _only(self, tokens: Tokens, mask: jax.Array | None) -> Tokens:
         """Return tokens in the dtype of the inner loop, with rates and gates of 0 where the mask is not."""

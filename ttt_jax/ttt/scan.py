@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ttt_jax.ttt import update
 from ttt_jax.ttt import windows as windows_lib
+from ttt_jax.ttt.grouped_scan import grouped_scan, join_outputs, split
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.learner import Weights
 from ttt_jax.ttt.reader import Reader, Slots
@@ -41,6 +42,8 @@ class Result(NamedTuple):
     state: InnerState  # after the last token
     statistics: Statistics | None
 
+
+_FEW = 3  # fewer windows than that are read in one way: fewer programs to compile
 
 # (loop, parameters, weights at the start, tokens) -> (z, weights at the end), both of whole mini-batches
 Kernel = Callable[..., tuple[jax.Array, Weights]]
@@ -117,8 +120,8 @@ class _Scan(NamedTuple):
 
     def by_scan(self, step: Callable, state: InnerState, xs: Any):
         """Read all windows by ``step``; return the state, and of each slot z and the statistics."""
-        state, ys = _grouped_scan(step, state, xs, self.remat_group, self.unroll)
-        return state, _join_outputs(ys)
+        state, ys = grouped_scan(step, state, xs, self.remat_group, self.unroll)
+        return state, join_outputs(ys)
 
 
 def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
@@ -143,16 +146,16 @@ def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
         state = state._replace(weights=weights)
         outputs.append((z, ()))
     elif n:
-        xs = jax.tree.map(lambda x: _split(x[:, : n * b], b), inputs), None if whole is None else whole.T
+        xs = jax.tree.map(lambda x: split(x[:, : n * b], b), inputs), None if whole is None else whole.T
         state, y = scan.by_scan(step, state, xs)
         outputs.append(y)
     pending, gates = fresh.pending, fresh.gates
     if rest:
         if flags is not None:
             state = where(flags[:, n], fresh._replace(gates=None), state)
-        tail = jax.tree.map(lambda x: _split(x[:, n * b :], rest)[0], inputs)
+        tail = jax.tree.map(lambda x: split(x[:, n * b :], rest)[0], inputs)
         _, pending, gates, y = reader.mini_batch(state, None, tail)
-        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], y)))
+        outputs.append(join_outputs(jax.tree.map(lambda y: y[None], y)))
     z, stats = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *outputs)
     end = state._replace(pending=pending, gates=gates, position=state.position + tokens)
     if flags is not None:
@@ -189,39 +192,54 @@ def _in_windows(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, re
 
     def slots(first: int, last: int) -> Slots:
         """Return windows as the scan takes them, [n, B, ...]."""
-        tokens = jax.tree.map(lambda x: _split(x[:, first * c : last * c], c), in_slots)
+        tokens = jax.tree.map(lambda x: split(x[:, first * c : last * c], c), in_slots)
         rest = windows.filled, windows.place, windows.begins
         return Slots(tokens, *jax.tree.map(lambda x: x[:, first:last].swapaxes(0, 1), rest))
 
-    step = reader.window if reset is None else _unless_empty(reader.window)
-    if scan.kernel is not None and reset is None and n > 2:
-        state, y = _by_kernel_in_windows(scan, state, in_slots, windows, slots)
+    carried = given is not None and reset is None and scan.kernel is None  # a plain piece: the scan alone is as fast
+    if reader.statistics or n < _FEW or carried:
+        state, y = scan.by_scan(_unless_empty(reader.window), state, slots(0, n))
     else:
-        state, y = scan.by_scan(step, state, slots(0, n))
+        state, y = _in_three_parts(scan, state, in_slots, windows, slots, 0 if given is None else 1)
     z, stats = jax.tree.map(windows.back, y)
     return z, state._replace(position=windows.position), stats
 
 
-def _by_kernel_in_windows(scan: _Scan, state: InnerState, in_slots: Tokens, windows: Windows, slots: Callable):
-    """Read the first window by the scan, those that are whole by the kernel, then each row's last one, if it is not."""
-    batch, n, c = windows.source.shape
-    state, (first, _) = scan.by_scan(scan.reader.window, state, slots(0, 1))
-    whole, some = windows.filled.all(-1)[:, 1:], windows.filled.any(-1)[:, 1:]  # [B, n - 1]
-    after = jax.tree.map(lambda x: x[:, c:], in_slots)
-    rates = jnp.where(jnp.repeat(whole, c, 1)[..., None, None], after.eta, 0)  # no step in the others
-    weights, z = scan.by_kernel(state.weights, after._replace(eta=rates))
-    part = some & ~whole  # one of each row at most
-    last = jnp.argmax(part, 1)
+def _in_three_parts(scan: _Scan, state: InnerState, in_slots: Tokens, windows: Windows, slots: Callable, first: int):
+    """Read windows as if nothing were pending between them, by a kernel where one is given and no document begins.
 
-    def of_row(x):  # [n - 1, B, ...] -> [1, B, ...]
+    Something is pending before the ``first`` windows, 0 or 1, which are read on their own, and after the last one of
+    each row, which is read again where it leaves something.
+    """
+    n, c = windows.source.shape[1:]
+    window, outputs = scan.reader.window, []
+    if first:
+        state, (z, _) = scan.by_scan(window, state, slots(0, first))
+        outputs.append(z)
+    some = windows.filled.any(-1)[:, first:]  # [B, n - first]
+    last = jnp.maximum(some.sum(1) - 1, 0)
+    unfinished = some.any(1) & (windows.position % scan.reader.b > 0)
+
+    def of_last(x):  # [n - first, B, ...] -> [1, B, ...]
         return jnp.take_along_axis(x, last.reshape(1, -1, *[1] * (x.ndim - 2)), 0)
 
-    left = jax.tree.map(of_row, slots(1, n))
-    left = left._replace(filled=left.filled & part.any(1)[:, None])
-    state, (tail, _) = scan.by_scan(scan.reader.window, state._replace(weights=weights), left)
-    z = z.reshape(batch, n - 1, c, *z.shape[2:])
-    z = jnp.where(part.reshape(batch, n - 1, 1, 1, 1), tail[:, None], z)
-    return state, (jnp.concatenate([first, z.reshape(batch, -1, *z.shape[3:])], 1), ())
+    left = jax.tree.map(of_last, slots(first, n))
+    begins = None if left.begins is None else left.begins & unfinished[:, None]
+    left = left._replace(filled=left.filled & unfinished[:, None], begins=begins)
+    none = jax.tree.map(jnp.zeros_like, (state.pending, state.gates))
+    pending, gates = where(some.any(1), none, (state.pending, state.gates))
+    if scan.kernel is None or windows.begins is not None:
+        state = state._replace(pending=None, gates=None)
+        state, (z, _) = scan.by_scan(_unless_empty(window), state, slots(first, n))
+        state, _ = scan.by_scan(window, state._replace(pending=pending, gates=gates), left)
+    else:
+        after = jax.tree.map(lambda x: x[:, first * c :], in_slots)
+        part = jnp.repeat(unfinished[:, None] & (jnp.arange(n - first) == last[:, None]), c, 1)[..., None, None]
+        weights, z = scan.by_kernel(state.weights, after._replace(eta=jnp.where(part, 0, after.eta)))  # no step there
+        state = state._replace(weights=weights, pending=pending, gates=gates)
+        state, (tail, _) = scan.by_scan(window, state, left)
+        z = jnp.where(part, jnp.tile(tail, (1, n - first, 1, 1)), z)
+    return state, (jnp.concatenate([*outputs, z], 1), ())
 
 
 def _unless_empty(step: Callable) -> Callable:
@@ -231,7 +249,12 @@ def _unless_empty(step: Callable) -> Callable:
         _, y = jax.eval_shape(step, state, slots)
         return state, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), y)
 
-    return lambda state, slots: jax.lax.cond(slots.filled.any(), step, empty, state, slots)
+    def unless(state, slots):
+        if slots.begins is None:  # then all windows but the last ones have tokens
+            return step(state, slots)
+        return jax.lax.cond(slots.filled.any(), step, empty, state, slots)
+
+    return unless
 
 
 def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
@@ -241,43 +264,3 @@ def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
         return jnp.where(filled[..., None, None], x, jnp.cos(1.0 + jnp.arange(x.shape[-1])).astype(x.dtype))
 
     return tokens._replace(q=vector(tokens.q), k=vector(tokens.k), v=vector(tokens.v))
-
-
-def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
-    """``lax.scan`` over n mini-batches that stores the carry every ``group`` of them for the backward pass."""
-
-    def scan(carry, xs):
-        return jax.lax.scan(step, carry, xs, unroll=unroll)
-
-    if not group:
-        return scan(carry, xs)
-    if group == 1:
-        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, xs, unroll=unroll)
-    n = len(jax.tree.leaves(xs)[0])
-    n_groups = n // group
-    remat_scan = jax.checkpoint(scan, prevent_cse=False)
-    parts = []
-    if n_groups:
-        grouped = jax.tree.map(lambda x: x[: n_groups * group].reshape(n_groups, group, *x.shape[1:]), xs)
-        carry, ys = jax.lax.scan(remat_scan, carry, grouped)
-        parts.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
-    if n % group:
-        carry, ys = jax.checkpoint(scan)(carry, jax.tree.map(lambda x: x[n_groups * group :], xs))
-        parts.append(ys)
-    return carry, parts[0] if len(parts) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
-
-
-def _split(x: jax.Array, b: int) -> jax.Array:
-    """[B, n * b, H, d] -> [n, B, H, b, d]"""
-    batch, tokens, heads, d = x.shape
-    return x.reshape(batch, tokens // b, b, heads, d).transpose(1, 0, 3, 2, 4)
-
-
-def _join_outputs(ys):
-    """[n, B, H, b, ...] -> [B, n * b, H, ...]"""
-
-    def join(y):
-        n, batch, heads, b, *rest = y.shape
-        return jnp.moveaxis(y, (1, 3), (0, 2)).reshape(batch, n * b, heads, *rest)
-
-    return jax.tree.map(join, ys)

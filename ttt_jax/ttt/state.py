@@ -16,14 +16,14 @@ class InnerState(NamedTuple):
     Attributes:
       weights: W at the start of the current mini-batch, leaves [B, H, ...].
       pending: the sum of token_eta[s] * gradient[s] over the tokens of the current mini-batch so far, each decayed by
-        those after it. Zero at the start of a mini-batch.
+        those after it. Zero at the start of a mini-batch; None only inside :mod:`ttt_jax.ttt.scan`.
       position: tokens of the present document read so far, int32 [B]; modulo b, the place in the current mini-batch.
       slots: what each member of the update remembers, as of the start of the mini-batch.
       gates: the sum of each gate over the tokens of the current mini-batch so far, [B, H].
     """
 
     weights: Weights
-    pending: Weights
+    pending: Weights | None
     position: jax.Array
     slots: tuple[Any, ...] = ()
     gates: dict[str, jax.Array] | None = None
