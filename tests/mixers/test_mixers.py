@@ -31,7 +31,7 @@ del CASES["ttt"]  # the same as ttt_linear
 
 
 # Whose gradients take seconds to compile, and that differ from faster ones in what other tests look at.
-SLOW = {"ttt_linear-transformer", "ttt_mlp", "ttt_mlp-transformer", "ttt-lact"}
+SLOW = {"ttt_linear-transformer", "ttt_mlp", "ttt_mlp-transformer", "ttt-lact", "ttt-decay"}
 mostly_fast = pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
 )
