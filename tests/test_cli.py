@@ -383,7 +383,7 @@ def test_plot(evaluated, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(picture)
     assert pixels.shape[:2] == (736, 1152)
-    assert 0.01 < (pixels[..., :3] != pixels[0, 0, :3]).any(-1).mean() < 0.5  # ink on paper
+    assert 0.01 < (pixels[..., :3] != pixels[0, 0, :3]).any(-1).mean() < 0.7  # ink on paper
 
     loss = json.loads((evaluated / "eval/validation-48.json").read_text())["loss"]
     words = drawing.read_text()

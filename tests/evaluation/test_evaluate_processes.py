@@ -97,7 +97,7 @@ def test_processes_give_the_numbers_of_one_device(run):
 @pytest.mark.parametrize("run", ["ttt_mlp"], indirect=True)
 def test_a_killed_evaluation_goes_on(run):
     workdir, expected = run
-    many = [*options(workdir)[:-4], "--max-windows", 60, "--batch-size", 1, "--context", 1500]
+    many = [*options(workdir)[:-4], "--max-windows", 40, "--batch-size", 1, "--context", 1500]
     stem = "validation-documents-1500"
     process = start(*many)
     parts = workdir / "eval" / f".{stem}.unfinished"
@@ -114,5 +114,5 @@ def test_a_killed_evaluation_goes_on(run):
     assert there
     assert not parts.exists()
     whole = json.loads((workdir / "eval" / f"{stem}.json").read_text())
-    assert whole["documents"] == 60
+    assert whole["documents"] == 40
     check_same(evaluated(workdir), expected)  # another evaluation of the same run is as it was

@@ -37,7 +37,7 @@ def workdir(request, tmp_path_factory):
     """The workdir of an old run, which tests leave as it is."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(OLD_RUNS / f"{request.param}.tar.gz") as tar:
-        tar.extractall(folder, filter="data")
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / request.param
 
 

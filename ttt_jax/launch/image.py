@@ -5,6 +5,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.launch import checks, versions
@@ -39,8 +40,10 @@ def build(commands: Commands, job: Job, platform: str, repository: str) -> str:
         context = Path(folder) / "context"
         packed = Path(folder) / "source.tar.gz"
         content = versions.archive(job.checkout, {"constraints.txt": versions.constraints(wanted)}, packed)
+        # The first Python with filters is 3.11.4; the archive is of this function's own making.
+        safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         with tarfile.open(packed) as tar:
-            tar.extractall(context, filter="data")  # the constraints of this machine come last, and so are those
+            tar.extractall(context, **safely)  # the constraints of this machine come last, and so are those
         image = f"{repository}:{platform}-{content}"
         commands.note(f"{image}: the source tree {job.checkout}, with the versions of this machine as constraints.txt")
         commands.run(
