@@ -180,7 +180,7 @@ def test_a_number_that_is_none(refused):
 
 
 def test_refused_before_anything_is_compiled(refused, tmp_path):
-    """What only devices, data or the model can tell."""
+    """Refuse what only devices, data or the model can tell."""
     workdir = tmp_path / "run"
     train = ["train", "--workdir", workdir, *TINY]
     assert refused(*train, "--config.mesh.tensor=2").startswith(
@@ -383,7 +383,7 @@ def test_plot(evaluated, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(picture)
     assert pixels.shape[:2] == (736, 1152)
-    assert 0.01 < (pixels[..., :3] != pixels[0, 0, :3]).any(-1).mean() < 0.7  # ink on paper
+    assert 0.01 < (pixels[..., :3] < 0.6).any(-1).mean() < 0.5  # lines and words, without the light bands of errors
 
     loss = json.loads((evaluated / "eval/validation-48.json").read_text())["loss"]
     words = drawing.read_text()

@@ -224,7 +224,7 @@ def test_a_sweep_in_a_bucket(tmp_path):
 
 
 def environment_of_cache(folder):
-    """Where logs and locks of sweeps in buckets are; and compiled programs as in :func:`environment`."""
+    """Say where logs and locks of sweeps in buckets are, and compiled programs as in :func:`environment`."""
     kept = environment()
     return {"XDG_CACHE_HOME": str(folder), **{name: x for name, x in kept.items() if name.startswith(("JAX_", "XLA_"))}}
 

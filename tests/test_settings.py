@@ -1,4 +1,4 @@
-"""How keys of the config are declared, checked and parsed."""
+"""Check how keys of the config are declared, checked and parsed."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Where tokens stand in their documents, against counts written out token by token."""
+"""Check where tokens stand in their documents, against counts written out token by token."""
 
 import jax
 import numpy as np

@@ -48,7 +48,7 @@ def test_pieces_are_one_go(assert_close, lengths):
 
 @pytest.mark.parametrize("since", [None, np.array([[4, 5, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]])])
 def test_gradient_is_that_of_autodiff(quick_jit, assert_close, since):
-    """Of all inputs, and of those that are of the same document."""
+    """Take gradients of all inputs, and of those that are of the same document."""
     params, x = random_conv(4, 3, 9)
     cotangent = RNG.standard_normal((2, 6, 3)).astype(np.float32)
 

@@ -47,7 +47,7 @@ def test_angles_of_bfloat16_inputs_are_float32():
 
 
 def test_the_gradient_turns_back():
-    """As autodiff of the complex one finds."""
+    """Agree with what autodiff of the complex one finds."""
     x, g = (jnp.asarray(np.random.default_rng(i).standard_normal(X.shape), jnp.float32) for i in range(2))
     _, pull = jax.vjp(lambda x: rope.rotate(x, POSITIONS[:4], 500.0), x[:, :4])
     _, expected = jax.vjp(lambda x: complex_rotation(x, POSITIONS[:4], 500.0, jnp), x[:, :4])

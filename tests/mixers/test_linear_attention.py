@@ -35,7 +35,7 @@ def test_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
 
 @pytest.mark.parametrize("begins", [(0,), (4,), (5, 6), (3, 8), (2, 10)])
 def test_documents_have_sums_of_their_own(quick_jit, assert_close, begins):
-    """That begin with a chunk, within one, two in one, and with the last token."""
+    """Read documents that begin with a chunk, within one, two in one, and with the last token."""
     q, k, v = RNG.standard_normal((3, BATCH, 11, HEADS, D)).astype(np.float32)
     sums = RNG.standard_normal((BATCH, HEADS, D, D)).astype(np.float32)
     document = np.tile(np.isin(np.arange(11), begins).cumsum(), (BATCH, 1))

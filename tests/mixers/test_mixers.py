@@ -81,7 +81,7 @@ def params_of(random_params):
 
 
 class Masks(NamedTuple):
-    """Which tokens are valid, and with which documents begin: [B, T] each, or None for all and for none."""
+    """Say which tokens are valid, and with which documents begin: [B, T] each, or None for all and for none."""
 
     valid: np.ndarray | None
     reset: np.ndarray | None
@@ -102,7 +102,7 @@ class Masks(NamedTuple):
         return [document for document in found if document]
 
     def positions(self, end):
-        """How many valid tokens the document has that each row is in after so many tokens."""
+        """Return how many valid tokens the document has that each row is in after so many tokens."""
         found = []
         for row in range(ROWS):
             valid, reset = self.valid[row, :end], self.reset[row, :end]
@@ -256,7 +256,7 @@ def test_pieces_with_padding_and_documents_are_each_document_alone(alone, read, 
 @pytest.mark.parametrize("masks", MASKS)
 @mostly_fast
 def test_sequences_with_padding_and_documents_are_each_document_alone(alone, read, case, masks):
-    """As above, without a state: in training."""
+    """Read as above, without a state: in training."""
     assert_same(read(case, MASKS[masks]), alone(case, MASKS[masks]))
 
 
@@ -264,7 +264,7 @@ def test_sequences_with_padding_and_documents_are_each_document_alone(alone, rea
 @pytest.mark.parametrize("pieces", [False, True])
 @one_that_learns
 def test_padding_or_documents_alone(alone, read, case, only, pieces):
-    """What is not said is as if nothing were padding, or no document began."""
+    """Take what is not said as if nothing were padding, or no document began."""
     one = MASKS["any, 1"]._replace(**{"reset" if only == "valid" else "valid": None})
     assert_same(read(case, one, pieces), alone(case, one))
 

@@ -45,7 +45,7 @@ def flat(tree):
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba"])
 def test_pieces_cut_inside_mini_batches_are_one_go(draw, quick_jit, assert_close, name):
-    """Of the other mixers, tests/mixers says so."""
+    """Cut the pieces of one mixer; tests/mixers does so with all."""
     model = build(name)
     params = draw(model, TOKENS)
     apply = applied(quick_jit, model)

@@ -1,10 +1,12 @@
 """Check models of several kinds of block against their blocks, applied one after the other."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
+from ttt_jax.mixers.mixer import Context
 from ttt_jax.models import build, pattern, stack
 from ttt_jax.training.loss import token_nll
 
@@ -31,8 +33,7 @@ def hybrid(random_params):
 
 def blocks_of(c):
     """The module of each block, in order, and the mixer of each."""
-    each = [run for s in pattern.segments(c.model) for _ in range(s.repeats) for run in s.runs]
-    kinds = [run.model for run in each for _ in range(run.blocks)]
+    kinds = [run.model for run in pattern.blocks(c.model)]
     return [build._block(kind)() for kind in kinds], [kind.mixer for kind in kinds]
 
 
@@ -105,6 +106,18 @@ def test_the_program_does_not_grow_with_depth():
         return jax.jit(lambda p: model.apply({"params": p}, TOKENS)[0]).lower(params).as_text().count("\n")
 
     assert lines(8) == lines(48)
+
+
+def test_padding_leaves_the_stream_as_it_is(hybrid):
+    """What a block would add at padding is left out, so that nothing there can become infinite."""
+    _, model, params = hybrid
+    valid = np.ones(TOKENS.shape, bool)
+    valid[:, -3:] = False
+    _, filled = model.apply(
+        {"params": params}, TOKENS, None, Context(valid=jnp.asarray(valid)), mutable=["hidden_states"]
+    )
+    for found in model.by_block(filled["hidden_states"]):
+        np.testing.assert_array_equal(found["h"][:, -3:], filled["hidden_states"]["embedding"][:, -3:])
 
 
 def test_the_layout_of_a_uniform_model_is_its_own():

@@ -37,7 +37,7 @@ def boxed(shape, names):
 
 @functools.cache
 def run(program, *arguments):
-    """What a program beside this file prints."""
+    """Return what a program beside this file prints."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     command = [sys.executable, str(HERE / program), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,5 +1,5 @@
-"""What becomes of a run whose fused kernel is wrong on its devices: CPUs that count as accelerators, with kernels made
-of the scan."""
+"""Check what becomes of a run whose fused kernel is wrong on its devices: CPUs that count as accelerators, with kernels
+made of the scan."""
 
 from types import SimpleNamespace
 
@@ -90,7 +90,7 @@ def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel,
     loop.train(tiny_config({**RUN, "model.ttt.kernel_check": False}), tmp_path)
     first, second = losses(tmp_path)
     assert first == by_scan[0]
-    assert abs(second - by_scan[1]) > 2e-6
+    assert second != by_scan[1]  # by the scan, it would have the same bits, as the first has
     assert capsys.readouterr().err.count("WARNING") == 1
 
 

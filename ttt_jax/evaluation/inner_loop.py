@@ -282,9 +282,7 @@ def _mini_batches(model: ml_collections.ConfigDict) -> list[int]:
 
 def _blocks(model: ml_collections.ConfigDict) -> list[int]:
     """Return which blocks of the model learn, from 0."""
-    each = [run for segment in pattern.segments(model) for _ in range(segment.repeats) for run in segment.runs]
-    kinds = [run.model.mixer for run in each for _ in range(run.blocks)]
-    return [place for place, name in enumerate(kinds) if MIXERS[name].learns]
+    return [place for place, run in enumerate(pattern.blocks(model)) if MIXERS[run.model.mixer].learns]
 
 
 class _Mean:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import Places, gather_valid, places
 from ttt_jax.layers.projection import Projection, to_heads
-from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
 from ttt_jax.settings import setting
 
 _NO_DOCUMENT = -1  # of keys that nobody sees
@@ -203,10 +203,7 @@ class Settings:
 def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]:
     return partial(
         Attention,
-        num_heads=model.num_heads,
-        dtype=jnp.dtype(model.dtype),
-        init_stddev=model.init_stddev,
-        rope_theta=model.rope_theta,
+        **of_heads(model),
         window=window,
     )
 

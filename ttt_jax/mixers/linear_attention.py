@@ -23,7 +23,7 @@ from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
 from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.projection import Projection, to_heads
-from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
 
 CHUNK = 128  # tokens
 
@@ -123,10 +123,7 @@ def linear_attention(
 def _module(model: Model) -> Callable[..., nn.Module]:
     return partial(
         LinearAttention,
-        num_heads=model.num_heads,
-        dtype=jnp.dtype(model.dtype),
-        init_stddev=model.init_stddev,
-        rope_theta=model.rope_theta,
+        **of_heads(model),
     )
 
 

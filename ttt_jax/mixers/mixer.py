@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
+import jax.numpy as jnp
 import ml_collections
 
 from ttt_jax.layers.context import PLAIN as PLAIN
@@ -59,6 +60,16 @@ class Memory(NamedTuple):
     parameters: int = 0
     arrays: int = 14
     bytes_per_head: float = 0.0
+
+
+def of_heads(model: Model) -> dict[str, Any]:
+    """Return what the modules of mixers with heads and rotary positions take alike."""
+    return {
+        "num_heads": model.num_heads,
+        "dtype": jnp.dtype(model.dtype),
+        "init_stddev": model.init_stddev,
+        "rope_theta": model.rope_theta,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

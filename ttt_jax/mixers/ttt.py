@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style
+from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
     LEARNER,
@@ -182,8 +182,6 @@ def _module(model: Model) -> Callable[..., nn.Module]:
     return partial(
         TTT,
         loop=found,
-        num_heads=model.num_heads,
-        dtype=jnp.dtype(model.dtype),
         backbone=ttt.backbone,
         mini_batch=ttt.mini_batch,
         base_lr=base_lr(model),
@@ -191,8 +189,7 @@ def _module(model: Model) -> Callable[..., nn.Module]:
         learned_w0=ttt.learned_w0,
         learned_eta=ttt.learned_eta,
         conv_width=model.conv_width,
-        rope_theta=model.rope_theta,
-        init_stddev=model.init_stddev,
+        **of_heads(model),
         kernel=ttt.kernel,
         remat_group=ttt.remat_group,
         unroll=ttt.unroll,

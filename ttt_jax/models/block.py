@@ -52,9 +52,7 @@ class Block(nn.Module):
             return RMSNorm(self.dtype, self.norm_epsilon, name=name)(x)
 
         def added(y: jax.Array) -> jax.Array:
-            if context.valid is not None:
-                y = jnp.where(context.valid[..., None], y, 0)
-            return h + y
+            return h + context.blank(y)
 
         conv_state = mixer_state = None
         if state is not None:

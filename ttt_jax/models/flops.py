@@ -36,7 +36,5 @@ def _block(model: ml_collections.ConfigDict, sequence_length: int) -> float:
 
 def inner_loop_of_block(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     """Return the operations per token of the inner loop of one block; ``model.mixer`` is one that learns."""
-    inner_loop = MIXERS[model.mixer].inner_loop
-    assert inner_loop is not None
-    of_a_head = operations.per_token(inner_loop(model), min(model.ttt.mini_batch, sequence_length))
+    of_a_head = operations.per_token(pattern.inner_loop(model), min(model.ttt.mini_batch, sequence_length))
     return model.num_heads * of_a_head

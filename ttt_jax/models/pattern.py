@@ -19,6 +19,7 @@ from ttt_jax import import_path, settings
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models.block import NORMS, channel_parts
+from ttt_jax.ttt.inner_loop import InnerLoop
 
 BLOCK_KEYS = ("channel", "norms", "pre_conv", "conv_width", "mlp_width", "rope_theta")
 
@@ -107,6 +108,19 @@ def describe(model: ml_collections.ConfigDict) -> str:
 def learns(model: ml_collections.ConfigDict) -> list[Run]:
     """Return the kinds of block whose mixers learn at test time, so that ``config.model.ttt`` means something."""
     return [kind for kind in kinds(model) if MIXERS[kind.model.mixer].learns]
+
+
+def inner_loop(model: ml_collections.ConfigDict) -> InnerLoop:
+    """Return the inner loop of a kind of block that :func:`learns`."""
+    found = MIXERS[model.mixer].inner_loop
+    assert found is not None
+    return found(model)
+
+
+def blocks(model: ml_collections.ConfigDict) -> list[Run]:
+    """Return the run that each block is of, in order."""
+    runs = [run for segment in segments(model) for _ in range(segment.repeats) for run in segment.runs]
+    return [run for run in runs for _ in range(run.blocks)]
 
 
 def _runs(model: ml_collections.ConfigDict) -> list[Run]:

@@ -7,7 +7,6 @@ import dataclasses
 
 import ml_collections
 
-from ttt_jax.mixers import MIXERS
 from ttt_jax.models import flops, pattern
 from ttt_jax.parallel.chips import Chip
 from ttt_jax.ttt.kernels import choice, run
@@ -93,9 +92,7 @@ def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip
       rate: operations a second of all chips, of products that fill their matrix units.
     """
     model, length, device = kind.model, config.data.sequence_length, chip.device_kinds[0]
-    inner_loop = MIXERS[model.mixer].inner_loop
-    assert inner_loop is not None
-    loop, tokens = inner_loop(model), config.data.batch_size * length
+    loop, tokens = pattern.inner_loop(model), config.data.batch_size * length
     fused = choice.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
     scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
     b = min(model.ttt.mini_batch, length)

@@ -4,7 +4,6 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from ttt_jax.mixers import MIXERS
 from ttt_jax.models import pattern
 from ttt_jax.parallel import peers
 from ttt_jax.parallel.exchange import Exchange, describe
@@ -54,9 +53,7 @@ def families(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Fa
         return []
     found = []
     for kind in pattern.learns(model):
-        inner_loop, ttt = MIXERS[kind.model.mixer].inner_loop, kind.model.ttt
-        assert inner_loop is not None
-        loop = inner_loop(kind.model)
+        loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
         if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
             found.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
     return list(dict.fromkeys(found))

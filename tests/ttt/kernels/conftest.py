@@ -103,7 +103,7 @@ def with_gradients(quick_jit) -> Callable:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[..., float]:
-    """Of a tree of arrays, the largest of any of them, in the Euclidean norm."""
+    """Return the largest of a tree of arrays, in the Euclidean norm."""
 
     def error(actual, desired):
         def of(x, y):
