@@ -28,7 +28,7 @@ import numpy as np
 import tokenizers
 from backports import zstd
 
-from ttt_jax.data import embedded, files, pipeline, records, sources, tokenizer, train_bpe
+from ttt_jax.data import embedded, files, named_sources, pipeline, records, tokenizer, train_bpe
 from ttt_jax.data.job import Job
 
 _BATCH_TOKENS = 1 << 18
@@ -86,7 +86,7 @@ def _bytes(named: list[str], options: argparse.Namespace, folder: Path) -> Path:
 
 
 def _batches(dataset: Path, options: argparse.Namespace) -> None:
-    source = sources.load(str(dataset), "train")
+    source = named_sources.load(str(dataset), "train")
     print(f"batches, from {len(source.tokens):,} tokens on disk")
     for length in (2048, 32768):
         rates = []

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from ttt_jax.benchmark import inner_loop
-from ttt_jax.parallel import chips
+from ttt_jax.distributed import chips
 
 STEP_TOKENS = 32 * 1024
 SCANS = ((1, 1), (4, 4), (8, 8))  # remat_group, unroll

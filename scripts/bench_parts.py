@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import config as config_lib
+from ttt_jax.distributed import sharding
 from ttt_jax.layers.conv import convolve
 from ttt_jax.layers.projection import project
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.attention import causal_attention
-from ttt_jax.parallel import sharding
-from ttt_jax.training import program
+from ttt_jax.training import compiled_step
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_mlp
@@ -82,7 +82,7 @@ def compile_time(mixer: str, layers: int) -> float:
     config = config_lib.default()
     config.model.update(mixer=mixer, num_layers=layers, vocab_size=1024)
     config.data.batch_size = 1
-    run = program.make(config, sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}))
+    run = compiled_step.make(config, sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}))
     jax.clear_caches()
     start = time.perf_counter()
     run.compiled_step()

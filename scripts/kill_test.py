@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from ttt_jax import config as config_lib
-from ttt_jax.exit_status import DONE, RESTART
-from ttt_jax.parallel import sharding
-from ttt_jax.training import metrics, program
+from ttt_jax.distributed import sharding
+from ttt_jax.terminal.exit_status import DONE, RESTART
+from ttt_jax.training import compiled_step, metrics
 from ttt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +161,7 @@ def compare(workdir: Path, undisturbed: Path) -> None:
 def final_state(workdir: Path):
     """The last checkpoint."""
     config = config_lib.from_json(workdir / "config.json")
-    run = program.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    run = compiled_step.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)
     assert restored is not None
     return restored.step, jax.device_get(restored.state)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax.parallel import startup
+from ttt_jax.distributed import startup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,16 +150,16 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
     """``save_run(workdir, config, steps)``: makes a workdir with checkpoints of random parameters, compiling nothing;
     returns the parameters by step."""
     from ttt_jax import config as config_lib
+    from ttt_jax.distributed import sharding
     from ttt_jax.models.build import language_model
-    from ttt_jax.parallel import sharding
-    from ttt_jax.training import program
+    from ttt_jax.training import compiled_step
     from ttt_jax.training.checkpoint import Checkpoints
 
     def save(workdir: Path, config: Any, steps: tuple[int, ...] = (5,), stddev: float = 0.5) -> dict[int, Any]:
         workdir.mkdir(parents=True)
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
-        abstract = program.make(config, mesh).abstract_state
+        abstract = compiled_step.make(config, mesh).abstract_state
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
         checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), language_model(config.model), {}
         for step in steps:

@@ -10,10 +10,10 @@ import saved_runs
 from ttt_jax import config as config_lib
 from ttt_jax.data import engines, job, tokenizer, train_bpe
 from ttt_jax.data import files as input_files
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
-from ttt_jax.evaluation.unfinished import Unfinished
+from ttt_jax.storage.store import Store
 from ttt_jax.sweep import axes, points, record, sweep_file
 from ttt_jax.training import loop
 

@@ -11,8 +11,8 @@ import jax
 import ttt_process
 
 from ttt_jax.cli import main
+from ttt_jax.kernels import choice, run
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.kernels import choice, run
 
 
 def right(loop, parameters, start, tokens, **_):

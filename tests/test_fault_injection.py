@@ -18,20 +18,19 @@ from faults import KINDS, damage, files
 from files_of_all_kinds import BYTES, IDENTITY, LENGTHS, SMALL, UNFINISHED, config_of, inputs, make, tokenize_job
 
 from ttt_jax import config as config_lib
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
-from ttt_jax.data import engines, sources, train_bpe
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.store import Store
+from ttt_jax.data import engines, named_sources, train_bpe
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.distributed import sharding
+from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.evaluation import evaluations, inner_loop_files
+from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
-from ttt_jax.evaluation.unfinished import Unfinished
-from ttt_jax.parallel import sharding
+from ttt_jax.storage import json_files
+from ttt_jax.storage.store import Store
 from ttt_jax.sweep import record, sweep_file
-from ttt_jax.training import metrics, program, run_config, validation
+from ttt_jax.training import compiled_step, metrics, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import CheckpointError
 from ttt_jax.training.goodput import Goodput
 
 SEEDS = {"flip": 6, "cut": 4, "empty": 1, "delete": 1, "foreign": 1, "duplicate": 2}
@@ -84,14 +83,14 @@ def _abstract(root: Path) -> Any:
     if root not in _made:
         config = config_of(root)
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
-        _made[root] = program.make(config, mesh).abstract_state
+        _made[root] = compiled_step.make(config, mesh).abstract_state
     return _made[root]
 
 
 def _data(folder: Path) -> Any:
-    found = {"tokenizer": sources.tokenizer_of(str(folder)).content}
+    found = {"tokenizer": named_sources.tokenizer_of(str(folder)).content}
     for split in ("train", "validation"):
-        source = sources.load(str(folder), split)
+        source = named_sources.load(str(folder), split)
         documents = source.documents
         assert documents is not None
         found[split] = (

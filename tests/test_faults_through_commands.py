@@ -9,11 +9,12 @@ import files_of_all_kinds
 import pytest
 from faults import damaged
 
-from ttt_jax import cli, json_files
+from ttt_jax import cli
 from ttt_jax.data import engines
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
-from ttt_jax.exit_status import DONE, FAILED, REFUSED
+from ttt_jax.storage import json_files
+from ttt_jax.storage.store import Store
+from ttt_jax.terminal.exit_status import DONE, FAILED, REFUSED
 from ttt_jax.training import metrics
 
 RUN, EVAL = "sweep/a", "sweep/a/eval/validation-32"

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import ttt_jax
-from ttt_jax import cli_plan, json_files
+from ttt_jax.cli import plan
 from ttt_jax.evaluation.probes.cells import Cells
+from ttt_jax.storage import json_files
 
 PACKAGE = Path(ttt_jax.__file__).parent
 WRITERS = (
     *("evaluation", "sweep", "planning", "interop"),
-    *("cli_plan.py", "cli_sweep_report.py", "cli_harness.py", "json_files.py"),
+    *("cli/plan.py", "cli/sweep_report.py", "cli/harness.py", "storage/json_files.py"),
 )
 
 
@@ -29,7 +30,7 @@ def test_a_cell_beside_one_of_an_earlier_version_that_holds_nan(tmp_path):
 
 
 def test_a_plan():
-    printed = cli_plan._json({"hours": math.inf, "memory": {"total": 3}, "tried": [math.nan]})
+    printed = plan._json({"hours": math.inf, "memory": {"total": 3}, "tried": [math.nan]})
     assert json.loads(printed, parse_constant=pytest.fail) == {"hours": None, "memory": {"total": 3}, "tried": [None]}
 
 

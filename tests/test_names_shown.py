@@ -12,18 +12,19 @@ import matplotlib.pyplot as plt
 import pytest
 from saved_runs import run, words
 
-from ttt_jax import cli_eval, cli_harness, console
+from ttt_jax.cli import eval, harness
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, style
-from ttt_jax.evaluation.plots import ablation, points
-from ttt_jax.evaluation.plots.by_position import loss_by_position
-from ttt_jax.evaluation.plots.flops import perplexity_by_flops
-from ttt_jax.evaluation.probes import heat_map, report
-from ttt_jax.status_line import StatusLine
-from ttt_jax.sweep import plot, record, results, status, sweep_file, tables
+from ttt_jax.evaluation import evaluations
+from ttt_jax.evaluation.probes import report
+from ttt_jax.figures import ablation, heat_map, points, style, sweep_metric
+from ttt_jax.figures.by_position import loss_by_position
+from ttt_jax.figures.flops import perplexity_by_flops
+from ttt_jax.sweep import record, results, status, sweep_file, tables
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.record import Record
 from ttt_jax.sweep.sweep_file import Sweep
+from ttt_jax.terminal import console
+from ttt_jax.terminal.status_line import StatusLine
 
 NAMES = [
     *("trial[a]", "[bold]x", "[", "a]b[0]", ":warning:", "$x$", "a$", "$5 and $6", r"back\slash", r"a\$b", "~me"),
@@ -70,16 +71,16 @@ def test_tables_of_sweeps(tmp_path):
 
 def test_pictures_of_sweeps(tmp_path):
     found = swept(tmp_path)
-    plot.against(found, "the_pile[$a$]-loss", tmp_path / "ticks.svg", x="data.source")
+    sweep_metric.against(found, "the_pile[$a$]-loss", tmp_path / "ticks.svg", x="data.source")
     assert set(VALUES) < set(drawn(tmp_path / "ticks.svg"))
     assert "the_pile[$a$]-loss" in drawn(tmp_path / "ticks.svg")
-    plot.against(found, "loss", tmp_path / "legend.svg", x="seed", lines="data.source")
+    sweep_metric.against(found, "loss", tmp_path / "legend.svg", x="seed", lines="data.source")
     assert {f"source {value}" for value in VALUES} < set(drawn(tmp_path / "legend.svg"))
     recipes = found._replace(
         keys=["config"],
         results=[each._replace(values={"config": each.values["data.source"]}) for each in found.results],
     )
-    plot.against(recipes, "loss", tmp_path / "recipes.svg", x="seed", lines="config")
+    sweep_metric.against(recipes, "loss", tmp_path / "recipes.svg", x="seed", lines="config")
     assert set(VALUES) < set(drawn(tmp_path / "recipes.svg"))
 
 
@@ -92,8 +93,8 @@ def named(tmp_path):
 @pytest.mark.slow
 def test_comparisons(named, capsys):
     parser = argparse.ArgumentParser()
-    cli_eval.add_compare_arguments(parser)
-    assert cli_eval.compare(parser.parse_args([str(each) for each in named])) == 0
+    eval.add_compare_arguments(parser)
+    assert eval.compare(parser.parse_args([str(each) for each in named])) == 0
     [header] = [line for line in capsys.readouterr().out.splitlines() if "positions" in line]
     assert [cell.strip() for cell in header.strip("┃").split("┃")] == ["positions", *NAMES]
 
@@ -147,7 +148,7 @@ def test_tables_of_probes_and_of_the_harness(capsys):
         assert f"of {name}\n" in out
         assert f" {name} " in out
         about = {"documents": None, "num_fewshot": 0, "metrics": {name: {"value": 1.0, "standard_error": None}}}
-        assert rendered(cli_harness._table({name: about})).count(name) >= 2
+        assert rendered(harness._table({name: about})).count(name) >= 2
 
 
 def test_heat_maps(tmp_path):

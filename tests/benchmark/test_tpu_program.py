@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import parts, program
+from ttt_jax.benchmark.tpu_schedule import hlo_operations, parts
 from ttt_jax.planning import hlo_text
 
 TEXT = """\
@@ -89,7 +89,7 @@ ROW = 16 * 128 * 4  # f32[1,16,64], its last axis padded to 128
 
 @pytest.fixture(scope="module")
 def found():
-    return program.read(TEXT)
+    return hlo_operations.read(TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_where_operations_come_from(operations):
 def test_equal_operations_have_equal_signatures(operations):
     assert operations["fusion.1"].signature == operations["fusion.2"].signature
     changed = TEXT.replace("dynamic-slice(%q0, %q1, %zero.2", "dynamic-slice(%q0, %zero.2, %q1")
-    others = {o.name: o for o in program.read(changed).operations}
+    others = {o.name: o for o in hlo_operations.read(changed).operations}
     assert others["fusion.1"].signature == operations["fusion.1"].signature
     assert others["fusion.2"].signature != operations["fusion.2"].signature
 
@@ -150,11 +150,11 @@ def test_vector_memory_of_an_operation(operations):
 
 
 def test_a_loop_of_unknown_trips():
-    found = program.read(TEXT.replace("constant(100)", "add(%s.2, %s.2)"))
+    found = hlo_operations.read(TEXT.replace("constant(100)", "add(%s.2, %s.2)"))
     assert found.loops == [("jit(step)/while", None)]
     assert next(o.times for o in found.operations if o.name == "fusion.1") == 1
     known = TEXT.replace("body=%body,", 'body=%body, backend_config={"known_trip_count":{"n":"7"}},')
-    assert program.read(known).loops == [("jit(step)/while", 7)]
+    assert hlo_operations.read(known).loops == [("jit(step)/while", 7)]
 
 
 @pytest.mark.parametrize(
@@ -216,5 +216,5 @@ ENTRY %main (a: bf16[8,256], b: bf16[32,256], c: f32[8,128]) -> f32[8,128] {
   ROOT %r = f32[8,128]{1,0:T(8,128)} get-tuple-element(%f), index=0
 }
 """
-    (fusion,) = program.read(text).operations
+    (fusion,) = hlo_operations.read(text).operations
     assert (fusion.name, fusion.hbm_bytes, fusion.asynchronous) == ("f", 2 * 8 * 128 * 4, False)

@@ -210,7 +210,7 @@ def test_an_mlp_cannot_start_at_zero():
 def test_rooms_below_do_not_know_the_config():
     """It imports the registry of mixers, so these import the error and the settings instead."""
     package = CONFIGS.parent / "ttt_jax"
-    for room in ("ttt", "kernels", "layers", "mixers", "models", "parallel", "data"):
+    for room in ("ttt", "kernels", "layers", "mixers", "models", "distributed", "data"):
         for path in (package / room).rglob("*.py"):
             assert not re.search(r"ttt_jax\.config\b|from ttt_jax import .*\bconfig\b", path.read_text()), path
 

@@ -8,10 +8,10 @@ import pytest
 import saved_runs
 
 from ttt_jax import config as config_lib
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError, renamed
 from ttt_jax.evaluation import catalogue, evaluations
-from ttt_jax.evaluation.plots import ablation
+from ttt_jax.figures import ablation
+from ttt_jax.storage import json_files
 from ttt_jax.sweep import results, sweep_file
 from ttt_jax.sweep.points import Point
 from ttt_jax.training import run_config

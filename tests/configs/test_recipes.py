@@ -11,10 +11,10 @@ from recipes import GOLDEN, PAPER, all_recipes, dump, get, paper_recipes, text
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
+from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.models.build import language_model
-from ttt_jax.parallel import sharding
-from ttt_jax.training import loop, metrics, program
+from ttt_jax.training import compiled_step, loop, metrics
 
 # Table 3 of the paper, written down once more: blocks, width, heads, steps, peak learning rate, tokens.
 TABLE_3 = {
@@ -81,7 +81,7 @@ def test_inner_rates_are_the_papers():
         config = get(f"paper.py:{mixer}-125m-pile-2k")
         assert ttt_loop.base_lr_start(config.model) == pytest.approx(start)
         assert ttt_loop.base_lr(config.model) == peak
-        _, warmup = program.schedules(config)
+        _, warmup = compiled_step.schedules(config)
         np.testing.assert_allclose([float(warmup(step)) for step in (0, 240, 480, 4800)], [0, 0.5, 1, 1], rtol=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_parameters_can_lie_on_the_mesh(recipe):
     shape = config_lib.mesh_shape(c, chips(recipe))
     mesh = AbstractMesh(tuple(shape.values()), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     total = sum(x.size for x in jax.tree.leaves(parameters(c)))
-    lying = jax.tree.leaves(program.make(c, mesh).abstract_state.params)
+    lying = jax.tree.leaves(compiled_step.make(c, mesh).abstract_state.params)
     assert sum(x.size for x in lying) == total
     here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in lying)
     assert here < 1.1 * total / (shape["fsdp"] * shape["tensor"])

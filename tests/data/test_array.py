@@ -10,8 +10,8 @@ import tensorstore as ts
 from hypothesis import strategies as st
 
 from ttt_jax.data.array import Array, ArrayWriter, check_layout
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.store import Store
+from ttt_jax.errors import DataError
+from ttt_jax.storage.store import Store
 
 SHARD, CHUNK = 64, 16
 

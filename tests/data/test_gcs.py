@@ -25,7 +25,7 @@ METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # whether t
 TOKENIZE = """
 import sys
 from ttt_jax.data import files, job, tokenize, tokenizer
-from ttt_jax.data.store import Store
+from ttt_jax.storage.store import Store
 def here(work, units):
     for split, unit in units:
         yield unit, job.tokenize(work, split, unit)
@@ -36,7 +36,9 @@ tokenize.tokenize(files.find("train", [source]), work, Store(output), here, skip
 """
 READ = """
 import json, sys
-from ttt_jax.data import dataset, errors, store
+from ttt_jax import errors
+from ttt_jax.data import dataset
+from ttt_jax.storage import store
 try:
     folder = store.Store(sys.argv[1])
     found = dataset.open_split(folder, dataset.read_description(folder), "train")
@@ -50,9 +52,9 @@ except errors.DataError as error:
 """
 LOAD = """
 import json, sys
-from ttt_jax.data import sources
+from ttt_jax.data import named_sources
 for split in ("train", "validation"):
-    source = sources.load(sys.argv[1], split, vocab_size=1000)
+    source = named_sources.load(sys.argv[1], split, vocab_size=1000)
     windows = [source.window(i, 300) for i in range(source.windows(300))]
     row = [token for window in windows for token in window["inputs"].tolist()]
     print(json.dumps([source.name, source.vocab_size, source.bos, len(source.tokens), row, source.fingerprint()]))

@@ -16,7 +16,7 @@ from ttt_jax.data import job as job_lib
 from ttt_jax.data import tokenizer
 from ttt_jax.data.job import Job
 from ttt_jax.data.records import Position, Problem, Unit
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
 
 BYTE = tokenizer.byte()
 

@@ -9,7 +9,7 @@ import pytest
 from ttt_jax.config import ConfigError
 from ttt_jax.data import files, tokenize, tokenizer
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
+from ttt_jax.storage.store import Store
 
 BYTES = Job(tokenizer.byte(), 256, 257)
 EXPECTED = ".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with .zst, .zstd, .gz, .xz or .bz2"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, sequences, sources
-from ttt_jax.data.errors import DataError
+from ttt_jax.data import named_sources, pipeline, sequences
+from ttt_jax.errors import DataError
 
 E2E = Path(__file__).parents[1] / "oracles" / "e2e"
 LLAMA_2 = "tokenizer_name-meta-llama/Llama-2-7b-hf-val_ratio-0.0005-val_split_seed-2357-add_eos-True-detokenize-False"
@@ -25,7 +25,7 @@ def expected():
 
 
 def e2e(version, split):
-    return sources.load(str(E2E / version), split, vocab_size=97, bos=1)
+    return named_sources.load(str(E2E / version), split, vocab_size=97, bos=1)
 
 
 @pytest.mark.parametrize("version", ["e2e_zarr", "e2e_zarr_v2"])
@@ -68,12 +68,12 @@ def test_e2e_training_batches_of_two_hosts(expected):
 
 
 def test_e2e_bos_is_llama_3s_unless_the_config_says_otherwise():
-    assert sources.load(str(E2E / "e2e_zarr"), "train").bos == 128000
-    assert sources.load(str(E2E / "e2e_zarr"), "train", bos=1).bos == 1
+    assert named_sources.load(str(E2E / "e2e_zarr"), "train").bos == 128000
+    assert named_sources.load(str(E2E / "e2e_zarr"), "train", bos=1).bos == 1
 
 
 def test_a_token_that_the_model_does_not_have(expected):
-    source = sources.load(str(E2E / "e2e_zarr"), "train", vocab_size=90)
+    source = named_sources.load(str(E2E / "e2e_zarr"), "train", vocab_size=90)
     place = int(np.flatnonzero(expected["train_tokens"] >= 90)[0])
     with pytest.raises(DataError, match=rf"e2e_zarr/train: token \d+ at offset {place}; expected ids below .* of 90"):
         source.window(0, len(expected["train_tokens"]) - 1)
@@ -83,7 +83,7 @@ def test_a_token_that_the_model_does_not_have(expected):
 def test_a_missing_chunk(tmp_path, version, chunk):
     shutil.copytree(E2E / version, tmp_path / version)
     (tmp_path / version / "train" / chunk).unlink()
-    source = sources.load(str(tmp_path / version), "train", vocab_size=97)
+    source = named_sources.load(str(tmp_path / version), "train", vocab_size=97)
     source.window(0, 8191)
     with pytest.raises(DataError, match=r"cannot read .*/train at offset 8192: .*missing"):
         source.window(1, 8192)
@@ -91,7 +91,7 @@ def test_a_missing_chunk(tmp_path, version, chunk):
 
 def test_a_split_that_is_not_there():
     with pytest.raises(ConfigError, match="no test tokens there"):
-        sources.load(str(E2E / "e2e_zarr"), "test")
+        named_sources.load(str(E2E / "e2e_zarr"), "test")
 
 
 # ---- ttt-lm-jax
@@ -118,7 +118,7 @@ def test_npy(npy, folder, dtype):
     splits["train"][[0, 5, 40]] = 1
     path = npy(folder, **splits)
     for split, tokens in splits.items():
-        source = sources.load(path, split, vocab_size=32000)
+        source = named_sources.load(path, split, vocab_size=32000)
         assert (len(source.tokens), source.vocab_size, source.bos) == (1000, 32000, 1)
         np.testing.assert_array_equal(source.tokens[0:1000], tokens)
         np.testing.assert_array_equal(source.tokens[990:2000], tokens[990:])
@@ -130,24 +130,26 @@ def test_npy(npy, folder, dtype):
 
 def test_the_nested_folder_names_the_tokenizer(npy):
     path = npy(LLAMA_2, train=np.zeros(9, np.uint16))
-    assert sources.load(path, "train", tokenizer="meta-llama/Llama-2-7b-hf").tokenizer == ("meta-llama/Llama-2-7b-hf",)
+    assert named_sources.load(path, "train", tokenizer="meta-llama/Llama-2-7b-hf").tokenizer == (
+        "meta-llama/Llama-2-7b-hf",
+    )
     with pytest.raises(ConfigError, match=r"data.tokenizer='byte': .*/train.npy was made by meta-llama/Llama-2-7b-hf"):
-        sources.load(path, "train", tokenizer="byte")
+        named_sources.load(path, "train", tokenizer="byte")
 
 
 def test_another_tokenizer_in_the_nested_folder(npy):
     path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.full(9, 50256, np.uint16))
-    source = sources.load(path, "train", vocab_size=50257)
+    source = named_sources.load(path, "train", vocab_size=50257)
     assert (source.vocab_size, source.bos, source.tokenizer) == (50257, None, ("gpt2",))
     assert source.window(0, 4)["mask"].all()  # no BOS, so every target counts, as in the authors' code
-    assert sources.load(path, "train", vocab_size=50257, bos=50256).window(0, 4)["mask"].tolist() == [0] * 4
+    assert named_sources.load(path, "train", vocab_size=50257, bos=50256).window(0, 4)["mask"].tolist() == [0] * 4
 
 
 def test_several_tokenizers(npy):
     npy(LLAMA_2, train=np.zeros(9, np.uint16))
     path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.zeros(9, np.uint16))
     with pytest.raises(ConfigError, match=r"holds several datasets; expected one of .*gpt2.*"):
-        sources.load(path, "train")
+        named_sources.load(path, "train")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_several_tokenizers(npy):
 )
 def test_arrays_that_are_no_tokens(npy, content, message):
     with pytest.raises(DataError, match=message):
-        sources.load(npy(train=content), "train")
+        named_sources.load(npy(train=content), "train")
 
 
 @pytest.mark.parametrize(
@@ -178,10 +180,10 @@ def test_a_damaged_file(npy, tmp_path, change, message):
     content = (tmp_path / "train.npy").read_bytes()
     (tmp_path / "train.npy").write_bytes(change(content))
     with pytest.raises(DataError, match=message):
-        sources.load(path, "train")
+        named_sources.load(path, "train")
 
 
 def test_negative_tokens(npy):
-    source = sources.load(npy(train=np.array([3, 4, -1, 5], np.int32)), "train")
+    source = named_sources.load(npy(train=np.array([3, 4, -1, 5], np.int32)), "train")
     with pytest.raises(DataError, match="token -1 at offset 2"):
         source.window(0, 3)

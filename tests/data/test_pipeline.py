@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from ttt_jax.data import pipeline, sequences
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.errors import DataError
 
 T = 3
 

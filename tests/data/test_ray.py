@@ -10,10 +10,10 @@ import pytest
 
 from ttt_jax import cli
 from ttt_jax.data import engines, tokenizer
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.errors import DataError
+from ttt_jax.storage.store import Store
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import tokenizer
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.files import InputFile
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.errors import DataError
+from ttt_jax.storage.store import Store
 
 JOB = Job(tokenizer.byte(), 256, 257)
 TEXTS = [f"document {i:02} of the first" for i in range(20)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ttt_jax.config import ConfigError
 from ttt_jax.data import sequences
 from ttt_jax.data.sequences import Span
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
 
 BOS = 99
 

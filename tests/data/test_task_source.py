@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, sequences, source, sources, task_source
+from ttt_jax.data import named_sources, pipeline, sequences, task_source, token_source
 
 TASKS = ("associative_recall", "selective_copying")
 
@@ -22,7 +22,7 @@ def drawn(draw, task):
     vocab_size = draw(st.integers(task_source.TASKS[task].least_vocab_size(items), 80))
     length = draw(st.integers(task_source.TASKS[task].least_length(items), 150))
     split = draw(st.sampled_from(("train", "test")))
-    found = sources.load(f"{task}:{items}", split, vocab_size=vocab_size, sequence_length=length)
+    found = named_sources.load(f"{task}:{items}", split, vocab_size=vocab_size, sequence_length=length)
     return found, draw(st.integers(0, 2**22)), length
 
 
@@ -88,7 +88,7 @@ def test_copying_is_symbols_among_noise_then_the_same_in_order(given_source):
 @pytest.mark.parametrize(("task", "program"), [(TASKS[0], recall_by_lookup), (TASKS[1], copy_by_counting)])
 def test_a_program_with_a_memory_solves_it_and_none_without(task, program):
     """The best guess at an answer from the token before it, and its place, is right once in as many as there are."""
-    data = sources.load(f"{task}:6", "validation", vocab_size=33, sequence_length=60)
+    data = named_sources.load(f"{task}:6", "validation", vocab_size=33, sequence_length=60)
     right, seen, windows = 0, [], 500
     for index in range(windows):
         tokens, answers, _ = data.example(index)
@@ -104,7 +104,7 @@ def test_a_program_with_a_memory_solves_it_and_none_without(task, program):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_sequences_are_functions_of_their_index(task):
-    here, again = (sources.load(task, "train", vocab_size=64) for _ in range(2))
+    here, again = (named_sources.load(task, "train", vocab_size=64) for _ in range(2))
     assert (here.name, here.fingerprint()) == (f"{task}:8/train", f"{task}:8-train-64-64")
     indices = (0, 1, 2**32)
     found = [here.example(index).tokens for index in indices]
@@ -112,7 +112,7 @@ def test_sequences_are_functions_of_their_index(task):
         np.testing.assert_array_equal(again.example(index).tokens, tokens)
     assert len({tokens.tobytes() for tokens in found}) == 3
     assert here.windows(64) > 10**10
-    splits = [sources.load(task, split, vocab_size=64) for split in ("train", "validation", "test")]
+    splits = [named_sources.load(task, split, vocab_size=64) for split in ("train", "validation", "test")]
     assert len({data.example(index).tokens.tobytes() for data in splits for index in range(200)}) == 600
     assert len({data.fingerprint() for data in splits}) == 3
 
@@ -120,7 +120,7 @@ def test_sequences_are_functions_of_their_index(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_row_of_sequences_in_which_answers_count(task):
     """Windows, and pieces that begin and end anywhere, against a row that is joined here."""
-    data = sources.load(f"{task}:5", "train", vocab_size=64, sequence_length=40)
+    data = named_sources.load(f"{task}:5", "train", vocab_size=64, sequence_length=40)
     examples = [data.example(index) for index in range(5)]
     row = np.concatenate([example.tokens for example in examples])
     counts = np.concatenate([[place in example.answers for place in range(40)] for example in examples])
@@ -141,8 +141,8 @@ def test_a_row_of_sequences_in_which_answers_count(task):
 def test_it_feeds_the_pipeline(task):
     config = config_lib.default()
     config.data.update(source=f"{task}:4", sequence_length=32)
-    data = pickle.loads(pickle.dumps(sources.from_config(config, "train")))
-    source.check(data, config.model.vocab_size, 32)
+    data = pickle.loads(pickle.dumps(named_sources.from_config(config, "train")))
+    token_source.check(data, config.model.vocab_size, 32)
     options = {"sequence_length": 32, "batch_size": 3, "seed": 5}
     batches = pipeline.train_batches(data, **options)
     first, second = next(batches), next(batches)
@@ -171,7 +171,7 @@ def test_it_feeds_the_pipeline(task):
 )
 def test_what_there_is_not(location, vocab_size, message):
     with pytest.raises(ConfigError) as error:
-        sources.load(location, "train", vocab_size=vocab_size)
+        named_sources.load(location, "train", vocab_size=vocab_size)
     assert message in str(error.value)
 
 

@@ -9,13 +9,13 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset, records, tokenizer
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.errors import DataError
+from ttt_jax.storage import json_files
+from ttt_jax.storage.store import Store
 
 BYTE = tokenizer.byte()
 SMALL = {"shard": 512, "chunk": 64, "unit_bytes": 900}

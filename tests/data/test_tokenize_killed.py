@@ -17,9 +17,9 @@ ROOT = Path(corpus.__file__).parents[2]
 PROGRAM = """
 import sys
 from ttt_jax.data import engines, files, tokenizer
-from ttt_jax.data.errors import DataError
+from ttt_jax.errors import DataError
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
+from ttt_jax.storage.store import Store
 from ttt_jax.data.tokenize import tokenize
 
 output, fraction, *patterns = sys.argv[1:]

@@ -13,10 +13,10 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import tokenizer
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import tokenize
+from ttt_jax.errors import DataError
+from ttt_jax.storage.store import Store
 
 JOB = Job(tokenizer.byte(), 256, 257)
 GOOD = corpus.documents(24)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import catalogue, evaluations, statistics
 from ttt_jax.evaluation.statistics import Segment
+from ttt_jax.storage import json_files
 
 
 def save(workdir, stem="texts-test-6", loss=1.0, **about):

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax import cli_eval
 from ttt_jax import config as config_lib
+from ttt_jax.cli import eval
 from ttt_jax.config import ConfigError
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import evaluate as evaluate_lib
 from ttt_jax.evaluation import evaluations, losses, statistics, trained
 from ttt_jax.evaluation.evaluate import What, evaluate
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.models import flops
 from ttt_jax.models.build import language_model
-from ttt_jax.parallel import sharding
-from ttt_jax.training import program
+from ttt_jax.training import compiled_step
 from ttt_jax.training.checkpoint import Checkpoints
 
 RNG = np.random.default_rng(0)
@@ -39,7 +39,7 @@ def run(tmp_path_factory, random_params):
     workdir = tmp_path_factory.mktemp("evaluation") / "some-run"
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    abstract = program.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
+    abstract = compiled_step.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
     empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     checkpoints = Checkpoints(workdir, keep_last=2)
     params = {}
@@ -355,7 +355,7 @@ def test_losses_that_are_not_finite_show(model, data, monkeypatch):
     np.testing.assert_array_equal(found.loss, expected)
     for key in ("loss", "loss_standard_error", "loss_low", "loss_high", "perplexity", "perplexity_low"):
         assert found.about[key] is None
-    said = cli_eval._words(found)
+    said = eval._words(found)
     assert said.endswith(f": loss not finite: 3 of {found.about['tokens']} tokens have a loss that is NaN or infinite")
     path = evaluations.save(found, model.workdir / "eval", "broken")
     text = path.with_suffix(".json").read_text()
@@ -402,7 +402,7 @@ def test_windows_with_nothing_to_predict_are_counted_or_refused(model, data, mon
     found = evaluate(model, What(22, most=16))
     assert (found.about["windows"], found.about["skipped"]) == (14, 2)
     assert found.about["tokens"] == found.count.sum()
-    assert cli_eval._words(found).endswith("; 2 windows with nothing to predict left out")
+    assert eval._words(found).endswith("; 2 windows with nothing to predict left out")
     # Documents: the 45 tokens of 256 begin 44 documents of one token, and one that goes on.
     starts = np.flatnonzero(tokens == 256)
     alone = int((np.diff(starts, append=len(tokens)) == 1).sum())
@@ -421,4 +421,4 @@ def test_a_perplexity_that_overflows_is_null_and_said(model, data, monkeypatch):
     monkeypatch.setattr(evaluate_lib.losses, "of_sequences", of_sequences)
     found = evaluate(model, What(22, most=2))
     assert (found.about["loss"], found.about["perplexity"], found.about["not_finite"]) == (710.0, None, 0)
-    assert cli_eval._words(found).endswith("loss 710.0000 +- 0.0000, perplexity too large for a number")
+    assert eval._words(found).endswith("loss 710.0000 +- 0.0000, perplexity too large for a number")

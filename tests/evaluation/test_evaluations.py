@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, saved, statistics
+from ttt_jax.evaluation import evaluations, result_files, statistics
 from ttt_jax.evaluation.statistics import Segment
 
 
@@ -55,7 +55,7 @@ def test_files_hold_the_evaluation(evaluation, tmp_path):
         rows = list(csv.DictReader(file))
     for name in ("position", "loss", "standard_error", "count"):
         np.testing.assert_array_equal([float(row[name]) for row in rows], getattr(evaluation, name))
-    assert found.about == saved.about(path.with_suffix(".json")) == evaluation.about
+    assert found.about == result_files.about(path.with_suffix(".json")) == evaluation.about
     assert evaluation.bin_first.tolist() == [1, 2, 3, 4, 5, 6]
     assert (evaluation.bin_last - evaluation.bin_first + 1).sum() == 6
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ttt_jax import cli_inspect
 from ttt_jax import config as config_lib
+from ttt_jax.cli import inspect
 from ttt_jax.config import ConfigError
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import inner_loop, inner_loop_files
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import ttt_layer
 from ttt_jax.models.build import language_model
-from ttt_jax.parallel import sharding
+from ttt_jax.storage.workdir import at
 from ttt_jax.ttt import primal, scan
 from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear
 from ttt_jax.ttt.state import initial_state
-from ttt_jax.workdir import at
 
 B, HEADS, LAYERS = 4, 2, 2
 TRAINING, PIECE, CONTEXT = 14, 12, 22  # both contexts end within a mini-batch; pieces of the longer one do not
@@ -286,7 +286,7 @@ def test_what_does_not_exist_is_left_out(tmp_path):
     np.testing.assert_allclose([float(row["standard_error"]) for row in means], found.eta_standard_error[1, 3])
     np.testing.assert_allclose([float(row["value"]) for row in heads], found.eta[1, :, 3].mean(1))
     table = Console(width=120, record=True)
-    table.print(cli_inspect._table(found.blocks, inner_loop.summary(found), per_matrix=True))
+    table.print(inspect._table(found.blocks, inner_loop.summary(found), per_matrix=True))
     text = table.export_text()
     assert "explained" not in text
     assert "nan" not in text
@@ -372,5 +372,5 @@ def test_losses_that_are_not_finite_show(tmp_path):
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert [line for line in lines if line.startswith("loss_before,1,,8,nan")]
     table = Console(width=120, record=True)
-    table.print(cli_inspect._table(found.blocks, inner_loop.summary(found)))
+    table.print(inspect._table(found.blocks, inner_loop.summary(found)))
     assert table.export_text().count("not finite") == 2

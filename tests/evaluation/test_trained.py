@@ -3,8 +3,8 @@
 import pytest
 
 from ttt_jax.config import ConfigError
+from ttt_jax.errors import CheckpointError
 from ttt_jax.evaluation import trained
-from ttt_jax.training.errors import CheckpointError
 
 
 @pytest.fixture

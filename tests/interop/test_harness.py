@@ -9,10 +9,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 import numpy as np
 import pytest
 
-from ttt_jax import cli, json_files
+from ttt_jax import cli
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.models.build import language_model
+from ttt_jax.storage import json_files
 
 pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
 
@@ -21,11 +22,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.data.errors import DataError
+from ttt_jax.errors import DataError, NonFiniteLossError
 from ttt_jax.evaluation.likelihood import Score
 from ttt_jax.interop import harness, harness_files, harness_tasks
 from ttt_jax.interop.prefix import prefix_token_of
-from ttt_jax.training.errors import NonFiniteLossError
 
 TRAINING, BOS, LONGEST = 16, 256, 64
 QUESTIONS = [

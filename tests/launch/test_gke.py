@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from stand_ins import ROOT, StandIns
 
-from ttt_jax.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.launch import versions
+from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 NASTY = 'it\'s "$(TTT_JAX_COMMAND)" $$ `id`; \\ $HOME *\nsecond line é'
 WAITS = {"gke._POLL": 0.05, "stream.LAST_WORDS": 0.3, "commands.FIRST_WAIT": 0.05}
@@ -268,7 +268,7 @@ def test_build_sends_the_source_tree_with_the_versions_of_this_machine(cluster):
     assert f"--docker-image={image}" in cluster.created()[0]
     assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
     files = set((cluster.folder / "context-files").read_text().splitlines())
-    assert {"launch/Dockerfile", "setup.py", "ttt_jax/cli.py", "configs/quickstart.py"} <= files
+    assert {"launch/Dockerfile", "setup.py", "ttt_jax/cli/__init__.py", "configs/quickstart.py"} <= files
     assert not Path(context).exists()
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.parallel.chips import Chip
+from ttt_jax.distributed.chips import Chip
 from ttt_jax.planning import estimate
 
 CHIP = Chip("x", ("X",), 1e12, 2**34, 1e9, 1e8, None, 1e6)

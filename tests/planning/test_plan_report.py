@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ttt_jax.parallel import chips
+from ttt_jax.distributed import chips
 from ttt_jax.planning import report
 from ttt_jax.planning.estimate import StepTime
 from ttt_jax.planning.memory import Memory

@@ -14,7 +14,8 @@ from matplotlib import image
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import files, follow, metric, plot, record, results, status, sweep_file, tables
+from ttt_jax.figures import sweep_metric
+from ttt_jax.sweep import files, follow, metric, record, results, status, sweep_file, tables
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.record import Record
 from ttt_jax.sweep.sweep_file import Sweep
@@ -338,7 +339,7 @@ def drawn(monkeypatch):
     monkeypatch.setattr(plt, "close", kept.append)
 
     def draw(found, metric, output, **options):
-        plot.against(found, metric, output, **options)
+        sweep_metric.against(found, metric, output, **options)
         assert image.imread(output).std() > 0.02
         return kept[-1].axes[0]
 
@@ -404,7 +405,7 @@ def test_a_line_for_each_combination_of_what_else_is_swept(tmp_path, drawn):
     ],
 )
 def test_log_axes_where_values_are_spaced_like_that(numbers, base):
-    assert plot._log_base(numbers) == base
+    assert sweep_metric._log_base(numbers) == base
 
 
 def test_pictures_that_cannot_be(sweep, capsys):

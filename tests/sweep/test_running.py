@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax import workdir_lock
 from ttt_jax.config import ConfigError
+from ttt_jax.storage import workdir_lock
 from ttt_jax.sweep import gpus, record, status
 
 GRID = "--grid", "seed=0,1,2"

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ttt_jax.errors import CheckpointError
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import CheckpointError
 
 ROWS = {"params": {"kernel": PartitionSpec("x"), "bias": PartitionSpec()}, "step": PartitionSpec()}
 COLUMNS = {"params": {"kernel": PartitionSpec(None, "x"), "bias": PartitionSpec("x")}, "step": PartitionSpec()}

@@ -16,9 +16,9 @@ import pytest
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
+from ttt_jax.errors import CheckpointError
 from ttt_jax.training import checkpoint, checkpoint_writer, checksums
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,13 +9,13 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.benchmark import step
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
-from ttt_jax.exit_status import DONE
-from ttt_jax.parallel import sharding
-from ttt_jax.training import kernel_check, loop, metrics, program
+from ttt_jax.kernels import choice, run, self_check
+from ttt_jax.kernels.self_check import Family
+from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.training import compiled_step, kernel_check, loop, metrics
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
-from ttt_jax.ttt.kernels import choice, run, self_check
-from ttt_jax.ttt.kernels.self_check import Family
 
 RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
 WRONG = "WARNING: the fused kernel of the inner loop is wrong on cpu: it differs from the scan by "
@@ -45,7 +45,7 @@ def use_kernel(monkeypatch):
 def make(tiny_config):
     def of(changes=None):
         mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-        return program.make(tiny_config({**RUN, **(changes or {})}), mesh)
+        return compiled_step.make(tiny_config({**RUN, **(changes or {})}), mesh)
 
     return of
 

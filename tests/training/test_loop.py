@@ -9,13 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
-from ttt_jax.data import pipeline, source, sources
-from ttt_jax.data.errors import DataError
-from ttt_jax.training import loop, metrics, program
+from ttt_jax.data import named_sources, pipeline, token_source
+from ttt_jax.errors import DataError, NonFiniteLossError
+from ttt_jax.storage import json_files
+from ttt_jax.training import compiled_step, loop, metrics
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import NonFiniteLossError
 
 CHANGES = {"checkpoint.milestone_every": "12 steps", "checkpoint.keep_last": 1, "log.tensorboard": True}
 LONGER = {**CHANGES, "training.duration": "40 steps"}
@@ -52,7 +51,7 @@ def test_kept_checkpoints_and_their_meta(finished):
     assert meta["data"]["next_batch"] == 24
     assert meta["config"] == config.to_dict()
     assert meta["versions"]["jax"] == jax.__version__
-    assert meta["data"]["fingerprint"] == sources.load("embedded", "train").fingerprint()
+    assert meta["data"]["fingerprint"] == named_sources.load("embedded", "train").fingerprint()
 
 
 @pytest.mark.slow
@@ -91,7 +90,7 @@ def test_another_config_is_refused(finished, tiny_config, changes, key):
 
 def test_other_data_is_refused(finished, monkeypatch, tiny_config):
     workdir, config, _ = finished
-    monkeypatch.setattr(source.TokenSource, "fingerprint", lambda self: "another")
+    monkeypatch.setattr(token_source.TokenSource, "fingerprint", lambda self: "another")
     longer = config.copy_and_resolve_references()
     longer.training.duration = "30 steps"
     with pytest.raises(ConfigError, match="not the data this run began with"):
@@ -106,7 +105,7 @@ def bad_data(tmp_path_factory, tiny_config):
     """A good source, one with a bad token in its fourth batch, its place, and the losses of a run on the good one."""
     config = tiny_config(SIX)
     tokens = np.random.default_rng(0).integers(0, 256, 64 * 40 + 1).astype(np.uint16)
-    good = source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
+    good = token_source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
     batches = pipeline.train_batches(good, sequence_length=64, batch_size=2, seed=config.seed)
     fourth = [next(batches) for _ in range(4)][3]["inputs"][1]
     place = next(i for i in range(0, len(tokens), 64) if np.array_equal(tokens[i : i + 64], fourth)) + 7
@@ -146,7 +145,7 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
 def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path, tiny_config):
     workdir, poisoned = shutil.copytree(finished[0], tmp_path / "poisoned"), tiny_config(LONGER)
     checkpoints = Checkpoints(workdir, keep_last=5)
-    run = program.make(poisoned, program.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = compiled_step.make(poisoned, compiled_step.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     state = checkpoints.restore(24, run.abstract_state)
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(np.nan)
     checkpoints.save(25, state, checkpoints.meta(24))
@@ -164,7 +163,7 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path,
 @pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
 def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_config):
     """The loss falls below the unigram entropy of the corpus: what a model without context could reach at best."""
-    tokens = sources.load("embedded", "train").tokens
+    tokens = named_sources.load("embedded", "train").tokens
     frequencies = np.bincount(tokens) / len(tokens)
     frequencies = frequencies[frequencies > 0]
     entropy = -(frequencies * np.log(frequencies)).sum()

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
+from ttt_jax.storage import json_files
 from ttt_jax.training import metrics
 
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from ttt_jax import cli, import_path, json_files
+from ttt_jax import cli, import_path
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
 from ttt_jax.models import build
+from ttt_jax.storage import json_files
 from ttt_jax.training import loop, own_learner, run_config
 from ttt_jax.training.checkpoint import Checkpoints
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from ttt_jax.data import pipeline, sources
-from ttt_jax.exit_status import FAILED, REFUSED, RESTART
+from ttt_jax.data import named_sources, pipeline
+from ttt_jax.terminal.exit_status import FAILED, REFUSED, RESTART
 from ttt_jax.training import loop, metrics
 
 pytestmark = pytest.mark.slow
@@ -156,7 +156,7 @@ def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start
     folder.mkdir()
     np.save(folder / "train.npy", tokens)
     batches = pipeline.train_batches(
-        sources.load(str(folder), "train", vocab_size=264), sequence_length=32, batch_size=8, seed=0
+        named_sources.load(str(folder), "train", vocab_size=264), sequence_length=32, batch_size=8, seed=0
     )
     window = [next(batches) for _ in range(7)][6]["inputs"][6]
     place = next(i for i in range(0, len(tokens), 32) if np.array_equal(tokens[i : i + 32], window)) + 5

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ttt_jax import json_files
-from ttt_jax.data.errors import DataError
+from ttt_jax.errors import DataError, NonFiniteLossError
+from ttt_jax.storage import json_files
 from ttt_jax.training import goodput, report
-from ttt_jax.training.errors import NonFiniteLossError
 from ttt_jax.training.feed import Feed
 
 

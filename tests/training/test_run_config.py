@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.json_files import DamagedFile
+from ttt_jax.storage.json_files import DamagedFile
 from ttt_jax.training import resume, run_config
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.parallel import sharding
-from ttt_jax.training import loop, metrics, program, start
+from ttt_jax.distributed import sharding
+from ttt_jax.training import compiled_step, loop, metrics, start
 from ttt_jax.training.checkpoint import Checkpoints
 
 RUN = {  # compiled once
@@ -30,7 +30,7 @@ def first(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="module")
 def abstract_state(tiny_config):
-    return program.make(tiny_config(RUN), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
+    return compiled_step.make(tiny_config(RUN), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
 
 
 def saved(workdir, step, abstract_state):

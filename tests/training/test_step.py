@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.mixers.ttt_layer import warmup_scale
-from ttt_jax.parallel import sharding
+from ttt_jax.training import compiled_step
 from ttt_jax.training import loss as loss_lib
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training import program
 from ttt_jax.training.step import initial_state, train_step
 
 
@@ -41,7 +41,7 @@ def test_learning_rate_schedule():
 @pytest.mark.parametrize(("mixer", "expected"), [("ttt_mlp", [0.1, 0.55, 1.0, 1.0]), ("ttt_linear", [1.0] * 4)])
 def test_inner_learning_rate_warms_up_for_ttt_mlp_only(mixer, expected, tiny_config):
     config = tiny_config({"model.mixer": mixer, "optimizer.warmup": "10 steps"})
-    _, warmup = program.schedules(config)
+    _, warmup = compiled_step.schedules(config)
     rates = ttt_loop.base_lr_start(config.model), ttt_loop.base_lr(config.model)
     found = [warmup_scale(*rates, warmup(jnp.asarray(k))) for k in (0, 5, 10, 20)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -56,7 +56,7 @@ def _one_step(run, accumulation, batch, params=None):
 
 @pytest.fixture(scope="module")
 def run_and_batch(tiny_config):
-    run = program.make(tiny_config(), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = compiled_step.make(tiny_config(), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     tokens = np.random.default_rng(1).integers(0, 257, (4, 33)).astype(np.int32)
     mask = (tokens[:, 1:] % 5 > 0).astype(np.float32)
     return run, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
@@ -102,7 +102,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
 def test_seed_sets_the_initial_parameters(tiny_config):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     first, again, other = (
-        program.make(tiny_config({"seed": seed}), mesh).initial_state().params["embedding"] for seed in (3, 3, 4)
+        compiled_step.make(tiny_config({"seed": seed}), mesh).initial_state().params["embedding"] for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import ConfigError
+from ttt_jax.kernels import run as kernels
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners, scan
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
-from ttt_jax.ttt.kernels import run as kernels
 from ttt_jax.ttt.learner import Affine, Constants, Learner, Weights
 
 PATHS = ("official", "scan", "pallas")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import ConfigError
+from ttt_jax.kernels import self_check
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
-from ttt_jax.ttt.kernels import self_check
 
 PARTS = ("scan", "kernel", "inference")
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}
@@ -24,13 +24,13 @@ def build(
     remat_group: int = 4,
     device: str = "TPU v5 lite",
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return one of the functions that :mod:`ttt_jax.ttt.kernels.self_check` compiles, and the shapes of its arguments.
+    """Return one of the functions that :mod:`ttt_jax.kernels.self_check` compiles, and the shapes of its arguments.
 
     Args:
       kind, dtype: as of :func:`ttt_jax.benchmark.inner_loop.build`.
       heads: of one device; the check takes fewer where they would take long to compile.
       part: ``scan`` and ``kernel``, each with gradients, or ``inference``, the kernel without.
-      remat_group: see :func:`ttt_jax.ttt.kernels.run.run`.
+      remat_group: see :func:`ttt_jax.kernels.run.run`.
       device: the kind of device, as JAX names it.
 
     Raises:

@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax.distributed import sharding
 from ttt_jax.models import build, flops
-from ttt_jax.parallel import sharding
-from ttt_jax.training import kernel_check, program
+from ttt_jax.training import compiled_step, kernel_check
 
 _MATMUL_SIZE = 2048
 
@@ -83,7 +83,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
       ConfigError: where the config does not fit the devices.
     """
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = kernel_check.settled(program.make(config, mesh))
+    run = kernel_check.settled(compiled_step.make(config, mesh))
     start = time.perf_counter()
     step = run.compiled_step()
     compile_time = time.perf_counter() - start
@@ -113,7 +113,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
     )
 
 
-def _random_batch(config: ml_collections.ConfigDict, run: program.Program) -> dict[str, jax.Array]:
+def _random_batch(config: ml_collections.ConfigDict, run: compiled_step.Program) -> dict[str, jax.Array]:
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
     batch = {

@@ -14,11 +14,11 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax import json_files
 from ttt_jax.config import renamed, tree
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import flat, kind_in_words
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage import json_files
+from ttt_jax.storage.workdir import Workdir
 
 _PACKAGE, _COUNT = "config_files_", itertools.count()
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.store import Store, explained
+from ttt_jax.errors import DataError
+from ttt_jax.storage.store import Store, explained
 
 CHUNK = 1 << 14  # entries: what is read and decompressed at a time
 SHARD = 1 << 24  # entries: a file

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ttt_jax import __version__
 from ttt_jax.data.array import Array
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.store import Store
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.storage.store import Store
 
 if TYPE_CHECKING:
     from ttt_jax.data.files import InputFile

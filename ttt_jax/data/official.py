@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.data.array import Array, check_layout
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.source import TokenSource
-from ttt_jax.data.store import Store
-from ttt_jax.errors import ConfigError
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.storage.store import Store
 
 _LLAMA_2, _LLAMA_2_VOCAB_SIZE, _LLAMA_2_BOS = "meta-llama/Llama-2-7b-hf", 32000, 1  # of the published ones
 _LLAMA_3_BOS = 128000  # of the tokens that the authors of TTT-E2E publish

@@ -15,8 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from ttt_jax.data.errors import DataError
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 

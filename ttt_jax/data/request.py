@@ -7,9 +7,9 @@ from typing import Any
 from ttt_jax.data import records
 from ttt_jax.data.files import InputFile
 from ttt_jax.data.records import Position, Unit
-from ttt_jax.data.store import Store
 from ttt_jax.errors import ConfigError
-from ttt_jax.wording import counted
+from ttt_jax.storage.store import Store
+from ttt_jax.terminal.wording import counted
 
 
 def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ttt_jax.data.pipeline import Batch, stacked
-from ttt_jax.data.source import Tokens, TokenSource
+from ttt_jax.data.token_source import Tokens, TokenSource
 from ttt_jax.errors import ConfigError
 
 _SCANNED = 1 << 22  # tokens looked at at a time

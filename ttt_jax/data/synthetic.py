@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
 
 VOCAB_SIZE = 32000
 BOS = 1

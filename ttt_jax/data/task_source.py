@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ttt_jax.data import associative_recall, selective_copying
-from ttt_jax.data.source import TokenSource
 from ttt_jax.data.task_example import Example
+from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError
 
 

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax import json_files, workdir_lock
 from ttt_jax.data import array, dataset, records, request
 from ttt_jax.data.engines import Engine
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.files import InputFile, check_unchanged, with_content
 from ttt_jax.data.job import Job, Piece
 from ttt_jax.data.records import Position
-from ttt_jax.data.store import Store
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.storage import json_files, workdir_lock
+from ttt_jax.storage.store import Store
 
 UNFINISHED = dataset.UNFINISHED
 _STATE = f"{UNFINISHED}/state.json"

@@ -9,15 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ttt_jax import json_files
 from ttt_jax.data import dataset, records, request
-from ttt_jax.data.errors import DataError
 from ttt_jax.data.files import InputFile, with_content
 from ttt_jax.data.job import Job
-from ttt_jax.data.store import Store
 from ttt_jax.data.tokenize import UNFINISHED, check_empty
 from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.storage import json_files
+from ttt_jax.storage.store import Store
 
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
 _GRACE = 0.5  # seconds that a training has to end after Ctrl-C

@@ -11,12 +11,11 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from ttt_jax.data import sources
-from ttt_jax.data.errors import DataError
-from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import saved
-from ttt_jax.json_files import DamagedFile, tell
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.data import named_sources
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.evaluation import result_files
+from ttt_jax.storage.json_files import DamagedFile, tell
+from ttt_jax.storage.workdir import Workdir, explained
 
 _MOST_LISTED = 8
 _IDENTITY = ("fingerprint", "split", "of", "carried", "chains", "context", "windows")
@@ -170,7 +169,7 @@ def _path(about: dict[str, Any], split: str) -> str | None:
 def _fingerprint(source: str, split: str) -> str | None:
     """Return the fingerprint of a dataset; None where there is none to be read."""
     try:
-        return sources.load(source, split).fingerprint()
+        return named_sources.load(source, split).fingerprint()
     except (ConfigError, DataError):
         return None
 
@@ -178,7 +177,7 @@ def _fingerprint(source: str, split: str) -> str | None:
 def _about(path: Workdir) -> dict[str, Any] | None:
     """Return what a JSON file says; nothing where it is damaged, None where it is not there."""
     try:
-        return saved.about(path)
+        return result_files.about(path)
     except FileNotFoundError:
         return None
     except DamagedFile:  # whoever reads this result tells

@@ -9,21 +9,21 @@ import jax
 import numpy as np
 
 from ttt_jax import finite
+from ttt_jax.data import named_sources
 from ttt_jax.data import sequences as sequences_lib
-from ttt_jax.data import source as source_lib
-from ttt_jax.data import sources
+from ttt_jax.data import token_source as source_lib
 from ttt_jax.data.sequences import Sequences
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed.exchange import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, losses, statistics
-from ttt_jax.evaluation import unfinished as unfinished_lib
+from ttt_jax.evaluation import partial_results as unfinished_lib
 from ttt_jax.evaluation.catalogue import name
 from ttt_jax.evaluation.evaluations import Evaluation, from_summary
+from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.evaluation.unfinished import Unfinished
 from ttt_jax.models import build, flops
-from ttt_jax.parallel.exchange import Exchange
 
 
 class What(NamedTuple):
@@ -130,9 +130,9 @@ def evaluate(
 def _data(trained: Trained, what: What) -> TokenSource:
     model = trained.config.model
     if what.source is None:
-        data = sources.from_config(trained.config, what.split)
+        data = named_sources.from_config(trained.config, what.split)
     else:
-        data = sources.load(what.source, what.split, vocab_size=model.vocab_size, named_by="--source ")
+        data = named_sources.load(what.source, what.split, vocab_size=model.vocab_size, named_by="--source ")
     length = 1 if what.by_document or what.chains else what.context
     source_lib.check(data, model.vocab_size, length, length_is="--context ")
     return data

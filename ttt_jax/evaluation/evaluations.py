@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from ttt_jax import finite
-from ttt_jax import workdir as workdir_lib
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import catalogue, saved, statistics
+from ttt_jax.evaluation import catalogue, result_files, statistics
 from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
-from ttt_jax.workdir import Workdir, explained
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir import Workdir, explained
 
 NEEDED = (  # keys of the .json that comparisons and pictures read
     *("workdir", "model", "parameters", "step", "source", "fingerprint", "split", "of", "context", "windows"),
@@ -89,7 +89,7 @@ def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
     """
     stem = catalogue.place(folder, stem, evaluation.about)
     rows = zip(*(getattr(evaluation, key) for key in _BY_POSITION), strict=True)
-    return saved.write(folder, stem, evaluation, evaluation.about, _BY_POSITION, rows)
+    return result_files.write(folder, stem, evaluation, evaluation.about, _BY_POSITION, rows)
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> Evaluation:
@@ -131,7 +131,7 @@ def read_all(
     for workdir in map(workdir_lib.at, workdirs):
         path = workdir / "eval" / f"{found(workdir, split, context, **kind).stem}.npz"
         evaluations.append(read_file(path))
-        saved.check(evaluations[-1].about, path.with_suffix(".json"), NEEDED)
+        result_files.check(evaluations[-1].about, path.with_suffix(".json"), NEEDED)
     return told_apart(workdirs, evaluations)
 
 
@@ -165,7 +165,7 @@ def read_file(path: Workdir) -> Evaluation:
     Raises:
       ConfigError: where it is damaged, or of an older version of this package.
     """
-    return saved.read(path, Evaluation, "ttt eval")
+    return result_files.read(path, Evaluation, "ttt eval")
 
 
 def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     folder = workdir_lib.at(workdir) / "eval"
     with explained(folder):
         stems = catalogue.stems(folder)
-    return [saved.about(folder / f"{stem}.json") for stem in stems]
+    return [result_files.about(folder / f"{stem}.json") for stem in stems]
 
 
 def _options(by_document=False, carried=False, source=None, step=None, windows=None, chains=None) -> str:

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttt_jax.data import pipeline, sequences, source, sources
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data import named_sources, pipeline, sequences, token_source
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build, pattern
-from ttt_jax.parallel import sharding
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage.workdir import Workdir
 
 LOSSES = ("loss_at_w0", "loss_before", "loss_after")
 _WITH_ERRORS = (*LOSSES, "target_spread", "weight_change", "eta")  # means over heads, of each window
@@ -165,8 +165,8 @@ def inspect(
     """
     config = trained.config
     check(trained.workdir, config.model)
-    data = sources.from_config(config, split)
-    source.check(data, config.model.vocab_size, 1 if by_document else context, length_is="--context ")
+    data = named_sources.from_config(config, split)
+    token_source.check(data, config.model.vocab_size, 1 if by_document else context, length_is="--context ")
     starts = _starts(data, context, most_windows, by_document)
     training_context, sizes = config.data.sequence_length, _mini_batches(config.model)
     b, whole = min(sizes), math.lcm(*sizes)

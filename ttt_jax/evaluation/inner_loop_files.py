@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax import workdir as workdir_lib
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import catalogue, saved
+from ttt_jax.evaluation import catalogue, result_files
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.evaluation.inner_loop import InnerLoop, not_finite, summary
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir import Workdir
 
 _COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
 
@@ -36,7 +36,7 @@ def save(found: InnerLoop, workdir: str | os.PathLike, stem: str) -> Workdir:
     folder = workdir_lib.at(workdir) / "inspect"
     stem = catalogue.place(folder, stem, found.about)
     about = {**found.about, "not_finite": not_finite(found), "layers": [layer._asdict() for layer in summary(found)]}
-    return saved.write(folder, stem, found, about, _COLUMNS, _rows(found))
+    return result_files.write(folder, stem, found, about, _COLUMNS, _rows(found))
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> InnerLoop:
@@ -61,7 +61,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
             + " --by-document" * kind.get("by_document", False)
             + ("" if step is None else f" --step {step}")
         )
-    return saved.read(workdir / "inspect" / f"{entry.stem}.npz", InnerLoop, "ttt inspect")
+    return result_files.read(workdir / "inspect" / f"{entry.stem}.npz", InnerLoop, "ttt inspect")
 
 
 def _rows(found: InnerLoop) -> Iterator[tuple]:

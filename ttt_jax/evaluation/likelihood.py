@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.parallel import sharding
 from ttt_jax.training.loss import token_nll
 
 _SHORTEST = 32  # tokens that texts are padded to; longer ones to twice as many, four times, ...

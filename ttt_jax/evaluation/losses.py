@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ttt_jax.data import sequences as sequences_lib
 from ttt_jax.data.sequences import Sequences
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.parallel import sharding
 from ttt_jax.training.loss import token_nll
 
 

@@ -9,13 +9,12 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from ttt_jax import workdir as workdir_lib
-from ttt_jax.errors import ConfigError
+from ttt_jax.distributed import process_checks, sharding
+from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models.language_model import LanguageModel
-from ttt_jax.parallel import peers, sharding
-from ttt_jax.training import checksums, kernel_check, program, run_config, validation
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.training import checksums, compiled_step, kernel_check, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import CheckpointError
 
 
 class Trained(NamedTuple):
@@ -117,7 +116,7 @@ def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1,
             if wanted not in ("newest", "best", "all"):
                 raise
             if wanted == "all":
-                peers.say(f"{workdir}: the checkpoint of step {step} has been removed meanwhile; left out")
+                process_checks.say(f"{workdir}: the checkpoint of step {step} has been removed meanwhile; left out")
             if not waiting and not some:
                 waiting = steps(workdir, wanted)
             continue
@@ -142,7 +141,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
 
 def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Trained:
     config = run_config.of_run(workdir).copy_and_resolve_references()
-    run = program.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
+    run = compiled_step.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
     with workdir_lib.explained(workdir):
         sums = workdir / "checkpoints" / str(step) / checksums.NAME
         fingerprint = hashlib.blake2b(sums.read_bytes(), digest_size=8).hexdigest() if sums.exists() else ""

@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.data import sources
+from ttt_jax.data import named_sources
 from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import ConfigError, NonFiniteLossError
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, loaded, steps
 from ttt_jax.interop.prefix import prefix_token_of
-from ttt_jax.training.errors import NonFiniteLossError
-from ttt_jax.workdir import at
+from ttt_jax.storage.workdir import at
 
 try:
     from lm_eval import utils
@@ -84,7 +83,7 @@ class TTTModel(TemplateLM):
             raise ConfigError(f"--step {step}: several checkpoints; expected newest, best or a number")
         self.trained: Trained = next(loaded(workdir, str(step)))
         source = self.trained.config.data.source
-        self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(source)
+        self.tokenizer_of_run = tokenizer_lib.load(tokenizer) if tokenizer else named_sources.tokenizer_of(source)
         self._encode = self.tokenizer_of_run.encoder()
         chosen_prefix = None if prefix_token is None else _integer("prefix_token", prefix_token, 0)
         self._prefix = prefix_token_of(self.trained.config, self.tokenizer_of_run, chosen_prefix)

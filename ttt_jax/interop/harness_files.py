@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
-from ttt_jax.json_files import DamagedFile, read_object, write_object
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.storage.json_files import DamagedFile, read_object, write_object
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 _OF_OLD_FILES = ("task", "max_length", "num_fewshot")  # what files without an identity say of their options
 

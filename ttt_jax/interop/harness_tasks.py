@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ttt_jax import finite
-from ttt_jax.data.errors import DataError
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.interop.harness import NO_GENERATION, TTTModel
 
 _RESAMPLES = 1000  # for the standard errors of metrics that are no means

@@ -3,11 +3,11 @@
 import ml_collections
 import numpy as np
 
-from ttt_jax.data import dataset, sources, task_source
-from ttt_jax.data.source import TokenSource
-from ttt_jax.data.store import Store
+from ttt_jax.data import dataset, named_sources, task_source
+from ttt_jax.data.token_source import TokenSource
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
+from ttt_jax.storage.store import Store
 
 _READ = 1 << 20  # tokens of the training data that are looked through, where nothing describes it
 
@@ -25,7 +25,7 @@ def prefix_token_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, ask
     """
     token = asked
     if token is None:
-        token = _in_data(config, sources.from_config(config, "train"), tokenizer)
+        token = _in_data(config, named_sources.from_config(config, "train"), tokenizer)
     if token is None:
         raise ConfigError(
             f"data.source={config.data.source!r}: no token begins or ends its documents; expected prefix_token=ID "

@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from ttt_jax.errors import ConfigError
-from ttt_jax.launch.errors import LaunchError
+from ttt_jax.errors import ConfigError, LaunchError
 
 FIRST_WAIT = 5.0  # seconds before the second attempt; each further wait is twice as long
 LONGEST_WAIT = 120.0

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ttt_jax.exit_status import DONE, FAILED, REFUSED, RESTART
 from ttt_jax.launch import stream
 from ttt_jax.launch.commands import Commands, Retry
+from ttt_jax.terminal.exit_status import DONE, FAILED, REFUSED, RESTART
 
 PASSES = Retry(
     on="Unable to connect to the server|TLS handshake timeout|connection (refused|reset)|i/o timeout|unexpected EOF|"

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from ttt_jax.exit_status import DONE, INTERRUPTED, RESTART
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.job import Job
+from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
 
 
 class Queue(Protocol):

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ttt_jax.errors import LaunchError
 from ttt_jax.launch.commands import CommandError, Commands, Retry
-from ttt_jax.launch.errors import LaunchError
 
 # What gcloud prints of faults that pass: of the API (google.rpc.Code UNAVAILABLE, INTERNAL, DEADLINE_EXCEEDED, ABORTED,
 # rates of requests), of the network, and of machines whose ssh daemon is not up yet.

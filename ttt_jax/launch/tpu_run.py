@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ttt_jax.exit_status import DONE, INTERRUPTED, RESTART
+from ttt_jax.errors import LaunchError
 from ttt_jax.launch.commands import CommandError, Commands
-from ttt_jax.launch.errors import LaunchError
 from ttt_jax.launch.job import Job
 from ttt_jax.launch.lifecycle import sigterm_as_interrupt
 from ttt_jax.launch.queued_resource import QueuedResource
 from ttt_jax.launch.tpu_machines import Late, Machines, Stopped
 from ttt_jax.launch.workers import LogStream, Verdict, Worker, Workers, verdict
+from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
 
 SAVE_LIMIT = 600  # seconds that a command has for saving when it is asked to stop
 OTHERS_LIMIT = 600  # seconds that the other hosts have when the first one has ended

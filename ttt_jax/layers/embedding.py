@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ttt_jax.parallel.activations import constrain, locally, sum_over_rows
+from ttt_jax.distributed.activations import constrain, locally, sum_over_rows
 
 AXES = ("vocab", "embed")
 

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.distributed.activations import constrain, gathered
 from ttt_jax.layers.parameter import parameter
-from ttt_jax.parallel.activations import constrain, gathered
 
 
 class Projection(nn.Module):

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import import_path
+from ttt_jax.distributed.activations import device_kind
 from ttt_jax.errors import ConfigError
+from ttt_jax.kernels import choice
 from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
@@ -27,12 +29,10 @@ from ttt_jax.mixers.ttt_loop import (
     learner_name,
     loop,
 )
-from ttt_jax.parallel.activations import device_kind
 from ttt_jax.settings import of, setting
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import operations, update
 from ttt_jax.ttt.inner_loop import InnerLoop
-from ttt_jax.ttt.kernels import choice
 
 
 @dataclasses.dataclass(frozen=True)

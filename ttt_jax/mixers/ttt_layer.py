@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ttt_jax.distributed.activations import device_kind, locally
+from ttt_jax.kernels import choice
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
@@ -41,11 +43,9 @@ from ttt_jax.layers.norm import post_norm
 from ttt_jax.layers.parameter import parameter
 from ttt_jax.layers.projection import Projection
 from ttt_jax.mixers.mixer import PLAIN, Context
-from ttt_jax.parallel.activations import device_kind, locally
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan, update
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
-from ttt_jax.ttt.kernels import choice
 from ttt_jax.ttt.learner import Affine, Matrix, Weights, norm_per_head
 from ttt_jax.ttt.learners import ResidualNorm
 from ttt_jax.ttt.objective import squared_error
@@ -70,7 +70,7 @@ class TTT(nn.Module):
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
-      kernel, remat_group, unroll: see :mod:`ttt_jax.ttt.kernels.choice`.
+      kernel, remat_group, unroll: see :mod:`ttt_jax.kernels.choice`.
     """
 
     loop: InnerLoop

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.distributed.activations import constrain
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers.mixer import PLAIN, Context
-from ttt_jax.parallel.activations import constrain
 
 CHANNELS = ("swiglu",)  # what model.channel is made of; "none" is none of it
 NORMS = ("pre", "pre_post")  # model.norms

@@ -7,10 +7,10 @@ import dataclasses
 
 import ml_collections
 
+from ttt_jax.distributed.chips import Chip
+from ttt_jax.kernels import choice, run
+from ttt_jax.kernels.layout import GROUP_TOKENS
 from ttt_jax.models import flops, pattern
-from ttt_jax.parallel.chips import Chip
-from ttt_jax.ttt.kernels import choice, run
-from ttt_jax.ttt.kernels.layout import GROUP_TOKENS
 from ttt_jax.ttt.learner import Learner
 
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled

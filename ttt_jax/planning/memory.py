@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ttt_jax.training.program import Program
+from ttt_jax.training.compiled_step import Program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import jax
 import ml_collections
 
 from ttt_jax import config as config_lib
+from ttt_jax.distributed import sharding
+from ttt_jax.distributed.chips import Chip, of_device
 from ttt_jax.models import build, flops
-from ttt_jax.parallel import sharding
-from ttt_jax.parallel.chips import Chip, of_device
 from ttt_jax.planning import estimate, hlo
 from ttt_jax.planning import memory as memory_lib
 from ttt_jax.planning.memory import Memory, TooLarge
-from ttt_jax.training import program
+from ttt_jax.training import compiled_step
 
 
 class CompilerError(RuntimeError):
@@ -90,7 +90,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
       CompilerError: where the compiler fails at it.
     """
     shape = config_lib.mesh_shape(config, len(devices))
-    run = program.make(config, sharding.make_mesh(shape, devices))
+    run = compiled_step.make(config, sharding.make_mesh(shape, devices))
     chip, data = of_device(devices[0]), config.data
     start = time.perf_counter()
     compiled = _compile(run)
@@ -144,7 +144,7 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
     return kinds
 
 
-def _compile(run: program.Program) -> jax.stages.Compiled | TooLarge:
+def _compile(run: compiled_step.Program) -> jax.stages.Compiled | TooLarge:
     """The compiled step, or how much memory it would have taken."""
     try:
         return run.compiled_step()

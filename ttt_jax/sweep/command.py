@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from ttt_jax.errors import ConfigError
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep import names
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.points import Point
-from ttt_jax.workdir import Workdir
 
 _NOT_OF_SWEEPS = {  # options of ttt launch
     "--detach": "which follow their points",

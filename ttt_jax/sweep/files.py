@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ttt_jax import json_files
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.storage import json_files
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 _AT_A_TIME = 16
 _TAIL = 1 << 16  # bytes: more than a hundred records

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep import files, metric
-from ttt_jax.workdir import Workdir
 
 
 class Follower:

@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ttt_jax import finite
+from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.sweep import files
-from ttt_jax.workdir import Workdir, explained
 
 _LAST = 0.05  # of the steps
 _SPEEDS = ("tokens_per_second", "tokens_per_second_per_chip", "seconds_per_step", "model_flop_utilisation")

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ttt_jax.exit_status import DONE, INTERRUPTED, RESTART
-from ttt_jax.status_line import duration
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 from ttt_jax.sweep import record
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.process import LOG, Busy, Process, in_words
 from ttt_jax.sweep.record import Record
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
+from ttt_jax.terminal.status_line import duration
 
 _LONGEST_PAUSE = 60.0  # seconds before a point is started again
 _BUSY_PAUSE = 1.0

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ttt_jax.lock_file import NO_LOCKS
+from ttt_jax.storage.lock_file import NO_LOCKS
 from ttt_jax.sweep import supervisor
 
 LOG = "output.log"

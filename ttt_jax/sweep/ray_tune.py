@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax import extras
-from ttt_jax import workdir as workdir_lib
 from ttt_jax.data import engines
-from ttt_jax.data.errors import DataError
-from ttt_jax.errors import ConfigError
-from ttt_jax.stop_signals import StopSignals
+from ttt_jax.errors import ConfigError, DataError
+from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.sweep import record
 from ttt_jax.sweep.follow import Follower
 from ttt_jax.sweep.point_run import PointRun
 from ttt_jax.sweep.points import Point
+from ttt_jax.terminal.stop_signals import StopSignals
 
 try:
     import ray

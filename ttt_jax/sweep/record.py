@@ -6,9 +6,9 @@ import socket
 import time
 from typing import Any, get_type_hints
 
-from ttt_jax.json_files import tell, write_object
+from ttt_jax.storage.json_files import tell, write_object
+from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.sweep.files import json_object
-from ttt_jax.workdir import Workdir, is_local
 
 NAME = "point.json"
 RUNNING, DONE, FAILED, STOPPED, STOPPED_EARLY = "running", "done", "failed", "stopped", "stopped early"

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from ttt_jax.config import renamed
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import flat
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep import files, metric, names, record, status, sweep_file
 from ttt_jax.sweep.names import Value
 from ttt_jax.sweep.status import Standing
-from ttt_jax.workdir import Workdir
 
 CONFIG = "config"  # a recipe, as if it were a key
 

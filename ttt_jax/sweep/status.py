@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ttt_jax import workdir_lock
+from ttt_jax.storage import workdir_lock
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep import files, metric, record, sweep_file
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.process import in_words
 from ttt_jax.sweep.record import Record
-from ttt_jax.workdir import Workdir
 
 WAITING = "waiting"
 

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from ttt_jax import config as config_lib
 from ttt_jax.config.renamed import current_values
 from ttt_jax.errors import ConfigError
-from ttt_jax.json_files import DamagedFile, read_object, write_object
+from ttt_jax.storage.json_files import DamagedFile, read_object, write_object
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.files import on_each
 from ttt_jax.sweep.names import Value, text
 from ttt_jax.sweep.points import Point
 from ttt_jax.training import resume
-from ttt_jax.workdir import Workdir
 
 NAME = "sweep.json"
 _VERSION = 1

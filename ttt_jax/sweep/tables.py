@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ttt_jax import finite
-from ttt_jax.status_line import duration
 from ttt_jax.sweep import names, record
 from ttt_jax.sweep.results import Result
 from ttt_jax.sweep.status import WAITING, Standing, in_short
+from ttt_jax.terminal.status_line import duration
 
 _STYLES = {
     record.RUNNING: "cyan",

@@ -25,13 +25,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 import ttt_jax
-from ttt_jax.errors import ConfigError
-from ttt_jax.parallel import peers
-from ttt_jax.parallel.exchange import Exchange
+from ttt_jax.distributed import process_checks
+from ttt_jax.distributed.exchange import Exchange
+from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.training import checksums
 from ttt_jax.training.checkpoint_writer import Writer
-from ttt_jax.training.errors import CheckpointError
-from ttt_jax.workdir import Workdir, is_local
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SAVE_AGAIN_AFTER = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
@@ -161,7 +160,7 @@ class Checkpoints:
         try:
             self._end_of_save()
         except CheckpointError as error:
-            peers.say(str(error))
+            process_checks.say(str(error))
 
     def close(self) -> None:
         """Waits, and lets go of everything."""
@@ -186,7 +185,7 @@ class Checkpoints:
             )
         seconds = self._save_again_after[self._failures - 1]
         self._due = time.monotonic() + seconds
-        peers.say(f"{problem}; trying again in {seconds:g} s")
+        process_checks.say(f"{problem}; trying again in {seconds:g} s")
 
     def _known_steps(self) -> list[int]:
         """All steps, as far as the storage tells."""
@@ -297,7 +296,9 @@ class Checkpoints:
 
         self._writer.close()
         aside = folder.name if self._read_only else self._exchange.on_first(rename)
-        peers.say(f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}")
+        process_checks.say(
+            f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}"
+        )
 
 
 def newest_in_words(workdir: str | os.PathLike) -> str:

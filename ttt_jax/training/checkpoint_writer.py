@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from ttt_jax.parallel.exchange import Exchange, barrier_that_fails_together, describe
+from ttt_jax.distributed.exchange import Exchange, barrier_that_fails_together, describe
+from ttt_jax.errors import CheckpointError
 from ttt_jax.training import checksums
-from ttt_jax.training.errors import CheckpointError
 
 _TIMEOUT = 1800  # seconds in which a checkpoint must be on disk
 _LOOK_AGAIN_AFTER = (0.1, 0.3, 1.0)  # seconds in which a save that failed comes to rest

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ttt_jax.data.errors import DataError
+from ttt_jax.errors import DataError
 
 
 class Feed:

@@ -3,8 +3,8 @@
 import math
 import time
 
-from ttt_jax.json_files import DamagedFile, read_object, set_aside, tell, write_object
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage.json_files import DamagedFile, read_object, set_aside, tell, write_object
+from ttt_jax.storage.workdir import Workdir
 
 _NAME = "started.json"
 

@@ -4,20 +4,20 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from ttt_jax.distributed import process_checks
+from ttt_jax.distributed.exchange import Exchange, describe
+from ttt_jax.kernels import choice, self_check
 from ttt_jax.models import pattern
-from ttt_jax.parallel import peers
-from ttt_jax.parallel.exchange import Exchange, describe
-from ttt_jax.training import program
-from ttt_jax.ttt.kernels import choice, self_check
+from ttt_jax.training import compiled_step
 
 _LIMIT = 900.0  # seconds for the slowest process
 
 
-def settled(run: program.Program) -> program.Program:
+def settled(run: compiled_step.Program) -> compiled_step.Program:
     """Return a program whose inner loop has been checked on its devices, which are here.
 
     Where :func:`families` says that a fused kernel is going to run, each process has it check itself on one of its
-    devices (:mod:`ttt_jax.ttt.kernels.self_check`; once, whatever else is built for the same shapes). Where it is
+    devices (:mod:`ttt_jax.kernels.self_check`; once, whatever else is built for the same shapes). Where it is
     wrong on any process, all of them say so on standard error, in a line that names the array that differs most, and
     get a program that uses the scan. ``config`` stays as it is.
 
@@ -33,16 +33,18 @@ def settled(run: program.Program) -> program.Program:
     if problem is None:
         if self_check.of_family.cache_info().misses > known:
             for report in (self_check.of_family(family, here) for family in found):
-                peers.say(f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}")
+                process_checks.say(
+                    f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
+                )
         return run
-    peers.say(
+    process_checks.say(
         f"WARNING: the fused kernel of the inner loop is wrong on {here.device_kind}: {problem}. The scan is used "
         "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
         "model.ttt.kernel_check=false uses the kernel as it is"
     )
     config = run.config.copy_and_resolve_references()
     config.model.ttt.kernel = "scan"
-    return program.make(config, run.mesh)._replace(config=run.config)
+    return compiled_step.make(config, run.mesh)._replace(config=run.config)
 
 
 def families(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:

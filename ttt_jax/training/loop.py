@@ -18,26 +18,34 @@ import ml_collections
 
 import ttt_jax
 from ttt_jax import config as config_lib
-from ttt_jax import workdir as workdir_lib
-from ttt_jax.data import pipeline, source, sources
-from ttt_jax.data.errors import DataError
+from ttt_jax.data import named_sources, pipeline, token_source
+from ttt_jax.distributed import chips, process_checks, sharding, startup
+from ttt_jax.distributed.agreement import Agreement
+from ttt_jax.distributed.watchdog import Watchdog
+from ttt_jax.errors import CheckpointError, DataError, NonFiniteLossError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build, flops, parameter_count, pattern
-from ttt_jax.parallel import chips, peers, sharding, startup
-from ttt_jax.parallel.agreement import Agreement
-from ttt_jax.parallel.watchdog import Watchdog
-from ttt_jax.stop_signals import StopSignals
-from ttt_jax.training import checkpoint, kernel_check, metrics, own_learner, program, resume, run_config, validation
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir import Workdir
+from ttt_jax.storage.workdir_lock import LockLostError
+from ttt_jax.terminal.stop_signals import StopSignals
+from ttt_jax.training import (
+    checkpoint,
+    compiled_step,
+    kernel_check,
+    metrics,
+    own_learner,
+    resume,
+    run_config,
+    validation,
+)
 from ttt_jax.training import start as start_lib
-from ttt_jax.training.errors import CheckpointError, NonFiniteLossError
 from ttt_jax.training.feed import Feed
 from ttt_jax.training.goodput import Goodput
 from ttt_jax.training.profile import Profile
 from ttt_jax.training.progress import ProgressBar
 from ttt_jax.training.report import Output, Report
 from ttt_jax.training.schedule_change import schedule_change
-from ttt_jax.workdir import Workdir
-from ttt_jax.workdir_lock import LockLostError
 
 _NO_DATA = 1  # a wish to stop, beside the numbers of signals
 _LOST = 1000  # the wish of a process whose workdir another command has taken over
@@ -76,15 +84,17 @@ def train(
     # ---- What to run, and where
     workdir = workdir_lib.at(workdir)
     about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
-    peers.check_same(about)
+    process_checks.check_same(about)
     if config_lib.own_learner(config) is not None:
-        config = peers.on_all(lambda: own_learner.found(config, workdir, accept_changed_learner))
-        peers.check_same({"model.ttt.learner_source": config.model.ttt.learner_source})
-    prepared = peers.on_all(lambda: _prepare(config, workdir))
-    with peers.locked(workdir, "ttt train") as lock:
-        is_changed = peers.on_all(lambda: resume.check_same_run(config, workdir, accept_changed_learner))
+        config = process_checks.on_all(lambda: own_learner.found(config, workdir, accept_changed_learner))
+        process_checks.check_same({"model.ttt.learner_source": config.model.ttt.learner_source})
+    prepared = process_checks.on_all(lambda: _prepare(config, workdir))
+    with process_checks.locked(workdir, "ttt train") as lock:
+        is_changed = process_checks.on_all(lambda: resume.check_same_run(config, workdir, accept_changed_learner))
         if is_changed:
-            peers.say(f"model.ttt.learner={config.model.ttt.learner!r}: has changed since the run began; accepted")
+            process_checks.say(
+                f"model.ttt.learner={config.model.ttt.learner!r}: has changed since the run began; accepted"
+            )
             if jax.process_index() == 0:
                 own_learner.record(workdir, config.model.ttt.learner_source)
         return _train(config, workdir, lock, *prepared)
@@ -93,10 +103,10 @@ def train(
 def _train(
     config: ml_collections.ConfigDict,
     workdir: Workdir,
-    lock: peers.JobLock,
-    run: program.Program,
-    data: source.TokenSource,
-    held_out: source.TokenSource | None,
+    lock: process_checks.JobLock,
+    run: compiled_step.Program,
+    data: token_source.TokenSource,
+    held_out: token_source.TokenSource | None,
 ) -> Outcome:
     """Train with a workdir that no other command changes meanwhile."""
     versions = checkpoint.versions()
@@ -105,10 +115,10 @@ def _train(
     validate_every = config_lib.steps(config, "evaluation.every")
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     fingerprint = data.fingerprint()
-    peers.check_same({"data": {data.name: fingerprint}})
+    process_checks.check_same({"data": {data.name: fingerprint}})
 
     # ---- Where it stands
-    peers.check_shared(workdir)
+    process_checks.check_shared(workdir)
     began = time.monotonic()
     best = validation.KeepBest()
     checkpoints = checkpoint.Checkpoints(
@@ -123,14 +133,14 @@ def _train(
         start, useful = restored.step, restored.meta["useful_seconds"]
         resume.check_same_data(restored.meta["data"], fingerprint, data.name)
         if start < total and (change := schedule_change(config, restored.meta.get("config"), start, workdir)):
-            peers.say(change)
+            process_checks.say(change)
         best.losses = validation.read_losses(workdir, start)
         if best.losses and (change := validation.other_tokens(restored.meta.get("config"), config)):
-            peers.say(change)
+            process_checks.say(change)
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
-    peers.on_all(lambda: checkpoint.check_place(workdir))
+    process_checks.on_all(lambda: checkpoint.check_place(workdir))
     first_params, origin = None, ""
     if restored is None and config.training.start_from:
         first_params, origin = start_lib.parameters(config, run.abstract_state.params)
@@ -141,20 +151,20 @@ def _train(
     chip = chips.of_device(device)
     tokens = batch_size * sequence_length
     parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
-    peers.say(
+    process_checks.say(
         f"{build.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
         f"{jax.device_count()} x {device.device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
-    peers.say(f"parameters: {parameter_count.in_words(run.abstract_state.params)}")
+    process_checks.say(f"parameters: {parameter_count.in_words(run.abstract_state.params)}")
     with sharding.on_mesh(run.mesh, run.rules):
         for way in dict.fromkeys(MIXERS[kind.model.mixer].computed(kind.model) for kind in pattern.kinds(config.model)):
             if way:
-                peers.say(f"inner loop: {way}")
+                process_checks.say(f"inner loop: {way}")
     first = jax.process_index() == 0
-    output = peers.on_all(lambda: _output(config, workdir, start, useful) if first else None)
+    output = process_checks.on_all(lambda: _output(config, workdir, start, useful) if first else None)
     report = Report(
         output,
         tokens=tokens,
@@ -236,7 +246,7 @@ def _train(
                     watchdog.heard()
                     best_so_far = best.add(step, held_out_loss)
                     if bad := validation.not_finite(step, held_out_loss):
-                        peers.say(bad)
+                        process_checks.say(bad)
                 if step % save_every == 0 or step == total or best_so_far or checkpoints.wants_save(step):
                     lock.check()
                     # A state is saved only once its step is known to be finite.
@@ -277,16 +287,16 @@ def _train(
 
 def _prepare(
     config: ml_collections.ConfigDict, workdir: Workdir
-) -> tuple[program.Program, source.TokenSource, source.TokenSource | None]:
+) -> tuple[compiled_step.Program, token_source.TokenSource, token_source.TokenSource | None]:
     """What can go wrong in one process alone, before they do anything together."""
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = program.make(config, mesh)
-    data = sources.from_config(config, "train")
-    source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
+    run = compiled_step.make(config, mesh)
+    data = named_sources.from_config(config, "train")
+    token_source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
     held_out = None
     if config_lib.steps(config, "evaluation.every"):
-        held_out = sources.from_config(config, config.evaluation.split)
-        source.check(held_out, config.model.vocab_size, config.data.sequence_length)
+        held_out = named_sources.from_config(config, config.evaluation.split)
+        token_source.check(held_out, config.model.vocab_size, config.data.sequence_length)
     metrics.check_place(workdir, tensorboard=config.log.tensorboard, wandb=bool(config.log.wandb_project))
     workdir_lib.make(workdir)
     return run, data, held_out
@@ -302,7 +312,7 @@ def _output(config: ml_collections.ConfigDict, workdir: Workdir, start: int, use
 
 
 def _code() -> str:
-    """A hash of this package's source."""
+    """A hash of this package's token_source."""
     folder = Path(ttt_jax.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.rglob("*.py")):

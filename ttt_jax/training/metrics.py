@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ttt_jax import extras, json_files
+from ttt_jax import extras
 from ttt_jax.errors import ConfigError
-from ttt_jax.json_files import write_atomically
-from ttt_jax.training.bucket_file import BucketFile
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.storage import json_files
+from ttt_jax.storage.bucket_file import BucketFile
+from ttt_jax.storage.json_files import write_atomically
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 
 class MetricsWriter:

@@ -4,9 +4,9 @@ import ml_collections
 
 from ttt_jax import config as config_lib
 from ttt_jax import import_path
-from ttt_jax.json_files import DamagedFile
+from ttt_jax.storage.json_files import DamagedFile
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.training import run_config
-from ttt_jax.workdir import Workdir
 
 
 def found(config: ml_collections.ConfigDict, workdir: Workdir, accept_changed: bool) -> ml_collections.ConfigDict:

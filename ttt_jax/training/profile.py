@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 
 class Profile:

@@ -1,6 +1,6 @@
 """What a person sees of a run."""
 
-from ttt_jax.status_line import StatusLine, duration
+from ttt_jax.terminal.status_line import StatusLine, duration
 
 
 class ProgressBar:

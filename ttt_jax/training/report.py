@@ -6,8 +6,8 @@ import time
 import jax
 import numpy as np
 
+from ttt_jax.errors import NonFiniteLossError
 from ttt_jax.training import metrics
-from ttt_jax.training.errors import NonFiniteLossError
 from ttt_jax.training.goodput import Goodput
 from ttt_jax.training.progress import ProgressBar
 

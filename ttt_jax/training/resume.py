@@ -4,11 +4,11 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax import json_files
 from ttt_jax.errors import ConfigError
-from ttt_jax.json_files import DamagedFile
+from ttt_jax.storage import json_files
+from ttt_jax.storage.json_files import DamagedFile
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.training import own_learner, run_config
-from ttt_jax.workdir import Workdir
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_changed_learner: bool = False) -> bool:

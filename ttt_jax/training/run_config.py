@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from ttt_jax import config as config_lib
-from ttt_jax import import_path, json_files
+from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.json_files import DamagedFile
-from ttt_jax.workdir import Workdir, explained, is_local
+from ttt_jax.storage import json_files
+from ttt_jax.storage.json_files import DamagedFile
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 NAME = "config.json"
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
-from ttt_jax.training import program
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage.workdir import Workdir
+from ttt_jax.training import compiled_step
 
 
 def schedule_change(config: ml_collections.ConfigDict, saved: Any, step: int, workdir: Workdir) -> str | None:
@@ -23,7 +23,7 @@ def schedule_change(config: ml_collections.ConfigDict, saved: Any, step: int, wo
         before = config_lib.from_dict(saved, workdir)
     except ConfigError:
         return None  # of another version
-    old, new = program.schedules(before), program.schedules(config)
+    old, new = compiled_step.schedules(before), compiled_step.schedules(config)
     rates = [[float(schedule(jnp.asarray(step))) for schedule in pair] for pair in (old, new)]
     if np.allclose(rates[0], rates[1], rtol=1e-3, atol=0):
         return None

@@ -9,14 +9,13 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 
 from ttt_jax import config as config_lib
-from ttt_jax import workdir as workdir_lib
-from ttt_jax.errors import ConfigError
+from ttt_jax.distributed import process_checks
+from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models import build
-from ttt_jax.parallel import peers
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir import Workdir
 from ttt_jax.training import run_config
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.errors import CheckpointError
-from ttt_jax.workdir import Workdir
 
 
 def parameters(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple[Any, str]:
@@ -32,7 +31,7 @@ def parameters(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple
       ConfigError: where there is no such checkpoint, or its model has parameters of other shapes.
       CheckpointError: where it cannot be restored.
     """
-    source, step = peers.on_all(lambda: _source(config, abstract_params))
+    source, step = process_checks.on_all(lambda: _source(config, abstract_params))
     checkpoints = Checkpoints(source, read_only=True)
     try:
         steps = checkpoints.all_steps()

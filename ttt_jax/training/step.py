@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ttt_jax.distributed.activations import constrain
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.language_model import LanguageModel
-from ttt_jax.parallel.activations import constrain
 from ttt_jax.training import guard as guard_lib
 from ttt_jax.training.loss import Batch, mean_over_rows, token_nll
 from ttt_jax.training.optimizer import Schedule

@@ -16,14 +16,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from ttt_jax import finite
 from ttt_jax.data import sequences
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
+from ttt_jax.distributed.exchange import Exchange
 from ttt_jax.errors import ConfigError
-from ttt_jax.parallel import sharding
-from ttt_jax.parallel.exchange import Exchange
+from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.training import metrics
+from ttt_jax.training.compiled_step import Program
 from ttt_jax.training.loss import token_nll
-from ttt_jax.training.program import Program
-from ttt_jax.workdir import Workdir, explained
 
 LOSS = "validation_loss"  # in metrics.jsonl: mean over tokens, nats
 

@@ -83,7 +83,7 @@ def run(
       unroll: mini-batches per iteration of the compiled loop.
       statistics: also return :class:`Statistics`; always by the scan.
       kernel: reads the mini-batches that are whole instead of the scan, such as
-        :func:`ttt_jax.ttt.kernels.run.run`; where documents begin in the piece, only if it is aligned.
+        :func:`ttt_jax.kernels.run.run`; where documents begin in the piece, only if it is aligned.
 
     Returns:
       Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.

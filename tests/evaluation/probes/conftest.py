@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
 from ttt_jax.models.build import language_model
-from ttt_jax.parallel import sharding
-from ttt_jax.training import program
+from ttt_jax.training import compiled_step
 from ttt_jax.training.checkpoint import Checkpoints
 
 
@@ -27,7 +27,7 @@ def made_run(tmp_path_factory, random_params):
         workdir = tmp_path_factory.mktemp("probed") / f"some-{mixer}"
         workdir.mkdir()
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-        abstract = program.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
+        abstract = compiled_step.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
         params = random_params(language_model(config.model), np.zeros((1, 1), np.int32))
         checkpoints = Checkpoints(workdir)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import image
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation.probes import heat_map
+from ttt_jax.figures import heat_map
 
 
 def cells(contexts=(512, 1024, 4096), depths=(0.0, 50.0, 100.0)):

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from ttt_jax import json_files
 from ttt_jax.config import ConfigError
 from ttt_jax.data import embedded
 from ttt_jax.evaluation.probes import needle, needle_probe, prompt, texts
 from ttt_jax.evaluation.probes.scoring import Scorer, Scores
+from ttt_jax.storage import json_files
 
 
 @pytest.fixture

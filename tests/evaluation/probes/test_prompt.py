@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.data.source import TokenSource
+from ttt_jax.data.token_source import TokenSource
 from ttt_jax.evaluation.probes import haystack as haystack_lib
 from ttt_jax.evaluation.probes import needle, prompt
 

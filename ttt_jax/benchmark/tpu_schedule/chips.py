@@ -6,7 +6,7 @@ Nobody publishes clocks. They follow from the data sheet's peak and the size of 
 
 import dataclasses
 
-from ttt_jax.parallel.chips import CHIPS
+from ttt_jax.distributed.chips import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)

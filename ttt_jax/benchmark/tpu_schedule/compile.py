@@ -28,7 +28,7 @@ from ttt_jax.errors import ConfigError
 
 LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out
 UTILIZATION = "pre-delay_hlo-static-per-bundle-utilization"
-_REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "program.hlo.txt", "schedule"
+_REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "compiled_step.hlo.txt", "schedule"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +153,14 @@ def main(folder: Path) -> None:
 
 def _step(values: dict[str, Any], devices: list):
     from ttt_jax import config as config_lib
-    from ttt_jax.parallel import sharding
-    from ttt_jax.training import program
+    from ttt_jax.distributed import sharding
+    from ttt_jax.training import compiled_step
 
     config = config_lib.default()
     config.update(values)
     config_lib.validate(config)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
-    return program.make(config, mesh).compiled_step()
+    return compiled_step.make(config, mesh).compiled_step()
 
 
 def _function(name: str, settings: dict[str, Any], devices: list):

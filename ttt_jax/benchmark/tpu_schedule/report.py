@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax import console as console_lib
 from ttt_jax.benchmark.tpu_schedule import parts
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
+from ttt_jax.terminal import console as console_lib
 
 _UNITS = {
     "MATMUL": "matrix units (MXU)",

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from ttt_jax.benchmark.tpu_schedule import bundles, chips, compile, control, program
+from ttt_jax.benchmark.tpu_schedule import bundles, chips, compile, control, hlo_operations
 from ttt_jax.benchmark.tpu_schedule.bundles import Counts
 from ttt_jax.benchmark.tpu_schedule.compile import Compiled, Function, Step
+from ttt_jax.benchmark.tpu_schedule.hlo_operations import Operation
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
-from ttt_jax.benchmark.tpu_schedule.program import Operation
 from ttt_jax.errors import ConfigError
 from ttt_jax.planning import hlo, topology
 
@@ -69,7 +69,7 @@ class Schedule:
     """One run of a program on one chip.
 
     Attributes:
-      operations: in the order of the program.
+      operations: in the order of the hlo_operations.
       other_cycles: before the first operation and after the last.
       loops: where each comes from, and its trips; None where these are not known: they count as one.
       conditionals: of the program; all of their branches count.
@@ -184,7 +184,7 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
             f"the compiler left {len(files)} schedules and none of the program that calls them; "
             "known to work: libtpu 0.0.52"
         )
-    found = program.read(compiled.text)
+    found = hlo_operations.read(compiled.text)
     listing = files["TLP"][0].read_text(errors="replace")
     calls = set(control.called(listing))
     counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}

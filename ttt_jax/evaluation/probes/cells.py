@@ -11,9 +11,9 @@ from typing import Any
 
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
-from ttt_jax.json_files import DamagedFile, read_object, write_atomically, write_object
-from ttt_jax.workdir import Workdir, is_local
-from ttt_jax.workdir_lock import WorkdirLock
+from ttt_jax.storage.json_files import DamagedFile, read_object, write_atomically, write_object
+from ttt_jax.storage.workdir import Workdir, is_local
+from ttt_jax.storage.workdir_lock import WorkdirLock
 
 Cell = dict[str, Any]
 

@@ -16,7 +16,7 @@ from ttt_jax.evaluation.probes.scoring import Scorer
 from ttt_jax.evaluation.probes.texts import Texts
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import build
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage.workdir import Workdir
 
 # Everything that a cell depends on: one that is there with the same values is not computed again.
 CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer", "bos")

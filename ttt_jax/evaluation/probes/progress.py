@@ -3,7 +3,7 @@
 import sys
 import time
 
-from ttt_jax.status_line import StatusLine, duration
+from ttt_jax.terminal.status_line import StatusLine, duration
 
 
 class Progress:

@@ -7,8 +7,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ttt_jax import console
 from ttt_jax.evaluation.probes.cells import Cell
+from ttt_jax.terminal import console
 
 
 def show(

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation.probes.prompt import Example
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.parallel import sharding
 
 
 class Scores(NamedTuple):

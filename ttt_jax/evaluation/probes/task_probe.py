@@ -13,13 +13,13 @@ import numpy as np
 
 from ttt_jax.data import task_source
 from ttt_jax.data.task_example import Example
+from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes.cells import Cell, Cells
 from ttt_jax.evaluation.probes.interval import finite_or_none, share
 from ttt_jax.evaluation.probes.needle_probe import run_in_words
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.parallel import sharding
-from ttt_jax.workdir import Workdir
+from ttt_jax.storage.workdir import Workdir
 
 CONDITIONS = ("step", "checkpoint", "split", "samples")
 PLACE = ("items", "context")

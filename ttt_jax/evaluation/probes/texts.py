@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from ttt_jax.data import sources
+from ttt_jax.data import named_sources
 from ttt_jax.data import tokenizer as tokenizer_lib
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
@@ -49,8 +49,8 @@ def of_run(
       ConfigError: where no tokenizer or text is known, or a file is not what it should be.
       DataError: where the data cannot be read.
     """
-    found = tokenizer_lib.load(tokenizer) if tokenizer else sources.tokenizer_of(config.data.source)
-    bos = sources.from_config(config, "train").bos  # of the data, whichever tokenizer is given: the model saw it
+    found = tokenizer_lib.load(tokenizer) if tokenizer else named_sources.tokenizer_of(config.data.source)
+    bos = named_sources.from_config(config, "train").bos  # of the data, whichever tokenizer is given: the model saw it
     haystacks, prose = {}, None
     for task in tasks:
         if TASKS[task].noise:
@@ -63,9 +63,9 @@ def of_run(
 def _prose(config: ml_collections.ConfigDict, haystack: str | None, split: str) -> Haystack:
     if haystack:
         return haystack_lib.of_file(haystack)
-    source = sources.from_config(config, split)
+    source = named_sources.from_config(config, split)
     try:
-        decode = sources.tokenizer_of(config.data.source).decoder()
+        decode = named_sources.tokenizer_of(config.data.source).decoder()
     except ConfigError as error:
         raise ConfigError(
             f"data.source={config.data.source!r}: holds no text that could be read; expected --haystack FILE"

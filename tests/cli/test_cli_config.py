@@ -1,0 +1,133 @@
+"""``ttt config``, and configs in the help of verbs."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ttt_jax import cli
+from ttt_jax import config as config_lib
+from ttt_jax.cli import config as config_command
+
+QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.py")
+MINE = ["--config", f"{QUICKSTART}:ttt_mlp", "--config.training.duration=4096000 tokens", "--config.seed=7"]
+
+
+def ttt(*arguments) -> int:
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as end:  # argparse
+        return end.code
+
+
+def test_the_lines_are_toml_of_the_whole_config(capsys):
+    assert ttt("config", *MINE) == 0
+    out = capsys.readouterr().out
+    found, expected = tomllib.loads(out), config_lib.from_arguments(MINE)
+    for key in config_lib.settings():
+        value, there = config_lib.value_of(expected, key), found
+        for part in key.split("."):
+            there = there.get(part) if isinstance(there, dict) else None
+        assert there == value
+        if value is None:
+            assert f"# {key} is unset  " in out
+    comments = _comments(out)
+    assert list(comments) == list(config_lib.settings())
+    assert comments["model.mixer"].startswith('* default: "ttt_linear"; sequence mixer: ttt_linear, ')
+    assert comments["training.duration"].startswith('* 4,000 steps; default: "1000 steps"; a duration: ')
+    assert comments["optimizer.warmup"] == "  400 steps; a duration; also of the inner learning rate"
+    assert comments["log.every"] == "  a duration: one record of metrics.jsonl"
+    marked = [key for key, comment in comments.items() if comment.startswith("*")]
+    assert out.startswith(f"# {len(marked)} of {len(comments)} keys are not the defaults, marked #*; ")
+
+
+def test_what_is_not_the_default_is_marked_and_printed_alone(capsys):
+    changed = ["model.ttt.base_lr=0.3", "seed=0", "model.pre_conv=false", "log.every=2 steps"]
+    assert ttt("config", "--config", QUICKSTART, *(f"--config.{each}" for each in changed), "--changed") == 0
+    out = capsys.readouterr().out
+    comments = _comments(out)
+    assert len(comments) == len(out.splitlines())
+    assert all(comment.startswith("*") and "default: " in comment for comment in comments.values())
+    config, default = config_lib.from_arguments(["--config", QUICKSTART]), config_lib.default()
+    of_file = config_lib.differing_keys(config.to_dict(), default.to_dict()).keys()
+    assert comments.keys() == of_file | {"model.ttt.base_lr", "model.pre_conv", "log.every"}
+    assert comments["model.pre_conv"].startswith("* default: unset; ")
+    assert "model.pre_conv = false " in out
+
+
+def test_comments_are_as_wide_as_the_terminal():
+    config = config_lib.from_arguments(MINE)
+    lines = list(config_command.as_toml(config, width=100))
+    assert max(len(line) for line in lines) <= 100
+    assert tomllib.loads("\n".join(lines)) == tomllib.loads("\n".join(config_command.as_toml(config)))
+    words = re.sub(r"\s*\n\s+#  ", " ", "\n".join(lines))
+    assert words.split() == "\n".join(config_command.as_toml(config)).split()
+
+
+def _comments(out):
+    """The comment of each key, with the mark."""
+    found = re.findall(r"^(?:# )?([\w.]+) (?:= .*?|is unset) *  #([* ] .*)$", out, re.MULTILINE)
+    return dict(found)
+
+
+def test_json_is_that_of_a_run(capsys, tmp_path):
+    assert ttt("config", "--json", *MINE) == 0
+    (tmp_path / "config.json").write_text(capsys.readouterr().out)
+    assert config_lib.from_json(tmp_path / "config.json").to_dict() == config_lib.from_arguments(MINE).to_dict()
+
+
+@pytest.mark.parametrize("verb", [["train"], ["plan"], ["bench"], ["bench", "tpu-schedule"], ["sweep"], ["config"]])
+def test_help_shows_the_values_of_the_command(capsys, verb):
+    assert ttt(*verb, "--help", *MINE) == 0
+    out = capsys.readouterr().out
+    assert '\n* --config.model.mixer="ttt_mlp"' in out
+    assert ' (default: "ttt_linear")\n' in out
+    assert "\n* --config.seed=7 " in out
+    assert "\n  --config.mesh.fsdp=1 " in out
+    assert out.index("\n  -h, --help") < out.index("\nconfig:\n") < out.index("--config.seed")
+    assert ttt(*verb, "--help") == 0
+    out = capsys.readouterr().out
+    assert '\n  --config.model.mixer="ttt_linear"' in out
+    assert "\n*" not in out
+
+
+def test_help_of_a_config_that_is_wrong(capsys):
+    assert ttt("train", "--help", "--config", QUICKSTART, "--config.model.widht=3") == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "ttt train: model.widht: unknown key; did you mean model.width?\n")
+
+
+def test_usage_names_the_verb(capsys):
+    assert ttt() == 2
+    assert capsys.readouterr().err.startswith("usage: ttt [-h] [--version] VERB ...\n")
+    assert ttt("launch") == 2
+    assert capsys.readouterr().err.startswith(
+        "usage: ttt launch [-h] TARGET [options] -- VERB ...\nttt launch: error: "
+    )
+
+
+def test_it_loads_no_data():
+    program = f"import sys; from ttt_jax import cli; cli.main(['config', '--config', {QUICKSTART!r}]); "
+    program += "sys.exit('ttt_jax.data.named_sources' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def test_every_verb_is_in_the_help(capsys):
+    assert ttt("--help") == 0
+    out = capsys.readouterr().out
+    _, verbs = cli._parsers()
+    for verb in {name.split()[0] for name in verbs}:
+        assert f"\n  {verb} " in out
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+    code = "import sys; from ttt_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", code, "config", *MINE], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")

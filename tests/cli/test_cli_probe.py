@@ -1,0 +1,155 @@
+"""``ttt probe`` as a person types it: help, refusals, tables, pictures, and that a second command computes nothing."""
+
+import csv
+import json
+import re
+
+import pytest
+from matplotlib import image
+
+from ttt_jax import cli
+from ttt_jax import config as config_lib
+from ttt_jax.storage import json_files
+
+REFUSED = {
+    "probe": "the following arguments are required: needle|task",
+    "probe hay": "invalid choice: 'hay'",
+    "probe needle": "the following arguments are required: --workdir",
+    "probe task": "the following arguments are required: --workdir",
+    "probe needle --workdir nowhere": "nowhere/config.json: not found; expected the workdir of a run",
+    "probe task --workdir nowhere": "nowhere/config.json: not found; expected the workdir of a run",
+    "probe needle --workdir x --task passkey,words": "'words': expected some of passkey, number, uuid",
+    "probe needle --workdir x --context 1m": "'1m': expected integers from 1, such as 2048 or 2k,8k",
+    "probe task --workdir x --items 2,0": "'0': expected integers from 1, such as 2048 or 2k,8k",
+    "probe needle --workdir x --candidates 1": "'1': expected 2 or more",
+    "probe needle --workdir x --depths 0": "'0': expected 1 or more",
+    "probe needle --workdir x stray --config.seed=1": "unexpected argument: --config.seed=1",
+    "probe task --workdir x --seed 1": "unexpected argument: --seed",
+    "probe --workdir=x task": "unexpected argument: --workdir=x",
+}
+
+
+@pytest.fixture(scope="module")
+def printed(in_one_process):
+    return in_one_process(["probe --help", "probe needle --help", "probe task --help", *REFUSED])
+
+
+def test_help(printed):
+    said = {command: printed[f"{command} --help"] for command in ("probe", "probe needle", "probe task")}
+    assert [status for status, *_ in said.values()] == [0, 0, 0]
+    for text in ("ttt probe needle", "ttt probe task"):
+        assert text in said["probe"][1]
+    for text in ("S-NIAH-1", "--context T,...", "--depths N", "--samples N", "--candidates N", "--haystack FILE"):
+        assert text in said["probe needle"][1]
+    for text in ("needle-TASK.json", "--tokenizer FILE", "--plot FILE", "--step N", "--seed N", "RULER"):
+        assert text in said["probe needle"][1]
+    for text in ("associative_recall", "--items N,...", "--context T,...", "--split", "--plot FILE", "TASK.json"):
+        assert text in said["probe task"][1]
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_refused_in_one_line(printed, command):
+    status, out, err = printed[command]
+    assert (status, out) == (2, "")
+    assert REFUSED[command] in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a tiny run on a task, of two steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = folder / "tiny.py"
+    config.write_text(
+        "from ttt_jax import config\n\ndef get_config():\n    c = config.default()\n"
+        "    c.model.update(mixer='attention', width=8, num_layers=1, num_heads=2, mlp_width=8)\n"
+        "    c.data.update(source='associative_recall:2', sequence_length=16, batch_size=4)\n"
+        "    c.training.duration = '2 steps'\n    return c\n"
+    )
+    assert ttt("train", "--config", config, "--workdir", folder / "tiny") == 0
+    return folder / "tiny"
+
+
+def ttt(*arguments) -> int:
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse
+        return end.code
+
+
+@pytest.mark.slow
+def test_a_task(run, tmp_path, capsys):
+    picture = tmp_path / "map.png"
+    command = ("probe", "task", "--workdir", run, "--items", "2,1", "--context", "32,16", "--samples", "5")
+    assert ttt(*command, "--plot", picture) == 0
+    out = capsys.readouterr().out
+    assert "tiny: Transformer, step 2; associative_recall, trained on 2 pairs in 16 tokens" in out
+    rows = [re.findall(r"\d\.\d\d \(\d\.\d\d\)", line) for line in out.splitlines()]
+    assert [len(row) for row in rows if row] == [2, 2, 2]  # 1 and 2 pairs, and the mean
+    assert str(picture) in out
+    assert image.imread(picture).shape[1] > 100
+    with (run / "probe" / "associative_recall.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [(cell["items"], cell["context"]) for cell in cells] == [("1", "16"), ("1", "32"), ("2", "16"), ("2", "32")]
+    before = (run / "probe" / "associative_recall.json").read_bytes()
+    assert ttt(*command) == 0
+    assert (run / "probe" / "associative_recall.json").read_bytes() == before
+    again = capsys.readouterr().out
+    assert again in out
+
+
+def test_needles(run, tmp_path, capsys):
+    """The model has never seen text; whatever has a vocabulary of bytes can be probed."""
+    book, picture = tmp_path / "book.txt", tmp_path / "map.svg"
+    book.write_text("It was a dark night. Nobody knew why! " * 40)
+    command = ("probe", "needle", "--workdir", run, "--tokenizer", "byte", "--haystack", book, "--samples", "2")
+    command = (*command, "--context", "500", "--depths", "2", "--task", "number,passkey", "--candidates", "3")
+    assert ttt(*command, "--plot", picture, "--show", "ranked_first") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"tiny: 4,000 tokens of prompts to read, about \d+:\d\d left", err)
+    assert "tiny: Transformer, step 2; number (S-NIAH-2)" in out
+    assert "tiny: Transformer, step 2; passkey (S-NIAH-1)" in out
+    assert "share right (share likelier than 2 other answers); 2 samples, book.txt" in out
+    assert [line.split()[0] for line in out.splitlines() if "(" in line and "%" in line] == ["0", "100"] * 2
+    assert "share ranked first of 3" in picture.read_text()
+    found = json.loads((run / "probe" / "needle-number.json").read_text())
+    assert [(cell["context"], cell["depth"]) for cell in found["cells"]] == [(500, 0.0), (500, 100.0)]
+    assert found["haystacks"] == "book.txt"
+    assert {cell["bos"] for cell in found["cells"]} == {None}  # the data has none, whatever the tokenizer has
+    assert ttt(*command) == 0
+    assert "to read" not in capsys.readouterr().err
+
+
+def test_a_run_whose_tokenizer_is_not_known(run, capsys):
+    assert ttt("probe", "needle", "--workdir", run) == 2
+    said = "data.source='associative_recall:2': no tokenizer is kept with it; expected --tokenizer FILE, or byte\n"
+    assert capsys.readouterr().err == f"ttt probe needle: {said}"
+
+
+def test_a_run_whose_data_is_gone(run, tmp_path, capsys):
+    config = json_files.read_object(run / "config.json")
+    config["data"]["source"] = "data/books"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for more in ((), ("--tokenizer", "byte")):  # whose haystacks are the documents of the run
+        assert ttt("probe", "needle", "--workdir", tmp_path, *more) == 2
+        assert capsys.readouterr().err.startswith(
+            "ttt probe needle: data.source='data/books': no such folder; expected "
+        )
+
+
+def test_a_run_without_text_needs_a_haystack(run, capsys):
+    assert ttt("probe", "needle", "--workdir", run, "--tokenizer", "byte", "--task", "number") == 2
+    said = "data.source='associative_recall:2': holds no text that could be read; expected --haystack FILE\n"
+    assert capsys.readouterr().err == f"ttt probe needle: {said}"
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_first(run, tmp_path, capsys):
+    for kind in ("needle", "task"):
+        assert ttt("probe", kind, "--workdir", run, "--plot", tmp_path / "map.txt") == 2
+        assert "map.txt: expected a name that ends in .png, .pdf or .svg" in capsys.readouterr().err
+
+
+def test_a_run_on_text_has_no_task(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.default().to_dict()))
+    assert ttt("probe", "task", "--workdir", tmp_path) == 2
+    assert "data.source='embedded': is no task to probe" in capsys.readouterr().err

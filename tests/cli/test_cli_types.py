@@ -1,0 +1,45 @@
+"""Files that cannot be written are told before the work that they are going to hold."""
+
+import json
+import os
+
+import pytest
+
+from ttt_jax import cli
+from ttt_jax.cli.options import check_file
+from ttt_jax.config import ConfigError, default
+
+
+def test_files_in_folders_that_can_be_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.csv", "a/b/x.csv", tmp_path / "c" / "x.csv"):
+        check_file(tmp_path / name, "--csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".", "is a folder; expected a file"),
+        ("file/x.csv", "{}/file is no folder that can be written to; expected one"),
+        ("locked/a/x.csv", "{}/locked is no folder that can be written to; expected one"),
+    ],
+)
+def test_files_that_cannot_be_written(tmp_path, monkeypatch, name, said):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "locked").mkdir()
+    real = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and real(path, mode))
+    with pytest.raises(ConfigError, match=f"^--csv {tmp_path / name}: {said.format(tmp_path)}$"):
+        check_file(tmp_path / name, "--csv")
+
+
+def test_before_anything_is_computed(tmp_path, capsys):
+    config = tmp_path / "run" / "config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps(default().to_dict()))
+    (tmp_path / "run" / "inspect").write_text("")
+    for verb, *more in (["eval", "--csv", f"{tmp_path}"], ["inspect"], ["probe needle", "--plot", f"{config}/x.svg"]):
+        assert cli.main([*verb.split(), "--workdir", f"{config.parent}", *more]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.endswith(("is a folder; expected a file", "is no folder that can be written to; expected one"))

@@ -1,0 +1,324 @@
+"""What ``data.source`` can name: datasets of ttt tokenize, the embedded corpus, synthetic tokens; what it cannot."""
+
+import hashlib
+import json
+import pickle
+import shlex
+import shutil
+
+import corpus
+import numpy as np
+import pytest
+import tokenizers
+
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.data import embedded, engines, files, named_sources, synthetic, tokenize, tokenizer
+from ttt_jax.data.job import Job
+from ttt_jax.errors import DataError
+from ttt_jax.storage import json_files
+from ttt_jax.storage.store import Store
+
+TEXTS = ["First document.", "The second, which is longer: äöü.", "3"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A dataset of bytes in several shards and chunks, and what must be in it."""
+    folder = tmp_path_factory.mktemp("made")
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    job = Job(tokenizer.byte(), 256, 257)
+    found = files.find("train", [str(path)])
+    tokenize.tokenize(found, job, Store(folder / "dataset"), engines.processes(1), shard=16, chunk=4)
+    tokens = [token for text in TEXTS for token in (256, *text.encode(), 257)]
+    return folder / "dataset", np.array(tokens)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_dataset(made):
+    path, tokens = made
+    source = named_sources.load(str(path), "train")
+    assert (source.name, source.vocab_size, source.bos, len(source.tokens)) == (f"{path}/train", 258, 256, len(tokens))
+    np.testing.assert_array_equal(source.tokens[0 : len(tokens)], tokens)
+    for start in range(0, len(tokens) - 10):
+        np.testing.assert_array_equal(source.tokens[start : start + 10], tokens[start : start + 10])
+    np.testing.assert_array_equal(source.tokens[20 : 10**6], tokens[20:])
+    np.testing.assert_array_equal(source.documents[0 : 1 << 20], np.flatnonzero(tokens == 256))
+
+
+def test_the_fingerprint_is_of_the_tokens_wherever_they_lie(made, copy):
+    assert (
+        named_sources.load(str(copy), "train").fingerprint() == named_sources.load(str(made[0]), "train").fingerprint()
+    )
+    assert len(named_sources.load(str(copy), "train").fingerprint()) == 32
+
+
+def test_a_source_goes_to_another_process(made):
+    source = pickle.loads(pickle.dumps(named_sources.load(str(made[0]), "train")))
+    np.testing.assert_array_equal(source.window(1, 20)["inputs"], made[1][20:40])
+
+
+def test_from_config(made):
+    config = config_lib.default()
+    config.data.update(source=str(made[0]), bos=65, tokenizer="byte")
+    source = named_sources.from_config(config, "train")
+    assert (source.name, source.bos) == (f"{made[0]}/train", 65)
+
+
+def test_bos_that_ends_documents_is_refused(made):
+    with pytest.raises(ConfigError, match=r"^data\.bos=257: is the token that ends the documents of "):
+        named_sources.load(str(made[0]), "train", bos=257)
+
+
+def test_a_dataset_of_before_that_separates_twice_is_read_as_it_was(tmp_path, made):
+    folder = tmp_path / "dataset"
+    shutil.copytree(made[0], folder)
+    description = json_files.read_object(folder / "dataset.json")
+    (folder / "dataset.json").write_text(json.dumps({**description, "bos": 257}))
+    assert named_sources.load(str(folder), "train").bos == named_sources.load(str(folder), "train", bos=257).bos == 257
+
+
+def test_the_tokenizer_of_a_dataset_has_its_bos_and_eos(made):
+    found = named_sources.tokenizer_of(str(made[0]))
+    assert (found.bos, found.eos) == (256, 257)
+
+
+def test_tokenizers_that_made_it(made):
+    sha256 = hashlib.sha256(b"byte").hexdigest()
+    for name in ("", "byte", sha256, sha256[:8]):
+        named_sources.load(str(made[0]), "train", tokenizer=name)
+
+
+@pytest.mark.parametrize("name", ["my book.txt", "texts/a/b.jsonl"])
+def test_text_is_no_dataset(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("text")
+    for location, what in ((path, "is a file"), (path.parent, "holds files of text")):
+        with pytest.raises(ConfigError) as caught:
+            named_sources.load(str(location), "train")
+        assert str(caught.value) == (
+            f"data.source='{location}': {what}; run ttt tokenize --train {shlex.quote(str(location))} "
+            "--tokenizer byte --output DIR, and give DIR here"
+        )
+
+
+@pytest.mark.parametrize(("bos", "eos", "expected"), [(256, 257, 258), (256, None, 257), (None, None, 257)])
+def test_bytes_without_eos_fit_models_of_257(tmp_path, bos, eos, expected):
+    (tmp_path / "a.txt").write_text("text")
+    found, job = files.find("train", [str(tmp_path / "a.txt")]), Job(tokenizer.byte(), bos, eos)
+    tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
+    assert named_sources.load(str(tmp_path / "out"), "train").vocab_size == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "0123456789abcdef", hashlib.sha256(b"byte").hexdigest()[:7]])
+def test_tokenizers_that_did_not(made, name):
+    with pytest.raises(ConfigError, match=f"data.tokenizer='{name}': .*/train was made by byte"):
+        named_sources.load(str(made[0]), "train", tokenizer=name)
+
+
+def test_the_file_of_a_tokenizer(tmp_path, made, copy):
+    description = json_files.read_object(copy / "dataset.json")
+    kept = tmp_path / "tokenizer.json"
+    kept.write_text("{}")
+    description["tokenizer"].update(kind="huggingface", sha256=hashlib.sha256(b"{}").hexdigest())
+    (copy / "dataset.json").write_text(json.dumps(description))
+    named_sources.load(str(copy), "train", tokenizer=str(kept))
+    kept.write_text("[]")
+    with pytest.raises(ConfigError, match="of another hash"):
+        named_sources.load(str(copy), "train", tokenizer=str(kept))
+
+
+def test_embedded():
+    source = named_sources.load("embedded", "validation")
+    assert (source.name, source.vocab_size, source.bos) == ("embedded/validation", 257, 256)
+    np.testing.assert_array_equal(source.tokens, embedded.tokens("validation"))
+
+
+# ---- Synthetic
+
+
+def splitmix64(state: int) -> int:
+    """The finaliser in plain integers."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_synthetic_tokens_are_hashes_of_their_places():
+    source = named_sources.load("synthetic", "train", vocab_size=97)
+    start = 5 * 4096 - 3
+    expected = [1 if i % 4096 == 0 else splitmix64(i + (1 << 48)) % 97 for i in range(start, start + 50)]
+    assert source.tokens[start : start + 50].tolist() == expected
+
+
+def test_synthetic_tokens_are_even_and_differ_between_splits():
+    found = {split: synthetic.source(split, 16).tokens[0:100_000] for split in ("train", "validation", "test")}
+    for tokens in found.values():
+        np.testing.assert_allclose(np.bincount(tokens, minlength=16) / 1e5, 1 / 16, rtol=0.06)
+    assert (found["train"] == found["validation"]).mean() < 0.08
+    assert (found["test"] == found["validation"]).mean() < 0.08
+
+
+def test_synthetic_documents_begin_where_their_bos_is():
+    source = synthetic.source("train", 97)
+    assert len(source.documents) == len(source.tokens) // 4096
+    found = source.documents[2:5]
+    assert found.tolist() == [8192, 12288, 16384]
+    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.BOS] * 3
+
+
+def test_synthetic_is_without_end():
+    source = named_sources.load("synthetic", "train")
+    assert source.windows(2048) > 10**8
+    last = source.windows(2048) - 1
+    assert source.window(last, 2048)["inputs"].shape == (2048,)
+
+
+# ---- What is not there
+
+
+def test_an_unknown_split():
+    with pytest.raises(ConfigError, match="split='dev': expected one of train, validation, test"):
+        named_sources.load("embedded", "dev")
+
+
+@pytest.mark.parametrize("name", ["", "pile", "/nowhere/at/all"])
+def test_no_such_folder(name):
+    with pytest.raises(ConfigError, match=f"^data.source='{name}': no such folder; expected embedded, synthetic, asso"):
+        named_sources.load(name, "train")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(ConfigError, match="no train tokens there; expected embedded"):
+        named_sources.load(str(tmp_path), "train")
+
+
+def test_a_split_that_was_not_made(made):
+    with pytest.raises(ConfigError, match=r"split test: .* has only train"):
+        named_sources.load(str(made[0]), "test")
+
+
+def test_not_finished(copy):
+    (copy / "dataset.json").unlink()
+    (copy / "_unfinished").mkdir()
+    (copy / "_unfinished" / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not finished; run the same ttt tokenize command again"):
+        named_sources.load(str(copy), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "dataset.json: damaged: it is not JSON"),
+        ("[]", "dataset.json: describes no dataset; expected what ttt tokenize has written"),
+        (
+            '{"name": "package", "version": 1}',
+            "dataset.json: describes no dataset; expected what ttt tokenize has written",
+        ),
+        ('{"format": "ttt_jax tokens", "version": 2}', "dataset.json: version 2; this ttt_jax reads 1"),
+        ('{"format": "ttt_jax tokens", "version": 1}', "dataset.json: damaged: no tokenizer; expected what ttt token"),
+    ],
+)
+def test_a_description_that_is_none(copy, content, message):
+    (copy / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        named_sources.load(str(copy), "train")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("splits",), None, "no splits"),
+        (("splits",), [], "splits is []"),
+        (("splits", "train"), 7, "no splits.train.tokens"),
+        (("splits", "train", "documents"), None, "no splits.train.documents"),
+        (("splits", "train", "tokens"), "5", "splits.train.tokens is '5'"),
+        (("tokenizer", "kind"), "gpt", "tokenizer.kind is 'gpt'"),
+        (("tokenizer", "name"), None, "no tokenizer.name"),
+        (("vocab_size",), None, "no vocab_size"),
+        (("bos",), "<s>", "bos is '<s>'"),
+    ],
+)
+def test_a_description_that_lacks_something_is_named(copy, place, value, message):
+    description = json_files.read_object(copy / "dataset.json")
+    inner = description
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is None:
+        del inner[place[-1]]
+    (copy / "dataset.json").write_text(json.dumps(description))
+    for read in (lambda: named_sources.load(str(copy), "train"), lambda: named_sources.tokenizer_of(str(copy))):
+        with pytest.raises(DataError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{copy}/dataset.json: damaged: {message}")
+
+
+def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
+    """One byte, after which the file is a tokenizer still."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    words.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("a")
+    job = Job(tokenizer.load(str(tmp_path / "words.json")), None, None)
+    found = files.find("train", [str(tmp_path / "a.txt")])
+    tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
+    kept = tmp_path / "out/tokenizer.json"
+    assert named_sources.tokenizer_of(str(tmp_path / "out")).encoder()("b").tolist() == [1]
+
+    content = kept.read_bytes()
+    kept.write_bytes(content.replace(b'"b"', b'"c"'))
+    hashes = [hashlib.sha256(each).hexdigest()[:12] for each in (kept.read_bytes(), content)]
+    with pytest.raises(DataError) as caught:
+        named_sources.tokenizer_of(str(tmp_path / "out"))
+    assert str(caught.value) == (
+        f"{kept}: damaged, or another tokenizer: its SHA-256 is {hashes[0]}..., that of the tokenizer which made the "
+        f"tokens {hashes[1]}...; expected the file that ttt tokenize has written"
+    )
+    description = json_files.read_object(tmp_path / "out/dataset.json")
+    del description["tokenizer"]["sha256"]  # as of early datasets
+    (tmp_path / "out/dataset.json").write_text(json.dumps(description))
+    assert named_sources.tokenizer_of(str(tmp_path / "out")).encoder()("c").tolist() == [1]
+
+
+def test_arrays_that_are_not_as_described(copy):
+    description = json_files.read_object(copy / "dataset.json")
+    description["splits"]["train"]["tokens"] += 1
+    (copy / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"/train: is 5\d uint16, but dataset.json says 5\d uint16"):
+        named_sources.load(str(copy), "train")
+
+
+def test_a_missing_shard_is_met_where_it_is_read(copy):
+    (copy / "train" / "c" / "1").unlink()
+    source = named_sources.load(str(copy), "train")
+    source.window(0, 15)
+    with pytest.raises(DataError, match=r"cannot read .*/train at offset 16: .*missing"):
+        source.window(1, 16)
+
+
+def test_a_damaged_shard_is_met_where_it_is_read(copy):
+    shard = copy / "train" / "c" / "0"
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*/train at offset 0: "):
+        named_sources.load(str(copy), "train").window(0, 15)
+
+
+def test_a_token_outside_the_vocabulary_of_the_dataset(copy):
+    description = json_files.read_object(copy / "dataset.json")
+    description["vocab_size"] = 257
+    (copy / "dataset.json").write_text(json.dumps(description))
+    place = len(TEXTS[0].encode()) + 1
+    with pytest.raises(
+        DataError, match=f"/train: token 257 at offset {place}; expected ids below the vocabulary of 257"
+    ):
+        named_sources.load(str(copy), "train").window(0, 30)

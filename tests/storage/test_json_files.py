@@ -1,0 +1,111 @@
+"""JSON files that show when they are damaged."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ttt_jax.storage import json_files
+
+CONTENT = {"a": 1, "b": [1.5, None, "x"], "c": {"d": True}}
+RECORDS = [{"step": step, "loss": 1 / step, "tokens": 128 * step} for step in range(1, 6)]
+LINES = "".join(map(json_files.sealed_line, RECORDS)).encode()
+
+
+def test_an_object_comes_back_without_its_hash(tmp_path):
+    path = tmp_path / "x.json"
+    json_files.write_atomically(path, json.dumps(json_files.sealed(CONTENT), indent=2) + "\n")
+    assert list(json.loads(path.read_text())) == [*CONTENT, "sha256"]
+    assert json_files.read_object(path) == CONTENT
+    path.write_text(json.dumps(CONTENT))  # of before there were hashes
+    assert json_files.read_object(path) == CONTENT
+    assert json_files.sealed(json_files.sealed(CONTENT)) == json_files.sealed(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "damaged: it is empty"),
+        (b"\0\0", "damaged: it is not JSON: "),
+        (b"\xff{}", "damaged: it is not JSON: "),
+        (b"[1]", "damaged: it holds no JSON object"),
+        (b'{"a": ', "damaged: it is not JSON: "),
+        (b"[" * 100_000, "damaged: it is not JSON: "),
+        (json.dumps(json_files.sealed(CONTENT)).replace("1.5", "2.5").encode(), 'damaged, or edited: its "sha256" is '),
+    ],
+)
+def test_damaged_objects_are_named(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(json_files.DamagedFile) as caught:
+        json_files.read_object(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_not_finite_are_refused_in_objects():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_files.sealed({"x": math.nan})
+
+
+def test_numbers_that_are_not_finite_are_null_in_lines():
+    line = json_files.sealed_line({"step": 1, "loss": math.nan, "z": math.inf})
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    [record] = json_files.parse_lines(line.encode()).records
+    assert record["step"] == 1
+    assert math.isnan(record["loss"])
+
+
+def test_lines_come_back_without_checksums():
+    assert json_files.parse_lines(LINES) == json_files.Lines([*LINES.decode().splitlines()], RECORDS, {})
+    of_before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    assert [record["loss"] for record in json_files.parse_lines(of_before + LINES).records[:2]] == [2.0, 1.0]
+
+
+@given(st.integers(0, len(LINES) * 8 - 1))
+def test_a_flipped_bit_costs_the_lines_that_it_is_in(bit):
+    damaged = bytearray(LINES)
+    damaged[bit // 8] ^= 1 << bit % 8
+    found = json_files.parse_lines(bytes(damaged))
+    hit = LINES[: bit // 8].count(b"\n")
+    lost = {hit, hit + 1} if LINES[bit // 8 : bit // 8 + 1] == b"\n" else {hit}
+    assert found.records == [record for index, record in enumerate(RECORDS) if index not in lost]
+    assert found.problems or bit // 8 == len(LINES) - 1  # a last line without its end is one that is being written
+
+
+@given(st.integers(0, len(LINES)))
+def test_a_file_cut_short_keeps_its_whole_lines(length):
+    found = json_files.parse_lines(LINES[:length])
+    assert found.records == RECORDS[: LINES[:length].count(b"\n")]
+    assert not found.problems
+
+
+def test_lines_that_are_left_out_are_named(tmp_path, capsys):
+    lines = LINES.splitlines(keepends=True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([lines[0], b"\n", b"\0\0\0\n", lines[1], lines[1], b"[]\n", b'{"loss": 1}\n', lines[2]]))
+    found = json_files.read_lines(path)
+    assert found.records == RECORDS[:3]
+    assert found.problems == {
+        2: "is empty",
+        3: "holds NUL bytes only",
+        5: "repeats a line before it",
+        6: "is damaged: it is no JSON object",
+        7: "is no record: it has no step",
+    }
+    json_files.read_lines(path)
+    said = f"{path}, line 2: is empty, and 4 more lines; left out, all other records are used\n"
+    assert capsys.readouterr().err == said  # once
+    assert json_files.read_lines(tmp_path / "none").records == []
+
+
+def test_files_set_aside_keep_their_content(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "x.json").write_text(content)
+        json_files.set_aside(tmp_path / "x.json")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "x.json.damaged": "first",
+        "x.json.damaged-2": "second",
+    }

@@ -1,0 +1,262 @@
+"""``ttt <verb>``: each verb is a thin main around an importable function."""
+
+import argparse
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import ttt_jax
+from ttt_jax import config as config_lib
+from ttt_jax import garbage
+from ttt_jax.cli import bench, config, eval, harness, inspect, launch, plan, plot, probe, sweep, sweep_report, tokenize
+from ttt_jax.cli.config import Parser
+from ttt_jax.cli.options import add_processes
+from ttt_jax.errors import CheckpointError, ConfigError, DataError, LaunchError, NonFiniteLossError
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir_lock import LockLostError
+from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stop_signals import SecondCtrlC
+
+_WAIT_FOR_OTHERS = ("sweep", "launch")  # verbs that end other processes first at a second Ctrl-C
+_DESCRIPTION = """\
+Trains, evaluates and compares language models that learn at test time.
+
+data:
+  tokenize  text to a dataset
+
+training:
+  train     train a model, or go on training one
+  config    print the config of a command, and run nothing
+  sweep     many runs at once, where they stand, how they compare
+
+trained models:
+  eval      loss and perplexity by token index, and how models differ
+  plot      pictures and tables of evaluations
+  inspect   what the inner loop does, layer by layer
+  probe     what a model remembers: needles in haystacks, synthetic tasks
+  harness   tasks of EleutherAI's lm-evaluation-harness
+
+machines:
+  plan      whether a run fits a TPU pod, its time and price, without one
+  launch    a command on other machines: a TPU pod, a cluster
+  bench     how fast a training step is; what it takes on a TPU, without one
+
+Each verb tells more: ttt train --help
+"""
+_EPILOG = """\
+examples:
+  ttt train --config configs/quickstart.py --workdir runs/a
+  ttt train --config configs/quickstart.py:ttt_mlp --workdir runs/b --config.optimizer.peak_lr=1e-3
+  ttt config --config configs/quickstart.py:ttt_mlp
+  ttt eval --workdir runs/a --context 2048
+  ttt plot loss-by-position runs/a runs/b --output a-and-b.png
+
+exit status:
+  0 done, 1 the run failed, 2 the command or the config cannot be run, 75 start it again and it goes on (after SIGTERM,
+  a lost process or a stall), 130 stopped by Ctrl-C
+"""
+
+
+# What a command names wrongly. All other errors of the system, such as a full disk, are failures.
+_OF_THE_COMMAND = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    garbage.collect_rarely()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
+    options, rest = parse(sys.argv[1:] if arguments is None else arguments)
+    if options.verb in _WAIT_FOR_OTHERS:
+        return _run(options, rest)
+    with SecondCtrlC(lambda: f"ttt {options.verb}: interrupted{_what_is_left(options)}"):
+        return _run(options, rest)
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        status = options.run(options, rest)
+        sys.stdout.flush()  # where it fails, it is told below
+        return status
+    except ConfigError as error:
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return REFUSED
+    except OSError as error:
+        if error.errno == errno.EPIPE and _nobody_reads():
+            return FAILED
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return REFUSED if error.errno in _OF_THE_COMMAND else FAILED
+    except (DataError, CheckpointError, LaunchError, LockLostError, NonFiniteLossError) as error:
+        print(f"ttt {options.verb}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"ttt {options.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _nobody_reads() -> bool:
+    """Return whether standard output is a pipe that has been closed, as by ``| head``; what is left goes nowhere."""
+    out = sys.stdout.fileno()
+    waiting = select.poll()
+    waiting.register(out, 0)  # errors are always told
+    if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)  # or Python complains of what is left when it ends
+    return True
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a command, and what of its arguments is left for the config. ``options.command`` is what follows
+    ``--``, the command that a verb such as ``ttt launch`` is about.
+
+    Raises:
+      SystemExit: as argparse does, for bad options and for ``--help``.
+    """
+    parser, verbs = _parsers()
+    arguments = list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
+        arguments[:2], end = [" ".join(arguments[:2])], end - 1
+    options, rest = parser.parse_known_args(arguments[:end])
+    options.command = arguments[end + 1 :]
+    if end < len(arguments) and not options.takes_command:
+        verbs[options.verb].error("unexpected argument: --")
+    if rest and not options.takes_config:
+        verbs[options.verb].error(f"unexpected argument: {rest[0]}")
+    return options, rest
+
+
+def _what_is_left(options: argparse.Namespace) -> str:
+    """Return what a command that did not wait leaves behind, in words."""
+    if options.verb == "train":
+        from ttt_jax.training import checkpoint
+
+        return f"; {checkpoint.newest_in_words(options.workdir)}, and the same command goes on there"
+    if options.verb == "tokenize":
+        return "; the same command goes on at what was saved last"
+    return ""
+
+
+def train(options: argparse.Namespace, rest: list[str]) -> int:
+    """``ttt train``"""
+    workdir = workdir_lib.at(options.workdir)
+    config = config_lib.from_arguments(rest)
+    from ttt_jax.distributed import startup
+
+    startup.use_compilation_cache()
+    startup.keep_freed_memory()
+    startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
+    import jax
+
+    from ttt_jax.training import loop
+
+    outcome = loop.train(config, workdir, accept_changed_learner=options.accept_changed_learner)
+    status = {None: DONE, signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[outcome.signal]
+    if jax.process_index():
+        return status
+    if outcome.signal is not None:
+        print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
+        print(f"  {_same_command()}")
+    elif outcome.loss is None:
+        done = f"all {outcome.step} steps are done already"
+        if outcome.step > outcome.total:
+            done = f"{outcome.step} steps are done already, more than the {outcome.total} of training.duration"
+        print(f"{workdir}: {done}; a longer --config.training.duration adds")
+    else:
+        print(f"{workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
+    return status
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = _manual(Parser, _DESCRIPTION, _EPILOG, prog="ttt", usage="ttt [-h] [--version] VERB ...")
+    parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
+    group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="ttt")
+    verbs: dict[str, Parser] = {}
+
+    def verb(name: str, run: Callable, description: str, usage: str | None = None, takes_command: bool = False):
+        takes_config = usage is not None
+        verbs[name] = _manual(group.add_parser, description, name=name, usage=usage)
+        verbs[name].takes_config = takes_config
+        verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command, parser=verbs[name])
+        return verbs[name]
+
+    p = verb("tokenize", lambda options, rest: tokenize.run(options), tokenize.DESCRIPTION)
+    p.epilog = tokenize.EPILOG
+    tokenize.add_arguments(p)
+
+    key_values = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
+    p = verb("train", train, _TRAIN, f"ttt train {key_values} --workdir DIR")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
+    accepts = "go on although the source of model.ttt.learner, a function of your own, has changed since the run began"
+    p.add_argument("--accept-changed-learner", action="store_true", help=accepts)
+    add_processes(p)
+    config.add_arguments(verb("config", config.run, config.DESCRIPTION, config.USAGE))
+
+    eval.add_arguments(verb("eval", lambda options, rest: eval.run(options), eval.DESCRIPTION))
+    compare = verb("eval compare", lambda options, rest: eval.compare(options), eval.COMPARE)
+    eval.add_compare_arguments(compare)
+    inspect.add_arguments(verb("inspect", lambda options, rest: inspect.run(options), inspect.DESCRIPTION))
+    harness.add_arguments(verb("harness", lambda options, rest: harness.run(options), harness.DESCRIPTION))
+    plot.add_arguments(verb("plot", lambda options, rest: plot.run(options), plot.DESCRIPTION))
+    probe.add_verbs(verb)
+
+    bench.add_arguments(verb("bench", bench.step, bench.DESCRIPTION, bench.USAGE))
+    p = verb("bench tpu-schedule", bench.tpu_schedule, bench.TPU_SCHEDULE, bench.TPU_SCHEDULE_USAGE)
+    p.epilog = bench.TPU_SCHEDULE_EPILOG
+    bench.add_tpu_schedule_arguments(p)
+
+    p = verb("plan", plan.run, plan.DESCRIPTION, plan.USAGE)
+    p.epilog = plan.EPILOG
+    plan.add_arguments(p)
+
+    def run_sweep(options: argparse.Namespace, rest: list[str]) -> int:
+        return sweep.run(options, rest, parse)
+
+    p = verb("sweep", run_sweep, sweep.DESCRIPTION, sweep.USAGE, takes_command=True)
+    p.epilog = sweep.EPILOG
+    sweep.add_arguments(p)
+    sweep_report.add_status_arguments(verb("sweep status", sweep_report.status, sweep_report.STATUS))
+    sweep_report.add_results_arguments(verb("sweep results", sweep_report.results, sweep_report.RESULTS))
+
+    p = verb("launch", lambda options, rest: launch.run(options, parse), launch.DESCRIPTION, takes_command=True)
+    p.epilog = launch.EPILOG
+    launch.add_arguments(p)
+    return parser, verbs
+
+
+_TRAIN = """\
+Trains the model of a config, or goes on training the one in the workdir.
+
+The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same command again continues at the newest
+checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
+first; a second Ctrl-C does not wait.
+"""
+
+
+def _manual(make: Callable, description: str, epilog: str = "", **names) -> Parser:
+    style = argparse.RawDescriptionHelpFormatter
+    return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
+
+
+def _same_command() -> str:
+    import shlex
+
+    program = "ttt" if os.path.basename(sys.argv[0]) != "__main__.py" else "python -m ttt_jax"
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

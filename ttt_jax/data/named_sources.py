@@ -1,0 +1,176 @@
+"""The datasets that ``data.source`` can name, each as a :class:`~ttt_jax.data.token_source.TokenSource`."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import shlex
+from typing import Any
+
+import ml_collections
+
+from ttt_jax.data import dataset, embedded, files, official, synthetic, task_source
+from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.token_source import TokenSource
+from ttt_jax.data.tokenize import UNFINISHED
+from ttt_jax.errors import ConfigError
+from ttt_jax.storage.store import Store
+
+_LOOKED_AT = 1000  # files of a folder that is no dataset
+_EXPECTED = (
+    "embedded, synthetic, associative_recall, selective_copying, or the path or URL of a folder made by ttt tokenize, "
+    "of one with train.npy, or of a zarr group with train"
+)
+
+
+def from_config(config: ml_collections.ConfigDict, split: str) -> TokenSource:
+    """The split of the dataset that ``config.data`` names; raises as :func:`load`."""
+    data = config.data
+    return load(
+        data.source,
+        split,
+        vocab_size=config.model.vocab_size,
+        bos=data.bos,
+        tokenizer=data.tokenizer,
+        sequence_length=data.sequence_length,
+    )
+
+
+def load(
+    location: str,
+    split: str,
+    *,
+    vocab_size: int | None = None,
+    bos: int | None = None,
+    tokenizer: str = "",
+    sequence_length: int = 0,
+    named_by: str = "data.source=",
+) -> TokenSource:
+    """A split of a dataset.
+
+    Args:
+      location: ``embedded``, ``synthetic``, a task (:func:`task_source.source`), or a folder by its path or URL.
+      vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
+      bos: the token that begins a document, where the dataset does not say it, or says something else.
+      tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
+      sequence_length: of a task's sequences; 0 is 64.
+      named_by: what the location was given by, for messages.
+
+    Raises:
+      ConfigError: for what does not exist, or is of another tokenizer.
+      DataError: for what exists and cannot be read.
+    """
+    if split not in dataset.SPLITS:
+        raise ConfigError(f"split={split!r}: expected one of {', '.join(dataset.SPLITS)}")
+    if location == "embedded":
+        source = TokenSource(
+            f"embedded/{split}", embedded.tokens(split), embedded.VOCAB_SIZE, embedded.BOS, tokenizer=("byte",)
+        )
+    elif location == "synthetic":
+        source = synthetic.source(split, vocab_size or synthetic.VOCAB_SIZE)
+    elif task_source.named(location):
+        source = task_source.source(
+            location, split, vocab_size or task_source.VOCAB_SIZE, sequence_length or task_source.DEFAULT_LENGTH
+        )
+    else:
+        source = _in_folder(location, split, vocab_size, bos, f"{named_by}{location!r}")
+    _check_tokenizer(source, tokenizer)
+    return source
+
+
+def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
+    """Return the tokenizer that made a dataset: bytes of ``embedded``, else the one that is kept with the tokens.
+
+    Raises:
+      ConfigError: where there is none.
+      DataError: where it is not the one that the tokens are of.
+    """
+    if location == "embedded":
+        return tokenizer_lib.byte()
+    description = None
+    if location != "synthetic" and not task_source.named(location):
+        if not _is_folder(location):
+            raise ConfigError(f"data.source={location!r}: no such folder; expected the dataset that the run is of")
+        description = dataset.read_description(Store(location))
+    if description is None:
+        raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
+    name = dataset.tokenizer_file(description["tokenizer"]["kind"])
+    dataset.read_tokenizer(Store(location), description)
+    found = tokenizer_lib.load(Store(location).path(name) if name else "byte")
+    known = {key: description[key] for key in ("bos", "eos") if description[key] is not None}
+    return dataclasses.replace(found, **known)
+
+
+def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | None, named: str) -> TokenSource:
+    if not _is_folder(location):
+        if os.path.isfile(location):
+            raise ConfigError(f"{named}: is a file; {_run_tokenize(location)}")
+        raise ConfigError(f"{named}: no such folder; expected {_EXPECTED}")
+    store = Store(location)
+    description = dataset.read_description(store)
+    if description is not None:
+        tokens, documents = dataset.open_split(store, description, split)
+        made_by = description["tokenizer"]
+        if bos is not None and bos == description["eos"] != description["bos"]:
+            raise ConfigError(
+                f"data.bos={bos}: is the token that ends the documents of {location}, and ends would be no targets; "
+                "expected data.bos unset"
+            )
+        return TokenSource(
+            store.path(split),
+            tokens,
+            _vocab_size(description),
+            description["bos"] if bos is None else bos,
+            documents,
+            tuple(made_by[key] for key in ("kind", "name", "sha256") if key in made_by),  # early ones have no hash
+            description["splits"][split]["fingerprint"],
+        )
+    if store.exists(f"{UNFINISHED}/state.json"):
+        raise ConfigError(f"{named}: is not finished; run the same ttt tokenize command again")
+    found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
+    if found is None:
+        if _holds_text(location):
+            raise ConfigError(f"{named}: holds files of text; {_run_tokenize(location)}")
+        raise ConfigError(f"{named}: no {split} tokens there; expected {_EXPECTED}")
+    return found
+
+
+def _vocab_size(description: dict[str, Any]) -> int:
+    """Return what all tokens of a dataset are below; bytes without EOS fit models of 257 tokens, too."""
+    size, bos, eos = (description[key] for key in ("vocab_size", "bos", "eos"))
+    if description["tokenizer"]["kind"] == "byte" and eos is None and (bos is None or bos < size - 1):
+        return size - 1
+    return size
+
+
+def _holds_text(folder: str) -> bool:
+    """Return whether there is a file of text among the first of a local folder."""
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    kinds = (files.InputFile("train", name, 0).kind for name in itertools.islice(names, _LOOKED_AT))
+    return any(kind in ("txt", "jsonl", "parquet") for kind in kinds)  # .json may be of a dataset of others
+
+
+def _run_tokenize(location: str) -> str:
+    return f"run ttt tokenize --train {shlex.quote(location)} --tokenizer byte --output DIR, and give DIR here"
+
+
+def _is_folder(location: str) -> bool:
+    """Whether there may be one: that of a URL is only known when it is read."""
+    return "://" in location or os.path.isdir(location)
+
+
+def _check_tokenizer(source: TokenSource, wanted: str) -> None:
+    if not wanted or wanted in source.tokenizer:
+        return
+    if not source.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={wanted!r}: {source.name} does not say what made it; expected data.tokenizer unset"
+        )
+    hashes = [name for name in source.tokenizer if len(name) == 64]
+    if hashes and len(wanted) >= 8 and hashes[0].startswith(wanted):
+        return
+    if hashes and wanted.endswith((".json", ".model")) and files.exists(wanted):
+        if hashlib.sha256(files.read(wanted, "data.tokenizer")).hexdigest() == hashes[0]:
+            return
+        wanted = f"{wanted} (of another hash)"
+    raise ConfigError(f"data.tokenizer={wanted!r}: {source.name} was made by {' '.join(source.tokenizer)}")

@@ -1,0 +1,179 @@
+"""Loss by token index of several runs: how much each gains from what it has read (Figure 2, right)."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from ttt_jax import finite as finite_lib
+from ttt_jax.evaluation import compare, evaluations
+from ttt_jax.evaluation.evaluations import Evaluation
+from ttt_jax.figures import style
+from ttt_jax.figures.points import line_of
+from ttt_jax.figures.style import Style
+
+_SURPRISES = 2  # first tokens of a document, of which nobody can know anything
+
+
+def loss_by_position(
+    workdirs: Sequence[str | os.PathLike],
+    outputs: Sequence[Path],
+    *,
+    split: str = "validation",
+    context: int | None = None,
+    against: str | os.PathLike | None = None,
+    perplexity: bool = False,
+    by_document: bool = False,
+    **kind: Any,
+) -> None:
+    """Draws the loss by token index of several runs on one figure, and saves it.
+
+    Curves are smoothed over a constant ratio of positions; the band about each is the 95 % interval of its bins.
+
+    Args:
+      outputs: paths that end in .png, .pdf or .svg.
+      context: of the evaluations; None is the longest that all have.
+      against: a run; a second panel has the paired difference of each other run to it, by bin, with its 95 % interval.
+      perplexity: the exponential of the mean loss, on a log axis.
+      by_document, kind: of the evaluations, as :func:`evaluations.name` takes them.
+
+    Raises:
+      ConfigError: for a run without such an evaluation, for runs that cannot be compared, or an unknown kind of file.
+    """
+    style.check_output(*outputs)
+    places = [*workdirs, *([] if against is None else [against])]
+    read = evaluations.read_all(places, split, context, by_document=by_document, **kind)
+    found = read[: len(workdirs)]
+    for each in found[1:]:
+        compare.check_paired(each, found[0])
+    styles = style.distinct([line_of(each.about) for each in found])
+    rows, height, ratios = (1, 4.4, [1.0]) if against is None else (2, 6.8, [1.6, 1.0])
+    size = 7.2, height + 0.2 * len(found)  # inches; the legend stands below, a line for each run
+    figure, panels = plt.subplots(rows, 1, figsize=size, height_ratios=ratios, layout="constrained", squeeze=False)
+    first, last = panels.flat[0], panels.flat[-1]
+    _draw_curves(first, found, styles, perplexity=perplexity, first=_SURPRISES if by_document else 0)
+    if against is not None:
+        _draw_differences(last, read[-1], found, styles)
+
+    for axes in panels.flat:
+        style.token_axis(axes.xaxis)
+        axes.set_xlim(1, max(each.position[-1] for each in found))
+        axes.grid(alpha=0.25, which="major")
+    _mark_training_contexts(first, found)
+    if perplexity:
+        first.set_yscale("log")
+        style.log_ticks(first.yaxis)
+    first.set_ylabel("perplexity (log scale)" if perplexity else "loss (nats per token)")
+    last.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
+    about = found[0].about
+    what = "Perplexity" if perplexity else "Loss"
+    title = f"{what} by token index, {about['source']}, {evaluations.read_of(about)}"
+    first.set_title(style.literal(title), fontsize=11, wrap=True)
+    style.legend_below(figure)
+    style.save(figure, *outputs)
+
+
+def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15, tokens: np.ndarray | None = None) -> np.ndarray:
+    """Return the mean of the loss over positions from ``i / ratio`` to ``i * ratio``, a constant width on a log axis.
+
+    Args:
+      position, loss: [T].
+      tokens: [T], how many count at each position: those with none are passed over. None: all have some.
+
+    Returns:
+      [T]; NaN where no position has tokens, and where the loss of one of them is not finite.
+    """
+    valid = np.ones(len(loss), bool) if tokens is None else tokens > 0
+    finite = np.isfinite(loss)
+    low = np.searchsorted(position, position / ratio, side="left")
+    high = np.searchsorted(position, position * ratio, side="right")
+
+    def within(values: np.ndarray) -> np.ndarray:
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        return total[high] - total[low]
+
+    with np.errstate(invalid="ignore"):
+        mean = within(np.where(valid & finite, loss, 0.0)) / within(valid)
+    return np.where(within(valid & ~finite) > 0, np.nan, mean)
+
+
+def _draw_curves(axes: Axes, found: Sequence[Evaluation], styles: Sequence[Style], *, perplexity: bool, first: int):
+    of_loss: Callable = _exp if perplexity else lambda loss: loss
+    means = [_mean(each.about, perplexity) for each in found]
+    labels = [style.literal(f"{name}: {mean}") for name, mean in zip(_names(found), means, strict=True)]
+    for each, (color, line, _), label in zip(found, styles, labels, strict=True):
+        # Pixels also in a drawing: there may be a hundred thousand. The longer the context, the fainter.
+        faint = min(0.12, 0.12 * math.sqrt(2048 / len(each.position)))
+        points: dict[str, Any] = {"color": color, "alpha": faint, "markersize": 3, "markeredgewidth": 0, "zorder": 1}
+        axes.plot(each.position, of_loss(each.loss), ".", rasterized=True, **points)
+        curve = smooth(each.position, each.loss, tokens=each.count)
+        axes.plot(each.position, of_loss(curve), color=color, linestyle=line, linewidth=1.8, label=label)
+        low, high = of_loss(each.bin_low), of_loss(each.bin_high)
+        axes.fill_between(_middles(each), low, high, color=color, alpha=0.15, linewidth=0, zorder=1.5)
+    low, high = _limits(found, first)
+    axes.set_ylim(of_loss(low), of_loss(min(high, 600.0) if perplexity else high))  # e^710 is infinite
+
+
+def _exp(loss: np.ndarray) -> np.ndarray:
+    """Return e^loss, infinity where it overflows."""
+    with np.errstate(over="ignore"):
+        return np.exp(loss)
+
+
+def _mean(about: dict[str, Any], perplexity: bool) -> str:
+    """Return the mean of a run in words, or that it is not finite and how many tokens are not."""
+    if problem := evaluations.not_finite(about):
+        return f"{finite_lib.NOT_FINITE}, {problem}"
+    if perplexity:
+        return f"perplexity {finite_lib.shown(about['perplexity'], '.2f')}"
+    return f"mean {about['loss']:.3f}"
+
+
+def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluation], styles: Sequence[Style]):
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    for each, (color, line, marker) in zip(found, styles, strict=True):
+        if each.about == reference.about:
+            continue
+        difference = compare.paired_difference(each, reference)
+        at = _middles(each)
+        axes.plot(at, difference.bin_loss, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
+        axes.fill_between(at, difference.bin_low, difference.bin_high, color=color, alpha=0.15, linewidth=0)
+    axes.set_ylabel("difference in loss\n(nats per token)")
+    axes.set_title(style.literal(f"difference to {_names([reference])[0]}; paired, 95 % intervals"), fontsize=10)
+
+
+def _middles(evaluation: Evaluation) -> np.ndarray:
+    """The geometric middles of the bins, [K]: where they stand on a log axis."""
+    return np.sqrt(evaluation.bin_first * evaluation.bin_last.astype(float))
+
+
+def _mark_training_contexts(axes: Axes, found: Sequence[Evaluation]) -> None:
+    lengths = {each.about["training_context"] for each in found}
+    for length in sorted(length for length in lengths if length < found[0].position[-1]):
+        axes.axvline(length, color="0.5", linewidth=0.8, linestyle=":")
+        where: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "right", "va": "bottom"}
+        axes.text(length * 0.96, 0.02, f"trained on {length:,}", **where, **style.NOTE)
+
+
+def _names(found: Sequence[Evaluation]) -> list[str]:
+    """Each model in words; the name of the run too where two would read the same."""
+    names = [f"{line_of(e.about)}, {style.millions(e.about['parameters'])} parameters" for e in found]
+    return [
+        f"{name}, {e.about['workdir']}" if names.count(name) > 1 else name for name, e in zip(names, found, strict=True)
+    ]
+
+
+def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
+    """All smoothed curves from a position on, and most raw points: single early positions would squeeze the rest."""
+    raw = np.concatenate([e.loss[np.isfinite(e.loss)] for e in found])
+    curves = np.concatenate([smooth(e.position, e.loss, tokens=e.count)[first:] for e in found])
+    if not np.isfinite(curves).any():
+        return 0.0, 1.0
+    low = min(np.nanmin(curves), np.percentile(raw, 0.5))
+    high = max(np.nanmax(curves), np.percentile(raw, 99.5))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)

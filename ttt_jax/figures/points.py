@@ -1,0 +1,199 @@
+"""The points of pictures that compare models: one evaluated run each, found by what it says about itself."""
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+from ttt_jax import config as config_lib
+from ttt_jax import finite
+from ttt_jax.errors import ConfigError
+from ttt_jax.evaluation import catalogue, evaluations, result_files
+from ttt_jax.figures import style
+from ttt_jax.figures.style import Style
+from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage.workdir import Workdir, explained
+from ttt_jax.sweep import files, sweep_file
+from ttt_jax.training import run_config
+
+
+class Point(NamedTuple):
+    """An evaluation of a run.
+
+    Attributes:
+      workdir: of the run.
+      about: what ``ttt eval`` says about the evaluation, with the config of the run.
+      stem: the name of its files.
+    """
+
+    workdir: Workdir
+    about: dict[str, Any]
+    stem: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the run."""
+        return self.about["config"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Equal for models of one size, whatever their mixer and so the number of their parameters: blocks, width."""
+        return self.config["model"]["num_layers"], self.config["model"]["width"]
+
+
+def runs(places: Iterable[str]) -> list[Workdir]:
+    """The runs in some places: each a workdir, a sweep, or a folder with either in it.
+
+    Raises:
+      ConfigError: for a place that holds no run.
+    """
+    found: dict[str, Workdir] = {}
+    for place in places:
+        directory = workdir_lib.at(place)
+        below = _runs_of(directory)
+        if not below:
+            raise ConfigError(f"{place}: holds no run; expected a workdir of ttt train, or of ttt sweep")
+        found.update((str(run), run) for run in below)
+    return list(found.values())
+
+
+def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None, **which: Any) -> list[Point]:
+    """Return the evaluation of each run on windows of its own data, at the context that it was trained at.
+
+    Args:
+      contexts: only runs that were trained at one of these.
+      which: other data, or so many windows: ``source``, ``windows``, as :func:`evaluations.read` takes them.
+
+    Raises:
+      ConfigError: where a run has none, or none was trained at one of the contexts.
+    """
+    points = files.on_each(lambda workdir: _of_run(workdir, split, which), runs(places))
+    if contexts is None:
+        return points
+    known = sorted({point.about["training_context"] for point in points})
+    for context in contexts:
+        if context not in known:
+            raise ConfigError(f"--context {context}: no run was trained at it; expected {' or '.join(map(str, known))}")
+    return [point for point in points if point.about["training_context"] in contexts]
+
+
+def line_of(about: dict[str, Any]) -> str:
+    """What a model is called: its mixer and backbone, and that it was fine-tuned."""
+    started = about.get("config", {}).get("training", {}).get("start_from")
+    return about["model"] + (style.FINETUNED if started else "")
+
+
+def styles(points: Iterable[Point]) -> dict[str, Style]:
+    """Return a style for each line of a picture, by its name."""
+    names = list(dict.fromkeys(line_of(point.about) for point in points))
+    return dict(zip(names, style.distinct(names), strict=True))
+
+
+def loss_of(point: Point) -> float:
+    """Return the loss of an evaluation; NaN where JSON holds null, as it is not finite."""
+    loss = point.about["loss"]
+    return math.nan if loss is None else loss
+
+
+def perplexity_of(point: Point) -> float:
+    """Return the perplexity of an evaluation, NaN or infinite where its loss is, and infinite where it overflows."""
+    return finite.exp(loss_of(point))
+
+
+def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
+    """Write into a panel which of its runs have no finite perplexity, and so no place in it."""
+    longer = workdir_lib.names([point.workdir for point in points])
+    names = [name for name, point in zip(longer, points, strict=True) if not math.isfinite(perplexity_of(point))]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"{finite.NOT_FINITE}: {', '.join(names[:3])}{more}"
+        axes.text(0.02, 0.02, style.literal(text), transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
+
+
+def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
+    """Points by a key, keys in the order in which they come."""
+    groups: dict[Any, list[Point]] = {}
+    for point in points:
+        groups.setdefault(key(point), []).append(point)
+    return groups
+
+
+def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[float, float]]:
+    """The line through some points: pairs of x and perplexity. Of runs that differ in nothing but the seed, the
+    exponential of their mean loss; NaN, which leaves a gap, where a loss is not finite.
+
+    Raises:
+      ConfigError: where two runs stand at the same place of a line, and differ in more.
+    """
+    line = []
+    for place, members in sorted(grouped(points, x).items()):
+        first, *others = members
+        for other in others:
+            keys = differing(first.config, other.config)
+            if keys:
+                raise ConfigError(
+                    f"{first.workdir}, {other.workdir}: would be one point of a line, and differ in {', '.join(keys)}; "
+                    "expected one of them, or runs that differ in the seed"
+                )
+        line.append((place, finite.exp(finite.mean(loss_of(each) for each in members))))
+    return line
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two runs differ, with both values, but for those that do not change what is learned, and seeds."""
+    found = config_lib.differing_keys(a, b)
+    return {key: values for key, values in found.items() if key != "seed" and config_lib.changes_results(key)}
+
+
+def size_name(points: Sequence[Point]) -> str:
+    """Parameters of models of one size: 125 M, or 125 M to 137 M."""
+    counts = [point.about["parameters"] for point in points]
+    low, high = style.millions(min(counts)), style.millions(max(counts))
+    return high if low == high else f"{low} to {high}"
+
+
+def data_name(points: Sequence[Point]) -> str:
+    """What the points were evaluated on, for titles."""
+    return style.literal(", ".join(dict.fromkeys(point.about["source"] for point in points)))
+
+
+def check_same_text(points: Sequence[Point]) -> None:
+    """Raises :class:`ConfigError` where points of one panel were evaluated on different text."""
+    first = points[0]
+    for point in points[1:]:
+        if point.about["fingerprint"] != first.about["fingerprint"]:
+            raise ConfigError(
+                f"{point.workdir}: was evaluated on {point.about['source']} {point.about['fingerprint']}, and "
+                f"{first.workdir} on {first.about['source']} {first.about['fingerprint']}; expected the same text"
+            )
+
+
+def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
+    with explained(directory):
+        if (directory / run_config.NAME).exists() or (directory / "checkpoints").is_dir():
+            return [directory]
+        sweep = sweep_file.read(directory)
+        if sweep is not None:
+            below = [directory / point.name for point in sweep.points]
+        elif depth and directory.is_dir():
+            below = sorted((path for path in directory.iterdir() if path.is_dir()), key=str)
+        else:
+            below = []
+    return [run for each in files.on_each(lambda path: _runs_of(path, depth - 1), below) for run in each]
+
+
+def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
+    context = run_config.of_run(workdir).data.sequence_length
+    entry = catalogue.find(workdir / "eval", split, context, **which)
+    if entry is None:
+        raise ConfigError(
+            f"{workdir}: no evaluation of the {split} split at its own context"
+            f"{catalogue.there_are(workdir / 'eval')}; run: "
+            f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
+        )
+    path = workdir / "eval" / f"{entry.stem}.json"
+    about = entry.about or result_files.about(path)
+    result_files.check(about, path, evaluations.NEEDED)
+    return Point(workdir, about, entry.stem)

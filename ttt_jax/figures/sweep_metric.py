@@ -1,0 +1,196 @@
+"""Pictures of sweeps: a metric against a swept key."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
+
+from ttt_jax import finite
+from ttt_jax.errors import ConfigError
+from ttt_jax.figures import style
+from ttt_jax.sweep import names, results
+from ttt_jax.sweep.names import Value
+from ttt_jax.sweep.results import Result, Results
+
+_SEED = "seed"
+_MOST_TICKS = 12
+_MOST_IN_PICTURE = 4  # names of lines; more would cover them
+
+
+def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
+    """Draw the metric of the points against a key, and save it.
+
+    Points that are done are joined, by the means where several have the same value of the key; bars are the standard
+    deviation of those that differ in nothing but the seed. Points that are not done are hollow and joined to nothing.
+    Crosses at the lower edge are points whose value is NaN or infinite, which leave a gap in their line. The title
+    counts those, and what has no value yet.
+
+    Args:
+      output: a path that ends in .png, .pdf or .svg.
+      x: a key of the config, swept or not; ``config`` is the recipe.
+      lines: a line for each value of this key; by default, for each combination of the other swept keys but the seed.
+
+    Raises:
+      ConfigError: where a key is unknown, or no point has a value.
+    """
+    style.check_output(output, option="--plot")
+    places = {each.standing.point.name: _value(found, each, x, "--x") for each in found.results}
+    by = [lines] if lines is not None else _others(found, x)
+    groups: dict[tuple, list[Result]] = {}
+    for each in found.results:
+        if each.value is not None and places[each.standing.point.name] is not None:
+            groups.setdefault(tuple(_value(found, each, key, "--lines") for key in by), []).append(each)
+    if not groups:
+        raise ConfigError(f"--plot: no point has a value of {metric} yet")
+    axis = _Axis([place for place in places.values() if place is not None])
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    hollow = means = spreads = False
+    for index, (group, members) in enumerate(sorted(groups.items(), key=lambda item: tuple(map(_order, item[0])))):
+        color, line, marker = style.SERIES[index % len(style.SERIES)]
+        label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
+        at: dict[float, list[Result]] = {}
+        for each in members:
+            done, place = results.is_finished(each), axis.place(places[each.standing.point.name])
+            if results.is_not_finite(each):
+                axes.plot(place, 0.02, "x", color=color, transform=axes.get_xaxis_transform(), zorder=3)
+            else:
+                hollow = hollow or not done
+                fill = color if done else "white"
+                axes.plot(place, each.value or 0.0, marker, color=color, markerfacecolor=fill, markersize=5, zorder=3)
+            if done:
+                at.setdefault(place, []).append(each)
+        joined = sorted(at)
+        middle = [finite.mean(each.value or 0.0 for each in at[place]) for place in joined]
+        several = any(len(there) > 1 for there in at.values())
+        means = means or several
+        for place, mean in zip(joined, middle, strict=True):
+            spread = _spread(found, at[place])
+            if spread is not None:
+                spreads = True
+                axes.errorbar(place, mean, spread, color=color, capsize=4, linewidth=1.2, zorder=2.5)
+        axes.plot(
+            joined,
+            [mean if math.isfinite(mean) else math.nan for mean in middle],
+            color=color,
+            linestyle=line,
+            marker=None if several else marker,  # of points alone
+            markersize=5,
+            linewidth=1.8,
+            label=style.literal(label) or None,
+        )
+    axis.prepare(axes)
+    axes.set_xlabel(style.literal(f"{x} (log scale)" if axis.base else x))
+    axes.set_ylabel(style.literal(metric))
+    axes.set_title(style.literal(_title(found, metric, hollow=hollow, means=means, spreads=spreads)), fontsize=11)
+    axes.grid(alpha=0.25, which="major")
+    if by:
+        if len(groups) > _MOST_IN_PICTURE:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, edgecolor="none")
+        else:
+            axes.legend(loc="best", framealpha=0.8, edgecolor="none")
+    style.save(figure, output)
+
+
+class _Axis:
+    """Where values stand: on a log axis where they are spaced like that, by number, or side by side.
+
+    Attributes:
+      base: of the logarithm; None where there is none.
+    """
+
+    def __init__(self, values: Sequence[Value]):
+        self._values = sorted(set(values), key=_order)
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in self._values)
+        self._numbers = [float(value) for value in self._values] if numeric else None
+        self.base = _log_base(self._numbers) if self._numbers else None
+
+    def place(self, value: Value | None) -> float:
+        """On the x axis."""
+        assert value is not None
+        return float(self._values.index(value)) if self._numbers is None else float(value)
+
+    def prepare(self, axes: plt.Axes) -> None:
+        """Scale and ticks; each value has one, unless they are many."""
+        if self.base:
+            axes.set_xscale("log", base=self.base)
+        if self._numbers is None or len(self._values) <= _MOST_TICKS:
+            texts = [style.literal(_text(value)) for value in self._values]
+            axes.set_xticks([self.place(value) for value in self._values], texts)
+            axes.xaxis.set_minor_locator(NullLocator())
+        if max(len(_text(value)) for value in self._values) * len(self._values) > 70:
+            axes.tick_params(axis="x", labelrotation=30)
+
+
+def _log_base(numbers: Sequence[float]) -> int | None:
+    """Whether ratios of neighbours are more alike than their differences; two of powers of two, else of ten."""
+    if len(numbers) < 2 or numbers[0] <= 0:
+        return None
+    ratios = [math.log(b / a) for a, b in itertools.pairwise(numbers)]
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
+    alike = numbers[1] / numbers[0] >= 2 if len(numbers) == 2 else max(ratios) / min(ratios) < max(steps) / min(steps)
+    if not alike:
+        return None
+    return 2 if all(math.frexp(number)[0] == 0.5 for number in numbers) else 10
+
+
+def _others(found: Results, x: str) -> list[str]:
+    """Return the swept keys but the seed that differ between points with the same value of ``x``."""
+    seen: dict[str, dict] = {key: {} for key in found.keys if key not in (x, _SEED)}
+    for each in found.results:
+        place = _value(found, each, x, "--x")
+        for key, values in seen.items():
+            values.setdefault(place, set()).add(_value(found, each, key, "--lines"))
+    return [key for key, values in seen.items() if any(len(several) > 1 for several in values.values())]
+
+
+def _value(found: Results, result: Result, key: str, option: str) -> Value | None:
+    """The value that a key has at a point; None where that is not known, of a point that has not begun."""
+    if key in result.values:
+        return result.values[key]
+    config = found.configs[result.standing.point.name]
+    known = {*found.keys, *(name for each in found.configs.values() for name in each)}
+    if key not in known:
+        raise ConfigError(f"{option} {key}: no such key; expected one that is swept: {', '.join(found.keys)}")
+    return config.get(key)
+
+
+def _spread(found: Results, there: Sequence[Result]) -> float | None:
+    """Return the standard deviation of points that differ in the seed alone; None of others, and of one."""
+    values = [each.value for each in there if each.value is not None and math.isfinite(each.value)]
+    others = [{key: value for key, value in each.values.items() if key != _SEED} for each in there]
+    if _SEED not in found.keys or len(values) < max(2, len(there)) or any(other != others[0] for other in others):
+        return None
+    return statistics.stdev(values)
+
+
+def _title(found: Results, metric: str, *, hollow: bool, means: bool, spreads: bool) -> str:
+    missing = sum(each.value is None for each in found.results)
+    not_finite = sum(map(results.is_not_finite, found.results))
+    parts = [f"{len(found.results)} points"]
+    if means:
+        parts.append("lines: means" + " +- standard deviation over seeds" * spreads)
+    if hollow:
+        parts.append("hollow: not finished")
+    if not_finite:
+        parts.append(f"crosses: {not_finite} not finite")
+    if missing:
+        parts.append(f"{missing} without a value yet")
+    return f"{metric}, {'; '.join(parts)}"
+
+
+def _order(value: Value | None) -> tuple:
+    numeric = isinstance(value, int | float)
+    return (not numeric, value if numeric else 0.0, str(value))
+
+
+def _label(key: str, value: Value | None) -> str:
+    return _text(value) if key == results.CONFIG else f"{names.short(key)} {_text(value)}"
+
+
+def _text(value: Value | None) -> str:
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else names.text(value)

@@ -1,0 +1,156 @@
+"""The two programs of a fused inner loop as calls: the grid, what a step of it is given, and what is kept.
+
+The grid is (sequence, block of packs, block of tokens), the last in order; the weights stay in the fast memory of the
+chip from one block of tokens to the next.
+
+Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens, m mini-batches of a block; see
+:mod:`ttt_jax.kernels.layout`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ttt_jax.kernels import forward_backward as program_lib
+from ttt_jax.kernels import restarts
+from ttt_jax.kernels.blocks import Blocks
+from ttt_jax.kernels.forward_backward import Inputs, Kept, Program, take
+from ttt_jax.kernels.layout import LANES
+from ttt_jax.kernels.restarts import Stretches
+
+_VMEM = 56 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
+_PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM)
+
+
+def forward(
+    program: Program, inputs: Inputs, flags: jax.Array | None, *, keep: bool
+) -> tuple[jax.Array, Any, Kept | None]:
+    """Outputs z [B, T, P * 128] in the dtype of q, the state at the end, and, where wanted, what was kept. With flags
+    [B, N, m] of the mini-batches that restart, or None."""
+    blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape)
+    arguments = inputs, _stretches(program, flags, program.unroll[0])
+    state = tuple(inputs.state)
+    shapes: list = [inputs.tokens.q, *state]
+    specs = [blocks.tokens(), *(blocks.of_sequence(x) for x in state)]
+    if keep:
+        kept = _kept(program, blocks, state)
+        shapes += [*kept.state, *kept.chain]
+        specs += _specs_of_kept(program, blocks, kept)
+    z, *rest = pl.pallas_call(
+        partial(program_lib.forward, program, jax.tree.structure(arguments), keep),
+        name=f"ttt_{_name(program)}_forward",
+        grid=blocks.grid,
+        in_specs=_specs_of(blocks, *arguments),
+        out_specs=specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        interpret=program.interpret,
+        compiler_params=_PARAMETERS,
+    )(*jax.tree.leaves(arguments))
+    n = len(state)
+    return z, type(inputs.state)(*rest[:n]), Kept(rest[n : 2 * n], rest[2 * n :]) if keep else None
+
+
+def backward(
+    program: Program, inputs: Inputs, flags: jax.Array | None, kept: Kept, dz: jax.Array, d_end: Any
+) -> Inputs:
+    """Gradients with respect to all inputs, from those of z and of the state at the end. Those of what is shared by
+    sequences or packs have axes for them, to be added up."""
+    blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
+    again = _stretches(program, flags, program.unroll[0]) if program.again else None
+    arguments = inputs, (_stretches(program, flags, program.unroll[1]), again)
+    structure, state, first = jax.tree.structure(inputs), tuple(inputs.state), tuple(inputs.first or ())
+    norm = [jax.ShapeDtypeStruct((blocks.grid[0], *x.shape), x.dtype) for x in inputs.norm]
+    coefficients = [jax.ShapeDtypeStruct((*blocks.grid[:2], *x.shape), x.dtype) for x in inputs.coefficients]
+    shapes = (*inputs.tokens, *state, *norm, *coefficients, *first)
+    results = pl.pallas_call(
+        partial(program_lib.backward, program, jax.tree.structure(arguments), structure),
+        name=f"ttt_{_name(program)}_backward",
+        grid=blocks.grid,
+        in_specs=[
+            *_specs_of(blocks, *arguments, reads_state=False),
+            *_specs_of_kept(program, blocks, kept),
+            blocks.tokens(),
+            *(blocks.of_sequence(x) for x in state),
+        ],
+        out_specs=[
+            *[blocks.tokens()] * 3,
+            blocks.rates(),
+            *(blocks.of_sequence(x) for x in (*state, *norm)),
+            *(blocks.of_program(x) for x in coefficients),
+            *(blocks.of_sequence(x) for x in first),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        scratch_shapes=_scratch(program, state, restarts=inputs.first is not None),
+        interpret=program.interpret,
+        compiler_params=_PARAMETERS,
+    )(*jax.tree.leaves(arguments), *kept.state, *kept.chain, dz, *d_end)
+    return take(results, structure)[0]
+
+
+def _stretches(program: Program, flags: jax.Array | None, unroll: int) -> Stretches | None:
+    return None if flags is None else restarts.stretches(program.numerics.layout, flags, unroll)
+
+
+def _specs_of(blocks: Blocks, inputs: Inputs, stretches: Any, reads_state: bool = True) -> list[pl.BlockSpec]:
+    """Backwards the state is not read, and takes no fast memory: groups start from what was kept."""
+    state = [blocks.of_sequence(x) if reads_state else pl.BlockSpec(memory_space=pl.ANY) for x in inputs.state]
+    return [
+        *[blocks.tokens()] * 3,
+        blocks.rates(),
+        *state,
+        *(blocks.of_packs(x) for x in inputs.norm),
+        *(blocks.whole(x) for x in inputs.coefficients),
+        *(blocks.of_sequence(x) for x in inputs.first or ()),
+        *(blocks.of_mini_batches(x) for x in jax.tree.leaves(stretches)),
+    ]
+
+
+def _specs_of_kept(program: Program, blocks: Blocks, kept: Kept) -> list[pl.BlockSpec]:
+    if program.again:
+        return [blocks.of_blocks(x) for x in kept.state]
+    return [*(blocks.of_groups(x) for x in kept.state), *(blocks.of_chain(*each) for each in program.chain)]
+
+
+def _kept(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> Kept:
+    """Shapes of what is kept. At the start of a block weights are kept as they are: others are computed from them."""
+    layout = program.numerics.layout
+    batch, _, steps = blocks.grid
+    if program.again:
+        return Kept([jax.ShapeDtypeStruct((batch, steps, *x.shape[1:]), x.dtype) for x in state], [])
+    groups = steps * layout.block_groups
+    return Kept(
+        [jax.ShapeDtypeStruct((batch, groups, *x.shape[1:]), _kept_dtype(program, x)) for x in state],
+        [blocks.chain_shape(*each) for each in program.chain],
+    )
+
+
+def _scratch(program: Program, state: Sequence[jax.Array], restarts: bool) -> list:
+    """For a block that is computed again: its weights, and what is kept elsewhere. Where mini-batches restart: what a
+    part of a group starts from."""
+    layout = program.numerics.layout
+
+    def weights(*groups):
+        shapes = [(*groups, layout.block_packs, *x.shape[2:]) for x in state]
+        return [pltpu.VMEM(shape, _kept_dtype(program, x)) for shape, x in zip(shapes, state, strict=True)]
+
+    scratch = []
+    if program.again:
+        scratch += [pltpu.VMEM((layout.block_packs, *x.shape[2:]), x.dtype) for x in state]
+        scratch += weights(layout.block_groups)
+        scratch += [pltpu.VMEM((layout.block_packs, r * layout.block_tokens, n), of) for r, n, of in program.chain]
+    if restarts:
+        scratch += weights()
+    return scratch
+
+
+def _kept_dtype(program: Program, x: jax.Array) -> Any:
+    """Matrices are read as operands only, so rounding what groups start from changes nothing."""
+    return program.numerics.operands if x.shape[2] == LANES else x.dtype
+
+
+def _name(program: Program) -> str:
+    return program.group.__module__.rpartition(".")[2]

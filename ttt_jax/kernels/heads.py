@@ -1,0 +1,100 @@
+"""Products with matrices of tokens by tokens, for all heads of a pack at once.
+
+Three orders of the same things:
+
+- *compact* [L, 128]: rows are tokens, the lanes of a head are its features;
+- *rows* [s L, m]: for hidden features, which do not fit side by side: the tokens of the first head, then those of the
+  next;
+- *pairs* [L, s L]: rows are tokens, columns tokens of each head, the heads in reverse order.
+
+A head of 64 features leaves half of a pass of 128 x 128 through a matrix unit empty, and so do 64 tokens. With pairs in
+reverse order the free lanes of a head are where its pairs are, and
+
+    x w + e y = [x e] [w; y]               z [w; y]^T = [z w^T, z y^T]
+
+are one full pass each instead of two, put together by selections that move nothing from lane to lane.
+
+Shapes: L tokens of the group, s heads of the pack, m hidden features; rows can be those of one mini-batch.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ttt_jax.kernels.layout import LANES, Layout
+from ttt_jax.kernels.ops import Numerics, dot, stack_heads, unstack_heads
+
+
+def swap(layout: Layout, x: jax.Array) -> jax.Array:
+    """Rows by head, the heads in reverse order."""
+    return jnp.concatenate(by_head(layout, x)[::-1], 0) if layout.pack > 1 else x
+
+
+def by_head(layout: Layout, x: jax.Array) -> list[jax.Array]:
+    """The rows of each head."""
+    rows = x.shape[0] // layout.pack
+    return [x[head * rows : (head + 1) * rows] for head in range(layout.pack)]
+
+
+def stack_swapped(layout: Layout, x: jax.Array) -> jax.Array:
+    """Compact [L, 128] to [s L, 128]: what the columns of pairs stand for."""
+    return swap(layout, stack_heads(layout, x))
+
+
+def unstack_swapped(layout: Layout, x: jax.Array) -> jax.Array:
+    """The transpose of :func:`stack_swapped`."""
+    return unstack_heads(layout, swap(layout, x))
+
+
+def apart(layout: Layout, e: jax.Array) -> jax.Array:
+    """Pairs [rows, s L] to [s * rows, s L]: for each head its own, zeros for the others."""
+    if layout.pack == 1:
+        return e
+    return jnp.concatenate([jnp.where(_slot(layout.pack - 1 - head), e, 0.0) for head in range(layout.pack)], 0)
+
+
+def product(x: jax.Array, e: jax.Array, w: jax.Array, y: jax.Array, numerics: Numerics) -> jax.Array:
+    """``x w + e y`` per head: compact x, pairs e, w [128, m] and rows y [s L, m] to rows."""
+    layout, operands = numerics
+    if layout.pack == 1:
+        return dot(x, w, "nn", operands) + dot(e, y, "nn", operands)
+    left = jnp.where(_slot(0), x, e), jnp.where(_slot(0), e, x)
+    return jnp.concatenate(
+        [dot(a, b, "nn", operands) for a, b in zip(left, _one_below_the_other(w, y, numerics), strict=True)], 0
+    )
+
+
+def products(z: jax.Array, w: jax.Array, y: jax.Array, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
+    """``z w^T`` and ``z y^T`` per head: rows z, w [128, m] and rows y [s L, m] to compact and pairs."""
+    layout, operands = numerics
+    if layout.pack == 1:
+        return dot(z, w, "nt", operands), dot(z, y, "nt", operands)
+    right = _one_below_the_other(w, y, numerics)
+    first, second = (dot(a, b, "nt", operands) for a, b in zip(by_head(layout, z), right, strict=True))
+    return jnp.where(_slot(0), first, second), jnp.where(_slot(0), second, first)
+
+
+def transposed_product(xs: Sequence[jax.Array], ys: Sequence[jax.Array], numerics: Numerics) -> jax.Array:
+    """The sum of ``x^T y`` per head: compact xs and rows ys to [128, m]. Two of 64 tokens are one full pass."""
+    layout, operands = numerics
+    left = jnp.concatenate(xs, 0).astype(operands).T
+    right = zip(*(by_head(layout, y) for y in ys), strict=True)
+    return jnp.concatenate(
+        [dot(a, jnp.concatenate(y, 0), "nn", operands) for a, y in zip(by_head(layout, left), right, strict=True)],
+        0,
+    )
+
+
+def _one_below_the_other(w, y, numerics):
+    """Of two heads w and y, the rows of w where its lanes are, y in the others."""
+    layout, operands = numerics
+    (w0, w1), (y0, y1) = (by_head(layout, x.astype(operands)) for x in (w, y))
+    return jnp.concatenate([w0, y0], 0), jnp.concatenate([y1, w1], 0)
+
+
+def _slot(head: int) -> jax.Array:
+    """[1, 128]: which half the lanes are."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return (lane < LANES // 2) if head == 0 else (lane >= LANES // 2)

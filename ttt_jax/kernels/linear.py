@@ -1,0 +1,134 @@
+"""One group of mini-batches of TTT-Linear, for one pack of heads: the dual form on two levels.
+
+With W and c at the start of the group, the outputs of the tokens of the group, for keys and for queries, are
+
+    Z = K W + c - (C_k * (K K^T + 1)) S          Zbar = Q W + c - (C_q * (Q K^T + 1)) S          S = eta * G
+
+where G are the gradients of the losses at Z, and C says how much each counts for each token (see
+:class:`ttt_jax.kernels.layout.Coefficients`). G of a mini-batch depends on G of those before it: that chain is all
+that is left of the recurrence inside a group. The group hands on the weights W - K^T (C_end * S).
+
+The weights of a pack of two heads are one matrix of 128 x 128 with a block for each; keys are stacked by head with
+zeros in the lanes of the other, so one product serves both and the blocks stay apart.
+
+Shapes: L tokens of the group, s heads of the pack; columns and stacked rows are (mini-batch, head, token).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels import chain as chain_lib
+from ttt_jax.kernels import layout as layout_lib
+from ttt_jax.kernels import norm
+from ttt_jax.kernels.forward_backward import Saved
+from ttt_jax.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
+from ttt_jax.kernels.ops import Numerics, dot, split, stack_heads
+from ttt_jax.ttt.learner import Affine, Weights
+
+# Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
+STAGGER = (0.0, 0.0)
+coefficients = layout_lib.coefficients
+
+
+def most_packs(widths: tuple[int, ...], operands: jnp.dtype) -> int:
+    """Packs that are computed together, at most: what fits into the fast memory of the chip."""
+    return 8 if operands == jnp.float32 else 16
+
+
+def unroll(layout: Layout) -> tuple[int, int]:
+    """Forward and backward, groups that are computed together: two, unless many packs fill the pauses."""
+    return (2 if layout.block_packs <= 8 else 1), 2
+
+
+class State(NamedTuple):
+    """Weights of packs, [..., P, 128, 128] and [..., P, 1, 128], with no mean over the features of a head."""
+
+    weight: jax.Array
+    bias: jax.Array
+
+
+def chain(numerics: Numerics, widths: tuple[int, ...]) -> tuple[Saved, ...]:
+    """Z."""
+    return (Saved(1, LANES, jnp.float32),)
+
+
+def group(
+    numerics: Numerics,
+    state: State,
+    tokens: Tokens,
+    ln: Norm,
+    coefficients: Coefficients,
+    chain: tuple[jax.Array, ...] | None = None,
+) -> tuple[State, jax.Array, tuple[jax.Array, ...]]:
+    """The state after a group, the outputs z [L, 128], and Z ([L, 128],), the chain.
+
+    With a chain that was saved, no mini-batch waits for another; derivatives are what they are without.
+    """
+    layout, operands = numerics
+    q, k, v, eta = tokens
+    scale2 = ln.scale * ln.scale
+    shift = ln.scale * (ln.bias - (v - k))
+    stacked = jnp.concatenate([stack_heads(layout, x) for x in split(k, layout.group)], 0)  # [s L, 128]
+    at_start = split(dot(jnp.concatenate([k, q], 0), state.weight, "nn", operands) + state.bias, 2)
+    similarity = split(dot(jnp.concatenate([k, q], 0), stacked, "nt", operands) + 1.0, 2)  # [L, s L] each
+    for_keys = similarity[0] * coefficients.keys
+    for_queries = similarity[1] * coefficients.queries
+
+    z0, z0_bar = at_start
+    if chain is None:
+        scaled, z = chain_lib.forward(z0, for_keys, scale2, shift, eta, numerics)
+        chain = (z,)
+    else:
+        scaled = chain_lib.known(z0, for_keys, scale2, shift, eta, *chain, numerics)
+
+    z_bar = z0_bar - dot(for_queries, scaled, "nn", operands)
+    out = q + norm.normalise(z_bar, numerics) * ln.scale + ln.bias
+
+    step = coefficients.end * scaled
+    weight = state.weight - dot(stacked, step, "tn", operands)
+    bias = state.bias - step.sum(0, keepdims=True)
+    return State(weight, bias), out, chain
+
+
+def derivative(
+    numerics: Numerics,
+    state: State,
+    tokens: Tokens,
+    ln: Norm,
+    coefficients: Coefficients,
+    chain: tuple[jax.Array, ...],
+    d_new: State,
+    d_z: jax.Array,
+) -> tuple[State, Tokens, Norm, Coefficients]:
+    """Gradients with respect to the arguments of :func:`group`, from those of the new state and of z."""
+    state = State(*(x.astype(jnp.float32) for x in state))
+
+    def known(state, tokens, ln, coefficients):
+        return group(numerics, state, tokens, ln, coefficients, chain)[:2]
+
+    _, vjp = jax.vjp(known, state, tokens, ln, coefficients)
+    return vjp((d_new, d_z))
+
+
+def pack(layout: Layout, weights: Weights) -> State:
+    """Weights [B, H, ...] to those of packs, without their mean over output features, which LN takes out anyway."""
+    weight, bias = (x - x.mean(-1, keepdims=True) for x in jax.tree.leaves(weights))
+    for axis in (2, 3):
+        weight = layout_lib.pack_features(layout, weight, axis)
+    weight = layout_lib.pack_heads(layout, weight, 1)  # [B, P, s, slot, slot]
+    apart = jnp.eye(layout.pack)[:, None, :, None]
+    diagonal = weight[:, :, :, :, None, :] * apart  # [B, P, s, slot, s, slot]
+    return State(diagonal.reshape(*weight.shape[:2], LANES, LANES), layout_lib.pack_features_in_lanes(layout, bias, 1))
+
+
+def unpack(layout: Layout, state: State, start: Weights) -> Weights:
+    """Weights [B, H, ...] of packs that came from ``start``, with the mean that :func:`pack` took from it."""
+    s, slot, d, heads = layout.pack, layout.slot, layout.head_dim, layout.heads
+    batch = state.weight.shape[0]
+    blocks = state.weight.reshape(batch, layout.packs, s, slot, s, slot)
+    weight = jnp.stack([blocks[:, :, i, :, i] for i in range(s)], 2).reshape(batch, -1, slot, slot)[:, :heads, :d, :d]
+    bias = state.bias.reshape(batch, -1, 1, slot)[:, :heads, :, :d]
+    old_weight, old_bias = (x.mean(-1, keepdims=True) for x in jax.tree.leaves(start))
+    return (Affine(weight + old_weight, bias + old_bias),)

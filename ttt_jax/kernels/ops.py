@@ -1,0 +1,146 @@
+"""The operations that a kernel is made of, with the derivatives that suit a TPU.
+
+Matrix products round their operands to one dtype, forwards and backwards, and add up in float32. A rule of
+differentiation may not close over arrays inside a kernel: masks are made anew in each.
+"""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ttt_jax.kernels.layout import LANES, Layout
+from ttt_jax.ttt.learners import LAYER_NORM_EPSILON
+
+
+class Numerics(NamedTuple):
+    """How a kernel computes: the layout, and the dtype that operands of matrix products are rounded to."""
+
+    layout: Layout
+    operands: jnp.dtype
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dot(a: jax.Array, b: jax.Array, how: str, operands: jnp.dtype) -> jax.Array:
+    """``a b``, ``a b^T`` or ``a^T b`` for ``nn``, ``nt`` and ``tn``, in float32."""
+    return _dot(a.astype(operands), b.astype(operands), how)
+
+
+def _dot(a, b, how):
+    if how == "tn":
+        a = a.T  # seen as an operation of its own, it can be done long before b is there
+    contracted = ((1,), (1,)) if how == "nt" else ((1,), (0,))
+    return lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _dot_forward(a, b, how, operands):
+    a, b = a.astype(operands), b.astype(operands)
+    return _dot(a, b, how), (a, b)
+
+
+def _dot_backward(how, operands, saved, g):
+    (a, b), g = saved, g.astype(operands)
+    if how == "nn":
+        return _dot(g, b, "nt"), _dot(a, g, "tn")
+    if how == "nt":
+        return _dot(g, b, "nn"), _dot(g, a, "tn")
+    return _dot(b, g, "nt"), _dot(a, g, "nn")
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+def lanes_of_head(layout: Layout, head: int) -> jax.Array:
+    """[1, 128]: whether a lane belongs to a feature of a head of the pack."""
+    return _is_of_head(layout, head, (1, LANES), 1)
+
+
+def _is_of_head(layout, head, shape, axis):
+    index, first = lax.broadcasted_iota(jnp.int32, shape, axis), head * layout.slot
+    return (index >= first) & (index < first + layout.head_dim)
+
+
+def _over_heads(layout, per_head):
+    """``per_head(mask, head)`` in the lanes of each head, 0 elsewhere."""
+    full = layout.pack * layout.head_dim == LANES  # then all lanes that the others leave are of the last head
+    out: Any = per_head(lanes_of_head(layout, layout.pack - 1), layout.pack - 1) if full else 0.0
+    for head in range(layout.pack - full):
+        mask = lanes_of_head(layout, head)
+        out = jnp.where(mask, per_head(mask, head), out)
+    return out
+
+
+def head_mean(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
+    """Means over the features of each head, in all their lanes, of arrays [rows, 128]: sums, and divided."""
+    return [x * (1 / numerics.layout.head_dim) for x in head_sum(xs, numerics, by_lanes)]
+
+
+def head_sum(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
+    """Sums over the features of each head, in all their lanes, of arrays [rows, 128].
+
+    The matrix units take many rows at once, rounded as all their operands are; by lanes nothing is rounded.
+    """
+    layout, operands = numerics
+    if by_lanes or operands == jnp.float32:
+        return [_sum_over_lanes(x, layout) for x in xs]
+    sums = _dot(jnp.concatenate(xs, 0).astype(operands), _ones_per_head(layout).astype(operands), "nn")
+    ends = list(itertools.accumulate(x.shape[0] for x in xs))
+    return [sums[end - x.shape[0] : end] for x, end in zip(xs, ends, strict=True)]
+
+
+def _sum_over_lanes(x, layout):
+    if layout.head_dim == LANES:
+        return jnp.broadcast_to(jnp.sum(x, -1, keepdims=True), x.shape)
+    return _over_heads(layout, lambda mask, head: jnp.sum(jnp.where(mask, x, 0.0), -1, keepdims=True))
+
+
+def _ones_per_head(layout):
+    """[128, 128], 1 where row and column are features of the same head."""
+    rows, lanes = ([_is_of_head(layout, head, (LANES, LANES), axis) for head in range(layout.pack)] for axis in (0, 1))
+    same = [row & lane for row, lane in zip(rows, lanes, strict=True)]
+    return jnp.where(reduce(jnp.logical_or, same), 1.0, 0.0)
+
+
+def spread(rates: jax.Array, layout: Layout) -> jax.Array:
+    """A number per head, in all its lanes: [rows, s] to [rows, 128]."""
+    return _over_heads(layout, lambda mask, head: jnp.broadcast_to(rates[:, head : head + 1], (rates.shape[0], LANES)))
+
+
+def unspread(x: jax.Array, layout: Layout) -> jax.Array:
+    """The transpose: the sum over the lanes of each head, [rows, 128] to [rows, s]."""
+    masked = [jnp.where(lanes_of_head(layout, head), x, 0.0) for head in range(layout.pack)]
+    return jnp.concatenate([jnp.sum(x, -1, keepdims=True) for x in masked], 1)
+
+
+def inverse_root(variance: jax.Array) -> jax.Array:
+    """1 / sqrt(variance + epsilon)"""
+    return lax.rsqrt(variance + LAYER_NORM_EPSILON)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def split(x: jax.Array, parts: int) -> tuple[jax.Array, ...]:
+    """Equal parts of the rows; backwards they are put together, not added up one by one."""
+    rows = x.shape[0] // parts
+    return tuple(x[i * rows : (i + 1) * rows] for i in range(parts))
+
+
+split.defvjp(lambda x, parts: (split(x, parts), None), lambda parts, _, g: (jnp.concatenate(g, 0),))
+
+
+def stack_heads(layout: Layout, x: jax.Array) -> jax.Array:
+    """The rows once for each head of the pack, zeros in the lanes of the others: [rows, 128] to [s * rows, 128]."""
+    if layout.pack == 1:
+        return x
+    return jnp.concatenate([jnp.where(lanes_of_head(layout, head), x, 0.0) for head in range(layout.pack)], 0)
+
+
+def unstack_heads(layout: Layout, x: jax.Array) -> jax.Array:
+    """The transpose: the lanes of each head from its own rows, [s * rows, 128] to [rows, 128]."""
+    if layout.pack == 1:
+        return x
+    parts = split(x, layout.pack)
+    return _over_heads(layout, lambda mask, head: parts[head])

@@ -1,0 +1,174 @@
+"""Whole mini-batches through fused kernels: what :mod:`ttt_jax.ttt.scan` computes, by two programs for a TPU."""
+
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels import calls, linear, mlp
+from ttt_jax.kernels import layout as layout_lib
+from ttt_jax.kernels import restarts as restarts_lib
+from ttt_jax.kernels.forward_backward import Inputs, Program
+from ttt_jax.kernels.layout import Layout, Norm, Tokens
+from ttt_jax.kernels.ops import Numerics
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters
+from ttt_jax.ttt.inner_loop import Tokens as LoopTokens
+from ttt_jax.ttt.learner import Learner, Weights
+from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm
+from ttt_jax.ttt.objective import squared_error
+
+
+def unsupported(loop: InnerLoop, mini_batch: int) -> str | None:
+    """Say why no kernel exists for an inner loop and a size of mini-batches; return None where one does.
+
+    Kernels compute two points, TTT-Linear and TTT-MLP, at any rates per token. A loop is accepted only where it equals
+    one of them, never because its widths are the same.
+    """
+    f, d = loop.learner.f, loop.learner.features
+    if loop.objective is not squared_error:
+        return f"the objective is {getattr(loop.objective, '__name__', loop.objective)}"
+    if loop.update:
+        return f"the update is {' + '.join(type(member).__name__.lower() for member in loop.update)}"
+    if loop.reading != "causal":
+        return f"the reading is {loop.reading}"
+    if loop.rate.per_matrix:
+        return "each weight matrix has its own rate"
+    if type(f) is not ResidualNorm:
+        return "the learner has no LN and residual"
+    inner: Any = f.f
+    if type(inner) not in (Linear, MLP):
+        return f"the learner is {getattr(inner, '__name__', type(inner).__name__)}, which the kernels do not compute"
+    if not inner.bias:
+        return "the learner has no biases"
+    if type(inner) is MLP and inner.depth != 2:
+        return f"the learner has {inner.depth} dense layers"
+    if type(inner) is MLP and inner.width_factor > 4:
+        return f"the hidden layer of the learner has more than 4 times the {d} features of a head"
+    known = Linear() if type(inner) is Linear else MLP(2, inner.width_factor)
+    if loop != InnerLoop(Learner(ResidualNorm(known), d), rate=loop.rate):
+        return f"{loop} is not one that the kernels compute"
+    if not layout_lib.supported(d, mini_batch):
+        return f"heads of {d} features and mini-batches of {mini_batch} tokens do not fill registers"
+    return None
+
+
+def keeps_blocks(mini_batch: int, remat_group: int | None) -> bool:
+    """Whether the weights of blocks are kept for the backward pass, not those of groups."""
+    return mini_batch * (remat_group or 0) > layout_lib.GROUP_TOKENS
+
+
+def blocks(
+    loop: InnerLoop,
+    mini_batch: int,
+    heads: int,
+    dtype: Any,
+    *,
+    interpret: bool = False,
+    most_packs: int | None = None,
+) -> tuple[Layout, tuple[int, int]]:
+    """Return how heads and tokens are laid out, and how many groups are computed together, forward and backward: as
+    many as are of use, and 1 where the kernel is interpreted."""
+    kernel, widths = _kernel(loop), _widths(loop)
+    layout = Layout(heads, widths[0], mini_batch, most_packs or kernel.most_packs(widths, _operands(dtype)))
+    return layout, (1, 1) if interpret else kernel.unroll(layout)
+
+
+def _kernel(loop: InnerLoop) -> ModuleType:
+    return linear if len(loop.learner.structure.matrices) == 1 else mlp
+
+
+def _widths(loop: InnerLoop) -> tuple[int, ...]:
+    """Return the widths of the input, of each hidden layer, and of the output."""
+    return (loop.learner.features, *(matrix.features_out for matrix in loop.learner.structure.matrices))
+
+
+def _operands(dtype: Any) -> jnp.dtype:
+    return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32)
+
+
+def run(
+    loop: InnerLoop,
+    parameters: Parameters,
+    start: Weights,
+    tokens: LoopTokens,
+    restarts: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+    remat_group: int | None = None,
+    unroll: tuple[int, int] | None = None,
+    most_packs: int | None = None,
+) -> tuple[jax.Array, Weights]:
+    """Reads whole mini-batches.
+
+    Args:
+      loop: one that is not :func:`unsupported`.
+      parameters: its LN, [H, 1, d], and the rates of positions, [b]; W0, leaves [H, ...] or [B, H, ...], is read only
+        where mini-batches restart.
+      start: weights before the first token, leaves [B, H, ...].
+      tokens: q, k, v [B, n * b, H, d] and eta [B, n * b, H]. Where q is bfloat16, operands of matrix products are
+        rounded to bfloat16; in float32 they are not (TPUs do it all the same, unless ``jax_default_matmul_precision``
+        says otherwise). All else is float32.
+      restarts: bool [B, n]: mini-batches that begin at W0, not at the weights that the one before ended with, as the
+        first one of a document does; None where none does.
+      interpret: for machines without a TPU.
+      remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
+        again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
+        is every 64 tokens.
+      unroll: groups of mini-batches whose operations are mixed, forward and backward; unset: see :func:`blocks`.
+      most_packs: packs of heads in a block, at most; unset: as many as fit into fast memory.
+
+    Returns:
+      z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
+    """
+    position_eta, constants = parameters.position_eta, parameters.constants
+    _, length, heads, _ = tokens.q.shape
+    b, kernel, widths = len(position_eta), _kernel(loop), _widths(loop)
+    layout, best = blocks(loop, b, heads, tokens.q.dtype, interpret=interpret, most_packs=most_packs)
+    again = keeps_blocks(b, remat_group)
+    numerics = Numerics(layout, _operands(tokens.q.dtype))
+    chain = kernel.chain(numerics, widths)
+    how = Program(kernel.group, kernel.derivative, chain, numerics, unroll or best, kernel.STAGGER, again, interpret)
+    q, k, v = (layout_lib.pack_tokens(layout, x) for x in tokens[:3])
+    norm = (constants["norm_scale"], constants["norm_bias"])
+    inputs = Inputs(
+        Tokens(q, k, v, layout_lib.pack_rates(layout, tokens.eta)),
+        kernel.pack(layout, start),
+        Norm(*(layout_lib.pack_features_in_lanes(layout, x, 0) for x in norm)),
+        kernel.coefficients(layout, position_eta),
+    )
+    flags = None
+    if restarts is not None:
+        first = jax.tree.map(lambda w0, w: jnp.broadcast_to(w0, w.shape), parameters.w0, start)
+        inputs = inputs._replace(first=kernel.pack(layout, first))
+        flags = restarts_lib.of_blocks(layout, restarts, q.shape[1] // layout.block_tokens)
+        any_restarts = restarts.any(1)[:, None, None, None]
+        start = jax.tree.map(lambda w0, w: jnp.where(any_restarts, w0, w), first, start)  # what the end came from
+    z, end = _run(how, inputs, flags)
+    return layout_lib.unpack_tokens(layout, z, length), kernel.unpack(layout, end, start)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(how: Program, inputs: Inputs, flags: jax.Array | None):
+    z, end, _ = calls.forward(how, inputs, flags, keep=False)
+    return z, end
+
+
+def _run_forward(how: Program, inputs: Inputs, flags: jax.Array | None):
+    z, end, kept = calls.forward(how, inputs, flags, keep=True)
+    return (z, end), (inputs, flags, kept)
+
+
+def _run_backward(how: Program, saved, cotangents):
+    inputs, flags, kept = saved
+    dz, d_end = cotangents
+    d = calls.backward(how, inputs, flags, kept, dz, d_end)
+    of_inputs = d._replace(
+        norm=jax.tree.map(lambda x: x.sum(0), d.norm),
+        coefficients=jax.tree.map(lambda x: x.sum((0, 1)), d.coefficients),
+    )
+    return of_inputs, None
+
+
+_run.defvjp(_run_forward, _run_backward)

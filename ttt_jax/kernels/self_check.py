@@ -1,0 +1,242 @@
+"""Compare a fused kernel with the scan on a small problem, on the device that is going to run it.
+
+A compiler may make something wrong of a kernel that is right when it is interpreted. The small problem is therefore
+computed by the program that the real one uses: the same inner loop, mini-batch, head width, dtype, number of groups
+computed together and weights that are kept, and the same packs of heads per block unless those would take long to
+compile. It has two sequences of a block of tokens and a part of another, and two blocks of packs where the real problem
+has several. So it covers what is carried from group to group and from block to block, what begins anew with each
+sequence, sums over sequences, and tokens and heads that are missing from a block. Compared are the outputs and the
+steps of the weights, of the program that inference uses and of the one that a backward pass follows, and the gradients
+with respect to every input.
+
+Not covered: errors that grow over thousands of tokens, blocks of more packs than are affordable, and what the compiler
+makes of the model around the kernel. In float32 both sides compute matrix products in float32, whatever
+``jax_default_matmul_precision`` says: the check is of the program, not of how a TPU rounds operands.
+
+Shapes: B batch, T tokens, H heads, d head width, b tokens per mini-batch.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.kernels import choice, run
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import scan
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.learner import Weights
+from ttt_jax.ttt.scan import Kernel
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest entry of an array, by the dtype of q, k and v
+_AFFORDABLE = 3 / 8  # of the packs that fit into a block (6 of TTT-Linear, 3 of TTT-MLP in bfloat16): docs/kernels.md
+_BATCH = 2
+
+
+class Family(NamedTuple):
+    """What decides which program a kernel is, as far as the check tells programs apart.
+
+    Attributes:
+      loop, mini_batch: what is computed.
+      heads: of one device.
+      dtype: of q, k and v: ``float32`` or ``bfloat16``.
+      remat_group: see :func:`ttt_jax.kernels.run.run`.
+    """
+
+    loop: InnerLoop
+    mini_batch: int
+    heads: int
+    dtype: str
+    remat_group: int | None = None
+
+
+class Report(NamedTuple):
+    """How far a kernel is from the scan.
+
+    Attributes:
+      errors: of each array by its name, the largest difference over the largest entry; NaN where either is not finite.
+      tolerance: how much may be.
+      seconds: that the comparison took, with compiling.
+    """
+
+    errors: dict[str, float]
+    tolerance: float
+    seconds: float
+
+    @property
+    def wrong(self) -> list[str]:
+        """The arrays that differ by more than is allowed, the worst first."""
+        return [name for name in self._by_size if not self.errors[name] <= self.tolerance]
+
+    @property
+    def _by_size(self) -> list[str]:
+        return sorted(self.errors, key=lambda name: -math.inf if math.isnan(x := self.errors[name]) else -x)
+
+    def __str__(self) -> str:
+        worst, others = self._by_size[0], len(self.wrong) - 1
+        also = f" and of {others} other array{'s' * (others > 1)}" if others > 0 else ""
+        return f"{self.errors[worst]:.1e} of the largest entry of the {worst}{also} ({self.tolerance:.0e} is allowed)"
+
+
+class Arguments(NamedTuple):
+    """The arrays that the inner loop is a function of, and with respect to which gradients are compared."""
+
+    norm: dict[str, Any]  # [H, 1, d]
+    w0: Weights  # leaves [H, ...]
+    q: Any  # [B, T, H, d]
+    k: Any
+    v: Any
+    token_eta: Any  # [B, T, H]
+    position_eta: Any  # [b]
+
+
+@functools.cache
+def of_family(family: Family, device: jax.Device) -> Report:
+    """Check the kernel of a family on a device, once per process.
+
+    Raises:
+      Exception: whatever the kernel raises where it does not compile or run.
+    """
+    arguments, kernel = problem_of(family, device.device_kind)
+    return compare(family.loop, kernel, arguments, device)
+
+
+def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.Device) -> Report:
+    """Compute a problem by a kernel and by the scan on a device, and compare all results and gradients.
+
+    Not to be called while a function is traced: it compiles and runs programs.
+    """
+    began = time.monotonic()
+    dtype = jnp.dtype(arguments.q.dtype)
+    functions = programs(loop, kernel, dtype)
+    inputs = jax.device_put((arguments, cotangents(loop, arguments)), device)
+    with ThreadPoolExecutor(len(functions)) as pool:  # compiling is all of the time
+        compiled = list(pool.map(lambda function: jax.jit(function).lower(*inputs).compile(), functions.values()))
+    by_scan, by_kernel, inference = (jax.device_get(program(*inputs)) for program in compiled)
+    errors = _errors(by_kernel, by_scan)
+    for name, error in _errors(inference, {key: by_scan[key] for key in inference}).items():
+        errors[f"{name} of inference"] = error
+    return Report(errors, TOLERANCES[dtype.name], time.monotonic() - began)
+
+
+def programs(loop: InnerLoop, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Callable[..., dict[str, Any]]]:
+    """The functions of (arguments, cotangents) that the check compiles: results and gradients by the scan and by the
+    kernel, and results by the kernel as inference computes them."""
+
+    def everything(kernel, arguments, cotangents):
+        results, pullback = jax.vjp(partial(_solve, loop, kernel), arguments)
+        (gradients,) = pullback(cotangents)
+        return {**_with_steps(results, arguments), "gradient of": gradients}
+
+    def inference(arguments, cotangents):
+        return _with_steps(_solve(loop, kernel, arguments), arguments)
+
+    exact = partial(_with_precision, "highest")
+    same = exact if dtype == jnp.float32 else lambda function: function
+    return {
+        "scan": exact(partial(everything, None)),
+        "kernel": same(partial(everything, kernel)),
+        "inference": same(inference),
+    }
+
+
+def problem(loop: InnerLoop, mini_batch: int, heads: int, tokens: int, dtype: str) -> Arguments:
+    """Draw arguments that make every part of the inner loop felt; by NumPy, which compiles nothing."""
+    rng, d = np.random.default_rng(0), loop.learner.features
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    weights = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), loop.learner, heads))
+    q, k, v = (normal(_BATCH, tokens, heads, d) for _ in "qkv")
+    q, k, v = (x.astype(jnp.dtype(dtype)) for x in (0.6 * q + 0.8 * k, k, v))  # queries are like keys
+    return Arguments(
+        {"norm_scale": 1 + 0.1 * normal(heads, 1, d), "norm_bias": 0.1 * normal(heads, 1, d)},
+        jax.tree.map(lambda x: 0.1 * normal(*x.shape), weights),
+        q,
+        k,
+        v,
+        np.float32(1 / d) / (1 + np.exp(-normal(_BATCH, tokens, heads))),
+        (1 / np.arange(1, mini_batch + 1) + 0.01 * normal(mini_batch)).astype(np.float32),
+    )
+
+
+class Size(NamedTuple):
+    """The size of a small problem, and of the blocks that a kernel computes it in."""
+
+    heads: int
+    tokens: int
+    most_packs: int
+    unroll: tuple[int, int]
+
+
+def small_size(family: Family, *, interpret: bool = False) -> Size:
+    """Return the size of the problem that stands for a family."""
+    loop, b = family.loop, family.mini_batch
+    layout, unroll = run.blocks(loop, b, family.heads, family.dtype, interpret=interpret)
+    packs = min(layout.block_packs, max(1, int(layout.most_packs * _AFFORDABLE)))
+    blocks = min(layout.packs // layout.block_packs, 2)
+    heads = min(family.heads, blocks * packs * layout.pack - -family.heads % layout.pack)
+    return Size(heads, layout.block_tokens + layout.group_tokens + b, packs, unroll)
+
+
+def problem_of(family: Family, device: str) -> tuple[Arguments, Kernel]:
+    """Return the small problem that stands for a family, and the kernel of a kind of device in blocks of that size."""
+    loop, b = family.loop, family.mini_batch
+    size = small_size(family, interpret=choice.interpreted(device))
+    kernel = choice.choose("pallas", loop, b, device, family.remat_group).kernel
+    assert kernel is not None  # choose raises where there is none
+    kernel = partial(kernel, most_packs=size.most_packs, unroll=size.unroll)
+    return problem(loop, b, size.heads, size.tokens, family.dtype), kernel
+
+
+def _solve(loop: InnerLoop, kernel: Kernel | None, arguments: Arguments) -> dict[str, Any]:
+    parameters = Parameters(arguments.w0, arguments.norm, arguments.position_eta)
+    tokens = Tokens(arguments.q, arguments.k, arguments.v, arguments.token_eta)
+    result = scan.run(loop, parameters, tokens, kernel=kernel)
+    return {"outputs": result.z, "final weights": result.state.weights}
+
+
+def _with_steps(results: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
+    """The results with the steps that were taken in place of the final weights, beside which steps may be small."""
+    steps = jax.tree.map(jnp.subtract, results["final weights"], arguments.w0)
+    return {"outputs": results["outputs"], "sum of steps": steps}
+
+
+def cotangents(loop: InnerLoop, arguments: Arguments) -> dict[str, Any]:
+    """What the results count for in the sum of which gradients are taken: drawn, and for outputs like the values, so
+    that steps, which take outputs there, have an effect that does not cancel in sums over tokens."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(partial(_solve, loop, None), arguments)
+    drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    return {**drawn, "outputs": drawn["outputs"] + arguments.v}
+
+
+def _with_precision(precision: str, function: Callable) -> Callable:
+    def traced(*arguments):
+        with jax.default_matmul_precision(precision):
+            return function(*arguments)
+
+    return traced
+
+
+def _errors(found: Any, expected: Any) -> dict[str, float]:
+    """By the names of arrays, the largest difference over the largest entry."""
+
+    def error(x: np.ndarray, y: np.ndarray) -> float:
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return float(np.abs(x - y).max() / (np.abs(y).max() or 1.0))
+
+    differences = jax.tree.map(error, found, expected)
+    return {
+        " ".join(jax.tree_util.keystr((key,), simple=True) for key in path): difference
+        for path, difference in jax.tree_util.tree_leaves_with_path(differences)
+    }
