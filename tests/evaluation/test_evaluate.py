@@ -62,7 +62,7 @@ def data(monkeypatch):
     documents = [np.append(256, RNG.integers(0, 256, n - 1)) for n in LENGTHS]
     starts = np.cumsum([0, *LENGTHS[:-1]])
     source = TokenSource("books/validation", np.concatenate(documents).astype(np.uint16), 257, 256, starts)
-    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: source)
+    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: source)
     return source
 
 
@@ -222,7 +222,7 @@ def test_the_state_is_carried_from_document_to_document(model, data, nll, contex
 
 def test_without_documents_a_window_is_one(model, data, nll, monkeypatch):
     unknown = dataclasses.replace(data, bos=None, documents=None)
-    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: unknown)
+    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: unknown)
     found = evaluate(model, What(22, most=5))
     starts = [22 * (i * 16 // 5) for i in range(5)]
     check_equal(found, [Segment(i, 0, nll(data.tokens[s : s + 23])) for i, s in enumerate(starts)], 22)
@@ -236,7 +236,7 @@ def test_another_dataset(model, data, monkeypatch):
         asked.append((arguments, options))
         return other
 
-    monkeypatch.setattr(evaluate_lib.sources, "load", load)
+    monkeypatch.setattr(evaluate_lib.named_sources, "load", load)
     found = evaluate(model, What(22, "test", most=5, source="far/away"))
     assert asked == [(("far/away", "test"), {"vocab_size": 258, "named_by": "--source "})]
     assert (found.about["source"], found.about["fingerprint"]) == ("other/test", other.fingerprint())
@@ -326,7 +326,7 @@ def test_a_transformer_carries_nothing(model, data):
 
 def test_a_split_without_documents(model, data, monkeypatch):
     empty = dataclasses.replace(data, tokens=np.full(50, 256, np.uint16), documents=None)
-    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: empty)
+    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: empty)
     with pytest.raises(ConfigError, match="books/validation: has no document of 2 tokens or more"):
         evaluate(model, What(22, by_document=True))
 
@@ -396,7 +396,7 @@ def test_windows_with_nothing_to_predict_are_counted_or_refused(model, data, mon
     tokens = data.tokens.copy()
     tokens[22:67] = 256  # the second and third window of 22 tokens
     sources = [dataclasses.replace(data, tokens=tokens, documents=None)]
-    monkeypatch.setattr(evaluate_lib.sources, "from_config", lambda config, split: sources[-1])
+    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: sources[-1])
     found = evaluate(model, What(22, most=4))  # windows 0, 4, 8 and 12
     assert (found.about["windows"], found.about["skipped"]) == (4, 0)
     found = evaluate(model, What(22, most=16))

@@ -57,7 +57,7 @@ def data(monkeypatch):
     def from_config(config, split):
         return TokenSource(f"books/{split}", TOKENS, vocab_size=257, bos=256)
 
-    monkeypatch.setattr(inner_loop.sources, "from_config", from_config)
+    monkeypatch.setattr(inner_loop.named_sources, "from_config", from_config)
 
 
 def by_the_primal_form(run, loss_of, loop, parameters, tokens):

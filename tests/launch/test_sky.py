@@ -108,7 +108,7 @@ def test_a_job_is_submitted_installed_followed_and_its_arguments_arrive_as_they_
     assert venv == ["venv", "--quiet", "--allow-existing", "--python", python, f"{source.parent}/venv"]
     assert install[-2:] == ["--editable", f"{source}[tpu,gcs]"]
     assert (sky.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs"))
-    assert (source / "ttt_jax" / "cli.py").read_text() == (ROOT / "ttt_jax" / "cli.py").read_text()
+    assert (source / "ttt_jax" / "errors.py").read_text() == (ROOT / "ttt_jax" / "errors.py").read_text()
     assert out.count("started with 0") == 1
     assert "SUCCEEDED" in err
 

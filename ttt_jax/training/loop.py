@@ -312,7 +312,7 @@ def _output(config: ml_collections.ConfigDict, workdir: Workdir, start: int, use
 
 
 def _code() -> str:
-    """A hash of this package's token_source."""
+    """Return a hash of this package's source."""
     folder = Path(ttt_jax.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.rglob("*.py")):

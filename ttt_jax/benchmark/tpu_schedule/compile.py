@@ -28,7 +28,7 @@ from ttt_jax.errors import ConfigError
 
 LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out
 UTILIZATION = "pre-delay_hlo-static-per-bundle-utilization"
-_REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "compiled_step.hlo.txt", "schedule"
+_REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "program.hlo.txt", "schedule"
 
 
 @dataclasses.dataclass(frozen=True)
