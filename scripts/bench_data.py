@@ -28,8 +28,9 @@ import numpy as np
 import tokenizers
 from backports import zstd
 
-from ttt_jax.data import embedded, files, named_sources, pipeline, records, tokenizer, train_bpe
-from ttt_jax.data.job import Job
+from ttt_jax.data import embedded, named_sources, pipeline
+from ttt_jax.data.prepare import files, records, tokenizer, train_bpe
+from ttt_jax.data.prepare.job import Job
 
 _BATCH_TOKENS = 1 << 18
 

@@ -8,9 +8,9 @@ import numpy as np
 import saved_runs
 
 from ttt_jax import config as config_lib
-from ttt_jax.data import engines, job, tokenizer, train_bpe
-from ttt_jax.data import files as input_files
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import engines, job, tokenizer, train_bpe
+from ttt_jax.data.prepare import files as input_files
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage.store import Store

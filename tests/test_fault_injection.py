@@ -19,8 +19,9 @@ from files_of_all_kinds import BYTES, IDENTITY, LENGTHS, SMALL, UNFINISHED, conf
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import engines, named_sources, train_bpe
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data import named_sources
+from ttt_jax.data.prepare import engines, train_bpe
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.evaluation import evaluations, inner_loop_files

@@ -10,8 +10,8 @@ import pytest
 from faults import damaged
 
 from ttt_jax import cli
-from ttt_jax.data import engines
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import engines
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
 from ttt_jax.terminal.exit_status import DONE, FAILED, REFUSED

@@ -19,8 +19,8 @@ import tokenizers
 from tokenizers import models
 
 from ttt_jax import cli
-from ttt_jax.data import engines
-from ttt_jax.data import job as job_lib
+from ttt_jax.data.prepare import engines
+from ttt_jax.data.prepare import job as job_lib
 
 TEXTS = ["It was a bright cold day in April.", "", "straße 🦉\r\n", *(f"document {i}" for i in range(200))]
 SIZE = sum(len(text.encode()) for text in TEXTS)

@@ -12,8 +12,8 @@ import tensorstore as ts
 from backports import zstd
 from pyarrow import parquet
 
-from ttt_jax.data import job as job_lib
-from ttt_jax.data.files import InputFile
+from ttt_jax.data.prepare import job as job_lib
+from ttt_jax.data.prepare.files import InputFile
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
@@ -48,7 +48,7 @@ def parquet_file(values, row_group_size: int = 7, **types) -> bytes:
 
 
 def input_file(path: Path, content: bytes, split: str = "train") -> InputFile:
-    """Writes a file, and names it as :func:`ttt_jax.data.files.find` would."""
+    """Writes a file, and names it as :func:`ttt_jax.data.prepare.files.find` would."""
     path.write_bytes(content)
     return InputFile(split, str(path), len(content))
 

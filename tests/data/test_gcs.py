@@ -24,7 +24,7 @@ METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # whether t
 
 TOKENIZE = """
 import sys
-from ttt_jax.data import files, job, tokenize, tokenizer
+from ttt_jax.data.prepare import files, job, tokenize, tokenizer
 from ttt_jax.storage.store import Store
 def here(work, units):
     for split, unit in units:

@@ -13,8 +13,9 @@ import tokenizers
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import embedded, engines, files, named_sources, synthetic, tokenize, tokenizer
-from ttt_jax.data.job import Job
+from ttt_jax.data import embedded, named_sources, synthetic
+from ttt_jax.data.prepare import engines, files, tokenize, tokenizer
+from ttt_jax.data.prepare.job import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store

@@ -21,7 +21,7 @@ from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.errors import DataError, NonFiniteLossError
 from ttt_jax.evaluation.likelihood import Score
 from ttt_jax.interop import harness, harness_files, harness_tasks

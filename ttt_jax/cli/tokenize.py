@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb and return its exit status."""
-    from ttt_jax.data import files
+    from ttt_jax.data.prepare import files
     from ttt_jax.storage.store import Store
 
     _check(options)
@@ -114,8 +114,8 @@ def _tokenize(
     options: argparse.Namespace, found: list, output: "Store", lock: WorkdirLock
 ) -> tuple[dict | None, signal.Signals | None]:
     """Return what the dataset is, None where a signal stopped the run before its end, and the signal."""
-    from ttt_jax.data import engines, lost_text, tokenize, tokenizer, train_bpe
-    from ttt_jax.data.job import Job
+    from ttt_jax.data.prepare import engines, lost_text, tokenize, tokenizer, train_bpe
+    from ttt_jax.data.prepare.job import Job
 
     skip = options.on_error == "skip"
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}

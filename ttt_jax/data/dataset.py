@@ -17,8 +17,8 @@ from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage.store import Store
 
 if TYPE_CHECKING:
-    from ttt_jax.data.files import InputFile
-    from ttt_jax.data.job import Job
+    from ttt_jax.data.prepare.files import InputFile
+    from ttt_jax.data.prepare.job import Job
 
 FORMAT = "ttt_jax tokens"
 VERSION = 1

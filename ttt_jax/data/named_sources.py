@@ -9,10 +9,11 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax.data import dataset, embedded, files, official, synthetic, task_source
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data import dataset, embedded, official, synthetic, task_source
+from ttt_jax.data.dataset import UNFINISHED
+from ttt_jax.data.prepare import files
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.data.tokenize import UNFINISHED
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 

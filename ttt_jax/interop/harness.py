@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ttt_jax.data import named_sources
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.errors import ConfigError, NonFiniteLossError
 from ttt_jax.evaluation.likelihood import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, loaded, steps

@@ -4,8 +4,8 @@ import ml_collections
 import numpy as np
 
 from ttt_jax.data import dataset, named_sources, task_source
+from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 

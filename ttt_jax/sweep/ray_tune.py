@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax import extras
-from ttt_jax.data import engines
+from ttt_jax.data.prepare import engines
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.sweep import record

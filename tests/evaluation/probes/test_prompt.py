@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.evaluation.probes import haystack as haystack_lib
 from ttt_jax.evaluation.probes import needle, prompt

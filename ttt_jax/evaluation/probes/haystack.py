@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.data import files
+from ttt_jax.data.prepare import files
+from ttt_jax.data.prepare.tokenizer import Decode
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.data.tokenizer import Decode
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle
 

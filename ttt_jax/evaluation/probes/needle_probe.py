@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle, prompt
 from ttt_jax.evaluation.probes.cells import Cell, Cells

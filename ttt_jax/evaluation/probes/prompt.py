@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.data.tokenizer import Encode
+from ttt_jax.data.prepare.tokenizer import Encode
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle as needle_lib
 from ttt_jax.evaluation.probes.haystack import Haystack

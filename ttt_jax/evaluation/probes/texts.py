@@ -6,8 +6,8 @@ from typing import NamedTuple
 import ml_collections
 
 from ttt_jax.data import named_sources
-from ttt_jax.data import tokenizer as tokenizer_lib
-from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import haystack as haystack_lib
 from ttt_jax.evaluation.probes.haystack import Haystack

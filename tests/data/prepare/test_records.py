@@ -12,8 +12,8 @@ import pytest
 from backports import zstd
 from hypothesis import strategies as st
 
-from ttt_jax.data import records
-from ttt_jax.data.records import Position, Problem
+from ttt_jax.data.prepare import records
+from ttt_jax.data.prepare.records import Position, Problem
 
 BOM = b"\xef\xbb\xbf"
 START = Position()

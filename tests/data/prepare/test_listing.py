@@ -7,8 +7,8 @@ import fsspec
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import files, tokenize, tokenizer
-from ttt_jax.data.job import Job
+from ttt_jax.data.prepare import files, tokenize, tokenizer
+from ttt_jax.data.prepare.job import Job
 from ttt_jax.storage.store import Store
 
 BYTES = Job(tokenizer.byte(), 256, 257)

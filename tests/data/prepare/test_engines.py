@@ -12,9 +12,9 @@ import corpus
 import numpy as np
 import pytest
 
-from ttt_jax.data import engines, records, tokenizer
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import engines, records, tokenizer
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 
@@ -133,8 +133,8 @@ PARENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import itertools
-from ttt_jax.data import engines, tokenizer, records
-from ttt_jax.data.job import Job
+from ttt_jax.data.prepare import engines, tokenizer, records
+from ttt_jax.data.prepare.job import Job
 unit = records.Unit("values", ["a"], 1, None, records.Position(1))
 for _ in engines.processes(2)(Job(tokenizer.byte(), 256, 257), itertools.repeat(("train", unit))):
     print("working", flush=True)

@@ -9,9 +9,9 @@ import corpus
 import pytest
 
 from ttt_jax import cli
-from ttt_jax.data import engines, tokenizer
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import engines, tokenizer
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.data import array, dataset, records, request
-from ttt_jax.data.engines import Engine
-from ttt_jax.data.files import InputFile, check_unchanged, with_content
-from ttt_jax.data.job import Job, Piece
-from ttt_jax.data.records import Position
+from ttt_jax.data import array, dataset
+from ttt_jax.data.prepare import records, request
+from ttt_jax.data.prepare.engines import Engine
+from ttt_jax.data.prepare.files import InputFile, check_unchanged, with_content
+from ttt_jax.data.prepare.job import Job, Piece
+from ttt_jax.data.prepare.records import Position
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import json_files, workdir_lock
 from ttt_jax.storage.store import Store

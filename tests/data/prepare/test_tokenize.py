@@ -10,9 +10,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import dataset, records, tokenizer
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data import dataset
+from ttt_jax.data.prepare import records, tokenizer
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store

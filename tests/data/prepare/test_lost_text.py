@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from ttt_jax.data import lost_text, tokenizer
+from ttt_jax.data.prepare import lost_text, tokenizer
 
 LETTERS = "ABabäﬁ1 \n\t\x01"
 PIECES = [*LETTERS, "fi", "f", "i", "\u2581", "ab", "Ab", "?"]

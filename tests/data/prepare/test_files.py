@@ -9,8 +9,8 @@ import fsspec
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import files
-from ttt_jax.data.files import InputFile
+from ttt_jax.data.prepare import files
+from ttt_jax.data.prepare.files import InputFile
 
 EXPECTED = ".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with .zst, .zstd, .gz, .xz or .bz2"
 NAMES = """

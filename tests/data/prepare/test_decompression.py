@@ -8,7 +8,7 @@ import lzma
 import pytest
 from backports import zstd
 
-from ttt_jax.data import decompression
+from ttt_jax.data.prepare import decompression
 
 PACK = {"zst": zstd.compress, "zstd": zstd.compress, "gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
 CONTENT = bytes(range(256)) * 40

@@ -4,9 +4,9 @@ import hashlib
 import itertools
 from typing import Any
 
-from ttt_jax.data import records
-from ttt_jax.data.files import InputFile
-from ttt_jax.data.records import Position, Unit
+from ttt_jax.data.prepare import records
+from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.data.prepare.records import Position, Unit
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 from ttt_jax.terminal.wording import counted

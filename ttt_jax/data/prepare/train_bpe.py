@@ -9,11 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ttt_jax.data import dataset, records, request
-from ttt_jax.data.files import InputFile, with_content
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import UNFINISHED, check_empty
-from ttt_jax.data.tokenizer import Tokenizer, from_huggingface
+from ttt_jax.data import dataset
+from ttt_jax.data.prepare import records, request
+from ttt_jax.data.prepare.files import InputFile, with_content
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import UNFINISHED, check_empty
+from ttt_jax.data.prepare.tokenizer import Tokenizer, from_huggingface
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ttt_jax.data import decompression, listing
+from ttt_jax.data.prepare import decompression, listing
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.terminal.wording import counted, first_few
 

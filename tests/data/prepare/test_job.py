@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import job as job_lib
-from ttt_jax.data import tokenizer
-from ttt_jax.data.job import Job
-from ttt_jax.data.records import Position, Problem, Unit
+from ttt_jax.data.prepare import job as job_lib
+from ttt_jax.data.prepare import tokenizer
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.records import Position, Problem, Unit
 from ttt_jax.data.token_source import TokenSource
 
 BYTE = tokenizer.byte()

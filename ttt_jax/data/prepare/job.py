@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.data import records
-from ttt_jax.data.tokenizer import Encode, Tokenizer
+from ttt_jax.data.prepare import records
+from ttt_jax.data.prepare.tokenizer import Encode, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

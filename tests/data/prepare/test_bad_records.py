@@ -12,9 +12,9 @@ import pytest
 from backports import zstd
 from pyarrow import parquet
 
-from ttt_jax.data import records
-from ttt_jax.data.files import InputFile
-from ttt_jax.data.records import Position, Problem
+from ttt_jax.data.prepare import records
+from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.data.prepare.records import Position, Problem
 
 TWO = corpus.jsonl(["a", "b"])
 START = Position()

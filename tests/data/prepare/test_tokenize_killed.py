@@ -16,11 +16,11 @@ ROOT = Path(corpus.__file__).parents[2]
 # As ``ttt tokenize``, with pieces so small that a few kB are hundreds of them, and a save after each.
 PROGRAM = """
 import sys
-from ttt_jax.data import engines, files, tokenizer
+from ttt_jax.data.prepare import engines, files, tokenizer
 from ttt_jax.errors import DataError
-from ttt_jax.data.job import Job
+from ttt_jax.data.prepare.job import Job
 from ttt_jax.storage.store import Store
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare.tokenize import tokenize
 
 output, fraction, *patterns = sys.argv[1:]
 job = Job(tokenizer.byte(), 256, 257, validation_fraction=float(fraction), split_seed=1)

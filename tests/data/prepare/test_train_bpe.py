@@ -17,10 +17,10 @@ import tokenizers
 from hypothesis import strategies as st
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import engines, tokenizer, train_bpe
-from ttt_jax.data.files import InputFile
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import engines, tokenizer, train_bpe
+from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store

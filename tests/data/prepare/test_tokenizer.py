@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors, trainers
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 
 SPELLED = "<s>the river</s> <|bos|><s> bent <pad>"
 

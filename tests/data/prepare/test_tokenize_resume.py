@@ -12,9 +12,9 @@ import corpus
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import tokenizer
-from ttt_jax.data.job import Job
-from ttt_jax.data.tokenize import tokenize
+from ttt_jax.data.prepare import tokenizer
+from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 

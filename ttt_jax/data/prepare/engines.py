@@ -15,8 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ttt_jax import extras
-from ttt_jax.data.job import Job, Part, tokenize
-from ttt_jax.data.records import Unit
+from ttt_jax.data.prepare.job import Job, Part, tokenize
+from ttt_jax.data.prepare.records import Unit
 from ttt_jax.errors import ConfigError, DataError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from ttt_jax.data import job as job_lib
-from ttt_jax.data import records
-from ttt_jax.data import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare import job as job_lib
+from ttt_jax.data.prepare import records
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 
 LETTERS = "pqrs<>/\u2581"
 CONTROL = ("<unk>", "<s>", "</s>")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.data.prepare.tokenizer import Tokenizer
 
 _WITH_AND_WITHOUT = {
     "line ends": ("a\nb", "a b"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax import extras
-from ttt_jax.data import files, special_tokens
+from ttt_jax.data.prepare import files, special_tokens
 from ttt_jax.errors import ConfigError
 
 Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS

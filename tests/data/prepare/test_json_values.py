@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from ttt_jax.data import json_values
-from ttt_jax.data.json_values import Malformed, RestError
+from ttt_jax.data.prepare import json_values
+from ttt_jax.data.prepare.json_values import Malformed, RestError
 
 
 def read(content, block=1 << 16):

@@ -1,0 +1,1 @@
+"""Turn files of text into datasets of tokens."""
