@@ -23,7 +23,7 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
-from ttt_jax.terminal.exit_status import DONE, RESTART
+from ttt_jax.terminal.stopping import DONE, RESTART
 from ttt_jax.training import compiled_step, metrics
 from ttt_jax.training.checkpoint import Checkpoints
 

@@ -32,7 +32,7 @@ from ttt_jax.storage.store import Store
 from ttt_jax.sweep import record, sweep_file
 from ttt_jax.training import compiled_step, metrics, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.goodput import Goodput
+from ttt_jax.training.report import Goodput
 
 SEEDS = {"flip": 6, "cut": 4, "empty": 1, "delete": 1, "foreign": 1, "duplicate": 2}
 SAID = (ConfigError, DataError, CheckpointError, OSError)  # what a command tells of in one line

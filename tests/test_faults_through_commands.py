@@ -14,7 +14,7 @@ from ttt_jax.data.prepare import engines
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
-from ttt_jax.terminal.exit_status import DONE, FAILED, REFUSED
+from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED
 from ttt_jax.training import metrics
 
 RUN, EVAL = "sweep/a", "sweep/a/eval/validation-32"

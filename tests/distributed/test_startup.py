@@ -13,7 +13,7 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.distributed import startup
-from ttt_jax.terminal.exit_status import RESTART
+from ttt_jax.terminal.stopping import RESTART
 
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID JAX_PLATFORMS TPU_WORKER_HOSTNAMES MEGASCALE_NUM_SLICES "

@@ -9,7 +9,7 @@ import pytest
 from stand_ins import ROOT, StandIns
 
 from ttt_jax.launch import versions
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 NASTY = 'it\'s "$(TTT_JAX_COMMAND)" $$ `id`; \\ $HOME *\nsecond line é'
 WAITS = {"gke._POLL": 0.05, "stream.LAST_WORDS": 0.3, "commands.FIRST_WAIT": 0.05}

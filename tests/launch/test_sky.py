@@ -13,7 +13,7 @@ from stand_ins import ROOT, StandIns
 
 from ttt_jax.launch import versions
 from ttt_jax.launch.sky import Record
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 NASTY = 'it\'s "$(touch pwned)" `id`; !! \\ $HOME *\nsecond line é😀\x7f'
 WAITS = {"sky._POLL": 0.05, "stream.LAST_WORDS": 0.5, "commands.FIRST_WAIT": 0.05}

@@ -8,7 +8,7 @@ import sys
 import pytest
 from stand_ins import ROOT, StandIns
 
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 NASTY = 'it\'s "$(touch pwned)" `id`; \\ $HOME *\nsecond line é'
 WAITS = {"slurm._POLL": 0.05, "commands.FIRST_WAIT": 0.05}

@@ -10,7 +10,7 @@ import time
 import pytest
 from stand_ins import ROOT, StandIns
 
-from ttt_jax.terminal.exit_status import INTERRUPTED
+from ttt_jax.terminal.stopping import INTERRUPTED
 from ttt_jax.training import metrics
 
 TINY = {

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ttt_jax.storage.bucket_file import BucketFile
+from ttt_jax.storage.writing import BucketFile
 
 
 class Place:

@@ -8,7 +8,7 @@ import pytest
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.distributed import startup
-from ttt_jax.storage.cache_folder import cache_folder
+from ttt_jax.storage.workdir import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_jax.storage import json_files
+from ttt_jax.storage import json_files, writing
 
 CONTENT = {"a": 1, "b": [1.5, None, "x"], "c": {"d": True}}
 RECORDS = [{"step": step, "loss": 1 / step, "tokens": 128 * step} for step in range(1, 6)]
@@ -16,7 +16,7 @@ LINES = "".join(map(json_files.sealed_line, RECORDS)).encode()
 
 def test_an_object_comes_back_without_its_hash(tmp_path):
     path = tmp_path / "x.json"
-    json_files.write_atomically(path, json.dumps(json_files.sealed(CONTENT), indent=2) + "\n")
+    writing.write_atomically(path, json.dumps(json_files.sealed(CONTENT), indent=2) + "\n")
     assert list(json.loads(path.read_text())) == [*CONTENT, "sha256"]
     assert json_files.read_object(path) == CONTENT
     path.write_text(json.dumps(CONTENT))  # of before there were hashes
@@ -104,7 +104,7 @@ def test_lines_that_are_left_out_are_named(tmp_path, capsys):
 def test_files_set_aside_keep_their_content(tmp_path):
     for content in ("first", "second"):
         (tmp_path / "x.json").write_text(content)
-        json_files.set_aside(tmp_path / "x.json")
+        writing.set_aside(tmp_path / "x.json")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "x.json.damaged": "first",
         "x.json.damaged-2": "second",

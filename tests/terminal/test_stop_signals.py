@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from ttt_jax.terminal.stop_signals import SecondCtrlC
+from ttt_jax.terminal.stopping import SecondCtrlC
 
 PROGRAM = """
 import hashlib, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from ttt_jax.terminal.stop_signals import SecondCtrlC, StopSignals
+from ttt_jax.terminal.stopping import SecondCtrlC, StopSignals
 
 def hang():  # as a compiler does, which does not come back to Python
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 29)

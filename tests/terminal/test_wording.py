@@ -1,6 +1,6 @@
 """Words of messages."""
 
-from ttt_jax.terminal.wording import counted, first_few
+from ttt_jax.terminal.console import counted, first_few
 
 
 def test_one_is_not_many():

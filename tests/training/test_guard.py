@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from ttt_jax.training import guard as guard_lib
-from ttt_jax.training.guard import WINDOW
+from ttt_jax.training import optimizer as optimizer_lib
+from ttt_jax.training.optimizer import WINDOW
 from ttt_jax.training.step import TrainState, initial_state, train_step
 
-judge = jax.jit(guard_lib.judge, static_argnums=2)
+judge = jax.jit(optimizer_lib.judge, static_argnums=2)
 bad = st.sampled_from([np.inf, -np.inf, np.nan])
 norms = st.lists(st.one_of(st.floats(0.125, 30, width=32), bad), min_size=1, max_size=40)
 
@@ -34,7 +34,7 @@ def numpy_guard(sequence, factor):
 @hypothesis.settings(max_examples=30)
 def test_like_numpy(tail, before, factor):
     sequence = [*np.random.default_rng(before).uniform(0.5, 2, before).astype(np.float32), *tail]
-    state, found = guard_lib.initial_state(), []
+    state, found = optimizer_lib.initial_guard(), []
     for norm in sequence:
         allowed, state = judge(state, jnp.float32(norm), factor)
         found.append(bool(allowed))
@@ -45,7 +45,7 @@ def test_like_numpy(tail, before, factor):
 
 
 def test_a_level_that_lasts_is_accepted():
-    state = guard_lib.initial_state()
+    state = optimizer_lib.initial_guard()
     for _ in range(WINDOW):
         _, state = judge(state, jnp.float32(1), 3.0)
     allowed = []
@@ -58,7 +58,7 @@ def test_a_level_that_lasts_is_accepted():
 
 @pytest.mark.parametrize("norm", [np.nan, np.inf, 1e9])
 def test_without_a_factor_every_update_is_made(norm):
-    state = guard_lib.initial_state()
+    state = optimizer_lib.initial_guard()
     for _ in range(WINDOW):
         _, state = judge(state, jnp.float32(1), 0.0)
     allowed, state = judge(state, jnp.float32(norm), 0.0)

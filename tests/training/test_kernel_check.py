@@ -13,7 +13,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
 from ttt_jax.kernels import choice, run, self_check
 from ttt_jax.kernels.self_check import Family
-from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import compiled_step, kernel_check, loop, metrics
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 

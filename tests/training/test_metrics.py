@@ -9,7 +9,7 @@ import types
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.storage import json_files
+from ttt_jax.storage import writing
 from ttt_jax.training import metrics
 
 
@@ -38,9 +38,9 @@ def test_a_line_cut_short_is_dropped(tmp_path, torn):
 
 def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "file"
-    json_files.write_atomically(path, "old")
+    writing.write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        json_files.write_atomically(path, "new \ud800")
+        writing.write_atomically(path, "new \ud800")
     assert path.read_text() == "old"
 
 

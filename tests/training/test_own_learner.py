@@ -13,7 +13,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
 from ttt_jax.models import build
 from ttt_jax.storage import json_files
-from ttt_jax.training import loop, own_learner, run_config
+from ttt_jax.training import loop, resume, run_config
 from ttt_jax.training.checkpoint import Checkpoints
 
 NAME = "ttt_learner_of_a_test:gated"
@@ -164,4 +164,4 @@ def test_no_learner_is_taken_from_the_workdir(copy, monkeypatch, tiny_config):
 
 def test_registered_learners_have_no_source(tiny_config):
     config = tiny_config({"model.ttt.learner": "linear"})
-    assert own_learner.with_source(config) == config
+    assert resume.with_source(config) == config

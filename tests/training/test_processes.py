@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.data import named_sources, pipeline
-from ttt_jax.terminal.exit_status import FAILED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import FAILED, REFUSED, RESTART
 from ttt_jax.training import loop, metrics
 
 pytestmark = pytest.mark.slow

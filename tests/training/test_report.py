@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from ttt_jax.data.pipeline import Feed
 from ttt_jax.errors import DataError, NonFiniteLossError
 from ttt_jax.storage import json_files
-from ttt_jax.training import goodput, report
-from ttt_jax.training.feed import Feed
+from ttt_jax.training import report
 
 
 class Clock:
@@ -42,7 +42,6 @@ class Lines(list):
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(report, "time", clock)
-    monkeypatch.setattr(goodput, "time", clock)
     return clock
 
 
@@ -53,7 +52,7 @@ def numbers(loss=2.0, norm=1.0, **more):
 def test_times_of_a_step_that_waited(tmp_path, clock):
     """A run of 4 chips of 100 FLOP/s; a step of 1200 FLOPs and 600 tokens that takes 6 s, 2 of them for data."""
     lines = Lines()
-    output = report.Output(lines, lines, goodput.Goodput(tmp_path, useful=16.0), log_every=1)
+    output = report.Output(lines, lines, report.Goodput(tmp_path, useful=16.0), log_every=1)
     steps = report.Report(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
     clock.now += 10  # start-up
     steps.waited("compile_seconds", 10, within_step=False)
@@ -80,13 +79,13 @@ def test_times_of_a_step_that_waited(tmp_path, clock):
 
 def test_goodput_over_restarts(tmp_path, clock):
     """Started at 1000; 30 useful seconds up to the checkpoint, then 10 that were lost; restarted after 100."""
-    first = goodput.Goodput(tmp_path)
+    first = report.Goodput(tmp_path)
     first.add(30.0)
     saved = first.useful
     first.add(10.0)
     assert json_files.read_object(tmp_path / "started.json") == {"unix_time": 1000.0}
     clock.now = 1100.0
-    again = goodput.Goodput(tmp_path, saved)
+    again = report.Goodput(tmp_path, saved)
     again.add(20.0)
     clock.now = 1125.0
     assert again.share() == pytest.approx((30 + 20) / 125)
@@ -94,7 +93,7 @@ def test_goodput_over_restarts(tmp_path, clock):
 
 def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
     lines = Lines()
-    output = report.Output(lines, lines, goodput.Goodput(tmp_path), log_every=1)
+    output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=1)
     steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
     steps.start()
     steps(1, numbers())
@@ -144,7 +143,7 @@ def test_a_feed_is_one_batch_ahead():
 
 def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):
     lines = Lines()
-    output = report.Output(lines, lines, goodput.Goodput(tmp_path), log_every=4)
+    output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=4)
     steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
     steps.start()
     for step in range(1, 7):

@@ -41,7 +41,7 @@ def test_learning_rate_schedule():
 @pytest.mark.parametrize(("mixer", "expected"), [("ttt_mlp", [0.1, 0.55, 1.0, 1.0]), ("ttt_linear", [1.0] * 4)])
 def test_inner_learning_rate_warms_up_for_ttt_mlp_only(mixer, expected, tiny_config):
     config = tiny_config({"model.mixer": mixer, "optimizer.warmup": "10 steps"})
-    _, warmup = compiled_step.schedules(config)
+    _, warmup = optimizer_lib.schedules(config)
     rates = ttt_loop.base_lr_start(config.model), ttt_loop.base_lr(config.model)
     found = [warmup_scale(*rates, warmup(jnp.asarray(k))) for k in (0, 5, 10, 20)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -18,8 +18,7 @@ from ttt_jax.cli.options import add_processes
 from ttt_jax.errors import CheckpointError, ConfigError, DataError, LaunchError, NonFiniteLossError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import LockLostError
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
-from ttt_jax.terminal.stop_signals import SecondCtrlC
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART, SecondCtrlC
 
 _WAIT_FOR_OTHERS = ("sweep", "launch")  # verbs that end other processes first at a second Ctrl-C
 _DESCRIPTION = """\

@@ -14,7 +14,7 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import Duration
-from ttt_jax.terminal.exit_status import DONE, REFUSED
+from ttt_jax.terminal.stopping import DONE, REFUSED
 
 DESCRIPTION = """\
 Prints the config that a command with the same arguments would use, and runs nothing: a line of TOML for each key, with

@@ -12,7 +12,7 @@ from ttt_jax.cli.options import check_file, not_negative, positive
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\
 Tasks of EleutherAI's lm-evaluation-harness that ask for likelihoods, by a trained model with the tokenizer of its data.
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         check_file(options.output, "--output")
     from ttt_jax.distributed import startup
     from ttt_jax.interop import harness, harness_files, harness_tasks
-    from ttt_jax.storage.json_files import write_atomically
+    from ttt_jax.storage.writing import write_atomically
     from ttt_jax.terminal import console
 
     startup.use_compilation_cache()

@@ -15,7 +15,7 @@ from ttt_jax.cli.options import (
     positive,
 )
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\
 Draws what ttt eval and ttt inspect have written about runs.

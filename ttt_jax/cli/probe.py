@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ttt_jax.cli.options import SPLITS, at_least, check_file, counts, not_negative, positive
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from ttt_jax import extras, import_path
 from ttt_jax.cli import launch
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.storage.cache_folder import cache_folder
-from ttt_jax.storage.workdir import Workdir
+from ttt_jax.storage.workdir import Workdir, cache_folder
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, RESTART
 
 DESCRIPTION = """\
 Trains a model for each point of a sweep: the product of all --grid and --zip, for each --config. All configs are

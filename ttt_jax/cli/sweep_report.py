@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.exit_status import DONE
+from ttt_jax.terminal.stopping import DONE
 
 STATUS = """\
 Where the points of a sweep stand: read from its files, so on any machine that sees them.

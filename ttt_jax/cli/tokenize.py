@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.status_line import StatusLine, duration
-from ttt_jax.terminal.stop_signals import StopSignals
-from ttt_jax.terminal.wording import counted
+from ttt_jax.terminal.console import counted, duration
+from ttt_jax.terminal.status_line import StatusLine
+from ttt_jax.terminal.stopping import StopSignals
 
 if TYPE_CHECKING:
     from ttt_jax.storage.store import Store

@@ -9,7 +9,9 @@ numbers of windows for which grain's shuffle is not a permutation.
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -109,3 +111,35 @@ def stacked(rows: list[Batch], batch_size: int) -> Batch:
     """Rows [T] to a batch [B, T], filled up with rows that are masked throughout."""
     rows = rows + [{key: np.zeros_like(x) for key, x in rows[0].items()}] * (batch_size - len(rows))
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class Feed:
+    """Holds the next batch ready, so that one that cannot be read is known a step before it is needed: in time for all
+    processes to stop at the same step.
+
+    Attributes:
+      problem: why there is no next batch; None while there is one.
+      waited: seconds spent waiting for data, since it was last set to 0.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]]):
+        self._batches = batches
+        self._next: dict[str, Any] | None = None
+        self.problem: DataError | None = None
+        self.waited = 0.0
+        self._fetch()
+
+    def take(self) -> dict[str, Any]:
+        """The next batch; the one after it is fetched."""
+        batch = self._next
+        assert batch is not None, self.problem
+        self._fetch()
+        return batch
+
+    def _fetch(self) -> None:
+        start = time.monotonic()
+        try:
+            self._next = next(self._batches)
+        except DataError as error:
+            self._next, self.problem = None, error
+        self.waited += time.monotonic() - start

@@ -18,8 +18,8 @@ import jax
 from ttt_jax.distributed.exchange import describe
 from ttt_jax.distributed.watchdog import Watchdog
 from ttt_jax.errors import ConfigError
-from ttt_jax.storage.cache_folder import cache_folder
-from ttt_jax.terminal.exit_status import FAILED, INTERRUPTED, RESTART
+from ttt_jax.storage.workdir import cache_folder
+from ttt_jax.terminal.stopping import FAILED, INTERRUPTED, RESTART
 
 _SURELY, _PERHAPS = "surely", "perhaps"
 _FOREVER = 7 * 24 * 3600  # for JAX, which aborts the process without a word of where it was; our own limit is shorter

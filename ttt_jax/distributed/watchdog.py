@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ttt_jax.terminal.exit_status import RESTART
+from ttt_jax.terminal.stopping import RESTART
 
 
 class Watchdog:

@@ -14,6 +14,7 @@ import numpy as np
 from ttt_jax.evaluation.catalogue import short_hash
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.storage.writing import write_atomically
 
 _SECONDS_BETWEEN_PARTS = 10.0
 _PLAN = "plan.json"  # the identity of the evaluation
@@ -73,7 +74,7 @@ class Unfinished:
                 self._folder.mkdir(parents=True, exist_ok=True)
             if not self._written:
                 json_files.write_object(self._folder / _PLAN, self._identity)
-            _write(self._folder / name, content.getvalue())
+            write_atomically(self._folder / name, content.getvalue())
         self._written += len(self._waiting)
         self._waiting, self._clock = [], time.monotonic()
 
@@ -132,12 +133,3 @@ def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequ
             return plain if all(there[key] == identity[key] for key in of_tokens) else own
         except (OSError, json_files.DamagedFile, KeyError):
             return plain
-
-
-def _write(path: Workdir, content: bytes) -> None:
-    """As a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp") if is_local(path) else path
-    with explained(path):
-        temporary.write_bytes(content)
-    if temporary != path:
-        temporary.replace(path)

@@ -17,7 +17,7 @@ from ttt_jax.launch.commands import CommandError, Commands
 from ttt_jax.launch.job import Job
 from ttt_jax.launch.jobset import PASSES, Cluster
 from ttt_jax.launch.shell_word import plain
-from ttt_jax.terminal.exit_status import RESTART
+from ttt_jax.terminal.stopping import RESTART
 
 DESCRIPTION = """\
 Runs a command of ttt as a workload of a GKE cluster that xpk has made: on all hosts of a TPU slice, or of several, in

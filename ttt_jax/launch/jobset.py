@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ttt_jax.launch import stream
 from ttt_jax.launch.commands import Commands, Retry
-from ttt_jax.terminal.exit_status import DONE, FAILED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 
 PASSES = Retry(
     on="Unable to connect to the server|TLS handshake timeout|connection (refused|reset)|i/o timeout|unexpected EOF|"

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.job import Job
-from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 
 class Queue(Protocol):

@@ -15,8 +15,8 @@ from ttt_jax.launch import accelerators, checks, lifecycle, stream, versions
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.job import Job
 from ttt_jax.launch.shell_word import plain
-from ttt_jax.storage.cache_folder import cache_folder
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.storage.workdir import cache_folder
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 DESCRIPTION = """\
 Runs a command of ttt as a managed job of SkyPilot, which finds machines for it, installs this source tree with the

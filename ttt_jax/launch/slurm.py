@@ -14,7 +14,7 @@ from ttt_jax.launch import checks, lifecycle
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.launch.job import Job
 from ttt_jax.launch.log_file import LogFile
-from ttt_jax.terminal.exit_status import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 DESCRIPTION = """\
 Runs a command of ttt as a job of Slurm, one process per GPU. Nothing is sent: the job uses this Python, this checkout

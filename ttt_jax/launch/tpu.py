@@ -8,7 +8,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.launch import accelerators, checks, tpu_run
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
-from ttt_jax.storage.cache_folder import cache_folder
+from ttt_jax.storage.workdir import cache_folder
 
 DESCRIPTION = """\
 Runs a command of ttt on all hosts of a slice of Cloud TPU, or of several: asks for them through a queued resource,

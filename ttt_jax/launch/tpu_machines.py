@@ -11,7 +11,7 @@ from ttt_jax.errors import LaunchError
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.queued_resource import LOST, NO_CAPACITY, QUEUED, QueuedResource
 from ttt_jax.terminal import console
-from ttt_jax.terminal.status_line import duration
+from ttt_jax.terminal.console import duration
 
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds between one attempt to have machines and the next
 

@@ -17,7 +17,7 @@ from ttt_jax.launch.lifecycle import sigterm_as_interrupt
 from ttt_jax.launch.queued_resource import QueuedResource
 from ttt_jax.launch.tpu_machines import Late, Machines, Stopped
 from ttt_jax.launch.workers import LogStream, Verdict, Worker, Workers, verdict
-from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 SAVE_LIMIT = 600  # seconds that a command has for saving when it is asked to stop
 OTHERS_LIMIT = 600  # seconds that the other hosts have when the first one has ended

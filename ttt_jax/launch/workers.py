@@ -15,7 +15,7 @@ from ttt_jax.launch import versions
 from ttt_jax.launch.commands import NEVER, Commands
 from ttt_jax.launch.job import Job
 from ttt_jax.launch.queued_resource import TRANSIENT
-from ttt_jax.terminal.exit_status import DONE, RESTART
+from ttt_jax.terminal.stopping import DONE, RESTART
 
 _Result = TypeVar("_Result")
 _STATUS = re.compile(r"^ttt-worker (\S+) (\S+) (\w+)(?: (\d+) (\d+))? *$", re.MULTILINE)

@@ -7,14 +7,14 @@ Files written before there were hashes carry neither, and are read without the c
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import zlib
 from typing import Any, NamedTuple
 
 from ttt_jax.errors import ConfigError
-from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.storage.workdir import Workdir, explained
+from ttt_jax.storage.writing import write_atomically
 
 HASH = "sha256"
 _LAST = re.compile(rb', "([^"]*)": (\d{1,10})}\s*$')
@@ -37,24 +37,6 @@ class Lines(NamedTuple):
     texts: list[str]
     records: list[dict[str, Any]]
     problems: dict[int, str]
-
-
-def write_atomically(path: Workdir, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, finds the old one or the new one."""
-    if not is_local(path):
-        with explained(path):
-            path.write_text(text)  # an object is there once all of it is
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with explained(path), temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
 
 
 # ---- Objects
@@ -187,15 +169,6 @@ def tell(message: str) -> None:
     if message not in _told:
         _told.add(message)
         print(message, file=sys.stderr, flush=True)
-
-
-def set_aside(path: Workdir) -> str:
-    """Rename a file to ``NAME.damaged`` (or ``.damaged-2``, ...), so that it can be written anew; returns the name."""
-    names = (f"{path.name}.damaged" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
-    aside = next(other for other in (path.with_name(name) for name in names) if not other.exists())
-    with explained(path):
-        path.rename(aside)
-    return aside.name
 
 
 def _record(line: bytes) -> tuple[dict[str, Any] | None, str]:

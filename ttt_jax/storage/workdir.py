@@ -104,3 +104,15 @@ def explained(path: Workdir) -> Iterator[None]:
         if is_local(path) or isinstance(error, FileNotFoundError):
             raise
         raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def cache_folder() -> Path:
+    """Return ``ttt_jax`` in the user's cache folder, which need not exist.
+
+    Raises:
+      ConfigError: where the user has no home folder, as in some containers, and XDG_CACHE_HOME is not set.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_jax"
+    except RuntimeError as error:  # of Path.home
+        raise ConfigError("no home folder to keep files in; expected XDG_CACHE_HOME to be set to a folder") from error

@@ -13,8 +13,8 @@ from ttt_jax.sweep import record
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.process import LOG, Busy, Process, in_words
 from ttt_jax.sweep.record import Record
-from ttt_jax.terminal.exit_status import DONE, INTERRUPTED, RESTART
-from ttt_jax.terminal.status_line import duration
+from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 _LONGEST_PAUSE = 60.0  # seconds before a point is started again
 _BUSY_PAUSE = 1.0

@@ -23,7 +23,7 @@ from ttt_jax.sweep import record
 from ttt_jax.sweep.follow import Follower
 from ttt_jax.sweep.point_run import PointRun
 from ttt_jax.sweep.points import Point
-from ttt_jax.terminal.stop_signals import StopSignals
+from ttt_jax.terminal.stopping import StopSignals
 
 try:
     import ray

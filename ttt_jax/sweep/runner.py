@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ttt_jax.sweep.point_run import PointRun
 from ttt_jax.sweep.points import Point
-from ttt_jax.terminal.stop_signals import StopSignals
+from ttt_jax.terminal.stopping import StopSignals
 
 _POLL = 0.1  # seconds
 

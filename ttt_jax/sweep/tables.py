@@ -11,7 +11,7 @@ from ttt_jax import finite
 from ttt_jax.sweep import names, record
 from ttt_jax.sweep.results import Result
 from ttt_jax.sweep.status import WAITING, Standing, in_short
-from ttt_jax.terminal.status_line import duration
+from ttt_jax.terminal.console import duration
 
 _STYLES = {
     record.RUNNING: "cyan",

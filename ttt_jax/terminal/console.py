@@ -1,6 +1,7 @@
 """Consoles that show names and values as they are: brackets are no markup, and colons around a word no emoji."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,3 +17,20 @@ def literal(**options: Any) -> Console:
 def output() -> Console:
     """Return standard output, as wide as the terminal, or as wide as it takes."""
     return literal(width=None if sys.stdout.isatty() else _WIDE)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 file``, ``2,000 files``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names in one line, and a sign that there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, and hours where there are some."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -51,10 +51,3 @@ class StatusLine:
         """Leaves the terminal as it was."""
         if self._bar:
             self._bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are some."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -11,7 +11,6 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.models import build
 from ttt_jax.models.language_model import LanguageModel
@@ -74,7 +73,7 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     """
     model = build.language_model(config.model)
     o = config.optimizer
-    learning_rate, inner_lr_warmup = schedules(config)
+    learning_rate, inner_lr_warmup = optimizer_lib.schedules(config)
     optimizer = optimizer_lib.adamw(
         learning_rate,
         beta1=o.beta1,
@@ -102,13 +101,6 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
         sharding.batch_sharding(mesh, rules),
         abstract,
     )
-
-
-def schedules(config: ml_collections.ConfigDict) -> tuple[optimizer_lib.Schedule, optimizer_lib.Schedule]:
-    """Return the learning rate, and how far the warm-up of inner learning rates has come, by optimizer steps taken."""
-    o, warmup = config.optimizer, config_lib.steps(config, "optimizer.warmup")
-    total = config_lib.steps(config, "training.duration")
-    return optimizer_lib.learning_rate(o.peak_lr, o.end_lr, warmup, total), optimizer_lib.warmup(warmup)
 
 
 def _initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

@@ -19,6 +19,7 @@ import ml_collections
 import ttt_jax
 from ttt_jax import config as config_lib
 from ttt_jax.data import named_sources, pipeline, token_source
+from ttt_jax.data.pipeline import Feed
 from ttt_jax.distributed import chips, process_checks, sharding, startup
 from ttt_jax.distributed.agreement import Agreement
 from ttt_jax.distributed.watchdog import Watchdog
@@ -28,24 +29,20 @@ from ttt_jax.models import build, flops, parameter_count, pattern
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.storage.workdir_lock import LockLostError
-from ttt_jax.terminal.stop_signals import StopSignals
+from ttt_jax.terminal.stopping import StopSignals
 from ttt_jax.training import (
     checkpoint,
     compiled_step,
     kernel_check,
     metrics,
-    own_learner,
     resume,
     run_config,
     validation,
 )
 from ttt_jax.training import start as start_lib
-from ttt_jax.training.feed import Feed
-from ttt_jax.training.goodput import Goodput
+from ttt_jax.training.optimizer import schedule_change
 from ttt_jax.training.profile import Profile
-from ttt_jax.training.progress import ProgressBar
-from ttt_jax.training.report import Output, Report
-from ttt_jax.training.schedule_change import schedule_change
+from ttt_jax.training.report import Goodput, Output, ProgressBar, Report
 
 _NO_DATA = 1  # a wish to stop, beside the numbers of signals
 _LOST = 1000  # the wish of a process whose workdir another command has taken over
@@ -86,7 +83,7 @@ def train(
     about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
     process_checks.check_same(about)
     if config_lib.own_learner(config) is not None:
-        config = process_checks.on_all(lambda: own_learner.found(config, workdir, accept_changed_learner))
+        config = process_checks.on_all(lambda: resume.found(config, workdir, accept_changed_learner))
         process_checks.check_same({"model.ttt.learner_source": config.model.ttt.learner_source})
     prepared = process_checks.on_all(lambda: _prepare(config, workdir))
     with process_checks.locked(workdir, "ttt train") as lock:
@@ -96,7 +93,7 @@ def train(
                 f"model.ttt.learner={config.model.ttt.learner!r}: has changed since the run began; accepted"
             )
             if jax.process_index() == 0:
-                own_learner.record(workdir, config.model.ttt.learner_source)
+                resume.record(workdir, config.model.ttt.learner_source)
         return _train(config, workdir, lock, *prepared)
 
 

@@ -2,15 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import json_files
-from ttt_jax.storage.bucket_file import BucketFile
-from ttt_jax.storage.json_files import write_atomically
 from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.storage.writing import AppendedFile, BucketFile, set_aside, write_atomically
 
 
 class MetricsWriter:
@@ -65,42 +63,20 @@ def read(workdir: Workdir) -> list[dict[str, float]]:
     return json_files.read_lines(workdir / "metrics.jsonl").records
 
 
-def _open(path: Workdir, step: int) -> "_LocalFile | BucketFile":
+def _open(path: Workdir, step: int) -> AppendedFile | BucketFile:
     """Return the file to append to, without the records after ``step``. A file with damaged lines is kept aside."""
     there = json_files.read_lines(path, tells=False)
     kept = "".join(
         text + "\n" for text, record in zip(there.texts, there.records, strict=True) if record["step"] <= step
     )
     if there.problems:
-        aside = json_files.set_aside(path)
+        aside = set_aside(path)
         json_files.tell(f"{json_files.left_out(path, there.problems)}, and the file is kept as {aside}")
     if not is_local(path):
         return BucketFile(path, kept)
     if kept or path.exists():
         write_atomically(path, kept)
-    return _LocalFile(path)
-
-
-class _LocalFile:
-    """A file to append lines to. Nothing is buffered, so that an error names the line's own call, and closing cannot
-    fail."""
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, path.open("ab", buffering=0)
-
-    def write(self, text: str) -> None:
-        """Append text; raises OSError that names the file."""
-        content = memoryview(text.encode())
-        with explained(self._path):
-            while content:
-                content = content[self._file.write(content) :]
-
-    def flush(self) -> None:
-        """Do nothing: all is written already."""
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    return AppendedFile(path)
 
 
 def _tensorboard(workdir: Workdir):

@@ -1,4 +1,4 @@
-"""What is known of each step, one step late."""
+"""Report progress, metrics and time spent waiting, one step late."""
 
 import math
 import time
@@ -7,9 +7,91 @@ import jax
 import numpy as np
 
 from ttt_jax.errors import NonFiniteLossError
+from ttt_jax.storage.json_files import DamagedFile, read_object, tell, write_object
+from ttt_jax.storage.workdir import Workdir
+from ttt_jax.storage.writing import set_aside
+from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.training import metrics
-from ttt_jax.training.goodput import Goodput
-from ttt_jax.training.progress import ProgressBar
+
+_NAME = "started.json"
+
+
+class Goodput:
+    """The clock of a run.
+
+    Args:
+      workdir: of the run; remembers when it was first started.
+      useful: seconds of useful steps up to the checkpoint that the run goes on from; steps after it are done again, so
+        their time was lost.
+    """
+
+    def __init__(self, workdir: Workdir, useful: float = 0.0):
+        path = workdir / _NAME
+        started = _read(path, useful)
+        if not path.exists():
+            write_object(path, {"unix_time": started})
+        self._started = started
+        self.useful = useful
+
+    def add(self, seconds: float) -> None:
+        """A step took so long, not counting what it waited for."""
+        self.useful += seconds
+
+    def share(self) -> float:
+        """Useful seconds per second since the first start."""
+        return self.useful / max(time.time() - self._started, self.useful, 1e-9)
+
+
+def _read(path: Workdir, useful: float) -> float:
+    """Return when the run was first started, as far as that is known. A damaged file is kept aside."""
+    try:
+        started = read_object(path).get("unix_time")
+        if isinstance(started, int | float) and 0 < started < math.inf:
+            return float(started)
+        problem = f"{path}: damaged: it holds no unix_time"
+    except (FileNotFoundError, NotADirectoryError):
+        return time.time()
+    except DamagedFile as error:
+        problem = str(error)
+    tell(f"{problem}; kept as {set_aside(path)}, goodput counts the useful time and from now on")
+    return time.time() - useful
+
+
+class ProgressBar:
+    """Step, loss, tokens per second, step time and time to the end.
+
+    Args:
+      total: steps of the whole run.
+      start: steps done before this process.
+      tokens_per_step: tokens of one global batch.
+    """
+
+    def __init__(self, total: int, start: int, tokens_per_step: int):
+        self._total, self._tokens = total, tokens_per_step
+        self._line = StatusLine(total, start, "compiling")
+
+    def compiling(self) -> None:
+        """Say that the training step is being compiled, which may take minutes."""
+        self._line.note("compiling the training step ...")
+
+    def compiled(self, seconds: float) -> None:
+        """Say how long that took."""
+        self._line.note(f"compiled in {seconds:.1f} s")
+
+    def update(self, step: int, loss: float, seconds_per_step: float) -> None:
+        """Shows where the run is."""
+        left = duration(seconds_per_step * (self._total - step))
+        self._line.show(
+            step,
+            f"step {step}/{self._total}  loss {loss:.4f}  {self._tokens / seconds_per_step:,.0f} tokens/s  "
+            f"{seconds_per_step:.3f} s/step  {left} left",
+        )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._line.close()
+
 
 _MOST_SKIPPED = 10  # updates without a finite gradient, one after the other: that is no spike
 

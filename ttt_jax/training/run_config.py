@@ -13,7 +13,7 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.storage import json_files
+from ttt_jax.storage import json_files, writing
 from ttt_jax.storage.json_files import DamagedFile
 from ttt_jax.storage.workdir import Workdir, explained, is_local
 
@@ -39,7 +39,7 @@ def write(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     try:
         json_files.read_object(workdir / NAME)
     except DamagedFile:
-        json_files.tell(f"{workdir / NAME}: kept as it was under the name {json_files.set_aside(workdir / NAME)}")
+        json_files.tell(f"{workdir / NAME}: kept as it was under the name {writing.set_aside(workdir / NAME)}")
     except (FileNotFoundError, NotADirectoryError):
         pass
     json_files.write_object(workdir / NAME, config.to_dict())

@@ -13,7 +13,7 @@ import optax
 from ttt_jax.distributed.activations import constrain
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.language_model import LanguageModel
-from ttt_jax.training import guard as guard_lib
+from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.loss import Batch, mean_over_rows, token_nll
 from ttt_jax.training.optimizer import Schedule
 
@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # optimizer steps taken, int32 scalar
     params: Any
     opt_state: Any
-    guard: guard_lib.GuardState
+    guard: optimizer_lib.GuardState
 
 
 Metrics = dict[str, jax.Array]
@@ -42,7 +42,7 @@ def train_step(
 
     ``learning_rate`` must be the optimizer's own; here it is only reported. With ``accumulation`` the batch is read
     in that many micro-batches, and the mean of their gradients is one step. With ``spike_factor`` an update may be left
-    out: see :mod:`ttt_jax.training.guard`.
+    out: see :func:`ttt_jax.training.optimizer.judge`.
 
     Metrics: ``loss`` before the update, ``grad_norm`` before clipping, ``learning_rate`` and ``inner_lr_warmup`` of
     this step; with ``spike_factor`` also ``skipped`` and ``skipped_in_a_row``, updates left out.
@@ -76,10 +76,10 @@ def train_step(
             "learning_rate": learning_rate(state.step),
             "inner_lr_warmup": jnp.asarray(warmup, jnp.float32),
         }
-        allowed, guard = guard_lib.judge(state.guard, norm, spike_factor)
+        allowed, guard = optimizer_lib.judge(state.guard, norm, spike_factor)
         if spike_factor:
             metrics.update(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row)
-            params, opt_state = guard_lib.choose(allowed, (params, opt_state), (state.params, state.opt_state))
+            params, opt_state = optimizer_lib.choose(allowed, (params, opt_state), (state.params, state.opt_state))
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return step
@@ -87,4 +87,4 @@ def train_step(
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard_lib.initial_state())
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), optimizer_lib.initial_guard())

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ttt_jax.data.prepare import decompression, listing
 from ttt_jax.errors import ConfigError, DataError
-from ttt_jax.terminal.wording import counted, first_few
+from ttt_jax.terminal.console import counted, first_few
 
 KINDS = ("jsonl", "json", "txt", "parquet")
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "blob_id")  # of gs:// (two), s3:// and hf://

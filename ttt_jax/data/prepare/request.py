@@ -9,7 +9,7 @@ from ttt_jax.data.prepare.files import InputFile
 from ttt_jax.data.prepare.records import Position, Unit
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
-from ttt_jax.terminal.wording import counted
+from ttt_jax.terminal.console import counted
 
 
 def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:

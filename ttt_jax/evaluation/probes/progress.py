@@ -3,7 +3,8 @@
 import sys
 import time
 
-from ttt_jax.terminal.status_line import StatusLine, duration
+from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.status_line import StatusLine
 
 
 class Progress:

@@ -1,17 +1,68 @@
-"""A file in a bucket that grows, though objects cannot be appended to."""
+"""Write files as a whole or line by line, on disks and in buckets."""
 
 import os
 import sys
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
-from ttt_jax.storage.workdir import Workdir, explained
+from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 _EVERY = 30.0  # seconds between copies
 _FLUSH_LIMIT = 10.0  # seconds that a run waits for its records, no more
 _CLOSE_LIMIT = 120.0
 _BLOCK = 1 << 20
+
+
+def write_atomically(path: Workdir, content: str | bytes) -> None:
+    """Replace a file as a whole: a reader, or a crash, finds the old one or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    if not is_local(path):
+        with explained(path):
+            path.write_bytes(data)  # an object exists once all of it is written
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with explained(path), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+
+
+def set_aside(path: Workdir) -> str:
+    """Rename a file to ``NAME.damaged`` (or ``.damaged-2``, ...), so that it can be written anew; returns the name."""
+    names = (f"{path.name}.damaged" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
+    aside = next(other for other in (path.with_name(name) for name in names) if not other.exists())
+    with explained(path):
+        path.rename(aside)
+    return aside.name
+
+
+class AppendedFile:
+    """A file to append lines to. Nothing is buffered, so that an error names the line's own call, and closing cannot
+    fail."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Append text; raises OSError that names the file."""
+        content = memoryview(text.encode())
+        with explained(self._path):
+            while content:
+                content = content[self._file.write(content) :]
+
+    def flush(self) -> None:
+        """Do nothing: all is written already."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class BucketFile:

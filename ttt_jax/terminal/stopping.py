@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first as a wish to stop at the next good moment, a second Ctrl-C as an end at once."""
+"""What the exit status of a command tells whoever started it."""
 
 import os
 import signal
@@ -7,7 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ttt_jax.terminal.exit_status import INTERRUPTED
+DONE = 0
+FAILED = 1  # the run cannot go on as it is: starting it again would fail again
+REFUSED = 2  # the command or the config is wrong
+RESTART = 75  # nothing is wrong with the run (EX_TEMPFAIL): the same command goes on where it stands
+INTERRUPTED = 130  # by Ctrl-C
+
 
 _GRACE = 1.0  # seconds that a command has to end by itself after a second Ctrl-C
 
