@@ -19,17 +19,17 @@ def main(topology: str = "v5e:1x1", *heads: str) -> None:
     device = topology_lib.devices(parsed)[0]
     import jax
 
-    from ttt_jax.benchmark import kernel_check
+    from ttt_jax.benchmark import inner_loop
 
     here = jax.sharding.SingleDeviceSharding(device)
     print(f"{device.device_kind}, jax {jax.__version__}")
-    print(f"{'':24}" + "".join(f"{name:>11}" for name in (*kernel_check.PARTS, "in all")))
+    print(f"{'':24}" + "".join(f"{name:>11}" for name in (*inner_loop.PARTS, "in all")))
     for kind in ("linear", "mlp"):
         for number in heads or ("12", "32"):
             for dtype in ("bf16", "f32"):
                 seconds = []
-                for part in kernel_check.PARTS:
-                    function, arguments = kernel_check.build(
+                for part in inner_loop.PARTS:
+                    function, arguments = inner_loop.build_self_check(
                         kind, int(number), dtype=dtype, part=part, device=device.device_kind
                     )
                     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import bundles, control, scalar
+from ttt_jax.benchmark.tpu_schedule import bundles
+from ttt_jax.benchmark.tpu_schedule import listing as listing_lib
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 
 KEY = """\
@@ -149,7 +150,7 @@ def test_another_form_is_an_error(text, rows, message):
 
 
 def test_a_loop_without_an_end(monkeypatch):
-    monkeypatch.setattr(scalar, "_MOST_SEGMENTS", 100)
+    monkeypatch.setattr(bundles, "_MOST_SEGMENTS", 100)
     with pytest.raises(ScheduleError, match="does not end within 100 runs"):
         counted("LB: > { %1 = sbr.rel target bundleno = 0 (0x0), region = 1 }", *["  : > {}"] * 4)
 
@@ -173,8 +174,8 @@ def test_the_program_between_operations():
         "  :  { %200 = inlined_call %s23_s0 /* %d = fusion(%b) */ }",
         "  :  {}",
     )
-    assert control.called(text) == ["a.1", "b", "c.fusion", "d"]
-    assert control.cycles(text, {"a.1": 1, "b": 10, "c.fusion": 40, "d": 1}) == {
+    assert listing_lib.called(text) == ["a.1", "b", "c.fusion", "d"]
+    assert listing_lib.cycles(text, {"a.1": 1, "b": 10, "c.fusion": 40, "d": 1}) == {
         "a.1": 2,
         "b": 10 * (2 + 6),
         "c.fusion": 40 * 7,

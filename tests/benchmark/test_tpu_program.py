@@ -2,8 +2,8 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import hlo_operations, parts
-from ttt_jax.planning import hlo_text
+from ttt_jax.benchmark.tpu_schedule import hlo_operations, report
+from ttt_jax.planning import hlo
 
 TEXT = """\
 HloModule jit_f, is_scheduled=true
@@ -174,7 +174,7 @@ def test_a_loop_of_unknown_trips():
     ],
 )
 def test_bytes_of_hbm(shape, size):
-    assert hlo_text.hbm_bytes(shape) == size
+    assert hlo.hbm_bytes(shape) == size
 
 
 def test_parts_of_a_step():
@@ -191,7 +191,7 @@ def test_parts_of_a_step():
         "jit(step)/add": "optimizer",
         "": "of unknown origin",
     }
-    assert {name: parts.of(name) for name in names} == names
+    assert {name: report.part_of(name) for name in names} == names
 
 
 def test_a_collective_within_a_fusion():

@@ -14,10 +14,10 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.benchmark import inner_loop
-from ttt_jax.benchmark.tpu_schedule import chips, compile, report
+from ttt_jax.benchmark.tpu_schedule import compile, report
 from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
-from ttt_jax.benchmark.tpu_schedule.schedule import measure
+from ttt_jax.benchmark.tpu_schedule.schedule import CLOCKED, measure
 from ttt_jax.config import ConfigError
 
 pytestmark = pytest.mark.usefixtures("for_libtpu")
@@ -138,7 +138,7 @@ def test_other_chips():
     for topology, products in (("v6e:1x1", 2 * 2 * 256 * 256), ("v5p:1x1x1", 2 * 4 * 128 * 128)):
         schedule = measure(Function(KNOWN), topology)
         assert 1 <= cycles_of(schedule, "product") / (4096**3 / products) < 1.05
-        assert chips.CLOCKED[topology[:3]].clock == pytest.approx(1.75e9, rel=0.01)
+        assert CLOCKED[topology[:3]].clock == pytest.approx(1.75e9, rel=0.01)
         assert schedule.hbm_bytes > COPIED
 
 

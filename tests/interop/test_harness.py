@@ -24,8 +24,8 @@ from lm_eval.api.registry import get_model
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.errors import DataError, NonFiniteLossError
 from ttt_jax.evaluation.likelihood import Score
-from ttt_jax.interop import harness, harness_files, harness_tasks
-from ttt_jax.interop.prefix import prefix_token_of
+from ttt_jax.interop import harness, harness_tasks
+from ttt_jax.interop.harness import prefix_token_of
 
 TRAINING, BOS, LONGEST = 16, 256, 64
 QUESTIONS = [
@@ -322,23 +322,23 @@ def test_the_prefix_token_is_one_of_the_training_data(tmp_path, options, bos, ex
 
 def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
     names = [
-        harness_files.name_of("a/b", **options)
+        harness_tasks.file_name("a/b", **options)
         for options in ({}, {"num_fewshot": 0}, {"max_length": 64}, {"prefix_token": 0}, {"tokenizer": "0123456789"})
     ]
     assert names == ["a_b", "a_b-0-shot", "a_b-windows-64", "a_b-prefix-0", "a_b-tokenizer-01234567"]
     about = {"task": "a/b", "max_length": None, "num_fewshot": 0, "identity": "11", "model_step": 5}
     other = {**about, "task": "a_b", "identity": "22"}
-    assert harness_files.save(tmp_path, "a_b", about) == str(tmp_path / "a_b.json")
+    assert harness_tasks.save(tmp_path, "a_b", about) == str(tmp_path / "a_b.json")
     note = " (beside a_b.json, which is of other options or texts)"
-    assert harness_files.save(tmp_path, "a_b", other) == f"{tmp_path / 'a_b-22.json'}{note}"
+    assert harness_tasks.save(tmp_path, "a_b", other) == f"{tmp_path / 'a_b-22.json'}{note}"
     replaced = {**about, "model_step": 9}
     note = " (in place of the result of step 5)"
-    assert harness_files.save(tmp_path, "a_b", replaced) == f"{tmp_path / 'a_b.json'}{note}"
+    assert harness_tasks.save(tmp_path, "a_b", replaced) == f"{tmp_path / 'a_b.json'}{note}"
     assert json_files.read_object(tmp_path / "a_b.json") == replaced
     assert json_files.read_object(tmp_path / "a_b-22.json") == other
     (tmp_path / "a_b.json").write_text("{")
     note = " (beside a_b.json, which is damaged)"
-    assert harness_files.save(tmp_path, "a_b", about) == f"{tmp_path / 'a_b-11.json'}{note}"
+    assert harness_tasks.save(tmp_path, "a_b", about) == f"{tmp_path / 'a_b-11.json'}{note}"
 
 
 def test_identity_is_of_texts_and_options(model):

@@ -77,7 +77,7 @@ def test_the_programs_of_their_check_compile():
         {"kind": "linear", "heads": 2, "dtype": "f32", "part": part, "remat_group": group}
         for part, group in (("scan", 4), ("kernel", 4), ("kernel", 8), ("inference", 4))
     ]
-    texts = compiled("v5e:1x1", *parts, build="ttt_jax.benchmark.kernel_check:build")
+    texts = compiled("v5e:1x1", *parts, build="ttt_jax.benchmark.inner_loop:build_self_check")
     kernels = [[name for name in ("ttt_linear_forward", "ttt_linear_backward") if name in text] for text in texts]
     assert [len(each) for each in kernels] == [0, 2, 2, 1]
 

@@ -13,7 +13,7 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.models import flops
 from ttt_jax.planning import plan
-from ttt_jax.planning.memory import TooLarge
+from ttt_jax.planning.plan import TooLarge
 
 pytestmark = pytest.mark.usefixtures("for_libtpu")
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,7 @@ import pytest
 from ttt_jax.distributed import chips
 from ttt_jax.planning import report
 from ttt_jax.planning.estimate import StepTime
-from ttt_jax.planning.memory import Memory
-from ttt_jax.planning.plan import Plan
+from ttt_jax.planning.plan import Memory, Plan
 
 
 def a_plan(scale: float) -> Plan:

@@ -6,8 +6,8 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.planning import memory, search
-from ttt_jax.planning.plan import CompilerError
+from ttt_jax.planning import search
+from ttt_jax.planning.plan import CompilerError, Memory
 
 
 def devices(count, kind="TPU v5 lite"):
@@ -118,7 +118,7 @@ def tried(monkeypatch, config, most, needed):
         if gib == "fails":
             raise CompilerError("the compiler fails at this program: INTERNAL")
         seconds = SimpleNamespace(total=config.mesh.tensor + 0.1 * (config.model.remat == "block"))
-        used = memory.Memory(0, 0, 0, 0, gib * 2**30, 0, 0)
+        used = Memory(0, 0, 0, 0, gib * 2**30, 0, 0)
         return SimpleNamespace(
             memory=used, available=16 * 2**30, fits=gib <= 16, step_time=seconds if gib <= 16 else None
         )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.kernels import run as kernels
+from ttt_jax.kernels import self_check
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners, scan
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_linear, ttt_mlp
 from ttt_jax.ttt.learner import Affine, Constants, Learner, Weights
 
 PATHS = ("official", "scan", "pallas")
@@ -168,3 +169,39 @@ def _official_mini_batch(norm, weights, q, k, v, eta):
             )
         )
     return tuple(new), (q + layer_norm(x_bar)).astype(q.dtype)
+
+
+PARTS = ("scan", "kernel", "inference")
+
+
+def build_self_check(
+    kind: str = "linear",
+    heads: int = 12,
+    head_dim: int = 64,
+    mini_batch: int = 16,
+    dtype: str = "bf16",
+    part: str = "kernel",
+    remat_group: int = 4,
+    device: str = "TPU v5 lite",
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return one of the functions that :mod:`ttt_jax.kernels.self_check` compiles, and the shapes of its arguments.
+
+    Args:
+      kind, dtype: as of :func:`build`.
+      heads: of one device; the check takes fewer where they would take long to compile.
+      part: ``scan`` and ``kernel``, each with gradients, or ``inference``, the kernel without.
+      remat_group: see :func:`ttt_jax.kernels.run.run`.
+      device: the kind of device, as JAX names it.
+
+    Raises:
+      ConfigError: for names that are not among these.
+    """
+    for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("part", part, PARTS)):
+        if value not in known:
+            raise ConfigError(f"{name}={value}: expected one of {', '.join(known)}")
+    loop = ttt_linear(head_dim) if kind == "linear" else ttt_mlp(head_dim)
+    family = self_check.Family(loop, mini_batch, heads, jnp.dtype(_DTYPES[dtype]).name, remat_group)
+    arguments, kernel = self_check.problem_of(family, device)
+    cotangents = self_check.cotangents(loop, arguments)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (arguments, cotangents))
+    return self_check.programs(loop, kernel, jnp.dtype(family.dtype))[part], shapes

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         check_file(options.output, "--output")
     from ttt_jax.distributed import startup
-    from ttt_jax.interop import harness, harness_files, harness_tasks
+    from ttt_jax.interop import harness, harness_tasks
     from ttt_jax.storage.writing import write_atomically
     from ttt_jax.terminal import console
 
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         found = harness_tasks.by_task(results, model)
         lock.check()
         for task, about in found.items():
-            print(harness_files.save(workdir / "harness", harness_files.name_of(task, **named_by), about))
+            print(harness_tasks.save(workdir / "harness", harness_tasks.file_name(task, **named_by), about))
     if options.output:
         told, missing = finite.for_json(results)
         options.output.parent.mkdir(parents=True, exist_ok=True)

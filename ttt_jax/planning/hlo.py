@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its optimized HLO text.
+"""Read optimized HLO text: computations, instructions, trips of loops, sizes of arrays, and the collectives that run.
 
 XLA's own counts take the body of a loop once; here it counts as often as it runs.
 """
@@ -8,8 +8,143 @@ import math
 import re
 from collections.abc import Iterator
 
-from ttt_jax.planning import hlo_text
-from ttt_jax.planning.hlo_text import Computations, Instruction
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: ``%name = shape opcode(rest``."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+    root: bool
+
+    def attribute(self, pattern: str) -> str:
+        """The first group of a pattern in the operands and attributes; empty where it is not found."""
+        match = re.search(pattern, self.rest)
+        return match[1] if match else ""
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        depth = 1
+        for index, character in enumerate(self.rest):
+            depth += {"(": 1, ")": -1}.get(character, 0)
+            if not depth:
+                return re.findall(r"%([\w.$-]+)", self.rest[:index])
+        return []
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls, but those of loops."""
+        return [name for match in _CALLED.finditer(self.rest) for name in re.findall(r"[\w.$-]+", match[1])]
+
+
+Computations = dict[str, list[Instruction]]
+_HEADER = re.compile(r"(ENTRY )?%?([\w.$-]+) \(.*\{$")
+_ASSIGNMENT = re.compile(r"\s+(ROOT )?%?([\w.$-]+) = ")
+_CALLED = re.compile(
+    r"(?:to_apply|calls|branch_computations|true_computation|false_computation)=\{?([^,}]+(?:, ?%[^,}]+)*)"
+)
+
+
+def parse(text: str) -> tuple[Computations, str]:
+    """The instructions of each computation, and the name of the computation that the program starts with.
+
+    Args:
+      text: ``compiled.as_text()``.
+    """
+    computations: Computations = {}
+    entry, instructions = "", []
+    for line in text.splitlines():
+        if match := _HEADER.match(line):
+            instructions = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif match := _ASSIGNMENT.match(line):
+            shape, rest = _split_shape(line[match.end() :])
+            opcode, _, rest = rest.partition("(")
+            instructions.append(Instruction(match[2], shape, opcode.strip(), rest, bool(match[1])))
+    return computations, entry
+
+
+def trip_count(loop: Instruction, computations: Computations) -> int | None:
+    """As the compiler states it, or the constant that the counter, from 0, is compared with; None where neither is
+    there."""
+    if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
+        return int(known)
+    condition = computations.get(loop.attribute(r"condition=%?([\w.$-]+)"), [])
+    limits = [
+        int(i.rest.partition(")")[0]) for i in condition if i.opcode == "constant" and i.shape[:3] in ("s32", "u32")
+    ]
+    return limits[0] if len(limits) == 1 else None
+
+
+def array_bytes(shape: str) -> int:
+    """Of an array ``bf16[8,256]{1,0}`` or of all arrays of a tuple, without the padding of layouts."""
+    bits = 0
+    for dtype, size, dimensions in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
+        bits += (8 if dtype == "pred" else int(size)) * math.prod(int(n) for n in dimensions.split(",") if n)
+    return bits // 8
+
+
+def hbm_bytes(shape: str) -> int:
+    """Of those arrays of a shape that lie in a TPU's HBM, with the padding of their tiles.
+
+    A layout ``{1,0:T(8,128)(2,1)S(1)}`` lists dimensions from the fastest, then the tile of the fastest of them, then
+    the memory, which is HBM where it lists none. Scalars count nothing: they are in scalar memory.
+    """
+    in_hbm = [bool(match[2]) and not re.search(r"S\([1-9]", match[3] or "") for match in _ARRAY.finditer(shape)]
+    return sum(size for size, counts in zip(padded_bytes(shape), in_hbm, strict=True) if counts)
+
+
+def padded_bytes(shape: str) -> list[int]:
+    """Of each array of a shape, wherever it lies, with the padding of its tiles."""
+    return [_padded_bytes(match[1], match[2], match[3] or "") for match in _ARRAY.finditer(shape)]
+
+
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+def _padded_bytes(dtype: str, dimensions: str, layout: str) -> int:
+    sizes = [int(n) for n in dimensions.split(",") if n]
+    fastest_first = [sizes[int(d)] for d in layout.partition(":")[0].split(",") if d] or sizes[::-1]
+    if tile := re.search(r"T\(([\d,]+)\)", layout):
+        for index, size in enumerate(reversed(tile[1].split(","))):
+            if index < len(fastest_first):
+                fastest_first[index] = -(-fastest_first[index] // int(size)) * int(size)
+    digits = re.search(r"\d+", dtype)
+    return (int(digits[0]) if digits else 8) * math.prod(fastest_first) // 8
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """A shape, of which tuples have spaces in them, and what follows it."""
+    if not text.startswith("("):
+        shape, _, rest = text.partition(" ")
+        return shape, rest
+    depth = 0
+    for index, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if not depth:
+            return text[: index + 1], text[index + 1 :].lstrip()
+    return text, ""
+
+
+def elements(shape: str) -> list[str]:
+    """The elements of a tuple shape."""
+    elements, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return elements
+
 
 _ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"  # how TPUs write what goes over the data center network, whatever the collective
@@ -54,7 +189,7 @@ def collectives(text: str) -> list[Collective]:
     Args:
       text: ``compiled.as_text()``.
     """
-    computations, entry = hlo_text.parse(text)
+    computations, entry = parse(text)
     match = re.search(r"num_partitions=(\d+)", text[:100_000])
     devices = int(match[1]) if match else 1
     return list(_walk(computations, entry, devices, 1, (), set(), ""))
@@ -78,7 +213,7 @@ def _walk(
         op_name = instruction.op_name or caller
         kind = instruction.opcode.removesuffix("-start")
         if kind == "send" and "megascale" in instruction.rest:
-            size = hlo_text.array_bytes(hlo_text.elements(instruction.shape)[0])
+            size = array_bytes(elements(instruction.shape)[0])
             yield Collective(BETWEEN_SLICES, size, 2, times, loops, name, op_name)
         elif kind in _ON_DEVICE:
             if "chain_id=" in instruction.rest:
@@ -88,7 +223,7 @@ def _walk(
                 started.add(channel)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # a fusion of TPUs: the sum, of which each device keeps a part
-                size = hlo_text.array_bytes(instruction.shape)
+                size = array_bytes(instruction.shape)
                 group = _group(instruction, devices)
             else:
                 group = _group(instruction, devices)
@@ -96,7 +231,7 @@ def _walk(
             yield Collective(kind, size, group, times, loops, name, op_name)
         elif instruction.opcode == "while":
             body = instruction.attribute(r"body=%?([\w.$-]+)")
-            trips = hlo_text.trip_count(instruction, computations) or 1
+            trips = trip_count(instruction, computations) or 1
             yield from _walk(computations, body, devices, times * trips, (*loops, op_name), set(started), op_name)
         else:
             for called in instruction.called:
@@ -121,5 +256,5 @@ def _group(instruction: Instruction, devices: int) -> int:
 def _result_bytes(instruction: Instruction) -> int:
     """Of what a collective ends with; the shape of an asynchronous start has the operands before it."""
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
-        return hlo_text.array_bytes(hlo_text.elements(instruction.shape)[1])
-    return hlo_text.array_bytes(instruction.shape)
+        return array_bytes(elements(instruction.shape)[1])
+    return array_bytes(instruction.shape)

@@ -1,6 +1,8 @@
-"""What a run will need: its training step compiled for the devices that it is meant for, and read."""
+"""Compile the training step of a config for the devices it is meant for, and read what it needs."""
 
 import dataclasses
+import math
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +15,87 @@ from ttt_jax.distributed import sharding
 from ttt_jax.distributed.chips import Chip, of_device
 from ttt_jax.models import build, flops
 from ttt_jax.planning import estimate, hlo
-from ttt_jax.planning import memory as memory_lib
-from ttt_jax.planning.memory import Memory, TooLarge
 from ttt_jax.training import compiled_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip, the peak of a step.
+
+    Attributes:
+      parameters, moments, batch: arrays that a step is given, without the padding of their layouts.
+      padding: of these; also counters of a few bytes.
+      temporaries: activations, gradients and all else that lives within a step.
+      outputs: that take no argument's place.
+      code: the program itself.
+    """
+
+    parameters: int
+    moments: int
+    batch: int
+    padding: int
+    temporaries: int
+    outputs: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """What the compiler said of a program that it gave up on, in bytes."""
+
+    needed: int
+    available: int
+
+
+def memory_of_compiled(run: compiled_step.Program, compiled: jax.stages.Compiled) -> Memory:
+    """As the compiler laid it out."""
+    parameters, moments, batch = _given(run)
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # CPUs and TPUs have one
+    return Memory(
+        parameters=parameters,
+        moments=moments,
+        batch=batch,
+        padding=analysis.argument_size_in_bytes - parameters - moments - batch,
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        code=analysis.generated_code_size_in_bytes,
+    )
+
+
+def memory_of_too_large(run: compiled_step.Program, too_large: TooLarge) -> Memory:
+    """Of a step for which there is no room: what it is given is known, the rest is not told apart."""
+    parameters, moments, batch = _given(run)
+    rest = max(0, too_large.needed - parameters - moments - batch)
+    return Memory(parameters, moments, batch, padding=0, temporaries=rest, outputs=0, code=0)
+
+
+def _given(run: compiled_step.Program) -> tuple[int, int, int]:
+    """Parameters, moments and batch."""
+    data = run.config.data
+    rows = run.batch_sharding.shard_shape((data.batch_size, data.sequence_length))
+    batch = 3 * 4 * math.prod(rows)  # inputs, targets and mask
+    return bytes_per_chip(run.abstract_state.params), bytes_per_chip(run.abstract_state.opt_state), batch
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of the parts that one device holds of arrays with shardings, without padding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def read_too_large(message: str) -> TooLarge | None:
+    """From the message of a compiler that ran out of memory for a chip; None from any other."""
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    for pattern in (rf"Used {size} of {size} hbm", rf"required for [\w ]+ \({size}\) exceeds available HBM \({size}\)"):
+        if match := re.search(pattern, message):
+            needed, available = (round(float(match[i]) * 1024 ** " KMGT".index(match[i + 1] or " ")) for i in (1, 3))
+            return TooLarge(needed, available)
+    return None
 
 
 class CompilerError(RuntimeError):
@@ -98,9 +178,9 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
     available = None if chip is None else chip.hbm
     step_time = None
     if isinstance(compiled, TooLarge):
-        used, available, found = memory_lib.of_too_large(run, compiled), compiled.available, []
+        used, available, found = memory_of_too_large(run, compiled), compiled.available, []
     else:
-        used, found = memory_lib.of_compiled(run, compiled), hlo.collectives(compiled.as_text() or "")
+        used, found = memory_of_compiled(run, compiled), hlo.collectives(compiled.as_text() or "")
         if chip is not None:
             step_time = estimate.step_time(
                 config,
@@ -149,7 +229,7 @@ def _compile(run: compiled_step.Program) -> jax.stages.Compiled | TooLarge:
     try:
         return run.compiled_step()
     except jax.errors.JaxRuntimeError as error:
-        too_large = memory_lib.too_large(str(error))
+        too_large = read_too_large(str(error))
         if too_large is None:
             reason = " ".join(str(error).partition("\n")[0].split())
             raise CompilerError(f"the compiler fails at this program: {reason}") from error

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ttt_jax.planning import hlo_text
-from ttt_jax.planning.hlo_text import Computations, Instruction
+from ttt_jax.planning import hlo
+from ttt_jax.planning.hlo import Computations, Instruction
 
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 _VIEWS = ("bitcast", "reshape", "copy", "convert", "transpose")
@@ -62,7 +62,7 @@ def read(text: str) -> Program:
     Args:
       text: ``compiled.as_text()``.
     """
-    computations, entry = hlo_text.parse(text)
+    computations, entry = hlo.parse(text)
     program = Program([], [], 0)
     conditionals = 0
 
@@ -73,7 +73,7 @@ def read(text: str) -> Program:
         for instruction in computations[name]:
             op_name = instruction.op_name or names.near(instruction.name) or caller
             if instruction.opcode == "while":
-                trips = hlo_text.trip_count(instruction, computations)
+                trips = hlo.trip_count(instruction, computations)
                 program.loops.append((op_name, trips))
                 body = instruction.attribute(r"body=%?([\w.$-]+)")
                 yield from walk(body, times * (1 if trips is None else trips), op_name)
@@ -159,9 +159,9 @@ def _allocates(instruction: Instruction) -> bool:
 def _asynchronous(shape: str) -> int:
     """Of a copy: the result is ``(destination, source, ...)``, of other operations ``((operands), result, ...)``; what
     moves is the smaller one, on the sides of it that are HBM."""
-    parts = hlo_text.elements(shape)[:2]
-    padded = [sum(hlo_text.padded_bytes(part)) for part in parts]
-    return sum(min(padded) for part in parts if hlo_text.hbm_bytes(part)) if len(parts) == 2 else 0
+    parts = hlo.elements(shape)[:2]
+    padded = [sum(hlo.padded_bytes(part)) for part in parts]
+    return sum(min(padded) for part in parts if hlo.hbm_bytes(part)) if len(parts) == 2 else 0
 
 
 def _signature(computations: Computations, shapes: dict[str, str], instruction: Instruction) -> str:
@@ -237,15 +237,15 @@ def _read_and_written(lines: dict[str, _Line], outer: Instruction) -> int:
     """Bytes of HBM."""
     moved = 0
     for name in set(outer.operands):
-        if whole := hlo_text.hbm_bytes(lines[name].shape):
+        if whole := hlo.hbm_bytes(lines[name].shape):
             moved += min(whole, _read(lines, name))
     last = _through_views(lines, outer.name, ("bitcast",))
     if lines[last].opcode == "tuple":
-        names, results = lines[last].operands, hlo_text.elements(outer.shape)
+        names, results = lines[last].operands, hlo.elements(outer.shape)
     else:
         names, results = [last], [outer.shape]
     for name, shape in zip(names, results, strict=True):
-        if whole := hlo_text.hbm_bytes(shape):
+        if whole := hlo.hbm_bytes(shape):
             moved += min(whole, _written(lines, name, whole))
     return moved
 
@@ -258,11 +258,11 @@ def _read(lines: dict[str, _Line], array: str) -> int:
         if not places or use.opcode == "tuple" or _is_collective(use.opcode):
             continue
         if use.opcode in _SLICES and places == [0]:
-            read += sum(hlo_text.padded_bytes(use.shape))
+            read += sum(hlo.padded_bytes(use.shape))
         elif use.opcode == "bitcast":
             read += _read(lines, name)
         elif use.opcode not in _UPDATES or places != [0]:
-            return sum(hlo_text.padded_bytes(lines[array].shape))
+            return sum(hlo.padded_bytes(lines[array].shape))
     return read
 
 
@@ -276,7 +276,7 @@ def _written(lines: dict[str, _Line], result: str, whole: int) -> int:
     if line.opcode not in _UPDATES:
         return whole
     update = line.operands[_UPDATES[line.opcode]]
-    return sum(hlo_text.padded_bytes(lines[update].shape)) if update in lines else whole
+    return sum(hlo.padded_bytes(lines[update].shape)) if update in lines else whole
 
 
 def _through_views(lines: dict[str, _Line], name: str, views: tuple[str, ...]) -> str:

@@ -1,7 +1,8 @@
 """A schedule as the TPU compiler lists it: bundles with their instructions, comments and branches."""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 DELAY_SLOTS = 4  # bundles after a branch that run in any case
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:[> ]*\{(.*)\}")
@@ -69,3 +70,58 @@ def branches(bundles: list[str]) -> dict[int, tuple[str, int]]:
             raise ScheduleError(f"bundle {index:x}: a branch of an unknown form: {bundle[:80]}")
         found[index] = (match[1] or "", int(match[2]))
     return found
+
+
+def called(listing: str) -> list[str]:
+    """The operations that it calls, in order."""
+    return [name for name in _calls(with_comments(listing)) if name]
+
+
+def _calls(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """For each bundle, the operation that it calls, which a comment names: ``%fusion.1 = fusion(%x, %y)``."""
+    return [
+        match[1] if "inlined_call" in text and (match := re.search(r"%([\w.$-]+) = ", comments)) else ""
+        for text, comments in lines
+    ]
+
+
+def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
+    """Bundles of the top-level program that run, by the operation that they call or have called; of none, ``""``.
+
+    Each runs as often as the operations that are called around it, in the same loop.
+
+    Args:
+      listing: its ``packed-bundles-post-ra``.
+      times: executions of the operations that it calls, by name.
+
+    Raises:
+      ScheduleError: for a listing of an unknown form.
+    """
+    lines = with_comments(listing)
+    jumps = branches([text for text, _ in lines])
+    loops = sorted((target - at, target, at) for at, (_, target) in jumps.items() if target <= at)
+    loop_of: list[int | None] = [None] * len(lines)
+    for number, (_, first, last) in enumerate(loops):  # those around others first
+        end = min(len(lines), last + 1 + DELAY_SLOTS)
+        loop_of[first:end] = [number] * (end - first)
+    calls = _calls(lines)
+    following, before = (
+        _nearest(reversed(range(len(lines))), calls, loop_of),
+        _nearest(range(len(lines)), calls, loop_of),
+    )
+    found = Counter[str]()
+    for index in range(len(lines)):
+        name = following[index] or before[index]
+        found[name] += times.get(name, 1)
+    return dict(found)
+
+
+def _nearest(order: Iterable[int], calls: Sequence[str], loop_of: Sequence[int | None]) -> dict[int, str]:
+    """For each bundle the operation that was called last in its own loop, in this order."""
+    last: dict[int | None, str] = {}
+    nearest = {}
+    for index in order:
+        if calls[index]:
+            last[loop_of[index]] = calls[index]
+        nearest[index] = last.get(loop_of[index], "")
+    return nearest

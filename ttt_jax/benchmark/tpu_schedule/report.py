@@ -1,13 +1,13 @@
 """Schedules as text and as JSON."""
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.benchmark.tpu_schedule import parts
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
 from ttt_jax.terminal import console as console_lib
 
@@ -50,7 +50,7 @@ def text(schedule: Schedule, top: int = 15) -> str:
     ]
     for name, value in lines:
         console.print(f"{name:<12}{value}", soft_wrap=True)
-    for number, (part, seconds) in enumerate(parts.seconds(s.operations).items()):
+    for number, (part, seconds) in enumerate(seconds_of_parts(s.operations).items()):
         console.print(f"{'' if number else 'of these':<12}{_us(seconds):>10} us {seconds / s.seconds:>6.1%}  {part}")
     console.print()
     console.print(_operations(s.operations, top, s.seconds))
@@ -75,7 +75,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "hbm_bytes": s.hbm_bytes,
         "utilization": {unit: s.utilization(unit) for unit in s.units},
         "waiting": s.waiting,
-        "parts": parts.seconds(s.operations),
+        "parts": seconds_of_parts(s.operations),
         "vmem_bytes": s.vmem_bytes,
         "argument_bytes": s.compiled.arguments,
         "output_bytes": s.compiled.outputs,
@@ -95,7 +95,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
 def comparison(schedules: Mapping[str, Schedule]) -> str:
     """A line per schedule, by its name, with its ratio to the first: how many times as fast."""
     first = next(iter(schedules.values()))
-    of_step = bool(parts.seconds(first.operations))
+    of_step = bool(seconds_of_parts(first.operations))
     table = Table(box=None, pad_edge=False)
     table.add_column("", overflow="fold")
     titles = ["us", "ratio", "computing", "HBM", "cycles", "MXU", "XLU", "VPU", "store", "spills", "temporaries"]
@@ -111,7 +111,7 @@ def comparison(schedules: Mapping[str, Schedule]) -> str:
             *(f"{s.utilization(unit):.0%}" for unit in ("MATMUL", "XLU", "VALU", "VSTORE", "VSTORE:SPILL")),
             _size(s.compiled.temporaries),
         ]
-        inner = parts.seconds(s.operations).get(parts.INNER_LOOP, 0.0)
+        inner = seconds_of_parts(s.operations).get(INNER_LOOP, 0.0)
         table.add_row(name, *row, *([f"{_us(inner)} us, {inner / s.seconds:.0%}"] * of_step))
     console = _console()
     console.print(f"{first.target} on {first.topology}, against the first", soft_wrap=True)
@@ -231,3 +231,36 @@ def _console() -> Console:
 def _text(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+INNER_LOOP, MIXER, FEED_FORWARD = "inner loop", "rest of the mixer", "feed-forward"
+BLOCK, ENDS, OPTIMIZER, UNKNOWN = "rest of the blocks", "embedding, head, loss", "optimizer", "of unknown origin"
+PARTS = (INNER_LOOP, MIXER, FEED_FORWARD, BLOCK, ENDS, OPTIMIZER, UNKNOWN)
+
+
+def part_of(op_name: str) -> str:
+    """One of :data:`PARTS`."""
+    for pattern, part in (
+        ("_inner_loop", INNER_LOOP),
+        ("/mixer", MIXER),
+        ("/mlp", FEED_FORWARD),
+        ("/layers", BLOCK),
+        (r"\(LanguageModel\)+/while", BLOCK),  # slices of what is stacked over layers
+        (r"\(LanguageModel\)", ENDS),
+        (r"jvp\(", ENDS),  # the loss
+        (r"jit\(step\)", OPTIMIZER),
+    ):
+        if re.search(pattern, op_name):
+            return part
+    return UNKNOWN
+
+
+def seconds_of_parts(operations: Iterable[Scheduled]) -> dict[str, float]:
+    """Time of each part of a step, those that take any; empty of other programs."""
+    operations = list(operations)
+    if not any("(LanguageModel)" in o.operation.op_name for o in operations):
+        return {}
+    total = dict.fromkeys(PARTS, 0.0)
+    for o in operations:
+        total[part_of(o.operation.op_name)] += o.seconds
+    return {part: time for part, time in total.items() if time}

@@ -8,13 +8,46 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from ttt_jax.benchmark.tpu_schedule import bundles, chips, compile, control, hlo_operations
+from ttt_jax.benchmark.tpu_schedule import bundles, compile, hlo_operations
+from ttt_jax.benchmark.tpu_schedule import listing as listing_lib
 from ttt_jax.benchmark.tpu_schedule.bundles import Counts
 from ttt_jax.benchmark.tpu_schedule.compile import Compiled, Function, Step
 from ttt_jax.benchmark.tpu_schedule.hlo_operations import Operation
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
+from ttt_jax.distributed.chips import CHIPS
 from ttt_jax.errors import ConfigError
 from ttt_jax.planning import hlo, topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Clocked:
+    """A chip.
+
+    Attributes:
+      products: multiply-adds per cycle of all its matrix units: cloud.google.com/tpu/docs has 4 units of 128 x 128 per
+        core, v6e 2 of 256 x 256, to each of which its compiler gives 2 rows per cycle.
+      cores: that share the work on a chip; the schedule is that of one.
+      clock: Hz.
+      hbm_bandwidth: bytes/s, of the data sheet.
+    """
+
+    name: str
+    products: int
+    cores: int
+    clock: float
+    hbm_bandwidth: float
+
+
+def _clocked(name: str, products: int, cores: int = 1) -> Clocked:
+    chip = next(chip for chip in CHIPS if chip.name == name)
+    return Clocked(name, products, cores, chip.peak_flops / (2 * products), chip.hbm_bandwidth)
+
+
+CLOCKED = {
+    "v5e": _clocked("v5e", 4 * 128 * 128),
+    "v6e": _clocked("v6e", 2 * 256 * 256 * 2),
+    "v5p": _clocked("v5p", 2 * 4 * 128 * 128, cores=2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +63,7 @@ class Scheduled:
     operation: Operation
     counts: Counts | None
     control_cycles: int
-    chip: chips.Clocked
+    chip: Clocked
 
     @property
     def cycles(self) -> int:
@@ -80,7 +113,7 @@ class Schedule:
 
     target: str
     topology: str
-    chip: chips.Clocked
+    chip: Clocked
     compiled: Compiled
     operations: list[Scheduled]
     other_cycles: int
@@ -168,8 +201,8 @@ def measure(target: Function | Step, topology_name: str = "v5e:1x1", keep: Path 
       ScheduleError: where the compiler fails, or leaves a schedule in a form not known here.
     """
     parsed = topology.parse(topology_name)
-    if parsed.chip not in chips.CLOCKED:
-        raise ConfigError(f"--topology {topology_name}: has no schedule; expected one of {', '.join(chips.CLOCKED)}")
+    if parsed.chip not in CLOCKED:
+        raise ConfigError(f"--topology {topology_name}: has no schedule; expected one of {', '.join(CLOCKED)}")
     with _folder(keep) as folder:
         compiled = compile.run(target, topology_name, folder)
         return read(str(target), topology_name, compiled, folder / compile.DUMP)
@@ -177,7 +210,7 @@ def measure(target: Function | Step, topology_name: str = "v5e:1x1", keep: Path 
 
 def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Schedule:
     """Counts what a compilation left."""
-    chip = chips.CLOCKED[topology.parse(topology_name).chip]
+    chip = CLOCKED[topology.parse(topology_name).chip]
     files = _files(dump)
     if "TLP" not in files:
         raise ScheduleError(
@@ -186,11 +219,11 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
         )
     found = hlo_operations.read(compiled.text)
     listing = files["TLP"][0].read_text(errors="replace")
-    calls = set(control.called(listing))
+    calls = set(listing_lib.called(listing))
     counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}
     by_signature = {o.signature: counted[o.name] for o in found.operations if o.name in counted}
     times = {o.name: o.times for o in found.operations}
-    around = control.cycles(listing, times)
+    around = listing_lib.cycles(listing, times)
     operations = []
     for o in found.operations:
         counts = None if o.asynchronous else counted.get(o.name, by_signature.get(o.signature))
