@@ -119,7 +119,7 @@ def test_it_loads_no_data():
 def test_every_verb_is_in_the_help(capsys):
     assert ttt("--help") == 0
     out = capsys.readouterr().out
-    _, verbs = cli._parsers()
+    _, verbs = cli.parsers()
     for verb in {name.split()[0] for name in verbs}:
         assert f"\n  {verb} " in out
 

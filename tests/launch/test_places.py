@@ -168,7 +168,7 @@ TEXTS = {  # metavars of arguments that take text and name no files
 
 
 def test_every_argument_of_every_verb_is_a_place_or_known_not_to_be():
-    _, verbs = cli._parsers()
+    _, verbs = cli.parsers()
     for name, parser in verbs.items():
         for action in parser._actions:
             takes_text = action.nargs != 0 and action.choices is None and action.type in (None, Path)
@@ -179,7 +179,7 @@ def test_every_argument_of_every_verb_is_a_place_or_known_not_to_be():
 
 
 def test_options_that_are_written_exist():
-    _, verbs = cli._parsers()
+    _, verbs = cli.parsers()
     for verb, option in places._WRITTEN | places._WRITTEN_HERE:
         assert option in {action.dest for action in verbs[verb]._actions}
 

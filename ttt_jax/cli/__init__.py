@@ -5,20 +5,30 @@ import errno
 import io
 import os
 import select
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
 import ttt_jax
-from ttt_jax import config as config_lib
 from ttt_jax import garbage
-from ttt_jax.cli import bench, config, eval, harness, inspect, launch, plan, plot, probe, sweep, sweep_report, tokenize
+from ttt_jax.cli import (
+    bench,
+    config,
+    eval,
+    harness,
+    inspect,
+    launch,
+    plan,
+    plot,
+    probe,
+    sweep,
+    sweep_report,
+    tokenize,
+    train,
+)
 from ttt_jax.cli.config import Parser
-from ttt_jax.cli.options import add_processes
 from ttt_jax.errors import CheckpointError, ConfigError, DataError, LaunchError, NonFiniteLossError
-from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import LockLostError
-from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART, SecondCtrlC
+from ttt_jax.terminal.stopping import FAILED, INTERRUPTED, REFUSED, SecondCtrlC
 
 _WAIT_FOR_OTHERS = ("sweep", "launch")  # verbs that end other processes first at a second Ctrl-C
 _DESCRIPTION = """\
@@ -28,7 +38,7 @@ data:
   tokenize  text to a dataset
 
 training:
-  train     train a model, or go on training one
+  train     train a model, or continue a run
   config    print the config of a command, and run nothing
   sweep     many runs at once, where they stand, how they compare
 
@@ -124,7 +134,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
       SystemExit: as argparse does, for bad options and for ``--help``.
     """
-    parser, verbs = _parsers()
+    parser, verbs = parsers()
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
@@ -149,37 +159,7 @@ def _what_is_left(options: argparse.Namespace) -> str:
     return ""
 
 
-def train(options: argparse.Namespace, rest: list[str]) -> int:
-    """``ttt train``"""
-    workdir = workdir_lib.at(options.workdir)
-    config = config_lib.from_arguments(rest)
-    from ttt_jax.distributed import startup
-
-    startup.use_compilation_cache()
-    startup.keep_freed_memory()
-    startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
-    import jax
-
-    from ttt_jax.training import loop
-
-    outcome = loop.train(config, workdir, accept_changed_learner=options.accept_changed_learner)
-    status = {None: DONE, signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[outcome.signal]
-    if jax.process_index():
-        return status
-    if outcome.signal is not None:
-        print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
-        print(f"  {_same_command()}")
-    elif outcome.loss is None:
-        done = f"all {outcome.step} steps are done already"
-        if outcome.step > outcome.total:
-            done = f"{outcome.step} steps are done already, more than the {outcome.total} of training.duration"
-        print(f"{workdir}: {done}; a longer --config.training.duration adds")
-    else:
-        print(f"{workdir}: {outcome.step} steps done, loss {outcome.loss:.4f}")
-    return status
-
-
-def _parsers() -> tuple[Parser, dict[str, Parser]]:
+def parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = _manual(Parser, _DESCRIPTION, _EPILOG, prog="ttt", usage="ttt [-h] [--version] VERB ...")
     parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
     group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="ttt")
@@ -196,12 +176,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     p.epilog = tokenize.EPILOG
     tokenize.add_arguments(p)
 
-    key_values = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
-    p = verb("train", train, _TRAIN, f"ttt train {key_values} --workdir DIR")
-    p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives: a folder, or gs://bucket/name")
-    accepts = "go on although the source of model.ttt.learner, a function of your own, has changed since the run began"
-    p.add_argument("--accept-changed-learner", action="store_true", help=accepts)
-    add_processes(p)
+    train.add_arguments(verb("train", train.run, train.DESCRIPTION, train.USAGE))
     config.add_arguments(verb("config", config.run, config.DESCRIPTION, config.USAGE))
 
     eval.add_arguments(verb("eval", lambda options, rest: eval.run(options), eval.DESCRIPTION))
@@ -236,25 +211,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, verbs
 
 
-_TRAIN = """\
-Trains the model of a config, or goes on training the one in the workdir.
-
-The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same command again continues at the newest
-checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
-first; a second Ctrl-C does not wait.
-"""
-
-
 def _manual(make: Callable, description: str, epilog: str = "", **names) -> Parser:
     style = argparse.RawDescriptionHelpFormatter
     return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
-
-
-def _same_command() -> str:
-    import shlex
-
-    program = "ttt" if os.path.basename(sys.argv[0]) != "__main__.py" else "python -m ttt_jax"
-    return shlex.join([*program.split(), *sys.argv[1:]])
 
 
 if __name__ == "__main__":
