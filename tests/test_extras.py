@@ -41,7 +41,7 @@ def without(monkeypatch):
     ],
 )
 def test_hint(extra, said):
-    assert extras.hint(extra) == said
+    assert extras.install_command(extra) == said
 
 
 def test_hint_where_nothing_is_installed(monkeypatch):
@@ -49,7 +49,7 @@ def test_hint_where_nothing_is_installed(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
-    assert extras.hint("wandb") == "pip install -e '.[wandb]' in the source tree of ttt_jax"
+    assert extras.install_command("wandb") == "pip install -e '.[wandb]' in the source tree of ttt_jax"
 
 
 def test_check(without):

@@ -149,9 +149,9 @@ def _some_in_order(found: list, whole: list) -> bool:
 
 
 READERS = {
-    "config": Reader("sweep/a/config.json", lambda root: run_config.of_run(root / "sweep" / "a").to_dict(), seeds=4),
+    "config": Reader("sweep/a/config.json", lambda root: run_config.load(root / "sweep" / "a").to_dict(), seeds=4),
     "config of checkpoints": Reader(
-        "sweep/a/checkpoints/*/*", lambda root: run_config.of_run(root / "sweep" / "a").to_dict()
+        "sweep/a/checkpoints/*/*", lambda root: run_config.load(root / "sweep" / "a").to_dict()
     ),
     "checkpoints": Reader("sweep/a/checkpoints", _newest, lambda found, whole: found.step == 2, 0.34),
     "metrics": Reader("sweep/a/metrics.jsonl", lambda root: metrics.read(root / "sweep" / "a"), _some_in_order, 8),
@@ -218,7 +218,7 @@ def test_what_is_read_is_right_or_named(made, name, capfd):
     whole = reader.read(made)
     wrong = []
     for path, kind, seed in _faults(made, reader):
-        json_files._told.clear()
+        json_files._warned.clear()
         capfd.readouterr()
         with damage(path, kind, seed):
             try:

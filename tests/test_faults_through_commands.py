@@ -81,7 +81,7 @@ def run(whole, monkeypatch, capfd) -> Callable[[str], tuple[int, str, str]]:
         shutil.copytree(whole.with_name("kept"), whole)
         monkeypatch.chdir(whole)
         damage()
-        json_files._told.clear()
+        json_files._warned.clear()
         capfd.readouterr()
         status = cli.main(COMMANDS[name])
         return status, *capfd.readouterr()

@@ -28,5 +28,5 @@ def test_json_has_null_for_what_is_not_finite():
 
 
 def test_words():
-    assert [finite.shown(x, ".2f") for x in (1.0, math.nan, -math.inf, None)] == ["1.00", *["not finite"] * 3]
-    assert [finite.known(x) for x in (1.0, math.nan, math.inf, None)] == [True, False, False, False]
+    assert [finite.format_number(x, ".2f") for x in (1.0, math.nan, -math.inf, None)] == ["1.00", *["not finite"] * 3]
+    assert [finite.is_finite(x) for x in (1.0, math.nan, math.inf, None)] == [True, False, False, False]

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from ttt_jax.errors import ConfigError
 
 
-def hint(extra: str) -> str:
+def install_command(extra: str) -> str:
     """Return the command that installs what an extra stands for, such as ``pip install 'wandb>=0.19'``.
 
     It names the packages rather than the extra, so that it works for a checkout, too.
@@ -34,4 +34,4 @@ def check(extra: str, module: str, what: str) -> None:
       ConfigError: where it is not: ``what``, which needs it, and how to install it.
     """
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{what}: needs {module}; {hint(extra)}")
+        raise ConfigError(f"{what}: needs {module}; {install_command(extra)}")

@@ -30,7 +30,7 @@ def mean(values: Iterable[float]) -> float:
         return math.fsum(value / len(values) for value in values)
 
 
-def known(value: float | None) -> bool:
+def is_finite(value: float | None) -> bool:
     """Return whether there is a value, and it is finite."""
     return value is not None and math.isfinite(value)
 
@@ -48,6 +48,6 @@ def for_json(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-def shown(value: float | None, style: str) -> str:
+def format_number(value: float | None, style: str) -> str:
     """Return a number in a format, and "not finite" where it is NaN, infinite or null."""
     return format(value, style) if value is not None and math.isfinite(value) else NOT_FINITE

@@ -79,12 +79,12 @@ def test_config_json_and_the_copy_in_the_checkpoint_may_be_of_different_versions
     meta.parent.mkdir(parents=True)
     meta.write_text(json.dumps({"config": as_before(False)}))
     json_files.write_object(tmp_path / "config.json", expected(False).to_dict())
-    assert run_config.of_run(tmp_path) == expected(False)
+    assert run_config.load(tmp_path) == expected(False)
     (tmp_path / "config.json").unlink()
-    assert run_config.of_run(tmp_path) == expected(False)
+    assert run_config.load(tmp_path) == expected(False)
     json_files.write_object(tmp_path / "config.json", expected(True).to_dict())
     with pytest.raises(ConfigError, match=r"model\.ttt\.bias False 3, True config.json, model.ttt.output 'none' 3, "):
-        run_config.of_run(tmp_path)
+        run_config.load(tmp_path)
 
 
 def test_old_evaluations_are_compared_with_new_ones(tmp_path):

@@ -11,17 +11,17 @@ from ttt_jax.storage import json_files, writing
 
 CONTENT = {"a": 1, "b": [1.5, None, "x"], "c": {"d": True}}
 RECORDS = [{"step": step, "loss": 1 / step, "tokens": 128 * step} for step in range(1, 6)]
-LINES = "".join(map(json_files.sealed_line, RECORDS)).encode()
+LINES = "".join(map(json_files.line_with_checksum, RECORDS)).encode()
 
 
 def test_an_object_comes_back_without_its_hash(tmp_path):
     path = tmp_path / "x.json"
-    writing.write_atomically(path, json.dumps(json_files.sealed(CONTENT), indent=2) + "\n")
+    writing.write_atomically(path, json.dumps(json_files.with_hash(CONTENT), indent=2) + "\n")
     assert list(json.loads(path.read_text())) == [*CONTENT, "sha256"]
     assert json_files.read_object(path) == CONTENT
     path.write_text(json.dumps(CONTENT))  # of before there were hashes
     assert json_files.read_object(path) == CONTENT
-    assert json_files.sealed(json_files.sealed(CONTENT)) == json_files.sealed(CONTENT)
+    assert json_files.with_hash(json_files.with_hash(CONTENT)) == json_files.with_hash(CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,10 @@ def test_an_object_comes_back_without_its_hash(tmp_path):
         (b"[1]", "damaged: it holds no JSON object"),
         (b'{"a": ', "damaged: it is not JSON: "),
         (b"[" * 100_000, "damaged: it is not JSON: "),
-        (json.dumps(json_files.sealed(CONTENT)).replace("1.5", "2.5").encode(), 'damaged, or edited: its "sha256" is '),
+        (
+            json.dumps(json_files.with_hash(CONTENT)).replace("1.5", "2.5").encode(),
+            'damaged, or edited: its "sha256" is ',
+        ),
     ],
 )
 def test_damaged_objects_are_named(tmp_path, content, said):
@@ -47,11 +50,11 @@ def test_damaged_objects_are_named(tmp_path, content, said):
 
 def test_numbers_that_are_not_finite_are_refused_in_objects():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        json_files.sealed({"x": math.nan})
+        json_files.with_hash({"x": math.nan})
 
 
 def test_numbers_that_are_not_finite_are_null_in_lines():
-    line = json_files.sealed_line({"step": 1, "loss": math.nan, "z": math.inf})
+    line = json_files.line_with_checksum({"step": 1, "loss": math.nan, "z": math.inf})
     assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
     [record] = json_files.parse_lines(line.encode()).records
     assert record["step"] == 1

@@ -112,12 +112,12 @@ def test_a_bucket_is_tried_before_anything_else():
 
 @needs_gcsfs
 def test_tensorboard_needs_a_folder(tmp_path):
-    metrics.check_place(tmp_path, tensorboard=True)
-    metrics.check_place(workdir.at("gs://bucket/run"), tensorboard=False)
+    metrics.check_destinations(tmp_path, tensorboard=True)
+    metrics.check_destinations(workdir.at("gs://bucket/run"), tensorboard=False)
     with pytest.raises(
         ConfigError, match=r"log\.tensorboard=true: needs a local workdir, not gs://bucket/run; expected"
     ):
-        metrics.check_place(workdir.at("gs://bucket/run"), tensorboard=True)
+        metrics.check_destinations(workdir.at("gs://bucket/run"), tensorboard=True)
 
 
 @pytest.mark.parametrize(

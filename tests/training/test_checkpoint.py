@@ -383,10 +383,10 @@ def test_a_save_that_cannot_even_begin(tmp_path):
 @pytest.mark.parametrize("kind", ["file", "dangling link"])
 def test_a_place_where_no_save_can_succeed_is_refused_at_once(tmp_path, kind):
     folder = tmp_path / "checkpoints"
-    checkpoint.check_place(tmp_path)
+    checkpoint.check_folder(tmp_path)
     folder.write_text("") if kind == "file" else folder.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=f"^--workdir {tmp_path}: {folder} is no folder that can be written to"):
-        checkpoint.check_place(tmp_path)
+        checkpoint.check_folder(tmp_path)
 
 
 def test_what_is_there_is_not_saved_again(workdir):

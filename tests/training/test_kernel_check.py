@@ -98,11 +98,11 @@ def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel,
 def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kernel):
     calls = use_kernel(kernel_by_scan.right)
     made = make()
-    assert kernel_check.settled(made) is made
+    assert kernel_check.checked(made) is made
     checked = len(calls)
     assert checked > 0
     assert "fused kernel checked against the scan in " in capsys.readouterr().err
-    assert kernel_check.settled(made) is made
+    assert kernel_check.checked(made) is made
     assert len(calls) == checked
     assert not capsys.readouterr().err
     made.compiled_step()
@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_compile(capsys, make, use_kernel):
 
     use_kernel(refused)
     made = make()
-    settled = kernel_check.settled(made)
+    settled = kernel_check.checked(made)
     assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
     assert settled.config is made.config
     settled.compiled_step()  # without it
@@ -145,7 +145,7 @@ def test_what_is_checked(tiny_config, changes, device, expected):
     config = tiny_config(changes)
     devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=device)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": config.mesh.tensor})
-    assert kernel_check.families(config.model, mesh) == expected
+    assert kernel_check.kernels_to_check(config.model, mesh) == expected
 
 
 @pytest.mark.slow

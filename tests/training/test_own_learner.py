@@ -159,7 +159,7 @@ def test_no_learner_is_taken_from_the_workdir(copy, monkeypatch, tiny_config):
     run_config.write(copy, config)
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(ConfigError, match="is inside the workdir"):
-        run_config.of_run(copy)
+        run_config.load(copy)
 
 
 def test_registered_learners_have_no_source(tiny_config):

@@ -19,7 +19,7 @@ def test_a_damaged_config_of_a_run_without_checkpoints_is_written_anew(tmp_path,
     assert capsys.readouterr().err == f"{path}: {said}; no checkpoint has been saved, so the run begins anew\n"
     run_config.write(tmp_path, config_lib.default())
     assert (tmp_path / "config.json.damaged").read_text() == content
-    assert run_config.of_run(tmp_path).to_dict() == config_lib.default().to_dict()
+    assert run_config.load(tmp_path).to_dict() == config_lib.default().to_dict()
 
 
 def test_one_of_a_run_whose_checkpoints_do_not_hold_it_ends_the_command(tmp_path):

@@ -83,7 +83,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
       ConfigError: where the config does not fit the devices.
     """
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = kernel_check.settled(compiled_step.make(config, mesh))
+    run = kernel_check.checked(compiled_step.make(config, mesh))
     start = time.perf_counter()
     step = run.compiled_step()
     compile_time = time.perf_counter() - start

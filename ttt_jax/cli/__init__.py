@@ -153,7 +153,7 @@ def _what_is_left(options: argparse.Namespace) -> str:
     if options.verb == "train":
         from ttt_jax.training import checkpoint
 
-        return f"; {checkpoint.newest_in_words(options.workdir)}, and the same command goes on there"
+        return f"; {checkpoint.describe_newest(options.workdir)}, and the same command goes on there"
     if options.verb == "tokenize":
         return "; the same command goes on at what was saved last"
     return ""

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     """``ttt eval``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     for workdir in workdirs:  # whatever is wrong with one of them is told before any is evaluated
-        run_config.of_run(workdir)
+        run_config.load(workdir)
     if options.chains and not options.carry_state:
         raise ConfigError(f"--chains {options.chains}: expected --carry-state with it")
     if options.csv:
@@ -169,7 +169,7 @@ def compare(options: argparse.Namespace) -> int:
         table.add_column(other.about["workdir"], justify="right")
     table.add_row(
         "all",
-        finite.shown(about["loss"], ".4f"),
+        finite.format_number(about["loss"], ".4f"),
         *(_with_error(d.mean, d.standard_error) for d in differences),
         end_section=True,
     )
@@ -180,7 +180,7 @@ def compare(options: argparse.Namespace) -> int:
         if not counts.any():
             table.add_row(*row, *["-"] * len(options.workdir))
             continue
-        row.append(finite.shown(base.document_sums[:, where].sum() / counts.sum(), ".4f"))
+        row.append(finite.format_number(base.document_sums[:, where].sum() / counts.sum(), ".4f"))
         for other in others:
             with np.errstate(invalid="ignore"):  # infinity - infinity
                 sums = (other.document_sums - base.document_sums)[:, where].sum(1)

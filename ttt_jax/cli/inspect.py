@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     startup.use_compilation_cache()
     startup.keep_freed_memory()
     for workdir in workdirs:
-        inner_loop.check(workdir, run_config.of_run(workdir).model)
+        inner_loop.check(workdir, run_config.load(workdir).model)
         if workdir_lib.is_local(workdir):
             check_folder(workdir / "inspect", f"--workdir {workdir}")
     for workdir in workdirs:
@@ -93,7 +93,7 @@ def _table(blocks, layers, per_matrix=False):
     table.caption_justify = "left"
     columns = {"layer": [str(block) for block in blocks]}
     for name, key in (("at W0", "loss_at_w0"), ("before", "loss_before"), ("after", "loss_after")):
-        columns[name] = [finite.shown(getattr(x, key), ".4g") for x in layers]
+        columns[name] = [finite.format_number(getattr(x, key), ".4g") for x in layers]
     if any(x.explained is not None for x in layers):
         columns["explained"] = [f"{x.explained:.1%}" for x in layers]
     if any(x.weight_change is not None for x in layers):

@@ -96,7 +96,7 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
 def needle(options: argparse.Namespace) -> int:
     """``ttt probe needle``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    configs = [run_config.of_run(workdir) for workdir in workdirs]
+    configs = [run_config.load(workdir) for workdir in workdirs]
     from ttt_jax.evaluation.probes import needle_probe, report, texts
     from ttt_jax.evaluation.probes.needle import TASKS
     from ttt_jax.evaluation.probes.progress import Progress
@@ -147,7 +147,7 @@ def needle(options: argparse.Namespace) -> int:
 def task(options: argparse.Namespace) -> int:
     """``ttt probe task``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    configs = [run_config.of_run(workdir) for workdir in workdirs]
+    configs = [run_config.load(workdir) for workdir in workdirs]
     from ttt_jax.data.task_source import TASKS
     from ttt_jax.evaluation.probes import report, task_probe
     from ttt_jax.figures import heat_map, style

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     if not launcher and options.engine != "ray":  # else other machines have what they need
         for config in made.configs:
             wandb = bool(config.log.wandb_project)
-            metrics.check_place(directory, tensorboard=config.log.tensorboard, wandb=wandb)
+            metrics.check_destinations(directory, tensorboard=config.log.tensorboard, wandb=wandb)
 
     def arguments(point: points.Point) -> list[str]:
         return command.of(point, made.base, directory / point.name, launcher)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ttt_jax.data import named_sources
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.evaluation import result_files
-from ttt_jax.storage.json_files import DamagedFile, tell
+from ttt_jax.storage.json_files import DamagedFile, warn_once
 from ttt_jax.storage.workdir import Workdir, explained
 
 _MOST_LISTED = 8
@@ -55,12 +55,12 @@ def place(folder: Workdir, stem: str, about: dict[str, Any]) -> str:
         stem = f"{stem}-{short_hash([about.get(key) for key in _IDENTITY])}"
         there = _about(folder / f"{stem}.json")
     if there and there.get("step", about.get("step")) != about.get("step"):
-        tell(f"{folder / stem}.json: in place of the result of step {there['step']}; --step keeps one of each")
+        warn_once(f"{folder / stem}.json: in place of the result of step {there['step']}; --step keeps one of each")
     return stem
 
 
 def short_hash(identity: Any) -> str:
-    """Return eight hexadecimal digits that tell JSON from other JSON."""
+    """Return eight hexadecimal digits that warn_once JSON from other JSON."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

@@ -156,7 +156,7 @@ def not_finite(about: dict[str, Any]) -> str:
     """Return in words how many losses are NaN or infinite; empty where none is."""
     if about.get("not_finite"):
         return f"{about['not_finite']:,} of {about['tokens']:,} tokens have a loss that is NaN or infinite"
-    return "" if finite.known(about["loss"]) else "the loss is NaN or infinite"
+    return "" if finite.is_finite(about["loss"]) else "the loss is NaN or infinite"
 
 
 def read_file(path: Workdir) -> Evaluation:

@@ -97,7 +97,7 @@ class Unfinished:
             return False
         except json_files.DamagedFile as error:
             problem = str(error)
-        json_files.tell(f"{problem}; this evaluation begins anew")
+        json_files.warn_once(f"{problem}; this evaluation begins anew")
         return False
 
     def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
@@ -111,7 +111,7 @@ class Unfinished:
         except (ValueError, EOFError):
             array = np.empty(0)
         if array.shape != (sum(lengths),) or (match[3] and int(match[3], 16) != zlib.crc32(content)):
-            json_files.tell(f"{path}: damaged; what was computed from there on is computed again")
+            json_files.warn_once(f"{path}: damaged; what was computed from there on is computed again")
             return
         yield from np.split(array, np.cumsum(lengths)[:-1])
 

@@ -60,7 +60,7 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
     Raises:
       ConfigError: where there is no such checkpoint.
     """
-    run_config.of_run(workdir)  # without one it is no workdir at all
+    run_config.load(workdir)  # without one it is no workdir at all
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
     found = _all_steps(workdir)
@@ -140,7 +140,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
 
 
 def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Trained:
-    config = run_config.of_run(workdir).copy_and_resolve_references()
+    config = run_config.load(workdir).copy_and_resolve_references()
     run = compiled_step.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
     with workdir_lib.explained(workdir):
         sums = workdir / "checkpoints" / str(step) / checksums.NAME
@@ -148,7 +148,7 @@ def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Tr
     checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params(step, run.abstract_state.params)
     checkpoints.close()
-    run = kernel_check.settled(run)
+    run = kernel_check.checked(run)
     return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
 
 

@@ -110,7 +110,7 @@ def as_table(found: Sequence[Row]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in found:
         published = [] if not _has_published(found) else [_number(row.published, ".2f")]
-        table.add_row(row.name, finite.shown(row.perplexity, ".3f"), _with_error(row, "±"), *published)
+        table.add_row(row.name, finite.format_number(row.perplexity, ".3f"), _with_error(row, "±"), *published)
     return table
 
 
@@ -126,11 +126,11 @@ def as_latex(found: Sequence[Row]) -> str:
     ]
     for row in found:
         difference = "--" if row.difference is None else _with_error(row, "\\pm")
-        if finite.known(row.difference):
+        if finite.is_finite(row.difference):
             difference = f"${difference}$"
         cells = [
             _escaped(row.name),
-            finite.shown(row.perplexity, ".3f"),
+            finite.format_number(row.perplexity, ".3f"),
             difference,
             *([_number(row.published, ".2f")] * published),
         ]

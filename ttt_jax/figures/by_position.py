@@ -130,7 +130,7 @@ def _mean(about: dict[str, Any], perplexity: bool) -> str:
     if problem := evaluations.not_finite(about):
         return f"{finite_lib.NOT_FINITE}, {problem}"
     if perplexity:
-        return f"perplexity {finite_lib.shown(about['perplexity'], '.2f')}"
+        return f"perplexity {finite_lib.format_number(about['perplexity'], '.2f')}"
     return f"mean {about['loss']:.3f}"
 
 

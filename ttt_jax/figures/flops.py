@@ -85,7 +85,7 @@ def _flops_of_run(location: str, asked_by: Workdir) -> float:
     of_checkpoint = place.parent.name == "checkpoints"
     workdir = place.parent.parent if of_checkpoint else place
     try:
-        config = run_config.of_run(workdir)
+        config = run_config.load(workdir)
     except ConfigError as error:
         raise ConfigError(
             f"{asked_by}: started from {location}, whose training counts too, and cannot be read: {error}"

@@ -185,7 +185,7 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
 
 
 def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
-    context = run_config.of_run(workdir).data.sequence_length
+    context = run_config.load(workdir).data.sequence_length
     entry = catalogue.find(workdir / "eval", split, context, **which)
     if entry is None:
         raise ConfigError(

@@ -59,7 +59,9 @@ def prepare(topology: Topology) -> None:
     if topology.chip == "cpu":
         return
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology {topology}: needs the compiler of TPUs; {extras.hint('plan')} (on Linux)")
+        raise ConfigError(
+            f"--topology {topology}: needs the compiler of TPUs; {extras.install_command('plan')} (on Linux)"
+        )
     chips = math.prod(topology.shape)
     names = {"v5e": f"v5litepod-{chips}", "v6e": f"v6e-{chips}", "v5p": f"v5p-{2 * chips}"}  # v5p counts cores
     os.environ.update(

@@ -18,7 +18,7 @@ from ttt_jax.storage.writing import write_atomically
 
 HASH = "sha256"
 _LAST = re.compile(rb', "([^"]*)": (\d{1,10})}\s*$')
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class DamagedFile(ConfigError):
@@ -42,7 +42,7 @@ class Lines(NamedTuple):
 # ---- Objects
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
+def with_hash(content: dict[str, Any]) -> dict[str, Any]:
     """Return an object as JSON holds it, with the hash of its content as its last key; ValueError for NaN."""
     content = json.loads(json.dumps(content, allow_nan=False))
     content.pop(HASH, None)
@@ -51,7 +51,7 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def write_object(path: Workdir, content: dict[str, Any]) -> None:
     """Replace a file as a whole by one that holds an object and its hash; ValueError for NaN."""
-    write_atomically(path, json.dumps(sealed(content), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(with_hash(content), indent=2, allow_nan=False) + "\n")
 
 
 def parse(text: str | bytes, place: object) -> Any:
@@ -106,7 +106,7 @@ def _digest(content: dict[str, Any]) -> str:
 # ---- Lines
 
 
-def sealed_line(record: dict[str, Any]) -> str:
+def line_with_checksum(record: dict[str, Any]) -> str:
     """Return a record as a line of JSON, line break included, whose last key is the checksum of what is before it.
 
     NaN and infinities are not JSON: they become null, which :func:`parse_lines` returns as NaN.
@@ -135,11 +135,11 @@ def parse_lines(content: bytes) -> Lines:
     return found
 
 
-def read_lines(path: Workdir, *, tells: bool = True) -> Lines:
+def read_lines(path: Workdir, *, warn: bool = True) -> Lines:
     """Return the records of a file; none without a file.
 
     Args:
-      tells: name the lines that were left out on standard error.
+      warn: name the lines that were left out on standard error.
     """
     try:
         with explained(path):
@@ -150,12 +150,12 @@ def read_lines(path: Workdir, *, tells: bool = True) -> Lines:
         found = Lines([], [], {0: "is a folder"})
     else:
         found = parse_lines(content)
-    if found.problems and tells:
-        tell(left_out(path, found.problems))
+    if found.problems and warn:
+        warn_once(describe_problems(path, found.problems))
     return found
 
 
-def left_out(path: Workdir, problems: dict[int, str]) -> str:
+def describe_problems(path: Workdir, problems: dict[int, str]) -> str:
     """Return one line that names the file and the lines that are no records."""
     if 0 in problems:
         return f"{path}: {problems[0]}; passed over"
@@ -164,10 +164,10 @@ def left_out(path: Workdir, problems: dict[int, str]) -> str:
     return f"{path}, line {first}: {problems[first]}{more}; left out, all other records are used"
 
 
-def tell(message: str) -> None:
+def warn_once(message: str) -> None:
     """Print a message to standard error, once in the life of a process."""
-    if message not in _told:
-        _told.add(message)
+    if message not in _warned:
+        _warned.add(message)
         print(message, file=sys.stderr, flush=True)
 
 

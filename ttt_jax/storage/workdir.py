@@ -34,7 +34,7 @@ def at(location: str | os.PathLike) -> Workdir:
     if not text.removeprefix("gs://").strip("/") or not text.startswith("gs://"):
         raise ConfigError(f"--workdir {text}: expected a folder, or gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(f"--workdir {text}: needs gcsfs; {extras.hint('gcs')}")
+        raise ConfigError(f"--workdir {text}: needs gcsfs; {extras.install_command('gcs')}")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of all that fails, which is told here, once
     os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow is no better, where it happens to be installed
     from etils import epath

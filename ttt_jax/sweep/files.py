@@ -28,7 +28,7 @@ def json_object(path: Workdir) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json_files.DamagedFile as error:
-        json_files.tell(f"{error}; passed over")
+        json_files.warn_once(f"{error}; passed over")
         return None
 
 
@@ -48,7 +48,7 @@ def records(path: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (IsADirectoryError, PermissionError) as error:
-        json_files.tell(f"{path}: cannot be read: {error.strerror}; passed over")
+        json_files.warn_once(f"{path}: cannot be read: {error.strerror}; passed over")
         return []
 
 

@@ -30,7 +30,7 @@ try:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 except ImportError as error:
-    raise ConfigError(f"--engine ray: needs Ray Tune ({error}); {extras.hint('ray')}") from error
+    raise ConfigError(f"--engine ray: needs Ray Tune ({error}); {extras.install_command('ray')}") from error
 
 _POLL = 0.5  # seconds
 _SILENCE = 3.0  # seconds; a trial without news says so, for an answer is when it hears that it should stop

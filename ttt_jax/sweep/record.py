@@ -6,7 +6,7 @@ import socket
 import time
 from typing import Any, get_type_hints
 
-from ttt_jax.storage.json_files import tell, write_object
+from ttt_jax.storage.json_files import warn_once, write_object
 from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.sweep.files import json_object
 
@@ -52,7 +52,7 @@ def read(workdir: Workdir) -> Record | None:
     found = {key: x for key, x in content.items() if key in known}
     if {"state", "steps"} <= found.keys() and all(_is(known[key], x) for key, x in found.items()):
         return Record(**found)
-    tell(f"{workdir / NAME}: is no record of a point of a sweep; passed over")
+    warn_once(f"{workdir / NAME}: is no record of a point of a sweep; passed over")
     return None
 
 

@@ -105,4 +105,4 @@ def _state(state: str) -> Text:
 
 
 def _number(value: float | None, style: str) -> str:
-    return "" if value is None else finite.shown(value, style)
+    return "" if value is None else finite.format_number(value, style)

@@ -48,7 +48,7 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def check_place(workdir: Workdir) -> None:
+def check_folder(workdir: Workdir) -> None:
     """Raise :class:`ConfigError` where no checkpoint can be saved in a local workdir, whatever is tried again."""
     folder = workdir / "checkpoints"
     if is_local(folder) and os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
@@ -301,7 +301,7 @@ class Checkpoints:
         )
 
 
-def newest_in_words(workdir: str | os.PathLike) -> str:
+def describe_newest(workdir: str | os.PathLike) -> str:
     """Return in words which checkpoint of a workdir is the newest complete one. For buckets, that takes an answer."""
     folder = epath.Path(os.fspath(workdir)) / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []

@@ -13,17 +13,17 @@ from ttt_jax.training import compiled_step
 _LIMIT = 900.0  # seconds for the slowest process
 
 
-def settled(run: compiled_step.Program) -> compiled_step.Program:
+def checked(run: compiled_step.Program) -> compiled_step.Program:
     """Return a program whose inner loop has been checked on its devices, which are here.
 
-    Where :func:`families` says that a fused kernel is going to run, each process has it check itself on one of its
-    devices (:mod:`ttt_jax.kernels.self_check`; once, whatever else is built for the same shapes). Where it is
-    wrong on any process, all of them say so on standard error, in a line that names the array that differs most, and
-    get a program that uses the scan. ``config`` stays as it is.
+    Where :func:`kernels_to_check` finds a fused kernel that is going to run, each process has it check itself on one of
+    its devices (:mod:`ttt_jax.kernels.self_check`; once, whatever else is built for the same shapes). If it is wrong on
+    any process, all processes print a line on standard error that names the array that differs most, and get a program
+    that uses the scan. ``config`` stays as it is.
 
     All processes call this alike.
     """
-    found = families(run.config.model, run.mesh)
+    found = kernels_to_check(run.config.model, run.mesh)
     if not found:
         return run
     here = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
@@ -47,7 +47,7 @@ def settled(run: compiled_step.Program) -> compiled_step.Program:
     return compiled_step.make(config, run.mesh)._replace(config=run.config)
 
 
-def families(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
+def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
     """Return what is to be checked of the model on a mesh, for each kind of block that uses a kernel: none where it is
     interpreted, or where ``model.ttt.kernel_check`` is false."""
     device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
@@ -61,10 +61,10 @@ def families(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Fa
     return list(dict.fromkeys(found))
 
 
-def _problem(checked: self_check.Family, device: jax.Device) -> str:
+def _problem(kernel: self_check.Family, device: jax.Device) -> str:
     """What is wrong with the kernel, in words; nothing where nothing is."""
     try:
-        report = self_check.of_family(checked, device)
+        report = self_check.of_family(kernel, device)
     except Exception as error:  # of the compiler, of the device
         return f"it does not run, {describe(error)}"
     return f"it differs from the scan by {report}" if report.wrong else ""

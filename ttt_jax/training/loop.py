@@ -137,7 +137,7 @@ def _train(
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
-    process_checks.on_all(lambda: checkpoint.check_place(workdir))
+    process_checks.on_all(lambda: checkpoint.check_folder(workdir))
     first_params, origin = None, ""
     if restored is None and config.training.start_from:
         first_params, origin = start_lib.parameters(config, run.abstract_state.params)
@@ -185,7 +185,7 @@ def _train(
         try:
             # ---- Compile
             began = time.monotonic()
-            run = kernel_check.settled(run)
+            run = kernel_check.checked(run)
             if output is not None:
                 output.bar.compiling()
             if restored is None:
@@ -294,7 +294,7 @@ def _prepare(
     if config_lib.steps(config, "evaluation.every"):
         held_out = named_sources.from_config(config, config.evaluation.split)
         token_source.check(held_out, config.model.vocab_size, config.data.sequence_length)
-    metrics.check_place(workdir, tensorboard=config.log.tensorboard, wandb=bool(config.log.wandb_project))
+    metrics.check_destinations(workdir, tensorboard=config.log.tensorboard, wandb=bool(config.log.wandb_project))
     workdir_lib.make(workdir)
     return run, data, held_out
 

@@ -30,7 +30,7 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records numbers of one step."""
-        self._file.write(json_files.sealed_line({"step": step, **values}))
+        self._file.write(json_files.line_with_checksum({"step": step, **values}))
         for write_other, _ in self._others:
             write_other(step, values)
 
@@ -45,7 +45,7 @@ class MetricsWriter:
             close_other()
 
 
-def check_place(workdir: Workdir, *, tensorboard: bool, wandb: bool = False) -> None:
+def check_destinations(workdir: Workdir, *, tensorboard: bool, wandb: bool = False) -> None:
     """Raise :class:`ConfigError` where metrics cannot go to such a workdir, or a package for them is missing."""
     if tensorboard and not is_local(workdir):
         raise ConfigError(
@@ -65,13 +65,13 @@ def read(workdir: Workdir) -> list[dict[str, float]]:
 
 def _open(path: Workdir, step: int) -> AppendedFile | BucketFile:
     """Return the file to append to, without the records after ``step``. A file with damaged lines is kept aside."""
-    there = json_files.read_lines(path, tells=False)
+    there = json_files.read_lines(path, warn=False)
     kept = "".join(
         text + "\n" for text, record in zip(there.texts, there.records, strict=True) if record["step"] <= step
     )
     if there.problems:
         aside = set_aside(path)
-        json_files.tell(f"{json_files.left_out(path, there.problems)}, and the file is kept as {aside}")
+        json_files.warn_once(f"{json_files.describe_problems(path, there.problems)}, and the file is kept as {aside}")
     if not is_local(path):
         return BucketFile(path, kept)
     if kept or path.exists():
@@ -83,7 +83,9 @@ def _tensorboard(workdir: Workdir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ConfigError(f"log.tensorboard=true: needs tensorboardX; {extras.hint('tensorboard')}") from error
+        raise ConfigError(
+            f"log.tensorboard=true: needs tensorboardX; {extras.install_command('tensorboard')}"
+        ) from error
     folder = workdir / "tensorboard"
     writer = SummaryWriter(str(folder))
 
@@ -100,7 +102,7 @@ def _wandb(workdir: Workdir, settings: dict[str, Any]):
     try:
         import wandb
     except ImportError as error:
-        raise ConfigError(f"log.wandb_project: needs wandb; {extras.hint('wandb')}") from error
+        raise ConfigError(f"log.wandb_project: needs wandb; {extras.install_command('wandb')}") from error
     local = is_local(workdir)
     place = str(workdir.resolve() if local else workdir)
     identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()  # resumes with the workdir

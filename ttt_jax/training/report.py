@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ttt_jax.errors import NonFiniteLossError
-from ttt_jax.storage.json_files import DamagedFile, read_object, tell, write_object
+from ttt_jax.storage.json_files import DamagedFile, read_object, warn_once, write_object
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.storage.writing import set_aside
 from ttt_jax.terminal.console import duration
@@ -54,7 +54,7 @@ def _read(path: Workdir, useful: float) -> float:
         return time.time()
     except DamagedFile as error:
         problem = str(error)
-    tell(f"{problem}; kept as {set_aside(path)}, goodput counts the useful time and from now on")
+    warn_once(f"{problem}; kept as {set_aside(path)}, goodput counts the useful time and from now on")
     return time.time() - useful
 
 

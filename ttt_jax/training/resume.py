@@ -32,7 +32,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
     except DamagedFile as error:
         if run_config.saved_steps(workdir):
             raise
-        json_files.tell(f"{error}; no checkpoint has been saved, so the run begins anew")
+        json_files.warn_once(f"{error}; no checkpoint has been saved, so the run begins anew")
         return False
     if found is None:
         return False
@@ -43,7 +43,9 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
             f"workdir, or the values that are there{origin}"
         )
     if found.problem:
-        json_files.tell(f"{found.problem}; the config that {found.origin.parent.parent} holds is this one, going on")
+        json_files.warn_once(
+            f"{found.problem}; the config that {found.origin.parent.parent} holds is this one, going on"
+        )
     return is_changed(found.config, accept_changed_learner)
 
 

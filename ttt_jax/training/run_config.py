@@ -39,7 +39,7 @@ def write(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     try:
         json_files.read_object(workdir / NAME)
     except DamagedFile:
-        json_files.tell(f"{workdir / NAME}: kept as it was under the name {writing.set_aside(workdir / NAME)}")
+        json_files.warn_once(f"{workdir / NAME}: kept as it was under the name {writing.set_aside(workdir / NAME)}")
     except (FileNotFoundError, NotADirectoryError):
         pass
     json_files.write_object(workdir / NAME, config.to_dict())
@@ -52,7 +52,7 @@ def check_learner_outside(config: ml_collections.ConfigDict, workdir: Workdir) -
         import_path.check_outside(named, config_lib.LEARNER, str(workdir))
 
 
-def of_run(workdir: Workdir) -> ml_collections.ConfigDict:
+def load(workdir: Workdir) -> ml_collections.ConfigDict:
     """Return the config of a run. Where it is taken from a checkpoint, say so on standard error.
 
     Raises:
@@ -62,7 +62,7 @@ def of_run(workdir: Workdir) -> ml_collections.ConfigDict:
     if found is None:
         raise ConfigError(f"{workdir / NAME}: not found; expected the workdir of a run, with its {NAME}")
     if found.problem:
-        json_files.tell(f"{found.problem}; using the config that {found.origin.parent.parent} holds")
+        json_files.warn_once(f"{found.problem}; using the config that {found.origin.parent.parent} holds")
     return found.config
 
 

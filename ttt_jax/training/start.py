@@ -56,7 +56,7 @@ def _source(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple[Wo
     match = re.fullmatch(r"(.+)/checkpoints/(\d+)", named)
     try:
         source = workdir_lib.at(match[1] if match else named)
-        theirs = run_config.of_run(source)
+        theirs = run_config.load(source)
     except ConfigError as error:
         raise ConfigError(f"training.start_from: {str(error).removeprefix('--workdir ')}") from error
     ours, there = _shapes(abstract_params), _shapes(_abstract_params(theirs.model))

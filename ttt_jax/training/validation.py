@@ -94,7 +94,7 @@ def other_tokens(saved: Any, config: ml_collections.ConfigDict) -> str:
 
 def not_finite(step: int, values: dict[str, float]) -> str:
     """Return a line that says that a validation loss is NaN or infinite; empty where it is neither."""
-    if finite.known(values[LOSS]):
+    if finite.is_finite(values[LOSS]):
         return ""
     return f"validation loss is {values[LOSS]} at step {step}: the checkpoint of this step is never the best one"
 
@@ -125,7 +125,7 @@ class KeepBest(checkpoint_managers.PreservationPolicy):
 
 def best_step(losses: dict[int, float], steps: Sequence[int]) -> int | None:
     """The one of these steps that has the lowest loss, the earliest of several; None where none has one."""
-    known = [step for step in steps if finite.known(losses.get(step))]
+    known = [step for step in steps if finite.is_finite(losses.get(step))]
     return min(known, key=lambda step: (losses[step], step), default=None)
 
 

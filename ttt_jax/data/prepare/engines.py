@@ -68,7 +68,7 @@ def ray(address: str) -> Engine:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError(f"--engine ray: needs Ray; {extras.hint('ray')}") from error
+        raise ConfigError(f"--engine ray: needs Ray; {extras.install_command('ray')}") from error
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         connect(address)

@@ -234,7 +234,7 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ConfigError(f"reading .parquet needs pyarrow; {extras.hint('parquet')}") from error
+        raise ConfigError(f"reading .parquet needs pyarrow; {extras.install_command('parquet')}") from error
     try:
         file = parquet.ParquetFile(raw)
         columns = file.schema_arrow.names

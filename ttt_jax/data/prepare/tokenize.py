@@ -132,7 +132,7 @@ def tokenize(
             _keep(output, _problems(state["generation"]), "".join(problems).encode(), hashes)
             state["problems"].append(state["generation"])
             problems.clear()
-        output.write_json(_STATE, json_files.sealed(state))
+        output.write_json(_STATE, json_files.with_hash(state))
         output.delete(f"{UNFINISHED}/{state['generation'] - 1}")
         saved = time.monotonic()
 
@@ -239,7 +239,7 @@ def _finish(
     if kept_as:
         output.write(kept_as, job.tokenizer.content)
     output.write_json("zarr.json", dataset.GROUP)
-    output.write_json(dataset.DESCRIPTION, json_files.sealed(description))
+    output.write_json(dataset.DESCRIPTION, json_files.with_hash(description))
     output.delete(UNFINISHED)
     return description
 

@@ -232,7 +232,7 @@ def _sentencepiece(content: bytes, name: str):
     try:
         import sentencepiece
     except ImportError as error:
-        raise ConfigError(f"{name}: needs sentencepiece; {extras.hint('sentencepiece')}") from error
+        raise ConfigError(f"{name}: needs sentencepiece; {extras.install_command('sentencepiece')}") from error
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         if content and processor.get_piece_size():  # of nothing, the library makes one without a model

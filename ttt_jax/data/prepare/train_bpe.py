@@ -49,7 +49,7 @@ def kept_or_trained(
         kept = train(files, vocab_size, job, skip_problems=skip_problems)
         output.write(_KEPT, kept)
         made_for = {**purpose, "contents": of_train["contents"], "tokenizer_sha256": hashlib.sha256(kept).hexdigest()}
-        output.write_json(_PURPOSE, json_files.sealed(made_for))
+        output.write_json(_PURPOSE, json_files.with_hash(made_for))
     return from_huggingface(kept, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
 
 
@@ -61,7 +61,7 @@ def _kept(output: Store, purpose: dict[str, Any], contents: list[str]) -> bytes 
     try:
         there = output.read_json(_PURPOSE)
     except DataError as error:
-        json_files.tell(f"{error}; the tokenizer is trained anew")
+        json_files.warn_once(f"{error}; the tokenizer is trained anew")
         return None
     if not isinstance(there, dict):
         return None
@@ -70,7 +70,7 @@ def _kept(output: Store, purpose: dict[str, Any], contents: list[str]) -> bytes 
         return None
     kept = output.read(_KEPT)
     if kept is not None and expected not in (None, hashlib.sha256(kept).hexdigest()):
-        json_files.tell(f"{output.path(_KEPT)}: damaged; the tokenizer is trained anew")
+        json_files.warn_once(f"{output.path(_KEPT)}: damaged; the tokenizer is trained anew")
         return None
     return kept
 
