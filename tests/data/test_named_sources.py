@@ -160,7 +160,7 @@ def test_synthetic_tokens_are_hashes_of_their_places():
 
 
 def test_synthetic_tokens_are_even_and_differ_between_splits():
-    found = {split: synthetic.source(split, 16).tokens[0:100_000] for split in ("train", "validation", "test")}
+    found = {split: synthetic.random_source(split, 16).tokens[0:100_000] for split in ("train", "validation", "test")}
     for tokens in found.values():
         np.testing.assert_allclose(np.bincount(tokens, minlength=16) / 1e5, 1 / 16, rtol=0.06)
     assert (found["train"] == found["validation"]).mean() < 0.08
@@ -168,11 +168,11 @@ def test_synthetic_tokens_are_even_and_differ_between_splits():
 
 
 def test_synthetic_documents_begin_where_their_bos_is():
-    source = synthetic.source("train", 97)
+    source = synthetic.random_source("train", 97)
     assert len(source.documents) == len(source.tokens) // 4096
     found = source.documents[2:5]
     assert found.tolist() == [8192, 12288, 16384]
-    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.BOS] * 3
+    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.RANDOM_BOS] * 3
 
 
 def test_synthetic_is_without_end():

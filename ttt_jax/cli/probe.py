@@ -148,7 +148,7 @@ def task(options: argparse.Namespace) -> int:
     """``ttt probe task``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
-    from ttt_jax.data.task_source import TASKS
+    from ttt_jax.data.synthetic import TASKS
     from ttt_jax.evaluation.probes import report, task_probe
     from ttt_jax.figures import heat_map, style
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax.data import dataset, embedded, official, synthetic, task_source
+from ttt_jax.data import dataset, embedded, official, synthetic
 from ttt_jax.data.dataset import UNFINISHED
 from ttt_jax.data.prepare import files
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
@@ -50,7 +50,7 @@ def load(
     """A split of a dataset.
 
     Args:
-      location: ``embedded``, ``synthetic``, a task (:func:`task_source.source`), or a folder by its path or URL.
+      location: ``embedded``, ``synthetic``, a task (:func:`synthetic.task_source`), or a folder by its path or URL.
       vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
       bos: the token that begins a document, where the dataset does not say it, or says something else.
       tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
@@ -68,10 +68,10 @@ def load(
             f"embedded/{split}", embedded.tokens(split), embedded.VOCAB_SIZE, embedded.BOS, tokenizer=("byte",)
         )
     elif location == "synthetic":
-        source = synthetic.source(split, vocab_size or synthetic.VOCAB_SIZE)
-    elif task_source.named(location):
-        source = task_source.source(
-            location, split, vocab_size or task_source.VOCAB_SIZE, sequence_length or task_source.DEFAULT_LENGTH
+        source = synthetic.random_source(split, vocab_size or synthetic.RANDOM_VOCAB_SIZE)
+    elif synthetic.is_task(location):
+        source = synthetic.task_source(
+            location, split, vocab_size or synthetic.TASK_VOCAB_SIZE, sequence_length or synthetic.DEFAULT_LENGTH
         )
     else:
         source = _in_folder(location, split, vocab_size, bos, f"{named_by}{location!r}")
@@ -89,7 +89,7 @@ def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
     if location == "embedded":
         return tokenizer_lib.byte()
     description = None
-    if location != "synthetic" and not task_source.named(location):
+    if location != "synthetic" and not synthetic.is_task(location):
         if not _is_folder(location):
             raise ConfigError(f"data.source={location!r}: no such folder; expected the dataset that the run is of")
         description = dataset.read_description(Store(location))

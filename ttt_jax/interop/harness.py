@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ttt_jax.data import dataset, named_sources, task_source
+from ttt_jax.data import dataset, named_sources, synthetic
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.data.token_source import TokenSource
@@ -320,7 +320,7 @@ def prefix_token_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, ask
 def _in_data(config: ml_collections.ConfigDict, source: TokenSource, tokenizer: Tokenizer) -> int | None:
     if source.bos is not None:
         return source.bos
-    if task_source.named(config.data.source):
+    if synthetic.is_task(config.data.source):
         return None
     description = dataset.read_description(Store(config.data.source))
     if description is not None:

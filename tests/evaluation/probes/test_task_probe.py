@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import task_source
+from ttt_jax.data import synthetic
 from ttt_jax.evaluation import trained
 from ttt_jax.evaluation.probes import task_probe
 
@@ -21,7 +21,7 @@ def run(made_run):
 
 def test_accuracies_are_of_the_logits(run, plain_logits):
     (cell,) = task_probe.probe(run, **OPTIONS, batch_size=4)
-    source = task_source.source("associative_recall:2", "validation", 12, 20)
+    source = synthetic.task_source("associative_recall:2", "validation", 12, 20)
     right, losses, whole, by_distance = [], [], 0, {}
     for index in range(7):
         tokens, answers, sources = source.example(index)

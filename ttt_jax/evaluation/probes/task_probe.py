@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ttt_jax.data import task_source
-from ttt_jax.data.task_example import Example
+from ttt_jax.data import synthetic
+from ttt_jax.data.synthetic import Example
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes.cells import Cell, Cells
@@ -37,11 +37,11 @@ def task_of(config: ml_collections.ConfigDict) -> tuple[str, int]:
       ConfigError: where it was trained on something else.
     """
     location = config.data.source
-    if not task_source.named(location):
+    if not synthetic.is_task(location):
         raise ConfigError(
-            f"data.source={location!r}: is no task to probe; expected a run on one of {', '.join(task_source.TASKS)}"
+            f"data.source={location!r}: is no task to probe; expected a run on one of {', '.join(synthetic.TASKS)}"
         )
-    found = task_source.source(location, "train", config.model.vocab_size, config.data.sequence_length)
+    found = synthetic.task_source(location, "train", config.model.vocab_size, config.data.sequence_length)
     return found.task, found.items
 
 
@@ -88,7 +88,7 @@ def probe(
     read = _reader(trained)
     vocab_size = trained.config.model.vocab_size
     sources = {  # what does not fit is told before anything is computed
-        (number, context): task_source.source(f"{task}:{number}", split, vocab_size, context)
+        (number, context): synthetic.task_source(f"{task}:{number}", split, vocab_size, context)
         for number, context in wanted
     }
     with kept.locked():
@@ -96,7 +96,7 @@ def probe(
         for number, context in wanted:
             if (number, context) in known:
                 continue
-            progress(f"{task}, {number} {task_source.TASKS[task].items}, context {context}")
+            progress(f"{task}, {number} {synthetic.TASKS[task].items}, context {context}")
             examples = [sources[number, context].example(index) for index in range(samples)]
             size = batch_size or trained.config.data.batch_size * trained.config.data.sequence_length // context
             found = _summary(examples, *_predictions(trained, read, examples, max(1, min(size, samples))))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import named_sources, pipeline, sequences, task_source, token_source
+from ttt_jax.data import named_sources, pipeline, sequences, synthetic, token_source
 
 TASKS = ("associative_recall", "selective_copying")
 
@@ -19,8 +19,8 @@ TASKS = ("associative_recall", "selective_copying")
 def drawn(draw, task):
     """A source of the task, an index, and a length that its sequences fit."""
     items = draw(st.integers(1, 12))
-    vocab_size = draw(st.integers(task_source.TASKS[task].least_vocab_size(items), 80))
-    length = draw(st.integers(task_source.TASKS[task].least_length(items), 150))
+    vocab_size = draw(st.integers(synthetic.TASKS[task].least_vocab_size(items), 80))
+    length = draw(st.integers(synthetic.TASKS[task].least_length(items), 150))
     split = draw(st.sampled_from(("train", "test")))
     found = named_sources.load(f"{task}:{items}", split, vocab_size=vocab_size, sequence_length=length)
     return found, draw(st.integers(0, 2**22)), length
@@ -176,4 +176,4 @@ def test_what_there_is_not(location, vocab_size, message):
 
 
 def test_tasks_are_known_to_need_no_files():
-    assert set(TASKS) == set(task_source.TASKS) < set(config_lib.GENERATED)
+    assert set(TASKS) == set(synthetic.TASKS) < set(config_lib.GENERATED)
