@@ -29,7 +29,7 @@ import tokenizers
 from backports import zstd
 
 from ttt_jax.data import embedded, named_sources, pipeline
-from ttt_jax.data.prepare import files, records, tokenizer, train_bpe
+from ttt_jax.data.prepare import listing, records, tokenizer, train_bpe
 from ttt_jax.data.prepare.job import Job
 
 _BATCH_TOKENS = 1 << 18
@@ -59,7 +59,7 @@ def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
             break
     path = folder / "text.jsonl.zst"
     _write(path, texts)
-    found = files.find("train", [str(path)])
+    found = listing.find("train", [str(path)])
     content = train_bpe.train(found, 8192, Job(tokenizer.byte(), None, None))
     (folder / "tokenizer.json").write_bytes(content)
     library = tokenizers.Tokenizer.from_buffer(content)
@@ -131,7 +131,7 @@ def _cpu_seconds() -> float:
 
 
 def _texts(named: list[str]) -> Iterator[str]:
-    for _, unit, _ in records.units(files.find("train", named), records.Position(), 1 << 20, "text"):
+    for _, unit, _ in records.units(listing.find("train", named), records.Position(), 1 << 20, "text"):
         for record in records.texts(unit, "text"):
             if isinstance(record, tuple):
                 yield record[1]

@@ -8,8 +8,8 @@ import numpy as np
 import saved_runs
 
 from ttt_jax import config as config_lib
-from ttt_jax.data.prepare import engines, job, tokenizer, train_bpe
-from ttt_jax.data.prepare import files as input_files
+from ttt_jax.data.prepare import engines, job, listing, tokenizer, train_bpe
+from ttt_jax.data.prepare.files import InputFile
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
@@ -58,7 +58,7 @@ def make(root: Path) -> None:
         half.flush()
 
 
-def inputs(root: Path) -> list[input_files.InputFile]:
+def inputs(root: Path) -> list[InputFile]:
     rng = np.random.default_rng(0)
     words = ["loss", "of", "a", "small", "model", "whose", "weights", "learn", "été", "\n"]
     for split, count in (("train", 40), ("validation", 8)):
@@ -66,9 +66,7 @@ def inputs(root: Path) -> list[input_files.InputFile]:
         if not path.exists():
             texts = [" ".join(rng.choice(words, 30)) for _ in range(count)]
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return [
-        found for split in ("train", "validation") for found in input_files.find(split, [str(root / f"{split}.jsonl")])
-    ]
+    return [found for split in ("train", "validation") for found in listing.find(split, [str(root / f"{split}.jsonl")])]
 
 
 def tokenize_job(root: Path) -> job.Job:

@@ -48,7 +48,7 @@ def parquet_file(values, row_group_size: int = 7, **types) -> bytes:
 
 
 def input_file(path: Path, content: bytes, split: str = "train") -> InputFile:
-    """Writes a file, and names it as :func:`ttt_jax.data.prepare.files.find` would."""
+    """Writes a file, and names it as :func:`ttt_jax.data.prepare.listing.find` would."""
     path.write_bytes(content)
     return InputFile(split, str(path), len(content))
 

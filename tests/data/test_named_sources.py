@@ -14,7 +14,7 @@ import tokenizers
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import embedded, named_sources, synthetic
-from ttt_jax.data.prepare import engines, files, tokenize, tokenizer
+from ttt_jax.data.prepare import engines, listing, tokenize, tokenizer
 from ttt_jax.data.prepare.job import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     job = Job(tokenizer.byte(), 256, 257)
-    found = files.find("train", [str(path)])
+    found = listing.find("train", [str(path)])
     tokenize.tokenize(found, job, Store(folder / "dataset"), engines.processes(1), shard=16, chunk=4)
     tokens = [token for text in TEXTS for token in (256, *text.encode(), 257)]
     return folder / "dataset", np.array(tokens)
@@ -113,7 +113,7 @@ def test_text_is_no_dataset(tmp_path, name):
 @pytest.mark.parametrize(("bos", "eos", "expected"), [(256, 257, 258), (256, None, 257), (None, None, 257)])
 def test_bytes_without_eos_fit_models_of_257(tmp_path, bos, eos, expected):
     (tmp_path / "a.txt").write_text("text")
-    found, job = files.find("train", [str(tmp_path / "a.txt")]), Job(tokenizer.byte(), bos, eos)
+    found, job = listing.find("train", [str(tmp_path / "a.txt")]), Job(tokenizer.byte(), bos, eos)
     tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
     assert named_sources.load(str(tmp_path / "out"), "train").vocab_size == expected
 
@@ -269,7 +269,7 @@ def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
     words.save(str(tmp_path / "words.json"))
     (tmp_path / "a.txt").write_text("a")
     job = Job(tokenizer.load(str(tmp_path / "words.json")), None, None)
-    found = files.find("train", [str(tmp_path / "a.txt")])
+    found = listing.find("train", [str(tmp_path / "a.txt")])
     tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
     kept = tmp_path / "out/tokenizer.json"
     assert named_sources.tokenizer_of(str(tmp_path / "out")).encoder()("b").tolist() == [1]

@@ -67,23 +67,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb and return its exit status."""
-    from ttt_jax.data.prepare import files
+    from ttt_jax.data.prepare import files, listing
     from ttt_jax.storage.store import Store
 
     _check(options)
     found = [
         file
         for split in ("train", "validation", "test")
-        for file in files.find(split, getattr(options, split), options.output)
+        for file in listing.find(split, getattr(options, split), options.output)
     ]
-    found = files.distinct(found)
+    found = listing.distinct(found)
     if any(file.kind == "parquet" for file in found):
         extras.check("parquet", "pyarrow", "reading .parquet")
     if options.engine == "ray":
         extras.check("ray", "ray", "--engine ray")
     output = Store(options.output)
     found = files.with_content(found)
-    files.tell_copies(found)
+    listing.tell_copies(found)
     with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
         about, received = _tokenize(options, found, output, lock)
     if about is None:
@@ -114,7 +114,7 @@ def _tokenize(
     options: argparse.Namespace, found: list, output: "Store", lock: WorkdirLock
 ) -> tuple[dict | None, signal.Signals | None]:
     """Return what the dataset is, None where a signal stopped the run before its end, and the signal."""
-    from ttt_jax.data.prepare import engines, lost_text, tokenize, tokenizer, train_bpe
+    from ttt_jax.data.prepare import engines, text_fidelity, tokenize, tokenizer, train_bpe
     from ttt_jax.data.prepare.job import Job
 
     skip = options.on_error == "skip"
@@ -123,7 +123,7 @@ def _tokenize(
     if options.train_bpe is None:
         chosen = tokenizer.load(options.tokenizer, bos_token=options.bos_token, eos_token=options.eos_token)
         trained = None
-        if lost := lost_text.lost(chosen):
+        if lost := text_fidelity.lost(chosen.encoder(), chosen.unknown):
             what = "texts that differ in them alone get the same tokens"
             print(f"--tokenizer {options.tokenizer}: loses {', '.join(lost)}: {what}", file=sys.stderr)
     else:

@@ -9,16 +9,11 @@ problems.jsonl        records that were left out, where there are some
 """
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ttt_jax import __version__
 from ttt_jax.data.array import Array
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage.store import Store
-
-if TYPE_CHECKING:
-    from ttt_jax.data.prepare.files import InputFile
-    from ttt_jax.data.prepare.job import Job
 
 FORMAT = "ttt_jax tokens"
 VERSION = 1
@@ -48,34 +43,6 @@ def documents_of(split: str) -> str:
 def tokenizer_file(kind: str) -> str | None:
     """Return the name under which the tokenizer is kept with its dataset; None where it has no file."""
     return _KEPT_AS[kind]
-
-
-def describe(job: "Job", files: "list[InputFile]", trained: dict[str, int] | None) -> dict[str, Any]:
-    """What is known of a dataset before it is made: all that its content depends on."""
-    tokenizer = job.tokenizer
-    by_hash = job.validation_fraction + job.test_fraction > 0
-    fractions = {"validation_fraction": job.validation_fraction, "test_fraction": job.test_fraction}
-    seeded = {**fractions, "seed": job.split_seed, "hash": "blake2b-64 of the text, salted with the seed"}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "ttt_jax": __version__,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "name": tokenizer.name,
-            "sha256": tokenizer.sha256,
-            "file": tokenizer_file(tokenizer.kind),
-            **({"trained": trained} if trained else {}),
-        },
-        "vocab_size": tokenizer.vocab_size,
-        "bos": job.bos,
-        "eos": job.eos,
-        "dtype": job.dtype,
-        "text_key": job.text_key,
-        "split_rule": {"by": "hash of each document", **seeded} if by_hash else {"by": "files"},
-        "files": [[file.split, file.location.rsplit("/", 1)[-1], file.size] for file in files],
-        "contents": [file.content for file in files],
-    }
 
 
 def read_description(store: Store) -> dict[str, Any] | None:

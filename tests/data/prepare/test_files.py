@@ -1,15 +1,20 @@
 """Check which files a path, glob, folder or URL names, and in which order."""
 
+import bz2
 import functools
+import gzip
 import hashlib
 import http.server
+import io
+import lzma
 import threading
 
 import fsspec
 import pytest
+from backports import zstd
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data.prepare import files
+from ttt_jax.data.prepare import files, listing
 from ttt_jax.data.prepare.files import InputFile
 
 EXPECTED = ".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with .zst, .zstd, .gz, .xz or .bz2"
@@ -32,7 +37,7 @@ def folder(tmp_path):
 
 
 def found(*patterns):
-    return files.find("train", [str(pattern) for pattern in patterns])
+    return listing.find("train", [str(pattern) for pattern in patterns])
 
 
 def refused(*patterns):
@@ -69,7 +74,7 @@ def test_a_glob_is_sorted_and_patterns_keep_their_order(folder):
 
 
 def test_the_content_of_a_file_and_its_split(folder):
-    (file,) = files.find("validation", [str(folder / "d.jsonl.gz")])
+    (file,) = listing.find("validation", [str(folder / "d.jsonl.gz")])
     assert (file.split, file.size, file.kind) == ("validation", 3, "jsonl")
     with file.open() as raw:
         assert raw.read() == b"xxx"
@@ -200,3 +205,53 @@ def test_other_spellings_of_endings_are_read(tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"x")
     (file,) = found(tmp_path)
     assert (file.kind, file.compressed) == (kind, name.count(".") == 2)
+
+
+# ---- Compressed files
+
+PACK = {"zst": zstd.compress, "zstd": zstd.compress, "gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+CONTENT = bytes(range(256)) * 40
+
+
+def opened(packed, ending):
+    return files.decompressed(io.BytesIO(packed), ending)
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_streams_one_after_another_are_one_and_every_place_can_be_gone_to(ending):
+    packed = b"".join(PACK[ending](CONTENT[i : i + 3000]) for i in range(0, len(CONTENT), 3000))
+    stream = opened(packed, ending)
+    assert stream.read() == CONTENT
+    for place in (0, 9000, 3001, 3000, 2999, len(CONTENT), 1):
+        stream.seek(place)
+        assert stream.tell() == place
+        assert stream.read(4000) == CONTENT[place : place + 4000]
+
+
+@pytest.mark.parametrize("ending", files.ENDINGS)
+def test_no_part_of_two_streams_is_taken_for_the_whole(ending):
+    """Cut anywhere but behind the first, or a bit wrong where the second begins."""
+    one, two = PACK[ending](b"first"), PACK[ending](b"second")
+    assert opened(one + two, ending).read() == b"firstsecond"
+    for length in set(range(1, len(one + two))) - {len(one)}:
+        with pytest.raises(files.CORRUPT):
+            opened((one + two)[:length], ending).read()
+    wrong = bytearray(one + two)
+    wrong[len(one)] ^= 1
+    with pytest.raises(files.CORRUPT):
+        opened(bytes(wrong), ending).read()
+
+
+def test_what_is_not_compressed_is_as_it_is():
+    assert opened(CONTENT, "").read() == CONTENT
+
+
+def test_errors_of_the_disk_are_no_damage(monkeypatch):
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(5, "Input/output error")
+
+    for ending in files.ENDINGS:
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            files.decompressed(Failing(), ending).read()
+        assert not isinstance(caught.value, files.CORRUPT)

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data.prepare import files, tokenize, tokenizer
+from ttt_jax.data.prepare import files, listing, tokenize, tokenizer
 from ttt_jax.data.prepare.job import Job
 from ttt_jax.storage.store import Store
 
@@ -31,7 +31,7 @@ def put(*names):
 
 def found(*patterns, output=""):
     root = f"{os.getcwd()}/"
-    return [file.location.removeprefix(root) for file in files.find("train", list(patterns), output)]
+    return [file.location.removeprefix(root) for file in listing.find("train", list(patterns), output)]
 
 
 def refused(*patterns):
@@ -97,8 +97,8 @@ def test_a_file_counts_once_whatever_its_names(here, capsys):
     put("in/a.jsonl", "in/c.jsonl")
     os.symlink("a.jsonl", "in/b.jsonl")
     os.link("in/c.jsonl", "in/d.jsonl")
-    listed = files.find("train", ["in", "in/./a.jsonl", "in/c.jsonl"])
-    assert [file.location for file in files.distinct(listed)] == [f"{here}/in/a.jsonl", f"{here}/in/c.jsonl"]
+    listed = listing.find("train", ["in", "in/./a.jsonl", "in/c.jsonl"])
+    assert [file.location for file in listing.distinct(listed)] == [f"{here}/in/a.jsonl", f"{here}/in/c.jsonl"]
     said = capsys.readouterr().err
     again = [f"b.jsonl (the same file as {here}/in/a.jsonl)", f"d.jsonl (the same file as {here}/in/c.jsonl)"]
     again += [f"./a.jsonl (the same file as {here}/in/a.jsonl)", "c.jsonl (named twice)"]
@@ -109,24 +109,24 @@ def test_a_file_counts_once_whatever_its_names(here, capsys):
 def test_a_file_in_two_splits_is_refused_whatever_its_names(here, link):
     put("a.jsonl")
     link("a.jsonl", "v.jsonl")
-    listed = files.find("train", ["a.jsonl"]) + files.find("validation", ["v.jsonl"])
+    listed = listing.find("train", ["a.jsonl"]) + listing.find("validation", ["v.jsonl"])
     with pytest.raises(ConfigError) as caught:
-        files.distinct(listed)
+        listing.distinct(listed)
     assert str(caught.value) == f"--validation {here}/v.jsonl: is in --train already"
 
 
 def test_copies_are_files_of_their_own_and_named(here, capsys):
     put("a.jsonl", "b.jsonl", "c.jsonl", "v.jsonl")
     (here / "c.jsonl").write_bytes(b"other")
-    listed = files.distinct(files.find("train", ["[abc].jsonl"]) + files.find("validation", ["v.jsonl"]))
+    listed = listing.distinct(listing.find("train", ["[abc].jsonl"]) + listing.find("validation", ["v.jsonl"]))
     assert len(listed) == 4
     assert capsys.readouterr().err == ""
-    files.tell_copies(files.with_content(listed))
+    listing.tell_copies(files.with_content(listed))
     assert capsys.readouterr().err == (
         f"2 files of the same content as another: --train {here}/b.jsonl (that of --train {here}/a.jsonl), "
         f"--validation {here}/v.jsonl (that of --train {here}/a.jsonl)\n"
     )
-    files.tell_copies(files.with_content(listed[1:3]))
+    listing.tell_copies(files.with_content(listed[1:3]))
     assert capsys.readouterr().err == ""
 
 
@@ -176,7 +176,7 @@ def test_names_that_look_like_something_else_are_names(here, name):
 
 def make(output):
     put("elsewhere.txt")
-    tokenize.tokenize(files.find("train", ["elsewhere.txt"]), BYTES, Store(output), corpus.in_this_process)
+    tokenize.tokenize(listing.find("train", ["elsewhere.txt"]), BYTES, Store(output), corpus.in_this_process)
 
 
 @pytest.mark.parametrize("pattern", ["in", "in/**/*.json*", "in/**", "./in/../in"])
@@ -184,7 +184,7 @@ def test_an_output_among_the_input_is_left_out_the_second_time_too(here, capsys,
     put("in/a.jsonl", "in/b.json")
     said = []
     for _ in range(2):
-        listed = files.find("train", [pattern], "in/tok")
+        listed = listing.find("train", [pattern], "in/tok")
         assert [(os.path.basename(file.location), file.size) for file in listed] == [("a.jsonl", 1), ("b.json", 1)]
         said.append(capsys.readouterr().err)
         make("in/tok")
@@ -216,7 +216,7 @@ def test_datasets_of_other_places_are_left_out_too(capsys):
         memory.pipe(f"/of-listing/{name}", b"x")
     memory.pipe("/of-listing/old/dataset.json", b'{"format": "ttt_jax tokens"}')
     for pattern in ("memory://of-listing", "memory://of-listing/**/*.json*"):
-        listed = files.find("train", [pattern], "memory://of-listing/tok")
+        listed = listing.find("train", [pattern], "memory://of-listing/tok")
         assert [file.location for file in listed] == ["memory:///of-listing/a.jsonl"]
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("--output memory://of-listing/tok: lies in /of-listing")

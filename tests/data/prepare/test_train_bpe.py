@@ -67,8 +67,8 @@ def test_common_words_become_tokens(trained):
 
 def test_two_processes_train_the_same(trained, file):
     program = (
-        "import sys; from ttt_jax.data import files, job, tokenizer, train_bpe\n"
-        "found = files.find('train', sys.argv[1:])\n"
+        "import sys; from ttt_jax.data.prepare import job, listing, tokenizer, train_bpe\n"
+        "found = listing.find('train', sys.argv[1:])\n"
         "sys.stdout.buffer.write(train_bpe.train(found, 300, job.Job(tokenizer.byte(), None, None)))\n"
     )
     root = Path(corpus.__file__).parents[2]

@@ -1,26 +1,33 @@
 """The files that a user names: by path, glob, folder or any URL that fsspec knows."""
 
+import bz2
 import dataclasses
+import gzip
 import hashlib
+import io
+import lzma
 import os
 import stat
-import sys
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from backports import zstd
 from fsspec.implementations.local import LocalFileSystem
 
-from ttt_jax.data.prepare import decompression, listing
 from ttt_jax.errors import ConfigError, DataError
-from ttt_jax.terminal.console import counted, first_few
+from ttt_jax.terminal.console import counted
 
 KINDS = ("jsonl", "json", "txt", "parquet")
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "blob_id")  # of gs:// (two), s3:// and hf://
 _READERS = 8  # threads that read files for their hashes
+ENDINGS = {"zst": "zst", "zstd": "zst", "gz": "gz", "xz": "xz", "bz2": "bz2"}  # to formats
+_WIDEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
+_BLOCK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,119 +50,21 @@ class InputFile:
     @property
     def kind(self) -> str:
         """Return one of :data:`KINDS`."""
-        return _kind(self.location)[0]
+        return kind(self.location)[0]
 
     @property
     def compressed(self) -> bool:
         """Return whether it has to be decompressed."""
-        return bool(_kind(self.location)[1])
+        return bool(kind(self.location)[1])
 
     def open(self) -> Any:
         """Open the file as it lies there."""
-        fs, path = _filesystem(self.location, self.location)
+        fs, path = filesystem(self.location, self.location)
         return fs.open(path, "rb")
 
     def decompressed(self, raw: Any) -> Any:
         """Return the content of the file that :meth:`open` opened; seekable."""
-        return decompression.decompressed(raw, _kind(self.location)[1])
-
-
-def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
-    """Return the files that paths, globs and folders name, in this order; those of one pattern sorted by name.
-
-    Of a folder, these are all files that can be read, at any depth, but hidden ones. What else a folder or a glob names
-    is left out, counted, and named on standard error.
-
-    Args:
-      output: the folder of the dataset that is made of them, which is none of them.
-
-    Raises:
-      ConfigError: where a pattern names nothing, or nothing that can be read.
-    """
-    found: list[InputFile] = []
-    for pattern in patterns:
-        option = f"--{split} {pattern}"
-        if not pattern:
-            raise ConfigError(f"--{split}: an empty name; expected a path, a folder, a glob or a URL")
-        fs, path = _filesystem(pattern, option)
-        with _explained(option):
-            names = listing.named(fs, path)
-            target = _filesystem(output, "--output")[1] if _is_on(fs, output) else ""
-            paths = listing.of_text(fs, names, output, target)
-            hidden = {p for p in paths if names.is_folder and "/." in f"/{_inside(names.root, p)}"}
-            readable = [p for p in paths if _kind(p)[0] and p not in hidden]
-            _check_some(split, option, names, paths, readable)
-            for each in sorted(set(readable)):
-                location = fs.unstrip_protocol(each) if "://" in pattern else each
-                with _explained(f"--{split} {location}"):
-                    found.append(InputFile(split, location, _size(fs, each)))
-    if patterns and not found:
-        raise ConfigError(f"--{split} {' '.join(patterns)}: holds tokens; expected files of text, named {_expected()}")
-    return found
-
-
-def _check_some(split: str, option: str, names: listing.Named, paths: list[str], readable: list[str]) -> None:
-    """Say what of a pattern is not read; raise :class:`ConfigError` where nothing is."""
-    others = sorted(_inside(names.root, path) for path in set(paths) - set(readable))
-    folders = sorted(_inside(names.root, folder) for folder in names.folders)
-    left_out = []
-    if others:
-        left_out.append(f"{counted(len(others), 'file')}, hidden or of unknown endings: {first_few(others)}")
-    if folders:
-        left_out.append(f"{counted(len(folders), 'folder')}, read with /** behind: {first_few(folders)}")
-    if readable or (names.files and not paths):  # that all are of datasets has been said
-        for what in left_out:
-            print(f"{option}: left out {what}", file=sys.stderr)
-    elif len(paths) == 1 and not names.is_folder:
-        raise ConfigError(f"--{split} {paths[0]}: cannot be read; expected a name that ends in {_expected()}")
-    else:
-        what = f"nothing that can be read ({'; '.join(left_out)})" if left_out else "no such file"
-        raise ConfigError(f"{option}: {what}; expected files named {_expected()}")
-
-
-def _inside(folder: str, path: str) -> str:
-    return path.removeprefix(folder).lstrip("/")
-
-
-def distinct(files: list[InputFile]) -> list[InputFile]:
-    """Return the files without those that are others of them by another name (a link), and say which these are.
-
-    Raises:
-      ConfigError: where a file is in two splits.
-    """
-    first: dict[Any, InputFile] = {}
-    again = []
-    for file in files:
-        other = first.setdefault(_identity(file.location), file)
-        if other.split != file.split:
-            raise ConfigError(f"--{file.split} {file.location}: is in --{other.split} already")
-        if other is not file:
-            same = "named twice" if file.location == other.location else f"the same file as {other.location}"
-            again.append(f"--{file.split} {file.location} ({same})")
-    if again:
-        print(f"{counted(len(again), 'file')} left out, read already: {first_few(again)}", file=sys.stderr)
-    return list(first.values())
-
-
-def _identity(location: str) -> Any:
-    """Return what is equal for two names of one file."""
-    fs, path = _filesystem(location, location)
-    if not isinstance(fs, LocalFileSystem):
-        return location
-    status = os.stat(path)
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
-
-
-def tell_copies(files: list[InputFile]) -> None:
-    """Say which files hold the same as others before them, so that their documents are in the dataset twice."""
-    first: dict[str, InputFile] = {}
-    copies = []
-    for file in files:
-        other = first.setdefault(file.content, file)
-        if other is not file and file.size:
-            copies.append(f"--{file.split} {file.location} (that of --{other.split} {other.location})")
-    if copies:
-        print(f"{counted(len(copies), 'file')} of the same content as another: {first_few(copies)}", file=sys.stderr)
+        return decompressed(raw, kind(self.location)[1])
 
 
 def with_content(files: list[InputFile]) -> list[InputFile]:
@@ -179,7 +88,7 @@ def with_content(files: list[InputFile]) -> list[InputFile]:
 
 def check_unchanged(file: InputFile) -> None:
     """Raise :class:`DataError` where a local file has grown or shrunk since it was found."""
-    fs, path = _filesystem(file.location, file.location)
+    fs, path = filesystem(file.location, file.location)
     if isinstance(fs, LocalFileSystem) and (size := os.stat(path).st_size) != file.size:
         raise DataError(
             f"{file.location}: has changed while it was read ({counted(file.size, 'byte')}, now {size:,}); the same "
@@ -188,8 +97,8 @@ def check_unchanged(file: InputFile) -> None:
 
 
 def _content(file: InputFile, stop: threading.Event) -> str:
-    with _explained(f"--{file.split} {file.location}"):
-        fs, path = _filesystem(file.location, file.location)
+    with explained(f"--{file.split} {file.location}"):
+        fs, path = filesystem(file.location, file.location)
         if not isinstance(fs, LocalFileSystem):
             info = fs.info(path)
             for key in _CHECKSUMS:
@@ -202,7 +111,7 @@ def _content(file: InputFile, stop: threading.Event) -> str:
         return f"sha256:{digest.hexdigest()}"
 
 
-def _size(fs: Any, path: str) -> int:
+def size(fs: Any, path: str) -> int:
     if isinstance(fs, LocalFileSystem):
         status = os.stat(path)  # which fails for a link to nowhere
         if not stat.S_ISREG(status.st_mode):
@@ -213,20 +122,20 @@ def _size(fs: Any, path: str) -> int:
 
 def read(location: str, option: str) -> bytes:
     """Return the content of a small file; ``option`` is what named it, for messages."""
-    fs, path = _filesystem(location, f"{option} {location}")
-    with _explained(f"{option} {location}"):
+    fs, path = filesystem(location, f"{option} {location}")
+    with explained(f"{option} {location}"):
         return fs.cat_file(path)
 
 
 def exists(location: str) -> bool:
     """Whether there is such a file."""
-    fs, path = _filesystem(location, location)
+    fs, path = filesystem(location, location)
     return fs.exists(path)
 
 
-def _filesystem(location: str, what: str) -> tuple[Any, str]:
+def filesystem(location: str, what: str) -> tuple[Any, str]:
     """Return the file system of a path or URL, and what it calls it there: of this machine, an absolute path."""
-    with _explained(what):
+    with explained(what):
         if "://" in location:
             fs, path = fsspec.core.url_to_fs(location)
             return fs, path
@@ -236,14 +145,8 @@ def _filesystem(location: str, what: str) -> tuple[Any, str]:
         return LocalFileSystem(), path.rstrip("/") or "/"
 
 
-def _is_on(fs: Any, location: str) -> bool:
-    """Return whether a folder is on a file system."""
-    protocol = location.partition("://")[0] if "://" in location else "file"
-    return bool(location) and protocol in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-
-
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     try:
         yield
     except ConfigError:
@@ -257,15 +160,97 @@ def _explained(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {inside}{error.strerror or error}") from error
 
 
-def _kind(location: str) -> tuple[str, str]:
+def kind(location: str) -> tuple[str, str]:
     """Return the kind of a file and the ending of its compression, by its name; empty where there is none."""
     stem, suffix = os.path.splitext(location.lower())
-    compression = suffix[1:] if suffix[1:] in decompression.ENDINGS else ""
+    compression = suffix[1:] if suffix[1:] in ENDINGS else ""
     kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
     kind = {"ndjson": "jsonl"}.get(kind, kind)
     return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
 
 
-def _expected() -> str:
-    *most, last = (f".{ending}" for ending in decompression.ENDINGS)
-    return f".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with {', '.join(most)} or {last}"
+# ---- Compressed files
+
+
+class DamagedStreamError(Exception):
+    """What is compressed cannot be decompressed."""
+
+
+CORRUPT = (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile, DamagedStreamError)
+
+
+def decompressed(raw: Any, ending: str) -> Any:
+    """Return the content of an open file as a seekable stream; where it is damaged, reading raises one of ``CORRUPT``.
+
+    Args:
+      ending: one of :data:`ENDINGS`, or empty for what is not compressed.
+    """
+    form = ENDINGS.get(ending, "")
+    if form == "zst":
+        return zstd.ZstdFile(raw, "rb", options=_WIDEST_WINDOW)
+    if form == "gz":
+        return gzip.GzipFile(fileobj=raw, mode="rb")
+    if form:
+        raw = _Streams(raw, lzma.LZMADecompressor, b"\0") if form == "xz" else _Streams(raw, bz2.BZ2Decompressor)
+    return io.BufferedReader(raw, 1 << 20)
+
+
+class _Streams(io.RawIOBase):
+    """The content of compressed streams one after another.
+
+    Args:
+      decompressor: makes one for the next stream.
+      padding: bytes that may be between streams.
+    """
+
+    def __init__(self, raw: Any, decompressor: Callable[[], Any], padding: bytes = b""):
+        self._raw, self._new, self._padding = raw, decompressor, padding
+        self._stream, self._place = decompressor(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place counted from the beginning; going back decompresses anew."""
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("expected a place counted from the beginning")
+        if offset < self._place:
+            self._raw.seek(0)
+            self._stream, self._place = self._new(), 0
+        while self._place < offset and self.read(min(_BLOCK, offset - self._place)):
+            pass
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._next(len(buffer))
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
+
+    def _next(self, size: int) -> bytes:
+        """Return up to so many bytes; none at the end of the file."""
+        while True:
+            more = b""
+            if self._stream.eof:
+                more = self._stream.unused_data.lstrip(self._padding)
+                while not more:
+                    if not (block := self._raw.read(_BLOCK)):
+                        return b""
+                    more = block.lstrip(self._padding)
+                self._stream = self._new()
+            elif self._stream.needs_input:
+                more = self._raw.read(_BLOCK)
+                if not more:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            try:
+                found = self._stream.decompress(more, size)
+            except (OSError, lzma.LZMAError) as error:
+                raise DamagedStreamError(str(error)) from error
+            if found:
+                return found

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 
 from ttt_jax.data import dataset
+from ttt_jax.data.prepare import files
+from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.errors import ConfigError
+from ttt_jax.terminal.console import counted, first_few
 
 _OF_DATASET = (dataset.DESCRIPTION, dataset.PROBLEMS, "state.json", "tokenizer.json", "zarr.json")
 
@@ -31,6 +35,118 @@ class Named(NamedTuple):
     folders: list[str]
     is_folder: bool = False
     is_deep: bool = False
+
+
+def find(split: str, patterns: list[str], output: str = "") -> list[InputFile]:
+    """Return the files that paths, globs and folders name, in this order; those of one pattern sorted by name.
+
+    Of a folder, these are all files that can be read, at any depth, but hidden ones. What else a folder or a glob names
+    is left out, counted, and named on standard error.
+
+    Args:
+      output: the folder of the dataset that is made of them, which is none of them.
+
+    Raises:
+      ConfigError: where a pattern names nothing, or nothing that can be read.
+    """
+    found: list[InputFile] = []
+    for pattern in patterns:
+        option = f"--{split} {pattern}"
+        if not pattern:
+            raise ConfigError(f"--{split}: an empty name; expected a path, a folder, a glob or a URL")
+        fs, path = files.filesystem(pattern, option)
+        with files.explained(option):
+            names = named(fs, path)
+            target = files.filesystem(output, "--output")[1] if _is_on(fs, output) else ""
+            paths = of_text(fs, names, output, target)
+            hidden = {p for p in paths if names.is_folder and "/." in f"/{_inside(names.root, p)}"}
+            readable = [p for p in paths if files.kind(p)[0] and p not in hidden]
+            _check_some(split, option, names, paths, readable)
+            for each in sorted(set(readable)):
+                location = fs.unstrip_protocol(each) if "://" in pattern else each
+                with files.explained(f"--{split} {location}"):
+                    found.append(InputFile(split, location, files.size(fs, each)))
+    if patterns and not found:
+        raise ConfigError(f"--{split} {' '.join(patterns)}: holds tokens; expected files of text, named {_expected()}")
+    return found
+
+
+def _check_some(split: str, option: str, names: Named, paths: list[str], readable: list[str]) -> None:
+    """Say what of a pattern is not read; raise :class:`ConfigError` where nothing is."""
+    others = sorted(_inside(names.root, path) for path in set(paths) - set(readable))
+    folders = sorted(_inside(names.root, folder) for folder in names.folders)
+    left_out = []
+    if others:
+        left_out.append(f"{counted(len(others), 'file')}, hidden or of unknown endings: {first_few(others)}")
+    if folders:
+        left_out.append(f"{counted(len(folders), 'folder')}, read with /** behind: {first_few(folders)}")
+    if readable or (names.files and not paths):  # that all are of datasets has been said
+        for what in left_out:
+            print(f"{option}: left out {what}", file=sys.stderr)
+    elif len(paths) == 1 and not names.is_folder:
+        raise ConfigError(f"--{split} {paths[0]}: cannot be read; expected a name that ends in {_expected()}")
+    else:
+        what = f"nothing that can be read ({'; '.join(left_out)})" if left_out else "no such file"
+        raise ConfigError(f"{option}: {what}; expected files named {_expected()}")
+
+
+def _inside(folder: str, path: str) -> str:
+    return path.removeprefix(folder).lstrip("/")
+
+
+def distinct(inputs: list[InputFile]) -> list[InputFile]:
+    """Return the files without those that are others of them by another name (a link), and say which these are.
+
+    Raises:
+      ConfigError: where a file is in two splits.
+    """
+    first: dict[Any, InputFile] = {}
+    again = []
+    for file in inputs:
+        other = first.setdefault(_identity(file.location), file)
+        if other.split != file.split:
+            raise ConfigError(f"--{file.split} {file.location}: is in --{other.split} already")
+        if other is not file:
+            same = "named twice" if file.location == other.location else f"the same file as {other.location}"
+            again.append(f"--{file.split} {file.location} ({same})")
+    if again:
+        print(f"{counted(len(again), 'file')} left out, read already: {first_few(again)}", file=sys.stderr)
+    return list(first.values())
+
+
+def _identity(location: str) -> Any:
+    """Return what is equal for two names of one file."""
+    fs, path = files.filesystem(location, location)
+    if not isinstance(fs, LocalFileSystem):
+        return location
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
+def tell_copies(inputs: list[InputFile]) -> None:
+    """Say which files hold the same as others before them, so that their documents are in the dataset twice."""
+    first: dict[str, InputFile] = {}
+    copies = []
+    for file in inputs:
+        other = first.setdefault(file.content, file)
+        if other is not file and file.size:
+            copies.append(f"--{file.split} {file.location} (that of --{other.split} {other.location})")
+    if copies:
+        print(f"{counted(len(copies), 'file')} of the same content as another: {first_few(copies)}", file=sys.stderr)
+
+
+def _expected() -> str:
+    *most, last = (f".{ending}" for ending in files.ENDINGS)
+    return f".jsonl, .ndjson, .json, .txt, .parquet, or these but the last with {', '.join(most)} or {last}"
+
+
+def _is_on(fs: Any, location: str) -> bool:
+    """Return whether a folder is on a file system."""
+    protocol = location.partition("://")[0] if "://" in location else "file"
+    return bool(location) and protocol in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+# ---- Patterns
 
 
 def named(fs: Any, path: str) -> Named:

@@ -14,8 +14,7 @@ from typing import Any
 
 from ttt_jax import extras
 from ttt_jax.data.prepare import json_values
-from ttt_jax.data.prepare.decompression import CORRUPT
-from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.data.prepare.files import CORRUPT, InputFile
 from ttt_jax.errors import ConfigError
 
 _LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines

@@ -4,19 +4,50 @@ import hashlib
 import itertools
 from typing import Any
 
+from ttt_jax import __version__
+from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records
 from ttt_jax.data.prepare.files import InputFile
+from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.records import Position, Unit
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 from ttt_jax.terminal.console import counted
 
 
+def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -> dict[str, Any]:
+    """What is known of a dataset before it is made: all that its content depends on."""
+    tokenizer = job.tokenizer
+    by_hash = job.validation_fraction + job.test_fraction > 0
+    fractions = {"validation_fraction": job.validation_fraction, "test_fraction": job.test_fraction}
+    seeded = {**fractions, "seed": job.split_seed, "hash": "blake2b-64 of the text, salted with the seed"}
+    return {
+        "format": dataset.FORMAT,
+        "version": dataset.VERSION,
+        "ttt_jax": __version__,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "file": dataset.tokenizer_file(tokenizer.kind),
+            **({"trained": trained} if trained else {}),
+        },
+        "vocab_size": tokenizer.vocab_size,
+        "bos": job.bos,
+        "eos": job.eos,
+        "dtype": job.dtype,
+        "text_key": job.text_key,
+        "split_rule": {"by": "hash of each document", **seeded} if by_hash else {"by": "files"},
+        "files": [[file.split, file.location.rsplit("/", 1)[-1], file.size] for file in files],
+        "contents": [file.content for file in files],
+    }
+
+
 def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:
     """Raise where the folder is of another request.
 
     Args:
-      plan, there: what :func:`ttt_jax.data.dataset.describe` says of this request and of the one in the folder.
+      plan, there: what :func:`describe` says of this request and of the one in the folder.
       begun: files that have been read to their end; the others may have changed since.
       files: of this request.
 

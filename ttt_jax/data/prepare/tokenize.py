@@ -85,7 +85,7 @@ def tokenize(
       DataError: for a record that cannot be read, or a place that cannot be written.
     """
     files = with_content(files)
-    plan = {**dataset.describe(job, files, trained), "shard": shard, "chunk": chunk}
+    plan = {**request.describe(job, files, trained), "shard": shard, "chunk": chunk}
     done = dataset.read_description(output)
     if done is not None:
         request.check_same(plan, done, len(files), output, files)

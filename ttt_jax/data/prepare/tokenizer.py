@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ttt_jax import extras
-from ttt_jax.data.prepare import files, special_tokens
+from ttt_jax.data.prepare import files, text_fidelity
 from ttt_jax.errors import ConfigError
 
-Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
+Encode = text_fidelity.Encode
 Decode = Callable[[np.ndarray], str]  # and back; BOS, EOS and other special tokens are left out
 
 _BYTE_BOS, _BYTE_EOS = 256, 257
@@ -71,11 +71,11 @@ class Tokenizer:
         if self.kind == "sentencepiece":
             processor = _sentencepiece(self.content, self.name)
             if not all(map(processor.is_control, special)):
-                content = special_tokens.unreachable_in_sentencepiece(self.content, special)
+                content = text_fidelity.unreachable_in_sentencepiece(self.content, special)
                 processor = _sentencepiece(content, self.name)
-            return _checked(lambda text: _ids(processor.encode(text)), special)
+            return text_fidelity.checked(lambda text: _ids(processor.encode(text)), special)
         _huggingface(self.content, self.name)  # refuses what is no tokenizer
-        content, lost = special_tokens.unreachable_in_huggingface(self.content, special)
+        content, lost = text_fidelity.unreachable_in_huggingface(self.content, special)
         tokenizer = _huggingface(content, self.name)
 
         # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
@@ -83,7 +83,7 @@ class Tokenizer:
             return _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
         words = tokenizer.model.__class__.__name__ in ("WordLevel", "WordPiece")
-        return _checked(encode, special, lost, words)
+        return text_fidelity.checked(encode, special, lost, words)
 
     def decoder(self) -> Decode:
         """Loads the tokenizer. Parts of characters, where a row of tokens begins or ends with some, become U+FFFD."""
@@ -182,45 +182,6 @@ def _tokenizer_config(location: str) -> dict[str, Any]:
             raise ConfigError(f"{beside}: not JSON: {error}") from error
         said.update(found if isinstance(found, dict) else {})
     return said
-
-
-def _checked(encode: Encode, special: set[int], lost: int | None = None, words: bool = False) -> Encode:
-    """Return ``encode`` such that it raises ValueError rather than lose a character or give a special token.
-
-    Args:
-      special: the tokens that no text may have.
-      lost: the token that stands for characters that have none.
-      words: whether the tokenizer has tokens of words rather than of characters.
-    """
-
-    def checked(text: str) -> np.ndarray:
-        try:
-            tokens = encode(text)
-        except Exception as error:  # the libraries raise nothing more special
-            raise ValueError(_without_token(encode, text, lost, words) or str(error)) from error
-        if lost is not None and (tokens == lost).any():
-            raise ValueError(_without_token(encode, text, lost, words) or "some characters have no token")
-        for token in special:
-            if (tokens == token).any():
-                raise ValueError(f"the text has token {token}, which begins or ends documents")
-        return tokens
-
-    return checked
-
-
-def _without_token(encode: Encode, text: str, lost: int | None, words: bool) -> str | None:
-    """Return which character or word of a text has no token; None where each has some by itself."""
-    for part in dict.fromkeys(text.split() if words else text):
-        if _loses(encode, part, lost):
-            return f"word {part!r} has no token" if words else f"character {part!r} (U+{ord(part):04X}) has no token"
-    return None
-
-
-def _loses(encode: Encode, text: str, lost: int | None) -> bool:
-    try:
-        return bool((encode(text) == lost).any())
-    except Exception:  # the libraries raise nothing more special
-        return True
 
 
 def _ids(tokens: list[int]) -> np.ndarray:

@@ -37,7 +37,7 @@ def kept_or_trained(
     Raises:
       as :func:`train`.
     """
-    of_train = dataset.describe(job, with_content([file for file in files if file.split == "train"]), None)
+    of_train = request.describe(job, with_content([file for file in files if file.split == "train"]), None)
     purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
     if description := dataset.read_description(output):
         kept = dataset.read_tokenizer(output, description) if description["tokenizer"].get("trained") else None

@@ -1,11 +1,85 @@
-"""Keep special tokens out of reach of text: copies of tokenizer files that encode their spellings as other text."""
+"""Keep text faithful through a tokenizer: no lost characters, and no special tokens from text that spells them."""
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+
+Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
+
 _CONTROL = 3  # the type of a control symbol in a SentencePiece model
+_WITH_AND_WITHOUT = {
+    "line ends": ("a\nb", "a b"),
+    "repeated spaces": ("a  b", "a b"),
+    "spaces at the end": ("a ", "a"),
+    "control characters": ("a\x01b", "ab"),
+    "capitals": ("Ab", "ab"),
+    "accents": ("ä", "a"),
+    "compatibility characters": ("ﬁ", "fi"),
+}
+
+
+def checked(encode: Encode, special: set[int], lost: int | None = None, words: bool = False) -> Encode:
+    """Return ``encode`` such that it raises ValueError rather than lose a character or give a special token.
+
+    Args:
+      special: the tokens that no text may have.
+      lost: the token that stands for characters that have none.
+      words: whether the tokenizer has tokens of words rather than of characters.
+    """
+
+    def encode_checked(text: str) -> np.ndarray:
+        try:
+            tokens = encode(text)
+        except Exception as error:  # the libraries raise nothing more special
+            raise ValueError(_without_token(encode, text, lost, words) or str(error)) from error
+        if lost is not None and (tokens == lost).any():
+            raise ValueError(_without_token(encode, text, lost, words) or "some characters have no token")
+        for token in special:
+            if (tokens == token).any():
+                raise ValueError(f"the text has token {token}, which begins or ends documents")
+        return tokens
+
+    return encode_checked
+
+
+def _without_token(encode: Encode, text: str, lost: int | None, words: bool) -> str | None:
+    """Return which character or word of a text has no token; None where each has some by itself."""
+    for part in dict.fromkeys(text.split() if words else text):
+        if _loses(encode, part, lost):
+            return f"word {part!r} has no token" if words else f"character {part!r} (U+{ord(part):04X}) has no token"
+    return None
+
+
+def _loses(encode: Encode, text: str, lost: int | None) -> bool:
+    try:
+        return bool((encode(text) == lost).any())
+    except Exception:  # the libraries raise nothing more special
+        return True
+
+
+def lost(encode: Encode, unknown: int | None) -> list[str]:
+    """Return which differences between texts an encoder loses, in words.
+
+    Characters without a token are not reported here: they are counted.
+
+    Args:
+      unknown: the token for characters that have no other; None where there is none.
+    """
+    found = []
+    for what, texts in _WITH_AND_WITHOUT.items():
+        try:
+            first, second = map(encode, texts)
+        except ValueError:  # some character has no token, which is reported for the documents that have it
+            continue
+        if np.array_equal(first, second) and unknown not in first:
+            found.append(what)
+    return found
+
+
+# ---- Special tokens
 
 
 def unreachable_in_huggingface(content: bytes, special: Collection[int]) -> tuple[bytes, int | None]:
