@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from ttt_jax import config as config_lib
-from ttt_jax.evaluation import evaluations, inner_loop, inner_loop_files, statistics
+from ttt_jax.evaluation import evaluations, inspections, statistics
 from ttt_jax.models import build
 
 WINDOWS = 6  # of an evaluation, a document each
@@ -100,7 +100,7 @@ def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
     by_position = {"target_spread": np.ones((layers, context)), "weight_change": np.ones((layers, 1)), **losses}
     by_position["eta"] = np.ones((layers, 2, context))
     errors = {f"{name}_standard_error": np.zeros_like(values) for name, values in by_position.items() if name != "eta"}
-    found = inner_loop.InnerLoop(
+    found = inspections.Inspection(
         about={
             "model": "TTT-Linear (Mamba backbone)",
             "step": 100,
@@ -118,7 +118,7 @@ def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
         **by_position,
         **errors,
     )
-    inner_loop_files.save(found, workdir, inner_loop_files.name(split, context))
+    inspections.save(found, workdir, inspections.name(split, context))
 
 
 def words(path) -> list[str]:

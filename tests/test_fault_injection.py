@@ -24,7 +24,7 @@ from ttt_jax.data.prepare import engines, train_bpe
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import CheckpointError, DataError
-from ttt_jax.evaluation import evaluations, inner_loop_files
+from ttt_jax.evaluation import evaluations, inspections
 from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage import json_files
@@ -177,7 +177,7 @@ READERS = {
         2,
     ),
     "inspection": Reader(
-        "sweep/a/inspect/*", lambda root: inner_loop_files.read(root / "sweep" / "a", "validation"), seeds=2
+        "sweep/a/inspect/*", lambda root: inspections.read(root / "sweep" / "a", "validation"), seeds=2
     ),
     "probe": Reader(
         "sweep/a/probe/*",

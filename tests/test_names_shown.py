@@ -15,10 +15,10 @@ from saved_runs import run, words
 from ttt_jax.cli import eval, harness
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import evaluations
-from ttt_jax.evaluation.probes import report
+from ttt_jax.evaluation.probes import cells as cells_lib
 from ttt_jax.figures import ablation, heat_map, points, style, sweep_metric
 from ttt_jax.figures.by_position import loss_by_position
-from ttt_jax.figures.flops import perplexity_by_flops
+from ttt_jax.figures.perplexity import perplexity_by_flops
 from ttt_jax.sweep import record, results, status, sweep_file, tables
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.record import Record
@@ -142,7 +142,7 @@ def test_ablation_tables(tmp_path):
 def test_tables_of_probes_and_of_the_harness(capsys):
     for name in VALUES:
         cells = [{"context": 8, "depth": name, "accuracy": 0.5}]
-        report.show(cells, f"run {name}", "depth", str, ["accuracy"], f"of {name}")
+        cells_lib.show(cells, f"run {name}", "depth", str, ["accuracy"], f"of {name}")
         out = capsys.readouterr().out
         assert f"run {name}\n" in out
         assert f"of {name}\n" in out

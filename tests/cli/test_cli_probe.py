@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import types
 
 import pytest
 from matplotlib import image
 
 from ttt_jax import cli
 from ttt_jax import config as config_lib
+from ttt_jax.cli import probe
 from ttt_jax.storage import json_files
 
 REFUSED = {
@@ -153,3 +155,22 @@ def test_a_run_on_text_has_no_task(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config_lib.default().to_dict()))
     assert ttt("probe", "task", "--workdir", tmp_path) == 2
     assert "data.source='embedded': is no task to probe" in capsys.readouterr().err
+
+
+def test_the_time_left_is_in_proportion_to_the_tokens(monkeypatch, capsys):
+    now, shown = [0.0], []
+    monkeypatch.setattr(probe, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    line = types.SimpleNamespace(show=lambda done, text: shown.append((done, text)))
+    monkeypatch.setattr(probe, "StatusLine", lambda total, text: line)
+    found = probe._Progress("a run", 4000)
+    found.show("number, context 500")
+    now[0] = 30.0
+    found.add(1000)
+    assert capsys.readouterr().err == "a run: 4,000 tokens of prompts to read, about 1:30 left\n"
+    found.add(3000)
+    assert capsys.readouterr().err == ""
+    assert shown == [
+        (0, "a run: number, context 500"),
+        (1000, "a run: number, context 500, about 1:30 left"),
+        (4000, "a run: number, context 500"),
+    ]

@@ -1,4 +1,4 @@
-"""The files of an evaluation: their names, what they hold, and how they are found again."""
+"""Check the files of evaluations: their names, what they hold, how they are found again, and paired differences."""
 
 import csv
 import dataclasses
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import evaluations, result_files, statistics
+from ttt_jax.evaluation import catalogue, evaluations, result_files, statistics
 from ttt_jax.evaluation.statistics import Segment
+from ttt_jax.storage import json_files
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,123 @@ def test_files_of_another_version(evaluation, tmp_path):
     np.savez(path, allow_pickle=False, position=evaluation.position, loss=evaluation.loss)
     with pytest.raises(ConfigError, match=r"test-6.npz: not of this version of ttt_jax"):
         evaluations.read(tmp_path, "test", 6)
+
+
+# ---- Several results of one name
+
+
+def save(workdir, stem="texts-test-6", loss=1.0, **about):
+    found = statistics.summarise([Segment(0, 0, np.full(6, loss), np.ones(6, bool))], 6)
+    known = {"split": "test", "context": 6, "of": "windows", "windows": 4, "loss": loss, **about}
+    return evaluations.save(evaluations.from_summary(known, found), workdir / "eval", stem)
+
+
+def of(workdir, **kind):
+    return evaluations.read(workdir, "test", 6, **kind).about["loss"]
+
+
+def test_two_datasets_of_one_last_name_are_both_kept_and_found_by_path(tmp_path):
+    for loss, place in enumerate("xyx", 1):
+        save(tmp_path, loss=float(loss), source_path=f"/{place}/texts", fingerprint=place)
+    assert len(list((tmp_path / "eval").glob("*.json"))) == 2  # the third is in place of the first
+    assert (of(tmp_path, source="/x/texts"), of(tmp_path, source="/y/texts")) == (3.0, 2.0)
+    with pytest.raises(ConfigError, match="no evaluation of the test split"):
+        of(tmp_path, source="/z/others")
+
+
+def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path):
+    for windows in (4, 2):
+        path = save(tmp_path, "test-6", loss=float(windows), windows=windows, fingerprint="f")
+    assert path.name != "test-6.npz"
+    assert (of(tmp_path, windows=4), of(tmp_path, windows=2)) == (4.0, 2.0)
+    with pytest.raises(ConfigError) as caught:
+        of(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{tmp_path / 'eval'}: 2 results of the test split with context 6: test-6 (4 windows of ")
+
+
+def test_files_of_before_are_found(tmp_path):
+    save(tmp_path, loss=5.0)
+    assert of(tmp_path, source="/gone/texts") == 5.0
+
+
+def test_what_takes_the_place_of_the_result_of_an_earlier_step_says_so(tmp_path, capsys):
+    about = {"fingerprint": "f", "context": 8, "windows": 2, "step": 4}
+    json_files.write_object(tmp_path / "test-8.json", about)
+    assert catalogue.place(tmp_path, "test-8", about) == "test-8"
+    assert capsys.readouterr().err == ""
+    assert catalogue.place(tmp_path, "test-8", {**about, "step": 6}) == "test-8"
+    said = f"{tmp_path / 'test-8'}.json: in place of the result of step 4; --step keeps one of each\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):
+    assert catalogue.there_are(tmp_path / "eval") == ""
+    for count in (1, 2, 10):
+        for i in range(count):
+            folder = tmp_path / str(count)
+            folder.mkdir(exist_ok=True)
+            (folder / f"test-{i}.json").write_text("{}")
+    assert catalogue.there_are(tmp_path / "1") == "; there is test-0"
+    assert catalogue.there_are(tmp_path / "2") == "; there are test-0, test-1"
+    eight = ", ".join(f"test-{i}" for i in range(8))
+    assert catalogue.there_are(tmp_path / "10") == f"; there are {eight} and 2 more"
+
+
+# ---- Paired differences: on the same documents, what is common to both models cancels
+
+ABOUT = {"workdir": "a", "fingerprint": "f", "split": "test", "of": "documents", "context": 64}
+RNG = np.random.default_rng(1)
+LEVEL = RNG.normal(3, 1, (30, 1))  # of a document: the same for every model
+LENGTHS = np.append(64, RNG.integers(5, 65, 29))
+DIFFERENCE = RNG.normal(-0.05, 0.02, (30, 64))
+
+
+def of_documents(nll, **about):
+    segments = [Segment(i, 0, row[:n]) for i, (row, n) in enumerate(zip(nll, LENGTHS, strict=True))]
+    known = {**ABOUT, "windows": len(segments), "tokens": int(sum(LENGTHS))}
+    return evaluations.from_summary({**known, **about}, statistics.summarise(segments, 64))
+
+
+BASE = LEVEL + RNG.normal(0, 0.5, (30, 64))
+A, B = of_documents(BASE + DIFFERENCE), of_documents(BASE, workdir="b")
+
+
+def test_the_difference_and_its_error_are_those_of_the_differences_of_documents():
+    found = evaluations.paired_difference(A, B)
+    counted = np.arange(64) < LENGTHS[:, None]
+    sums, counts = (DIFFERENCE * counted).sum(1), counted.sum(1)
+    mean = sums.sum() / counts.sum()
+    assert found.mean == pytest.approx(mean, rel=1e-9)
+    error = np.sqrt(30 / 29 * ((sums - mean * counts) ** 2).sum()) / counts.sum()
+    assert found.standard_error == pytest.approx(error, rel=1e-6)
+    assert found.low < found.mean < found.high
+    assert found.standard_error < 0.02 * float(statistics.estimate(A.document_sums.sum(1), counts).standard_error)
+    for k, (first, last) in enumerate(zip(found.bin_first, found.bin_last, strict=True)):
+        where = counted[:, first - 1 : last]
+        expected = DIFFERENCE[:, first - 1 : last][where].mean()
+        assert found.bin_loss[k] == pytest.approx(expected, abs=1e-9)
+    assert evaluations.paired_difference(B, A).mean == pytest.approx(-mean, rel=1e-9)
+
+
+def test_a_model_and_itself():
+    found = evaluations.paired_difference(A, A)
+    assert (found.mean, found.standard_error, found.low, found.high) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("fingerprint", "g"), ("split", "train"), ("of", "windows"), ("context", 65), ("windows", 31)]
+)
+def test_other_text(key, value):
+    other = dataclasses.replace(B, about={**B.about, key: value})
+    with pytest.raises(ConfigError) as caught:
+        evaluations.paired_difference(A, other)
+    assert str(caught.value).startswith(f"a: its evaluation has {key} {A.about[key]}, that of b {value}; expected the")
+
+
+def test_other_tokens():
+    counts = B.document_counts.copy()
+    counts[[0, 1]] = counts[[1, 0]]
+    with pytest.raises(ConfigError, match="a: its evaluation counts other tokens than that of b"):
+        evaluations.paired_difference(A, dataclasses.replace(B, document_counts=counts))

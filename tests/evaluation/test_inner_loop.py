@@ -15,7 +15,7 @@ from ttt_jax.cli import inspect
 from ttt_jax.config import ConfigError
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
-from ttt_jax.evaluation import inner_loop, inner_loop_files
+from ttt_jax.evaluation import inner_loop, inspections
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import ttt_layer
 from ttt_jax.models.build import language_model
@@ -224,7 +224,7 @@ def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_pa
     np.testing.assert_allclose(found.eta, np.moveaxis(expected["eta"], 2, -1).mean(1), rtol=1e-4)
     error = np.moveaxis(expected["eta"].mean(3), 2, -1).std(1, ddof=1) / np.sqrt(3)  # [L, M, T]
     np.testing.assert_allclose(found.eta_standard_error, error, rtol=1e-2)
-    for name in inner_loop.LOSSES:
+    for name in inspections.LOSSES:
         np.testing.assert_allclose(getattr(found, name), expected[name].mean((1, 3)), rtol=1e-3, atol=1e-5)
     change = (expected["weight_distance"] / expected["w0_norm"][:, None, None]).mean((1, 3))[:, B - 1 :: B]
     np.testing.assert_allclose(found.weight_change, change, rtol=1e-4)
@@ -246,13 +246,13 @@ def made_up(context=9, step=7, matrices=None):
         shapes |= {"eta": (2, 3, matrices, context), "eta_standard_error": (2, matrices, context)}
     arrays = {name: RNG.random(shape) for name, shape in shapes.items()}
     places = {"position": np.arange(1, context + 1), "weight_position": np.array([4, 8, 9])}
-    return inner_loop.InnerLoop({"step": step, "context": context}, **places, **arrays)
+    return inspections.Inspection({"step": step, "context": context}, **places, **arrays)
 
 
 def test_a_layer_in_a_line():
     """The last quarter of nine positions begins at the seventh."""
     found = made_up()
-    for i, line in enumerate(inner_loop.summary(found)):
+    for i, line in enumerate(inspections.summary(found)):
         assert line.loss_at_w0 == pytest.approx(found.loss_at_w0[i, 6:].mean())
         assert line.loss_after == pytest.approx(found.loss_after[i, 6:].mean())
         assert line.explained == pytest.approx(1 - found.loss_before[i, 6:].sum() / found.target_spread[i, 6:].sum())
@@ -265,8 +265,8 @@ def test_what_does_not_exist_is_left_out(tmp_path):
     """The spread of targets, and the change of a W0 that is zero; each weight matrix has its rate."""
     found = made_up(matrices=4)
     found.weight_change[0], found.w0_norm[0] = np.nan, 0
-    path = inner_loop_files.save(found, tmp_path, "validation-9")
-    back = inner_loop_files.read(tmp_path, "validation")
+    path = inspections.save(found, tmp_path, "validation-9")
+    back = inspections.read(tmp_path, "validation")
     assert back.target_spread is None
     np.testing.assert_array_equal(back.eta, found.eta)
     with np.load(path, allow_pickle=False) as file:
@@ -286,7 +286,7 @@ def test_what_does_not_exist_is_left_out(tmp_path):
     np.testing.assert_allclose([float(row["standard_error"]) for row in means], found.eta_standard_error[1, 3])
     np.testing.assert_allclose([float(row["value"]) for row in heads], found.eta[1, :, 3].mean(1))
     table = Console(width=120, record=True)
-    table.print(inspect._table(found.blocks, inner_loop.summary(found), per_matrix=True))
+    table.print(inspect._table(found.blocks, inspections.summary(found), per_matrix=True))
     text = table.export_text()
     assert "explained" not in text
     assert "nan" not in text
@@ -297,17 +297,17 @@ def test_what_does_not_exist_is_left_out(tmp_path):
 def test_files_hold_what_was_found(tmp_path):
     found = made_up()
     found.weight_change[1] = found.loss_after_standard_error[0] = np.nan
-    path = inner_loop_files.save(found, tmp_path, "validation-9")
+    path = inspections.save(found, tmp_path, "validation-9")
     assert path == tmp_path / "inspect" / "validation-9.npz"
     with np.load(path, allow_pickle=False) as file:
         assert file.keys() == arrays_of(found).keys()
-    back = inner_loop_files.read(tmp_path, "validation")
+    back = inspections.read(tmp_path, "validation")
     for name, value in arrays_of(found).items():
         np.testing.assert_array_equal(getattr(back, name), value)
     layers = back.about.pop("layers")
     assert back.about.pop("not_finite") == 0
     assert back.about == found.about
-    assert layers[0] == inner_loop.summary(found)[0]._asdict()
+    assert layers[0] == inspections.summary(found)[0]._asdict()
     assert layers[1]["weight_change"] is None
     json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
 
@@ -336,12 +336,12 @@ def test_files_hold_what_was_found(tmp_path):
 
 def test_the_longest_is_read_where_no_context_is_given(tmp_path):
     for context in (9, 17, 12):
-        inner_loop_files.save(made_up(context), tmp_path, inner_loop_files.name("test", context))
-    inner_loop_files.save(made_up(30), tmp_path, inner_loop_files.name("test", 30, by_document=True))
-    inner_loop_files.save(made_up(40, step=3), tmp_path, inner_loop_files.name("test", 40, step=3))
+        inspections.save(made_up(context), tmp_path, inspections.name("test", context))
+    inspections.save(made_up(30), tmp_path, inspections.name("test", 30, by_document=True))
+    inspections.save(made_up(40, step=3), tmp_path, inspections.name("test", 40, step=3))
 
     def read(*arguments, **kind):
-        about = inner_loop_files.read(tmp_path, "test", *arguments, **kind).about
+        about = inspections.read(tmp_path, "test", *arguments, **kind).about
         return about["context"], about["step"]
 
     assert read() == (17, 7)
@@ -364,13 +364,13 @@ def test_the_longest_is_read_where_no_context_is_given(tmp_path):
 def test_losses_that_are_not_finite_show(tmp_path):
     found = made_up()
     found.loss_before[1, 7], found.loss_after[1, 7], found.loss_at_w0[0, 0] = np.nan, np.inf, np.inf
-    path = inner_loop_files.save(found, tmp_path, "validation-9")
+    path = inspections.save(found, tmp_path, "validation-9")
     about = json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
-    assert about["not_finite"] == inner_loop.not_finite(found) == 2  # positions of layers
+    assert about["not_finite"] == inspections.not_finite(found) == 2  # positions of layers
     assert [layer["loss_before"] is None for layer in about["layers"]] == [False, True]
     assert (about["layers"][1]["loss_after"], about["layers"][1]["explained"]) == (None, None)
     lines = path.with_suffix(".csv").read_text().splitlines()
     assert [line for line in lines if line.startswith("loss_before,1,,8,nan")]
     table = Console(width=120, record=True)
-    table.print(inspect._table(found.blocks, inner_loop.summary(found)))
+    table.print(inspect._table(found.blocks, inspections.summary(found)))
     assert table.export_text().count("not finite") == 2

@@ -9,7 +9,7 @@ from matplotlib import colors, image
 from saved_runs import lines, run, save_evaluation, words
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import compare, evaluations
+from ttt_jax.evaluation import evaluations
 from ttt_jax.figures import by_position, style
 from ttt_jax.figures.by_position import loss_by_position
 
@@ -207,7 +207,7 @@ def test_differences_are_paired(evaluated, drawn, tmp_path):
     assert [line.get_color() for line in differences] == [style.of(LINEAR).color, style.of(MLP).color]  # not to itself
     found = [evaluations.read(workdir, "validation") for workdir in runs]
     for each, line, band in zip(found, differences, below.collections, strict=False):
-        expected = compare.paired_difference(each, found[2])
+        expected = evaluations.paired_difference(each, found[2])
         np.testing.assert_allclose(line.get_ydata(), expected.bin_loss, rtol=1e-12)
         top, bottom = band.get_paths()[0].vertices[:, 1].max(), band.get_paths()[0].vertices[:, 1].min()
         assert top == pytest.approx(np.nanmax(expected.bin_high))

@@ -7,7 +7,7 @@ from saved_runs import lines, run, words
 
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import style
-from ttt_jax.figures.context import perplexity_by_context
+from ttt_jax.figures.perplexity import perplexity_by_context
 
 LINEAR, FINETUNED = "TTT-Linear (Mamba backbone)", "Transformer, fine-tuned"
 CONTEXTS = (64, 128, 256)

@@ -8,9 +8,8 @@ import pytest
 from saved_runs import lines, run, words
 
 from ttt_jax.config import ConfigError
-from ttt_jax.evaluation import published
-from ttt_jax.figures import style
-from ttt_jax.figures.flops import perplexity_by_flops
+from ttt_jax.figures import published, style
+from ttt_jax.figures.perplexity import perplexity_by_flops
 
 LINEAR, MLP_T, TRANSFORMER = "TTT-Linear (Mamba backbone)", "TTT-MLP (Transformer backbone)", "Transformer"
 

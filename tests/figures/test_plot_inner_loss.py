@@ -7,7 +7,7 @@ from saved_runs import lines, save_inspection, words
 
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import style
-from ttt_jax.figures.inner_loss import inner_loss
+from ttt_jax.figures.by_position import inner_loss
 
 NAMES = ("loss_at_w0", "loss_before", "loss_after")
 LABELS = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")

@@ -7,7 +7,7 @@ from saved_runs import lines, run, words
 
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import style
-from ttt_jax.figures.mini_batch import by_mini_batch
+from ttt_jax.figures.perplexity import by_mini_batch
 
 LINEAR = "TTT-Linear (Mamba backbone)"
 

@@ -11,9 +11,7 @@ from saved_runs import run
 from ttt_jax.evaluation import result_files
 from ttt_jax.figures import ablation, style
 from ttt_jax.figures.by_position import loss_by_position
-from ttt_jax.figures.context import perplexity_by_context
-from ttt_jax.figures.flops import perplexity_by_flops
-from ttt_jax.figures.mini_batch import by_mini_batch
+from ttt_jax.figures.perplexity import by_mini_batch, perplexity_by_context, perplexity_by_flops
 
 NAN = [(2, 5)]  # the loss of window 2 at position 5
 KINDS = {

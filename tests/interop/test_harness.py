@@ -23,7 +23,7 @@ from lm_eval.api.registry import get_model
 
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.errors import DataError, NonFiniteLossError
-from ttt_jax.evaluation.likelihood import Score
+from ttt_jax.evaluation.losses import Score
 from ttt_jax.interop import harness, harness_tasks
 from ttt_jax.interop.harness import prefix_token_of
 

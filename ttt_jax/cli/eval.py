@@ -150,7 +150,6 @@ def compare(options: argparse.Namespace) -> int:
     """``ttt eval compare``"""
     from rich.table import Table
 
-    from ttt_jax.evaluation import compare as compare_lib
     from ttt_jax.evaluation import evaluations, statistics
     from ttt_jax.terminal import console
 
@@ -158,7 +157,7 @@ def compare(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.workdir[0]}: alone; expected two workdirs or more")
     chosen = {**evaluation_kind(options), "step": options.step}
     base, *others = evaluations.read_all(options.workdir, options.split, options.context, **chosen)
-    differences = [compare_lib.paired_difference(other, base) for other in others]
+    differences = [evaluations.paired_difference(other, base) for other in others]
     about = base.about
     print(f"Loss minus that of {about['workdir']} ({about['model']}), nats per token, +- standard error")
     print(f"{about['source']}, {evaluations.read_of(about)}; errors over {about['documents']:,} documents")

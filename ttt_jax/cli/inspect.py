@@ -53,10 +53,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inspect(model: "Trained", context: int, named_step: int | None, options: argparse.Namespace) -> None:
-    from ttt_jax.evaluation import inner_loop, inner_loop_files
+    from ttt_jax.evaluation import inner_loop, inspections
     from ttt_jax.terminal import console
 
-    stem = inner_loop_files.name(options.split, context, by_document=options.by_document, step=named_step)
+    stem = inspections.name(options.split, context, by_document=options.by_document, step=named_step)
     name = f"{model.name} {stem}"
     line = StatusLine(1000, text=name)
     with WorkdirLock(model.workdir / "inspect", "ttt inspect", name=f".{stem}.running") as lock:
@@ -73,12 +73,12 @@ def _inspect(model: "Trained", context: int, named_step: int | None, options: ar
         finally:
             line.close()
         lock.check()
-        path = inner_loop_files.save(found, model.workdir, stem)
+        path = inspections.save(found, model.workdir, stem)
     about = found.about
     data = f"{about['source']}, {about['windows']} {about['of']} of {about['context']} tokens"
     print(f"{about['workdir']}: {about['model']}, step {about['step']}, {data}")
-    console.output().print(_table(found.blocks, inner_loop.summary(found), per_matrix=found.eta.ndim == 4))
-    if bad := inner_loop.not_finite(found):
+    console.output().print(_table(found.blocks, inspections.summary(found), per_matrix=found.eta.ndim == 4))
+    if bad := inspections.not_finite(found):
         print(f"the loss of the inner loop is NaN or infinite at {bad:,} of {found.loss_before.size:,} positions")
     print(f"  {path} (and .csv, .json)", flush=True)
 

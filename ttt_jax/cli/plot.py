@@ -125,28 +125,28 @@ def _which(options: argparse.Namespace) -> dict[str, str | int | None]:
 
 
 def _flops(options: argparse.Namespace) -> None:
-    from ttt_jax.figures.flops import perplexity_by_flops
+    from ttt_jax.figures.perplexity import perplexity_by_flops
 
     chosen = {"split": options.split, "contexts": options.context, **_which(options)}
     perplexity_by_flops(options.workdir, options.output, published=options.published, **chosen)
 
 
 def _context(options: argparse.Namespace) -> None:
-    from ttt_jax.figures.context import perplexity_by_context
+    from ttt_jax.figures.perplexity import perplexity_by_context
 
     chosen = {"split": options.split, "contexts": options.context, **_which(options)}
     perplexity_by_context(options.workdir, options.output, lines=options.lines, **chosen)
 
 
 def _mini_batch(options: argparse.Namespace) -> None:
-    from ttt_jax.figures.mini_batch import by_mini_batch
+    from ttt_jax.figures.perplexity import by_mini_batch
 
     chosen = {"split": options.split, **_which(options)}
     by_mini_batch(options.workdir, options.output, published=options.published, **chosen)
 
 
 def _inner_loss(options: argparse.Namespace) -> None:
-    from ttt_jax.figures.inner_loss import inner_loss
+    from ttt_jax.figures.by_position import inner_loss
 
     chosen = {"split": options.split, "context": options.context, "layers": options.layers}
     inner_loss(options.workdir, options.output, window=options.window, windows=options.max_windows, **chosen)

@@ -2,6 +2,8 @@
 
 import argparse
 import itertools
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ttt_jax.cli.options import SPLITS, at_least, check_file, counts, not_negative, positive
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 
@@ -97,16 +101,16 @@ def needle(options: argparse.Namespace) -> int:
     """``ttt probe needle``"""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
-    from ttt_jax.evaluation.probes import needle_probe, report, texts
+    from ttt_jax.evaluation.probes import cells as cells_lib
+    from ttt_jax.evaluation.probes import needle_probe, prompt
     from ttt_jax.evaluation.probes.needle import TASKS
-    from ttt_jax.evaluation.probes.progress import Progress
     from ttt_jax.figures import heat_map, style
 
     if options.plot:
         style.check_output(options.plot, option="--plot")
         check_file(options.plot, "--plot")
     chosen = {"tokenizer": options.tokenizer, "haystack": options.haystack, "split": options.split}
-    prepared = [texts.of_run(config, options.task, **chosen) for config in configs]
+    prepared = [prompt.texts_of_run(config, options.task, **chosen) for config in configs]
     n = options.depths
     panels: dict[str, list[heat_map.Panel]] = {task: [] for task in options.task}
     asked: dict[str, Any] = {
@@ -116,8 +120,9 @@ def needle(options: argparse.Namespace) -> int:
     }
     for workdir, run_name, text in zip(workdirs, workdir_lib.names(workdirs), prepared, strict=True):
         trained = _load(workdir, options.step)
+        length = trained.config.data.sequence_length
         total = sum(needle_probe.tokens_to_read(trained, task, text, **asked) for task in options.task)
-        with closing(Progress(trained.name, total)) as line:
+        with closing(_Progress(trained.name, total)) as line:
             for task in options.task:
                 cells = needle_probe.probe(
                     trained,
@@ -133,8 +138,8 @@ def needle(options: argparse.Namespace) -> int:
                     f"depth by context: share right (share likelier than {options.candidates - 1} other answers); "
                     f"{options.samples} samples, {text.haystacks[task].name}"
                 )
-                report.show(cells, title, "depth", _percent, ("accuracy", "ranked_first"), caption)
-                panel = heat_map.panel(cells, f"{run_name}: {task}", "depth", _percent, options.show, trained)
+                cells_lib.show(cells, title, "depth", _percent, ("accuracy", "ranked_first"), caption)
+                panel = heat_map.panel(cells, f"{run_name}: {task}", "depth", _percent, options.show, length)
                 panels[task].append(panel)
     if options.plot:
         words = {"accuracy": "share right", "ranked_first": f"share ranked first of {options.candidates}"}
@@ -149,7 +154,8 @@ def task(options: argparse.Namespace) -> int:
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
     from ttt_jax.data.synthetic import TASKS
-    from ttt_jax.evaluation.probes import report, task_probe
+    from ttt_jax.evaluation.probes import cells as cells_lib
+    from ttt_jax.evaluation.probes import task_probe
     from ttt_jax.figures import heat_map, style
 
     if options.plot:
@@ -174,8 +180,8 @@ def task(options: argparse.Namespace) -> int:
             of = TASKS[name].items
             title = f"{run_name}: {_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
             caption = f"{of} by context: share of answers right (of sequences all right); {options.samples} sequences"
-            report.show(cells, title, "items", str, ("accuracy", "whole"), caption)
-            panel = heat_map.panel(cells, f"{run_name}: {name}", "items", str, "accuracy", trained)
+            cells_lib.show(cells, title, "items", str, ("accuracy", "whole"), caption)
+            panel = heat_map.panel(cells, f"{run_name}: {name}", "items", str, "accuracy", length)
             panels.append(panel._replace(row_title=of))
     if options.plot:
         heat_map.save([panels], options.plot, "share of answers right")
@@ -183,11 +189,45 @@ def task(options: argparse.Namespace) -> int:
     return DONE
 
 
+class _Progress:
+    """A line on standard error, in tokens of prompts.
+
+    Args:
+      name: of the run.
+      total: tokens of all prompts that there are to read.
+    """
+
+    def __init__(self, name: str, total: int):
+        self._name, self._total, self._done, self._text = name, total, 0, ""
+        self._began = time.monotonic()
+        self._line = StatusLine(total, text=name)
+
+    def show(self, text: str) -> None:
+        """Show what is being done."""
+        self._text = text
+        self._line.show(self._done, f"{self._name}: {text}{self._left()}")
+
+    def add(self, tokens: int) -> None:
+        """Count prompts that have been read; after the first ones, print how long all of them will take."""
+        first, self._done = not self._done, self._done + tokens
+        if first and self._done < self._total:
+            print(f"{self._name}: {self._total:,} tokens of prompts to read{self._left()}", file=sys.stderr, flush=True)
+        self._line.show(self._done, f"{self._name}: {self._text}{self._left()}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._line.close()
+
+    def _left(self) -> str:
+        if not 0 < self._done < self._total:
+            return ""
+        seconds = (time.monotonic() - self._began) * (self._total - self._done) / self._done
+        return f", about {duration(seconds)} left"
+
+
 @contextmanager
 def _loaded(workdir: workdir_lib.Workdir, step: int | None, steps: int) -> Iterator[tuple["Trained", Callable]]:
     """A trained model, and what shows which of so many steps is being done with it."""
-    from ttt_jax.terminal.status_line import StatusLine
-
     found = _load(workdir, step)
     line = StatusLine(steps, text=found.name)
     done = itertools.count()

@@ -6,10 +6,9 @@ Shapes: L layers (the blocks whose mixers learn), H heads, T tokens (the context
 B sequences at a time, M weight matrices of the learner.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,113 +19,15 @@ from ttt_jax.data import named_sources, pipeline, sequences, token_source
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
+from ttt_jax.evaluation import inspections
+from ttt_jax.evaluation.inspections import Inspection
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import build, pattern
 from ttt_jax.storage.workdir import Workdir
 
-LOSSES = ("loss_at_w0", "loss_before", "loss_after")
-_WITH_ERRORS = (*LOSSES, "target_spread", "weight_change", "eta")  # means over heads, of each window
+_WITH_ERRORS = (*inspections.LOSSES, "target_spread", "weight_change", "eta")  # means over heads, of each window
 _BY_HEAD = ("weight_distance", "eta")
-
-
-@dataclasses.dataclass(frozen=True)
-class InnerLoop:
-    """Means over the windows (or documents) that were read; a loss, where nothing else is said, is also one over heads.
-
-    Attributes:
-      about: what was read and by what, as JSON holds it.
-      position: [T], from 1.
-      loss_at_w0, loss_before, loss_after: [L, T], the self-supervised loss of a token at W0, at the weights that its
-        mini-batch starts with, and after the step of its mini-batch.
-      weight_position: [n], the last position of each mini-batch.
-      weight_distance: [L, H, n], |W - W0| after it, a Frobenius norm.
-      w0_norm: [L, H], |W0|.
-      weight_change: [L, n], the mean over heads of |W - W0| / |W0|; NaN where W0 = 0.
-      eta: [L, H, T], the learning rate of a token's gradient, but for the factor of the position that it is used at;
-        [L, H, M, T] where each weight matrix of the learner has its own.
-      position_eta: [L, b], that factor: eta[t, s] = position_eta[t] * eta[s].
-      target_spread: [L, T], the loss if the learner knew nothing but the mean of its targets. None where the objective
-        is not the squared error, of which alone it is a loss.
-      *_standard_error: [L, T] or [L, n] (of eta also [L, M, T]), over windows, of the mean over heads; NaN with one
-        window.
-    """
-
-    about: dict[str, Any]
-    position: np.ndarray
-    loss_at_w0: np.ndarray
-    loss_at_w0_standard_error: np.ndarray
-    loss_before: np.ndarray
-    loss_before_standard_error: np.ndarray
-    loss_after: np.ndarray
-    loss_after_standard_error: np.ndarray
-    weight_position: np.ndarray
-    weight_change: np.ndarray
-    weight_change_standard_error: np.ndarray
-    weight_distance: np.ndarray
-    w0_norm: np.ndarray
-    eta: np.ndarray
-    eta_standard_error: np.ndarray
-    position_eta: np.ndarray
-    target_spread: np.ndarray | None = None
-    target_spread_standard_error: np.ndarray | None = None
-
-    @property
-    def blocks(self) -> list[int]:
-        """Return which block of the model each of the L layers is, from 0: only those that learn are here."""
-        return self.about.get("blocks", list(range(len(self.loss_before))))
-
-    @property
-    def by_position(self) -> dict[str, np.ndarray]:
-        """Return what there is by layer and position, [L, T] each: losses and the spread of targets."""
-        spread = {} if self.target_spread is None else {"target_spread": self.target_spread}
-        return {name: getattr(self, name) for name in LOSSES} | spread
-
-
-class LayerSummary(NamedTuple):
-    """One layer in a line. Losses and spread are means over the last quarter of the positions.
-
-    Attributes:
-      explained: 1 - loss_before / target_spread, the share of the spread that W knew of before it saw the tokens; None
-        without a spread.
-      weight_change: at the last position; None where W0 = 0.
-      eta, eta_min, eta_max: mean over positions, of all heads and of the heads with the lowest and the highest. Where
-        each weight matrix has a rate of its own, of all heads and matrices.
-    """
-
-    loss_at_w0: float
-    loss_before: float
-    loss_after: float
-    explained: float | None
-    weight_change: float | None
-    eta: float
-    eta_min: float
-    eta_max: float
-
-
-def summary(found: InnerLoop) -> list[LayerSummary]:
-    """Of each layer."""
-    last_quarter = slice(len(found.position) * 3 // 4, None)
-    mean = {name: values[:, last_quarter].mean(1) for name, values in found.by_position.items()}
-    lines = []
-    for layer, etas in enumerate(found.eta.mean(-1)):  # [H] or [H, M]
-        at_w0, before, after = (float(mean[name][layer]) for name in LOSSES)
-        explained = None
-        if "target_spread" in mean:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                explained = float(1 - before / mean["target_spread"][layer])
-        change = float(found.weight_change[layer, -1]) if found.w0_norm[layer].all() else None
-        lines.append(
-            LayerSummary(
-                at_w0, before, after, explained, change, float(etas.mean()), float(etas.min()), float(etas.max())
-            )
-        )
-    return lines
-
-
-def not_finite(found: InnerLoop) -> int:
-    """Return at how many positions, of all layers, a loss is NaN or infinite."""
-    return int((~np.isfinite(list(found.by_position.values())).all(0)).sum())
 
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
@@ -147,7 +48,7 @@ def inspect(
     by_document: bool = False,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> InnerLoop:
+) -> Inspection:
     """Reads windows of ``context`` tokens, spread evenly over a split.
 
     A context longer than that of training is read in pieces, the state carried from one to the next, so that memory
@@ -204,7 +105,7 @@ def inspect(
     arrays |= {name: x[..., ends] for name, x in arrays.items() if name.startswith("weight_")}
     arrays |= {"position": np.arange(1, context + 1), "weight_position": ends + 1, **constants}
     about = _about(trained, data, split, context, by_document, len(starts))
-    return InnerLoop(about, **arrays)
+    return Inspection(about, **arrays)
 
 
 def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> list[int]:
@@ -238,7 +139,7 @@ def _read(
         return state, {
             **found,
             "weight_change": change.mean(-1),
-            **{name: found[name].mean(-1) for name in (*LOSSES, "target_spread") if name in found},
+            **{name: found[name].mean(-1) for name in (*inspections.LOSSES, "target_spread") if name in found},
         }
 
     for first in range(0, len(starts), batch_size):

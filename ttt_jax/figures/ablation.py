@@ -11,9 +11,9 @@ from rich.table import Table
 
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import compare, evaluations
-from ttt_jax.evaluation import published as published_lib
+from ttt_jax.evaluation import evaluations
 from ttt_jax.figures import points as points_lib
+from ttt_jax.figures import published as published_lib
 from ttt_jax.figures.points import Point
 from ttt_jax.settings import flat
 from ttt_jax.sweep import names
@@ -151,7 +151,7 @@ def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
     """The difference in loss to the row above, and its standard error: None where not the same text was read."""
     a, b = (evaluations.read_file(each.workdir / "eval" / f"{each.stem}.npz") for each in (point, above))
     try:
-        difference = compare.paired_difference(a, b)
+        difference = evaluations.paired_difference(a, b)
     except ConfigError:
         return points_lib.loss_of(point) - points_lib.loss_of(above), None
     return difference.mean, difference.standard_error if math.isfinite(difference.standard_error) else None

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from ttt_jax.evaluation.probes.cells import Cell
-from ttt_jax.evaluation.trained import Trained
 from ttt_jax.figures import style
 
 
@@ -32,7 +31,7 @@ class Panel(NamedTuple):
 
 
 def panel(
-    cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measure: str, trained: Trained
+    cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measure: str, training_context: int
 ) -> Panel:
     """The cells of a table as a heat map of ``measure``, a share, with a row for each value of ``row``."""
     contexts, rows = (sorted({cell[key] for cell in cells}) for key in ("context", row))
@@ -41,10 +40,14 @@ def panel(
         share = np.inf if cell[measure] is None else cell[measure]
         shares[rows.index(cell[row]), contexts.index(cell["context"])] = share
     columns = [f"{context // 1024}k" if context % 1024 == 0 else f"{context}" for context in contexts]
-    length = trained.config.data.sequence_length
-    longer = sum(context <= length for context in contexts)
+    longer = sum(context <= training_context for context in contexts)
     return Panel(
-        f"{title}\ntrained on {length:,} tokens", [row_name(value) for value in rows], columns, shares, longer, row
+        f"{title}\ntrained on {training_context:,} tokens",
+        [row_name(value) for value in rows],
+        columns,
+        shares,
+        longer,
+        row,
     )
 
 

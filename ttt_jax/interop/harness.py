@@ -22,7 +22,7 @@ from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError, NonFiniteLossError
-from ttt_jax.evaluation.likelihood import Scorer, Text
+from ttt_jax.evaluation.losses import Scorer, Text
 from ttt_jax.evaluation.trained import Trained, loaded, steps
 from ttt_jax.storage.store import Store
 from ttt_jax.storage.workdir import at

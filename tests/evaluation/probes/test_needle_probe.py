@@ -8,14 +8,14 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import embedded
-from ttt_jax.evaluation.probes import needle, needle_probe, prompt, texts
+from ttt_jax.evaluation.probes import needle, needle_probe, prompt
 from ttt_jax.evaluation.probes.scoring import Scorer, Scores
 from ttt_jax.storage import json_files
 
 
 @pytest.fixture
 def text(loaded):
-    return texts.of_run(loaded("ttt_linear").config, sorted(needle.TASKS))
+    return prompt.texts_of_run(loaded("ttt_linear").config, sorted(needle.TASKS))
 
 
 @pytest.fixture

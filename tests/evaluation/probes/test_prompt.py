@@ -12,7 +12,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.evaluation.probes import haystack as haystack_lib
 from ttt_jax.evaluation.probes import needle, prompt
 
 TEXT = "".join(
@@ -66,9 +65,9 @@ def byte():
 def made(tokenizer, name="number", *, haystack=None, encode=None, bos=BOS, **options):
     task = needle.TASKS[name]
     if haystack is None:
-        haystack = haystack_lib.of_source(byte_source(TEXT), tokenizer_lib.byte().decoder())
+        haystack = needle.haystack_of_source(byte_source(TEXT), tokenizer_lib.byte().decoder())
     options = {"context": 1000, "depths": [0, 50, 100], "index": 0, **options}
-    haystack = haystack_lib.noise() if task.noise else haystack
+    haystack = needle.noise_haystack() if task.noise else haystack
     return prompt.examples(task, haystack, encode or tokenizer.encoder(), bos, **options)
 
 
@@ -176,9 +175,9 @@ def test_a_tokenizer_that_begins_texts_with_a_space(prefixing):
 def test_haystack_of_a_file_and_across_the_end_of_the_text(byte, tmp_path):
     path = tmp_path / "book.txt"
     path.write_text(TEXT[:3000])
-    found = haystack_lib.of_file(str(path))
+    found = needle.haystack_of_file(str(path))
     assert found.name == "book.txt"
-    assert found.fingerprint != haystack_lib.of_source(byte_source(TEXT), byte.decoder()).fingerprint
+    assert found.fingerprint != needle.haystack_of_source(byte_source(TEXT), byte.decoder()).fingerprint
     units = found.units(0.999, 5000)
     assert "".join(units) in TEXT[:3000] * 4
     assert len("".join(units)) > 4500
@@ -188,7 +187,7 @@ def test_haystack_of_a_file_and_across_the_end_of_the_text(byte, tmp_path):
 
 @given(st.text(alphabet=st.sampled_from("ab .!?\n\"'é”"), max_size=900))
 def test_units_are_the_whole_text(text):
-    units = haystack_lib.split(text)
+    units = needle.split_into_units(text)
     assert "".join(units) == text
     assert all(0 < len(unit) <= 300 for unit in units)
 
@@ -206,24 +205,24 @@ def test_what_is_no_haystack(byte, tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match="--haystack") as error:
-        haystack_lib.of_file(str(path))
+        needle.haystack_of_file(str(path))
     assert message in str(error.value)
 
 
 def test_a_source_without_text(byte):
     source = TokenSource("empty/test", np.full(5000, BOS, np.uint16), 257, BOS)
     with pytest.raises(ConfigError, match=r"^empty/test: no text in it; expected --haystack FILE"):
-        made(byte, haystack=haystack_lib.of_source(source, byte.decoder()))
+        made(byte, haystack=needle.haystack_of_source(source, byte.decoder()))
 
 
 def test_a_split_without_tokens(byte):
     with pytest.raises(ConfigError, match=r"^books/validation: no text in it; expected --haystack FILE"):
-        haystack_lib.of_source(byte_source(""), byte.decoder())
+        needle.haystack_of_source(byte_source(""), byte.decoder())
 
 
 def test_a_short_text_is_read_once_however_long_the_haystack_is(byte):
     reads, decode = [], byte.decoder()
-    found = haystack_lib.of_source(byte_source("Ab c. "), lambda tokens: reads.append(len(tokens)) or decode(tokens))
+    found = needle.haystack_of_source(byte_source("Ab c. "), lambda tokens: reads.append(len(tokens)) or decode(tokens))
     units = found.units(0.5, 100_000)
     assert len(reads) <= 4
     assert "".join(units) in "Ab c. " * 20_000

@@ -6,14 +6,19 @@ Cells are added one by one and stay: those of another step or seed stand beside 
 import contextlib
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from rich import box
+from rich.table import Table
 
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.json_files import DamagedFile, read_object, write_atomically, write_object
 from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.storage.workdir_lock import WorkdirLock
+from ttt_jax.terminal import console
 
 Cell = dict[str, Any]
 
@@ -92,3 +97,67 @@ def _table(rows: Sequence[Cell]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+_Z = 1.959964  # of 95 %
+
+
+def wilson(correct: int, samples: int) -> tuple[float, float]:
+    """The 95 % interval of a share after Wilson, which is of use also where all or none are correct."""
+    share, z2 = correct / samples, _Z**2 / samples
+    centre = (share + z2 / 2) / (1 + z2)
+    half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / 4 / samples)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share(correct: int | None, samples: int) -> tuple[float | None, float | None, float | None]:
+    """Return a share and its 95 % interval; None where the model gave NaN or infinity, so that nobody knows it."""
+    return (None, None, None) if correct is None else (correct / samples, *wilson(correct, samples))
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a float that JSON can hold: None for NaN and infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def show(
+    cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measures: Sequence[str], caption: str
+) -> None:
+    """Prints :func:`table` between a title and a caption: as wide as the terminal, or as wide as it takes."""
+    output = console.output()
+    output.print(title, soft_wrap=True)
+    output.print(table(cells, row, row_name, measures))
+    output.print(caption, soft_wrap=True, end="\n\n")
+
+
+def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measures: Sequence[str]) -> Table:
+    """Cells by context, a row for each value of ``row``, and the means of the columns.
+
+    Args:
+      measures: shares that stand in a cell, the second in brackets.
+    """
+    contexts = sorted({cell["context"] for cell in cells})
+    rows = sorted({cell[row] for cell in cells})
+    found = Table(box=box.SIMPLE_HEAD)
+    found.add_column(row)
+    for context in contexts:
+        found.add_column(f"{context:,}", justify="right", no_wrap=True)
+
+    def shown(some: Sequence[Cell]) -> str:
+        if not some:
+            return "-"
+        first, *rest = (_mean([cell[measure] for cell in some]) for measure in measures)
+        return f"{first:.2f}" + "".join(f" ({share:.2f})" for share in rest)
+
+    for value in rows:
+        here = [cell for cell in cells if cell[row] == value]
+        found.add_row(row_name(value), *(shown([c for c in here if c["context"] == context]) for context in contexts))
+    if len(rows) > 1:
+        found.add_section()
+        found.add_row("mean", *(shown([c for c in cells if c["context"] == context]) for context in contexts))
+    return found
+
+
+def _mean(shares: Sequence[float | None]) -> float:
+    """Return the mean of shares, NaN where one of them is not known because the model gave NaN or infinity."""
+    return sum(math.nan if share is None else share for share in shares) / len(shares)

@@ -9,11 +9,10 @@ import numpy as np
 from ttt_jax.data.prepare.tokenizer import Tokenizer
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle, prompt
-from ttt_jax.evaluation.probes.cells import Cell, Cells
-from ttt_jax.evaluation.probes.haystack import Haystack
-from ttt_jax.evaluation.probes.interval import finite_or_none, share
+from ttt_jax.evaluation.probes.cells import Cell, Cells, finite_or_none, share
+from ttt_jax.evaluation.probes.needle import Haystack
+from ttt_jax.evaluation.probes.prompt import Texts
 from ttt_jax.evaluation.probes.scoring import Scorer
-from ttt_jax.evaluation.probes.texts import Texts
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import build
 from ttt_jax.storage.workdir import Workdir

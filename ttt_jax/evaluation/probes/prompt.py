@@ -3,15 +3,18 @@
 Shapes: T tokens of an example, prompt and answer.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
-from ttt_jax.data.prepare.tokenizer import Encode
+from ttt_jax.data import named_sources
+from ttt_jax.data.prepare import tokenizer as tokenizer_lib
+from ttt_jax.data.prepare.tokenizer import Encode, Tokenizer
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle as needle_lib
-from ttt_jax.evaluation.probes.haystack import Haystack
-from ttt_jax.evaluation.probes.needle import Needle, Task
+from ttt_jax.evaluation.probes.needle import TASKS, Haystack, Needle, Task
 
 _MOST_TEXT = 64  # tokens of text that are read, at most, for each token of a prompt
 
@@ -56,7 +59,7 @@ def examples(
     Raises:
       ConfigError: where a prompt without haystack is too long already, or the haystack has hardly any text.
     """
-    rng = np.random.default_rng([seed, list(needle_lib.TASKS.values()).index(task), index])
+    rng = np.random.default_rng([seed, list(TASKS.values()).index(task), index])
     hidden, place = needle_lib.draw(rng, task, candidates), rng.random()
     start = [] if bos is None else [np.array([bos])]
     start += [encode(hidden.introduction), *([] if task.noise else [_following(encode, "\n")])]
@@ -114,3 +117,62 @@ def _following(encode: Encode, text: str) -> np.ndarray:
     """Tokens of a text that stands behind other text: some tokenizers put a space before the first word of a text."""
     line, both = encode("\n"), encode("\n" + text)
     return both[len(line) :] if np.array_equal(both[: len(line)], line) else encode(text)
+
+
+class Texts(NamedTuple):
+    """For the prompts of one run.
+
+    Attributes:
+      tokenizer: of all text.
+      bos: the token that prompts begin with; None for none.
+      haystacks: of each task.
+    """
+
+    tokenizer: Tokenizer
+    bos: int | None
+    haystacks: dict[str, Haystack]
+
+
+def texts_of_run(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[str],
+    *,
+    tokenizer: str | None = None,
+    haystack: str | None = None,
+    split: str = "validation",
+) -> Texts:
+    """The texts that fit the data of a run.
+
+    Args:
+      config: of the run.
+      tasks: of :data:`TASKS`.
+      tokenizer: ``byte``, or a file; None for that of the run's data.
+      haystack: a text file; None for the documents of the run's data.
+      split: of the data.
+
+    Raises:
+      ConfigError: where no tokenizer or text is known, or a file is not what it should be.
+      DataError: where the data cannot be read.
+    """
+    found = tokenizer_lib.load(tokenizer) if tokenizer else named_sources.tokenizer_of(config.data.source)
+    bos = named_sources.from_config(config, "train").bos  # of the data, whichever tokenizer is given: the model saw it
+    haystacks, prose = {}, None
+    for task in tasks:
+        if TASKS[task].noise:
+            haystacks[task] = needle_lib.noise_haystack()
+        else:
+            haystacks[task] = prose = prose or _prose(config, haystack, split)
+    return Texts(found, bos, haystacks)
+
+
+def _prose(config: ml_collections.ConfigDict, haystack: str | None, split: str) -> Haystack:
+    if haystack:
+        return needle_lib.haystack_of_file(haystack)
+    source = named_sources.from_config(config, split)
+    try:
+        decode = named_sources.tokenizer_of(config.data.source).decoder()
+    except ConfigError as error:
+        raise ConfigError(
+            f"data.source={config.data.source!r}: holds no text that could be read; expected --haystack FILE"
+        ) from error
+    return needle_lib.haystack_of_source(source, decode)

@@ -15,8 +15,7 @@ from ttt_jax.data import synthetic
 from ttt_jax.data.synthetic import Example
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation.probes.cells import Cell, Cells
-from ttt_jax.evaluation.probes.interval import finite_or_none, share
+from ttt_jax.evaluation.probes.cells import Cell, Cells, finite_or_none, share
 from ttt_jax.evaluation.probes.needle_probe import run_in_words
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.storage.workdir import Workdir

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ttt_jax.evaluation.probes.interval import wilson
+from ttt_jax.evaluation.probes.cells import wilson
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 1), (0, 20), (20, 20), (7, 20), (1, 3), (500, 1000)])
