@@ -11,7 +11,7 @@ import jax
 import ttt_process
 
 from ttt_jax.cli import main
-from ttt_jax.kernels import choice, run
+from ttt_jax.kernels import run
 from ttt_jax.ttt import scan
 
 
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     ttt_process.share_compiled_programs()
     with (
         unittest.mock.patch.object(run, "run", wrong_on_the_last_process),
-        unittest.mock.patch.object(choice, "interpreted", return_value=False),
+        unittest.mock.patch.object(run, "interpreted", return_value=False),
     ):
         sys.exit(main())

@@ -11,7 +11,7 @@ from flax import nnx
 
 from ttt_jax import config
 from ttt_jax.ttt import primal
-from ttt_jax.ttt.state import initial_state
+from ttt_jax.ttt.inner_loop import initial_state
 
 pytestmark = pytest.mark.slow  # the blocks compile for a quarter of a minute
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,7 @@ from ttt_jax.mixers import ttt_layer
 from ttt_jax.models.build import language_model
 from ttt_jax.storage.workdir import at
 from ttt_jax.ttt import primal, scan
-from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_linear
-from ttt_jax.ttt.state import initial_state
+from ttt_jax.ttt.inner_loop import Parameters, Tokens, initial_state, ttt_linear
 
 B, HEADS, LAYERS = 4, 2, 2
 TRAINING, PIECE, CONTEXT = 14, 12, 22  # both contexts end within a mini-batch; pieces of the longer one do not

@@ -11,7 +11,7 @@ import pytest
 
 from ttt_jax.interop import lact_oracles, oracles
 from ttt_jax.interop.comparison import largest
-from ttt_jax.ttt import newton_schulz, scan
+from ttt_jax.ttt import scan, update
 from ttt_jax.ttt.objective import squared_error
 from ttt_jax.ttt.update import Momentum, Muon, Renormalise
 
@@ -84,7 +84,7 @@ def test_swapped_rates_are_far_away(error_of_outputs):
 
 @pytest.mark.slow
 def test_four_iterations_of_newton_schulz_are_far_away(error_of_outputs, monkeypatch):
-    monkeypatch.setattr(newton_schulz, "_COEFFICIENTS", newton_schulz._COEFFICIENTS[:-1])
+    monkeypatch.setattr(update, "_NEWTON_SCHULZ_COEFFICIENTS", update._NEWTON_SCHULZ_COEFFICIENTS[:-1])
     assert error_of_outputs(load("momentum_muon")) > 0.05
 
 

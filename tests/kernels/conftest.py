@@ -10,9 +10,8 @@ import pytest
 
 from ttt_jax.kernels import run
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_mlp
+from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, initial_state, ttt_mlp
 from ttt_jax.ttt.learner import Affine
-from ttt_jax.ttt.state import initial_state
 
 
 class Problem(NamedTuple):

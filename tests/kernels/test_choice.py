@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ttt_jax.kernels import choice, run
+from ttt_jax.kernels import run
 from ttt_jax.ttt.inner_loop import InnerLoop, ttt_linear, ttt_mlp
 from ttt_jax.ttt.learner import Learner
 from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm, SwiGLU, normalise
@@ -49,7 +49,7 @@ def in_residual_norm(f):
     ],
 )
 def test_choice(kernel, loop, b, device, expected):
-    found = choice.choose(kernel, loop, b, device)
+    found = run.choose(kernel, loop, b, device)
     way = "scan" if found.kernel is None else "kernel"
     if isinstance(found.kernel, partial) and found.kernel.keywords["interpret"]:
         way = "interpreted"
@@ -58,7 +58,7 @@ def test_choice(kernel, loop, b, device, expected):
 
 def test_a_kernel_that_there_is_not():
     with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
-        choice.choose("pallas", ttt_mlp(64, depth=3), 16, "TPU v5 lite")
+        run.choose("pallas", ttt_mlp(64, depth=3), 16, "TPU v5 lite")
     assert run.unsupported(ttt_linear(128), 64) is None
 
 
@@ -139,12 +139,12 @@ REFUSED = {
 def test_an_inner_loop_that_kernels_do_not_compute_uses_the_scan(name, device):
     """All of these have the widths of one that they do compute."""
     loop, reason = REFUSED[name]
-    kernel, why = choice.choose("auto", loop, 16, device)
+    kernel, why = run.choose("auto", loop, 16, device)
     assert kernel is None
     assert why.startswith("scan, for ")
     assert why.endswith(reason)
     with pytest.raises(ValueError, match=f"^no kernel: .*{reason.replace('+', '[+]')}$"):
-        choice.choose("pallas", loop, 16, device)
+        run.choose("pallas", loop, 16, device)
 
 
 @pytest.mark.parametrize("f", [Linear(), MLP(), MLP(width_factor=2.5)])
@@ -175,6 +175,6 @@ def test_an_inner_loop_with_a_field_that_kernels_do_not_know_uses_the_scan(monke
 
 
 def test_the_scan_as_it_is_best_on_each_platform():
-    assert choice.scan_options(None, None, "TPU v5 lite") == {"remat_group": 4, "unroll": 4}
-    assert choice.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
-    assert choice.scan_options(0, 2, "TPU v5 lite") == {"remat_group": 0, "unroll": 2}
+    assert run.scan_options(None, None, "TPU v5 lite") == {"remat_group": 4, "unroll": 4}
+    assert run.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
+    assert run.scan_options(0, 2, "TPU v5 lite") == {"remat_group": 0, "unroll": 2}

@@ -8,7 +8,7 @@ import pytest
 
 from ttt_jax.kernels import run
 from ttt_jax.ttt import scan
-from ttt_jax.ttt.state import initial_state
+from ttt_jax.ttt.inner_loop import initial_state
 
 # Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block. Each pack of a
 # block adds as much again to the program that is compiled.

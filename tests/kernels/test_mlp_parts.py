@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.kernels import gelu, heads, mlp
+from ttt_jax.kernels import mlp, mlp_layout, ops
 from ttt_jax.kernels.layout import Layout
 from ttt_jax.kernels.ops import Numerics, stack_heads
 from ttt_jax.ttt import learner as learner_lib
@@ -14,16 +14,16 @@ from ttt_jax.ttt import learners
 
 def test_gelu_and_its_derivatives():
     z = jnp.linspace(-6, 6, 64).reshape(8, 8)
-    value, first, _ = gelu.gelu_and_derivatives(z)
+    value, first, _ = ops.gelu_and_derivatives(z)
     exact = learners.gelu_and_derivative
     np.testing.assert_allclose(value, exact(z)[0], atol=1e-6)
     np.testing.assert_allclose(first, exact(z)[1], atol=3e-6)
-    np.testing.assert_allclose(gelu.gelu(z), value, atol=1e-6)
-    np.testing.assert_allclose(gelu.gelu_and_derivative(z)[1], first, atol=1e-6)
+    np.testing.assert_allclose(ops.gelu(z), value, atol=1e-6)
+    np.testing.assert_allclose(ops.gelu_and_derivative(z)[1], first, atol=1e-6)
     with jax.enable_x64(True):  # far from 0 the second is the rounding of tanh in float32
         z = jnp.asarray(np.asarray(z), jnp.float64)
         expected = *exact(z), jax.vmap(jax.grad(lambda x: exact(x)[1]))(z.ravel()).reshape(8, 8)
-        for actual, desired in zip(gelu.gelu_and_derivatives(z), expected, strict=True):
+        for actual, desired in zip(ops.gelu_and_derivatives(z), expected, strict=True):
             np.testing.assert_allclose(actual, desired, atol=1e-12)
 
 
@@ -42,19 +42,19 @@ def test_products_per_head(head_dim):
     pairs = jnp.asarray(np.concatenate(list(e[::-1]), 1), jnp.float32)
     w_, y_, z_ = (jnp.asarray(a.reshape(-1, 256), jnp.float32) for a in (w, y, z))
 
-    found = heads.product(compact, pairs, w_, y_, numerics)
+    found = mlp_layout.product(compact, pairs, w_, y_, numerics)
     np.testing.assert_allclose(found.reshape(s, tokens, 256), x @ w + e @ y, atol=1e-4)
-    found_w, found_y = heads.products(z_, w_, y_, numerics)
+    found_w, found_y = mlp_layout.products(z_, w_, y_, numerics)
     np.testing.assert_allclose(found_w, np.concatenate(list(z @ w.swapaxes(1, 2)), 1), atol=1e-4)
     np.testing.assert_allclose(found_y, np.concatenate(list((z @ y.swapaxes(1, 2))[::-1]), 1), atol=1e-4)
-    found = heads.transposed_product([compact, 2 * compact], [y_, z_], numerics)
+    found = mlp_layout.transposed_product([compact, 2 * compact], [y_, z_], numerics)
     np.testing.assert_allclose(found.reshape(s, slot, 256), x.swapaxes(1, 2) @ (y + 2 * z), atol=2e-4)
-    apart = heads.apart(layout, pairs)
-    np.testing.assert_allclose(apart @ heads.swap(layout, y_), (e @ y).reshape(-1, 256), atol=1e-4)
+    apart = mlp_layout.apart(layout, pairs)
+    np.testing.assert_allclose(apart @ mlp_layout.swap(layout, y_), (e @ y).reshape(-1, 256), atol=1e-4)
     if head_dim == slot:
-        stacked = heads.stack_swapped(layout, compact)
-        np.testing.assert_array_equal(heads.swap(layout, stacked), stack_heads(layout, compact))
-        np.testing.assert_array_equal(heads.unstack_swapped(layout, stacked), compact)
+        stacked = mlp_layout.stack_swapped(layout, compact)
+        np.testing.assert_array_equal(mlp_layout.swap(layout, stacked), stack_heads(layout, compact))
+        np.testing.assert_array_equal(mlp_layout.unstack_swapped(layout, stacked), compact)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (2, 20), (2, 96)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.kernels import chain, norm
+from ttt_jax.kernels import linear, norm
 from ttt_jax.kernels.layout import Layout
 from ttt_jax.kernels.ops import Numerics, head_mean
 
@@ -97,9 +97,9 @@ def test_the_known_chain_is_the_chain(layout, quick_jit, assert_close):
 
     def solve(way):
         def steps(z0, e, s2, h, eta):
-            found, z = chain.forward(z0, e, s2, h, eta, numerics(layout))
+            found, z = linear.solve_chain(z0, e, s2, h, eta, numerics(layout))
             known = jax.lax.stop_gradient(z)
-            return found if way == "chain" else chain.known(z0, e, s2, h, eta, known, numerics(layout))
+            return found if way == "chain" else linear.known_chain(z0, e, s2, h, eta, known, numerics(layout))
 
         found, vjp = jax.vjp(steps, z0, e, s2, h, eta)
         d_z0, d_e, *rest = vjp(d_steps)

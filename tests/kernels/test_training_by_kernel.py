@@ -10,7 +10,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.distributed import sharding
 from ttt_jax.interop import oracles
-from ttt_jax.kernels import choice, run
+from ttt_jax.kernels import run as kernels
 from ttt_jax.models import build
 from ttt_jax.training import compiled_step
 
@@ -20,16 +20,16 @@ ORACLES = Path(__file__).parents[1] / "oracles"
 @pytest.fixture
 def calls(monkeypatch):
     """The kernel is used whatever is configured; how often it was traced."""
-    found, choose = [], choice.choose
+    found, choose = [], kernels.choose
 
     def kernel(loop, *arguments, **options):
         found.append(loop)
-        return run.run(loop, *arguments, interpret=True, **options)
+        return kernels.run(loop, *arguments, interpret=True, **options)
 
     def chosen(asked, loop, *rest):
         return choose("pallas", loop, *rest)._replace(kernel=kernel)
 
-    monkeypatch.setattr(choice, "choose", chosen)
+    monkeypatch.setattr(kernels, "choose", chosen)
     return found
 
 

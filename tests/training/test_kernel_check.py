@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.benchmark import step
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
-from ttt_jax.kernels import choice, run, self_check
+from ttt_jax.kernels import run, self_check
 from ttt_jax.kernels.self_check import Family
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import compiled_step, kernel_check, loop, metrics
@@ -33,7 +33,7 @@ def use_kernel(monkeypatch):
             calls.append(arguments)
             return kernel(*arguments, **options)
 
-        monkeypatch.setattr(choice, "interpreted", lambda device: False)
+        monkeypatch.setattr(run, "interpreted", lambda device: False)
         monkeypatch.setattr(run, "run", counted)
         return calls
 

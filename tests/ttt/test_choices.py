@@ -13,10 +13,10 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.ttt import primal, scan, update
+from ttt_jax.ttt.inner_loop import initial_state
 from ttt_jax.ttt.learners import LEARNERS, SwiGLU
 from ttt_jax.ttt.objective import OBJECTIVES, dot_product
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
-from ttt_jax.ttt.state import initial_state
 from ttt_jax.ttt.update import MEMBERS, Momentum, Muon, Renormalise
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_jax.ttt import dual, learners, objective, primal, scan, update
-from ttt_jax.ttt.inner_loop import InnerLoop
+from ttt_jax.ttt.inner_loop import InnerLoop, initial_state
 from ttt_jax.ttt.learner import Affine, Dense, Learner
 from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm, SwiGLU
 from ttt_jax.ttt.rate import Rate
-from ttt_jax.ttt.state import initial_state
 from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise
 
 # depth, T, b: with a partial mini-batch at the end, online, one batch, and less than one mini-batch

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_jax.ttt import dual, scan
-from ttt_jax.ttt.inner_loop import InnerLoop
+from ttt_jax.ttt.inner_loop import InnerLoop, initial_state
 from ttt_jax.ttt.learner import Learner
-from ttt_jax.ttt.state import initial_state
 
 
 def numpy_normalise(z):

@@ -15,11 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ttt_jax.ttt import learners, objective, primal, scan, update
-from ttt_jax.ttt.inner_loop import READINGS, InnerLoop, ttt_mlp
+from ttt_jax.ttt.inner_loop import READINGS, InnerLoop, initial_state, ttt_mlp, where
 from ttt_jax.ttt.learner import Learner
 from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm, SwiGLU
 from ttt_jax.ttt.rate import Rate
-from ttt_jax.ttt.state import initial_state, where
 from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise
 
 B, T, b = 2, 10, 4

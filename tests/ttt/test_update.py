@@ -10,10 +10,9 @@ from ttt_jax.ttt import scan
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.learner import Affine, Learner
 from ttt_jax.ttt.learners import Linear
-from ttt_jax.ttt.newton_schulz import orthogonalise
 from ttt_jax.ttt.objective import dot_product
 from ttt_jax.ttt.rate import Rate
-from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise
+from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise, orthogonalise
 
 POLYNOMIALS = (  # a x + b x^3 + c x^5 of each singular value, as LaCT's specification has them
     (4.0848, -6.8946, 2.9270),

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ttt_jax.kernels import restarts, views
+from ttt_jax.kernels import memory, restarts
 from ttt_jax.kernels.layout import Norm, Tokens
+from ttt_jax.kernels.memory import Rows
 from ttt_jax.kernels.ops import Numerics
 from ttt_jax.kernels.restarts import Stretches
-from ttt_jax.kernels.views import Rows
 from ttt_jax.kernels.weave import weave
 
 
@@ -122,15 +122,15 @@ def _through_block(
     def compute(indices, only=None):
         arguments, results = [], []
         for p in range(layout.block_packs):
-            state = state_type(*(views.whole(ref.at[p]) for ref in state_refs))
-            tokens = [views.tokens(layout, inputs.tokens, p, i, only) for i in indices]
-            arguments.append((state, tokens, *views.shared(inputs.norm, inputs.coefficients, p)))
-            end = state_type(*(views.into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
+            state = state_type(*(memory.whole(ref.at[p]) for ref in state_refs))
+            tokens = [memory.tokens(layout, inputs.tokens, p, i, only) for i in indices]
+            arguments.append((state, tokens, *memory.shared(inputs.norm, inputs.coefficients, p)))
+            end = state_type(*(memory.into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
             done = []
             for i in indices:
                 z = None
                 if z_ref is not None:
-                    z = views.into_rows(layout, z_ref.at[views.rows_of(layout, i), views.lanes_of(p)], only)
+                    z = memory.into_rows(layout, z_ref.at[memory.rows_of(layout, i), memory.lanes_of(p)], only)
                 done.append(_those((z, _into_kept(program, kept, p, i, only)), wanted))
             results.append((end, done))
         weave(groups, arguments, results, program.stagger[0])
@@ -158,8 +158,8 @@ def _into_kept(program: Program, kept: Kept | None, p: int, i, only: Rows | None
         return None
     layout = program.numerics.layout
     return (
-        tuple(views.into(ref.at[i, p]) if only is None else views.NOWHERE for ref in kept.state),
-        tuple(views.into_rows(layout, views.chain(layout, ref, p, i), only) for ref in kept.chain),
+        tuple(memory.into(ref.at[i, p]) if only is None else memory.NOWHERE for ref in kept.state),
+        tuple(memory.into_rows(layout, memory.chain(layout, ref, p, i), only) for ref in kept.chain),
     )
 
 
@@ -206,16 +206,16 @@ def backward(program: Program, structure: Any, structure_of_results: Any, *refs)
             groups, d_groups = [], []
             for i in indices:
                 at_start = [ref.at[i, p] for ref in kept.state] if only is None else [ref.at[p] for ref in base]
-                state = state_type(*map(views.as_kept, at_start))
-                chain = tuple(views.as_kept(views.chain(layout, ref, p, i)) for ref in kept.chain)
-                dz = views.only_rows(layout, dz_ref.at[views.rows_of(layout, i), views.lanes_of(p)], only)
-                groups.append((state, views.tokens(layout, inputs.tokens, p, i, only), chain, dz))
-                d_groups.append(views.into_tokens(layout, d_inputs.tokens, p, i, only))
-            d_state = state_type(*(views.whole(ref.at[p]) for ref in state_refs))
-            d_before = state_type(*(views.into(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
-            arguments.append((d_state, *views.shared(inputs.norm, inputs.coefficients, p), groups))
-            norm = Norm(*(views.onto(ref.at[p]) for ref in d_inputs.norm))
-            results.append((d_before, [norm, jax.tree.map(views.onto, d_inputs.coefficients)], d_groups))
+                state = state_type(*map(memory.as_kept, at_start))
+                chain = tuple(memory.as_kept(memory.chain(layout, ref, p, i)) for ref in kept.chain)
+                dz = memory.only_rows(layout, dz_ref.at[memory.rows_of(layout, i), memory.lanes_of(p)], only)
+                groups.append((state, memory.tokens(layout, inputs.tokens, p, i, only), chain, dz))
+                d_groups.append(memory.into_tokens(layout, d_inputs.tokens, p, i, only))
+            d_state = state_type(*(memory.whole(ref.at[p]) for ref in state_refs))
+            d_before = state_type(*(memory.into(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
+            arguments.append((d_state, *memory.shared(inputs.norm, inputs.coefficients, p), groups))
+            norm = Norm(*(memory.onto(ref.at[p]) for ref in d_inputs.norm))
+            results.append((d_before, [norm, jax.tree.map(memory.onto, d_inputs.coefficients)], d_groups))
         weave(derivatives, arguments, results, program.stagger[1])
 
     def end(fresh):

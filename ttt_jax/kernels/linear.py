@@ -14,17 +14,17 @@ zeros in the lanes of the other, so one product serves both and the blocks stay 
 Shapes: L tokens of the group, s heads of the pack; columns and stacked rows are (mini-batch, head, token).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels import chain as chain_lib
 from ttt_jax.kernels import layout as layout_lib
 from ttt_jax.kernels import norm
 from ttt_jax.kernels.forward_backward import Saved
 from ttt_jax.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
-from ttt_jax.kernels.ops import Numerics, dot, split, stack_heads
+from ttt_jax.kernels.ops import Numerics, dot, split, spread, stack_heads, unspread, unstack_heads
 from ttt_jax.ttt.learner import Affine, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
@@ -78,10 +78,10 @@ def group(
 
     z0, z0_bar = at_start
     if chain is None:
-        scaled, z = chain_lib.forward(z0, for_keys, scale2, shift, eta, numerics)
+        scaled, z = solve_chain(z0, for_keys, scale2, shift, eta, numerics)
         chain = (z,)
     else:
-        scaled = chain_lib.known(z0, for_keys, scale2, shift, eta, *chain, numerics)
+        scaled = known_chain(z0, for_keys, scale2, shift, eta, *chain, numerics)
 
     z_bar = z0_bar - dot(for_queries, scaled, "nn", operands)
     out = q + norm.normalise(z_bar, numerics) * ln.scale + ln.bias
@@ -132,3 +132,76 @@ def unpack(layout: Layout, state: State, start: Weights) -> Weights:
     bias = state.bias.reshape(batch, -1, 1, slot)[:, :heads, :, :d]
     old_weight, old_bias = (x.mean(-1, keepdims=True) for x in jax.tree.leaves(start))
     return (Affine(weight + old_weight, bias + old_bias),)
+
+
+def solve_chain(
+    z0: jax.Array, e: jax.Array, s2: jax.Array, h: jax.Array, eta: jax.Array, numerics: Numerics
+) -> tuple[jax.Array, jax.Array]:
+    """S [s L, 128], and Z [L, 128]. By the arguments of :func:`known_chain`."""
+    layout, operands = numerics
+    steps: list[jax.Array] = []
+    zs: list[jax.Array] = []
+    nothing = jnp.zeros((layout.pack * layout.mini_batch, LANES), jnp.float32)
+    mean_s2, mean_h = norm.means_for_chain(s2, h, numerics)
+    tiles = zip(*(split(x, layout.group) for x in (z0, e, h, mean_h, eta)), strict=True)
+    for t, (z, e_t, h_t, mean_h_t, eta_t) in enumerate(tiles):
+        if t:
+            z -= dot(e_t, jnp.concatenate(steps + [nothing] * (layout.group - t), 0), "nn", operands)
+        gradient = norm.loss_gradient_in_chain(z, s2, h_t, mean_s2, mean_h_t, numerics, by_lanes=False)
+        zs.append(z)
+        steps.append(stack_heads(layout, spread(eta_t, layout) * gradient))
+    return jnp.concatenate(steps, 0), jnp.concatenate(zs, 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def known_chain(
+    z0: jax.Array, e: jax.Array, s2: jax.Array, h: jax.Array, eta: jax.Array, z: jax.Array, numerics: Numerics
+) -> jax.Array:
+    """S [s L, 128], where Z [L, 128] is known from :func:`solve_chain`; it can be differentiated.
+
+    Args:
+      z0: [L, 128].
+      e: [L, s L], zero but for mini-batches before that of the row.
+      s2, h: of :mod:`ttt_jax.kernels.norm`.
+      eta: [L, s].
+    """
+    return _known_chain(z0, e, s2, h, eta, z, numerics)[0]
+
+
+def _known_chain(z0, e, s2, h, eta, z, numerics):
+    layout = numerics.layout
+    at = norm.loss_gradient(z, s2, h, numerics)
+    rates = spread(eta, layout)
+    steps = jnp.concatenate([stack_heads(layout, x) for x in split(rates * at.value, layout.group)], 0)
+    return steps, (e, s2, rates, at, steps)
+
+
+def _known_chain_backward(numerics, saved, d_steps):
+    layout, operands = numerics
+    e, s2, rates, at, steps = saved
+    g, b = layout.group, layout.mini_batch
+    e_t = split(e.astype(operands).T, g)  # [s b, L] each
+    means = norm.means_for_backward(at, s2, numerics)
+    rates_t, at_t, means_t = (_tiles(x, g) for x in (rates, at, means))
+    d_steps_t = split(d_steps, g)
+    nothing = jnp.zeros((b, LANES), jnp.float32)
+    d, dz, dh = ([nothing] * g for _ in range(3))
+    for t in reversed(range(g)):
+        d_t = d_steps_t[t]
+        if t < g - 1:
+            d_t -= dot(e_t[t], jnp.concatenate(dz, 0), "nn", operands)
+        d[t] = unstack_heads(layout, d_t)
+        dz[t], dh[t] = norm.loss_gradient_backward(rates_t[t] * d[t], at_t[t], means_t[t], s2, numerics)
+    d_all, dz_all, dh_all = (jnp.concatenate(x, 0) for x in (d, dz, dh))
+    d_s2 = (dh_all * at.x).sum(0, keepdims=True)
+    d_eta = unspread(d_all * at.value, layout)
+    return dz_all, -dot(dz_all, steps, "nt", operands), d_s2, dh_all, d_eta, jnp.zeros_like(dz_all)
+
+
+known_chain.defvjp(_known_chain, _known_chain_backward)
+
+
+def _tiles(tree, parts):
+    """A tree of arrays as a list of trees, one for each part of the rows."""
+    leaves, structure = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(structure, x) for x in zip(*(split(x, parts) for x in leaves), strict=True)]

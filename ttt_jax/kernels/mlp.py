@@ -16,7 +16,7 @@ over the features of a head is left in it or in c2. Backwards the mini-batches d
 chain: :mod:`ttt_jax.kernels.mlp_backward`.
 
 Shapes: L tokens of the group, s heads of the pack, b tokens of a mini-batch, m hidden features in whole registers; for
-*compact*, *rows* and *pairs* see :mod:`ttt_jax.kernels.heads`.
+*compact*, *rows* and *pairs* see :mod:`ttt_jax.kernels.mlp_layout`.
 """
 
 from typing import Any, NamedTuple
@@ -27,12 +27,24 @@ import jax.numpy as jnp
 from ttt_jax.kernels import layout as layout_lib
 from ttt_jax.kernels import norm
 from ttt_jax.kernels.forward_backward import Saved
-from ttt_jax.kernels.gelu import gelu, gelu_and_derivative
-from ttt_jax.kernels.heads import apart, product, products, stack_swapped, swap
 from ttt_jax.kernels.layout import LANES, Layout, Norm, Tokens
 from ttt_jax.kernels.mlp_backward import derivative as derivative
-from ttt_jax.kernels.mlp_rows import earlier, hidden_rates, join, no_tiles, over_hidden, rows_of, sum_per_head, tile
-from ttt_jax.kernels.ops import Numerics, dot, split, spread, stack_heads, unstack_heads
+from ttt_jax.kernels.mlp_layout import (
+    apart,
+    earlier,
+    hidden_rates,
+    join,
+    no_tiles,
+    over_hidden,
+    product,
+    products,
+    rows_of,
+    stack_swapped,
+    sum_per_head,
+    swap,
+    tile,
+)
+from ttt_jax.kernels.ops import Numerics, dot, gelu, gelu_and_derivative, split, spread, stack_heads, unstack_heads
 from ttt_jax.ttt.learner import Affine, Weights
 
 # Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.

@@ -20,11 +20,34 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels import norm
-from ttt_jax.kernels.gelu import gelu_and_derivative, gelu_and_derivatives
-from ttt_jax.kernels.heads import apart, product, products, stack_swapped, swap, transposed_product, unstack_swapped
 from ttt_jax.kernels.layout import LANES, Norm, Tokens
-from ttt_jax.kernels.mlp_rows import earlier, hidden_rates, join, no_tiles, over_hidden, rows_of, sum_per_head, tile
-from ttt_jax.kernels.ops import Numerics, dot, spread, stack_heads, unspread, unstack_heads
+from ttt_jax.kernels.mlp_layout import (
+    apart,
+    earlier,
+    hidden_rates,
+    join,
+    no_tiles,
+    over_hidden,
+    product,
+    products,
+    rows_of,
+    stack_swapped,
+    sum_per_head,
+    swap,
+    tile,
+    transposed_product,
+    unstack_swapped,
+)
+from ttt_jax.kernels.ops import (
+    Numerics,
+    dot,
+    gelu_and_derivative,
+    gelu_and_derivatives,
+    spread,
+    stack_heads,
+    unspread,
+    unstack_heads,
+)
 
 
 def derivative(

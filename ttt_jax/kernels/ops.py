@@ -5,6 +5,7 @@ differentiation may not close over arrays inside a kernel: masks are made anew i
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -144,3 +145,36 @@ def unstack_heads(layout: Layout, x: jax.Array) -> jax.Array:
         return x
     parts = split(x, layout.pack)
     return _over_heads(layout, lambda mask, head: parts[head])
+
+
+_A = math.sqrt(2 / math.pi)
+_AC = _A * 0.044715
+
+
+def gelu(z: jax.Array) -> jax.Array:
+    """The function."""
+    return z * _half_of_one_and_tanh(z, z * z)
+
+
+def gelu_and_derivative(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The function and its derivative."""
+    square = z * z
+    h = _half_of_one_and_tanh(z, square)
+    value = z * h
+    return value, h + value * (1 - h) * (2 * _A + 6 * _AC * square)
+
+
+def gelu_and_derivatives(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The function and its first and second derivative."""
+    square = z * z
+    h = _half_of_one_and_tanh(z, square)
+    value = z * h
+    y = 2 * _A + 6 * _AC * square
+    slope = h * (1 - h)
+    zy = z * y
+    second = slope * (y * (2 + (1 - 2 * h) * zy) + 12 * _AC * square)
+    return value, h + slope * zy, second
+
+
+def _half_of_one_and_tanh(z, square):
+    return 0.5 * jnp.tanh(z * (_A + _AC * square)) + 0.5

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ttt_jax.kernels.layout import Layout
-from ttt_jax.kernels.views import Rows
+from ttt_jax.kernels.memory import Rows
 
 
 class Stretches(NamedTuple):

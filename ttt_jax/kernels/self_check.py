@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.kernels import choice, run
+from ttt_jax.kernels import run
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
@@ -190,8 +190,8 @@ def small_size(family: Family, *, interpret: bool = False) -> Size:
 def problem_of(family: Family, device: str) -> tuple[Arguments, Kernel]:
     """Return the small problem that stands for a family, and the kernel of a kind of device in blocks of that size."""
     loop, b = family.loop, family.mini_batch
-    size = small_size(family, interpret=choice.interpreted(device))
-    kernel = choice.choose("pallas", loop, b, device, family.remat_group).kernel
+    size = small_size(family, interpret=run.interpreted(device))
+    kernel = run.choose("pallas", loop, b, device, family.remat_group).kernel
     assert kernel is not None  # choose raises where there is none
     kernel = partial(kernel, most_packs=size.most_packs, unroll=size.unroll)
     return problem(loop, b, size.heads, size.tokens, family.dtype), kernel

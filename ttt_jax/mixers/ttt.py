@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ttt_jax import import_path
 from ttt_jax.distributed.activations import device_kind
 from ttt_jax.errors import ConfigError
-from ttt_jax.kernels import choice
+from ttt_jax.kernels import run as kernels
 from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
@@ -94,7 +94,7 @@ class Settings:
     kernel: str = setting(
         "auto",
         "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one",
-        among=choice.KERNELS,
+        among=kernels.KERNELS,
         changes_results=False,
     )
     kernel_check: bool = setting(
@@ -212,7 +212,7 @@ def _computed(model: Model) -> str:
       ConfigError: where a kernel is asked for that does not exist.
     """
     try:
-        return choice.choose(model.ttt.kernel, loop(model), model.ttt.mini_batch, device_kind()).why
+        return kernels.choose(model.ttt.kernel, loop(model), model.ttt.mini_batch, device_kind()).why
     except ValueError as error:
         raise ConfigError(f"model.ttt.kernel={model.ttt.kernel}: {error}; expected auto or scan") from error
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.distributed.activations import device_kind, locally
-from ttt_jax.kernels import choice
+from ttt_jax.kernels import run as kernels
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
@@ -45,11 +45,10 @@ from ttt_jax.layers.projection import Projection
 from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan, update
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.inner_loop import InnerLoop, InnerState, Parameters, Tokens, initial_state, where
 from ttt_jax.ttt.learner import Affine, Matrix, Weights, norm_per_head
 from ttt_jax.ttt.learners import ResidualNorm
 from ttt_jax.ttt.objective import squared_error
-from ttt_jax.ttt.state import InnerState, initial_state, where
 
 
 class TTTState(NamedTuple):
@@ -70,7 +69,7 @@ class TTT(nn.Module):
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
-      kernel, remat_group, unroll: see :mod:`ttt_jax.kernels.choice`.
+      kernel, remat_group, unroll: see :mod:`ttt_jax.kernels.run`.
     """
 
     loop: InnerLoop
@@ -120,7 +119,7 @@ class TTT(nn.Module):
     ) -> scan.Result:
         """Read the mini-batches in order, on each device for its own sequences and heads: it communicates nothing."""
         statistics = self.is_mutable_collection("statistics") and not self.is_initializing()
-        kernel = choice.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
+        kernel = kernels.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
 
         def run(parameters, tokens, state, valid, reset):
             result = scan.run(
@@ -133,7 +132,7 @@ class TTT(nn.Module):
                 aligned=context.aligned,
                 statistics=statistics,
                 kernel=kernel,
-                **choice.scan_options(self.remat_group, self.unroll, device_kind()),
+                **kernels.scan_options(self.remat_group, self.unroll, device_kind()),
             )
             return result if state is not None else scan.Result._make((result.z, None, result.statistics))
 

@@ -8,7 +8,7 @@ import dataclasses
 import ml_collections
 
 from ttt_jax.distributed.chips import Chip
-from ttt_jax.kernels import choice, run
+from ttt_jax.kernels import run as kernels
 from ttt_jax.kernels.layout import GROUP_TOKENS
 from ttt_jax.models import flops, pattern
 from ttt_jax.ttt.learner import Learner
@@ -93,11 +93,11 @@ def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip
     """
     model, length, device = kind.model, config.data.sequence_length, chip.device_kinds[0]
     loop, tokens = pattern.inner_loop(model), config.data.batch_size * length
-    fused = choice.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
-    scan = choice.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
+    fused = kernels.choose(model.ttt.kernel, loop, model.ttt.mini_batch, device).kernel is not None
+    scan = kernels.scan_options(model.ttt.remat_group, model.ttt.unroll, device)
     b = min(model.ttt.mini_batch, length)
     fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
-    kept = run.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
+    kept = kernels.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
     again = 1 if model.remat == "block" else 0
     operations = kind.blocks * flops.inner_loop_of_block(model, length) * tokens
     by_work = (3 + again + kept) * operations / (rate * fill)

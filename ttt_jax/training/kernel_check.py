@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 
 from ttt_jax.distributed import process_checks
 from ttt_jax.distributed.exchange import Exchange, describe
-from ttt_jax.kernels import choice, self_check
+from ttt_jax.kernels import run as kernels
+from ttt_jax.kernels import self_check
 from ttt_jax.models import pattern
 from ttt_jax.training import compiled_step
 
@@ -51,12 +52,12 @@ def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_
     """Return what is to be checked of the model on a mesh, for each kind of block that uses a kernel: none where it is
     interpreted, or where ``model.ttt.kernel_check`` is false."""
     device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
-    if not model.ttt.kernel_check or choice.interpreted(device):
+    if not model.ttt.kernel_check or kernels.interpreted(device):
         return []
     found = []
     for kind in pattern.learns(model):
         loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
-        if choice.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
+        if kernels.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
             found.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
     return list(dict.fromkeys(found))
 

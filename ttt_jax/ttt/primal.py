@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ttt import update
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.inner_loop import InnerLoop, InnerState, Parameters, Tokens, initial_state, where
 from ttt_jax.ttt.learner import Dense
-from ttt_jax.ttt.state import InnerState, initial_state, where
 from ttt_jax.ttt.update import Gate
 
 

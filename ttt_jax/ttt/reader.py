@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ttt import dual, update
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.inner_loop import InnerLoop, InnerState, Parameters, Tokens, initial_state, where
 from ttt_jax.ttt.learner import Weights, norm_per_head
-from ttt_jax.ttt.state import InnerState, initial_state, where
 from ttt_jax.ttt.update import Gate
 
 

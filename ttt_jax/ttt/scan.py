@@ -17,11 +17,9 @@ import jax.numpy as jnp
 
 from ttt_jax.ttt import update
 from ttt_jax.ttt import windows as windows_lib
-from ttt_jax.ttt.grouped_scan import grouped_scan, join_outputs, split
-from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
+from ttt_jax.ttt.inner_loop import InnerLoop, InnerState, Parameters, Tokens, where
 from ttt_jax.ttt.learner import Weights
 from ttt_jax.ttt.reader import Reader, Slots
-from ttt_jax.ttt.state import InnerState, where
 from ttt_jax.ttt.windows import Windows
 
 
@@ -120,8 +118,8 @@ class _Scan(NamedTuple):
 
     def by_scan(self, step: Callable, state: InnerState, xs: Any):
         """Read all windows by ``step``; return the state, and of each slot z and the statistics."""
-        state, ys = grouped_scan(step, state, xs, self.remat_group, self.unroll)
-        return state, join_outputs(ys)
+        state, ys = _grouped_scan(step, state, xs, self.remat_group, self.unroll)
+        return state, _join_outputs(ys)
 
 
 def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
@@ -146,16 +144,16 @@ def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
         state = state._replace(weights=weights)
         outputs.append((z, ()))
     elif n:
-        xs = jax.tree.map(lambda x: split(x[:, : n * b], b), inputs), None if whole is None else whole.T
+        xs = jax.tree.map(lambda x: _split(x[:, : n * b], b), inputs), None if whole is None else whole.T
         state, y = scan.by_scan(step, state, xs)
         outputs.append(y)
     pending, gates = fresh.pending, fresh.gates
     if rest:
         if flags is not None:
             state = where(flags[:, n], fresh._replace(gates=None), state)
-        tail = jax.tree.map(lambda x: split(x[:, n * b :], rest)[0], inputs)
+        tail = jax.tree.map(lambda x: _split(x[:, n * b :], rest)[0], inputs)
         _, pending, gates, y = reader.mini_batch(state, None, tail)
-        outputs.append(join_outputs(jax.tree.map(lambda y: y[None], y)))
+        outputs.append(_join_outputs(jax.tree.map(lambda y: y[None], y)))
     z, stats = jax.tree.map(lambda *y: jnp.concatenate(y, axis=1), *outputs)
     end = state._replace(pending=pending, gates=gates, position=state.position + tokens)
     if flags is not None:
@@ -192,7 +190,7 @@ def _in_windows(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, re
 
     def slots(first: int, last: int) -> Slots:
         """Return windows as the scan takes them, [n, B, ...]."""
-        tokens = jax.tree.map(lambda x: split(x[:, first * c : last * c], c), in_slots)
+        tokens = jax.tree.map(lambda x: _split(x[:, first * c : last * c], c), in_slots)
         rest = windows.filled, windows.place, windows.begins
         return Slots(tokens, *jax.tree.map(lambda x: x[:, first:last].swapaxes(0, 1), rest))
 
@@ -264,3 +262,43 @@ def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
         return jnp.where(filled[..., None, None], x, jnp.cos(1.0 + jnp.arange(x.shape[-1])).astype(x.dtype))
 
     return tokens._replace(q=vector(tokens.q), k=vector(tokens.k), v=vector(tokens.v))
+
+
+def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
+    """Scan over n mini-batches like ``lax.scan``; store the carry every ``group`` of them for the backward pass."""
+
+    def scan(carry, xs):
+        return jax.lax.scan(step, carry, xs, unroll=unroll)
+
+    if not group:
+        return scan(carry, xs)
+    if group == 1:
+        return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, xs, unroll=unroll)
+    n = len(jax.tree.leaves(xs)[0])
+    n_groups = n // group
+    remat_scan = jax.checkpoint(scan, prevent_cse=False)
+    parts = []
+    if n_groups:
+        grouped = jax.tree.map(lambda x: x[: n_groups * group].reshape(n_groups, group, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(remat_scan, carry, grouped)
+        parts.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
+    if n % group:
+        carry, ys = jax.checkpoint(scan)(carry, jax.tree.map(lambda x: x[n_groups * group :], xs))
+        parts.append(ys)
+    return carry, parts[0] if len(parts) == 1 else jax.tree.map(lambda *y: jnp.concatenate(y), *parts)
+
+
+def _split(x: jax.Array, b: int) -> jax.Array:
+    """Return tokens by mini-batch, [B, n * b, H, d] to [n, B, H, b, d]."""
+    batch, tokens, heads, d = x.shape
+    return x.reshape(batch, tokens // b, b, heads, d).transpose(1, 0, 3, 2, 4)
+
+
+def _join_outputs(ys):
+    """Return what there is of each token, a tree, in their order, [n, B, H, b, ...] to [B, n * b, H, ...]."""
+
+    def join(y):
+        n, batch, heads, b, *rest = y.shape
+        return jnp.moveaxis(y, (1, 3), (0, 2)).reshape(batch, n * b, heads, *rest)
+
+    return jax.tree.map(join, ys)
