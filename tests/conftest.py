@@ -151,7 +151,7 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
     returns the parameters by step."""
     from ttt_jax import config as config_lib
     from ttt_jax.distributed import sharding
-    from ttt_jax.models.build import language_model
+    from ttt_jax.models.language_model import build_model
     from ttt_jax.training import compiled_step
     from ttt_jax.training.checkpoint import Checkpoints
 
@@ -161,7 +161,7 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
         abstract = compiled_step.make(config, mesh).abstract_state
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-        checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), language_model(config.model), {}
+        checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), build_model(config.model), {}
         for step in steps:
             found[step] = random_params(model, np.zeros((1, 1), np.int32), seed=step, stddev=stddev)
             checkpoints.save(step, empty._replace(step=np.int32(step), params=found[step]), {})

@@ -8,7 +8,7 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.evaluation import evaluations, inspections, statistics
-from ttt_jax.models import build
+from ttt_jax.models import pattern
 
 WINDOWS = 6  # of an evaluation, a document each
 
@@ -51,7 +51,7 @@ def run(
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     known = {
         "workdir": workdir.name,
-        "model": build.describe(config.model),
+        "model": pattern.describe(config.model),
         "parameters": parameters,
         "step": 100,
         "training_tokens": 1e6,

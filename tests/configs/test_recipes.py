@@ -13,7 +13,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 from ttt_jax.training import compiled_step, loop, metrics
 from ttt_jax.training import optimizer as optimizer_lib
 
@@ -117,7 +117,7 @@ SIZES = ("width", "num_layers", "num_heads", "mlp_width", "vocab_size")
 
 
 def parameters(c):
-    module = language_model(c.model)
+    module = build_model(c.model)
     return jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))["params"]
 
 

@@ -7,7 +7,7 @@ from recipes import ABLATION, PAPER, get, paper_recipes
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.models import flops
+from ttt_jax.models import counts
 
 # What stays as it is; everything else is made smaller.
 KEPT = ("model.mixer", "model.ttt.", "model.rope_theta", "optimizer.warmup", "optimizer.end_lr", "training.start_from")
@@ -29,7 +29,7 @@ def test_sizes_grow_in_width_steps_and_cost():
     for a, b in pairwise(tiny):
         assert a.model.width < b.model.width
         assert config_lib.steps(a, "training.duration") < config_lib.steps(b, "training.duration")
-        assert 1.5 < flops.per_token(b.model, 128) / flops.per_token(a.model, 128) < 3
+        assert 1.5 < counts.flops_per_token(b.model, 128) / counts.flops_per_token(a.model, 128) < 3
 
 
 def test_finetuning_is_a_fifth_at_a_tenth_of_the_rate():
@@ -55,7 +55,7 @@ def test_training_flops_of_figure_2_are_equal():
         c = get(f"{file}.py:{recipe}")
         c.model.update(settings)
         steps = config_lib.steps(c, "training.duration")
-        return steps * flops.per_step(c.model, c.data.sequence_length, c.data.batch_size)
+        return steps * counts.flops_per_step(c.model, c.data.sequence_length, c.data.batch_size)
 
     def transformer(file, **settings):
         parts = ("transformer-1.3b-books-2k", "transformer_finetune-1.3b-books-32k")

@@ -19,8 +19,8 @@ from ttt_jax.evaluation import evaluate as evaluate_lib
 from ttt_jax.evaluation import evaluations, losses, statistics, trained
 from ttt_jax.evaluation.evaluate import What, evaluate
 from ttt_jax.evaluation.statistics import Segment
-from ttt_jax.models import flops
-from ttt_jax.models.build import language_model
+from ttt_jax.models import counts
+from ttt_jax.models.language_model import build_model
 from ttt_jax.training import compiled_step
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory, random_params):
     checkpoints = Checkpoints(workdir, keep_last=2)
     params = {}
     for step in (3, 5):
-        params[step] = random_params(language_model(config.model), np.zeros((1, 1), np.int32), seed=step)
+        params[step] = random_params(build_model(config.model), np.zeros((1, 1), np.int32), seed=step)
         checkpoints.save(step, empty._replace(step=np.int32(step), params=params[step]), {})
     checkpoints.close()
     return workdir, config, params
@@ -70,7 +70,7 @@ def data(monkeypatch):
 def nll(run, quick_jit):
     """``nll(tokens, step)``: the loss of each of the tokens but the first, float64, from the logits of one pass."""
     _, config, params = run
-    model = language_model(config.model)
+    model = build_model(config.model)
     forward = quick_jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
 
     def compute(tokens, step=5):
@@ -147,7 +147,7 @@ def test_what_an_evaluation_says_of_itself(run, model, data):
         "parameters": sum(x.size for x in jax.tree.leaves(params[5])),
         "step": 5,
         "training_tokens": 5 * 4 * 16,
-        "training_flops": 5 * flops.per_step(config.model, 16, 4),
+        "training_flops": 5 * counts.flops_per_step(config.model, 16, 4),
         "source": "books/validation",
         "source_path": "embedded",
         "fingerprint": data.fingerprint(),
@@ -321,7 +321,7 @@ def test_a_transformer_carries_nothing(model, data):
     config = model.config.copy_and_resolve_references()
     config.model.mixer = "attention"
     with pytest.raises(ConfigError, match=r"--carry-state: .*some-run is a Transformer, whose state grows"):
-        evaluate(model._replace(config=config, model=language_model(config.model)), What(22, chains=2))
+        evaluate(model._replace(config=config, model=build_model(config.model)), What(22, chains=2))
 
 
 def test_a_split_without_documents(model, data, monkeypatch):

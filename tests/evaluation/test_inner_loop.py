@@ -18,7 +18,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import inner_loop, inspections
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import ttt_layer
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 from ttt_jax.storage.workdir import at
 from ttt_jax.ttt import primal, scan
 from ttt_jax.ttt.inner_loop import Parameters, Tokens, initial_state, ttt_linear
@@ -45,7 +45,7 @@ def tiny(mixer="ttt_linear", **ttt):
 def trained(tmp_path_factory, random_params):
     config = tiny()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    model, rules = language_model(config.model), sharding.ShardingRules()
+    model, rules = build_model(config.model), sharding.ShardingRules()
     params = random_params(model, np.zeros((1, 1), np.int32))
     place = sharding.batch_sharding(mesh, rules)
     return Trained(at(tmp_path_factory.mktemp("run")), config, model, params, 5, "", mesh, rules, place)
@@ -209,7 +209,7 @@ def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_pa
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
     )
     config.model.ttt.update({"update": "momentum + muon + renormalise", "reading": "previous", "base_lr": 0.1})
-    model = language_model(config.model)
+    model = build_model(config.model)
     params = random_params(model, np.zeros((1, 1), np.int32))
     found = inner_loop.inspect(trained._replace(config=config, model=model, params=params), context=16, most_windows=3)
     starts = [i * ((len(TOKENS) - 1) // 16) // 3 * 16 for i in range(3)]

@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import style
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models import build
+from ttt_jax.models import pattern
 
 
 def every_model():
@@ -19,7 +19,7 @@ def every_model():
     for mixer, backbone in itertools.product(named, ("mamba", "transformer")):
         c = config_lib.default()
         c.model.mixer, c.model.ttt.backbone = mixer, backbone
-        yield build.describe(c.model)
+        yield pattern.describe(c.model)
 
 
 def test_each_model_has_a_colour_a_line_and_a_marker_of_its_own():
@@ -35,11 +35,11 @@ def test_each_model_has_a_colour_a_line_and_a_marker_of_its_own():
 def test_an_inner_loop_is_called_by_its_choices():
     c = config_lib.default()
     c.model.update({"mixer": "ttt"})
-    assert build.describe(c.model) == "TTT (linear, Mamba backbone)"
+    assert pattern.describe(c.model) == "TTT (linear, Mamba backbone)"
     c.model.ttt.update({"learner": "swiglu", "output": "none", "bias": False, "objective": "dot_product"})
     c.model.ttt.update({"rate": "softplus", "rate_per_matrix": True, "position_rate": "1", "reading": "previous"})
     c.model.ttt.update({"update": "momentum + muon", "backbone": "transformer"})
-    assert build.describe(c.model) == (
+    assert pattern.describe(c.model) == (
         "TTT (swiglu, output none, no biases, dot_product, softplus rate, rates per matrix, position rate 1, "
         "momentum + muon, reading previous, Transformer backbone)"
     )

@@ -12,7 +12,7 @@ import pytest
 from ttt_jax import cli
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 from ttt_jax.storage import json_files
 
 pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
@@ -51,7 +51,7 @@ def run(tmp_path_factory, save_run, quick_jit):
     config.data.update(sequence_length=TRAINING, batch_size=2)
     workdir = tmp_path_factory.mktemp("harness") / "run"
     params = save_run(workdir, config, (3, 5))
-    model = language_model(config.model)
+    model = build_model(config.model)
     forward = quick_jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
 
     def log_likelihoods(tokens, step=5):

@@ -11,7 +11,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.distributed import sharding
 from ttt_jax.interop import oracles
 from ttt_jax.kernels import run as kernels
-from ttt_jax.models import build
+from ttt_jax.models import language_model
 from ttt_jax.training import compiled_step
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -67,4 +67,4 @@ def test_a_kernel_that_there_is_not_is_refused():
     config = config_lib.default()
     config.model.ttt.update(kernel="pallas", mini_batch=12)
     with pytest.raises(ConfigError, match=r"model.ttt.kernel=pallas: no kernel: .*; expected auto or scan"):
-        build.language_model(config.model)
+        language_model.build_model(config.model)

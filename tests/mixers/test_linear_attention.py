@@ -7,7 +7,7 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.mixers.linear_attention import linear_attention
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 
 BATCH, HEADS, D = 2, 3, 4
 RNG = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtyp
         c.ttt.update(
             backbone="transformer", mini_batch=10, output="none", bias=False, learned_w0=False, learned_eta=False
         )
-        return language_model(c)
+        return build_model(c)
 
     def read(mixer):
         loss = lambda params: (model(mixer).apply({"params": params}, tokens)[0] ** 2).mean()  # noqa: E731

@@ -11,7 +11,7 @@ from inner_loops import POINTS
 
 from ttt_jax import config as config_lib
 from ttt_jax.mixers.mixer import Context
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 
 BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
@@ -26,7 +26,7 @@ def build(name="ttt_linear-mamba", ttt=(), **options):
     config.model.ttt.update({"mini_batch": B, **({"backbone": backbone} if backbone else {})})
     config.model.ttt.update({**POINTS.get(point, {}), **dict(ttt)})
     config_lib.validate(config)
-    return language_model(config.model)
+    return build_model(config.model)
 
 
 @pytest.fixture(scope="module")

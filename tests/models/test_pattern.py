@@ -4,7 +4,7 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.models import flops, pattern
+from ttt_jax.models import counts, pattern
 
 
 def model(mixer, blocks=6, **options):
@@ -81,13 +81,13 @@ def test_labels():
 
 
 def test_operations_are_the_sum_over_blocks():
-    of_blocks = {name: flops.per_token(model(name, 1), 32) for name in ("ttt_linear", "attention")}
+    of_blocks = {name: counts.flops_per_token(model(name, 1), 32) for name in ("ttt_linear", "attention")}
     head = 2 * 16 * model("attention").vocab_size
-    hybrid = flops.per_token(model("ttt_linear*5 + attention", 7), 32)
+    hybrid = counts.flops_per_token(model("ttt_linear*5 + attention", 7), 32)
     assert hybrid == head + 6 * (of_blocks["ttt_linear"] - head) + (of_blocks["attention"] - head)
-    inner = flops.inner_loop_per_token(model("ttt_linear*5 + attention", 7), 32)
-    assert inner == flops.inner_loop_per_token(model("ttt_linear", 6), 32) > 0
-    bare, double = (flops.per_token(model("attention", 1, channel=c), 32) for c in ("none", "swiglu + swiglu"))
+    inner = counts.inner_flops_per_token(model("ttt_linear*5 + attention", 7), 32)
+    assert inner == counts.inner_flops_per_token(model("ttt_linear", 6), 32) > 0
+    bare, double = (counts.flops_per_token(model("attention", 1, channel=c), 32) for c in ("none", "swiglu + swiglu"))
     assert (double - of_blocks["attention"], of_blocks["attention"] - bare) == (6 * 16 * 24, 6 * 16 * 24)
 
 

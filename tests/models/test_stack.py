@@ -7,7 +7,7 @@ import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.mixers.mixer import Context
-from ttt_jax.models import build, pattern, stack
+from ttt_jax.models import language_model, pattern, stack
 from ttt_jax.training.loss import token_nll
 
 VOCAB, TOKENS = 11, np.random.default_rng(0).integers(0, 11, (2, 10))
@@ -27,14 +27,14 @@ def config(mixer, blocks, **options):
 def hybrid(random_params):
     """A config, its model and parameters for it."""
     c = config(HYBRID, 7)
-    model = build.language_model(c.model)
+    model = language_model.build_model(c.model)
     return c, model, random_params(model, TOKENS, stddev=0.3)
 
 
 def blocks_of(c):
     """The module of each block, in order, and the mixer of each."""
     kinds = [run.model for run in pattern.blocks(c.model)]
-    return [build._block(kind)() for kind in kinds], [kind.mixer for kind in kinds]
+    return [language_model._block(kind)() for kind in kinds], [kind.mixer for kind in kinds]
 
 
 def test_a_model_is_its_blocks_one_after_the_other(hybrid, quick_jit, assert_close):
@@ -78,7 +78,7 @@ def test_pieces_are_one_go(hybrid, quick_jit, assert_close):
 @pytest.mark.slow
 def test_rematerialisation_changes_no_number(hybrid, quick_jit, assert_close):
     _, model, params = hybrid
-    other = build.language_model(config(HYBRID, 7, remat="block").model)
+    other = language_model.build_model(config(HYBRID, 7, remat="block").model)
     loss = lambda model: lambda params: token_nll(model.apply({"params": params}, TOKENS)[0], TOKENS).mean()  # noqa: E731
     expected, found = (quick_jit(jax.value_and_grad(loss(m)))(params) for m in (model, other))
     assert_close(found, expected, 1e-5)
@@ -86,8 +86,8 @@ def test_rematerialisation_changes_no_number(hybrid, quick_jit, assert_close):
 
 def test_kinds_that_are_alike_are_the_uniform_model(random_params, quick_jit, assert_close):
     """Entries that are spelled differently but mean the same: the parameters of the uniform model, rearranged."""
-    uniform = build.language_model(config("attention", 5).model)
-    apart = build.language_model(config("attention + attention(norms=pre)", 5).model)
+    uniform = language_model.build_model(config("attention", 5).model)
+    apart = language_model.build_model(config("attention + attention(norms=pre)", 5).model)
     params = random_params(uniform, TOKENS, stddev=0.3)
     split = dict(params)
     layers = split.pop("layers")
@@ -101,7 +101,7 @@ def test_kinds_that_are_alike_are_the_uniform_model(random_params, quick_jit, as
 
 def test_the_program_does_not_grow_with_depth():
     def lines(blocks):
-        model = build.language_model(config("attention*3 + ttt_linear", blocks).model)
+        model = language_model.build_model(config("attention*3 + ttt_linear", blocks).model)
         params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
         return jax.jit(lambda p: model.apply({"params": p}, TOKENS)[0]).lower(params).as_text().count("\n")
 
@@ -121,7 +121,7 @@ def test_padding_leaves_the_stream_as_it_is(hybrid):
 
 
 def test_the_layout_of_a_uniform_model_is_its_own():
-    model = build.language_model(config("attention*2", 3).model)
+    model = language_model.build_model(config("attention*2", 3).model)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     assert set(params) == {"embedding", stack.ONE, "final_norm"}
     assert {x.shape[0] for x in jax.tree.leaves(params[stack.ONE])} == {3}

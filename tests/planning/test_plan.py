@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.models import flops
+from ttt_jax.models import counts
 from ttt_jax.planning import plan
 from ttt_jax.planning.plan import TooLarge
 
@@ -104,7 +104,7 @@ def test_what_follows_from_the_estimate(planned):
     config = config_lib.default()
     config.model.update(vocab_size=64, width=32, num_heads=2, num_layers=3, mlp_width=48)
     config.model.ttt.mini_batch = 4
-    assert found["operations"] == flops.per_step(config.model, 32, 8)
+    assert found["operations"] == counts.flops_per_step(config.model, 32, 8)
     seconds = found["step_time"]["total"]
     assert (
         seconds

@@ -11,7 +11,7 @@ from ttt_jax import cli, import_path
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
-from ttt_jax.models import build
+from ttt_jax.models import language_model
 from ttt_jax.storage import json_files
 from ttt_jax.training import loop, resume, run_config
 from ttt_jax.training.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ def test_a_learner_that_does_not_work_is_refused_in_a_line(lab, body, message, t
     name = "ttt_broken_learner:broken"
     config = tiny_config({"model.mixer": "ttt", "model.ttt.learner": name})
     with pytest.raises(ConfigError) as caught:
-        build.language_model(config.model)
+        language_model.build_model(config.model)
     assert str(caught.value).startswith(f"model.ttt.learner={name!r}: {message.format(file=file)}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
-from ttt_jax.models import build, flops
+from ttt_jax.models import counts, pattern
 from ttt_jax.training import compiled_step, kernel_check
 
 _MATMUL_SIZE = 2048
@@ -90,7 +90,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
     state, batch = run.initial_state(), _random_batch(config, run)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     data = config.data
-    operations = flops.per_step(config.model, data.sequence_length, data.batch_size)
+    operations = counts.flops_per_step(config.model, data.sequence_length, data.batch_size)
     matmul = _matmul(jnp.dtype(config.model.dtype), operations)
 
     step_times, matmul_times = [], []
@@ -102,7 +102,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
         if i % 2 == 0:
             matmul_times.append(matmul())
     return Measurement(
-        build.describe(config.model),
+        pattern.describe(config.model),
         parameters,
         compile_time,
         step_times[warmup:],

@@ -247,9 +247,9 @@ def _load(workdir: workdir_lib.Workdir, step: int | None) -> "Trained":
 
 
 def _in_words(trained: "Trained") -> str:
-    from ttt_jax.models import build
+    from ttt_jax.models import pattern
 
-    return f"{build.describe(trained.config.model)}, step {trained.step}"
+    return f"{pattern.describe(trained.config.model)}, step {trained.step}"
 
 
 def _percent(depth: float) -> str:

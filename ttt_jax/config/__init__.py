@@ -8,8 +8,8 @@ from ttt_jax.config.arguments import from_arguments as from_arguments
 from ttt_jax.config.durations import steps as steps
 from ttt_jax.config.files import from_dict as from_dict
 from ttt_jax.config.files import from_json as from_json
-from ttt_jax.config.mesh import mesh_shape as mesh_shape
 from ttt_jax.config.sections import GENERATED as GENERATED
+from ttt_jax.config.sections import mesh_shape as mesh_shape
 from ttt_jax.config.sections import profiled_steps as profiled_steps
 from ttt_jax.config.tree import LEARNER as LEARNER
 from ttt_jax.config.tree import changes_results as changes_results

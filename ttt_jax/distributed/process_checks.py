@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from ttt_jax.distributed.exchange import Exchange
+from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import differing_keys
 from ttt_jax.storage.workdir import Workdir

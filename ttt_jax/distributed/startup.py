@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import jax
 
-from ttt_jax.distributed.exchange import describe
+from ttt_jax.distributed.agreement import describe
 from ttt_jax.distributed.watchdog import Watchdog
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir import cache_folder

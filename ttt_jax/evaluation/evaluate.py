@@ -14,7 +14,7 @@ from ttt_jax.data import sequences as sequences_lib
 from ttt_jax.data import token_source as source_lib
 from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.distributed.exchange import Exchange
+from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, losses, statistics
 from ttt_jax.evaluation import partial_results as unfinished_lib
@@ -23,7 +23,7 @@ from ttt_jax.evaluation.evaluations import Evaluation, from_summary
 from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.models import build, flops
+from ttt_jax.models import counts, pattern
 
 
 class What(NamedTuple):
@@ -142,8 +142,8 @@ def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
     if what.chains:
         if any("time" in axes for axes in jax.tree.leaves(trained.model.state_axes())):
             raise ConfigError(
-                f"--carry-state: {trained.workdir} is a {build.describe(trained.config.model)}, whose state grows with "
-                "all that it has read; "
+                f"--carry-state: {trained.workdir} is a {pattern.describe(trained.config.model)}, whose state grows "
+                "with all that it has read; "
                 "expected a model with a state of one size, such as model.mixer=ttt_linear"
             )
         found = sequences_lib.chains(data, what.context, what.most, what.chains)
@@ -223,12 +223,12 @@ def _about(
     }
     return {
         "workdir": trained.name,
-        "model": build.describe(c.model),
+        "model": pattern.describe(c.model),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "step": trained.step,
         "checkpoint": trained.fingerprint,
         "training_tokens": trained.step * c.data.batch_size * c.data.sequence_length,
-        "training_flops": trained.step * flops.per_step(c.model, c.data.sequence_length, c.data.batch_size),
+        "training_flops": trained.step * counts.flops_per_step(c.model, c.data.sequence_length, c.data.batch_size),
         "source": data.name,
         "source_path": catalogue.absolute(what.source or c.data.source),
         "fingerprint": data.fingerprint(),

@@ -23,7 +23,7 @@ from ttt_jax.evaluation import inspections
 from ttt_jax.evaluation.inspections import Inspection
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models import build, pattern
+from ttt_jax.models import pattern
 from ttt_jax.storage.workdir import Workdir
 
 _WITH_ERRORS = (*inspections.LOSSES, "target_spread", "weight_change", "eta")  # means over heads, of each window
@@ -34,7 +34,7 @@ def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
     """Raises :class:`ConfigError` where the model of a run has no inner loop."""
     if not pattern.learns(model):
         raise ConfigError(
-            f"--workdir {workdir}: its {build.describe(model)} has no inner loop; expected a run with model.mixer="
+            f"--workdir {workdir}: its {pattern.describe(model)} has no inner loop; expected a run with model.mixer="
             f"{' or '.join(name for name, mixer in MIXERS.items() if mixer.learns)}"
         )
 
@@ -216,7 +216,7 @@ def _about(
     model = trained.config.model
     return {
         "workdir": trained.name,
-        "model": build.describe(model),
+        "model": pattern.describe(model),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "step": trained.step,
         "source": data.name,

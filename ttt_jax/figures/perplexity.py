@@ -36,7 +36,7 @@ def perplexity_by_flops(
 ) -> None:
     """Draw a panel for each training context, and saves the picture.
 
-    Training FLOPs are those that the model needs, by its config (:mod:`ttt_jax.models.flops`), to the step that was
+    Training FLOPs are those that the model needs, by its config (:mod:`ttt_jax.models.counts`), to the step that was
     evaluated; of a fine-tuned one, with those of the run that it started from. Points are joined, as in the paper,
     which found no line that would fit them.
 
@@ -86,7 +86,7 @@ def _training_flops(point: Point) -> float:
 
 def _flops_of_run(location: str, asked_by: Workdir) -> float:
     """Of all steps of a run, or to the checkpoint that ``location`` is, and of what it started from itself."""
-    from ttt_jax.models import flops
+    from ttt_jax.models import counts
 
     place = workdir_lib.at(location)
     of_checkpoint = place.parent.name == "checkpoints"
@@ -99,7 +99,7 @@ def _flops_of_run(location: str, asked_by: Workdir) -> float:
         ) from error
     steps = int(place.name) if of_checkpoint else config_lib.steps(config, "training.duration")
     before = config.training.start_from
-    return steps * flops.per_step(config.model, config.data.sequence_length, config.data.batch_size) + (
+    return steps * counts.flops_per_step(config.model, config.data.sequence_length, config.data.batch_size) + (
         _flops_of_run(before, workdir) if before else 0.0
     )
 

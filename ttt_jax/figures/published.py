@@ -80,9 +80,9 @@ def of(config: Mapping[str, Any]) -> Stated | None:
 
 
 def training_flops(stated: Stated) -> float:
-    """Of a model of Table 1, trained by the recipe of 125M parameters, as :mod:`ttt_jax.models.flops` counts."""
+    """Of a model of Table 1, trained by the recipe of 125M parameters, as :mod:`ttt_jax.models.counts` counts."""
     from ttt_jax import config as config_lib
-    from ttt_jax.models import flops
+    from ttt_jax.models import counts
 
     config = config_lib.default()
     model = {"num_layers": 12, "width": 768, "num_heads": 12, "mlp_width": 2048, "vocab_size": 32_000}
@@ -93,7 +93,7 @@ def training_flops(stated: Stated) -> float:
         for part in section.split("."):
             holder = holder[part]
         holder[name] = CONTEXT if value is None else value
-    return _STEPS * flops.per_step(config.model, CONTEXT, _TOKENS_PER_STEP // CONTEXT)
+    return _STEPS * counts.flops_per_step(config.model, CONTEXT, _TOKENS_PER_STEP // CONTEXT)
 
 
 def _value(config: Mapping[str, Any], value: Any) -> Any:

@@ -54,7 +54,7 @@ SERIES = (
 
 
 def of(model: str) -> Style:
-    """The style of a model, given in words (:func:`ttt_jax.models.build.describe`); of one that has none, the first
+    """The style of a model, given in words (:func:`ttt_jax.models.pattern.describe`); of one that has none, the first
     that no model has."""
     return _MODELS.get(model, _OTHERS[0])
 

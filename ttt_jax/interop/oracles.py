@@ -20,8 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ttt_jax.interop import lact_oracles, official_jax
 from ttt_jax.interop.comparison import Oracle, Report, largest, load, relative, worst
 from ttt_jax.mixers.mixer import Context
-from ttt_jax.models.build import language_model
-from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.models.language_model import LanguageModel, build_model
 from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.loss import mean_over_rows, token_nll
 from ttt_jax.training.step import initial_state, train_step
@@ -85,7 +84,7 @@ def model_config(oracle: Oracle, dtype: str | None = None) -> ConfigDict:
 
 def model(oracle: Oracle) -> LanguageModel:
     """Return our model for the config in a file."""
-    return language_model(model_config(oracle))
+    return build_model(model_config(oracle))
 
 
 def check_model(oracle: Oracle) -> Report:
@@ -205,7 +204,7 @@ def _evaluate(oracle: Oracle, dtype: str | None = None) -> dict[str, Any]:
 @functools.cache
 def _computation(config: FrozenConfigDict) -> Callable[..., dict[str, Any]]:
     """Return the function that computes it, compiled once for all files of a model."""
-    lm = language_model(config)
+    lm = build_model(config)
 
     def run(tree, tokens, targets, mask, scale):
         def loss_fn(tree):

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ttt_jax.layers.context import PLAIN, Context, gather_valid, pick
-from ttt_jax.layers.parameter import parameter
+from ttt_jax.layers.linear import parameter
 
 STATE_AXES = PartitionSpec("batch", None, None)
 

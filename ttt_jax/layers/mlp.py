@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.projection import Projection
+from ttt_jax.layers.linear import Projection
 
 
 class SwiGLU(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.layers.parameter import named, parameter
+from ttt_jax.layers.linear import named, parameter
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import Places, gather_valid, places
-from ttt_jax.layers.projection import Projection, to_heads
+from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
 from ttt_jax.settings import setting
 

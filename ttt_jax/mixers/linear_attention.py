@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
+from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.layers.norm import post_norm
-from ttt_jax.layers.projection import Projection, to_heads
 from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
 
 CHUNK = 128  # tokens

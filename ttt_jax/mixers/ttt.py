@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax import import_path
-from ttt_jax.distributed.activations import device_kind
+from ttt_jax.distributed.sharding import device_kind
 from ttt_jax.errors import ConfigError
 from ttt_jax.kernels import run as kernels
 from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads

@@ -34,14 +34,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from ttt_jax.distributed.activations import device_kind, locally
+from ttt_jax.distributed.sharding import device_kind, locally
 from ttt_jax.kernels import run as kernels
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
+from ttt_jax.layers.linear import Projection, parameter
 from ttt_jax.layers.norm import post_norm
-from ttt_jax.layers.parameter import parameter
-from ttt_jax.layers.projection import Projection
 from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan, update

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.distributed.activations import constrain
+from ttt_jax.distributed.sharding import constrain
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm

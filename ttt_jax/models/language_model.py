@@ -4,18 +4,20 @@ Shapes: B batch, T tokens, V vocabulary, D width, L blocks.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 
-from ttt_jax.layers.embedding import AXES, lookup
+from ttt_jax.layers.linear import EMBEDDING_AXES, lookup, parameter, project
 from ttt_jax.layers.norm import RMSNorm
-from ttt_jax.layers.parameter import parameter
-from ttt_jax.layers.projection import project
+from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import PLAIN, Context
-from ttt_jax.models import stack
+from ttt_jax.models import pattern, stack
+from ttt_jax.models.block import Block, channel_parts
 from ttt_jax.models.stack import Segments
 
 
@@ -46,7 +48,7 @@ class LanguageModel(nn.Module):
           context: padding, beginnings of documents, and what else mixers may want to know.
         """
         normal = nn.initializers.normal(self.init_stddev)
-        embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), AXES)
+        embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), EMBEDDING_AXES)
         h = lookup(embedding, tokens, self.dtype)
         self._record("embedding", h)
         h, state = stack.read(self.segments, self.remat, h, state, context)
@@ -55,8 +57,8 @@ class LanguageModel(nn.Module):
         if self.tie_embeddings:
             head = embedding.T
         else:
-            head = parameter(self, "head", normal, (self.width, self.vocab_size), AXES[::-1])
-        return project(h, head, AXES[::-1], self.dtype, jnp.float32), state
+            head = parameter(self, "head", normal, (self.width, self.vocab_size), EMBEDDING_AXES[::-1])
+        return project(h, head, EMBEDDING_AXES[::-1], self.dtype, jnp.float32), state
 
     def initial_state(self, batch: int, length: int) -> Any:
         """Return the state before the first token of ``batch`` sequences of at most ``length`` tokens."""
@@ -72,3 +74,45 @@ class LanguageModel(nn.Module):
 
     def _record(self, name, value):
         self.sow("hidden_states", name, value, reduce_fn=lambda _, new: new)
+
+
+def build_model(model: ml_collections.ConfigDict) -> LanguageModel:
+    """Build the model that a validated ``config.model`` describes.
+
+    Raises:
+      ConfigError: where it asks for a kernel that does not exist, or for a learner that breaks the rules.
+    """
+    blocks = {kind.text: _block(kind.model) for kind in pattern.kinds(model)}
+    return LanguageModel(
+        segments=tuple(
+            stack.Segment(
+                tuple(stack.Run(run.model.mixer, blocks[run.text], run.blocks) for run in segment.runs),
+                segment.repeats,
+            )
+            for segment in pattern.segments(model)
+        ),
+        vocab_size=model.vocab_size,
+        width=model.width,
+        dtype=jnp.dtype(model.dtype),
+        tie_embeddings=model.tie_embeddings,
+        init_stddev=model.init_stddev,
+        norm_epsilon=model.norm_epsilon,
+        remat=model.remat == "block",
+    )
+
+
+def _block(model: ml_collections.ConfigDict) -> partial[Block]:
+    """Return what makes a block; ``model.mixer`` is one name."""
+    mixer = MIXERS[model.mixer]
+    return partial(
+        Block,
+        make_mixer=mixer.module(model),
+        mlp_width=model.mlp_width,
+        dtype=jnp.dtype(model.dtype),
+        init_stddev=model.init_stddev,
+        norm_epsilon=model.norm_epsilon,
+        pre_conv=mixer.pre_conv(model) if model.pre_conv is None else model.pre_conv,
+        conv_width=model.conv_width,
+        channel=channel_parts(model.channel),
+        post_norm=model.norms == "pre_post",
+    )

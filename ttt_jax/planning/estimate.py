@@ -10,7 +10,7 @@ import ml_collections
 from ttt_jax.distributed.chips import Chip
 from ttt_jax.kernels import run as kernels
 from ttt_jax.kernels.layout import GROUP_TOKENS
-from ttt_jax.models import flops, pattern
+from ttt_jax.models import counts, pattern
 from ttt_jax.ttt.learner import Learner
 
 EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
@@ -54,8 +54,8 @@ def step_time(
     """
     model, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length
-    inner = flops.inner_loop_per_token(model, data.sequence_length)
-    dense = flops.per_token(model, data.sequence_length) - inner
+    inner = counts.inner_flops_per_token(model, data.sequence_length)
+    dense = counts.flops_per_token(model, data.sequence_length) - inner
     again = 1 if model.remat == "block" else 0
     rate = chips * chip.peak_flops * EFFICIENCY
     compute = (3 + again) * dense * tokens / rate
@@ -99,7 +99,7 @@ def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip
     fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
     kept = kernels.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
     again = 1 if model.remat == "block" else 0
-    operations = kind.blocks * flops.inner_loop_of_block(model, length) * tokens
+    operations = kind.blocks * counts.inner_flops_of_block(model, length) * tokens
     by_work = (3 + again + kept) * operations / (rate * fill)
     turns = length / b * kind.blocks * config.training.accumulation * (2 + again)
     by_turns = turns / scan["unroll"] * TURN

@@ -13,7 +13,7 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.distributed.chips import Chip, of_device
-from ttt_jax.models import build, flops
+from ttt_jax.models import counts, pattern
 from ttt_jax.planning import estimate, hlo
 from ttt_jax.training import compiled_step
 
@@ -192,7 +192,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
                 collectives=sum(c.times for c in found),
             )
     return Plan(
-        model=build.describe(config.model),
+        model=pattern.describe(config.model),
         parameters=sum(x.size for x in jax.tree.leaves(run.abstract_state.params)),
         topology=topology,
         chips=len(devices),
@@ -202,7 +202,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         sequence_length=data.sequence_length,
         accumulation=config.training.accumulation,
         steps=config_lib.steps(config, "training.duration"),
-        operations=flops.per_step(config.model, data.sequence_length, data.batch_size),
+        operations=counts.flops_per_step(config.model, data.sequence_length, data.batch_size),
         compile_seconds=seconds,
         memory=used,
         available=available,

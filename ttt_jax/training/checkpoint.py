@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import ttt_jax
 from ttt_jax.distributed import process_checks
-from ttt_jax.distributed.exchange import Exchange
+from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.training import checksums

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from ttt_jax.distributed.exchange import Exchange, barrier_that_fails_together, describe
+from ttt_jax.distributed.agreement import Exchange, barrier_that_fails_together, describe
 from ttt_jax.errors import CheckpointError
 from ttt_jax.training import checksums
 

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.distributed import sharding
-from ttt_jax.models import build
+from ttt_jax.models import language_model
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.step import TrainState, initial_state, train_step
@@ -71,7 +71,7 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
     Raises:
       ConfigError: where parameters do not fit the mesh.
     """
-    model = build.language_model(config.model)
+    model = language_model.build_model(config.model)
     o = config.optimizer
     learning_rate, inner_lr_warmup = optimizer_lib.schedules(config)
     optimizer = optimizer_lib.adamw(

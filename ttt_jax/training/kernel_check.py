@@ -5,7 +5,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ttt_jax.distributed import process_checks
-from ttt_jax.distributed.exchange import Exchange, describe
+from ttt_jax.distributed.agreement import Exchange, describe
 from ttt_jax.kernels import run as kernels
 from ttt_jax.kernels import self_check
 from ttt_jax.models import pattern

@@ -25,7 +25,7 @@ from ttt_jax.distributed.agreement import Agreement
 from ttt_jax.distributed.watchdog import Watchdog
 from ttt_jax.errors import CheckpointError, DataError, NonFiniteLossError
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models import build, flops, parameter_count, pattern
+from ttt_jax.models import counts, pattern
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.storage.workdir_lock import LockLostError
@@ -149,13 +149,13 @@ def _train(
     tokens = batch_size * sequence_length
     parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
     process_checks.say(
-        f"{build.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
+        f"{pattern.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
         f"{jax.device_count()} x {device.device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
-    process_checks.say(f"parameters: {parameter_count.in_words(run.abstract_state.params)}")
+    process_checks.say(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")
     with sharding.on_mesh(run.mesh, run.rules):
         for way in dict.fromkeys(MIXERS[kind.model.mixer].computed(kind.model) for kind in pattern.kinds(config.model)):
             if way:
@@ -165,7 +165,7 @@ def _train(
     report = Report(
         output,
         tokens=tokens,
-        flops=flops.per_step(config.model, sequence_length, batch_size),
+        flops=counts.flops_per_step(config.model, sequence_length, batch_size),
         chips=jax.device_count(),
         peak=chip.peak_flops if chip else None,
         step=start,

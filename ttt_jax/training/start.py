@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import process_checks
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.models import build
+from ttt_jax.models import language_model
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.training import run_config
@@ -68,7 +68,7 @@ def _source(config: ml_collections.ConfigDict, abstract_params: Any) -> tuple[Wo
 
 
 def _abstract_params(model: ml_collections.ConfigDict) -> Any:
-    module = build.language_model(model)
+    module = language_model.build_model(model)
     return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ttt_jax.distributed.activations import constrain
+from ttt_jax.distributed.sharding import constrain
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.training import optimizer as optimizer_lib

@@ -18,7 +18,7 @@ from ttt_jax import finite
 from ttt_jax.data import sequences
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
-from ttt_jax.distributed.exchange import Exchange
+from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.training import metrics

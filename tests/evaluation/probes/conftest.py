@@ -9,7 +9,7 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
-from ttt_jax.models.build import language_model
+from ttt_jax.models.language_model import build_model
 from ttt_jax.training import compiled_step
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -29,7 +29,7 @@ def made_run(tmp_path_factory, random_params):
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
         abstract = compiled_step.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-        params = random_params(language_model(config.model), np.zeros((1, 1), np.int32))
+        params = random_params(build_model(config.model), np.zeros((1, 1), np.int32))
         checkpoints = Checkpoints(workdir)
         checkpoints.save(3, state._replace(step=np.int32(3), params=params), {})
         checkpoints.close()

@@ -14,7 +14,7 @@ from ttt_jax.evaluation.probes.needle import Haystack
 from ttt_jax.evaluation.probes.prompt import Texts
 from ttt_jax.evaluation.probes.scoring import Scorer
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.models import build
+from ttt_jax.models import pattern
 from ttt_jax.storage.workdir import Workdir
 
 # Everything that a cell depends on: one that is there with the same values is not computed again.
@@ -196,7 +196,7 @@ def run_in_words(trained: Trained) -> dict[str, Any]:
     """What a file of a probe says of the run."""
     return {
         "workdir": trained.name,
-        "model": build.describe(trained.config.model),
+        "model": pattern.describe(trained.config.model),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "training_context": trained.config.data.sequence_length,
         "config": trained.config.to_dict(),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_jax.distributed.exchange import Exchange, barrier_that_fails_together, describe
+from ttt_jax.distributed.agreement import Exchange, barrier_that_fails_together, describe
 
 
 class OurError(RuntimeError):

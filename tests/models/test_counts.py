@@ -10,8 +10,8 @@ from inner_loops import POINTS
 from jax.extend.core import jaxprs_in_params
 
 from ttt_jax import config as config_lib
-from ttt_jax.models import flops
-from ttt_jax.models.build import language_model
+from ttt_jax.models import counts
+from ttt_jax.models.language_model import build_model
 from ttt_jax.training.loss import token_nll
 
 MODELS = [
@@ -35,7 +35,7 @@ def model_config(name, **options):
 
 def forward(model):
     """The forward pass, and shapes of its arguments for one sequence of T tokens."""
-    module = language_model(model)
+    module = build_model(model)
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
     return (lambda params, tokens: module.apply({"params": params}, tokens)[0]), params, tokens
@@ -77,7 +77,7 @@ def test_every_matrix_product_is_counted(name, layers):
     function, params, tokens = forward(model)
     traced = products(jax.make_jaxpr(function)(params, tokens).jaxpr)
     traced -= layers * not_needed(model)
-    assert flops.per_token(model, T) * T == traced
+    assert counts.flops_per_token(model, T) * T == traced
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -88,8 +88,8 @@ def test_a_step_is_three_forward_passes(name):
     traced = products(jax.make_jaxpr(jax.value_and_grad(loss))(params, tokens).jaxpr)
     if name == "attention":  # what nothing uses, differentiation leaves out
         traced -= 3 * not_needed(model)
-    assert flops.per_step(model, T, 1) == traced
-    assert flops.per_step(model, T, 5) == 5 * traced
+    assert counts.flops_per_step(model, T, 1) == traced
+    assert counts.flops_per_step(model, T, 5) == 5 * traced
 
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba", "ttt-transformer-decay"])
@@ -103,7 +103,7 @@ def test_most_of_what_xla_counts(name):
     function, params, tokens = forward(model)
     options = {"xla_backend_optimization_level": 0, "xla_disable_hlo_passes": "fusion"}
     counted = jax.jit(function, compiler_options=options).lower(params, tokens).compile().cost_analysis()["flops"]
-    ours = flops.per_token(model, T) * T + (not_needed(model) if name == "attention" else 0)
+    ours = counts.flops_per_token(model, T) * T + (not_needed(model) if name == "attention" else 0)
     assert 0.98 * ours < counted < 1.05 * ours
 
 
@@ -113,31 +113,66 @@ def test_by_hand():
     around = 2 * 3 * 4 * 3 + 2 * 4 * 5  # gate, up, down; head
 
     attention = model_config("attention", **sizes)
-    assert flops.per_token(attention, 6) == around + 4 * 2 * 16 + 2 * (2 * 4 * 3.5)  # q k v o; logits and their use
+    seen = 2 * (2 * 4 * 3.5)  # logits and their use, of 3.5 tokens on average
+    assert counts.flops_per_token(attention, 6) == around + 4 * 2 * 16 + seen  # q, k, v, o
 
     linear_attention = model_config("linear_attention", **sizes)
     head = 2 * (2 * 2 * 2) + 2 * (2 * 6 * 2)  # q S, k^T v; q k^T and its product with v, in one chunk of 6
-    assert flops.per_token(linear_attention, 6) == around + 4 * 2 * 16 + 2 * head
+    assert counts.flops_per_token(linear_attention, 6) == around + 4 * 2 * 16 + 2 * head
 
     linear = model_config("ttt_linear-mamba", **sizes)
     linear.ttt.mini_batch = 2
     head = 3 * (2 * 2 * 2) + 2 * (2 * 2 * 2)  # k W, K^T G, q W; q K^T and its product with G
-    assert flops.per_token(linear, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
+    assert counts.flops_per_token(linear, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
 
     linear.ttt.learned_eta = False
-    assert flops.per_token(linear, 6) == around + 4 * 2 * 16 + 2 * head
+    assert counts.flops_per_token(linear, 6) == around + 4 * 2 * 16 + 2 * head
 
     mlp = model_config("ttt_mlp-mamba", **sizes)
     mlp.ttt.update(mini_batch=2, mlp_width_factor=1.5)  # 2 -> 3 -> 2
     head = 3 * (2 * 2 * 3) + 2 * 2 * (2 + 3) + 4 * (2 * 3 * 2) + 2 * 2 * (3 + 2)  # layer 2 also G W^T
-    assert flops.per_token(mlp, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
+    assert counts.flops_per_token(mlp, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
 
 
 def test_what_grows_with_the_context():
     """Attention by 4 D per layer and half a token; a TTT layer not at all, once a mini-batch is full."""
     attention = model_config("attention", num_layers=2)
-    assert flops.per_token(attention, 2001) - flops.per_token(attention, 1001) == 2 * 4 * WIDTH * 500
+    assert counts.flops_per_token(attention, 2001) - counts.flops_per_token(attention, 1001) == 2 * 4 * WIDTH * 500
     ttt = model_config("ttt_mlp-mamba")
     lengths = np.array([B, 10 * B, 1000 * B])
-    assert len({flops.per_token(ttt, int(length)) for length in lengths}) == 1
-    assert flops.per_token(ttt, B // 2) < flops.per_token(ttt, B)
+    assert len({counts.flops_per_token(ttt, int(length)) for length in lengths}) == 1
+    assert counts.flops_per_token(ttt, B // 2) < counts.flops_per_token(ttt, B)
+
+
+# ---- Parameters
+
+
+def shapes(**keys):
+    model = config_lib.default().model
+    model.update({"vocab_size": 50, "width": 64, "num_layers": 3, "num_heads": 4, "mlp_width": 96, **keys})
+    tokens = jax.ShapeDtypeStruct((1, 16), "int32")
+    return jax.eval_shape(build_model(model).init, jax.random.key(0), tokens)["params"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_of_a_transformer(tied):
+    expected = {"embedding": 50 * 64, "mixers": 3 * 4 * 64 * 64, "feed-forward": 3 * 3 * 64 * 96}
+    expected |= {} if tied else {"head": 64 * 50}
+    expected["norms and convolutions"] = 3 * 2 * 64 + 64
+    assert counts.parameters_by_part(shapes(mixer="attention", tie_embeddings=tied)) == expected
+
+
+def test_parameters_of_ttt_mlp():
+    params = shapes(mixer="ttt_mlp")
+    found = counts.parameters_by_part(params)
+    of_a_head = 16 * 64 + 64 + 64 * 16 + 16 + 2 * 16  # two layers with biases, and the scale and bias of the norm
+    rates = 64 * 4 + 4 + 16  # eta and its bias by head, tau by position of a mini-batch
+    assert found["W0 of inner loops"] == 3 * 4 * of_a_head
+    assert found["mixers"] == 3 * (4 * 64 * 64 + rates)
+    assert sum(found.values()) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_parameters_in_words():
+    sizes = {"embedding": 3, "layers": {"mlp": {"up": {"kernel": 4096}}}}
+    params = jax.tree.map(lambda n: jax.ShapeDtypeStruct((n,), "float32"), sizes)
+    assert counts.parameters_in_words(params) == "feed-forward 4,096, embedding 3"
