@@ -91,8 +91,8 @@ def bytes_per_chip(tree: Any) -> int:
 def read_too_large(message: str) -> TooLarge | None:
     """From the message of a compiler that ran out of memory for a chip; None from any other."""
     size = r"([\d.]+)([KMGT]?)i?B?"
-    for pattern in (rf"Used {size} of {size} hbm", rf"required for [\w ]+ \({size}\) exceeds available HBM \({size}\)"):
-        if match := re.search(pattern, message):
+    for form in (rf"Used {size} of {size} hbm", rf"required for [\w ]+ \({size}\) exceeds available HBM \({size}\)"):
+        if match := re.search(form, message):
             needed, available = (round(float(match[i]) * 1024 ** " KMGT".index(match[i + 1] or " ")) for i in (1, 3))
             return TooLarge(needed, available)
     return None
