@@ -14,7 +14,8 @@ from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage.store import Store
-from ttt_jax.sweep import axes, points, record, sweep_file
+from ttt_jax.sweep import axes, points
+from ttt_jax.sweep import files as sweep_files
 from ttt_jax.training import loop
 
 BYTES = job.Job(tokenizer.byte(), None, None)
@@ -35,15 +36,15 @@ def make(root: Path) -> None:
 
     workdir = root / "sweep" / "a"
     loop.train(config_of(root), workdir)
-    sweep_file.write(
+    sweep_files.write_sweep(
         root / "sweep",
-        sweep_file.Sweep(
+        sweep_files.Sweep(
             {"training.duration": "4 steps"},
             [axes.Axis(("seed",), ((1,),))],
             [points.Point("a", "configs/quickstart.py", {"training.seed": 1}, 4)],
         ),
     )
-    record.write(workdir, record.Record(record.DONE, 4, 0, ended=5.0))
+    sweep_files.write_record(workdir, sweep_files.Record(sweep_files.DONE, 4, 0, ended=5.0))
     saved_runs.save_evaluation(workdir, {**_about(), "config": config_of(root).to_dict()}, loss=2.0)
     ones = {name: np.ones((2, 64)) for name in ("loss_at_w0", "loss_before", "loss_after")}
     saved_runs.save_inspection(workdir, ones)

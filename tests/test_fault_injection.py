@@ -29,7 +29,7 @@ from ttt_jax.evaluation.partial_results import Unfinished
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
-from ttt_jax.sweep import record, sweep_file
+from ttt_jax.sweep import files as sweep_files
 from ttt_jax.training import compiled_step, metrics, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.report import Goodput
@@ -184,9 +184,12 @@ READERS = {
         lambda root: Cells(root / "sweep" / "a", "needle", ["context", "depth"]).read(),
         lambda found, _: found == {"cells": []},
     ),
-    "sweep": Reader("sweep/sweep.json", lambda root: sweep_file.expected(root / "sweep"), seeds=4),
+    "sweep": Reader("sweep/sweep.json", lambda root: sweep_files.read_sweep(root / "sweep"), seeds=4),
     "point": Reader(
-        "sweep/a/point.json", lambda root: record.read(root / "sweep" / "a"), lambda found, _: found is None, 4
+        "sweep/a/point.json",
+        lambda root: sweep_files.read_record(root / "sweep" / "a"),
+        lambda found, _: found is None,
+        4,
     ),
 }
 _QUIETLY = ("cut", "empty", "delete")  # a file that ends early may be one that was being written

@@ -19,10 +19,9 @@ from ttt_jax.evaluation.probes import cells as cells_lib
 from ttt_jax.figures import ablation, heat_map, points, style, sweep_metric
 from ttt_jax.figures.by_position import loss_by_position
 from ttt_jax.figures.perplexity import perplexity_by_flops
-from ttt_jax.sweep import record, results, status, sweep_file, tables
+from ttt_jax.sweep import files, results, status
+from ttt_jax.sweep.files import Record, Sweep
 from ttt_jax.sweep.points import Point
-from ttt_jax.sweep.record import Record
-from ttt_jax.sweep.sweep_file import Sweep
 from ttt_jax.terminal import console
 from ttt_jax.terminal.status_line import StatusLine
 
@@ -51,18 +50,18 @@ def swept(folder):
         (folder / f"p{i}").mkdir(parents=True)
         (folder / f"p{i}" / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0 + i}) + "\n")
         (folder / f"p{i}" / "config.json").write_text(json.dumps({"seed": 0, "data": {"source": value}}))
-        record.write(folder / f"p{i}", Record("done", 1))
+        files.write_record(folder / f"p{i}", Record("done", 1))
         found.append(Point(f"p{i}", "x.py", {"data.source": value}, 1))
-    sweep_file.write(folder, Sweep({}, [], found))
+    files.write_sweep(folder, Sweep({}, [], found))
     return results.of_sweep(folder, "loss")
 
 
 def test_tables_of_sweeps(tmp_path):
     found = swept(tmp_path)
-    ranking = rendered(tables.of_results(found.results, found.keys, "loss"))
-    dry_run = rendered(tables.of_points([each.standing.point for each in found.results], found.keys))
+    ranking = rendered(results.table(found, "loss"))
+    dry_run = rendered(status.table_of_points([each.standing.point for each in found.results], found.keys))
     standings = [status.Standing(Point(name, "x.py", {}, 1), "failed", note=f"because of {name}") for name in VALUES]
-    states = rendered(tables.of_status(standings))
+    states = rendered(status.table(standings))
     for value in VALUES:
         assert any(f" {value} " in line for line in ranking.splitlines())
         assert any(f" {value} " in line for line in dry_run.splitlines())

@@ -12,7 +12,7 @@ from ttt_jax.config import ConfigError, renamed
 from ttt_jax.evaluation import catalogue, evaluations
 from ttt_jax.figures import ablation
 from ttt_jax.storage import json_files
-from ttt_jax.sweep import results, sweep_file
+from ttt_jax.sweep import files, results
 from ttt_jax.sweep.points import Point
 from ttt_jax.training import run_config
 
@@ -119,7 +119,7 @@ def test_a_sweep_over_an_old_key_goes_on_by_the_new_ones(tmp_path):
     points = [{"name": f"norm_residual={v}", "recipe": "r.py", "values": {KEY: v}, "steps": 3} for v in (True, False)]
     content = {"version": 1, "base": {KEY: True, "seed": 1}, "axes": [], "points": points}
     json_files.write_object(tmp_path / "sweep.json", content)
-    found = sweep_file.read(tmp_path)
+    found = files.find_sweep(tmp_path)
     assert found.base == {**MEANING[True], "seed": 1}
     assert found.points == [Point(f"norm_residual={v}", "r.py", MEANING[v], 3) for v in (True, False)]
     assert found.keys == ["model.ttt.output", "model.ttt.bias"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ttt_jax import cli
-from ttt_jax.sweep import command
+from ttt_jax.sweep import runner
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -24,7 +24,7 @@ def sweep(monkeypatch, tmp_path):
 
     def run(*arguments, do=None):
         with monkeypatch.context() as patch:
-            patch.setattr(command, "PROGRAM", PROGRAM)
+            patch.setattr(runner, "PROGRAM", PROGRAM)
             patch.setenv("STAND_IN", json.dumps(do or {}))
             own, _, launcher = " ".join(map(str, arguments)).partition(" -- ")
             line = ["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "sweep"), *own.split()]
@@ -36,7 +36,7 @@ def sweep(monkeypatch, tmp_path):
 @pytest.fixture
 def start_sweep(tmp_path):
     """``start_sweep(*arguments, do=actions)``: the same in a process of its own."""
-    program = f"from ttt_jax import cli; from ttt_jax.sweep import command; command.PROGRAM = {PROGRAM!r}; "
+    program = f"from ttt_jax import cli; from ttt_jax.sweep import runner; runner.PROGRAM = {PROGRAM!r}; "
     program += "exit(cli.main())"
     started = []
 

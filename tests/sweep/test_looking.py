@@ -15,10 +15,9 @@ from matplotlib import image
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import sweep_metric
-from ttt_jax.sweep import files, follow, metric, record, results, status, sweep_file, tables
+from ttt_jax.sweep import files, metric, results, status
+from ttt_jax.sweep.files import Record, Sweep
 from ttt_jax.sweep.points import Point
-from ttt_jax.sweep.record import Record
-from ttt_jax.sweep.sweep_file import Sweep
 
 STEPS = 100
 
@@ -36,7 +35,7 @@ def add(folder, name, values, losses=(), state=None, recipe="r.py", steps=STEPS,
             (config[section] if section else config)[last] = value
         (workdir / "config.json").write_text(json.dumps(config))
     if state:
-        record.write(workdir, Record(state, steps, **more))
+        files.write_record(workdir, Record(state, steps, **more))
     return Point(name, recipe, values, steps)
 
 
@@ -50,7 +49,7 @@ def sweep(tmp_path):
         add(tmp_path, "lr=10.0", {"optimizer.peak_lr": 10.0}, [5.0, math.nan], "failed", status=1, said="loss is nan"),
         add(tmp_path, "lr=0.001", {"optimizer.peak_lr": 0.001}),
     ]
-    sweep_file.write(tmp_path, Sweep({}, [], points))
+    files.write_sweep(tmp_path, Sweep({}, [], points))
     return tmp_path
 
 
@@ -68,7 +67,7 @@ def sweep(tmp_path):
 )
 def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys, changed, is_one):
     (tmp_path / "point.json").write_text(json.dumps({"state": "failed", "steps": 3, **changed}))
-    assert (record.read(tmp_path) is not None) == is_one
+    assert (files.read_record(tmp_path) is not None) == is_one
     said = f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
     assert capsys.readouterr().err == ("" if is_one else said)
 
@@ -120,14 +119,14 @@ def test_a_longer_run_is_not_done(tmp_path):
 
 def test_records_that_are_cut_short_or_many(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert files.records(path) == []
+    assert files.records(tmp_path) == []
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"st\n\n[]\n{"step": 3, "lo')
-    assert [each["step"] for each in files.records(path)] == [1, 2]
+    assert [each["step"] for each in files.records(tmp_path)] == [1, 2]
     path.write_text("".join(json.dumps({"step": i, "text": "é" * 50}) + "\n" for i in range(1, 2001)))
-    newest = [each["step"] for each in files.records(path, newest=True)]
+    newest = [each["step"] for each in files.records(tmp_path, newest=True)]
     assert newest == list(range(newest[0], 2001))
     assert 1 < newest[0] < 1900
-    assert len(files.records(path)) == 2000
+    assert len(files.records(tmp_path)) == 2000
 
 
 def test_status_as_a_table(sweep, capsys):
@@ -143,12 +142,12 @@ def test_status_as_a_table(sweep, capsys):
 
 def test_a_terminal_shows_first_what_runs(sweep):
     sign(sweep, age=1)
-    table = tables.of_status(status.of_sweep(sweep), active_first=True)
+    table = status.table(status.of_sweep(sweep), active_first=True)
     assert list(table.columns[0].cells) == ["lr=1.0", "lr=10.0", "lr=0.001", "lr=0.1", "lr=0.01"]
 
 
 def test_watching_ends_when_all_have_ended(tmp_path, capsys):
-    sweep_file.write(tmp_path, Sweep({}, [], [add(tmp_path, "p", {}, [1.0], "done", steps=1)]))
+    files.write_sweep(tmp_path, Sweep({}, [], [add(tmp_path, "p", {}, [1.0], "done", steps=1)]))
     assert cli.main(["sweep", "status", str(tmp_path), "--watch"]) == 0
     assert "1 points: 1 done" in capsys.readouterr().out
 
@@ -158,11 +157,11 @@ def test_watching_ends_when_all_have_ended(tmp_path, capsys):
 
 def test_the_mean_of_the_last_twentieth_of_the_steps():
     records = [{"step": i, "loss": float(i)} for i in range(1, 201)]
-    assert metric.of_records(records, "loss") == metric.Value(195.5, 200)  # 191 to 200
-    assert metric.of_records(records[:3], "loss") == metric.Value(3.0, 3)
-    assert metric.of_records(records[9::10], "loss") == metric.Value(200.0, 200)  # every tenth step
-    assert metric.of_records([], "loss") == metric.Value(None, 0)
-    assert metric.of_records(records, "nothing") == metric.Value(None, 200)
+    assert metric.of_records(records, "loss") == metric.Measured(195.5, 200)  # 191 to 200
+    assert metric.of_records(records[:3], "loss") == metric.Measured(3.0, 3)
+    assert metric.of_records(records[9::10], "loss") == metric.Measured(200.0, 200)  # every tenth step
+    assert metric.of_records([], "loss") == metric.Measured(None, 0)
+    assert metric.of_records(records, "nothing") == metric.Measured(None, 200)
 
 
 def test_speeds_are_medians_of_all():
@@ -172,7 +171,7 @@ def test_speeds_are_medians_of_all():
 
 def test_a_follower_tells_each_step_once_and_no_milestone_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    follower = follow.Follower(path, "loss", [3, 9, 40])
+    follower = metric.Follower(tmp_path, "loss", [3, 9, 40])
     assert follower.news() == []
 
     def write(first, last, mode="a"):
@@ -264,7 +263,7 @@ def test_recipes_are_a_column(tmp_path):
         add(tmp_path, recipe, {}, [loss], "done", f"x/{recipe}.py:a") for recipe, loss in (("b", 2.0), ("a", 1.0))
     ]
     points = [point._replace(steps=1) for point in points]
-    sweep_file.write(tmp_path, Sweep({}, [], points))
+    files.write_sweep(tmp_path, Sweep({}, [], points))
     found = results.of_sweep(tmp_path, "loss")
     assert found.keys == ["config"]
     assert [each.values for each in found.results] == [{"config": "a:a"}, {"config": "b:a"}]
@@ -278,7 +277,7 @@ def diverged(tmp_path):
     """Points that are done: losses NaN, infinite and null in JSON, and two finite ones."""
     losses = {0.5: math.nan, 0.1: 2.0, 0.2: math.inf, 0.4: None, 0.05: 1.5}
     points = [add(tmp_path, f"lr={lr}", {"optimizer.peak_lr": lr}, [1.0, loss], "done") for lr, loss in losses.items()]
-    sweep_file.write(tmp_path, Sweep({}, [], [point._replace(steps=2) for point in points]))
+    files.write_sweep(tmp_path, Sweep({}, [], [point._replace(steps=2) for point in points]))
     return tmp_path
 
 
@@ -307,7 +306,7 @@ def test_what_is_not_finite_is_said(diverged, capsys, drawn):
 
 def test_a_picture_of_nothing_finite(tmp_path, drawn):
     points = [add(tmp_path, f"seed={i}", {"seed": i}, [math.nan], "done")._replace(steps=1) for i in range(2)]
-    sweep_file.write(tmp_path, Sweep({}, [], points))
+    files.write_sweep(tmp_path, Sweep({}, [], points))
     axes = drawn(results.of_sweep(tmp_path, "loss"), "loss", tmp_path / "a.png", x="seed")
     assert axes.get_title() == "loss, 2 points; crosses: 2 not finite"
 
@@ -325,8 +324,8 @@ def test_evaluations_whose_loss_is_null(tmp_path):
 def test_a_follower_tells_that_nothing_is_worse_than_nan(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": NaN, "goodput": null}\n')
-    assert follow.Follower(path, "loss").news() == [{"step": 1, "loss": math.inf}]
-    assert follow.Follower(path, "goodput").news() == [{"step": 1, "goodput": -math.inf}]
+    assert metric.Follower(tmp_path, "loss").news() == [{"step": 1, "loss": math.inf}]
+    assert metric.Follower(tmp_path, "goodput").news() == [{"step": 1, "goodput": -math.inf}]
 
 
 # ---- Pictures
@@ -374,7 +373,7 @@ def test_a_line_for_each_combination_of_what_else_is_swept(tmp_path, drawn):
                 values = {"optimizer.peak_lr": lr, "optimizer.warmup": warmup, "seed": seed}
                 name = f"{lr},{warmup},{seed}"
                 points.append(add(tmp_path, name, values, [lr + extra + 0.5 * seed], "done")._replace(steps=1))
-    sweep_file.write(tmp_path, Sweep({}, [], points))
+    files.write_sweep(tmp_path, Sweep({}, [], points))
     found = results.of_sweep(tmp_path, "loss")
     axes = drawn(found, "loss", tmp_path / "a.png", x="optimizer.peak_lr")
     assert curves(axes)["warmup 20%"] == [(1.0, 2.25), (2.0, 3.25), (4.0, 5.25)]  # means of the seeds

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttt_jax import config as config_lib
-from ttt_jax.sweep import names
+from ttt_jax.sweep import points
 
 KEYS = sorted(config_lib.settings())
 TEXTS = st.text(max_size=12) | st.sampled_from(["300 steps", "10%", "300-steps", "10pct", "a/b", "..", "x,seed=1", "é"])
@@ -31,25 +31,25 @@ POINTS = st.tuples(
     ],
 )
 def test_readable(recipe, values, expected):
-    assert names.of(recipe, values) == expected
+    assert points.name_of(recipe, values) == expected
 
 
 def test_a_hash_where_a_name_cannot_tell():
-    assert re.fullmatch(r"source=data-books-[0-9a-f]{8}", names.of(None, {"data.source": "data/books"}))
+    assert re.fullmatch(r"source=data-books-[0-9a-f]{8}", points.name_of(None, {"data.source": "data/books"}))
     many = dict.fromkeys(KEYS, 123456789)
-    assert re.fullmatch(r"accumulation=123456789,.*-[0-9a-f]{8}", names.of(None, many))
-    assert len(names.of(None, many)) == 100
+    assert re.fullmatch(r"accumulation=123456789,.*-[0-9a-f]{8}", points.name_of(None, many))
+    assert len(points.name_of(None, many)) == 100
 
 
 @given(POINTS, st.randoms())
 def test_safe_and_independent_of_order(point, random):
     recipe, values = point
-    name = names.of(recipe, values)
+    name = points.name_of(recipe, values)
     assert re.fullmatch(r"[A-Za-z0-9_.,=-]{0,100}", name)
     assert name not in (".", "..")
     items = list(values.items())
     random.shuffle(items)
-    assert names.of(recipe, dict(items)) == name
+    assert points.name_of(recipe, dict(items)) == name
 
 
 @given(POINTS, POINTS)
@@ -58,11 +58,11 @@ def test_different_points_have_different_names(one, other):
     for left, right in ((one, other), (one, (other[0], one[1])), (one, (one[0], dict.fromkeys(keys, "300-steps")))):
         same_types = all(type(left[1][key]) is type(right[1][key]) for key in left[1].keys() & right[1].keys())
         if left != right and same_types:  # a key has one type
-            assert names.of(*left) != names.of(*right)
+            assert points.name_of(*left) != points.name_of(*right)
 
 
 def test_short_keys_are_the_ends_of_one_key():
-    short = [names.short(key) for key in KEYS]
+    short = [points.short_key(key) for key in KEYS]
     assert len(set(short)) == len(KEYS)
     for key, end in zip(KEYS, short, strict=True):
         assert [other for other in KEYS if f".{other}".endswith(f".{end}")] == [key]
@@ -70,5 +70,5 @@ def test_short_keys_are_the_ends_of_one_key():
 
 @given(st.booleans() | st.integers() | st.floats(allow_nan=False))
 def test_texts_of_numbers_can_be_read_back(value):
-    text = names.text(value)
+    text = points.value_text(value)
     assert {"true": True, "false": False}.get(text, None if isinstance(value, bool) else float(text)) == float(value)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import points, sweep_file
+from ttt_jax.sweep import files, points
 from ttt_jax.sweep.axes import Axis
+from ttt_jax.sweep.files import Sweep
 from ttt_jax.sweep.points import Point
-from ttt_jax.sweep.sweep_file import Sweep
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.py")
 LINEAR, MLP = f"{QUICKSTART}:ttt_linear", f"{QUICKSTART}:ttt_mlp"
@@ -79,9 +79,9 @@ SWEEP = Sweep({"training.duration": "7"}, [Axis(("seed",), (("0",),))], [POINT])
 
 
 def test_a_sweep_can_be_read_back(tmp_path):
-    assert sweep_file.read(tmp_path / "nothing") is None
-    sweep_file.write(tmp_path, SWEEP)
-    assert sweep_file.read(tmp_path) == SWEEP
+    assert files.find_sweep(tmp_path / "nothing") is None
+    files.write_sweep(tmp_path, SWEEP)
+    assert files.find_sweep(tmp_path) == SWEEP
     assert json.loads((tmp_path / "sweep.json").read_text())["version"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
@@ -98,41 +98,42 @@ def test_a_sweep_can_be_read_back(tmp_path):
 )
 def test_a_file_that_is_no_sweep(tmp_path, text, expected):
     (tmp_path / "sweep.json").write_text(text)
-    assert expected in message(sweep_file.read, tmp_path)
+    assert expected in message(files.find_sweep, tmp_path)
     assert (tmp_path / "sweep.json").read_text() == text
 
 
 def test_points_are_added_and_kept(tmp_path):
-    assert sweep_file.merged(tmp_path, None, SWEEP) == SWEEP
-    added = sweep_file.merged(tmp_path, SWEEP, SWEEP._replace(points=[OTHER]))
+    assert files.merged(tmp_path, None, SWEEP) == SWEEP
+    added = files.merged(tmp_path, SWEEP, SWEEP._replace(points=[OTHER]))
     assert added.points == [POINT, OTHER]
-    assert sweep_file.merged(tmp_path, added, SWEEP._replace(points=[OTHER, POINT])).points == [POINT, OTHER]
+    assert files.merged(tmp_path, added, SWEEP._replace(points=[OTHER, POINT])).points == [POINT, OTHER]
 
 
 def test_another_base_is_refused(tmp_path):
     wider = SWEEP._replace(base={**SWEEP.base, "model.width": 64})
-    assert message(sweep_file.merged, tmp_path, SWEEP, wider) == (
+    assert message(files.merged, tmp_path, SWEEP, wider) == (
         f"--workdir {tmp_path}: holds a sweep with another base (model.width not set there, 64 here); expected the "
         "same --config.KEY=VALUE for all points, or a new folder"
     )
     logged = SWEEP._replace(base={**SWEEP.base, "log.every": "5"}, points=[OTHER])
-    assert sweep_file.merged(tmp_path, SWEEP, logged).points == [POINT, OTHER]  # changes no number
+    assert files.merged(tmp_path, SWEEP, logged).points == [POINT, OTHER]  # changes no number
 
 
 def test_all_points_can_be_made_longer_but_not_some(tmp_path):
     longer = SWEEP._replace(base={"training.duration": "9"}, points=[POINT._replace(steps=9)])
-    assert sweep_file.merged(tmp_path, SWEEP, longer).points == [POINT._replace(steps=9)]
+    assert files.merged(tmp_path, SWEEP, longer).points == [POINT._replace(steps=9)]
     two = SWEEP._replace(points=[POINT, OTHER])
-    assert "training.duration 7 there, 9 here" in message(sweep_file.merged, tmp_path, two, longer)
+    assert "training.duration 7 there, 9 here" in message(files.merged, tmp_path, two, longer)
 
 
-def test_runs_of_another_config_are_found_before_anything_starts(tmp_path):
-    made = points.make([LINEAR], {}, [{"seed": "0"}, {"seed": "1"}])
-    (tmp_path / "seed=1").mkdir()
-    config = made.configs[1].copy_and_resolve_references()
-    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(config.to_dict()))
-    sweep_file.check_started(tmp_path, made.points, made.configs)
+def test_runs_of_another_config_are_found_before_anything_starts(sweep, calls, tmp_path, capsys):
+    config = points.make([QUICKSTART], {}, [{"seed": "1"}]).configs[0].copy_and_resolve_references()
+    folder = tmp_path / "sweep" / "seed=1"
+    assert sweep("--grid seed=0") == 0
+    folder.mkdir()
     config.model.width = 64
-    (tmp_path / "seed=1" / "config.json").write_text(json.dumps(config.to_dict()))
-    said = message(sweep_file.check_started, tmp_path, made.points, made.configs)
-    assert said.startswith(f"--workdir {tmp_path}/seed=1: holds a run of another config (model.width 64 there, 128")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    assert sweep("--grid seed=1,2") == 2
+    said = f"ttt sweep: --workdir {folder}: holds a run of another config (model.width 64 there, 128 here)"
+    assert said in capsys.readouterr().err
+    assert not calls("seed=2")

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("ray.tune")
 
-from ttt_jax.sweep import record, status
+from ttt_jax.sweep import files, status
 from ttt_jax.sweep.ray_tune import Early
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ def test_rungs():
 def run(folder, *arguments):
     """A sweep of three points, one at a time, in a process of its own, as Ray takes signals and threads."""
     program = (sys.executable, "-S", str(HERE / "stand_in_of_steps.py"))
-    code = f"from ttt_jax import cli; from ttt_jax.sweep import command; command.PROGRAM = {program!r}; "
+    code = f"from ttt_jax import cli; from ttt_jax.sweep import runner; runner.PROGRAM = {program!r}; "
     code += "exit(cli.main())"
     line = ["sweep", "--config", "configs/quickstart.py", "--workdir", str(folder), "--config.training.duration=40"]
     done = subprocess.run(
@@ -59,7 +59,7 @@ def test_bad_points_are_stopped_early_and_saved(tmp_path):
         assert log(folder, seed) == "going on at 0\nstopped by SIGTERM\n"
         steps = [json.loads(line)["step"] for line in (folder / f"seed={seed}/metrics.jsonl").read_text().splitlines()]
         assert 10 <= steps[-1] < 40
-        assert record.read(folder / f"seed={seed}").state == "stopped early"
+        assert files.read_record(folder / f"seed={seed}").state == "stopped early"
 
     before = {path: path.read_bytes() for path in folder.glob("*/*")}
     assert run(folder, *ray, *asha)[:2] == (0, out)

@@ -13,7 +13,7 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.storage import workdir_lock
-from ttt_jax.sweep import gpus, record, status
+from ttt_jax.sweep import files, runner, status
 
 GRID = "--grid", "seed=0,1,2"
 
@@ -41,7 +41,7 @@ def test_one_failure_does_not_end_the_sweep_and_is_tried_again(sweep, calls, tmp
     out, err = capsys.readouterr()
     assert out == f"{folder}: 3 points: 2 done, 1 failed\n  seed=1: ttt train: status 3\n"
     assert "seed=1: failed, exit status 3: ttt train: status 3\n" in err
-    failed = record.read(folder / "seed=1")
+    failed = files.read_record(folder / "seed=1")
     assert (failed.status, failed.said, failed.starts, failed.steps) == (3, "ttt train: status 3", 1, 250)
     assert (folder / "seed=1" / "output.log").read_text() == "some output\nttt train: status 3\nwarnings of others\n"
 
@@ -229,14 +229,14 @@ def test_a_folder_can_be_removed_to_begin_again(sweep, calls, tmp_path):
 
 
 def test_gpus_are_shared_out(sweep, calls, monkeypatch, capsys):
-    assert gpus.split(2, {"CUDA_VISIBLE_DEVICES": "3,5,6,7,9"}) == [
+    assert runner.gpu_shares(2, {"CUDA_VISIBLE_DEVICES": "3,5,6,7,9"}) == [
         {"CUDA_VISIBLE_DEVICES": "3,5"},
         {"CUDA_VISIBLE_DEVICES": "6,7"},
     ]
-    assert gpus.split(3, {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "0"}) == [{}, {}, {}]
-    assert gpus.split(1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == [{}]
+    assert runner.gpu_shares(3, {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "0"}) == [{}, {}, {}]
+    assert runner.gpu_shares(1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == [{}]
     with pytest.raises(ConfigError, match="--jobs 3: this machine has 2 GPUs; expected at most 2"):
-        gpus.split(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
+        runner.gpu_shares(3, {"CUDA_VISIBLE_DEVICES": "0,1"})
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert sweep("--grid seed=0,1 --jobs 2") == 0

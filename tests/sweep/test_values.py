@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ttt_jax.config import ConfigError
-from ttt_jax.sweep import values
+from ttt_jax.sweep import axes
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from ttt_jax.sweep import values
     ],
 )
 def test_parse(text, expected):
-    assert values.parse(text, "--grid k") == expected
+    assert axes.values(text, "--grid k") == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_parse(text, expected):
 )
 def test_refused(text, message):
     with pytest.raises(ConfigError) as caught:
-        values.parse(text, "--grid k")
+        axes.values(text, "--grid k")
     assert str(caught.value).startswith("--grid k: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -67,14 +67,14 @@ def test_refused(text, message):
 @given(st.lists(st.text(st.characters(exclude_characters="\"'"), max_size=8), min_size=1, max_size=5))
 def test_any_text_can_be_quoted(texts):
     for quote in ("'", '"'):
-        assert values.parse(",".join(f"{quote}{text}{quote}" for text in texts), "o") == texts
+        assert axes.values(",".join(f"{quote}{text}{quote}" for text in texts), "o") == texts
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_values_or_one_line(text):
     """And nothing is run: what comes out stood in the text, or is a number of a range."""
     try:
-        found = values.parse(text, "--grid k")
+        found = axes.values(text, "--grid k")
     except ConfigError as error:
         found, said = [], str(error)
     else:
@@ -87,11 +87,11 @@ def test_any_text_is_values_or_one_line(text):
 @given(st.floats(1e-12, 1e12), st.floats(1.001, 1e6), st.integers(2, 50))
 def test_ranges_are_spaced_evenly_between_exact_ends(low, ratio, count):
     high = low * ratio
-    found = [float(value) for value in values.parse(f"log:{low!r}:{high!r}:{count}", "o")]
+    found = [float(value) for value in axes.values(f"log:{low!r}:{high!r}:{count}", "o")]
     assert (found[0], found[-1], len(found)) == (low, high, count)
     for index, value in enumerate(found):
         assert math.log(value / low) == pytest.approx(math.log(high / low) * index / (count - 1), abs=1e-5)
-    found = [float(value) for value in values.parse(f"linear:{low!r}:{high!r}:{count}", "o")]
+    found = [float(value) for value in axes.values(f"linear:{low!r}:{high!r}:{count}", "o")]
     assert (found[0], found[-1], len(found)) == (low, high, count)
     for index, value in enumerate(found):
         assert value == pytest.approx(low + (high - low) * index / (count - 1), rel=1e-9)

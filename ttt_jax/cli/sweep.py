@@ -1,17 +1,17 @@
-"""``ttt sweep``: many runs from one command; where they stand, and how they compare."""
+"""Run ``ttt sweep``: many trainings from one command."""
 
 import argparse
-import itertools
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ttt_jax import config as config_lib
 from ttt_jax import extras, import_path
 from ttt_jax.cli import launch
+from ttt_jax.config.arguments import pairs
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, cache_folder
@@ -53,14 +53,15 @@ ttt sweep --config FILE[:ARG] [--config FILE[:ARG] ...] [--config.KEY=VALUE ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     add = parser.add_argument
-    add("--grid", nargs="+", action="extend", default=[], metavar="KEY=VALUES", help="a key, and what it takes")
+    add("--grid", nargs="+", action="extend", default=[], metavar="KEY=VALUES", help="a key, and the values it takes")
     add("--zip", nargs="+", action="append", default=[], metavar="KEY=VALUES", help="keys that advance together")
     add("--workdir", required=True, metavar="DIR", help="where the sweep lives: a folder, or gs://bucket/name")
     add("--jobs", type=int, metavar="N", help="points at a time (default: 1; all, where they are launched elsewhere)")
     add("--restarts", type=int, default=10, metavar="N", help="of a point that ends with status 75 (default: 10)")
     add("--dry-run", action="store_true", help="print the points and their commands; run nothing")
+    add("--accept-changed-learner", action="store_true", help="as of ttt train, for each point")
     ray = parser.add_argument_group("Ray Tune, with the extra [ray]")
     ray.add_argument("--engine", choices=["processes", "ray"], default="processes", help="(default: processes)")
     ray.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: one of this machine)")
@@ -73,67 +74,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Sequence[str]], tuple]) -> int:
-    """``ttt sweep``; returns its exit status. What stands behind ``--`` is the launcher; ``parse`` is that of ttt."""
-    from ttt_jax.sweep import axes as axes_lib
-    from ttt_jax.sweep import command, points, sweep_file
-    from ttt_jax.sweep.sweep_file import Sweep
-    from ttt_jax.training import metrics
+    """Run the command and return its exit status.
+
+    Args:
+      options: its own; ``options.command`` is the launcher, behind ``--``.
+      rest: arguments of the config.
+      parse: the parser of ``ttt``.
+    """
+    from ttt_jax.sweep import axes, files, points
+    from ttt_jax.training import metrics, resume
 
     _at_least("--jobs", options.jobs, 1)
     _at_least("--restarts", options.restarts, 0)
     launcher = options.command
     if launcher:
-        command.check_launcher(launcher)
+        points.check_launcher(launcher)
     _check_engine(options)
     directory = workdir_lib.at(options.workdir)
-    # argparse takes --config.KEY=VALUE for a value of --grid or --zip before it where VALUE has a space.
-    swallowed = [text for text in (*options.grid, *itertools.chain(*options.zip)) if text.startswith("-")]
-    grid, *zips = [[text for text in group if text not in swallowed] for group in (options.grid, *options.zip)]
-    recipes, constant = _split([*rest, *swallowed])
-    axes = axes_lib.from_options(grid, zips, constant)
-    there = sweep_file.read(directory)
-    made = points.make(recipes, constant, axes_lib.product(axes), there.points if there else ())
-    sweep = sweep_file.merged(directory, there, Sweep(made.base, axes, made.points))
-    if there is not None:
-        sweep_file.check_started(directory, made.points, made.configs)
-
+    (grid, *zips), recipes, constant = _split([options.grid, *options.zip], rest)
+    swept = axes.from_options(grid, zips, constant)
+    old = files.find_sweep(directory)
+    made = points.make(recipes, constant, axes.product(swept), old.points if old else ())
+    sweep = files.merged(directory, old, files.Sweep(made.base, swept, made.points))
+    workdirs = [directory / point.name for point in made.points]
+    accept = options.accept_changed_learner
+    if old is not None:
+        files.on_each(lambda pair: resume.check_same_run(*pair, accept), zip(made.configs, workdirs, strict=True))
     _check_learners(made.configs, elsewhere=options.ray_address is not None)
     if not launcher and options.engine != "ray":  # else other machines have what they need
         for config in made.configs:
             wandb = bool(config.log.wandb_project)
             metrics.check_destinations(directory, tensorboard=config.log.tensorboard, wandb=wandb)
-
-    def arguments(point: points.Point) -> list[str]:
-        return command.of(point, made.base, directory / point.name, launcher)
-
+    flags = ["--accept-changed-learner"] * accept
+    commands = {
+        point.name: points.command(point, made.base, workdir, launcher, flags)
+        for point, workdir in zip(made.points, workdirs, strict=True)
+    }
     if launcher:
-        for point in made.points:  # a point that its machines could not run is refused before any is launched
-            launch.checked_job(parse(arguments(point))[0], parse)
+        for command in commands.values():  # a point that its machines could not run is refused before any is launched
+            launch.checked_job(parse(command)[0], parse)
     if options.dry_run:
-        _print_points(made.points, sweep.keys, [command.shown(arguments(point)) for point in made.points])
+        _print_points(made.points, sweep.keys, commands)
         return DONE
-    return _run(options, directory, there, sweep, made.points, arguments, launched=bool(launcher))
+    return _run(options, directory, old, sweep, made.points, commands)
 
 
-def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launched: bool) -> int:
-    from ttt_jax.sweep import command, gpus, record, runner, sweep_file
-    from ttt_jax.sweep.files import on_each
-    from ttt_jax.sweep.point_run import PointRun
+def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:
+    from ttt_jax.sweep import files, runner
 
-    jobs = options.jobs or (len(wanted) if launched else 1)
-    environments = [{}] * jobs if launched or options.engine == "ray" else gpus.split(jobs)
+    jobs = options.jobs or (len(wanted) if options.command else 1)
+    elsewhere = options.command or options.engine == "ray"
+    environments = [{}] * jobs if elsewhere else runner.gpu_shares(jobs)
     workdir_lib.make(directory)
     local = _local(directory)
     with WorkdirLock(directory, "ttt sweep"):
-        if sweep_file.read(directory) != there:
+        if files.find_sweep(directory) != old:
             raise ConfigError(f"--workdir {directory}: another command has just changed the sweep; run this one again")
-        sweep_file.write(directory, sweep)
-        known = on_each(lambda point: record.read(directory / point.name), wanted)
+        files.write_sweep(directory, sweep)
+        known = files.on_each(lambda point: files.read_record(directory / point.name), wanted)
         early = options.asha is not None
         left = [
             point
-            for point, before in zip(wanted, known, strict=True)
-            if before is None or not before.is_final(point.steps, stopping_early=early)
+            for point, record in zip(wanted, known, strict=True)
+            if record is None or not record.is_final(point.steps, stopping_early=early)
         ]
         others = len(sweep.points) - len(wanted)
         _tell(
@@ -141,42 +144,38 @@ def _run(options, directory: Workdir, there, sweep, wanted, arguments, *, launch
             + (f"; {others} of earlier commands are left as they are" if others else "")
             + f"; to watch: ttt sweep status {shlex.quote(str(directory))} --watch"
         )
-
-        def make(point, environment) -> PointRun:
-            line = [*command.PROGRAM, *arguments(point)]
-            about = {"environment": environment, "restarts": options.restarts, "tell": _tell}
-            return PointRun(point, directory, local, line, **about)
-
+        programs = {point.name: [*runner.PROGRAM, *commands[point.name]] for point in left}
         if options.engine == "ray":
-            received = _run_on_ray(options, directory, local, wanted, left, arguments)
+            received = _run_on_ray(options, directory, local, wanted, programs)
         else:
+            more = {"restarts": options.restarts, "tell": _tell}
+
+            def make(point, environment) -> runner.PointRun:
+                return runner.PointRun(point, directory, local, programs[point.name], environment=environment, **more)
+
             received = runner.run(left, make, environments, _tell)
     return _summary(directory, wanted, received)
 
 
-def _run_on_ray(options, directory: Workdir, local: Path, wanted, left, arguments) -> signal.Signals | None:
-    from ttt_jax.sweep import command, metric, ray_tune
+def _run_on_ray(options, directory: Workdir, local: Path, wanted, programs) -> signal.Signals | None:
+    from ttt_jax.sweep import metric, ray_tune
 
-    steps = max(point.steps for point in wanted)
+    if not programs:
+        return None
     early = None
     if options.asha is not None:
-        grace = options.grace or max(1, steps // 10)
+        grace = options.grace or max(1, max(point.steps for point in wanted) // 10)
         early = ray_tune.Early(options.asha, grace, options.reduction, metric.higher_is_better(options.asha))
-    cwd, place = str(Path.cwd()), str(directory.resolve() if workdir_lib.is_local(directory) else directory)
-    ended = [point for point in wanted if point not in left] if early else []  # they are compared with
-    trials = [
-        ray_tune.Trial(
-            point,
-            [*command.PROGRAM, *arguments(point)] if point in left else None,
-            directory=place,
-            local=str(local.resolve()),
-            cwd=cwd,
-            restarts=options.restarts,
-        )
-        for point in [*ended, *left]
-    ]
-    if not left:
-        return None
+    ended = [point for point in wanted if point.name not in programs] if early else []  # they are compared with
+    left = [point for point in wanted if point.name in programs]
+    trials = ray_tune.Trials(
+        {point.name: point for point in (*ended, *left)},
+        programs,
+        directory=str(directory.resolve() if workdir_lib.is_local(directory) else directory),
+        local=str(local.resolve()),
+        cwd=str(Path.cwd()),
+        restarts=options.restarts,
+    )
     resources = _resources(options.resources)
     return ray_tune.run(
         trials, address=options.ray_address, resources=resources, jobs=options.jobs, early=early, tell=_tell
@@ -184,39 +183,37 @@ def _run_on_ray(options, directory: Workdir, local: Path, wanted, left, argument
 
 
 def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int:
-    from ttt_jax.sweep import record, status
-    from ttt_jax.sweep.files import on_each
+    from ttt_jax.sweep import files, status
 
-    standings = on_each(lambda point: status.of_point(directory / point.name, point, False), wanted)
+    standings = files.on_each(lambda point: status.of_point(directory / point.name, point, False), wanted)
     print(f"{directory}: {status.in_short(standings)}")
     for each in standings:
-        if each.state == record.FAILED:
+        if each.state == files.FAILED:
             print(f"  {each.point.name}: {each.note}")
     if received is not None:
         print("to go on: the same command")
         return {signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[received]
-    final = (record.DONE, record.STOPPED_EARLY)
-    return DONE if all(each.state in final for each in standings) else FAILED
+    return DONE if all(each.state in (files.DONE, files.STOPPED_EARLY) for each in standings) else FAILED
 
 
-def _split(rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The recipes, and the keys that are set for all points."""
+def _split(lists: list[list[str]], rest: Sequence[str]) -> tuple[list[list[str]], list[str], dict[str, str]]:
+    """Return the lists of --grid and --zip, the recipes, and the keys that are set for all points.
+
+    argparse takes ``--config.KEY=VALUE`` for one more entry of a list before it where VALUE has a space.
+    """
+    swallowed = [text for texts in lists for text in texts if text.startswith("-")]
     recipes: list[str] = []
     constant: dict[str, str] = {}
-    left = list(rest)
-    while left:
-        first = left.pop(0)
-        if re.fullmatch("--?config(=.*)?", first):
-            recipes.append(first.partition("=")[2] if "=" in first else (left.pop(0) if left else ""))
-        elif match := re.fullmatch(r"--?config[.]([\w.]+)=(.*)", first, re.DOTALL):
-            if match[1] in constant:
-                raise ConfigError(f"{first}: {match[1]} is set already; expected each key in one place")
-            constant[match[1]] = match[2]
+    for key, text in pairs([*rest, *swallowed]):
+        if not key:
+            recipes.append(text)
+        elif key in constant:
+            raise ConfigError(f"--config.{key}={text}: {key} is set already; expected each key in one place")
         else:
-            raise ConfigError(f"{first!r}: unexpected argument; expected --config.KEY=VALUE")
+            constant[key] = text
     if not recipes:
         raise ConfigError("--config: missing; expected a config file, such as --config configs/quickstart.py")
-    return recipes, constant
+    return [[text for text in texts if text not in swallowed] for texts in lists], recipes, constant
 
 
 def _check_engine(options: argparse.Namespace) -> None:
@@ -257,17 +254,18 @@ def _resources(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def _print_points(points, keys: Sequence[str], commands: Sequence[str]) -> None:
-    from ttt_jax.sweep import tables
+def _print_points(points, keys: Sequence[str], commands: Mapping[str, Sequence[str]]) -> None:
+    from ttt_jax.sweep import status
     from ttt_jax.terminal import console
 
-    console.output().print(tables.of_points(points, [key for key in keys if any(key in p.values for p in points)]))
-    for line in commands:
-        print(line)
+    keys = [key for key in keys if any(key in point.values for point in points)]
+    console.output().print(status.table_of_points(points, keys))
+    for command in commands.values():
+        print(shlex.join(["ttt", *command]))
 
 
 def _local(directory: Workdir) -> Path:
-    """Where logs and locks are: with the points, or in the user's cache folder where those are in a bucket."""
+    """Return where logs and locks are: with the points, or in the user's cache folder for points in a bucket."""
     if workdir_lib.is_local(directory):
         return directory
     return cache_folder() / "sweeps" / str(directory).removeprefix("gs://").strip("/")

@@ -1,4 +1,4 @@
-"""``ttt sweep status`` and ``ttt sweep results``: where the points of a sweep stand, and how they compare."""
+"""Run ``ttt sweep status`` and ``ttt sweep results``: where the points of a sweep stand, and how they compare."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.terminal.stopping import DONE
 
 STATUS = """\
-Where the points of a sweep stand: read from its files, so on any machine that sees them.
+Shows where the points of a sweep stand, from its files alone: on any machine that sees them.
 """
 RESULTS = """\
 Ranks the points of a sweep by a metric, with those that are not finished at the end.
@@ -23,14 +23,14 @@ validation-2048/perplexity.
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt sweep status``."""
+    """Add the options of ``ttt sweep status``."""
     parser.add_argument("workdir", metavar="DIR", help="of the sweep")
     parser.add_argument("--watch", action="store_true", help="until all points have ended")
     parser.add_argument("--every", type=float, metavar="S", help="seconds between two looks (default: 2; gs://: 30)")
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt sweep results``."""
+    """Add the options of ``ttt sweep results``."""
     add = parser.add_argument
     add("workdir", metavar="DIR", help="of the sweep")
     add("--metric", default="loss", metavar="NAME", help="(default: loss)")
@@ -44,10 +44,10 @@ def add_results_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt sweep status``"""
+    """Run ``ttt sweep status`` and return its exit status."""
     from rich.live import Live
 
-    from ttt_jax.sweep import record, tables
+    from ttt_jax.sweep import files
     from ttt_jax.sweep import status as status_lib
     from ttt_jax.terminal import console
 
@@ -55,21 +55,20 @@ def status(options: argparse.Namespace, rest: Sequence[str]) -> int:
     screen = console.output()
     standings = status_lib.of_sweep(directory)
     if not options.watch:
-        screen.print(tables.of_status(standings))
+        screen.print(status_lib.table(standings))
         return DONE
     every = options.every or (2.0 if workdir_lib.is_local(directory) else 30.0)
-    with Live(tables.of_status(standings, active_first=True), console=screen, auto_refresh=False) as live:
-        while any(each.state not in (record.DONE, record.FAILED, record.STOPPED_EARLY) for each in standings):
+    with Live(status_lib.table(standings, active_first=True), console=screen, auto_refresh=False) as live:
+        while any(each.state not in (files.DONE, files.FAILED, files.STOPPED_EARLY) for each in standings):
             time.sleep(every)
             standings = status_lib.of_sweep(directory)
-            live.update(tables.of_status(standings, active_first=True), refresh=True)
+            live.update(status_lib.table(standings, active_first=True), refresh=True)
     return DONE
 
 
 def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt sweep results``"""
+    """Run ``ttt sweep results`` and return its exit status."""
     from ttt_jax.sweep import results as results_lib
-    from ttt_jax.sweep import tables
     from ttt_jax.terminal import console
 
     if options.plot is None and (options.x or options.lines):
@@ -90,8 +89,8 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
         return DONE
-    console.output().print(tables.of_results(found.results, found.keys, options.metric))
-    if not_finite := sum(map(results_lib.is_not_finite, found.results)):
+    console.output().print(results_lib.table(found, options.metric))
+    if not_finite := sum(each.is_not_finite for each in found.results):
         print(f"{not_finite} of {len(found.results)} points: {options.metric} is NaN or infinite; they have no rank")
     for path in (options.csv, options.plot):
         if path is not None:

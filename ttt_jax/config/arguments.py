@@ -21,7 +21,7 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
       ConfigError: one line, for whatever is wrong with the arguments, the file or the values.
     """
     named, overrides = "", []
-    for key, text in _pairs(arguments):
+    for key, text in pairs(arguments):
         if key:
             overrides.append((key, text))
         else:
@@ -35,7 +35,7 @@ def from_arguments(arguments: Sequence[str]) -> ml_collections.ConfigDict:
     return config
 
 
-def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the key and the value of each argument; the key of the config file is empty."""
     left = list(arguments)
     while left:

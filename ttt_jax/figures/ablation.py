@@ -16,7 +16,7 @@ from ttt_jax.figures import points as points_lib
 from ttt_jax.figures import published as published_lib
 from ttt_jax.figures.points import Point
 from ttt_jax.settings import flat
-from ttt_jax.sweep import names
+from ttt_jax.sweep.points import short_key, value_text
 from ttt_jax.terminal import console as console_lib
 
 SUFFIXES = (".tex", ".csv", ".txt")
@@ -184,7 +184,7 @@ def _step(above: Point, point: Point) -> str:
             changes.append(f"mini-batch TTT, b = {value}")
         else:
             changes.append(
-                _WORDS.get((key, value), f"{names.short(key)}={'unset' if value is None else names.text(value)}")
+                _WORDS.get((key, value), f"{short_key(key)}={'unset' if value is None else value_text(value)}")
             )
     if not changes:
         seed = after.get("seed")

@@ -15,7 +15,7 @@ from ttt_jax.figures import style
 from ttt_jax.figures.style import Style
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, explained
-from ttt_jax.sweep import files, sweep_file
+from ttt_jax.sweep import files
 from ttt_jax.training import run_config
 
 
@@ -174,7 +174,7 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
     with explained(directory):
         if (directory / run_config.NAME).exists() or (directory / "checkpoints").is_dir():
             return [directory]
-        sweep = sweep_file.read(directory)
+        sweep = files.find_sweep(directory)
         if sweep is not None:
             below = [directory / point.name for point in sweep.points]
         elif depth and directory.is_dir():

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
 from ttt_jax.figures import style
-from ttt_jax.sweep import names, results
-from ttt_jax.sweep.names import Value
+from ttt_jax.sweep import results
+from ttt_jax.sweep.points import Value, short_key, value_text
 from ttt_jax.sweep.results import Result, Results
 
 _SEED = "seed"
@@ -55,8 +55,8 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
         label = ", ".join(_label(key, value) for key, value in zip(by, group, strict=True))
         at: dict[float, list[Result]] = {}
         for each in members:
-            done, place = results.is_finished(each), axis.place(places[each.standing.point.name])
-            if results.is_not_finite(each):
+            done, place = each.is_finished, axis.place(places[each.standing.point.name])
+            if each.is_not_finite:
                 axes.plot(place, 0.02, "x", color=color, transform=axes.get_xaxis_transform(), zorder=3)
             else:
                 hollow = hollow or not done
@@ -170,7 +170,7 @@ def _spread(found: Results, there: Sequence[Result]) -> float | None:
 
 def _title(found: Results, metric: str, *, hollow: bool, means: bool, spreads: bool) -> str:
     missing = sum(each.value is None for each in found.results)
-    not_finite = sum(map(results.is_not_finite, found.results))
+    not_finite = sum(each.is_not_finite for each in found.results)
     parts = [f"{len(found.results)} points"]
     if means:
         parts.append("lines: means" + " +- standard deviation over seeds" * spreads)
@@ -189,8 +189,8 @@ def _order(value: Value | None) -> tuple:
 
 
 def _label(key: str, value: Value | None) -> str:
-    return _text(value) if key == results.CONFIG else f"{names.short(key)} {_text(value)}"
+    return _text(value) if key == results.CONFIG else f"{short_key(key)} {_text(value)}"
 
 
 def _text(value: Value | None) -> str:
-    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else names.text(value)
+    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else value_text(value)

@@ -1,4 +1,12 @@
-"""The axes of a sweep: a grid key alone, or several keys that advance together. A sweep is their product."""
+"""Read the axes of a sweep from text, which is matched and never run.
+
+Values are a list, ``VALUE,VALUE,...``. A value with a comma is quoted, single or double; quoted text is taken as it is.
+A range stands for the values in it, and may be an entry of a list:
+
+    log:LOW:HIGH:N      N numbers from LOW to HIGH, equal ratios, to six digits
+    linear:LOW:HIGH:N   N numbers from LOW to HIGH, equal steps
+    pow2:LOW:HIGH       the powers of two from LOW to HIGH
+"""
 
 import itertools
 import math
@@ -7,41 +15,48 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ttt_jax.errors import ConfigError
-from ttt_jax.sweep import values
-from ttt_jax.sweep.values import MOST
+
+MOST = 10_000  # values of a list, points of a sweep: more is a slip
+
+_ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,"']*))\s*(,|$)""")
+_RANGE = re.compile(r"(log|linear|pow2):(.*)")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 class Axis(NamedTuple):
-    """Keys that advance together.
-
-    Attributes:
-      keys: dotted, as in ``--config.KEY``.
-      rows: what they are set to, as text: a row for each place on the axis, in the order of the keys.
-    """
+    """Keys that advance together: dotted ``keys``, and in each row of ``rows`` the text that each key is set to."""
 
     keys: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
 def from_options(grids: Sequence[str], zips: Sequence[Sequence[str]], constant: Mapping[str, str]) -> list[Axis]:
-    """The axes that a command names, grids first.
+    """Return the axes that a command names, grids first.
 
     Args:
       grids: ``KEY=VALUES`` of each ``--grid``.
-      zips: groups of ``KEY=VALUES``, of each ``--zip``.
+      zips: the group of ``KEY=VALUES`` of each ``--zip``.
       constant: keys that are set for all points.
 
     Raises:
-      ConfigError: for what is no ``KEY=VALUES``, a key in two places, or a group of unequal lengths.
+      ConfigError: for text that is not ``KEY=VALUES``, a key in two places, or a group of unequal lengths.
     """
-    groups = [("--grid", [text]) for text in grids] + [("--zip", list(texts)) for texts in zips]
-    axes = [_axis(option, texts) for option, texts in groups]
+    axes = []
     seen = {key: f"--config.{key}" for key in constant}
-    for (option, _), axis in zip(groups, axes, strict=True):
-        for key in axis.keys:
+    for option, texts in [*(("--grid", [text]) for text in grids), *(("--zip", texts) for texts in zips)]:
+        columns: dict[str, list[str]] = {}
+        for text in texts:
+            match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", text, re.DOTALL)
+            if match is None:
+                raise ConfigError(f"{option} {text}: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3")
+            key = match[1]
             if key in seen:
                 raise ConfigError(f"{option} {key}: is set by {seen[key]} already; expected each key in one place")
-            seen[key] = option
+            seen[key], columns[key] = option, values(match[2], f"{option} {text}")
+        if len({len(column) for column in columns.values()}) > 1:
+            lengths = ", ".join(f"{len(column)} of {key}" for key, column in columns.items())
+            raise ConfigError(f"{option}: {lengths}; expected as many values of each key")
+        axes.append(Axis(tuple(columns), tuple(zip(*columns.values(), strict=True))))
     points = math.prod(len(axis.rows) for axis in axes)
     if points > MOST:
         raise ConfigError(f"--grid, --zip: {points:,} points; expected at most {MOST:,}")
@@ -49,23 +64,70 @@ def from_options(grids: Sequence[str], zips: Sequence[Sequence[str]], constant: 
 
 
 def product(axes: Sequence[Axis]) -> list[dict[str, str]]:
-    """What each point sets, as text; the last axis advances first."""
-    return [
-        {key: value for axis, row in zip(axes, rows, strict=True) for key, value in zip(axis.keys, row, strict=True)}
-        for rows in itertools.product(*(axis.rows for axis in axes))
-    ]
+    """Return what each point sets, as text; the last axis advances first."""
+    keys = [key for axis in axes for key in axis.keys]
+    chosen = itertools.product(*(axis.rows for axis in axes))
+    return [dict(zip(keys, itertools.chain(*rows), strict=True)) for rows in chosen]
 
 
-def _axis(option: str, texts: Sequence[str]) -> Axis:
-    lists: dict[str, list[str]] = {}
-    for text in texts:
-        match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", text, re.DOTALL)
+def values(text: str, option: str) -> list[str]:
+    """Return the values of a list, each as the text that a key is set to.
+
+    Args:
+      option: what the user typed, for messages.
+
+    Raises:
+      ConfigError: for an empty list or value, a quote that is not closed, or an impossible range.
+    """
+    found: list[str] = []
+    place, more = 0, True
+    while more:
+        match = _ITEM.match(text, place)
         if match is None:
-            raise ConfigError(f"{option} {text}: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3")
-        if match[1] in lists:
-            raise ConfigError(f"{option} {match[1]}: is set by {option} already; expected each key in one place")
-        lists[match[1]] = values.parse(match[2], f"{option} {text}")
-    if len({len(column) for column in lists.values()}) > 1:
-        lengths = ", ".join(f"{len(column)} of {key}" for key, column in lists.items())
-        raise ConfigError(f"{option}: {lengths}; expected as many values of each key")
-    return Axis(tuple(lists), tuple(zip(*lists.values(), strict=True)))
+            expected = 'VALUE,VALUE or "A, B",VALUE'
+            raise ConfigError(f"{option}: cannot be read from {text[place:]!r} on; expected {expected}")
+        double, single, plain, comma = match.groups()
+        if plain is None:
+            found.append(single if double is None else double)
+        elif plain.strip():
+            found += _expanded(plain.strip(), option)
+        else:
+            raise ConfigError(f'{option}: an empty value; expected VALUE,VALUE,... (in quotes, "", for an empty text)')
+        place, more = match.end(), comma == ","
+    return found
+
+
+def _expanded(text: str, option: str) -> list[str]:
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        return [text]
+
+    def refused(expected: str) -> ConfigError:
+        return ConfigError(f"{option}: {text}: expected {expected}")
+
+    kind, numbers = match[1], match[2].split(":")
+    if len(numbers) != (2 if kind == "pow2" else 3) or not all(map(_NUMBER.fullmatch, numbers)):
+        forms = "log:LOW:HIGH:N, linear:LOW:HIGH:N or pow2:LOW:HIGH"
+        raise refused(f"{forms} (in quotes, to take it as it is)")
+    low, high = float(numbers[0]), float(numbers[1])
+    if not (math.isfinite(low) and math.isfinite(high)) or (kind != "linear" and not (low > 0 and high > 0)):
+        raise refused(f"{'' if kind == 'linear' else 'positive, '}finite LOW and HIGH")
+    if kind == "pow2":
+        (fraction, first), (other, last) = math.frexp(low), math.frexp(high)
+        if low > high or not fraction == other == 0.5:
+            raise refused("powers of two, LOW not above HIGH, such as pow2:1:2048")
+        return [_text(2.0 ** (exponent - 1)) for exponent in range(first, last + 1)]
+    if not numbers[2].isdecimal() or not 2 <= int(numbers[2]) <= MOST or low == high:
+        raise refused(f"two different ends and N from 2 to {MOST}")
+    last = int(numbers[2]) - 1
+    parts = [i / last for i in range(1, last)]
+    if kind == "log":
+        inner = [float(f"{low * (high / low) ** part:.6g}") for part in parts]
+    else:
+        inner = [float(f"{low + (high - low) * part:.12g}") for part in parts]
+    return [_text(value) for value in (low, *inner, high)]
+
+
+def _text(value: float) -> str:
+    """Return a number as text, whole numbers without a point, so that keys that are integers take them."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)

@@ -1,13 +1,30 @@
-"""Files of many points, several read at a time, for each takes a while in a bucket; and records that are cut short."""
+"""Read and write the files of a sweep: ``sweep.json``, and ``point.json`` and the records of each point.
 
+``sweep.json`` says what the sweep is; commands in its folder add points, and change none of those that are there.
+``point.json`` beside a run says what the sweep last did with the point, and how that ended.
+"""
+
+import dataclasses
 import os
-from collections.abc import Callable, Iterable
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
+from ttt_jax import config as config_lib
+from ttt_jax.config.renamed import current_values
+from ttt_jax.errors import ConfigError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.sweep.axes import Axis
+from ttt_jax.sweep.points import Point, Value, value_text
 
+SWEEP, POINT = "sweep.json", "point.json"
+RUNNING, DONE, FAILED, STOPPED, STOPPED_EARLY = "running", "done", "failed", "stopped", "stopped early"
+_VERSION = 1
+_SAME_FOR_ALL = ("training.duration", "optimizer.spike_factor")  # may change, but runs would not be comparable
 _AT_A_TIME = 16
 _TAIL = 1 << 16  # bytes: more than a hundred records
 
@@ -15,14 +32,175 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+# ---- sweep.json
+
+
+class Sweep(NamedTuple):
+    """A sweep.
+
+    Attributes:
+      base: the values of the keys that are set for all points.
+      axes: of the newest command.
+      points: of all commands, in the order in which they came.
+    """
+
+    base: dict[str, Value]
+    axes: list[Axis]
+    points: list[Point]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that are swept."""
+        return list(dict.fromkeys(key for point in self.points for key in point.values))
+
+
+def find_sweep(directory: Workdir) -> Sweep | None:
+    """Return the sweep in a folder; None where there is none.
+
+    Raises:
+      ConfigError: where the file is damaged, holds something else, or has another version.
+    """
+    path = directory / SWEEP
+    try:
+        content = json_files.read_object(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json_files.DamagedFile as error:
+        raise ConfigError(
+            f"{error}; or rename it and give the commands of the sweep again: runs that are done are not run again"
+        ) from error
+    version = content.get("version")
+    if version != _VERSION:
+        raise ConfigError(f"{path}: version {version}; expected version {_VERSION}, of a sweep")
+    try:
+        axes = [Axis(tuple(axis["keys"]), tuple(map(tuple, axis["rows"]))) for axis in content["axes"]]
+        points = [Point(**point) for point in content["points"]]
+        points = [point._replace(values=current_values(point.values)) for point in points]
+        return Sweep(current_values(content["base"]), axes, points)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a sweep: {type(error).__name__}: {error}") from error
+
+
+def read_sweep(directory: Workdir) -> Sweep:
+    """Return the sweep in a folder; :class:`ConfigError` where there is none."""
+    sweep = find_sweep(directory)
+    if sweep is None:
+        raise ConfigError(f"{directory}: holds no {SWEEP}; expected the --workdir of a ttt sweep")
+    return sweep
+
+
+def write_sweep(directory: Workdir, sweep: Sweep) -> None:
+    """Write ``sweep.json`` as a whole."""
+    axes, points = ([each._asdict() for each in several] for several in (sweep.axes, sweep.points))
+    content = {"version": _VERSION, "base": sweep.base, "axes": axes, "points": points}
+    json_files.write_object(directory / SWEEP, content)
+
+
+def merged(directory: Workdir, old: Sweep | None, new: Sweep) -> Sweep:
+    """Return the sweep after a command has added its points to those of earlier commands.
+
+    Raises:
+      ConfigError: where the command sets other values for all points than earlier commands did.
+    """
+    if old is None:
+        return new
+    points = {point.name: point for point in old.points} | {point.name: point for point in new.points}
+    is_part = len(points) > len(new.points)
+    different = {key for key in old.base.keys() | new.base.keys() if old.base.get(key) != new.base.get(key)}
+    refused = [key for key in different if not config_lib.may_change(key) or (is_part and key in _SAME_FOR_ALL)]
+    if refused:
+        listed = ", ".join(
+            f"{key} {_shown(old.base, key)} there, {_shown(new.base, key)} here" for key in sorted(refused)
+        )
+        raise ConfigError(
+            f"--workdir {directory}: holds a sweep with another base ({listed}); expected the same --config.KEY=VALUE "
+            "for all points, or a new folder"
+        )
+    return new._replace(points=list(points.values()))
+
+
+def _shown(base: Mapping[str, Value], key: str) -> str:
+    return value_text(base[key]) if key in base else "not set"
+
+
+# ---- point.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An attempt at a point.
+
+    Attributes:
+      state: running (as far as its sweep knows), done, failed, stopped (the same command goes on), or stopped early (by
+        comparison with others).
+      steps: optimizer steps that were wanted.
+      status: exit status, once it has ended; below 0 the signal that ended it.
+      said: the last line of its output, where it failed.
+      starts: processes of this command: one, and one more for each restart.
+      began: seconds since 1970; ``ended`` too.
+    """
+
+    state: str
+    steps: int
+    status: int | None = None
+    said: str = ""
+    starts: int = 0
+    began: float = dataclasses.field(default_factory=time.time)
+    ended: float | None = None
+    host: str = dataclasses.field(default_factory=socket.gethostname)
+    pid: int = dataclasses.field(default_factory=os.getpid)
+
+    def is_final(self, steps: int, *, stopping_early: bool = False) -> bool:
+        """Return whether nothing is left to do of a run of so many steps."""
+        return self.steps >= steps and (self.state == DONE or (stopping_early and self.state == STOPPED_EARLY))
+
+    def exit_in_words(self) -> str:
+        """Return the exit status, or the signal that ended the process; empty while there is none."""
+        if self.status is None or self.status >= 0:
+            return "" if self.status is None else f"exit status {self.status}"
+        try:
+            return f"killed by {signal.Signals(-self.status).name}"
+        except ValueError:
+            return f"killed by signal {-self.status}"
+
+
+def read_record(workdir: Workdir) -> Record | None:
+    """Return the record of a point; None where it has none, or a damaged one, which is told on standard error."""
+    content = json_object(workdir / POINT)
+    if content is None:
+        return None
+    kinds = get_type_hints(Record)
+    found = {key: value for key, value in content.items() if key in kinds}
+    if {"state", "steps"} <= found.keys() and all(_is_a(kinds[key], value) for key, value in found.items()):
+        return Record(**found)
+    json_files.warn_once(f"{workdir / POINT}: is no record of a point of a sweep; passed over")
+    return None
+
+
+def write_record(workdir: Workdir, record: Record) -> None:
+    """Write ``point.json`` as a whole."""
+    if is_local(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    json_files.write_object(workdir / POINT, dataclasses.asdict(record))
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Return whether a value of JSON is of a type; an integer is a float too, and a boolean no integer."""
+    is_whole_float = isinstance(value, int) and isinstance(0.0, kind)
+    return not isinstance(value, bool) and (isinstance(value, kind) or is_whole_float)
+
+
+# ---- Files of runs
+
+
 def on_each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """``[function(item) for item in items]``, several at a time."""
+    """Return ``[function(item) for item in items]``, several at a time, as files in a bucket take a while."""
     with ThreadPoolExecutor(_AT_A_TIME, "files") as pool:
         return list(pool.map(function, items))
 
 
 def json_object(path: Workdir) -> dict[str, Any] | None:
-    """Return what a file holds; None where there is none, or where it is damaged, which is said on standard error."""
+    """Return the object in a file; None where there is none, or a damaged one, which is told on standard error."""
     try:
         return json_files.read_object(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -32,19 +210,21 @@ def json_object(path: Workdir) -> dict[str, Any] | None:
         return None
 
 
-def records(path: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
-    """Return the records of a ``metrics.jsonl``; none where there is no file.
+def records(workdir: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
+    """Return the records of a run, from ``metrics.jsonl``; none where there is no file.
 
     Damaged lines are named and left out, and so is a file that cannot be read.
 
     Args:
-      newest: only the last ones, as many as stand in the last 64 KiB; damaged lines are passed over without a word.
+      newest: only the records in the last 64 KiB; damaged lines are left out without a word.
     """
+    path = workdir / "metrics.jsonl"
     try:
         if not newest:
             return json_files.read_lines(path).records
-        with explained(path):
-            return json_files.parse_lines(_end(path)).records
+        with explained(path), path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))  # the first line may be cut short
+            return json_files.parse_lines(file.read()).records
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (IsADirectoryError, PermissionError) as error:
@@ -52,19 +232,12 @@ def records(path: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
         return []
 
 
-def written(path: Workdir) -> float | None:
-    """When a file was last written, in seconds since 1970; None where there is none."""
+def last_written(workdir: Workdir) -> float | None:
+    """Return when the last record of a run was written, in seconds since 1970; None where there is none."""
+    path = workdir / "metrics.jsonl"
     try:
         with explained(path):
             status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return float(getattr(status, "st_mtime" if is_local(path) else "mtime")) or None
-
-
-def _end(path: Workdir) -> bytes:
-    """The last bytes of a file; the first line of them may be cut short."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL))
-        return file.read()

@@ -1,14 +1,14 @@
-"""The number by which points are compared, from what a run has written.
+"""Compute the number by which points are compared, from what a run has written.
 
-Of ``metrics.jsonl``, any number that is recorded: the mean of those of the last 5 % of the steps so far, as the loss of
-a single batch is noisy; of speeds, the median of all. Of evaluations, ``SPLIT-T`` or ``SPLIT-T/NAME``, a number of
-``eval/SPLIT-T.json`` as ``ttt eval`` writes it (or of its other names); its loss, where none is named.
+Any number in ``metrics.jsonl`` is a metric: its mean over the last 5 % of the steps so far, as the loss of a single
+batch is noisy; a speed is the median over all steps. ``SPLIT-T`` and ``SPLIT-T/NAME`` are numbers of an evaluation, in
+``eval/SPLIT-T.json`` as ``ttt eval`` writes it; without ``NAME`` its loss.
 """
 
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,13 +26,13 @@ _EVALUATION = re.compile(
 )
 
 
-class Value(NamedTuple):
+class Measured(NamedTuple):
     """A number of a run.
 
     Attributes:
-      number: None where it is not there; NaN where JSON holds null for a number that is not finite.
-      step: that the run, or the checkpoint that was evaluated, stands at.
-      tokens: what says which tokens an evaluation is of, as far as it is known; empty of other metrics.
+      number: None where the run has none; NaN where JSON holds null for a number that is not finite.
+      step: of the run, or of the checkpoint that was evaluated.
+      tokens: what tells on which tokens an evaluation was, as far as it is known; empty for other metrics.
     """
 
     number: float | None
@@ -40,58 +40,91 @@ class Value(NamedTuple):
     tokens: Mapping[str, Any] = MappingProxyType({})
 
 
-def of_run(workdir: Workdir, metric: str) -> Value:
-    """The metric of a run."""
+def of_run(workdir: Workdir, metric: str) -> Measured:
+    """Return the metric of a run."""
     evaluation = _EVALUATION.fullmatch(metric)
     if evaluation is None:
-        return of_records(files.records(workdir / "metrics.jsonl"), metric)
+        return of_records(files.records(workdir), metric)
     about = files.json_object(workdir / "eval" / f"{evaluation[1]}.json") or {}
     step, name = about.get("step"), evaluation[2] or "loss"
     number = _number(about.get(name))
     if number is None and name in about and name in _NULL_IS_NOT_FINITE:
         number = math.nan
     tokens = {key: about[key] for key in _OF_TOKENS if key in about}
-    return Value(number, step if isinstance(step, int) else 0, tokens)
+    return Measured(number, step if isinstance(step, int) else 0, tokens)
 
 
-def of_records(records: Sequence[dict[str, Any]], metric: str) -> Value:
-    """The metric of a run with these records."""
+def of_records(records: Sequence[dict[str, Any]], metric: str) -> Measured:
+    """Return the metric of a run with these records."""
     if not records:
-        return Value(None, 0)
+        return Measured(None, 0)
     step = records[-1]["step"]
-    if metric in _SPEEDS:
-        known = numbers(records, metric)
-        if not all(map(math.isfinite, known)):
-            return Value(math.nan, step)
-        return Value(statistics.median(known) if known else None, step)
-    newest = [record for record in records if record["step"] > step * (1 - _LAST)]
-    known = numbers(newest, metric)
-    return Value(finite.mean(known) if known else None, step)
+    if metric not in _SPEEDS:
+        known = numbers([record for record in records if record["step"] > step * (1 - _LAST)], metric)
+        return Measured(finite.mean(known) if known else None, step)
+    known = numbers(records, metric)
+    if not all(map(math.isfinite, known)):
+        return Measured(math.nan, step)
+    return Measured(statistics.median(known) if known else None, step)
 
 
-def numbers(records: Sequence[dict[str, Any]], name: str) -> list[float]:
+def numbers(records: Iterable[dict[str, Any]], name: str) -> list[float]:
     """Return the numbers of this name in the records that have one; NaN where JSON holds null for it."""
     found = [math.nan if record[name] is None else _number(record[name]) for record in records if name in record]
     return [number for number in found if number is not None]
 
 
 def is_of_evaluation(metric: str) -> bool:
-    """Whether it is a number of ``ttt eval``, which may be of an earlier step than the last."""
+    """Return whether a metric is a number of ``ttt eval``, which may be of an earlier step than the last."""
     return _EVALUATION.fullmatch(metric) is not None
 
 
 def higher_is_better(metric: str) -> bool:
-    """Speeds and goodput; of all else less is better."""
+    """Return whether more is better, as for speeds and goodput."""
     return metric in _HIGHER_IS_BETTER
 
 
 def available(workdir: Workdir) -> list[str]:
-    """The metrics that a run has."""
-    newest = files.records(workdir / "metrics.jsonl", newest=True)
+    """Return the metrics that a run has."""
+    newest = files.records(workdir, newest=True)
     recorded = {name for record in newest for name in record if numbers([record], name)}
     with explained(workdir):
         evaluated = {path.name.removesuffix(".json") for path in (workdir / "eval").glob("*.json")}
     return [*sorted(recorded - {"step"}), *sorted(evaluated)]
+
+
+class Follower:
+    """Follow a metric while a run records it; each step once, also where a run goes back to a checkpoint.
+
+    Args:
+      workdir: of the run, which need not be there yet.
+      metric: its name.
+      milestones: steps; the first record at or after each of them is always reported.
+    """
+
+    def __init__(self, workdir: Workdir, metric: str, milestones: Iterable[float] = ()):
+        self._workdir, self._metric, self._milestones = workdir, metric, sorted(milestones)
+        self._reported = 0
+
+    def news(self) -> list[dict[str, Any]]:
+        """Return step and metric of records since the last call: those that reach a milestone, and the newest."""
+        newest = files.records(self._workdir, newest=True)
+        if not newest or newest[-1]["step"] <= self._reported:
+            return []
+        records = files.records(self._workdir)
+        found = []
+        for index, record in enumerate(records):
+            step = record["step"]
+            if step <= self._reported:
+                continue
+            reached = any(self._reported < milestone <= step for milestone in self._milestones)
+            if reached or index == len(records) - 1:
+                value = of_records(records[: index + 1], self._metric).number
+                if value is not None and not math.isfinite(value):  # comparisons with NaN would call it good
+                    value = -math.inf if higher_is_better(self._metric) else math.inf
+                found.append({"step": step, **({} if value is None else {self._metric: value})})
+                self._reported = step
+        return found
 
 
 def _number(value: Any) -> float | None:

@@ -1,20 +1,36 @@
-"""The points of a sweep, each with its config read and checked before any of them starts."""
+"""Make the points of a sweep: names, commands, and configs that are checked before the first point starts."""
 
+import functools
+import hashlib
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import ml_collections
 
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
-from ttt_jax.sweep import names
-from ttt_jax.sweep.names import Value
-from ttt_jax.sweep.values import MOST
+from ttt_jax.storage.workdir import Workdir
+from ttt_jax.sweep.axes import MOST
+
+Value: TypeAlias = bool | int | float | str  # of a config key
+
+_LONGEST = 100  # characters: a name is seen in tables, and jobs are named after it
+_SPELLED = (("%", "pct"), (" ", "-"))  # "10%" and "300 steps" are common
+_REFUSED_OF_LAUNCH = {
+    "--detach": "which follow their points",
+    "--dry-run": "which have one themselves, before --",
+    "--name": "whose points have names of their own",
+    "--status": "which have ttt sweep status",
+    "--stop": "which are stopped by Ctrl-C",
+}
 
 
 class Point(NamedTuple):
-    """One run of a sweep.
+    """A run of a sweep.
 
     Attributes:
       name: of its folder.
@@ -30,18 +46,12 @@ class Point(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Equal for points that are the same, whatever they are called."""
-        return json.dumps([names.label(self.recipe), dict(sorted(self.values.items()))])
+        """Text that is equal for points that are the same, whatever their names."""
+        return json.dumps([recipe_label(self.recipe), dict(sorted(self.values.items()))])
 
 
 class Points(NamedTuple):
-    """The points of a command.
-
-    Attributes:
-      points: in the order in which they run.
-      configs: of each.
-      base: the values of the keys that are set for all points.
-    """
+    """The points of a command in the order in which they run, their configs, and the values that all points share."""
 
     points: list[Point]
     configs: list[ml_collections.ConfigDict]
@@ -54,38 +64,42 @@ def make(
     overrides: Sequence[Mapping[str, str]],
     existing: Sequence[Point] = (),
 ) -> Points:
-    """Reads and validates the config of every point.
+    """Read and validate the config of every point.
 
     Args:
       recipes: ``FILE[:ARG]``; the outermost axis.
       constant: keys that are set for all points, as text.
       overrides: what each point of a recipe sets, as text.
-      existing: points of earlier commands; the same ones keep their names.
+      existing: points of earlier commands; equal points keep their names.
 
     Raises:
-      ConfigError: naming the point, where a config cannot be run; where two points are the same run; where there are
-        too many.
+      ConfigError: where a config cannot be run, with the name of the point; where two points are the same run; where
+        there are too many.
     """
-    _check_recipes(recipes)
+    labels: dict[str, str] = {}
+    for recipe in recipes:
+        label = recipe_label(recipe)
+        if label in labels:
+            raise ConfigError(f"--config {recipe}: has the name of --config {labels[label]}; expected different names")
+        labels[label] = recipe
     if len(recipes) * len(overrides) > MOST:
         raise ConfigError(f"{len(recipes) * len(overrides):,} points; expected at most {MOST:,}")
     named = {point.identity: point.name for point in existing}
-    several = len({names.label(recipe) for recipe in (*recipes, *(point.recipe for point in existing))}) > 1
+    several = len({*labels, *(recipe_label(point.recipe) for point in existing)}) > 1
     made = Points([], [], {})
     same: dict[str, str] = {}
-    for recipe in recipes:
+    for label, recipe in labels.items():
         for override in overrides:
             config = _config(recipe, constant, override)
-            values = {key: _value(config, key) for key in override}
+            values = {key: config_lib.value_of(config, key) for key in override}
             point = Point("", recipe, values, config_lib.steps(config, "training.duration"))
-            label = names.label(recipe)
-            name = named.get(point.identity) or names.of(label if several or not values else None, values)
+            name = named.get(point.identity) or name_of(label if several or not values else None, values)
             twin = same.setdefault(json.dumps(config.to_dict(), sort_keys=True), name)
             if len(same) == len(made.points):
                 raise ConfigError(f"points {twin} and {name}: are the same run; expected different ones")
             made.points.append(point._replace(name=name))
             made.configs.append(config)
-            made.base.update({key: _value(config, key) for key in constant})
+            made.base.update({key: config_lib.value_of(config, key) for key in constant})
     return made
 
 
@@ -94,21 +108,111 @@ def _config(recipe: str, constant: Mapping[str, str], override: Mapping[str, str
     try:
         return config_lib.from_arguments(["--config", recipe, *settings])
     except ConfigError as error:
-        where = ", ".join(f"{key}={value}" for key, value in override.items())
-        raise ConfigError(f"point {recipe}{', ' * bool(where)}{where}: {error}") from error
+        where = [recipe, *(f"{key}={value}" for key, value in override.items())]
+        raise ConfigError(f"point {', '.join(where)}: {error}") from error
 
 
-def _check_recipes(recipes: Sequence[str]) -> None:
-    labels: dict[str, str] = {}
-    for recipe in recipes:
-        label = names.label(recipe)
-        if label in labels:
-            raise ConfigError(f"--config {recipe}: has the name of --config {labels[label]}; expected different names")
-        labels[label] = recipe
+# ---- Commands
 
 
-def _value(config: ml_collections.ConfigDict, key: str) -> Value:
-    value = config
-    for part in key.split("."):
-        value = value[part]
-    return value
+def command(
+    point: Point, base: Mapping[str, Value], workdir: Workdir, launcher: Sequence[str] = (), options: Sequence[str] = ()
+) -> list[str]:
+    """Return the arguments of ``ttt`` that train a point.
+
+    Args:
+      base: the values of the keys that are set for all points.
+      workdir: of the point.
+      launcher: ``launch TARGET options``, for a point that is trained elsewhere.
+      options: of ``ttt train``.
+    """
+    settings = [f"--config.{key}={value_text(value)}" for key, value in {**base, **point.values}.items()]
+    train = ["train", "--config", point.recipe, *settings, "--workdir", str(workdir), *options]
+    return [*launcher, "--", *train] if launcher else train
+
+
+def check_launcher(launcher: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` unless the text after ``--`` is a launcher that runs each point to its end."""
+    if list(launcher[:1]) != ["launch"] or len(launcher) < 2 or "--" in launcher:
+        raise ConfigError(f"-- {shlex.join(launcher)}: expected -- launch TARGET, and options of it")
+    for option in launcher[2:]:
+        if why := _REFUSED_OF_LAUNCH.get(option.partition("=")[0]):
+            raise ConfigError(f"-- {shlex.join(launcher)}: {option} is not for sweeps, {why}")
+
+
+# ---- Names
+
+
+def name_of(recipe: str | None, values: Mapping[str, Value]) -> str:
+    """Return the name of a point: ``peak_lr=0.001,width=512``, keys in alphabetical order; a safe name of a folder.
+
+    Equal points have equal names, and different points different names: a name that would not tell them apart, or is
+    too long, ends in a hash of the point.
+
+    Args:
+      recipe: the label of the recipe, in a sweep of several.
+      values: what the point sets.
+    """
+    parts = [f"{short_key(key)}={_spelled(value)}" for key, value in sorted(values.items(), key=_by_short_key)]
+    is_exact = all(map(_can_be_read_back, values.values()))
+    if recipe is not None:
+        parts.insert(0, _safe(recipe.replace(":", ".")))
+        is_exact = is_exact and re.fullmatch(r"[\w-]+(:[\w-]+(\.[\w-]+)*)?", recipe, re.ASCII) is not None
+    name = ",".join(parts)
+    if is_exact and len(name) <= _LONGEST:
+        return name
+    exact = json.dumps([recipe, dict(sorted(values.items()))])
+    digest = hashlib.blake2b(exact.encode(), digest_size=4).hexdigest()
+    return f"{name[: _LONGEST - len(digest) - 1]}-{digest}"
+
+
+def recipe_label(recipe: str) -> str:
+    """Return ``FILE[:ARG]`` without folder and suffix, such as ``quickstart:ttt_linear``."""
+    file, colon, argument = recipe.partition(":")
+    return Path(file).stem + colon + argument
+
+
+def short_key(key: str) -> str:
+    """Return the shortest end of a key that no other key ends in: ``peak_lr``, but ``log.every``."""
+    return _short_keys().get(key, key)
+
+
+def value_text(value: Value) -> str:
+    """Return a value as ``--config.KEY=`` takes it: equal values have equal texts."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def _short_keys() -> dict[str, str]:
+    keys = list(config_lib.settings())
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+    return found
+
+
+def _by_short_key(item: tuple[str, Value]) -> str:
+    return short_key(item[0])
+
+
+def _spelled(value: Value) -> str:
+    if isinstance(value, str):
+        for character, spelling in _SPELLED:
+            value = value.replace(character, spelling)
+        return _safe(value)
+    return value_text(value).replace("e+", "e").removesuffix(".0")
+
+
+def _can_be_read_back(value: Value) -> bool:
+    if not isinstance(value, str):
+        return True
+    read = _spelled(value)
+    for character, spelling in _SPELLED:
+        read = read.replace(spelling, character)
+    return read == value
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)

@@ -1,28 +1,26 @@
-"""Points as trials of Ray Tune: on a cluster, and with bad ones stopped early.
+"""Run points as trials of Ray Tune: on a cluster, and with bad points stopped early.
 
-A trial is the same ``ttt train`` process in the same folder as elsewhere; it tells Tune what stands in its
-``metrics.jsonl``. Tune never ends a trial: it is asked to stop, saves, and ends by itself.
+A trial is the same ``ttt train`` process in the same folder as elsewhere; it reports to Tune what stands in its
+``metrics.jsonl``. Tune never ends a trial, which would not save: the trial is asked to stop, saves, and ends itself.
 """
 
-import collections
 import dataclasses
 import logging
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ttt_jax import extras
-from ttt_jax.data.prepare import engines
+from ttt_jax import extras, ray_cluster
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.sweep import record
-from ttt_jax.sweep.follow import Follower
-from ttt_jax.sweep.point_run import PointRun
+from ttt_jax.sweep import files
+from ttt_jax.sweep.metric import Follower
 from ttt_jax.sweep.points import Point
+from ttt_jax.sweep.runner import PointRun
 from ttt_jax.terminal.stopping import StopSignals
 
 try:
@@ -33,7 +31,7 @@ except ImportError as error:
     raise ConfigError(f"--engine ray: needs Ray Tune ({error}); {extras.install_command('ray')}") from error
 
 _POLL = 0.5  # seconds
-_SILENCE = 3.0  # seconds; a trial without news says so, for an answer is when it hears that it should stop
+_SILENCE = 3.0  # seconds; a trial reports at least as often, as it hears with the answer that it is to stop
 _NODE_FAILURES = 10  # of a trial: it goes on elsewhere
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has all that they would write
@@ -56,7 +54,7 @@ class Early(NamedTuple):
     highest: bool
 
     def rungs(self, steps: int) -> list[float]:
-        """Steps of the rungs of a run of so many."""
+        """Return the rungs of a run of so many steps."""
         found, rung = [], float(self.grace)
         while rung < steps:
             found.append(rung)
@@ -64,16 +62,17 @@ class Early(NamedTuple):
         return found
 
 
-class Trial(NamedTuple):
-    """What the process of a trial has to know.
+class Trials(NamedTuple):
+    """The trials, as their processes need to know them.
 
     Attributes:
-      command: program and arguments; None where the point has ended already, and its records are only compared with.
-      directory: of the sweep; ``local`` is a folder for log and lock, and ``cwd`` where the command runs.
+      points: by name.
+      commands: program and arguments by name; not of points that have ended already, which are only compared with.
+      directory: of the sweep; ``local`` is a folder for logs and locks, and ``cwd`` where the commands run.
     """
 
-    point: Point
-    command: list[str] | None
+    points: dict[str, Point]
+    commands: dict[str, list[str]]
     directory: str
     local: str
     cwd: str
@@ -81,7 +80,7 @@ class Trial(NamedTuple):
 
 
 def run(
-    trials: Sequence[Trial],
+    trials: Trials,
     *,
     address: str | None,
     resources: Mapping[str, float],
@@ -89,11 +88,11 @@ def run(
     early: Early | None,
     tell: Callable[[str], None],
 ) -> signal.Signals | None:
-    """Runs all trials; returns the signal that stopped it, if one did.
+    """Run all trials; return the signal that stopped the sweep, if one did.
 
     Args:
       address: of a cluster, ``auto`` for the one of this machine; None starts one here, for as long as this takes.
-      resources: that a trial takes, such as ``{"CPU": 4, "GPU": 1}``.
+      resources: of a trial, such as ``{"CPU": 4, "GPU": 1}``.
       jobs: at most so many at a time; None is as many as there are resources for.
       tell: is given a line of text now and then.
 
@@ -105,19 +104,19 @@ def run(
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        engines.connect(address)
+        ray_cluster.connect(address)
         _check_resources(resources, tell)
         with StopSignals() as stop, tempfile.TemporaryDirectory(prefix="ttt-sweep-") as folder:
-            wishes = ray.remote(num_cpus=0)(_Wishes).remote()
-            scheduler = _Scheduler(trials, early, wishes, stop, tell)
-            trainable = tune.with_parameters(_Trainable, wishes=wishes, early=early)
+            requests = ray.remote(num_cpus=0)(_StopRequests).remote()
+            scheduler = _Scheduler(trials, early, requests, stop, tell)
+            trainable = tune.with_parameters(_Trainable, trials=trials, requests=requests, early=early)
             tune.Tuner(
                 tune.with_resources(trainable, tune.PlacementGroupFactory([dict(resources)])),
-                param_space={"trial": tune.grid_search([_packed(trial) for trial in trials])},
+                param_space={"point": tune.grid_search(list(trials.points))},
                 tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=jobs, reuse_actors=False),
                 run_config=tune.RunConfig(
                     name="sweep",
-                    storage_path=folder,  # of Tune's own books, which nobody needs: a point knows where it stands
+                    storage_path=folder,  # of Tune's own records, which nobody needs: a point knows where it stands
                     verbose=0,
                     stop=_Stopper(scheduler),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -126,83 +125,80 @@ def run(
             ).fit()
             return stop.received
     except (ray.exceptions.RayError, tune.TuneError) as error:
-        raise DataError(f"--engine ray: {engines.last_line(error)}; the same command goes on") from error
+        raise DataError(f"--engine ray: {ray_cluster.last_line(error)}; the same command goes on") from error
     finally:
         ray.shutdown()
 
 
-class _Wishes:
-    """An actor that trials ask whether they should stop; and as what."""
+class _StopRequests:
+    """An actor that keeps which trials are asked to stop, and the state that their points are in then."""
 
     def __init__(self) -> None:
-        self._of: dict[str, str] = {}
+        self._states: dict[str, str] = {}
 
-    def ask(self, name: str, state: str) -> None:
-        self._of.setdefault(name, state)
+    def add(self, name: str, state: str) -> None:
+        self._states.setdefault(name, state)
 
-    def of(self, name: str) -> str | None:
-        return self._of.get(name)
+    def get(self, name: str) -> str | None:
+        return self._states.get(name)
 
 
 class _Trainable(tune.Trainable):
     """A trial: the process of a point, and what it records."""
 
-    def setup(self, config: dict[str, Any], wishes: Any = None, early: Early | None = None) -> None:
-        trial = _unpacked(config["trial"])
-        directory = workdir_lib.at(trial.directory)
-        self._name, self._wishes, self._asked, self._ended = trial.point.name, wishes, False, False
-        rungs = early.rungs(trial.point.steps) if early else []
-        path = directory / self._name / "metrics.jsonl"
-        self._follower = Follower(path, early.metric if early else "loss", rungs)
-        self._news: collections.deque[dict[str, Any]] = collections.deque()
+    def setup(self, config: dict[str, Any], trials: Any = None, requests: Any = None, early: Any = None) -> None:
+        self._name, self._requests, self._asked, self._ended = config["point"], requests, False, False
+        point, directory = trials.points[self._name], workdir_lib.at(trials.directory)
+        rungs = early.rungs(point.steps) if early else []
+        self._follower = Follower(directory / self._name, early.metric if early else "loss", rungs)
+        self._news: list[dict[str, Any]] = []
         self._run = None
-        if trial.command is not None:
-            cwd = Path(trial.cwd) if Path(trial.cwd).is_dir() else None
-            local, restarts = Path(trial.local), trial.restarts
-            self._run = PointRun(trial.point, directory, local, trial.command, cwd=cwd, restarts=restarts)
+        if self._name in trials.commands:
+            cwd = Path(trials.cwd) if Path(trials.cwd).is_dir() else None
+            local, command = Path(trials.local), trials.commands[self._name]
+            self._run = PointRun(point, directory, local, command, cwd=cwd, restarts=trials.restarts)
 
     def step(self) -> dict[str, Any]:
         deadline = time.monotonic() + _SILENCE
         while not self._news:
             if self._ended:
-                state = {} if self._run is None or self._run.ended is None else dataclasses.asdict(self._run.ended)
-                return {"done": True, **state}
-            self._listen()
+                record = self._run and self._run.ended
+                return {"done": True, **(dataclasses.asdict(record) if record else {})}
+            self._stop_if_asked()
             self._ended = self._run is None or self._run.poll() is not None
-            self._news.extend(self._follower.news())
+            self._news = self._follower.news()
             if not self._news and not self._ended:
                 if time.monotonic() > deadline:
                     return {}
                 time.sleep(_POLL)
-        return self._news.popleft()
+        return self._news.pop(0)
 
     def cleanup(self) -> None:
-        """Where Tune ends the trial after all."""
+        """Let the run save where Tune ends the trial after all."""
         if self._run is not None and self._run.ended is None:
             self._run.stop()
             while self._run.poll() is None:
                 time.sleep(_POLL)
 
-    def _listen(self) -> None:
+    def _stop_if_asked(self) -> None:
         if self._run is not None and not self._asked:
-            wish = ray.get(self._wishes.of.remote(self._name))
-            if wish is not None:
+            state = ray.get(self._requests.get.remote(self._name))
+            if state is not None:
                 self._asked = True
-                self._run.stop(signal.SIGTERM, wish)
+                self._run.stop(signal.SIGTERM, state)
 
 
 class _Scheduler(ASHAScheduler):
-    """ASHA, if at all, that asks where Tune's own would end a trial, which then would not save.
+    """ASHA, if at all, which asks a trial to stop where Tune's own would end it.
 
     Attributes:
       interrupted: whether all trials are asked to stop, and none is begun.
-      running: trials that have said something, and have not ended.
+      running: trials that have reported, and have not ended.
     """
 
-    def __init__(self, trials, early: Early | None, wishes, stop: StopSignals, tell: Callable[[str], None]):
-        self._names = [trial.point.name for trial in trials]
-        self._steps = {trial.point.name: trial.point.steps for trial in trials}
-        self._early, self._wishes, self._stop, self._tell_line = early, wishes, stop, tell
+    def __init__(self, trials: Trials, early: Early | None, requests, stop: StopSignals, tell: Callable[[str], None]):
+        self._steps = {name: point.steps for name, point in trials.points.items()}
+        self._early, self._requests, self._stop, self._tell_line = early, requests, stop, tell
         self._asked: set[str] = set()
         self.running: set[str] = set()
         longest = max(self._steps.values())
@@ -220,42 +216,46 @@ class _Scheduler(ASHAScheduler):
         return self._stop.received is not None
 
     def on_trial_result(self, tune_controller, trial, result) -> str:
-        name = _name(trial)
+        name = trial.config["point"]
         self.running.add(name)
         if self.interrupted:
-            for each in self._names:  # of those that Tune begins yet, none starts its process
-                self._ask(each, record.STOPPED)
-        elif self._early is not None and name not in self._asked and result.get("step", 0) < self._steps[name]:
-            decision = super().on_trial_result(tune_controller, trial, result)
-            if decision == TrialScheduler.STOP:
-                self._ask(name, record.STOPPED_EARLY)
-                value = f"{self._early.metric} {result[self._early.metric]:.6g}"
-                self._tell_line(f"{name}: to be stopped early, {value} at step {result['step']}")
+            for each in self._steps:  # of those that Tune begins yet, none starts its process
+                self._ask(each, files.STOPPED)
+        elif self._early is None or name in self._asked or result.get("step", 0) >= self._steps[name]:
+            return TrialScheduler.CONTINUE
+        elif super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+            self._ask(name, files.STOPPED_EARLY)
+            value = f"{self._early.metric} {result[self._early.metric]:.6g}"
+            self._tell_line(f"{name}: to be stopped early, {value} at step {result['step']}")
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result) -> None:
-        name = _name(trial)
-        self.running.discard(name)
-        state = result.get("state")
-        if state:
-            self._tell_line(f"{name}: {state}{': ' * bool(result.get('said'))}{result.get('said', '')}")
+        if state := result.get("state"):
+            said = result.get("said")
+            self._forget(trial, f"{state}: {said}" if said else state)
+        else:
+            self._forget(trial)
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        name = _name(trial)
-        self.running.discard(name)
-        self._tell_line(f"{name}: its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
+        self._forget(trial, f"its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
 
     def choose_trial_to_run(self, tune_controller):
         return None if self.interrupted else super().choose_trial_to_run(tune_controller)
 
+    def _forget(self, trial, why: str = "") -> None:
+        name = trial.config["point"]
+        self.running.discard(name)
+        if why:
+            self._tell_line(f"{name}: {why}")
+
     def _ask(self, name: str, state: str) -> None:
         if name not in self._asked:
             self._asked.add(name)
-            ray.get(self._wishes.ask.remote(name, state))
+            ray.get(self._requests.add.remote(name, state))
 
 
 class _Stopper(tune.Stopper):
-    """Ends Tune's loop once all trials that were asked to stop have done so."""
+    """End Tune's loop once all trials that were asked to stop have done so."""
 
     def __init__(self, scheduler: _Scheduler):
         self._scheduler = scheduler
@@ -265,19 +265,6 @@ class _Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         return self._scheduler.interrupted and not self._scheduler.running
-
-
-def _name(trial) -> str:
-    return trial.config["trial"]["point"]["name"]
-
-
-def _packed(trial: Trial) -> dict[str, Any]:
-    """As Tune keeps configs: of dicts and lists."""
-    return {**trial._asdict(), "point": trial.point._asdict()}
-
-
-def _unpacked(packed: dict[str, Any]) -> Trial:
-    return Trial(**{**packed, "point": Point(**packed["point"])})
 
 
 def _check_resources(resources: Mapping[str, float], tell: Callable[[str], None]) -> None:

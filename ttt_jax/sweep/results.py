@@ -1,4 +1,4 @@
-"""How the points of a sweep compare: ranked by a metric, as a table for other programs."""
+"""Rank the points of a sweep by a metric, for people and for other programs."""
 
 import csv
 import io
@@ -6,25 +6,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.table import Table
+
 from ttt_jax.config import renamed
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import flat
 from ttt_jax.storage.workdir import Workdir
-from ttt_jax.sweep import files, metric, names, record, status, sweep_file
-from ttt_jax.sweep.names import Value
+from ttt_jax.sweep import files, metric, status
+from ttt_jax.sweep.points import Point, Value, recipe_label, short_key
 from ttt_jax.sweep.status import Standing
 
 CONFIG = "config"  # a recipe, as if it were a key
 
 
 class Result(NamedTuple):
-    """What a point has come to.
+    """The result of a point.
 
     Attributes:
-      rank: from 1, among the points that are done and have a finite value; None of all others.
+      rank: from 1, among the points that are done and have a finite value; None for all others.
       values: of the swept keys, and of the recipe where several are compared.
       value: of the metric, which may be NaN or infinite; None where there is none.
-      step: that it is of.
+      step: at which the metric has this value.
     """
 
     rank: int | None
@@ -33,15 +35,25 @@ class Result(NamedTuple):
     value: float | None
     step: int
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the value is that of a run that is done, at its end."""
+        return self.standing.state == files.DONE and self.value is not None and self.step == self.standing.step
+
+    @property
+    def is_not_finite(self) -> bool:
+        """Whether there is a value, and it is NaN or infinite."""
+        return self.value is not None and not math.isfinite(self.value)
+
 
 class Results(NamedTuple):
     """The results of a sweep.
 
     Attributes:
       keys: that are swept; the first is :data:`CONFIG` where several recipes are compared.
-      results: ranked ones first, then those whose value is not finite, then those that are not finished, in the order
+      results: ranked points first, then those whose value is not finite, then those that are not finished, in the order
         of the sweep.
-      configs: of each point, by keys of the config; empty of points that have not begun.
+      configs: of each point, by keys of the config; empty for points that have not begun.
     """
 
     keys: list[str]
@@ -50,48 +62,47 @@ class Results(NamedTuple):
 
 
 def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> Results:
-    """The points of a sweep by a metric (see :mod:`ttt_jax.sweep.metric`).
+    """Return the points of a sweep by a metric (see :mod:`ttt_jax.sweep.metric`).
 
     Points that are not done, or whose evaluation is not of their last step, have no rank; they are listed last.
 
     Args:
-      highest: whether more is better; None is as the metric has it.
+      highest: whether more is better; None is the metric's own order.
 
     Raises:
       ConfigError: where the folder holds no sweep, or no point has this metric, or evaluations are of different tokens.
     """
-    sweep = sweep_file.expected(directory)
-    keys = [CONFIG] * (len({names.label(recipe) for recipe in sweep.recipes}) > 1) + sweep.keys
-    lives = status.is_at_work(directory)
+    sweep = files.read_sweep(directory)
+    several = len({recipe_label(point.recipe) for point in sweep.points}) > 1
+    keys = [CONFIG] * several + sweep.keys
+    is_live = status.is_at_work(directory)
+    highest = metric.higher_is_better(name) if highest is None else highest
 
-    def one(point):
+    def read(point: Point) -> tuple[Result, dict[str, Any], Mapping[str, Any]]:
         workdir = directory / point.name
         config = flat(renamed.current(files.json_object(workdir / "config.json") or {}))
         values = {key: config[key] for key in keys if key in config} | point.values
-        if CONFIG in keys:
-            values[CONFIG] = names.label(point.recipe)
+        if several:
+            values[CONFIG] = recipe_label(point.recipe)
         value, step, tokens = metric.of_run(workdir, name)
-        standing = status.of_point(workdir, point, lives)
-        return (
-            Result(None, standing, values, value, step if metric.is_of_evaluation(name) else standing.step),
-            config,
-            tokens,
-        )
+        standing = status.of_point(workdir, point, is_live)
+        step = step if metric.is_of_evaluation(name) else standing.step
+        return Result(None, standing, values, value, step), config, tokens
 
-    found = files.on_each(one, sweep.points)
+    found = files.on_each(read, sweep.points)
     results = [result for result, _, _ in found]
-    if all(result.value is None for result in results) and any(result.standing.step for result in results):
-        with_records = next(result.standing.point for result in results if result.standing.step)
-        known = ", ".join(metric.available(directory / with_records.name))
+    begun = [result.standing.point.name for result in results if result.standing.step]
+    if begun and all(result.value is None for result in results):
+        known = ", ".join(metric.available(directory / begun[0]))
         raise ConfigError(f"--metric {name}: no point has it; expected one of {known}")
-    _check_same_tokens(name, [(r.standing.point.name, tokens) for r, _, tokens in found if r.value is not None])
+    _check_same_tokens(name, {r.standing.point.name: tokens for r, _, tokens in found if r.value is not None})
     configs = {result.standing.point.name: config for result, config, _ in found}
-    return Results(keys, _ranked(results, metric.higher_is_better(name) if highest is None else highest), configs)
+    return Results(keys, _ranked(results, highest), configs)
 
 
-def _check_same_tokens(name: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    (first, there), *others = found or [("", {})]
-    for point, here in others:
+def _check_same_tokens(name: str, tokens: Mapping[str, Mapping[str, Any]]) -> None:
+    for point, here in tokens.items():
+        first, there = next(iter(tokens.items()))
         for key in there.keys() & here.keys():
             if there[key] != here[key]:
                 raise ConfigError(
@@ -101,27 +112,14 @@ def _check_same_tokens(name: str, found: Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def _ranked(results: Sequence[Result], highest: bool) -> list[Result]:
-    finished = [each for each in results if is_finished(each)]
-    others = [each for each in results if not is_finished(each)]
+    def place(result: Result) -> float:
+        return (-1 if highest else 1) * (result.value or 0.0)
 
-    def place(each: Result) -> float:
-        assert each.value is not None
-        return -each.value if highest else each.value
-
-    ranked = sorted((each for each in finished if not is_not_finite(each)), key=place)
-    not_finite = [each for each in finished if is_not_finite(each)]
+    finished = [each for each in results if each.is_finished]
+    ranked = sorted((each for each in finished if not each.is_not_finite), key=place)
+    not_finite = [each for each in finished if each.is_not_finite]
+    others = [each for each in results if not each.is_finished]
     return [each._replace(rank=rank) for rank, each in enumerate(ranked, 1)] + not_finite + others
-
-
-def is_finished(result: Result) -> bool:
-    """Whether a result is of a run that is done, at its end."""
-    standing = result.standing
-    return standing.state == record.DONE and result.value is not None and result.step == standing.step
-
-
-def is_not_finite(result: Result) -> bool:
-    """Return whether there is a value, and it is NaN or infinite."""
-    return result.value is not None and not math.isfinite(result.value)
 
 
 def rows(results: Results, name: str) -> list[dict[str, Any]]:
@@ -134,8 +132,8 @@ def rows(results: Results, name: str) -> list[dict[str, Any]]:
             "step": each.step,
             "steps": each.standing.point.steps,
             **{key: each.values.get(key) for key in results.keys},
-            name: None if is_not_finite(each) else each.value,
-            **({"not_finite": True} if is_not_finite(each) else {}),
+            name: None if each.is_not_finite else each.value,
+            **({"not_finite": True} if each.is_not_finite else {}),
         }
         for each in results.results
     ]
@@ -143,12 +141,30 @@ def rows(results: Results, name: str) -> list[dict[str, Any]]:
 
 def as_csv(results: Results, name: str) -> str:
     """Return the results as CSV, with a line of names; ``nan`` and ``inf`` where a value is not finite."""
-    table = rows(results, name)
-    for row, each in zip(table, results.results, strict=True):
-        row.pop("not_finite", None)
-        row[name] = each.value
+    lines = [{**row, name: each.value} for row, each in zip(rows(results, name), results.results, strict=True)]
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(table[0]))
+    columns = [column for column in lines[0] if column != "not_finite"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows(lines)
     return text.getvalue()
+
+
+def table(results: Results, name: str) -> Table:
+    """Return the table of ``ttt sweep results``."""
+    shown = status.new_table("rank", "point")
+    for key in results.keys:
+        shown.add_column(short_key(key), justify="right")
+    for column in (name, "step"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    shown.add_column("state", no_wrap=True)
+    for each in results.results:
+        shown.add_row(
+            "" if each.rank is None else str(each.rank),
+            each.standing.point.name,
+            *(status.key_value(each.values.get(key)) for key in results.keys),
+            status.number_text(each.value, ".6g"),
+            f"{each.step}/{each.standing.point.steps}",
+            status.state_text(each.standing.state),
+        )
+    return shown

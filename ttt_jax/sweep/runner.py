@@ -1,29 +1,49 @@
-"""Runs points on this machine, some at a time."""
+"""Run points on this machine: a process for each, started again where that helps, and what is written down of it."""
 
 import collections
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from ttt_jax.sweep.point_run import PointRun
+from ttt_jax.errors import ConfigError
+from ttt_jax.storage.lock_file import NO_LOCKS
+from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.sweep import files, supervisor
+from ttt_jax.sweep.files import Record
 from ttt_jax.sweep.points import Point
-from ttt_jax.terminal.stopping import StopSignals
+from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART, StopSignals
 
+PROGRAM = (sys.executable, "-m", "ttt_jax")
+_LOG, _LOCK = "output.log", "process.lock"
+_TAIL = 1 << 14  # bytes
 _POLL = 0.1  # seconds
+_LONGEST_PAUSE = 60.0  # seconds before a point is started again
+_BUSY_PAUSE = 1.0
 
 
 def run(
     points: Sequence[Point],
-    make: Callable[[Point, Mapping[str, str]], PointRun],
+    make: Callable[[Point, Mapping[str, str]], "PointRun"],
     environments: Sequence[Mapping[str, str]],
     tell: Callable[[str], None],
 ) -> signal.Signals | None:
-    """Runs all points; returns the signal that stopped it, if one did.
+    """Run all points; return the signal that stopped the sweep, if one did.
 
     The first SIGINT or SIGTERM is passed on to the points, which save; the second one ends all at once.
 
     Args:
-      make: a point and what to add to its environment, to its run.
+      make: from a point, and what to add to its environment, to its run.
       environments: of each of the points that run at a time.
       tell: is given a line of text.
     """
@@ -41,11 +61,184 @@ def run(
                 for place, environment in enumerate(environments):
                     if place not in running and waiting and not stop.received:
                         running[place] = make(waiting.popleft(), environment)
-                for place, each in list(running.items()):
-                    if each.poll() is not None:
-                        del running[place]
+                running = {place: each for place, each in running.items() if each.poll() is None}
                 time.sleep(_POLL)
         finally:
             for each in running.values():
                 each.kill()
     return stop.received
+
+
+class PointRun:
+    """Run the process of a point, and again where it ends with status 75; nothing happens but in :meth:`poll`.
+
+    The process holds a lock on the folder for as long as it lives, whatever becomes of the sweep. It is a session of
+    its own, so that Ctrl-C reaches it through the sweep alone.
+
+    Args:
+      directory: of the sweep; the point has a folder in it.
+      local: the same, or a folder of this machine for log and lock where ``directory`` is in a bucket.
+      command: program and arguments.
+      environment: what to add to that of this process.
+      cwd: where the process runs; None is here.
+      restarts: how often it is started again.
+      tell: is given a line of text now and then.
+
+    Attributes:
+      ended: the record of its end; None so far.
+    """
+
+    def __init__(
+        self,
+        point: Point,
+        directory: Workdir,
+        local: Path,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        restarts: int = 10,
+        tell: Callable[[str], None] = print,
+    ):
+        self._point, self._workdir, self._folder = point, directory / point.name, local / point.name
+        self._command, self._environment, self._cwd = command, {**os.environ, **(environment or {})}, cwd
+        self._restarts, self._tell = restarts, tell
+        self._process: subprocess.Popen | None = None
+        self._record = Record(files.RUNNING, point.steps)
+        self._due = 0.0  # of the monotonic clock
+        self._said_busy = False
+        self._stopped_as = ""
+        self.ended: Record | None = None
+
+    def poll(self) -> Record | None:
+        """Do what is due: start the process, or note its end. Return :attr:`ended`."""
+        if self._process is not None:
+            status = self._process.poll()
+            if status is not None:
+                self._note_end(status)
+        elif self.ended is None and self._stopped_as:
+            self._end(self._stopped_as)
+        elif self.ended is None and time.monotonic() >= self._due:
+            self._start()
+        return self.ended
+
+    def stop(self, number: int = signal.SIGTERM, state: str = files.STOPPED) -> None:
+        """Ask the process to save and to end; the point is then in this state, unless it is done or has failed."""
+        self._stopped_as = state
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """End the process at once, with all that it has started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / _LOCK).open("a+") as lock, (self._folder / _LOG).open("ab") as output:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not self._said_busy:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "another process"
+                    self._tell(f"{self._point.name}: waits for the end of {holder}, of an earlier sweep")
+                self._said_busy, self._due = True, time.monotonic() + _BUSY_PAUSE
+                return
+            except OSError as error:
+                if error.errno not in NO_LOCKS:  # without them, ttt train's own record in the folder is enough
+                    raise
+            self._log_start = output.seek(0, os.SEEK_END)
+            read, self._pipe = os.pipe()  # its end tells the supervisor that this process has died
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(read), *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment,
+                cwd=self._cwd,
+                pass_fds=[read, lock.fileno()],
+                start_new_session=True,
+            )
+            os.close(read)
+            lock.truncate(0)
+            lock.write(f"process {self._process.pid} on {socket.gethostname()}\n")
+        self._record = Record(files.RUNNING, self._point.steps, starts=self._record.starts + 1)
+        self._write(self._record)
+        again = f" (start {self._record.starts})" if self._record.starts > 1 else ""
+        self._tell(f"{self._point.name}: started{again}; {self._folder / _LOG}")
+
+    def _note_end(self, status: int) -> None:
+        os.close(self._pipe)
+        self._process = None
+        said = self._last_line()
+        self._record = dataclasses.replace(self._record, status=status, ended=time.time())
+        if status == DONE:
+            self._end(files.DONE)
+        elif self._stopped_as and (status in (RESTART, INTERRUPTED) or status < 0):
+            self._end(self._stopped_as)
+        elif status == RESTART and self._record.starts <= self._restarts:
+            self._due = time.monotonic() + min(2.0 ** (self._record.starts - 1), _LONGEST_PAUSE)
+            self._write(dataclasses.replace(self._record, state=files.STOPPED))
+            self._tell(f"{self._point.name}: is to be started again: {said}")
+        else:
+            self._end(files.FAILED, said)
+        if not is_local(self._workdir):
+            self._save(_LOG, self._copy_log)
+
+    def _end(self, state: str, said: str = "") -> None:
+        self.ended = dataclasses.replace(self._record, state=state, said=said)
+        if not self._record.starts:
+            return
+        self._write(self.ended)
+        took = duration(time.time() - self.ended.began)
+        why = f"{self.ended.exit_in_words()}: {said}" if state == files.FAILED else took
+        self._tell(f"{self._point.name}: {state}, {why}")
+
+    def _write(self, record: Record) -> None:
+        self._save(files.POINT, lambda: files.write_record(self._workdir, record))
+
+    def _copy_log(self) -> None:
+        with explained(self._workdir / _LOG):
+            (self._workdir / _LOG).write_bytes((self._folder / _LOG).read_bytes())
+
+    def _save(self, name: str, write: Callable[[], None]) -> None:
+        """Write a file. Storage that fails does not end other points; a point without a record runs again, all done."""
+        try:
+            write()
+        except OSError as error:
+            print(f"{self._workdir / name}: cannot be written: {error}", file=sys.stderr)
+
+    def _last_line(self) -> str:
+        """Return the last line that ``ttt`` itself wrote, or the last line of all; empty where nothing was written."""
+        with (self._folder / _LOG).open("rb") as file:
+            file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL))
+            text = file.read().decode(errors="replace")
+        lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+        own = [line for line in lines if re.match(r"ttt \w+: ", line)]
+        return (own or lines or [""])[-1]
+
+
+def gpu_shares(jobs: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+    """Return what to add to the environment of each of so many processes: an equal share of the GPUs, if there are any.
+
+    By itself, JAX takes all GPUs, and the memory of all.
+
+    Raises:
+      ConfigError: where there are more processes than GPUs.
+    """
+    if jobs == 1 or environment.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return [{}] * jobs
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        gpus = [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+    else:
+        gpus = [device.strip() for device in chosen.split(",") if device.strip()]
+    if not gpus:
+        return [{}] * jobs
+    if jobs > len(gpus):
+        raise ConfigError(f"--jobs {jobs}: this machine has {len(gpus)} GPUs; expected at most {len(gpus)}")
+    each = len(gpus) // jobs
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[job * each : (job + 1) * each])} for job in range(jobs)]

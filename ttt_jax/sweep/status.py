@@ -1,26 +1,39 @@
-"""Where the points of a sweep stand, from files alone: any machine that sees the folder can tell."""
+"""Tell where the points of a sweep stand, from files alone: on any machine that sees the folder."""
 
 import collections
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ttt_jax import finite
 from ttt_jax.storage import workdir_lock
 from ttt_jax.storage.workdir import Workdir
-from ttt_jax.sweep import files, metric, record, sweep_file
-from ttt_jax.sweep.points import Point
-from ttt_jax.sweep.process import in_words
-from ttt_jax.sweep.record import Record
+from ttt_jax.sweep import files, metric
+from ttt_jax.sweep.files import DONE, FAILED, RUNNING, STOPPED, STOPPED_EARLY
+from ttt_jax.sweep.points import Point, Value, value_text
+from ttt_jax.terminal.console import duration
 
 WAITING = "waiting"
+_STYLES = {
+    RUNNING: "cyan",
+    FAILED: "red",
+    STOPPED: "yellow",
+    STOPPED_EARLY: "magenta",
+    WAITING: "dim",
+    DONE: "green",
+}
 
 
 class Standing(NamedTuple):
     """Where a point stands.
 
     Attributes:
-      state: waiting, or one of :class:`~ttt_jax.sweep.record.Record`.
-      step: of the newest record of its metrics, 0 where there is none; ``loss`` and ``tokens_per_second`` are its.
+      state: waiting, or a state of :class:`~ttt_jax.sweep.files.Record`.
+      step: of its newest record, 0 where there is none; ``loss`` and ``tokens_per_second`` are of that record too.
       age: seconds since that record was written.
       note: why it failed.
     """
@@ -34,58 +47,114 @@ class Standing(NamedTuple):
     note: str = ""
 
 
-def in_short(standings: Sequence[Standing]) -> str:
-    """How many points are in which state."""
-    counts = collections.Counter(each.state for each in standings)
-    return f"{len(standings)} points: {', '.join(f'{count} {state}' for state, count in counts.items())}"
-
-
 def of_sweep(directory: Workdir) -> list[Standing]:
-    """Where each point of a sweep stands.
-
-    Raises:
-      ConfigError: where the folder holds no sweep.
-    """
-    sweep = sweep_file.expected(directory)
-    lives = is_at_work(directory)
-    return files.on_each(lambda point: of_point(directory / point.name, point, lives), sweep.points)
+    """Return where each point of a sweep stands; :class:`ConfigError` where the folder holds no sweep."""
+    sweep = files.read_sweep(directory)
+    is_live = is_at_work(directory)
+    return files.on_each(lambda point: of_point(directory / point.name, point, is_live), sweep.points)
 
 
 def is_at_work(directory: Workdir) -> bool:
-    """Return whether a command works on the sweep, as far as can be seen from here."""
+    """Return whether a command works on the sweep, as far as can be seen from this machine."""
     found = files.json_object(directory / workdir_lock.NAME)
     return found is not None and workdir_lock.is_live(found)
 
 
-def of_point(workdir: Workdir, point: Point, lives: bool) -> Standing:
-    """Where a point stands.
+def of_point(workdir: Workdir, point: Point, is_live: bool) -> Standing:
+    """Return where a point stands.
 
     Args:
-      lives: whether a command works on the sweep; of a point whose record says that it is running, nothing is without.
+      is_live: whether a command works on the sweep; without one, no point is running.
     """
-    known = record.read(workdir)
-    newest = files.records(workdir / "metrics.jsonl", newest=True)
-    state = _state(known, point, lives, bool(newest))
-    note = "" if known is None or state != record.FAILED else _reason(known)
+    record, newest = files.read_record(workdir), files.records(workdir, newest=True)
+    if record is None:
+        state, note = STOPPED if newest else WAITING, ""  # begun by hand, perhaps
+    else:
+        begun = record.state == RUNNING and not is_live
+        shorter = record.state == DONE and record.steps < point.steps  # the sweep has been made longer since
+        state = STOPPED if begun or shorter else record.state
+        killed = record.exit_in_words() if (record.status or 0) < 0 or not record.said else ""
+        note = "; ".join(filter(None, (killed, record.said))) if state == FAILED else ""
     if not newest:
         return Standing(point, state, note=note)
-    last, written = newest[-1], files.written(workdir / "metrics.jsonl")
-    age = None if written is None else max(0.0, time.time() - written)
-    step = point.steps if state == record.DONE else last["step"]  # records may be some steps apart
-    speed = metric.of_records(newest[-20:], "tokens_per_second").number  # that of one step says little
-    return Standing(point, state, step, next(iter(metric.numbers([last], "loss")), None), speed, age, note)
+    written = files.last_written(workdir)
+    return Standing(
+        point,
+        state,
+        step=point.steps if state == DONE else newest[-1]["step"],  # records may be some steps apart
+        loss=next(iter(metric.numbers(newest[-1:], "loss")), None),
+        tokens_per_second=metric.of_records(newest[-20:], "tokens_per_second").number,  # one step says little
+        age=None if written is None else max(0.0, time.time() - written),
+        note=note,
+    )
 
 
-def _state(known: Record | None, point: Point, lives: bool, has_records: bool) -> str:
-    if known is None:
-        return record.STOPPED if has_records else WAITING  # begun by hand, perhaps
-    if known.state == record.RUNNING and not lives:
-        return record.STOPPED
-    if known.state == record.DONE and known.steps < point.steps:
-        return record.STOPPED  # the sweep has been made longer since
-    return known.state
+# ---- Tables
 
 
-def _reason(known: Record) -> str:
-    parts = [in_words(known.status)] if known.status is not None and (known.status < 0 or not known.said) else []
-    return "; ".join([*parts, known.said] if known.said else parts)
+def in_short(standings: Sequence[Standing]) -> str:
+    """Return how many points are in which state."""
+    counts = collections.Counter(each.state for each in standings)
+    return f"{len(standings)} points: {', '.join(f'{count} {state}' for state, count in counts.items())}"
+
+
+def table(standings: Sequence[Standing], *, active_first: bool = False) -> Table:
+    """Return the table of ``ttt sweep status``.
+
+    Args:
+      active_first: begin with the points that run, as a terminal may not have a line for each.
+    """
+    if active_first:
+        standings = sorted(standings, key=lambda each: list(_STYLES).index(each.state))
+    has_notes = any(each.note for each in standings)
+    shown = new_table("point", "state", title=in_short(standings))
+    for name in ("step", "loss", "tokens/s", "last record"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    if has_notes:
+        shown.add_column("why", overflow="fold")
+    for each in standings:
+        shown.add_row(
+            each.point.name,
+            state_text(each.state),
+            f"{each.step}/{each.point.steps}",
+            number_text(each.loss, ".4f"),
+            number_text(each.tokens_per_second, ",.0f"),
+            "" if each.age is None else f"{duration(each.age)} ago",
+            *([Text(each.note)] if has_notes else []),
+        )
+    return shown
+
+
+def table_of_points(points: Sequence[Point], keys: Sequence[str]) -> Table:
+    """Return the table of ``ttt sweep --dry-run``."""
+    several = len({point.recipe for point in points}) > 1
+    shown = new_table("point", *["config"] * several)
+    for name in (*keys, "steps"):
+        shown.add_column(name, justify="right")
+    for point in points:
+        values = (key_value(point.values.get(key)) for key in keys)
+        shown.add_row(point.name, *[point.recipe] * several, *values, str(point.steps))
+    return shown
+
+
+def new_table(*columns: str, title: str | None = None) -> Table:
+    """Return a table with these columns and no rows."""
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def state_text(state: str) -> Text:
+    """Return a state in its colour."""
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def number_text(value: float | None, style: str) -> str:
+    """Return a number in a format; empty where there is none."""
+    return "" if value is None else finite.format_number(value, style)
+
+
+def key_value(value: Value | None) -> str:
+    """Return the value of a key as tables show it."""
+    return "" if value is None else value_text(value).removesuffix(".0")

@@ -1,12 +1,13 @@
-"""Runs a command that is asked to stop once the process that wanted it has died: it saves, and nobody is left behind.
+"""Run a command, and ask it to stop once the process that wanted it has died, so that it saves and ends.
 
     python supervisor.py PIPE COMMAND ARGUMENT...
 
-PIPE is a file descriptor that nobody writes to: it ends with whoever holds its other side, also where that was killed.
-SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its signal; where
-it is killed itself, the command gets SIGTERM (on Linux).
+PIPE is a file descriptor that nobody writes to: it ends when the process that holds its other side does, also if that
+was killed. SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its
+signal. If the supervisor itself is killed, the command gets SIGTERM (on Linux).
 
-It has one thread: a process hears of the death of every thread of its parent, and two SIGTERM are one too many.
+There is one thread: a process gets SIGTERM at the death of every thread of its parent, and at a second one it would not
+save.
 """
 
 import contextlib
@@ -15,71 +16,54 @@ import os
 import resource
 import select
 import signal
+import subprocess
 import sys
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+_POLL = 0.1  # seconds
 
 
 def main() -> None:
-    """Never returns."""
+    """Run the command, and end as it does."""
     pipe, command = int(sys.argv[1]), sys.argv[2:]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # none is lost before there is somebody to pass it to
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is a process to pass them to
     own = os.getpid()
-    process = os.fork()
-    if process == 0:
+
+    def prepare() -> None:
         os.close(pipe)
         with contextlib.suppress(OSError, AttributeError):  # where there is no such call
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != own:  # the supervisor was killed before the kernel was asked
+            os._exit(128 + signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _become(command, own)
+
+    process = subprocess.Popen(command, close_fds=False, preexec_fn=prepare)
     asked = []
 
     def pass_on(number: int, frame: object = None) -> None:
         asked.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
+        process.send_signal(number)
 
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
     for number in _PASSED_ON:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    watched = [pipe, woken]
-    while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            _end_like(os.waitstatus_to_exitcode(status))
-        ready, _, _ = select.select(watched, [], [], 1.0)
-        if woken in ready:
-            os.read(woken, 1024)
-        if pipe in ready:
-            watched.remove(pipe)
-            if not asked:  # a second one would not wait for it to save
+    watched = [pipe]
+    while process.poll() is None:
+        if select.select(watched, [], [], _POLL)[0]:
+            watched.clear()
+            if not asked:  # at a second one it would not save
                 pass_on(signal.SIGTERM)
-
-
-def _become(command: list[str], parent: int) -> None:
-    if os.getppid() != parent:  # which was killed before it was asked about
-        os._exit(128 + signal.SIGTERM)
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
-        os._exit(127)
+    _end_like(process.returncode)
 
 
 def _end_like(status: int) -> None:
-    """Ends this process with an exit status, or by a signal."""
     if status >= 0:
         os._exit(status)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the core of the command is enough
     with contextlib.suppress(OSError):  # SIGKILL needs no preparation
         signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
-    os._exit(128 - status)
 
 
 if __name__ == "__main__":

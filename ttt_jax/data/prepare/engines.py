@@ -3,18 +3,16 @@
 import collections
 import contextlib
 import ctypes
-import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ttt_jax import extras
+from ttt_jax import extras, ray_cluster
 from ttt_jax.data.prepare.job import Job, Part, tokenize
 from ttt_jax.data.prepare.records import Unit
 from ttt_jax.errors import ConfigError, DataError
@@ -71,46 +69,19 @@ def ray(address: str) -> Engine:
         raise ConfigError(f"--engine ray: needs Ray; {extras.install_command('ray')}") from error
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
-        connect(address)
+        ray_cluster.connect(address)
         try:
             remote = ray.remote(num_cpus=1, max_retries=5)(_tokenize_on_cluster)
             reference = ray.put(job)
             cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
             yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
         except ray.exceptions.RayError as error:
-            raise DataError(f"--engine ray: {last_line(error)}; the same command goes on where this one was") from error
+            said = ray_cluster.last_line(error)
+            raise DataError(f"--engine ray: {said}; the same command goes on where this one was") from error
         finally:
             ray.shutdown()
 
     return run
-
-
-def connect(address: str | None) -> None:
-    """Connects this process to a Ray cluster; None starts one of this machine.
-
-    Raises:
-      ConfigError: where there is no such cluster.
-    """
-    import ray
-
-    if address is None:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    _check_reachable(address)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--ray-address {address}: no such cluster ({last_line(error)})") from error
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes, and then ends the process."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "://" not in address:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            raise ConfigError(f"--ray-address {address}: no such cluster ({error})") from error
 
 
 def _in_order(units, submit: Callable[[str, Unit], Any], result: Callable[[Any], Part], workers: int):
@@ -167,9 +138,3 @@ def _tune() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-
-
-def last_line(error: Exception) -> str:
-    """What matters of an error of Ray, whose messages are long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
