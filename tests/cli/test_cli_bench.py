@@ -48,7 +48,7 @@ def test_refused_in_one_line(printed, rest):
 
 def test_settings_have_types():
     options = argparse.Namespace(function="m:f", set=["a=1", "b=0.5", "c=true", "d=f32", "e=1e-3", "f=x=y", "g=old"])
-    target = bench._target(options, [], "g=new,h=-2")
+    target = bench.target_of(options, [], "g=new,h=-2")
     assert target.settings == {
         "a": 1, "b": 0.5, "c": True, "d": "f32", "e": 1e-3, "f": "x=y", "g": "new", "h": -2,
     }  # fmt: skip
@@ -57,6 +57,6 @@ def test_settings_have_types():
 
 def test_keys_of_a_config_are_compared():
     options = argparse.Namespace(function=None, set=[])
-    target = bench._target(options, [*CONFIG.split(), "--config.seed=3"], "model.ttt.unroll=4,seed=5")
+    target = bench.target_of(options, [*CONFIG.split(), "--config.seed=3"], "model.ttt.unroll=4,seed=5")
     assert (target.config.model.ttt.unroll, target.config.seed) == (4, 5)
     assert str(target) == f"training step of {CONFIG.split()[1]}"

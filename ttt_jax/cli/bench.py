@@ -98,7 +98,7 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError("--compare: expected two or more of KEY=VALUE[,KEY=VALUE...]")
     if len(set(variants)) < len(variants):
         raise ConfigError(f"--compare {' '.join(variants)}: expected each once")
-    targets = [_target(options, list(rest), variant) for variant in variants]
+    targets = [target_of(options, list(rest), variant) for variant in variants]
     from ttt_jax.benchmark.tpu_schedule import report
     from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
     from ttt_jax.benchmark.tpu_schedule.schedule import measure
@@ -121,7 +121,7 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _target(options: argparse.Namespace, rest: list[str], variant: str) -> "Function | Step":
+def target_of(options: argparse.Namespace, rest: list[str], variant: str) -> "Function | Step":
     """What is to be compiled, with the settings of a variant."""
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
 
