@@ -168,16 +168,16 @@ def test_what_takes_the_place_of_the_result_of_an_earlier_step_says_so(tmp_path,
 
 
 def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):
-    assert catalogue.there_are(tmp_path / "eval") == ""
+    assert catalogue.known_results(tmp_path / "eval") == ""
     for count in (1, 2, 10):
         for i in range(count):
             folder = tmp_path / str(count)
             folder.mkdir(exist_ok=True)
             (folder / f"test-{i}.json").write_text("{}")
-    assert catalogue.there_are(tmp_path / "1") == "; there is test-0"
-    assert catalogue.there_are(tmp_path / "2") == "; there are test-0, test-1"
+    assert catalogue.known_results(tmp_path / "1") == "; there is test-0"
+    assert catalogue.known_results(tmp_path / "2") == "; there are test-0, test-1"
     eight = ", ".join(f"test-{i}" for i in range(8))
-    assert catalogue.there_are(tmp_path / "10") == f"; there are {eight} and 2 more"
+    assert catalogue.known_results(tmp_path / "10") == f"; there are {eight} and 2 more"
 
 
 # ---- Paired differences: on the same documents, what is common to both models cancels

@@ -1,1 +1,1 @@
-"""What a trained model knows: loss by token index, and pictures of it."""
+"""Measure what a trained model knows: loss by token index, its inner loop, and what it remembers."""

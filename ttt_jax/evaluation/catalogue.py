@@ -1,8 +1,9 @@
-"""Which results a run has in a folder, ``eval`` or ``inspect``, told apart by all that their numbers depend on.
+"""Name and find the results of a run in one of its folders, ``eval`` or ``inspect``.
 
-A result is NAME.json beside NAME.npz and NAME.csv, and NAME is ``[SOURCE-]SPLIT[-documents][-carried]-T[-at-STEP]``,
-such as ``validation-2048``. It does not say everything: which SOURCE of this name, how many windows. Where a result of
-this NAME is there already, and of other tokens, the new one is ``NAME-IDENTITY``: both are kept.
+A result is NAME.json beside NAME.npz and NAME.csv, where NAME is ``[SOURCE-]SPLIT[-documents][-carried]-T[-at-STEP]``,
+such as ``validation-2048``. NAME does not say everything: two datasets may share their last name, and the number of
+windows is not in it. Where the folder already holds a result of this NAME and of other tokens, the new result is
+``NAME-IDENTITY``, with a hash of all that its numbers depend on, and both are kept.
 """
 
 import hashlib
@@ -16,13 +17,14 @@ from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.evaluation import result_files
 from ttt_jax.storage.json_files import DamagedFile, warn_once
 from ttt_jax.storage.workdir import Workdir, explained
+from ttt_jax.terminal.console import first_few
 
 _MOST_LISTED = 8
 _IDENTITY = ("fingerprint", "split", "of", "carried", "chains", "context", "windows")
 
 
 class Entry(NamedTuple):
-    """A result: its NAME, its context, and what its JSON says of it (nothing, where that is damaged)."""
+    """A result: its NAME, its context, and the content of its JSON file (empty where that is damaged)."""
 
     stem: str
     context: int
@@ -41,50 +43,50 @@ def name(
     """Return the NAME of a result.
 
     Args:
-      source: where the data is another than that of the run.
-      step: where the checkpoint was asked for by its step, rather than as the newest.
+      source: the dataset, if it is not that of the run.
+      step: the step of the checkpoint, if it was asked for by its step rather than as the newest.
     """
     kind = "-documents" * by_document + "-carried" * carried
     return f"{_prefix(source)}{split}{kind}-{context}" + ("" if step is None else f"-at-{step}")
 
 
 def place(folder: Workdir, stem: str, about: dict[str, Any]) -> str:
-    """Return the NAME under which a result is saved: another than ``stem`` where that one is of other tokens."""
-    there = _about(folder / f"{stem}.json")
-    if there and any(there[key] != about[key] for key in _IDENTITY if key in there and key in about):
+    """Return the NAME to save a result under: ``stem``, or ``stem-IDENTITY`` where ``stem`` is of other tokens."""
+    present = _about(folder / f"{stem}.json")
+    if present and any(present[key] != about[key] for key in _IDENTITY if key in present and key in about):
         stem = f"{stem}-{short_hash([about.get(key) for key in _IDENTITY])}"
-        there = _about(folder / f"{stem}.json")
-    if there and there.get("step", about.get("step")) != about.get("step"):
-        warn_once(f"{folder / stem}.json: in place of the result of step {there['step']}; --step keeps one of each")
+        present = _about(folder / f"{stem}.json")
+    if present and present.get("step", about.get("step")) != about.get("step"):
+        warn_once(f"{folder / stem}.json: in place of the result of step {present['step']}; --step keeps one of each")
     return stem
 
 
 def short_hash(identity: Any) -> str:
-    """Return eight hexadecimal digits that warn_once JSON from other JSON."""
+    """Return a hash of JSON, eight hexadecimal digits."""
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def absolute(source: str) -> str:
-    """Return the path of a dataset as it is from everywhere; URLs and names such as ``embedded`` are so already."""
+    """Return the absolute path of a dataset; leave URLs and names such as ``embedded`` as they are."""
     return os.path.realpath(source) if os.path.isdir(source) or os.path.isabs(source) else source.rstrip("/")
 
 
 def find(folder: Workdir, split: str, context: int | None = None, **kind: Any) -> Entry | None:
-    """Return the one result of this kind; of the longest context that there is, where none is given; None for none.
+    """Return the one result of a kind, or None; of the longest context in the folder if no context is given.
 
     Args:
-      kind: as of :func:`entries`.
+      kind: the keyword arguments of :func:`entries`.
 
     Raises:
-      ConfigError: where there are several, with their names.
+      ConfigError: where several results match, with their names.
     """
     found = entries(folder, split, context, **kind)
     longest = max((entry.context for entry in found), default=None)
     found = [entry for entry in found if entry.context == longest]
     if len({entry.about.get("fingerprint") for entry in found}) > 1:
-        known = kind.get("source") or found[0].about.get("source_path")
-        now = _fingerprint(known, split) if known else None  # of a dataset that was made anew in its place
-        found = [entry for entry in found if now and entry.about.get("fingerprint") == now] or found
+        source = kind.get("source") or found[0].about.get("source_path")
+        current = _fingerprint(source, split) if source else None  # the dataset may have been made anew in its place
+        found = [entry for entry in found if current and entry.about.get("fingerprint") == current] or found
     if len(found) > 1:
         listed = ", ".join(f"{entry.stem} ({_words(entry.about)})" for entry in found)
         raise ConfigError(
@@ -104,13 +106,13 @@ def entries(
     chains: int | None = None,
     **kind: Any,
 ) -> list[Entry]:
-    """Return the results of a kind, of one context or all.
+    """Return the results of a kind, of one context or of all.
 
     Args:
-      source: another dataset than that of the run, by its path; where results do not know the path, or another one, by
-        its content.
-      windows: windows or documents that were read, or that were asked for with ``--max-windows``.
-      chains: of a carried state.
+      source: a dataset other than that of the run, by its path; results without a path, or with another path, are
+        compared by content.
+      windows: the number of windows or documents, read or asked for with ``--max-windows``.
+      chains: the number of chains of a carried state.
       kind: the other arguments of :func:`name`.
     """
     form = re.escape(name(split, 0, **kind)).replace("-0", r"-(\d+)", 1)
@@ -133,33 +135,30 @@ def stems(folder: Workdir) -> list[str]:
         return sorted(path.name.removesuffix(".json") for path in folder.glob("*.json"))
 
 
-def there_are(folder: Workdir) -> str:
-    """Return which results a folder holds, as the next part of a message; empty where it holds none."""
-    found = stems(folder)
-    if not found:
-        return ""
-    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
-    return f"; {'there is' if len(found) == 1 else 'there are'} {', '.join(found[:_MOST_LISTED])}{more}"
+def known_results(folder: Workdir) -> str:
+    """Return the names of the results in a folder as a part of a message: "; there is validation-2048", or ""."""
+    known = stems(folder)
+    return f"; there {'is' if len(known) == 1 else 'are'} {first_few(known, _MOST_LISTED)}" if known else ""
 
 
 def _of_source(found: list[Entry], source: str, split: str) -> list[Entry]:
-    at = [entry for entry in found if _path(entry.about, split) == absolute(source)]
-    if at:
-        return at
-    known = any(entry.about.get("fingerprint") for entry in found)
-    fingerprint = _fingerprint(source, split) if known else None  # a bucket is asked only where the answer counts
+    of_path = [entry for entry in found if _path(entry.about, split) == absolute(source)]
+    if of_path:
+        return of_path
+    comparable = any(entry.about.get("fingerprint") for entry in found)
+    fingerprint = _fingerprint(source, split) if comparable else None  # which may read from a bucket
     if fingerprint:
         return [entry for entry in found if _same_content(entry, fingerprint, source)]
     return [e for e in found if _path(e.about, split) is None and e.stem.startswith(_prefix(source))]
 
 
 def _same_content(entry: Entry, fingerprint: str, source: str) -> bool:
-    there = entry.about.get("fingerprint")
-    return there == fingerprint if there else entry.stem.startswith(_prefix(source))
+    known = entry.about.get("fingerprint")
+    return known == fingerprint if known else entry.stem.startswith(_prefix(source))
 
 
 def _path(about: dict[str, Any], split: str) -> str | None:
-    """Return the path of the dataset that a result is of; None where it is not known, or only from some folder."""
+    """Return the absolute path of the dataset of a result; None if the result does not say it."""
     if "source_path" in about:
         return about["source_path"]
     typed = str(about.get("source", "")).removesuffix(f"/{split}")  # of earlier versions
@@ -167,7 +166,7 @@ def _path(about: dict[str, Any], split: str) -> str | None:
 
 
 def _fingerprint(source: str, split: str) -> str | None:
-    """Return the fingerprint of a dataset; None where there is none to be read."""
+    """Return the fingerprint of a dataset; None if it cannot be read."""
     try:
         return named_sources.load(source, split).fingerprint()
     except (ConfigError, DataError):
@@ -175,12 +174,12 @@ def _fingerprint(source: str, split: str) -> str | None:
 
 
 def _about(path: Workdir) -> dict[str, Any] | None:
-    """Return what a JSON file says; nothing where it is damaged, None where it is not there."""
+    """Return the content of a JSON file; empty if it is damaged, None if it does not exist."""
     try:
         return result_files.about(path)
     except FileNotFoundError:
         return None
-    except DamagedFile:  # whoever reads this result tells
+    except DamagedFile:  # reading the result itself reports the damage
         return {}
 
 

@@ -112,7 +112,7 @@ def found(workdir: Workdir, split: str, context: int | None = None, **kind: Any)
         workdir_lib.check_exists(workdir)
         length = "" if context is None else f" with context {context}"
         raise ConfigError(
-            f"{workdir}: no evaluation of the {split} split{length}{catalogue.there_are(workdir / 'eval')}; run: "
+            f"{workdir}: no evaluation of the {split} split{length}{catalogue.known_results(workdir / 'eval')}; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
             f"{_options(**kind)}"
         )

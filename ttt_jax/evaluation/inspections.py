@@ -156,7 +156,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
         raise ConfigError(
             f"{workdir}: no inner-loop diagnostics of the {split} split"
             + ("" if context is None else f" with context {context}")
-            + f"{catalogue.there_are(workdir / 'inspect')}"
+            + f"{catalogue.known_results(workdir / 'inspect')}"
             + f"; run: ttt inspect --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
             + " --by-document" * kind.get("by_document", False)
             + ("" if step is None else f" --step {step}")

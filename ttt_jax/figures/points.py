@@ -16,6 +16,7 @@ from ttt_jax.figures.style import Style
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.sweep import files
+from ttt_jax.terminal.console import first_few
 from ttt_jax.training import run_config
 
 
@@ -107,8 +108,7 @@ def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
     longer = workdir_lib.names([point.workdir for point in points])
     names = [name for name, point in zip(longer, points, strict=True) if not math.isfinite(perplexity_of(point))]
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        text = f"{finite.NOT_FINITE}: {', '.join(names[:3])}{more}"
+        text = f"{finite.NOT_FINITE}: {first_few(names, 3)}"
         axes.text(0.02, 0.02, style.literal(text), transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
 
 
@@ -190,7 +190,7 @@ def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
     if entry is None:
         raise ConfigError(
             f"{workdir}: no evaluation of the {split} split at its own context"
-            f"{catalogue.there_are(workdir / 'eval')}; run: "
+            f"{catalogue.known_results(workdir / 'eval')}; run: "
             f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
         )
     path = workdir / "eval" / f"{entry.stem}.json"

@@ -25,8 +25,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names in one line, and a sign that there are more."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    """Return the first names in one line, and how many more there are: ``a, b and 3 more``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def duration(seconds: float) -> str:

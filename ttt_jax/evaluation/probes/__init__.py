@@ -1,1 +1,1 @@
-"""Probes of what a model remembers: needles in haystacks of text, and synthetic tasks it was trained on."""
+"""Probe what a model remembers: needles in haystacks of text, and the synthetic task it was trained on."""
