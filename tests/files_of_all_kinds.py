@@ -103,8 +103,7 @@ def config_of(root: Path) -> Any:
     """Return the config of the run."""
     config = config_lib.default()
     for key, value in {**SETTINGS, "data.source": str(root / "dataset")}.items():
-        section, name = key.split(".")
-        config[section][name] = value
+        config_lib.set_value(config, key, value)
     config_lib.validate(config)
     return config
 

@@ -132,6 +132,27 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def value_of(tree: Any, key: str) -> Any:
+    """Return the value of a dotted key in nested mappings, such as a config or the JSON of one.
+
+    Raises:
+      KeyError: where a part of the key does not exist.
+    """
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def set_value(tree: Any, key: str, value: Any) -> None:
+    """Set the value of a dotted key in nested mappings; of a config also one that a method hides, such as ``update``.
+
+    Raises:
+      KeyError: where a section of the key does not exist.
+    """
+    section, _, name = key.rpartition(".")
+    (value_of(tree, section) if section else tree)[name] = value
+
+
 def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys whose values differ between two nested dicts, with both values; None is a missing key."""
     found = {}

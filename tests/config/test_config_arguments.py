@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from parsing import CONFIGS, QUICKSTART, error_of, parse
 
 from ttt_jax import config as config_lib
-from ttt_jax.config import ConfigError
+from ttt_jax.config import ConfigError, arguments
 
 NAMES = list(config_lib.settings())
 
@@ -56,7 +56,7 @@ def test_forms_of_arguments(arguments, key, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.seed"], "seed: expected a value, as in --config.seed=VALUE"),
+        (["--config.seed"], "seed: missing value; expected --config.seed=VALUE"),
         (["--noconfig.seed"], "'--noconfig.seed': unexpected argument; expected --config.seed=VALUE"),
         (["--noconfig.model.remat=none"], "'--noconfig.model.remat=none': unexpected argument; expected "),
         (["--noconfig.model"], "model=: is a section; expected one of its keys, such as model.mixer"),
@@ -140,3 +140,34 @@ def test_any_text_gives_a_config_or_one_line(key, value):
         assert config.is_locked
         config_lib.validate(config)
         json.dumps(config.to_dict(), allow_nan=False)
+
+
+# ---- Arguments of a whole command
+
+
+COMMAND = [
+    "--jobs",
+    "2",
+    "--config",
+    "a.py:x",
+    "--noconfig.log.tensorboard",
+    "--config=b.py",
+    "--config.seed",
+    "3",
+    "-q",
+]
+
+
+def test_the_arguments_about_the_config_are_told_from_others():
+    assert arguments.about_config(COMMAND) == COMMAND[2:]
+    assert arguments.count_files(COMMAND) == 2
+    assert arguments.split_arguments(COMMAND[2:]) == (
+        ("a.py:x", "b.py"),
+        (("log.tensorboard", "false"), ("seed", "3")),
+    )
+
+
+def test_config_files_are_replaced_in_a_command():
+    changed = arguments.replace_files(COMMAND, lambda file: f"there/{file}")
+    assert changed == [*COMMAND[:3], "there/a.py:x", COMMAND[4], "--config=there/b.py", *COMMAND[6:]]
+    assert arguments.replace_files(["--config"], str.upper) == ["--config"]

@@ -70,6 +70,5 @@ def test_only_milestones_may_be_empty(config):
 def test_bad_durations(config, text):
     for key in ("checkpoint.every", "training.duration"):
         with config.unlocked():
-            section, name = key.split(".")
-            config[section][name] = text
+            config_lib.set_value(config, key, text)
         assert error_of(config_lib.steps, config, key).startswith(f"{key}={text!r}: expected a duration")

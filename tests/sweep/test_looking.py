@@ -13,6 +13,7 @@ import pytest
 from matplotlib import image
 
 from ttt_jax import cli
+from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.figures import sweep_metric
 from ttt_jax.sweep import files, metric, results, status
@@ -31,8 +32,7 @@ def add(folder, name, values, losses=(), state=None, recipe="r.py", steps=STEPS,
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         config = {"seed": 0, "optimizer": {"peak_lr": 0.1, "warmup": "10%"}}
         for key, value in values.items():
-            section, _, last = key.rpartition(".")
-            (config[section] if section else config)[last] = value
+            config_lib.set_value(config, key, value)
         (workdir / "config.json").write_text(json.dumps(config))
     if state:
         files.write_record(workdir, Record(state, steps, **more))

@@ -30,11 +30,7 @@ def tiny_config():
     def make(changes=None):
         config = config_lib.default()
         for key, value in {**TINY, **(changes or {})}.items():
-            *sections, name = key.split(".")
-            section = config
-            for part in sections:
-                section = section[part]
-            section[name] = value
+            config_lib.set_value(config, key, value)
         config_lib.validate(config)
         return config
 

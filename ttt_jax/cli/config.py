@@ -42,9 +42,9 @@ class Parser(argparse.ArgumentParser):
         """Return the help; the keys of the config have the values of the file that the command names."""
         if not self.takes_config:
             return super().format_help()
-        arguments = _of_config(self._arguments)
+        arguments = config_lib.about_config(self._arguments)
         try:
-            config = config_lib.from_arguments(arguments) if _files(arguments) == 1 else None
+            config = config_lib.from_arguments(arguments) if config_lib.count_files(arguments) == 1 else None
         except ConfigError as error:
             self.exit(REFUSED, f"{self.prog}: {error}\n")
         return f"{super().format_help()}\n{manual(config)}\n"
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """End with a message of what is wrong; --config is named with whatever else is missing."""
         start = "the following arguments are required: "
-        if self.takes_config and message.startswith(start) and not _files(self._arguments):
+        if self.takes_config and message.startswith(start) and not config_lib.count_files(self._arguments):
             message = f"{start}--config, {message.removeprefix(start)}"
         super().error(message)
 
@@ -130,23 +130,6 @@ def _aligned(start: str, again: str, comment: str, width: int | None) -> Iterato
 def _width() -> int | None:
     """Return the width of the terminal; None for a file or another program."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _of_config(arguments: Sequence[str]) -> list[str]:
-    """Those of a command's arguments that say what its config is."""
-    found, left = [], list(arguments)
-    while left:
-        argument = left.pop(0)
-        if re.match("--?(no)?config([.=]|$)", argument):
-            found.append(argument)
-            if "=" not in argument and left and not left[0].startswith("-"):
-                found.append(left.pop(0))
-    return found
-
-
-def _files(arguments: Sequence[str]) -> int:
-    """How many config files arguments name."""
-    return sum(bool(re.match("--?config(=|$)", argument)) for argument in arguments)
 
 
 def _shown(value: Any) -> str:

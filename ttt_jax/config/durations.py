@@ -37,8 +37,7 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     Raises:
       ConfigError: where the text is no duration.
     """
-    section, name = key.split(".")
-    text = str(config[section][name]).strip()
+    text = str(settings.value_of(config, key)).strip()
     if not text and not _DEFAULTS[key]:
         return 0
     match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)

@@ -16,7 +16,7 @@ import ml_collections
 
 from ttt_jax.config import renamed, tree
 from ttt_jax.errors import ConfigError
-from ttt_jax.settings import flat, kind_in_words
+from ttt_jax.settings import flat, kind_in_words, set_value
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir
 
@@ -103,7 +103,7 @@ def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
     try:
         for key, value in flat(renamed.current(content)).items():
             tree.setting(key, value).check(key, value)
-            tree.set_value(config, key, value)
+            set_value(config, key, value)
         tree.validate(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

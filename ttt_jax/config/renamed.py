@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ttt_jax.config import tree
+from ttt_jax.settings import value_of
 
 # Of each key that is gone: its value, to the keys and values that mean the same now.
 RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -28,14 +29,12 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
         return config
     config = copy.deepcopy(config)
     for key, meaning in RENAMED.items():
-        *sections, name = key.split(".")
-        section = _section(config, sections)
+        section, name = _holder(config, key)
         if section is not None and name in section:
             for new, value in meaning(section.pop(name)).items():
-                *sections, name = new.split(".")
-                holder = _section(config, sections)
-                if holder is not None:
-                    holder.setdefault(name, value)
+                section_of_new, name_of_new = _holder(config, new)
+                if section_of_new is not None:
+                    section_of_new.setdefault(name_of_new, value)
     return _filled(config, tree.default().to_dict())
 
 
@@ -79,7 +78,11 @@ def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _section(config: Any, names: list[str]) -> dict[str, Any] | None:
-    for name in names:
-        config = config.get(name) if isinstance(config, dict) else None
-    return config if isinstance(config, dict) else None
+def _holder(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the section that holds a key, None where JSON of another shape has none, and the key's last part."""
+    section, _, name = key.rpartition(".")
+    try:
+        found = value_of(config, section) if section else config
+    except (KeyError, TypeError):
+        found = None
+    return (found if isinstance(found, dict) else None), name

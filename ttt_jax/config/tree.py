@@ -14,7 +14,7 @@ from ttt_jax import settings as settings_lib
 from ttt_jax.config import durations
 from ttt_jax.config.sections import SECTIONS
 from ttt_jax.errors import ConfigError
-from ttt_jax.settings import Setting
+from ttt_jax.settings import Setting, value_of
 
 if TYPE_CHECKING:
     from ttt_jax.mixers.mixer import Mixer
@@ -96,21 +96,6 @@ def may_change(key: str) -> bool:
 def changes_results(key: str) -> bool:
     """Return whether another value of a key makes another model of the same training, but for rounding."""
     return key not in settings() or settings()[key].changes_results
-
-
-def value_of(config: ml_collections.ConfigDict, key: str) -> Any:
-    """Return the value of a dotted key."""
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
-def set_value(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
-    """Set the value of a dotted key, also of one that a method of the tree hides, such as ``update``."""
-    *sections, name = key.split(".")
-    for part in sections:
-        config = config[part]
-    config[name] = value
 
 
 def own_learner(config: ml_collections.ConfigDict) -> str | None:

@@ -88,11 +88,7 @@ def training_flops(stated: Stated) -> float:
     model = {"num_layers": 12, "width": 768, "num_heads": 12, "mlp_width": 2048, "vocab_size": 32_000}
     settings = {f"model.{key}": value for key, value in model.items()} | {"data.sequence_length": CONTEXT}
     for key, value in (settings | dict(stated.config)).items():
-        section, _, name = key.rpartition(".")
-        holder = config
-        for part in section.split("."):
-            holder = holder[part]
-        holder[name] = CONTEXT if value is None else value
+        config_lib.set_value(config, key, CONTEXT if value is None else value)
     return _STEPS * counts.flops_per_step(config.model, CONTEXT, _TOKENS_PER_STEP // CONTEXT)
 
 
