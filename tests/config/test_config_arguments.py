@@ -145,17 +145,7 @@ def test_any_text_gives_a_config_or_one_line(key, value):
 # ---- Arguments of a whole command
 
 
-COMMAND = [
-    "--jobs",
-    "2",
-    "--config",
-    "a.py:x",
-    "--noconfig.log.tensorboard",
-    "--config=b.py",
-    "--config.seed",
-    "3",
-    "-q",
-]
+COMMAND = ["--jobs", "2", "--config", "a.py:x", "--noconfig.log.tensorboard", "--config=b.py", "--config.seed", "3"]
 
 
 def test_the_arguments_about_the_config_are_told_from_others():

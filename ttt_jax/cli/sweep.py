@@ -11,7 +11,6 @@ from pathlib import Path
 from ttt_jax import config as config_lib
 from ttt_jax import extras, import_path
 from ttt_jax.cli import launch
-from ttt_jax.config.arguments import pairs
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, cache_folder
@@ -202,18 +201,15 @@ def _split(lists: list[list[str]], rest: Sequence[str]) -> tuple[list[list[str]]
     argparse takes ``--config.KEY=VALUE`` for one more entry of a list before it where VALUE has a space.
     """
     swallowed = [text for texts in lists for text in texts if text.startswith("-")]
-    recipes: list[str] = []
+    recipes, values = config_lib.split_arguments([*rest, *swallowed])
     constant: dict[str, str] = {}
-    for key, text in pairs([*rest, *swallowed]):
-        if not key:
-            recipes.append(text)
-        elif key in constant:
+    for key, text in values:
+        if key in constant:
             raise ConfigError(f"--config.{key}={text}: {key} is set already; expected each key in one place")
-        else:
-            constant[key] = text
+        constant[key] = text
     if not recipes:
         raise ConfigError("--config: missing; expected a config file, such as --config configs/quickstart.py")
-    return [[text for text in texts if text not in swallowed] for texts in lists], recipes, constant
+    return [[text for text in texts if text not in swallowed] for texts in lists], list(recipes), constant
 
 
 def _check_engine(options: argparse.Namespace) -> None:
