@@ -26,7 +26,7 @@ REFUSED = {
     f"{SWEEP} --grid seed": "--grid seed: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3",
     f"{SWEEP} --grid seed=0,1 --config.seed=3": "--grid seed: is set by --config.seed already; expected each key in",
     f"{SWEEP} --config.seed=3 --config.seed=4": "--config.seed=4: seed is set already; expected each key in one place",
-    f"{SWEEP} --config.seed": "seed: expected a value, as in --config.seed=VALUE",
+    f"{SWEEP} --config.seed": "seed: missing value; expected --config.seed=VALUE",
     f"{SWEEP} --zip seed=0,1 log.every=5": "--zip: 2 of seed, 1 of log.every; expected as many values of each key",
     f"{SWEEP} --grid seed=0,zero": f"point {QUICKSTART}, seed=zero: seed=zero: expected an integer",
     f"{SWEEP} --grid model.num_heads=2,3": f"point {QUICKSTART}, model.num_heads=3: model.num_heads=3: does not divide",
