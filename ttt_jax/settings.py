@@ -32,6 +32,7 @@ def setting(
     below: float | None = None,
     changes_results: bool = True,
     may_change: bool | None = None,
+    takes_function: bool = False,
 ) -> Any:
     """Return a dataclass field of a config section.
 
@@ -42,12 +43,15 @@ def setting(
       least, above, below: bounds of a number: at least, more than, less than.
       changes_results: whether a model that is trained with another value would be another one, but for rounding.
       may_change: whether a run may go on with another value; by default where it changes no results.
+      takes_function: whether the value may be the import path of a function of the user's own
+        (:mod:`ttt_jax.import_path`).
     """
     metadata = {
         "meaning": meaning,
         "accepts": Accepts(tuple(among), least, above, below),
         "changes_results": changes_results,
         "may_change": not changes_results if may_change is None else may_change,
+        "takes_function": takes_function,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -95,6 +99,7 @@ class Setting(typing.NamedTuple):
     accepts: Accepts
     changes_results: bool
     may_change: bool
+    takes_function: bool
 
     def check(self, key: str, value: Any) -> None:
         """Raise :class:`ConfigError` where ``value`` is not of the type or not accepted. A key that is unset may be."""

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from ttt_jax import cli, import_path
-from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import trained
 from ttt_jax.models import language_model
 from ttt_jax.storage import json_files
 from ttt_jax.training import loop, resume, run_config
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.resume import LEARNER
 
 NAME = "ttt_learner_of_a_test:gated"
 SOURCE = "def gated(dense, x):\n    return dense(x, x.shape[-1])\n"
@@ -86,7 +86,7 @@ def _source_of(workdir):
 
 
 def test_the_hash_of_the_source_is_in_the_run_and_in_its_checkpoints(finished):
-    expected = import_path.source_hash(NAME, config_lib.LEARNER)
+    expected = import_path.source_hash(NAME, LEARNER)
     assert _source_of(finished) == expected
     checkpoints = Checkpoints(finished, read_only=True)
     assert checkpoints.meta(2)["config"]["model"]["ttt"]["learner_source"] == expected
@@ -113,7 +113,7 @@ def test_a_changed_source_is_recorded_once_it_is_accepted(copy, lab, tiny_config
         lab.write_text(SOURCE + "# another comment\n")
         assert loop.train(tiny_config(CHANGES), copy, accept_changed_learner=True).step == 2
         assert "has changed since the run began; accepted" in capsys.readouterr().err
-        assert _source_of(copy) == import_path.source_hash(NAME, config_lib.LEARNER) != before
+        assert _source_of(copy) == import_path.source_hash(NAME, LEARNER) != before
         trained.load(copy)  # although the checkpoint says what it was trained with
         assert loop.train(tiny_config(CHANGES), copy).step == 2
     finally:

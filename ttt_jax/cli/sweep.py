@@ -233,11 +233,11 @@ def _check_engine(options: argparse.Namespace) -> None:
 
 def _check_learners(configs, *, elsewhere: bool) -> None:
     """Raise ConfigError where a learner of the user's own is missing here, or on the machines of a cluster."""
-    for named in dict.fromkeys(config_lib.own_learner(config) for config in configs):
-        if named is not None and elsewhere:
-            import_path.check_sent(named, config_lib.LEARNER, Path.cwd())
-        elif named is not None:
-            import_path.source_file(named, config_lib.LEARNER)
+    for key, named in dict.fromkeys(item for config in configs for item in config_lib.own_functions(config).items()):
+        if elsewhere:
+            import_path.check_sent(named, key, Path.cwd())
+        else:
+            import_path.source_file(named, key)
 
 
 def _resources(texts: Sequence[str]) -> dict[str, float]:

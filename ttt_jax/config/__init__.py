@@ -1,4 +1,4 @@
-"""The config of a run: one locked tree of all sections, from the command line, files and JSON.
+"""Make the config of a run, one locked tree of all sections, from the command line, files or JSON.
 
 A config file is Python with ``get_config(arg="")`` that starts from :func:`default` and changes what it needs. Every
 key can be set from the command line too: ``--config.optimizer.peak_lr=1e-3``.
@@ -15,11 +15,10 @@ from ttt_jax.config.files import from_json as from_json
 from ttt_jax.config.sections import GENERATED as GENERATED
 from ttt_jax.config.sections import mesh_shape as mesh_shape
 from ttt_jax.config.sections import profiled_steps as profiled_steps
-from ttt_jax.config.tree import LEARNER as LEARNER
 from ttt_jax.config.tree import changes_results as changes_results
 from ttt_jax.config.tree import default as default
 from ttt_jax.config.tree import may_change as may_change
-from ttt_jax.config.tree import own_learner as own_learner
+from ttt_jax.config.tree import own_functions as own_functions
 from ttt_jax.config.tree import settings as settings
 from ttt_jax.config.tree import validate as validate
 from ttt_jax.errors import ConfigError as ConfigError

@@ -1,9 +1,8 @@
-"""Config files, which are Python, and configs of earlier runs, which are JSON."""
+"""Load config files, which are Python, and the configs of earlier runs, which are JSON."""
 
 import contextlib
 import importlib
 import itertools
-import re
 import runpy
 import sys
 import traceback
@@ -14,9 +13,9 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax.config import renamed, tree
+from ttt_jax.config import error_text, renamed, tree
 from ttt_jax.errors import ConfigError
-from ttt_jax.settings import flat, kind_in_words, set_value
+from ttt_jax.settings import flat, set_value
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir
 
@@ -24,9 +23,12 @@ _PACKAGE, _COUNT = "config_files_", itertools.count()
 
 
 def load(named: str) -> ml_collections.ConfigDict:
-    """Return what ``get_config(ARG)`` of ``FILE[:ARG]`` returns. Whatever fails in it is one line that names the place.
+    """Return the config that ``get_config(ARG)`` in ``FILE[:ARG]`` returns.
 
-    A file imports its neighbours as modules of a package do: ``from . import paper``.
+    A file may import others of its folder as a module of a package does: ``from . import paper``.
+
+    Raises:
+      ConfigError: for any error in the file: one line that names the file and, where it is known, the line.
     """
     name, *argument = named.split(":", 1)
     path = Path(name)
@@ -39,10 +41,11 @@ def load(named: str) -> ml_collections.ConfigDict:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{_place(error, path)}: {_said(error)}") from error
+        raise ConfigError(f"{_place(error, path)}: {error_text.describe(error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
-            f"{path}: expected a get_config() that returns a ConfigDict, as ttt_jax.config.default() does"
+            f"{path}: expected a function get_config() that returns a ConfigDict, such as that of "
+            "ttt_jax.config.default()"
         )
     try:
         tree.check_keys(config)
@@ -53,10 +56,10 @@ def load(named: str) -> ml_collections.ConfigDict:
 
 @contextlib.contextmanager
 def executed(path: Path) -> Iterator[dict[str, Any]]:
-    """Run a config file in a context, and give what it defines.
+    """Run a config file and yield the names that it defines.
 
-    Its folder is a package for as long as the context lasts, of a name that no other has: files are read anew each
-    time, and those of other folders may have the same names.
+    Within the context its folder is a package with a unique name, so that files are read anew each time and files in
+    different folders may have the same name.
     """
     package = types.ModuleType(f"{_PACKAGE}{next(_COUNT)}")
     package.__file__ = str(path.resolve().parent)  # for messages
@@ -71,7 +74,7 @@ def executed(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def names_of(path: Path) -> dict[str, Any]:
-    """Return what a config file defines."""
+    """Return the names that a config file defines, with their values."""
     with executed(path) as names:
         return names
 
@@ -79,11 +82,11 @@ def names_of(path: Path) -> dict[str, Any]:
 def from_json(path: Workdir) -> ml_collections.ConfigDict:
     """Return the config of an earlier run, from the ``config.json`` in its workdir.
 
-    Keys that have been added since then have their defaults, and those that have been renamed
-    (:mod:`ttt_jax.config.renamed`) their new names.
+    Keys that have been added since that run get their defaults; renamed keys (:mod:`ttt_jax.config.renamed`) get their
+    new names.
 
     Raises:
-      ConfigError: when the file is missing, cannot be read, is not JSON, or does not hold a valid config.
+      ConfigError: where the file is missing, cannot be read, is not JSON, or does not hold a valid config.
     """
     try:
         return from_dict(json_files.read_object(path), path)
@@ -92,13 +95,13 @@ def from_json(path: Workdir) -> ml_collections.ConfigDict:
 
 
 def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
-    """Return the config of an earlier run from what a file holds; raises as :func:`from_json`.
+    """Return the config of an earlier run from the content of a JSON file; raises as :func:`from_json` does.
 
     Args:
-      path: of the file, for messages.
+      path: the file, for messages.
     """
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: not the config of a run; expected an object of its sections")
+        raise ConfigError(f"{path}: not the config of a run; expected a JSON object with the sections of a config")
     config = tree.default()
     try:
         for key, value in flat(renamed.current(content)).items():
@@ -111,7 +114,7 @@ def from_dict(content: Any, path: Workdir) -> ml_collections.ConfigDict:
 
 
 def _place(error: Exception, path: Path) -> str:
-    """Return where in a config file, or in a neighbour that it imports, an error was raised."""
+    """Return the file and line of a config file, or of one that it imports, where an error was raised."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     place = str(path)
@@ -119,20 +122,3 @@ def _place(error: Exception, path: Path) -> str:
         if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
             place = f"{frame.f_code.co_filename}, line {line}"
     return place
-
-
-def _said(error: Exception) -> str:
-    """Return an error in one line. Those of ml_collections are long, and call a key by its last part alone."""
-    if isinstance(error, SyntaxError):
-        return error.msg
-    inner = error
-    while inner.args and isinstance(inner.args[0], Exception):
-        inner = inner.args[0]
-    text = str(inner.args[0] if inner.args else inner)
-    if match := re.match(r"(?:Key )?[\"'](\w+)[\"'](?: does not exist|\n|$)", text):
-        if advice := renamed.advice_for_name(match[1]):
-            return advice
-        return f"{match[1]}: unknown key; did you mean {tree.nearest(match[1])}?"
-    if match := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type.*<class '([\w.]+)'>$", text):
-        return f"{match[1]}={match[2]}: expected {kind_in_words(match[3].rpartition('.')[2])}"
-    return f"{type(error).__name__}: {' '.join(text.split())}"

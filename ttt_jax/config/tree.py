@@ -1,4 +1,4 @@
-"""The one tree of all sections: those of :mod:`ttt_jax.config.sections` and those of the registered mixers."""
+"""Assemble the tree of all sections: those of :mod:`ttt_jax.config.sections` and those of the registered mixers."""
 
 import difflib
 import functools
@@ -19,11 +19,9 @@ from ttt_jax.settings import Setting, value_of
 if TYPE_CHECKING:
     from ttt_jax.mixers.mixer import Mixer
 
-LEARNER = "model.ttt.learner"
-
 
 def default() -> ml_collections.ConfigDict:
-    """Return a config of all keys with their defaults. It is locked: a key that does not exist cannot be set."""
+    """Return a locked config with the default of every key; keys that do not exist cannot be set."""
     config = ml_collections.ConfigDict()
     for key, each in settings().items():
         section = config
@@ -36,7 +34,7 @@ def default() -> ml_collections.ConfigDict:
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Raise :class:`ConfigError` for the first thing that cannot be run."""
+    """Raise :class:`ConfigError` for the first value that is not accepted or does not go with the others."""
     for key, each in settings().items():
         each.check(key, value_of(config, key))
     for section in SECTIONS.values():
@@ -47,10 +45,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
     """Raise :class:`ConfigError` where a config does not have exactly the keys of :func:`default`."""
-    there = settings_lib.flat(config.to_dict())
-    for key, value in there.items():
+    present = settings_lib.flat(config.to_dict())
+    for key, value in present.items():
         setting(key, value)
-    if missing := [key for key in settings() if key not in there]:
+    if missing := [key for key in settings() if key not in present]:
         raise ConfigError(f"{missing[0]}: missing; expected a config that starts from ttt_jax.config.default()")
 
 
@@ -64,7 +62,7 @@ def setting(key: str, value: Any = "") -> Setting:
     """Return the setting of a dotted key.
 
     Args:
-      value: that it is to have, for the message.
+      value: the value that the key was to have, for the message.
 
     Raises:
       ConfigError: where the key does not exist, or is a section.
@@ -72,14 +70,14 @@ def setting(key: str, value: Any = "") -> Setting:
     if key in settings():
         return settings()[key]
     if inside := [known for known in settings() if known.startswith(f"{key}.")]:
-        said = " ".join(f"{key}={value}".split())
-        raise ConfigError(f"{said}: is a section; expected one of its keys, such as {inside[0]}")
+        assignment = " ".join(f"{key}={value}".split())  # in one line
+        raise ConfigError(f"{assignment}: is a section; expected one of its keys, such as {inside[0]}")
     (close,) = difflib.get_close_matches(key, settings(), 1, 0)
     raise ConfigError(f"{' '.join(key.split())}: unknown key; did you mean {close}?")
 
 
 def nearest(name: str) -> str:
-    """Return the key or section whose last part is most like a name."""
+    """Return the dotted key, or section, whose last part is most similar to a name."""
     ends: dict[str, str] = {}
     for key in settings():
         parts = key.split(".")
@@ -89,19 +87,19 @@ def nearest(name: str) -> str:
 
 
 def may_change(key: str) -> bool:
-    """Return whether a run may go on with another value of a key; a key that does not exist may not change."""
+    """Return whether a run may be continued with another value of a key; False for a key that does not exist."""
     return key in settings() and settings()[key].may_change
 
 
 def changes_results(key: str) -> bool:
-    """Return whether another value of a key makes another model of the same training, but for rounding."""
+    """Return whether training with another value of a key gives another model, apart from rounding."""
     return key not in settings() or settings()[key].changes_results
 
 
-def own_learner(config: ml_collections.ConfigDict) -> str | None:
-    """Return the import path of a learner of the user's own; None where the config has none."""
-    named = config.model.ttt.learner
-    return named if named is not None and import_path.is_import_path(named) else None
+def own_functions(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Return the import paths of the user's own functions, by the keys whose values they are."""
+    values = {key: value_of(config, key) for key, each in settings().items() if each.takes_function}
+    return {key: value for key, value in values.items() if value is not None and import_path.is_import_path(value)}
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
@@ -122,14 +120,14 @@ def _settings() -> Iterator[tuple[str, Setting]]:
 
 
 def _mixers() -> Mapping[str, "Mixer"]:
-    """Return the registry of mixers. It loads JAX, which commands do not wait for before they need a config."""
+    """Return the registry of mixers, imported late because it loads JAX, which takes seconds."""
     from ttt_jax.mixers import MIXERS
 
     return MIXERS
 
 
 def _pattern() -> ModuleType:
-    """Return the module that reads ``model.mixer``; it loads JAX too."""
+    """Return the module that reads ``model.mixer``, imported late because it loads JAX too."""
     from ttt_jax.models import pattern
 
     return pattern

@@ -1,7 +1,7 @@
 """What a job on other machines may not need, and what it needs to be installed."""
 
 from ttt_jax import import_path
-from ttt_jax.config import LEARNER, own_learner
+from ttt_jax.config import own_functions
 from ttt_jax.errors import ConfigError
 from ttt_jax.launch import places, versions
 from ttt_jax.launch.job import Job
@@ -29,21 +29,21 @@ def no_local_files(job: Job) -> None:
     """Raise ConfigError where the job reads files of this machine that are not sent."""
     places.check_variables(job.copied, job.environment)
     places.check_readable(job.places, job.checkout, versions.files(job.checkout))
-    if (named := learner(job)) is not None:
-        import_path.check_sent(named, LEARNER, job.checkout, versions.files(job.checkout))
+    for key, named in functions(job).items():
+        import_path.check_sent(named, key, job.checkout, versions.files(job.checkout))
     if job.config is not None and job.config.log.tensorboard and (job.workdir or "").startswith("gs://"):
         raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
 
 
-def learner(job: Job) -> str | None:
-    """Return the import path of a learner of the user's own, which is found here; None where the job has none.
+def functions(job: Job) -> dict[str, str]:
+    """Return the import paths of the user's own functions that the job's config names, by key; all are found here.
 
     Raises:
       ConfigError: where there is no such module.
     """
-    named = None if job.config is None else own_learner(job.config)
-    if named is not None:
-        import_path.source_file(named, LEARNER)
+    named = {} if job.config is None else own_functions(job.config)
+    for key, path in named.items():
+        import_path.source_file(path, key)
     return named
 
 

@@ -95,7 +95,7 @@ def check(options: argparse.Namespace, job: Job) -> None:
     """Raise ConfigError for what is missing. Local paths are right here: nodes and this machine share their files."""
     missing = options.gpus_per_node is None
     checks.required((missing, "--gpus-per-node", "how many GPUs each node has"), checks.command(job))
-    checks.learner(job)
+    checks.functions(job)
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError(f"--setup {options.setup}: no such file")
 

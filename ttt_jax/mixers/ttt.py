@@ -44,7 +44,9 @@ class Settings:
     )
     mini_batch: int = setting(16, "b, tokens per inner gradient step", least=1)
     learner: str | None = setting(
-        None, "linear, mlp, swiglu, or MODULE:NAME, a function of your own (docs/recipes.md); unset: that of the mixer"
+        None,
+        "linear, mlp, swiglu, or MODULE:NAME, a function of your own (docs/recipes.md); unset: that of the mixer",
+        takes_function=True,
     )
     learner_source: str = setting(
         "",

@@ -172,7 +172,7 @@ def _of_entry(model: ml_collections.ConfigDict, name: str, own: str) -> ml_colle
         if each is not None and not each.may_change:
             value = settings.parse(where, each.kind, text)
             each.accepts.check(f"model.mixer={model.mixer!r}: {name}: {key}", value)
-            if isinstance(value, str) and import_path.is_import_path(value):
+            if each.takes_function and import_path.is_import_path(value):
                 raise ConfigError(f"{where}: expected a function of this package; model.{section}.{key} takes yours")
             found[section][key] = value
         elif key in BLOCK_KEYS:

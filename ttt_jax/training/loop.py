@@ -82,7 +82,7 @@ def train(
     workdir = workdir_lib.at(workdir)
     about = {"config": config.to_dict(), "workdir": str(workdir), "versions": checkpoint.versions(), "code": _code()}
     process_checks.check_same(about)
-    if config_lib.own_learner(config) is not None:
+    if config_lib.own_functions(config):
         config = process_checks.on_all(lambda: resume.found(config, workdir, accept_changed_learner))
         process_checks.check_same({"model.ttt.learner_source": config.model.ttt.learner_source})
     prepared = process_checks.on_all(lambda: _prepare(config, workdir))

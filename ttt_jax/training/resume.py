@@ -12,6 +12,8 @@ from ttt_jax.storage.json_files import DamagedFile
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.training import run_config
 
+LEARNER = "model.ttt.learner"
+
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_changed_learner: bool = False) -> bool:
     """Check that the run in a workdir, if there is one, is that of a config.
@@ -85,11 +87,11 @@ def with_source(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     Raises:
       ConfigError: where there is no such module, or the config holds the hash of another source.
     """
-    if (named := config_lib.own_learner(config)) is None:
+    if (named := config_lib.own_functions(config).get(LEARNER)) is None:
         return config
     if config.model.ttt.learner_source:
-        import_path.check_unchanged(named, config_lib.LEARNER, config.model.ttt.learner_source)
-    return _with(config, import_path.source_hash(named, config_lib.LEARNER))
+        import_path.check_unchanged(named, LEARNER, config.model.ttt.learner_source)
+    return _with(config, import_path.source_hash(named, LEARNER))
 
 
 def is_changed(run: ml_collections.ConfigDict, accept: bool) -> bool:
@@ -102,12 +104,12 @@ def is_changed(run: ml_collections.ConfigDict, accept: bool) -> bool:
     Raises:
       ConfigError: where it is another one, or there is none.
     """
-    named, source = config_lib.own_learner(run), run.model.ttt.learner_source
+    named, source = config_lib.own_functions(run).get(LEARNER), run.model.ttt.learner_source
     if named is None or not source:
         return False
     if not accept:
-        import_path.check_unchanged(named, config_lib.LEARNER, source)
-    return import_path.source_hash(named, config_lib.LEARNER) != source
+        import_path.check_unchanged(named, LEARNER, source)
+    return import_path.source_hash(named, LEARNER) != source
 
 
 def record(workdir: Workdir, source: str) -> None:

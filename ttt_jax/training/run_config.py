@@ -48,8 +48,9 @@ def write(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
 def check_learner_outside(config: ml_collections.ConfigDict, workdir: Workdir) -> None:
     """Raise :class:`ConfigError` where a learner of the user's own lies in the workdir: a run is data, also that of a
     stranger, and nothing in it is ever run."""
-    if (named := config_lib.own_learner(config)) is not None and is_local(workdir):
-        import_path.check_outside(named, config_lib.LEARNER, str(workdir))
+    for key, named in config_lib.own_functions(config).items():
+        if is_local(workdir):
+            import_path.check_outside(named, key, str(workdir))
 
 
 def load(workdir: Workdir) -> ml_collections.ConfigDict:
