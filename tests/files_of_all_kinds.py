@@ -11,7 +11,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.data.prepare import engines, job, listing, tokenizer, train_bpe
 from ttt_jax.data.prepare.files import InputFile
 from ttt_jax.data.prepare.tokenize import tokenize
-from ttt_jax.evaluation.partial_results import Unfinished
+from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage.store import Store
 from ttt_jax.sweep import axes, points
@@ -53,7 +53,7 @@ def make(root: Path) -> None:
         cells.add(
             {"context": 64, "depth": depth, "share": 0.25, "asked": [{"answer": "7", "right": True}]}, {"step": 4}
         )
-    half = Unfinished(root / UNFINISHED, IDENTITY, LENGTHS)
+    half = PartialResults(root / UNFINISHED, IDENTITY, LENGTHS)
     for i in range(4):
         half.add(np.arange(8.0) + i)
         half.flush()

@@ -25,7 +25,7 @@ from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.evaluation import evaluations, inspections
-from ttt_jax.evaluation.partial_results import Unfinished
+from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
@@ -66,7 +66,7 @@ def made(tmp_path_factory) -> Path:
 def _restored(root: Path) -> list[np.ndarray]:
     """Restore a copy, for what is damaged is removed."""
     with _copy(root, UNFINISHED) as copy:
-        return Unfinished(copy, IDENTITY, LENGTHS).restore()
+        return PartialResults(copy, IDENTITY, LENGTHS).restore()
 
 
 def _newest(root: Path) -> Any:

@@ -154,7 +154,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_first(run, tmp_path, capsys):
 def test_a_run_on_text_has_no_task(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config_lib.default().to_dict()))
     assert ttt("probe", "task", "--workdir", tmp_path) == 2
-    assert "data.source='embedded': is no task to probe" in capsys.readouterr().err
+    assert "data.source='embedded': is not a task to probe" in capsys.readouterr().err
 
 
 def test_the_time_left_is_in_proportion_to_the_tokens(monkeypatch, capsys):

@@ -113,8 +113,8 @@ def test_what_models_and_sizes_are_called(tmp_path):
         ({"parameters": "x"}, 'parameters is "x"; expected what ttt eval or ttt inspect writes'),
         ({"step": True}, "step is true; expected what ttt eval or ttt inspect writes"),
         ({"config": []}, r"config is \[\]; expected what ttt eval or ttt inspect writes"),
-        ("workdir", "says nothing of workdir; expected what its command writes"),
-        ("training_flops", "says nothing of training_flops; expected what its command writes"),
+        ("workdir", "has no workdir; expected the keys that ttt eval or ttt inspect writes"),
+        ("training_flops", "has no training_flops; expected the keys that ttt eval or ttt inspect writes"),
     ],
 )
 def test_an_evaluation_that_says_something_else_is_named(tmp_path, change, said):

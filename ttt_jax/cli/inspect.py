@@ -95,11 +95,13 @@ def _table(blocks, layers, per_matrix=False):
     for name, key in (("at W0", "loss_at_w0"), ("before", "loss_before"), ("after", "loss_after")):
         columns[name] = [finite.format_number(getattr(x, key), ".4g") for x in layers]
     if any(x.explained is not None for x in layers):
-        columns["explained"] = [f"{x.explained:.1%}" for x in layers]
+        columns["explained"] = [finite.format_number(x.explained, ".1%") for x in layers]
     if any(x.weight_change is not None for x in layers):
-        columns["|W-W0|/|W0|"] = ["W0 = 0" if x.weight_change is None else f"{x.weight_change:.3f}" for x in layers]
+        columns["|W-W0|/|W0|"] = [
+            "W0 = 0" if x.weight_change is None else finite.format_number(x.weight_change, ".3f") for x in layers
+        ]
     for name, key in (("eta", "eta"), ("min", "eta_min"), ("max", "eta_max")):
-        columns[name] = [f"{getattr(x, key):.1e}" for x in layers]
+        columns[name] = [finite.format_number(getattr(x, key), ".1e") for x in layers]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Evaluates a trained model on a split: the loss of each token, by its position."""
+"""Evaluate a trained model on a split: compute the loss of each token, by its position."""
 
 import bisect
 import hashlib
@@ -16,26 +16,25 @@ from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import catalogue, losses, statistics
-from ttt_jax.evaluation import partial_results as unfinished_lib
+from ttt_jax.evaluation import catalogue, losses, partial_results, statistics
 from ttt_jax.evaluation.catalogue import name
 from ttt_jax.evaluation.evaluations import Evaluation, from_summary
-from ttt_jax.evaluation.partial_results import Unfinished
+from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import counts, pattern
 
 
 class What(NamedTuple):
-    """What is to be evaluated.
+    """The tokens to evaluate a model on.
 
     Attributes:
-      context: T. Windows of T tokens, or documents up to T tokens.
+      context: T; windows have T tokens, documents up to T.
       split: of the dataset.
-      most: windows or documents, spread evenly over the split; all, where it has no more.
-      by_document: documents, each from its beginning and a fresh state, rather than windows.
-      chains: where not 0, documents in so many chains: each begins with the state that the one before it left.
-      source: another dataset than the run's own.
+      most: the number of windows or documents, spread evenly over the split; all of them if it has fewer.
+      by_document: read documents, each from its beginning and a fresh state, rather than windows.
+      chains: if not 0, read documents in so many chains: each document starts from the state its predecessor left.
+      source: a dataset other than that of the run.
     """
 
     context: int
@@ -46,7 +45,7 @@ class What(NamedTuple):
     source: str | None = None
 
     def stem(self, step: int | None) -> str:
-        """The name of its files."""
+        """Return the name of the files of the evaluation (:func:`catalogue.name`)."""
         by_document, carried = self.by_document or bool(self.chains), bool(self.chains)
         return name(self.split, self.context, by_document=by_document, carried=carried, source=self.source, step=step)
 
@@ -61,28 +60,26 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation | None:
-    """The loss by token index of one checkpoint, whatever the sizes of batches and pieces and the mesh.
+    """Return the loss by token index of one checkpoint; None on all processes but the first.
 
-    What is found is kept in the workdir meanwhile, so that the same call goes on where it was stopped. On many
-    processes all make the same call.
+    Results do not depend on batch size, piece length or mesh. Losses are kept in the workdir until all are computed, so
+    that the same call resumes after an interruption. All processes must make the same call.
 
     Args:
-      batch_size: sequences at a time; None is about as many tokens as a training step has.
-      piece_length: tokens at a time, the state carried from piece to piece; None is the training context.
-      stem: of the files that are going to be written.
-      progress: is called with tokens done and tokens in all.
-      check: is called by the first process before it writes something down, and raises where it must not.
-
-    Returns:
-      None on all processes but the first.
+      batch_size: sequences per batch; by default, about as many tokens as a training step has.
+      piece_length: tokens per piece, the state carried from piece to piece; by default, the training context.
+      stem: the name of the files that will hold the evaluation.
+      progress: called with the number of tokens done and the total.
+      check: called by the first process before it writes to the workdir; raises if it must not write.
 
     Raises:
-      ConfigError: where there is no such data, nothing in it is to be predicted, or the model cannot read it so.
+      ConfigError: if the data does not exist, has nothing to predict, or cannot be read by the model in this way.
     """
     data = _data(trained, what)
     sequences, counted, skipped = _with_targets(data, _sequences(trained, data, what), what)
+    # Sequences of about the same length are read side by side.
     longest_first = sorted(range(len(sequences)), key=lambda i: -sequences_lib.length(sequences[i]))
-    order = [sequences[i] for i in longest_first]  # those that are read side by side are about as long
+    order = [sequences[i] for i in longest_first]
     lengths = [sequences_lib.length(sequence) for sequence in order]
     piece_length = min(piece_length or trained.config.data.sequence_length, lengths[0])
     if batch_size is None:
@@ -91,15 +88,15 @@ def evaluate(
 
     spans = hashlib.blake2b(repr(sequences).encode(), digest_size=8).hexdigest()
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
-    if source := trained.config.model.ttt.learner_source:  # which may change while the checkpoint stays
+    if source := trained.config.model.ttt.learner_source:  # may change without a new checkpoint
         identity["learner"] = source
-    folder = unfinished_lib.folder(trained.workdir / "eval", stem or what.stem(None), identity, ("data", "sequences"))
-    unfinished = Unfinished(folder, identity, lengths, check)
+    folder = partial_results.folder(trained.workdir / "eval", stem or what.stem(None), identity, ("data", "sequences"))
+    partial = PartialResults(folder, identity, lengths, check)
     first = jax.process_index() == 0
     found: list[np.ndarray] = []
 
     def restore():
-        found.extend(unfinished.restore())
+        found.extend(partial.restore())
         return len(found)
 
     done = Exchange("evaluation", ConfigError).on_first(restore)
@@ -114,16 +111,16 @@ def evaluate(
                 progress(tokens, total)
                 if first:
                     found.append(nll)
-                    unfinished.add(nll)
+                    partial.add(nll)
     finally:
         if first and len(found) < len(order):
-            unfinished.flush()
+            partial.flush()
     if not first:
         return None
     by_sequence = [found[place] for place in np.argsort(longest_first)]
     summary = statistics.summarise(_segments(data, sequences, by_sequence, counted), what.context)
     evaluation = from_summary(_about(trained, what, data, sequences, summary, skipped), summary)
-    unfinished.remove()
+    partial.remove()
     return evaluation
 
 
@@ -143,8 +140,8 @@ def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
         if any("time" in axes for axes in jax.tree.leaves(trained.model.state_axes())):
             raise ConfigError(
                 f"--carry-state: {trained.workdir} is a {pattern.describe(trained.config.model)}, whose state grows "
-                "with all that it has read; "
-                "expected a model with a state of one size, such as model.mixer=ttt_linear"
+                "with the number of tokens read; expected a model with a state of fixed size, such as "
+                "model.mixer=ttt_linear"
             )
         found = sequences_lib.chains(data, what.context, what.most, what.chains)
     elif what.by_document:
@@ -157,10 +154,10 @@ def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
 
 
 def _with_targets(data: TokenSource, sequences: Sequences, what: What) -> tuple[Sequences, list[np.ndarray], int]:
-    """Return the sequences with something to predict, which of their targets count, and how many have nothing.
+    """Return the sequences that have targets, the mask of targets of each, and the number of sequences left out.
 
     Raises:
-      ConfigError: where none has.
+      ConfigError: if no sequence has a target.
     """
     documents = what.by_document or bool(what.chains)
     counted = [sequences_lib.counted(data, sequence) for sequence in sequences]
@@ -178,7 +175,7 @@ def _with_targets(data: TokenSource, sequences: Sequences, what: What) -> tuple[
 def _segments(
     data: TokenSource, sequences: Sequences, nll: list[np.ndarray], counted: list[np.ndarray]
 ) -> list[Segment]:
-    """Return losses by document. Where a source does not know its documents, each span is taken for one."""
+    """Return losses by document; each span counts as a document if the source does not know its documents."""
     known = data.documents is not None or data.bos is not None
     starts = sequences_lib.starts(data).tolist() if known else []
     found = []

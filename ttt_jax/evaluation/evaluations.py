@@ -1,11 +1,14 @@
-"""Evaluations as files: ``WORKDIR/eval/NAME.json``, ``.npz`` and ``.csv``.
+"""Hold, save, read and compare evaluations: ``WORKDIR/eval/NAME.json``, ``.npz`` and ``.csv``.
 
-NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
+NAME is, for example, ``validation-2048``; see :mod:`ttt_jax.evaluation.catalogue`.
 
-``.json``  what was evaluated, the means of all tokens, and the config of the run
+``.json``  model, checkpoint and data of the evaluation, means over all tokens, and the config of the run
 ``.npz``   by position: position, loss, standard_error, count [T]; by bin: bin_first, bin_last (positions, from 1),
            bin_loss, bin_standard_error, bin_low, bin_high, bin_count [K]; document_sums, document_counts [documents, K]
 ``.csv``   a line for each position
+
+Comparisons are paired. Documents that are hard for one model are hard for the other, so the error of the difference of
+their losses on each document is far smaller than the error of either loss.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, explained
 
-NEEDED = (  # keys of the .json that comparisons and pictures read
+NEEDED = (  # keys of the .json that comparisons and figures read
     *("workdir", "model", "parameters", "step", "source", "fingerprint", "split", "of", "context", "windows"),
     *("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config"),
 )
@@ -36,9 +39,9 @@ class Evaluation:
     """Loss by token index of one checkpoint, nats per token.
 
     Attributes:
-      about: what it is of, as JSON holds it.
-      position, loss, standard_error, count: [T], from position 1. A loss is NaN where ``count``, the number of tokens,
-        is 0, and NaN or infinite where one of them has such a loss.
+      about: the content of the ``.json``.
+      position, loss, standard_error, count: [T], from position 1. ``count`` is the number of tokens. A mean loss is NaN
+        where ``count`` is 0, and NaN or infinite where one of its tokens has such a loss.
       bin_first, bin_last: [K], the first and the last position of each bin.
       bin_loss, bin_standard_error, bin_low, bin_high, bin_count: [K]; ``low`` and ``high`` bound 95 %.
       document_sums, document_counts: [documents, K], loss and number of tokens of each document in each bin.
@@ -61,7 +64,7 @@ class Evaluation:
 
 
 def from_summary(about: dict[str, Any], found: statistics.Summary) -> Evaluation:
-    """An evaluation with these statistics."""
+    """Return an evaluation with these statistics."""
     positions = len(found.loss)
     edges = statistics.bin_edges(positions)
     return Evaluation(
@@ -83,9 +86,9 @@ def from_summary(about: dict[str, Any], found: statistics.Summary) -> Evaluation
 
 
 def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
-    """Write the three files, each as a whole; return the path of the ``.npz``. The ``.json`` is written last.
+    """Write the three files, the ``.json`` last; return the path of the ``.npz``.
 
-    Where ``stem`` is the name of an evaluation of other tokens, both are kept (:func:`catalogue.place`).
+    If ``stem`` is already the name of an evaluation of other tokens, keep both (:func:`catalogue.place`).
     """
     stem = catalogue.place(folder, stem, evaluation.about)
     rows = zip(*(getattr(evaluation, key) for key in _BY_POSITION), strict=True)
@@ -93,20 +96,20 @@ def save(evaluation: Evaluation, folder: Workdir, stem: str) -> Workdir:
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> Evaluation:
-    """Return the evaluation of a run on a split; of the longest context that was evaluated, where none is given.
+    """Return the evaluation of a run on a split, of the longest context if none is given.
 
     Args:
       kind: the other arguments of :func:`catalogue.entries`.
 
     Raises:
-      ConfigError: where there is none, or more than one.
+      ConfigError: if no evaluation matches, or more than one.
     """
     workdir = workdir_lib.at(workdir)
-    return read_file(workdir / "eval" / f"{found(workdir, split, context, **kind).stem}.npz")
+    return read_file(workdir / "eval" / f"{find(workdir, split, context, **kind).stem}.npz")
 
 
-def found(workdir: Workdir, split: str, context: int | None = None, **kind: Any) -> Entry:
-    """Return which evaluation :func:`read` reads, and what its JSON says; raises as :func:`read`."""
+def find(workdir: Workdir, split: str, context: int | None = None, **kind: Any) -> Entry:
+    """Return the name and the JSON of the evaluation that :func:`read` reads; raise as :func:`read`."""
     entry = catalogue.find(workdir / "eval", split, context, **kind)
     if entry is None:
         workdir_lib.check_exists(workdir)
@@ -122,21 +125,21 @@ def found(workdir: Workdir, split: str, context: int | None = None, **kind: Any)
 def read_all(
     workdirs: Sequence[str | os.PathLike], split: str, context: int | None = None, **kind: Any
 ) -> list[Evaluation]:
-    """As :func:`read`, of several runs at one context; at the longest that all have, where none is given."""
+    """Read evaluations of several runs at one context: the longest that all of them have, if none is given."""
     if context is None:
         folders = [workdir_lib.at(workdir) / "eval" for workdir in workdirs]
         known = [{entry.context for entry in catalogue.entries(folder, split, **kind)} for folder in folders]
         context = max(set.intersection(*known) or set.union(*known), default=None)
     evaluations = []
     for workdir in map(workdir_lib.at, workdirs):
-        path = workdir / "eval" / f"{found(workdir, split, context, **kind).stem}.npz"
+        path = workdir / "eval" / f"{find(workdir, split, context, **kind).stem}.npz"
         evaluations.append(read_file(path))
         result_files.check(evaluations[-1].about, path.with_suffix(".json"), NEEDED)
     return told_apart(workdirs, evaluations)
 
 
 def told_apart(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return evaluations of runs in which each run has a name of its own, a longer part of its path where necessary."""
+    """Return the evaluations, with longer parts of the paths as names of runs where names are the same."""
     of_run = [each.about["workdir"] for each in found]
     longer = workdir_lib.names([workdir_lib.at(workdir) for workdir in workdirs])
     return [
@@ -146,30 +149,30 @@ def told_apart(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation
 
 
 def read_of(about: dict[str, Any]) -> str:
-    """What was read, in words: 256 windows of 2,048 tokens."""
+    """Return what was read in words: 256 windows of 2,048 tokens."""
     of = about.get("of", "windows")
     carried = ", the state carried" * about.get("carried", False)
     return f"{about['windows']:,} {of} of {'up to ' * (of == 'documents')}{about['context']:,} tokens{carried}"
 
 
 def not_finite(about: dict[str, Any]) -> str:
-    """Return in words how many losses are NaN or infinite; empty where none is."""
+    """Return in words how many losses are NaN or infinite; empty if none is."""
     if about.get("not_finite"):
         return f"{about['not_finite']:,} of {about['tokens']:,} tokens have a loss that is NaN or infinite"
     return "" if finite.is_finite(about["loss"]) else "the loss is NaN or infinite"
 
 
 def read_file(path: Workdir) -> Evaluation:
-    """The evaluation in an ``.npz`` file and the ``.json`` beside it.
+    """Return the evaluation in an ``.npz`` file and the ``.json`` beside it.
 
     Raises:
-      ConfigError: where it is damaged, or of an older version of this package.
+      ConfigError: if it is damaged, or of another version of this package.
     """
     return result_files.read(path, Evaluation, "ttt eval")
 
 
 def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return what each of a run's evaluations is of, by name."""
+    """Return the ``about`` of all evaluations of a run, in the order of their names."""
     folder = workdir_lib.at(workdir) / "eval"
     with explained(folder):
         stems = catalogue.stems(folder)
@@ -187,9 +190,9 @@ _SAME = ("fingerprint", "split", "of", "context", "windows", "tokens")
 
 
 class Difference(NamedTuple):
-    """Loss of a model minus that of another, nats per token; negative where it is the better one.
+    """The loss of one model minus the loss of another, nats per token; negative if the first is better.
 
-    A difference is NaN where nothing counts, and NaN or infinite where a loss of one of the models is.
+    A difference is NaN where no token counts, and NaN or infinite where a loss of one of the models is.
 
     Attributes:
       mean, standard_error, low, high: over all tokens; ``low`` and ``high`` bound 95 %.
@@ -210,10 +213,10 @@ class Difference(NamedTuple):
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
-    """The loss of ``a`` minus that of ``b``, with its error over documents.
+    """Return the loss of ``a`` minus the loss of ``b``, with its error over documents.
 
     Raises:
-      ConfigError: where they are not of the same tokens.
+      ConfigError: if they are not of the same tokens.
     """
     check_paired(a, b)
     with np.errstate(invalid="ignore"):  # infinity - infinity
@@ -224,7 +227,7 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
 
 
 def check_paired(a: Evaluation, b: Evaluation) -> None:
-    """Raises :class:`ConfigError` where two evaluations are not of the same tokens."""
+    """Raise :class:`ConfigError` if two evaluations are not of the same tokens."""
     for key in _SAME:
         if a.about[key] != b.about[key]:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the inner loop of a trained model does: its loss and its weights by position, its rates, layer by layer.
+"""Inspect the inner loop of a trained model: its losses, weights and learning rates by position, layer by layer.
 
 Figures 4 and 14 of the paper are ``loss_at_w0``, ``loss_before`` and ``loss_after``.
 
@@ -31,7 +31,7 @@ _BY_HEAD = ("weight_distance", "eta")
 
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
-    """Raises :class:`ConfigError` where the model of a run has no inner loop."""
+    """Raise :class:`ConfigError` if the model of a run has no inner loop."""
     if not pattern.learns(model):
         raise ConfigError(
             f"--workdir {workdir}: its {pattern.describe(model)} has no inner loop; expected a run with model.mixer="
@@ -49,20 +49,21 @@ def inspect(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Inspection:
-    """Reads windows of ``context`` tokens, spread evenly over a split.
+    """Return the statistics of the inner loop over windows of ``context`` tokens, spread evenly over a split.
 
     A context longer than that of training is read in pieces, the state carried from one to the next, so that memory
-    does not grow with it.
+    does not grow with the context.
 
     Args:
-      most_windows: reads all windows (or documents) of the split, or this many.
-      by_document: reads the first ``context`` tokens of documents that have more than so many; without, windows lie
+      most_windows: the number of windows (or documents); all of the split if it has fewer.
+      by_document: read the first ``context`` tokens of documents that have more than ``context``; otherwise windows lie
         anywhere in documents and across them.
-      batch_size: windows at a time, which changes no number; None is about as many tokens as a training step has.
-      progress: is called with tokens read and tokens in all.
+      batch_size: windows per batch, without influence on the results; by default, about as many tokens as a training
+        step has.
+      progress: called with the number of tokens read and the total.
 
     Raises:
-      ConfigError: where the model has no inner loop, or there is no such split or context.
+      ConfigError: if the model has no inner loop, or the split or the context does not exist.
     """
     config = trained.config
     check(trained.workdir, config.model)
@@ -109,7 +110,7 @@ def inspect(
 
 
 def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> list[int]:
-    """Where windows begin; of documents, those with more than ``context`` tokens."""
+    """Return where windows begin, or documents with more than ``context`` tokens."""
     if not by_document:
         return [window[0].start for window in sequences.windows(data, context, most)]
     starts = sequences.starts(data)
@@ -117,7 +118,7 @@ def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> li
     found = starts[lengths > context].tolist()
     if not found:
         raise ConfigError(
-            f"--context {context}: no document of {data.name} has more tokens; expected less than the longest, "
+            f"--context {context}: no document of {data.name} has more tokens; expected less than the longest has, "
             f"{lengths.max(initial=0)}"
         )
     count = min(len(found), most)
@@ -127,8 +128,8 @@ def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> li
 def _read(
     trained: Trained, data: TokenSource, starts: list[int], context: int, piece_length: int, batch_size: int
 ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """For each piece: where in the windows it lies, how many rows are windows, and the statistics of all rows."""
-    in_one_go = context <= piece_length
+    """Yield for each piece its offset within the windows, how many rows are windows, and the statistics of all rows."""
+    in_one_pass = context <= piece_length
 
     @jax.jit
     def read(params, state, inputs):
@@ -145,7 +146,7 @@ def _read(
     for first in range(0, len(starts), batch_size):
         group = starts[first : first + batch_size]
         state = None
-        if not in_one_go:
+        if not in_one_pass:
             with sharding.on_mesh(trained.mesh, trained.rules):
                 state = jax.jit(lambda: trained.model.initial_state(batch_size, context))()
         for offset in range(0, context, piece_length):
@@ -160,8 +161,8 @@ def _read(
 def _stacked(blocks: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Return the statistics of blocks as arrays [L, ...].
 
-    What not all blocks have is left out. Where mini-batches differ in size, rates of positions that do not exist are
-    NaN; where the numbers of rates of a token differ, eta is the mean of them.
+    Statistics that some blocks lack are left out. Where mini-batches differ in size, the position rates of the smaller
+    ones are padded with NaN; where the numbers of rates per token differ, eta is their mean.
     """
     if len({block["eta"].shape for block in blocks}) > 1:
         blocks = [{**block, "eta": block["eta"].reshape(*block["loss_before"].shape, -1).mean(-1)} for block in blocks]
@@ -187,13 +188,13 @@ def _blocks(model: ml_collections.ConfigDict) -> list[int]:
 
 
 class _Mean:
-    """Mean over N windows and its standard error, [L, T, ...], in float64."""
+    """The mean over N windows and its standard error, [L, T, ...], in float64."""
 
     def __init__(self, shape: tuple[int, ...], windows: int):
         self._sum, self._squares, self._n = np.zeros(shape), np.zeros(shape), windows
 
     def add(self, offset: int, values: np.ndarray) -> None:
-        """Values [L, windows, tokens, ...] of the tokens from ``offset``."""
+        """Add the values [L, windows, tokens, ...] of the tokens from ``offset`` on."""
         where = slice(offset, offset + values.shape[2])
         self._sum[:, where] += values.sum(1)
         self._squares[:, where] += (values**2).sum(1)

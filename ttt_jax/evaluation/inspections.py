@@ -1,14 +1,17 @@
-"""Inner-loop diagnostics as files: ``WORKDIR/inspect/NAME.json``, ``.npz`` and ``.csv``.
+"""Hold, summarise, save and read inspections of the inner loop: ``WORKDIR/inspect/NAME.json``, ``.npz`` and ``.csv``.
 
-NAME is such as ``validation-2048``, see :mod:`ttt_jax.evaluation.catalogue`.
+NAME is, for example, ``validation-2048``; see :mod:`ttt_jax.evaluation.catalogue`.
 
-``.json``  what was read and by what; ``layers``: :class:`ttt_jax.evaluation.inspections.LayerSummary` of each, null for
-           what does not exist, is NaN or infinite; ``not_finite``: positions of layers with such a loss
-``.npz``   the arrays of :class:`ttt_jax.evaluation.inspections.Inspection`, by its names, without those that are None
+``.json``  model and data; ``layers``: :class:`ttt_jax.evaluation.inspections.LayerSummary` of each, null for what does
+           not exist, is NaN or infinite; ``not_finite``: the number of positions, of all layers, with such a loss
+``.npz``   the arrays of :class:`ttt_jax.evaluation.inspections.Inspection`, by their names, without those that are None
 ``.csv``   tidy: quantity, layer, head, position, value, standard_error. Layers (numbers of blocks) and heads count
            from 0, positions from 1. Without a head, the mean over heads; with one and no position, the mean over
-           positions. Where each weight matrix has a rate of its own, ``eta_0`` is that of the first, and so on, in
-           place of ``eta``.
+           positions. Where each weight matrix has its own rate, ``eta_0`` is the rate of the first, and so on,
+           instead of ``eta``.
+
+Shapes: L layers (the blocks whose mixers learn), H heads, T tokens (the context), n mini-batches, b tokens of each,
+M weight matrices of the learner.
 """
 
 import dataclasses
@@ -31,22 +34,22 @@ _COLUMNS = ("quantity", "layer", "head", "position", "value", "standard_error")
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """Means over the windows (or documents) that were read; a loss, where nothing else is said, is also one over heads.
+    """Means over the windows (or documents) that were read. Losses are also means over heads.
 
     Attributes:
-      about: what was read and by what, as JSON holds it.
+      about: model and data, the content of the ``.json``.
       position: [T], from 1.
       loss_at_w0, loss_before, loss_after: [L, T], the self-supervised loss of a token at W0, at the weights that its
         mini-batch starts with, and after the step of its mini-batch.
       weight_position: [n], the last position of each mini-batch.
-      weight_distance: [L, H, n], |W - W0| after it, a Frobenius norm.
+      weight_distance: [L, H, n], the Frobenius norm |W - W0| after each mini-batch.
       w0_norm: [L, H], |W0|.
       weight_change: [L, n], the mean over heads of |W - W0| / |W0|; NaN where W0 = 0.
-      eta: [L, H, T], the learning rate of a token's gradient, but for the factor of the position that it is used at;
-        [L, H, M, T] where each weight matrix of the learner has its own.
-      position_eta: [L, b], that factor: eta[t, s] = position_eta[t] * eta[s].
-      target_spread: [L, T], the loss if the learner knew nothing but the mean of its targets. None where the objective
-        is not the squared error, of which alone it is a loss.
+      eta: [L, H, T], the learning rate of a token's gradient without the factor ``position_eta``; [L, H, M, T] where
+        each weight matrix of the learner has its own.
+      position_eta: [L, b], the factor of the position that uses the gradient: eta[t, s] = position_eta[t] * eta[s].
+      target_spread: [L, T], the loss of a learner that predicts the mean of its targets. None for objectives other than
+        the squared error.
       *_standard_error: [L, T] or [L, n] (of eta also [L, M, T]), over windows, of the mean over heads; NaN with one
         window.
     """
@@ -72,12 +75,12 @@ class Inspection:
 
     @property
     def blocks(self) -> list[int]:
-        """Return which block of the model each of the L layers is, from 0: only those that learn are here."""
+        """Return the number of the block, from 0, of each of the L layers."""
         return self.about.get("blocks", list(range(len(self.loss_before))))
 
     @property
     def by_position(self) -> dict[str, np.ndarray]:
-        """Return what there is by layer and position, [L, T] each: losses and the spread of targets."""
+        """Return the arrays by layer and position, [L, T] each: losses and the spread of targets."""
         spread = {} if self.target_spread is None else {"target_spread": self.target_spread}
         return {name: getattr(self, name) for name in LOSSES} | spread
 
@@ -86,11 +89,11 @@ class LayerSummary(NamedTuple):
     """One layer in a line. Losses and spread are means over the last quarter of the positions.
 
     Attributes:
-      explained: 1 - loss_before / target_spread, the share of the spread that W knew of before it saw the tokens; None
-        without a spread.
+      explained: 1 - loss_before / target_spread, the share of the spread that W explains before it sees the tokens;
+        None without a spread.
       weight_change: at the last position; None where W0 = 0.
-      eta, eta_min, eta_max: mean over positions, of all heads and of the heads with the lowest and the highest. Where
-        each weight matrix has a rate of its own, of all heads and matrices.
+      eta, eta_min, eta_max: the mean over positions, of all heads and of the heads with the lowest and the highest
+        mean. Where each weight matrix has its own rate, of all heads and matrices.
     """
 
     loss_at_w0: float
@@ -104,7 +107,7 @@ class LayerSummary(NamedTuple):
 
 
 def summary(found: Inspection) -> list[LayerSummary]:
-    """Of each layer."""
+    """Summarise each layer."""
     last_quarter = slice(len(found.position) * 3 // 4, None)
     mean = {name: values[:, last_quarter].mean(1) for name, values in found.by_position.items()}
     lines = []
@@ -124,14 +127,14 @@ def summary(found: Inspection) -> list[LayerSummary]:
 
 
 def not_finite(found: Inspection) -> int:
-    """Return at how many positions, of all layers, a loss is NaN or infinite."""
+    """Return the number of positions, of all layers, at which a loss is NaN or infinite."""
     return int((~np.isfinite(list(found.by_position.values())).all(0)).sum())
 
 
 def save(found: Inspection, workdir: str | os.PathLike, stem: str) -> Workdir:
-    """Write the three files; return the path of the ``.npz``. The ``.json`` is written last.
+    """Write the three files, the ``.json`` last; return the path of the ``.npz``.
 
-    Where ``stem`` is the name of diagnostics of other tokens, both are kept (:func:`catalogue.place`).
+    If ``stem`` is already the name of an inspection of other tokens, keep both (:func:`catalogue.place`).
     """
     folder = workdir_lib.at(workdir) / "inspect"
     stem = catalogue.place(folder, stem, found.about)
@@ -140,13 +143,13 @@ def save(found: Inspection, workdir: str | os.PathLike, stem: str) -> Workdir:
 
 
 def read(workdir: str | os.PathLike, split: str, context: int | None = None, **kind: Any) -> Inspection:
-    """Return the diagnostics of a run on a split; of the longest context that there is, where none is given.
+    """Return the inspection of a run on a split, of the longest context if none is given.
 
     Args:
-      kind: by_document, step, windows, as of :func:`catalogue.entries`.
+      kind: by_document, step, windows, as for :func:`catalogue.entries`.
 
     Raises:
-      ConfigError: where there are none, or more than one, or they are damaged.
+      ConfigError: if no inspection matches, more than one does, or its files are damaged.
     """
     workdir = workdir_lib.at(workdir)
     entry = catalogue.find(workdir / "inspect", split, context, **kind)
@@ -165,7 +168,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
 
 
 def _rows(found: Inspection) -> Iterator[tuple]:
-    """Yield the rows of the table. Empty are errors of a single window and changes of a W0 that is zero."""
+    """Yield the rows of the table; errors of a single window and changes of a W0 that is zero are empty."""
     means = {key: (found.position, values) for key, values in found.by_position.items()}
     means["weight_change"] = found.weight_position, found.weight_change
     means["weight_distance"] = found.weight_position, found.weight_distance.mean(1)
@@ -185,12 +188,12 @@ def _rows(found: Inspection) -> Iterator[tuple]:
         for (layer, head), value in np.ndenumerate(values):
             yield key, found.blocks[layer], head, None, float(value), None
     for (layer, place), value in np.ndenumerate(found.position_eta):
-        if not np.isnan(value):  # mini-batches of other layers are longer
+        if not np.isnan(value):  # padding: mini-batches of other layers are longer
             yield "position_eta", found.blocks[layer], None, place + 1, float(value), None
 
 
 def _rates(found: Inspection) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return eta [L, H, T] with its errors [L, T] by name: one of all weight matrices, or one of each."""
+    """Return eta [L, H, T] with its errors [L, T] by name: one for all weight matrices, or one for each."""
     if found.eta.ndim == 3:
         return {"eta": (found.eta, found.eta_standard_error)}
     matrices = range(found.eta.shape[2])

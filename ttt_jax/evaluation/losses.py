@@ -1,8 +1,9 @@
-"""The loss of every token of sequences, read in pieces with the state carried from one to the next.
+"""Compute the loss of every token of sequences, and the likelihood of the last tokens of texts.
 
-Memory does not grow with the length of a sequence but by what the state holds and four bytes a token.
+Long inputs are read in pieces, the state carried from one to the next: memory grows with the length only by what the
+state holds and by a few bytes per token.
 
-Shapes: B batch (over all devices), T tokens of a piece, L layers.
+Shapes: B batch (over all devices), T tokens of a piece.
 """
 
 import functools
@@ -26,25 +27,25 @@ from ttt_jax.training.loss import token_nll
 def of_sequences(
     trained: Trained, source: TokenSource, sequences: Sequences, *, piece_length: int, batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield the losses of each sequence, in order: [its tokens], float32.
+    """Yield the losses of each sequence, in order: [tokens], float32.
 
-    All targets have a loss, also those that do not count: see :func:`ttt_jax.data.sequences.counted`. On many processes
-    all of them make the same calls, and get the same losses.
+    All targets have a loss, also those that do not count (:func:`ttt_jax.data.sequences.counted`). All processes must
+    make the same call, and get the same losses.
 
     Args:
-      piece_length: T. Sequences that are not longer are read in one go.
+      piece_length: T; sequences up to this length are read in one pass.
       batch_size: B, rounded up to a multiple of ``trained.rows``.
     """
     batch_size = math.ceil(batch_size / trained.rows) * trained.rows
     rows = sharding.rows_here(trained.batch_sharding, batch_size)
     longest = max(map(sequences_lib.length, sequences))
     whole = longest <= piece_length
-    capacity = math.ceil(longest / piece_length) * piece_length  # tokens that a state has room for
+    capacity = math.ceil(longest / piece_length) * piece_length  # tokens that the state has room for
     read = _Reader(trained, batch_size, capacity)
     first, found = 0, []
     for piece in sequences_lib.pieces(source, sequences, piece_length=piece_length, batch_size=batch_size):
-        here = {key: x[rows] for key, x in piece.batch.items() if key != "mask"}
-        batch = sharding.global_batch(here, rows, batch_size, trained.batch_sharding)
+        local = {key: x[rows] for key, x in piece.batch.items() if key != "mask"}
+        batch = sharding.global_batch(local, rows, batch_size, trained.batch_sharding)
         nll = read.whole(batch) if whole else read.piece(batch, piece.begins)
         found.append(nll.astype(np.float32))
         if piece.ends:
@@ -55,7 +56,7 @@ def of_sequences(
 
 
 class _Reader:
-    """The compiled model, and where it stands in its sequences."""
+    """The compiled model, and its state within the sequences."""
 
     def __init__(self, trained: Trained, batch_size: int, capacity: int):
         self._trained = trained
@@ -78,15 +79,15 @@ class _Reader:
         self._state: Any = None
 
     def whole(self, batch: dict[str, jax.Array]) -> np.ndarray:
-        """Losses of whole sequences, [B, T]."""
+        """Return the losses of whole sequences, [B, T]."""
         with sharding.on_mesh(self._trained.mesh, self._trained.rules):
             return np.asarray(self._whole(self._trained.params, batch["inputs"], batch["targets"]))
 
     def piece(self, batch: dict[str, jax.Array], begins: bool) -> np.ndarray:
-        """Losses of the next piece, [B, T]."""
+        """Return the losses of the next piece, [B, T]; start from a fresh state if it ``begins`` sequences."""
         with sharding.on_mesh(self._trained.mesh, self._trained.rules):
             if begins:
-                self._state = None  # before there is another
+                self._state = None  # frees its memory before the next one is made
                 self._state = self._start()
             nll, self._state = self._piece(self._trained.params, self._state, batch["inputs"], batch["targets"])
             return np.asarray(nll)
@@ -96,18 +97,18 @@ _SHORTEST = 32  # tokens that texts are padded to; longer ones to twice as many,
 
 
 class Text(NamedTuple):
-    """Tokens [N], of which the last ``counted`` are to be predicted; the first one never is."""
+    """Tokens [N], of which the last ``counted`` are to be predicted; the first token never is."""
 
     tokens: np.ndarray
     counted: int
 
 
 class Score(NamedTuple):
-    """Of the counted tokens of a text.
+    """The score of the counted tokens of a text.
 
     Attributes:
-      log_likelihood: sum, in nats.
-      greedy: whether each of them is the likeliest one, so that greedy decoding would find them.
+      log_likelihood: the sum over tokens, in nats.
+      greedy: whether each token is the likeliest one, so that greedy decoding would give all of them.
     """
 
     log_likelihood: float
@@ -115,11 +116,13 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """A trained model that scores texts; what it finds does not depend on the batch size.
+    """A trained model that scores the last tokens of texts, given those before them.
+
+    Texts are padded to few lengths, so that few programs are compiled. Scores do not depend on the batch size.
 
     Args:
-      batch_size: texts of the training context at a time, and as many more as they are shorter; None is about as many
-        tokens as a training step has.
+      batch_size: texts of the training context per batch, and proportionally more of shorter ones; by default, about as
+        many tokens as a training step has.
     """
 
     def __init__(self, trained: Trained, batch_size: int | None = None):
@@ -140,16 +143,16 @@ class Scorer:
         self._start = jax.jit(trained.model.initial_state, static_argnums=(0, 1))
 
     def score(self, texts: Sequence[Text], progress: Callable[[int], None] = lambda texts: None) -> list[Score]:
-        """Scores texts, in any order of lengths.
+        """Score texts of any lengths.
 
         Args:
-          progress: is called with the number of texts that have just been scored.
+          progress: called with the number of texts just scored.
         """
         found: list[Score] = [Score(0.0, True)] * len(texts)
         by_length: dict[int, list[int]] = {}
         for i, text in enumerate(texts):
             by_length.setdefault(self._padded(len(text.tokens) - 1), []).append(i)
-        for length in sorted(by_length, reverse=True):  # what needs most memory fails at once
+        for length in sorted(by_length, reverse=True):  # if memory does not suffice, fail at once
             indices = by_length[length]
             fitting = max(1, self._tokens_at_a_time // min(length, self._piece_length))
             rows = min(fitting, 1 << (len(indices) - 1).bit_length())
@@ -162,7 +165,7 @@ class Scorer:
         return found
 
     def _padded(self, length: int) -> int:
-        """A length of its own for few lengths: powers of two, then multiples of the training context."""
+        """Return the length to pad to: a power of two, or a multiple of the training context above it."""
         if length > self._piece_length:
             return -(-length // self._piece_length) * self._piece_length
         return min(self._piece_length, max(_SHORTEST, 1 << (length - 1).bit_length()))
@@ -177,7 +180,7 @@ class Scorer:
             yield Score(-float(nll[row, counted].sum(dtype=np.float64)), bool(likeliest[row, counted].all()))
 
     def _read(self, inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Loss, and whether the target is the likeliest token: [B, T] each."""
+        """Return the loss, and whether the target is the likeliest token: [B, T] each."""
         trained = self._trained
         with sharding.on_mesh(trained.mesh, trained.rules):
             if inputs.shape[1] <= self._piece_length:

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, on disk: one that was stopped goes on where it was."""
+"""Keep the results of an unfinished evaluation on disk, so that it resumes where it was stopped."""
 
 import io
 import json
@@ -20,14 +20,14 @@ _SECONDS_BETWEEN_PARTS = 10.0
 _PLAN = "plan.json"  # the identity of the evaluation
 
 
-class Unfinished:
-    """Arrays, one after the other, in a folder ``NAME.unfinished`` that is removed in the end.
+class PartialResults:
+    """The arrays that an evaluation has computed so far, in order, in a folder that :meth:`remove` deletes.
 
     Args:
-      folder: where it lies; what is there of an evaluation that was another is removed.
-      identity: of the evaluation: JSON that says all that the arrays depend on.
-      lengths: of all arrays that there will be.
-      check: is called before something is written, and raises where it must not be.
+      folder: where the arrays are; the files of another evaluation in it are removed.
+      identity: JSON that contains everything the arrays depend on.
+      lengths: of all arrays of the finished evaluation.
+      check: called before a file is written; raises if none may be written.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Unfinished:
         self._check = check
         self._folder, self._identity, self._lengths = folder, json.loads(json.dumps(identity)), lengths
         self._waiting: list[np.ndarray] = []
-        self._written, self._clock = 0, -math.inf  # the first one is written at once
+        self._written, self._clock = 0, -math.inf  # write the first array at once
 
     def restore(self) -> list[np.ndarray]:
-        """Return the arrays that are there; those that are damaged, and those after them, are to be computed again."""
+        """Return the arrays on disk, up to the first damaged one."""
         found: list[np.ndarray] = []
         with explained(self._folder):
-            if self._is_of_this():
+            if self._has_same_identity():
                 for path in sorted(self._folder.glob("*.npy")):
                     found += self._read(path, len(found))
             else:
@@ -55,13 +55,13 @@ class Unfinished:
         return found
 
     def add(self, array: np.ndarray) -> None:
-        """Takes the next array; it is written within some seconds."""
+        """Add the next array; write it within some seconds."""
         self._waiting.append(array)
         if time.monotonic() - self._clock > _SECONDS_BETWEEN_PARTS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was not written yet."""
+        """Write the arrays that are not on disk yet."""
         if not self._waiting:
             return
         self._check()
@@ -79,15 +79,15 @@ class Unfinished:
         self._waiting, self._clock = [], time.monotonic()
 
     def remove(self) -> None:
-        """Removes the folder."""
+        """Remove the folder."""
         with explained(self._folder):
             if self._folder.is_dir():
                 for path in self._folder.glob("*"):
                     path.unlink()
-                if is_local(self._folder):  # a folder of a bucket is gone with its last file
+                if is_local(self._folder):  # in a bucket, the folder vanishes with its last file
                     self._folder.rmdir()
 
-    def _is_of_this(self) -> bool:
+    def _has_same_identity(self) -> bool:
         path = self._folder / _PLAN
         try:
             if json_files.read_object(path) == self._identity:
@@ -101,8 +101,8 @@ class Unfinished:
         return False
 
     def _read(self, path: Workdir, first: int) -> Iterator[np.ndarray]:
-        """Yield the arrays of one part, if it is the next one and whole."""
-        match = re.fullmatch(r"(\d{8})-(\d{8})(?:-([0-9a-f]{8}))?", path.stem)  # without checksum: of before
+        """Yield the arrays of one file, if it is the next one and whole."""
+        match = re.fullmatch(r"(\d{8})-(\d{8})(?:-([0-9a-f]{8}))?", path.stem)  # earlier versions wrote no checksum
         if match is None or int(match[1]) != first:
             return
         lengths, content = self._lengths[first : int(match[2])], path.read_bytes()
@@ -111,17 +111,18 @@ class Unfinished:
         except (ValueError, EOFError):
             array = np.empty(0)
         if array.shape != (sum(lengths),) or (match[3] and int(match[3], 16) != zlib.crc32(content)):
-            json_files.warn_once(f"{path}: damaged; what was computed from there on is computed again")
+            json_files.warn_once(f"{path}: damaged; its losses, and those after them, are computed again")
             return
         yield from np.split(array, np.cumsum(lengths)[:-1])
 
 
 def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequence[str]) -> Workdir:
-    """Return the folder of an unfinished evaluation: ``.NAME.unfinished``, or one of its own beside it.
+    """Return the folder of an unfinished evaluation: ``.NAME.unfinished``, or ``.NAME-HASH.unfinished``.
 
     Args:
-      identity: of the evaluation.
-      of_tokens: keys of it; where an evaluation of this name is unfinished whose values of these are others, both stay.
+      identity: as of :class:`PartialResults`.
+      of_tokens: keys of the identity. If ``.NAME.unfinished`` is of an evaluation that differs in one of them, it is
+        kept, and the other folder is used.
     """
     plain = parent / f".{name}.unfinished"
     own = parent / f".{name}-{short_hash([identity[key] for key in of_tokens])}.unfinished"
@@ -129,7 +130,7 @@ def folder(parent: Workdir, name: str, identity: dict[str, Any], of_tokens: Sequ
         if own.is_dir():
             return own
         try:
-            there = json_files.read_object(plain / _PLAN)
-            return plain if all(there[key] == identity[key] for key in of_tokens) else own
+            present = json_files.read_object(plain / _PLAN)
+            return plain if all(present[key] == identity[key] for key in of_tokens) else own
         except (OSError, json_files.DamagedFile, KeyError):
             return plain

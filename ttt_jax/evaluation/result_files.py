@@ -1,7 +1,7 @@
-"""The files of evaluations and inspections: ``NAME.npz`` with arrays, ``NAME.json`` beside it, and a table as CSV.
+"""Read and write the files of evaluations and inspections: ``NAME.npz`` with arrays, ``NAME.json``, a table as CSV.
 
-The ``.json`` holds the hash of its own content, and that of the ``.npz``: both are of the same evaluation. Files of
-before have neither, and are read without the check.
+The ``.json`` holds the hash of its own content and of the ``.npz``, so that files of different results are not mixed.
+Files of earlier versions have no hashes and are read without the check.
 """
 
 import csv
@@ -39,11 +39,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def write(
     folder: Workdir, stem: str, found: Any, about: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence]
 ) -> Workdir:
-    """Write the three files, each as a whole; return the path of the ``.npz``. The ``.json`` is written last.
+    """Write the three files, the ``.json`` last; return the path of the ``.npz``.
 
     Args:
-      found: a dataclass; its fields but the first are the arrays, or None.
-      about: what the ``.json`` holds; numbers that are not finite become null.
+      found: a dataclass; all of its fields but the first are arrays, or None.
+      about: the content of the ``.json``; numbers that are not finite become null.
       columns, rows: of the table.
     """
     arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
@@ -65,11 +65,11 @@ def write(
 
 
 def about(path: Workdir) -> dict[str, Any]:
-    """Return what a ``.json`` says, without hashes.
+    """Return the content of a ``.json`` without the hashes.
 
     Raises:
-      FileNotFoundError: where there is none.
-      DamagedFile: where it is not what was written.
+      FileNotFoundError: if it does not exist.
+      DamagedFile: if it is not as it was written.
     """
     found = _read(path)
     found.pop(_ARRAYS, None)
@@ -77,21 +77,24 @@ def about(path: Workdir) -> dict[str, Any]:
 
 
 def check(about: dict[str, Any], path: Workdir, needed: Iterable[str]) -> None:
-    """Raise :class:`DamagedFile` where a ``.json`` does not say what is needed."""
+    """Raise :class:`DamagedFile` if keys are missing in a ``.json``."""
     if missing := [key for key in needed if key not in about]:
-        raise json_files.DamagedFile(f"{path}: says nothing of {', '.join(missing)}; expected what its command writes")
+        raise json_files.DamagedFile(
+            f"{path}: has no {', '.join(missing)}; expected the keys that ttt eval or ttt inspect writes"
+        )
 
 
 def read(path: Workdir, kind: Callable[..., T], verb: str) -> T:
-    """Return a dataclass: its first field, ``about``, is in the ``.json``, its others are the arrays of the ``.npz``.
-    Those with a default may be missing.
+    """Return a dataclass: its first field is the content of the ``.json``, the others are the arrays of the ``.npz``.
+
+    Fields with a default may be missing in the ``.npz``.
 
     Args:
       path: of the ``.npz``.
       verb: the command that writes such files.
 
     Raises:
-      ConfigError: where one of the files is missing or damaged, or holds other arrays.
+      ConfigError: if one of the files is missing or damaged, or holds other arrays.
     """
     try:
         with explained(path):

@@ -1,12 +1,12 @@
-"""Means over tokens, with errors that know that tokens of one document are not independent.
+"""Compute means over tokens, with errors that account for the dependence of tokens within a document.
 
-A mean over tokens is a ratio of two sums over documents, sum_d s_d / sum_d c_d: of losses, and of how many there are.
-Documents are what was drawn, so they are what errors are taken over:
+A mean over tokens is a ratio of two sums over documents, m = sum_d s_d / sum_d c_d, of losses s_d and counts c_d. The
+documents are the independent samples, so errors are over documents:
 
-* the standard error is that of the ratio to first order, sqrt(D / (D - 1) sum_d (s_d - m c_d)^2) / sum_d c_d;
-* the interval of 95 % is between percentiles of the mean over documents drawn again, with replacement (bootstrap).
+* the standard error is the error of the ratio to first order, sqrt(D / (D - 1) sum_d (s_d - m c_d)^2) / sum_d c_d;
+* the 95 % interval lies between percentiles of the mean over documents resampled with replacement (bootstrap).
 
-Positions are also taken together in bins, four to an octave, the same whatever the context.
+Positions are also grouped in bins, four per octave, which are the same for every context.
 
 Shapes: T positions, D documents, K bins.
 """
@@ -24,14 +24,14 @@ _INTERVAL = (2.5, 97.5)  # percentiles
 
 
 class Segment(NamedTuple):
-    """Losses of tokens of one document that follow one another.
+    """Losses of consecutive tokens of one document.
 
     Attributes:
-      document: which one.
-      first: position of the first of them, from 0.
+      document: its number.
+      first: the position of the first token, from 0.
       nll: losses in nats.
-      counted: whether each of them counts, boolean; None where all do. A loss that counts and is NaN or infinite shows
-        in every mean that it is part of.
+      counted: whether each loss counts, boolean; None if all do. A loss that counts and is NaN or infinite makes every
+        mean that contains it NaN or infinite.
     """
 
     document: int
@@ -41,7 +41,7 @@ class Segment(NamedTuple):
 
     @property
     def mask(self) -> np.ndarray:
-        """Whether each loss counts, boolean."""
+        """Return whether each loss counts, boolean."""
         return np.ones(len(self.nll), bool) if self.counted is None else np.asarray(self.counted, bool)
 
 
@@ -49,25 +49,25 @@ class Estimate(NamedTuple):
     """Means [...] with their errors.
 
     A mean is NaN where ``tokens`` is 0, and NaN or infinite where a loss that counts is. Errors are NaN where the mean
-    is not finite, and where only one document counts.
+    is not finite, and where only one document has tokens that count.
     """
 
     mean: np.ndarray
     standard_error: np.ndarray
-    low: np.ndarray  # of the interval of 95 %
+    low: np.ndarray  # of the 95 % interval
     high: np.ndarray
-    tokens: np.ndarray  # how many count
+    tokens: np.ndarray  # the number of tokens that count
 
 
 class Summary(NamedTuple):
-    """Of losses, what is needed to draw, to compare and to tell.
+    """Losses summarised for figures, comparisons and tables.
 
     Attributes:
-      loss, standard_error, tokens: [T], of each position, from the first.
+      loss, standard_error, tokens: [T], of each position.
       document_sums, document_counts: [D, K], loss and number of tokens by document and bin.
-      bins: of each bin.
-      all: of all tokens, scalars.
-      not_finite: how many of the tokens that count have a loss that is NaN or infinite.
+      bins: the estimates of the bins, [K].
+      all: the estimate over all tokens, scalars.
+      not_finite: the number of tokens that count and have a loss that is NaN or infinite.
     """
 
     loss: np.ndarray
@@ -81,9 +81,9 @@ class Summary(NamedTuple):
 
 
 def bin_edges(positions: int) -> np.ndarray:
-    """Where bins begin, and where the last one ends, [K + 1]: bin k is of positions ``[edges[k], edges[k + 1])``.
+    """Return the edges of bins, [K + 1]: bin k holds the positions ``[edges[k], edges[k + 1])``, from 1.
 
-    Positions are counted from 1. Bins end at powers of two and three places between; the last one, with the context.
+    Bins end at powers of two and at three places between; the last bin ends with the context.
     """
     if positions < 1:
         return np.ones(1, np.int64)  # no bin
@@ -93,18 +93,18 @@ def bin_edges(positions: int) -> np.ndarray:
 
 
 def octaves(last: np.ndarray) -> list[tuple[int, int]]:
-    """Bins by octaves of positions, which end at powers of two: ``[first bin, last bin + 1)`` of each."""
+    """Group bins by octaves of positions, which end at powers of two; return ``(first bin, last bin + 1)`` of each."""
     octave = np.ceil(np.log2(last)).astype(np.int64)
     cuts = [0, *(np.flatnonzero(np.diff(octave)) + 1).tolist(), len(last)]
     return list(itertools.pairwise(cuts))
 
 
 def summarise(segments: Sequence[Segment], positions: int) -> Summary:
-    """Statistics of losses.
+    """Summarise losses.
 
     Args:
       segments: in any order.
-      positions: T, above those of all segments.
+      positions: T, above the positions of all segments.
     """
     by_document: dict[int, list[Segment]] = {}
     for segment in segments:
@@ -134,7 +134,7 @@ def summarise(segments: Sequence[Segment], positions: int) -> Summary:
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Means of ratios of sums over documents, [D, ...] to [...]; documents are along the first axis."""
+    """Estimate means, [...], from sums and counts by document, [D, ...]."""
     sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     total = counts.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -148,7 +148,7 @@ def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
 
 
 def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of the mean over documents drawn again; the same draws for everything of as many documents."""
+    """Return the 95 % interval of means over resampled documents; equal D, equal draws."""
     rng = np.random.default_rng(0)
     documents, shape = len(sums), sums.shape[1:]
     if not documents:
@@ -159,13 +159,13 @@ def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
         times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
         means[i] = times @ sums / (times @ counts)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of what counts nowhere
+        warnings.simplefilter("ignore", RuntimeWarning)  # no tokens count
         low, high = (np.nanpercentile(means, q, axis=0).reshape(shape) for q in _INTERVAL)
     return low, high
 
 
 def _error_by_position(by_document: Sequence[Sequence[Segment]], mean: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Standard errors of the means of positions, [T]."""
+    """Return the standard errors of the means of positions, [T]."""
     squares, n = np.zeros(len(mean)), np.zeros(len(mean))
     for parts in by_document:
         first = min(part.first for part in parts)

@@ -1,4 +1,4 @@
-"""A trained model, from the workdir of its run, laid out over the devices that are here."""
+"""Load a trained model from the workdir of its run onto the available devices."""
 
 import hashlib
 import os
@@ -18,15 +18,15 @@ from ttt_jax.training.checkpoint import Checkpoints
 
 
 class Trained(NamedTuple):
-    """A model and its parameters after some step.
+    """A model and the parameters of one of its checkpoints.
 
     Attributes:
       workdir: of the run.
       config: of the run.
       model, params: logits are ``model.apply({"params": params}, tokens)[0]``, traced within :func:`sharding.on_mesh`.
-      step: optimizer steps behind it.
-      fingerprint: hash of the checkpoint's checksums; empty where it has none.
-      mesh, rules: what lies where.
+      step: the number of optimizer steps of the checkpoint.
+      fingerprint: the hash of the checkpoint's checksums; empty if it has none.
+      mesh, rules: how arrays are laid out over devices.
       batch_sharding: of arrays [B, T]; B is a multiple of :attr:`rows`.
     """
 
@@ -42,25 +42,25 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the run: that of its folder."""
+        """Return the run's name: the name of its folder."""
         return self.workdir.resolve().name
 
     @property
     def rows(self) -> int:
-        """Devices that a batch is split over."""
+        """Return the number of devices that a batch is split over."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
 
 def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
-    """Steps of a run's checkpoints.
+    """Return the steps of a run's checkpoints.
 
     Args:
-      wanted: ``newest``, ``best`` (of the lowest validation loss during training), ``all``, or steps: ``100,200``.
+      wanted: ``newest``, ``best`` (the lowest validation loss during training), ``all``, or steps: ``100,200``.
 
     Raises:
-      ConfigError: where there is no such checkpoint.
+      ConfigError: if there is no such checkpoint.
     """
-    run_config.load(workdir)  # without one it is no workdir at all
+    run_config.load(workdir)  # raises if this is not a workdir
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir {workdir}: holds no checkpoint yet")
     found = _all_steps(workdir)
@@ -93,19 +93,20 @@ def steps(workdir: workdir_lib.Workdir, wanted: str = "newest") -> list[int]:
 
 
 def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1, tensor: int = 1) -> Iterator[Trained]:
-    """Yield the model of each checkpoint that is wanted, which is restored when its turn comes.
+    """Yield the model of each wanted checkpoint, restoring one at a time.
 
-    A training that goes on meanwhile may remove checkpoints. Where the newest or the best is gone, the one that is it
-    now takes its place; of all, those that are gone are named on standard error and left out, unless none is left.
+    A training that is still running may remove checkpoints. If the newest or the best is gone, the current newest or
+    best is loaded instead. With ``all``, checkpoints that are gone are named on standard error and left out, unless
+    none is left.
 
     Args:
-      wanted, fsdp, tensor: as of :func:`steps` and :func:`load`.
+      wanted, fsdp, tensor: as for :func:`steps` and :func:`load`.
 
     Raises:
       ConfigError, CheckpointError: as :func:`steps` and :func:`load`.
     """
     workdir = workdir_lib.at(workdir)
-    waiting, some = steps(workdir, wanted), False
+    waiting, any_loaded = steps(workdir, wanted), False
     while waiting:
         step = waiting.pop(0)
         try:
@@ -117,24 +118,24 @@ def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1,
                 raise
             if wanted == "all":
                 process_checks.say(f"{workdir}: the checkpoint of step {step} has been removed meanwhile; left out")
-            if not waiting and not some:
+            if not waiting and not any_loaded:
                 waiting = steps(workdir, wanted)
             continue
-        some = True
+        any_loaded = True
         yield found
 
 
 def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, tensor: int = 1) -> Trained:
-    """Restores a checkpoint of a run.
+    """Restore a checkpoint of a run.
 
     Args:
-      workdir: a folder, or a place on gs://.
-      step: which checkpoint; None is the newest.
-      fsdp, tensor: devices along these axes of the mesh; the data axis has the rest.
+      workdir: a local folder, or a path on gs://.
+      step: of the checkpoint; None for the newest.
+      fsdp, tensor: the numbers of devices along these axes of the mesh; the data axis has the rest.
 
     Raises:
-      ConfigError: where there is no such run or checkpoint, or it does not fit the devices.
-      CheckpointError: where the checkpoint is damaged.
+      ConfigError: if the run or the checkpoint does not exist, or does not fit the devices.
+      CheckpointError: if the checkpoint is damaged.
     """
     return next(loaded(workdir, "newest" if step is None else str(step), fsdp=fsdp, tensor=tensor))
 

@@ -102,7 +102,7 @@ def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
 
 
 def test_what_cannot_be_probed(run, loaded):
-    with pytest.raises(ConfigError, match=r"data.source='embedded': is no task to probe; expected a run on"):
+    with pytest.raises(ConfigError, match=r"data.source='embedded': is not a task to probe; expected a run on"):
         task_probe.task_of(loaded("ttt_linear").config)
     with pytest.raises(ConfigError, match=r"data.sequence_length=20: associative_recall of 8 pairs needs 32 or"):
         task_probe.probe(run._replace(config=wider(run.config)), **{**OPTIONS, "items": [2, 8]})

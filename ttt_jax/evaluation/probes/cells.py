@@ -1,6 +1,6 @@
-"""The file of a probe: cells of its table, each with all that it depends on, as JSON and as CSV.
+"""Keep the cells of a probe's table in files, estimate their errors, and print them.
 
-Cells are added one by one and stay: those of another step or seed stand beside one another.
+A cell holds all that its numbers depend on. Cells are added one by one, and cells of other steps or seeds are kept.
 """
 
 import contextlib
@@ -24,35 +24,35 @@ Cell = dict[str, Any]
 
 
 class Cells:
-    """The cells that a run has of one probe.
+    """The cells of one probe of a run, in ``WORKDIR/probe/NAME.json`` and ``.csv``.
 
     Args:
       workdir: of the run.
-      name: of the probe, and of the files ``WORKDIR/probe/NAME.json`` and ``.csv``.
-      keys: what of a cell says which cell it is.
-      of_old: values of keys in cells of earlier versions, which do not have them.
+      name: of the probe and its files.
+      keys: the keys that identify a cell.
+      defaults: values of keys that cells of earlier versions do not have.
     """
 
-    def __init__(self, workdir: Workdir, name: str, keys: Sequence[str], of_old: Cell | None = None):
+    def __init__(self, workdir: Workdir, name: str, keys: Sequence[str], defaults: Cell | None = None):
         self._path, self._keys = workdir / "probe" / f"{name}.json", tuple(keys)
-        self._of_old = of_old or {}
+        self._defaults = defaults or {}
         self._lock: WorkdirLock | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other probes from adding cells to the same file meanwhile."""
+        """Keep other probes from adding cells to the same file."""
         with WorkdirLock(self._path.parent, "ttt probe", name=f".{self._path.stem}.running") as self._lock:
             yield
 
     def read(self) -> dict[str, Any]:
-        """What is known of the run, with its ``cells``, oldest first; none where the probe has not been run.
+        """Return the content of the file, with ``cells`` oldest first; no cells if the file does not exist.
 
         Raises:
-          ConfigError: where the file is something else.
+          ConfigError: if the file does not hold cells.
         """
         try:
             found = read_object(self._path)
-            if all(key in {**self._of_old, **cell} for cell in found["cells"] for key in self._keys):
+            if all(key in {**self._defaults, **cell} for cell in found["cells"] for key in self._keys):
                 return found
         except (FileNotFoundError, NotADirectoryError):
             return {"cells": []}
@@ -63,14 +63,14 @@ class Cells:
         raise ConfigError(f"{self._path}: does not hold cells of a probe; expected what ttt probe wrote, or no file")
 
     def find(self, **which: Any) -> list[Cell]:
-        """The cells whose values are these, oldest first."""
+        """Return the cells that have these values, oldest first."""
         return [cell for cell in self.read()["cells"] if self._is(which, cell)]
 
     def add(self, cell: Cell, about: dict[str, Any]) -> None:
-        """Writes a cell beside the others, or in the place of the one with the same keys.
+        """Write a cell beside the others, or in place of the cell with the same keys.
 
         Args:
-          about: what is known of the run.
+          about: the description of the run, which the file holds beside the cells.
         """
         if self._lock is not None:
             self._lock.check()
@@ -86,11 +86,11 @@ class Cells:
             write_atomically(self._path.with_name(f"{self._path.stem}-{part}.csv"), _table(rows))
 
     def _is(self, which: dict[str, Any], cell: Cell) -> bool:
-        return which.items() <= {**self._of_old, **{k: v for k, v in cell.items() if not isinstance(v, list)}}.items()
+        return which.items() <= {**self._defaults, **{k: v for k, v in cell.items() if not isinstance(v, list)}}.items()
 
 
 def _table(rows: Sequence[Cell]) -> str:
-    """Rows as CSV, without what of them is a list."""
+    """Return rows as CSV, without values that are lists."""
     columns = list(dict.fromkeys(key for row in rows for key in row if not isinstance(row[key], list)))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -103,7 +103,7 @@ _Z = 1.959964  # of 95 %
 
 
 def wilson(correct: int, samples: int) -> tuple[float, float]:
-    """The 95 % interval of a share after Wilson, which is of use also where all or none are correct."""
+    """Return Wilson's 95 % interval of a share, which is also useful where all or none are correct."""
     share, z2 = correct / samples, _Z**2 / samples
     centre = (share + z2 / 2) / (1 + z2)
     half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / 4 / samples)
@@ -111,7 +111,7 @@ def wilson(correct: int, samples: int) -> tuple[float, float]:
 
 
 def share(correct: int | None, samples: int) -> tuple[float | None, float | None, float | None]:
-    """Return a share and its 95 % interval; None where the model gave NaN or infinity, so that nobody knows it."""
+    """Return a share and its 95 % interval; all None if ``correct`` is None, as the model gave NaN or infinity."""
     return (None, None, None) if correct is None else (correct / samples, *wilson(correct, samples))
 
 
@@ -123,7 +123,7 @@ def finite_or_none(value: float) -> float | None:
 def show(
     cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measures: Sequence[str], caption: str
 ) -> None:
-    """Prints :func:`table` between a title and a caption: as wide as the terminal, or as wide as it takes."""
+    """Print :func:`table` between a title and a caption, as wide as the terminal, or as necessary in a file."""
     output = console.output()
     output.print(title, soft_wrap=True)
     output.print(table(cells, row, row_name, measures))
@@ -131,10 +131,10 @@ def show(
 
 
 def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measures: Sequence[str]) -> Table:
-    """Cells by context, a row for each value of ``row``, and the means of the columns.
+    """Return a table of cells by context, with a row for each value of ``row`` and a row of means.
 
     Args:
-      measures: shares that stand in a cell, the second in brackets.
+      measures: the shares to show, all but the first in brackets. A mean is "not finite" if one of its shares is None.
     """
     contexts = sorted({cell["context"] for cell in cells})
     rows = sorted({cell[row] for cell in cells})
@@ -143,21 +143,23 @@ def table(cells: Sequence[Cell], row: str, row_name: Callable[[Any], str], measu
     for context in contexts:
         found.add_column(f"{context:,}", justify="right", no_wrap=True)
 
-    def shown(some: Sequence[Cell]) -> str:
-        if not some:
-            return "-"
-        first, *rest = (_mean([cell[measure] for cell in some]) for measure in measures)
-        return f"{first:.2f}" + "".join(f" ({share:.2f})" for share in rest)
+    def by_context(some: Sequence[Cell]) -> list[str]:
+        return [_means([cell for cell in some if cell["context"] == context], measures) for context in contexts]
 
     for value in rows:
-        here = [cell for cell in cells if cell[row] == value]
-        found.add_row(row_name(value), *(shown([c for c in here if c["context"] == context]) for context in contexts))
+        found.add_row(row_name(value), *by_context([cell for cell in cells if cell[row] == value]))
     if len(rows) > 1:
         found.add_section()
-        found.add_row("mean", *(shown([c for c in cells if c["context"] == context]) for context in contexts))
+        found.add_row("mean", *by_context(cells))
     return found
 
 
-def _mean(shares: Sequence[float | None]) -> float:
-    """Return the mean of shares, NaN where one of them is not known because the model gave NaN or infinity."""
-    return sum(math.nan if share is None else share for share in shares) / len(shares)
+def _means(cells: Sequence[Cell], measures: Sequence[str]) -> str:
+    """Return the means of shares in words: "0.50 (0.75)", "not finite", or "-" if there are no cells."""
+    if not cells:
+        return "-"
+    means = [finite.mean(math.nan if cell[key] is None else cell[key] for cell in cells) for key in measures]
+    if not any(map(finite.is_finite, means)):
+        return finite.NOT_FINITE
+    first, *rest = (finite.format_number(mean, ".2f") for mean in means)
+    return first + "".join(f" ({each})" for each in rest)

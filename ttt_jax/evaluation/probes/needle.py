@@ -1,4 +1,4 @@
-"""What a needle and its question are: the single-needle tasks of RULER (arXiv:2404.06654), as text.
+"""Draw needles and cut haystacks, as text: the single-needle tasks of RULER (arXiv:2404.06654).
 
 A special magic number is hidden within the following text. ...          INTRODUCTION
 ... haystack ... One of the special magic numbers for KEY is: VALUE. ... haystack ...
@@ -34,10 +34,10 @@ class Task(NamedTuple):
     """One of RULER's single-needle tasks.
 
     Attributes:
-      name: what RULER calls it.
-      kind: of what is hidden, in a sentence.
-      noise: whether the haystack is :data:`NOISE` over and over; else prose.
-      value: draws what is hidden.
+      name: the name in RULER.
+      kind: the word for the hidden value in a sentence.
+      noise: whether the haystack is :data:`NOISE`, repeated; otherwise it is prose.
+      value: draws the hidden value.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Task(NamedTuple):
 
 
 class Needle(NamedTuple):
-    """What is hidden in one example.
+    """The needle of one example.
 
     Attributes:
-      task: what kind of needle it is.
-      key: what is asked for, a word.
-      values: what could be the answer, all different; the first of them is.
+      task: of the needle.
+      key: the word that the question asks for.
+      values: the candidates, all different; the first is the answer.
     """
 
     task: Task
@@ -61,7 +61,7 @@ class Needle(NamedTuple):
 
     @property
     def introduction(self) -> str:
-        """What the prompt begins with."""
+        """Return the beginning of the prompt."""
         kind = self.task.kind
         return (
             f"A special magic {kind} is hidden within the following text. Make sure to memorize it. "
@@ -70,12 +70,12 @@ class Needle(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """What is hidden in the haystack."""
+        """Return the sentence that is hidden in the haystack."""
         return f"One of the special magic {self.task.kind}s for {self.key} is: {self.values[0]}."
 
     @property
     def question(self) -> str:
-        """What the prompt ends with, up to the answer."""
+        """Return the end of the prompt, up to the answer."""
         kind, key = self.task.kind, self.key
         return (
             f"What is the special magic {kind} for {key} mentioned in the provided text? "
@@ -99,7 +99,7 @@ TASKS = {
 
 
 def draw(rng: np.random.Generator, task: Task, candidates: int) -> Needle:
-    """A needle and so many values that it could have, its own among them."""
+    """Draw a needle with a number of candidates, its own value first."""
     key = f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
     values: dict[str, None] = {}
     while len(values) < candidates:
@@ -109,19 +109,19 @@ def draw(rng: np.random.Generator, task: Task, candidates: int) -> Needle:
 
 # A unit ends with a sentence or a paragraph, and begins with the white space before it.
 _END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*(?=\s)|[^\n](?=\n\s*\n)")
-_LOOKED_AT = 1 << 16  # tokens at a time, until some text is found
-_LONGEST = 300  # characters; longer ones are cut between words
+_PROBED = 1 << 16  # tokens per read while searching for text
+_LONGEST = 300  # characters of a unit; longer ones are cut between words
 
 
 class Haystack(NamedTuple):
     """Text to hide needles in.
 
     Attributes:
-      name: what it is, in words.
-      fingerprint: short hash: equal text, equal fingerprint.
-      before_needle: white space.
-      units: ``units(place, size)``: text of at least so many tokens or characters, from a place in it (0 to 1) on.
-        Where it ends it begins anew.
+      name: a description in words.
+      fingerprint: a short hash of the text.
+      before_needle: the white space before a needle.
+      units: ``units(place, size)`` returns at least ``size`` tokens or characters of text, from the position ``place``
+        (0 to 1) on. The text repeats after its end.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Haystack(NamedTuple):
 
 
 def noise_haystack() -> Haystack:
-    """RULER's five sentences, over and over."""
+    """Return RULER's five sentences, repeated."""
 
     def units(place: float, size: int) -> list[str]:
         return ["\n" + NOISE] * (1 + size)  # a unit is more than a token
@@ -143,22 +143,22 @@ def haystack_of_source(source: TokenSource, decode: Decode) -> Haystack:
     """Return the text of a split of a dataset, documents one after another.
 
     Raises:
-      ConfigError: where there is no text in it.
+      ConfigError: if it has no text.
     """
 
     def read(start: int, stop: int) -> str:
         return decode(np.asarray(source.tokens[start:stop]))
 
-    if not any(read(start, start + _LOOKED_AT).strip() for start in range(0, len(source.tokens), _LOOKED_AT)):
+    if not any(read(start, start + _PROBED).strip() for start in range(0, len(source.tokens), _PROBED)):
         raise ConfigError(f"{source.name}: no text in it; expected --haystack FILE, or a --split that has some")
     return _prose(source.name, source.fingerprint(), len(source.tokens), read)
 
 
 def haystack_of_file(location: str) -> Haystack:
-    """The text of a file, UTF-8.
+    """Return the text of a file in UTF-8.
 
     Raises:
-      ConfigError: where there is no such file, or it is no text.
+      ConfigError: if the file does not exist, or is not text.
     """
     try:
         text = files.read(location, "--haystack").decode()
@@ -176,13 +176,13 @@ def _prose(name: str, fingerprint: str, length: int, read: Callable[[int, int], 
         stop = min(start + size, length)
         again, rest = divmod(size - (stop - start), length)
         parts = [read(start, stop), read(0, length) * again if again else "", read(0, rest) if rest else ""]
-        return split_into_units("".join(parts))[1:]  # the first one has lost its beginning
+        return split_into_units("".join(parts))[1:]  # the first unit has lost its beginning
 
     return Haystack(name, fingerprint, " ", units)
 
 
 def split_into_units(text: str) -> list[str]:
-    """A text in its units; nothing is left out."""
+    """Split a text into units, which together are the whole text."""
     ends = [match.end() for match in _END.finditer(text)]
     units = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
     return [part for unit in units for part in re.findall(rf"(?s).{{1,{_LONGEST}}}(?=\s|$)|.{{1,{_LONGEST}}}", unit)]

@@ -1,4 +1,4 @@
-"""Needle probes of a run: accuracy by context and depth."""
+"""Probe a run with needles in haystacks: accuracy by context and depth."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,18 +17,18 @@ from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import pattern
 from ttt_jax.storage.workdir import Workdir
 
-# Everything that a cell depends on: one that is there with the same values is not computed again.
+# Everything that the numbers of a cell depend on: a cell with the same values is not computed again.
 CONDITIONS = ("step", "checkpoint", "seed", "samples", "candidates", "haystack", "tokenizer", "bos")
 PLACE = ("context", "depth")
 
 
-def cells(workdir: Workdir, task: str, of_old: dict[str, Any] | None = None) -> Cells:
-    """Return the cells that a run has of a task, in ``WORKDIR/probe/needle-TASK.json`` and ``.csv``.
+def cells(workdir: Workdir, task: str, defaults: dict[str, Any] | None = None) -> Cells:
+    """Return the cells of a task of a run, in ``WORKDIR/probe/needle-TASK.json`` and ``.csv``.
 
     Args:
-      of_old: the BOS of prompts in cells that do not say it: they are of a version that took that of the tokenizer.
+      defaults: the BOS of prompts in cells of earlier versions, which do not hold it: the BOS of the tokenizer.
     """
-    return Cells(workdir, f"needle-{task}", (*CONDITIONS, *PLACE), {"bos": None} if of_old is None else of_old)
+    return Cells(workdir, f"needle-{task}", (*CONDITIONS, *PLACE), {"bos": None} if defaults is None else defaults)
 
 
 def probe(
@@ -45,31 +45,32 @@ def probe(
     progress: Callable[[str], None] = lambda text: None,
     scored: Callable[[int], None] = lambda tokens: None,
 ) -> list[Cell]:
-    """Accuracy of a trained model on one task, at every context and depth; each cell is saved once it is known.
+    """Measure the accuracy of a trained model on one task, at every context and depth; save each cell when it is known.
 
     Args:
       task: of :data:`needle.TASKS`.
       texts: of the run.
       depths: in percent of the haystack.
       samples: examples per cell.
-      candidates: values that are compared with the answer, itself among them: chance is one in so many.
-      batch_size: examples at a time; None for the batch size of training.
-      progress: is called with what is being done.
-      scored: is called with the number of tokens of the prompts that have just been read.
+      candidates: the number of values to rank, the answer among them: chance is one in ``candidates``.
+      batch_size: examples per batch; by default, the batch size of training.
+      progress: called with a description of the current work.
+      scored: called with the number of tokens of the prompts that have just been read.
 
     Returns:
       The cells. ``accuracy`` is the share of examples whose answer greedy decoding would give, token by token;
-      ``ranked_first`` that of those whose answer is likelier than the other candidates; each with its 95 % interval;
-      ``log_likelihood`` is that of the whole answer, in nats, and ``advantage`` how far it is above the mean of the
-      other candidates, 0 for a model that remembers nothing; both are means over examples, with standard errors.
-      What depends on a score that is NaN or infinite is None, and ``not_finite`` counts the examples with such scores.
+      ``ranked_first`` is the share of examples whose answer is likelier than all other candidates; each has a 95 %
+      interval. ``log_likelihood`` is the log-likelihood of the whole answer, in nats, and ``advantage`` its distance to
+      the mean of the other candidates, 0 for a model that remembers nothing; both are means over examples, with
+      standard errors. Values that depend on a NaN or infinite score are None, and ``not_finite`` is the number of
+      examples with such scores.
 
     Raises:
-      ConfigError: where a prompt does not fit a context, or its tokens not the model.
+      ConfigError: if a prompt does not fit a context, or its tokens do not fit the model.
     """
     tokenizer, haystack = texts.tokenizer, texts.haystacks[task]
     conditions = _conditions(trained, task, texts, samples=samples, candidates=candidates, seed=seed)
-    kept = cells(trained.workdir, task, of_old={"bos": tokenizer.bos})
+    kept = cells(trained.workdir, task, defaults={"bos": tokenizer.bos})
     about = _about(trained, task, haystack, tokenizer)
     encode = tokenizer.encoder()
     scorer = Scorer(trained, batch_size=min(batch_size or trained.config.data.batch_size, samples))
@@ -116,7 +117,7 @@ def tokens_to_read(
 ) -> int:
     """Return the number of tokens of all prompts that :func:`probe` would read."""
     conditions = _conditions(trained, task, texts, samples=samples, candidates=candidates, seed=seed)
-    kept = cells(trained.workdir, task, of_old={"bos": texts.tokenizer.bos}).find(**conditions)
+    kept = cells(trained.workdir, task, defaults={"bos": texts.tokenizer.bos}).find(**conditions)
     known = {tuple(cell[key] for key in PLACE) for cell in kept}
     return sum(samples * context for context in contexts for depth in depths if (context, depth) not in known)
 
@@ -175,7 +176,7 @@ def _summary(
 
 
 def _error(values: np.ndarray) -> float | None:
-    """Return the standard error of a mean; None where it is not known."""
+    """Return the standard error of a mean; None if it is not known."""
     if len(values) < 2 or not np.isfinite(values).all():
         return None
     return float(values.std(ddof=1) / np.sqrt(len(values)))
@@ -188,12 +189,12 @@ def _about(trained: Trained, task: str, haystack: Haystack, tokenizer: Tokenizer
         "ruler_task": needle.TASKS[task].name,
         "haystacks": haystack.name,
         "tokenizers": f"{tokenizer.kind} {tokenizer.name}",
-        **run_in_words(trained),
+        **describe_run(trained),
     }
 
 
-def run_in_words(trained: Trained) -> dict[str, Any]:
-    """What a file of a probe says of the run."""
+def describe_run(trained: Trained) -> dict[str, Any]:
+    """Describe the run for the file of a probe."""
     return {
         "workdir": trained.name,
         "model": pattern.describe(trained.config.model),

@@ -1,4 +1,4 @@
-"""Examples in tokens: a haystack of the length that is left, with its needle at the depth that is asked for.
+"""Make the prompts of needle probes in tokens: a needle at a given depth in a haystack that fills the context.
 
 Shapes: T tokens of an example, prompt and answer.
 """
@@ -16,17 +16,17 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes import needle as needle_lib
 from ttt_jax.evaluation.probes.needle import TASKS, Haystack, Needle, Task
 
-_MOST_TEXT = 64  # tokens of text that are read, at most, for each token of a prompt
+_MOST_TEXT = 64  # tokens of text to read, at most, for each token of a prompt
 
 
 class Example(NamedTuple):
     """A prompt with its answer.
 
     Attributes:
-      needle: what is hidden in it.
+      needle: the hidden needle.
       tokens: [T], int32: the prompt, then the answer.
-      candidates: tokens of each value that could be the answer; the first are the last of ``tokens``.
-      depth: where in the haystack the needle is, in percent of the haystack's tokens.
+      candidates: the tokens of each candidate; the first are the last of ``tokens``.
+      depth: the position of the needle in percent of the haystack's tokens.
     """
 
     needle: Needle
@@ -47,17 +47,17 @@ def examples(
     candidates: int = 8,
     seed: int = 0,
 ) -> list[Example]:
-    """Example ``index`` at each of the depths, T = ``context``.
+    """Return example ``index`` at each of the depths, T = ``context``.
 
-    Depth and context change what lies around a needle, not the needle: they are compared on the same ones, and so are
-    models with the same tokenizer. The haystack is cut where it ends, so that T is exact.
+    The needle does not depend on depth and context, so that they are compared on the same needles, and so are models
+    with the same tokenizer. The haystack is cut at its end, so that T is exact.
 
     Args:
-      depths: in percent. The needle stands between two sentences, where that is nearest.
-      candidates: values that could be the answer, its own among them.
+      depths: in percent. The needle is put between two sentences, as close to the depth as possible.
+      candidates: the number of values to rank, the answer among them.
 
     Raises:
-      ConfigError: where a prompt without haystack is too long already, or the haystack has hardly any text.
+      ConfigError: if a prompt without haystack is too long already, or the haystack has hardly any text.
     """
     rng = np.random.default_rng([seed, list(TASKS.values()).index(task), index])
     hidden, place = needle_lib.draw(rng, task, candidates), rng.random()
@@ -81,7 +81,7 @@ def examples(
 
 
 def _haystack(haystack: Haystack, encode: Encode, place: float, tokens: int) -> list[np.ndarray]:
-    """Units of so many tokens together; of the last, only the beginning."""
+    """Return units with so many tokens in total; the last is cut."""
     size = tokens + 1024
     while size <= _MOST_TEXT * (tokens + 1024):
         units, total = [], 0
@@ -95,10 +95,10 @@ def _haystack(haystack: Haystack, encode: Encode, place: float, tokens: int) -> 
 
 
 def _question(encode: Encode, question: str, values: tuple[str, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Tokens of the question, and of each answer to it.
+    """Return the tokens of the question, and of each answer to it.
 
-    A space stands between the two. It is part of the question where it has a token of its own, and of the answer where
-    it shares one with what follows: answers begin at the first token that is not the same for the question alone.
+    The space between the two is part of the question if it has its own token, and part of the answer if it shares a
+    token with the following characters: answers begin at the first token that differs from the question alone.
     """
     alone = _following(encode, question + " ")
     whole = [_following(encode, f"{question} {value}") for value in values]
@@ -107,25 +107,25 @@ def _question(encode: Encode, question: str, values: tuple[str, ...]) -> tuple[n
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n
 
 
 def _following(encode: Encode, text: str) -> np.ndarray:
-    """Tokens of a text that stands behind other text: some tokenizers put a space before the first word of a text."""
+    """Return the tokens of a text that follows other text: some tokenizers put a space before the first word."""
     line, both = encode("\n"), encode("\n" + text)
     return both[len(line) :] if np.array_equal(both[: len(line)], line) else encode(text)
 
 
 class Texts(NamedTuple):
-    """For the prompts of one run.
+    """The tokenizer and the haystacks for the prompts of one run.
 
     Attributes:
       tokenizer: of all text.
-      bos: the token that prompts begin with; None for none.
-      haystacks: of each task.
+      bos: the first token of prompts; None for none.
+      haystacks: by task.
     """
 
     tokenizer: Tokenizer
@@ -141,28 +141,28 @@ def texts_of_run(
     haystack: str | None = None,
     split: str = "validation",
 ) -> Texts:
-    """The texts that fit the data of a run.
+    """Return the texts that fit the data of a run.
 
     Args:
       config: of the run.
       tasks: of :data:`TASKS`.
-      tokenizer: ``byte``, or a file; None for that of the run's data.
-      haystack: a text file; None for the documents of the run's data.
+      tokenizer: ``byte``, or a file; by default, the tokenizer of the run's data.
+      haystack: a text file; by default, the documents of the run's data.
       split: of the data.
 
     Raises:
-      ConfigError: where no tokenizer or text is known, or a file is not what it should be.
-      DataError: where the data cannot be read.
+      ConfigError: if no tokenizer or text is known, or a file is not valid.
+      DataError: if the data cannot be read.
     """
-    found = tokenizer_lib.load(tokenizer) if tokenizer else named_sources.tokenizer_of(config.data.source)
-    bos = named_sources.from_config(config, "train").bos  # of the data, whichever tokenizer is given: the model saw it
+    chosen = tokenizer_lib.load(tokenizer) if tokenizer else named_sources.tokenizer_of(config.data.source)
+    bos = named_sources.from_config(config, "train").bos  # the BOS that the model was trained with
     haystacks, prose = {}, None
     for task in tasks:
         if TASKS[task].noise:
             haystacks[task] = needle_lib.noise_haystack()
         else:
             haystacks[task] = prose = prose or _prose(config, haystack, split)
-    return Texts(found, bos, haystacks)
+    return Texts(chosen, bos, haystacks)
 
 
 def _prose(config: ml_collections.ConfigDict, haystack: str | None, split: str) -> Haystack:

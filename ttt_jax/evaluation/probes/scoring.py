@@ -1,7 +1,7 @@
-"""How likely a model finds each of several answers to a prompt.
+"""Score candidate answers to a prompt by their likelihood.
 
-Prompts are read in pieces with the state carried, so that memory does not grow with the context but by what the state
-holds; then every candidate from the state behind the prompt.
+Prompts are read in pieces, the state carried from one to the next, so that memory grows with the context only by what
+the state holds. Then each candidate is read from the state behind the prompt.
 
 Shapes: B examples side by side, T tokens of an example, C candidates, A tokens of the longest one.
 """
@@ -20,11 +20,11 @@ from ttt_jax.evaluation.trained import Trained
 
 
 class Scores(NamedTuple):
-    """Of N examples of C candidates.
+    """The scores of N examples of C candidates.
 
     Attributes:
-      log_likelihood: [N, C], of all tokens of a candidate together, in nats.
-      matched: [N], whether each token of the answer is the likeliest one; of no meaning where ``log_likelihood`` of
+      log_likelihood: [N, C], the sum over the tokens of a candidate, in nats.
+      matched: [N], whether each token of the answer is the likeliest one; meaningless where the ``log_likelihood`` of
         the answer is NaN or infinite.
     """
 
@@ -36,8 +36,8 @@ class Scorer:
     """A trained model that scores answers.
 
     Args:
-      piece_length: tokens that are read at a time; None for the context of training.
-      batch_size: examples at a time; rounded up to what the devices share.
+      piece_length: tokens per piece; by default, the context of training.
+      batch_size: examples per batch, rounded up to a multiple of ``trained.rows``.
     """
 
     def __init__(self, trained: Trained, *, batch_size: int, piece_length: int | None = None):
@@ -54,8 +54,8 @@ class Scorer:
         def answer(params, state, inputs, targets, mask):
             logits, _ = model.apply({"params": params}, inputs, state)
             found = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-            # Greedy decoding gives the answer if and only if each of its tokens is the likeliest one behind the true
-            # ones before it: the first token that is not would be the first that decoding gets wrong.
+            # Greedy decoding gives the answer if and only if each of its tokens is the likeliest one after the true
+            # tokens before it: the first token that is not would be the first that decoding gets wrong.
             likeliest = (logits.argmax(-1) == targets) | (mask == 0)
             return jnp.where(mask > 0, found, 0).sum(-1), likeliest.all(-1)
 
@@ -63,23 +63,23 @@ class Scorer:
         self._start = jax.jit(lambda length: model.initial_state(self._batch_size, length), static_argnums=0)
 
     def score(self, examples: Sequence[Example], progress: Callable[[int], None] = lambda done: None) -> Scores:
-        """Scores examples of one context.
+        """Score examples of one context.
 
         Args:
-          progress: is called with the number of examples that have been scored.
+          progress: called with the number of examples scored so far.
         """
         longest = max(len(candidate) for example in examples for candidate in example.candidates)
         found = []
         for first in range(0, len(examples), self._batch_size):
             group = examples[first : first + self._batch_size]
-            found.append(self._of_batch(group, -(-longest // 8) * 8))  # few lengths, few programs
+            found.append(self._of_batch(group, -(-longest // 8) * 8))  # few lengths, so that few programs are compiled
             progress(first + len(group))
         return Scores(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def _of_batch(self, group: Sequence[Example], longest: int) -> Scores:
         rows = [*group, *[group[-1]] * (self._batch_size - len(group))]
         tokens = np.stack([example.tokens for example in rows])  # [B, T]
-        # Answers end at T, so they begin at different places; what comes before all of them is read once.
+        # Answers end at T and begin at different positions; the tokens before all of them are read once.
         common = max(0, tokens.shape[1] - longest - 1)
         with sharding.on_mesh(self._trained.mesh, self._trained.rules):
             state = self._start(common + 2 * longest)
@@ -91,7 +91,7 @@ class Scorer:
         return Scores(log_likelihood[: len(group)], np.asarray(scores[0][1])[: len(group)])
 
     def _candidate(self, rows: Sequence[Example], state, index: int, common: int, longest: int):
-        """Log-likelihood [B] of candidate ``index``, and whether all of it is likeliest [B]."""
+        """Return the log-likelihood [B] of candidate ``index``, and whether all of its tokens are the likeliest [B]."""
         shape = len(rows), 2 * longest
         inputs, targets, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for row, example in enumerate(rows):

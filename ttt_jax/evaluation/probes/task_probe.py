@@ -1,4 +1,4 @@
-"""How well a run does the synthetic task it was trained on, by number of items, by context, and by distance.
+"""Probe a run with the synthetic task it was trained on: accuracy by number of items, context and distance.
 
 Shapes: B sequences side by side, T tokens.
 """
@@ -16,7 +16,7 @@ from ttt_jax.data.synthetic import Example
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes.cells import Cell, Cells, finite_or_none, share
-from ttt_jax.evaluation.probes.needle_probe import run_in_words
+from ttt_jax.evaluation.probes.needle_probe import describe_run
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.storage.workdir import Workdir
 
@@ -25,20 +25,20 @@ PLACE = ("items", "context")
 
 
 def cells(workdir: Workdir, task: str) -> Cells:
-    """The cells that a run has of a task, in ``WORKDIR/probe/TASK.json`` and ``.csv``."""
+    """Return the cells of a task of a run, in ``WORKDIR/probe/TASK.json`` and ``.csv``."""
     return Cells(workdir, task, (*CONDITIONS, *PLACE))
 
 
 def task_of(config: ml_collections.ConfigDict) -> tuple[str, int]:
-    """The task that a run was trained on, and its number of items.
+    """Return the task that a run was trained on, and its number of items.
 
     Raises:
-      ConfigError: where it was trained on something else.
+      ConfigError: if the run was not trained on a task.
     """
     location = config.data.source
     if not synthetic.is_task(location):
         raise ConfigError(
-            f"data.source={location!r}: is no task to probe; expected a run on one of {', '.join(synthetic.TASKS)}"
+            f"data.source={location!r}: is not a task to probe; expected a run on one of {', '.join(synthetic.TASKS)}"
         )
     found = synthetic.task_source(location, "train", config.model.vocab_size, config.data.sequence_length)
     return found.task, found.items
@@ -54,39 +54,33 @@ def probe(
     batch_size: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Cell]:
-    """Accuracy of a trained model on sequences it has not seen; each cell is saved once it is known.
+    """Measure the accuracy of a trained model on sequences it has not seen; save each cell when it is known.
 
     Args:
-      items: pairs to recall, or symbols to copy.
-      contexts: tokens of a sequence.
+      items: numbers of pairs to recall, or of symbols to copy.
+      contexts: lengths of sequences in tokens.
       samples: sequences per cell.
-      batch_size: sequences at a time; None for as many tokens as a training step has.
-      progress: is called with what is being done.
+      batch_size: sequences per batch; by default, as many tokens as a training step has.
+      progress: called with a description of the current work.
 
     Returns:
-      The cells. ``accuracy`` is the share of answers that are the likeliest token, with its 95 % interval where they
-      were independent; ``whole`` that of sequences with all answers right; ``loss`` is in nats per answer.
-      What depends on a loss that is NaN or infinite is None, and ``not_finite`` counts the answers with such losses.
-      ``by_distance`` lists accuracies by the number of tokens between an answer and what it repeats, up to 1, 2, 4, ...
+      The cells. ``accuracy`` is the share of answers that are the likeliest token, with the 95 % interval it would have
+      if answers were independent; ``whole`` is the share of sequences with all answers right; ``loss`` is in nats per
+      answer. Values that depend on a NaN or infinite loss are None, and ``not_finite`` is the number of answers with
+      such losses. ``by_distance`` lists accuracies by the number of tokens between an answer and the token it repeats,
+      up to 1, 2, 4, ...
 
     Raises:
-      ConfigError: where items do not fit a context or the vocabulary.
+      ConfigError: if items do not fit a context or the vocabulary.
     """
     task, _ = task_of(trained.config)
-    kept, conditions = (
-        cells(trained.workdir, task),
-        {
-            "step": trained.step,
-            "checkpoint": trained.fingerprint,
-            "split": split,
-            "samples": samples,
-        },
-    )
-    about = {"probe": "task", "task": task, **run_in_words(trained)}
+    kept = cells(trained.workdir, task)
+    conditions = {"step": trained.step, "checkpoint": trained.fingerprint, "split": split, "samples": samples}
+    about = {"probe": "task", "task": task, **describe_run(trained)}
     wanted = [(number, context) for number in items for context in contexts]
     read = _reader(trained)
     vocab_size = trained.config.model.vocab_size
-    sources = {  # what does not fit is told before anything is computed
+    sources = {  # raises for items that do not fit, before anything is computed
         (number, context): synthetic.task_source(f"{task}:{number}", split, vocab_size, context)
         for number, context in wanted
     }
@@ -116,7 +110,7 @@ def _reader(trained: Trained):
 
 
 def _predictions(trained: Trained, read, examples: Sequence[Example], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest next token and the loss of the true one, [samples, T] each."""
+    """Return the likeliest next token and the loss of the true one, [samples, T] each."""
     batch_size = -(-batch_size // trained.rows) * trained.rows
     tokens = np.stack([example.tokens for example in examples])
     likeliest: list[np.ndarray] = []
