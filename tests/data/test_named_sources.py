@@ -219,10 +219,10 @@ def test_not_finished(copy):
     ("content", "message"),
     [
         ("{", "dataset.json: damaged: it is not JSON"),
-        ("[]", "dataset.json: describes no dataset; expected what ttt tokenize has written"),
+        ("[]", "dataset.json: describes no dataset; expected what ttt tokenize wrote"),
         (
             '{"name": "package", "version": 1}',
-            "dataset.json: describes no dataset; expected what ttt tokenize has written",
+            "dataset.json: describes no dataset; expected what ttt tokenize wrote",
         ),
         ('{"format": "ttt_jax tokens", "version": 2}', "dataset.json: version 2; this ttt_jax reads 1"),
         ('{"format": "ttt_jax tokens", "version": 1}', "dataset.json: damaged: no tokenizer; expected what ttt token"),
@@ -280,8 +280,8 @@ def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
         named_sources.tokenizer_of(str(tmp_path / "out"))
     assert str(caught.value) == (
-        f"{kept}: damaged, or another tokenizer: its SHA-256 is {hashes[0]}..., that of the tokenizer which made the "
-        f"tokens {hashes[1]}...; expected the file that ttt tokenize has written"
+        f"{kept}: damaged, or another tokenizer: its SHA-256 is {hashes[0]}..., but the tokens were made with "
+        f"{hashes[1]}...; expected the file that ttt tokenize wrote"
     )
     description = json_files.read_object(tmp_path / "out/dataset.json")
     del description["tokenizer"]["sha256"]  # as of early datasets
@@ -293,7 +293,7 @@ def test_arrays_that_are_not_as_described(copy):
     description = json_files.read_object(copy / "dataset.json")
     description["splits"]["train"]["tokens"] += 1
     (copy / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(DataError, match=r"/train: is 5\d uint16, but dataset.json says 5\d uint16"):
+    with pytest.raises(DataError, match=r"/train: holds 5\d uint16, but dataset.json says 5\d uint16"):
         named_sources.load(str(copy), "train")
 
 

@@ -208,7 +208,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processe
 
 def test_nothing_to_read():
     empty = TokenSource("some/train", np.zeros(3, np.uint16), vocab_size=10, bos=None)
-    with pytest.raises(DataError, match="some/train: 3 tokens are no window of 3"):
+    with pytest.raises(DataError, match="some/train: 3 tokens do not fill a window of 3 and one more"):
         pipeline.train_batches(empty, sequence_length=3, batch_size=1, seed=0)
 
 

@@ -128,15 +128,15 @@ def test_documents_without_anything_to_predict_are_left_out():
 def test_documents_of_a_source_that_does_not_know_them():
     unknown = dataclasses.replace(a_source([5, 5], known=False), bos=None)
     with pytest.raises(ConfigError, match="some/test: does not say where documents begin; expected"):
-        sequences.starts(unknown)
+        sequences.document_starts(unknown)
 
 
 def test_documents_are_found_across_the_blocks_in_which_they_are_looked_for(monkeypatch):
     monkeypatch.setattr(sequences, "_SCANNED", 7)
     lengths = [5, 9, 2, 20, 3, 3]
     expected = np.cumsum([0, *lengths[:-1]]).tolist()
-    assert sequences.starts(a_source(lengths, known=False)).tolist() == expected
-    assert sequences.starts(a_source(lengths)).tolist() == expected
+    assert sequences.document_starts(a_source(lengths, known=False)).tolist() == expected
+    assert sequences.document_starts(a_source(lengths)).tolist() == expected
 
 
 def test_documents_with_nothing_to_predict_are_counted():

@@ -76,14 +76,14 @@ def run(options: argparse.Namespace) -> int:
         for split in ("train", "validation", "test")
         for file in listing.find(split, getattr(options, split), options.output)
     ]
-    found = listing.distinct(found)
+    found = listing.without_duplicates(found)
     if any(file.kind == "parquet" for file in found):
         extras.check("parquet", "pyarrow", "reading .parquet")
     if options.engine == "ray":
         extras.check("ray", "ray", "--engine ray")
     output = Store(options.output)
-    found = files.with_content(found)
-    listing.tell_copies(found)
+    found = files.with_digests(found)
+    listing.report_copies(found)
     with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
         about, received = _tokenize(options, found, output, lock)
     if about is None:
@@ -123,7 +123,7 @@ def _tokenize(
     if options.train_bpe is None:
         chosen = tokenizer.load(options.tokenizer, bos_token=options.bos_token, eos_token=options.eos_token)
         trained = None
-        if lost := text_fidelity.lost(chosen.encoder(), chosen.unknown):
+        if lost := text_fidelity.lost_differences(chosen.encoder(), chosen.unknown):
             what = "texts that differ in them alone get the same tokens"
             print(f"--tokenizer {options.tokenizer}: loses {', '.join(lost)}: {what}", file=sys.stderr)
     else:

@@ -1,1 +1,1 @@
-"""Text to batches. Knows nothing of models."""
+"""Read datasets of tokens into batches; ``prepare/`` makes such datasets from text. Imports nothing of models."""

@@ -1,7 +1,7 @@
-"""One-dimensional zarr3 arrays: sharded, compressed, with a checksum on every chunk.
+"""Write and read one-dimensional zarr3 arrays: sharded, compressed, with a checksum on every chunk.
 
-While an array is being written it has no metadata, so nobody takes it for a whole one; its shards are written one after
-another, and a shard that is written again has the same bytes.
+An array gets its metadata when it is complete, so that an unfinished array cannot be opened by mistake. Shards are
+written in order, and writing a shard again gives the same bytes.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ import tensorstore as ts
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store, explained
 
-CHUNK = 1 << 14  # entries: what is read and decompressed at a time
-SHARD = 1 << 24  # entries: a file
+CHUNK = 1 << 14  # entries that are read and decompressed together
+SHARD = 1 << 24  # entries in a file
 _UNKNOWN_LENGTH = 1 << 60
-_CACHE = 1 << 26  # bytes, for each array that is read
+_CACHE = 1 << 26  # bytes, for each open array
 
 
 class ArrayWriter:
-    """Writes an array from its beginning to its end, and can be stopped and made again in between.
+    """Writes an array from its beginning to its end. A new writer can continue where an earlier one stopped.
 
     Args:
-      shards, digest, rest: where an earlier writer stood; see :meth:`state`.
+      shards, digest, rest: the state of the earlier writer; see :meth:`state`.
     """
 
     def __init__(
@@ -41,38 +41,42 @@ class ArrayWriter:
         self._store, self._name, self._dtype = store, name, np.dtype(dtype)
         self._shard, self._chunk = shard, min(chunk, shard)
         self._shards, self._digest = shards, digest
-        self._rest = [np.frombuffer(rest, self._dtype)]
-        self._resting = len(self._rest[0])
+        self._rest = [np.frombuffer(rest, self._dtype)]  # values that do not fill a shard yet
+        self._rest_length = len(self._rest[0])
         self._array = self._open(_UNKNOWN_LENGTH, assume_metadata=True)
         self._writing: Any = None
 
     def __len__(self) -> int:
-        return self._shards * self._shard + self._resting
+        return self._shards * self._shard + self._rest_length
 
     def append(self, values: np.ndarray) -> None:
-        """Adds values at the end. Raises :class:`DataError` where they cannot be stored."""
+        """Add values at the end.
+
+        Raises:
+          DataError: if they cannot be written.
+        """
         self._rest.append(values.astype(self._dtype, copy=False))
-        self._resting += len(values)
-        if self._resting >= self._shard:
+        self._rest_length += len(values)
+        if self._rest_length >= self._shard:
             everything = np.concatenate(self._rest)
             for start in range(0, len(everything) - self._shard + 1, self._shard):
                 self._write(everything[start : start + self._shard])
                 self._shards += 1
             self._rest = [everything[len(everything) // self._shard * self._shard :].copy()]
-            self._resting = len(self._rest[0])
+            self._rest_length = len(self._rest[0])
 
     def state(self) -> tuple[dict[str, Any], bytes]:
-        """What a new writer needs to go on; all shards before it are on disk."""
+        """Wait until all full shards are on disk, and return what a new writer needs to continue."""
         self._wait()
         self._rest = [np.concatenate(self._rest)]
         return {"shards": self._shards, "digest": self._digest}, self._rest[0].tobytes()
 
     def finish(self) -> str:
-        """Writes what is left, and the metadata; returns a hash of all values. May be done again."""
+        """Write the last shard and the metadata; return a hash of all values. May be called again."""
         rest = np.concatenate(self._rest)
         self._wait()
         for name in list(self._store.names(f"{self._name}/c/")):
-            # An earlier run may have been further, in other text: its chunks would stay in the last shard.
+            # An earlier run may have written more, from other text: its chunks would stay in the last shard.
             number = name.rsplit("/", 1)[1]
             if number.isdecimal() and int(number) >= self._shards:
                 self._store.delete_file(name)
@@ -116,7 +120,7 @@ class ArrayWriter:
             "driver": "zarr3",
             "kvstore": self._store.spec(self._name),
             "metadata": metadata,
-            "store_data_equal_to_fill_value": True,  # so that a chunk that is not there is one that was lost
+            "store_data_equal_to_fill_value": True,  # so that a missing chunk is a lost one
         }
         return ts.open(spec, **how).result()
 
@@ -125,28 +129,28 @@ class ArrayWriter:
 
 
 class Array:
-    """A stored array; read by slices, as a NumPy array is.
+    """A stored array of integers in one dimension, read by slices as a NumPy array is.
 
     Args:
-      spec: TensorStore's, of a zarr or zarr3 array.
-      name: of the array, for messages.
-      instead: contents to be taken instead of those of files of the array.
+      spec: the TensorStore spec of a zarr or zarr3 array.
+      name: the array in messages.
+      overrides: contents that replace files of the array, by their names.
 
     Raises:
-      DataError: where there is none, or it is not one of integers in one dimension.
+      DataError: if there is no such array, or it has another type or more dimensions.
     """
 
-    def __init__(self, spec: dict[str, Any], name: str, instead: dict[str, bytes] | None = None):
-        self._arguments, self._name = (spec, name, instead), name
+    def __init__(self, spec: dict[str, Any], name: str, overrides: dict[str, bytes] | None = None):
+        self._arguments, self._name = (spec, name, overrides), name
         context, kvstore = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}}), spec["kvstore"]
         with explained(f"cannot read {name}"):
-            if instead:
+            if overrides:
                 memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
-                for file, content in instead.items():
+                for file, content in overrides.items():
                     memory.write(file, content).result()
-                layers = [{"exact": file, "base": {"driver": "memory", "path": file}} for file in instead]
+                layers = [{"exact": file, "base": {"driver": "memory", "path": file}} for file in overrides]
                 kvstore = {"driver": "kvstack", "layers": [{"base": kvstore}, *layers]}
-            # What is open does not change, so that the index of a shard need not be read for every window.
+            # An open array does not change, so the index of a shard need not be read again for every window.
             unchanging = {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
             full = {**spec, **unchanging, "kvstore": kvstore, "fill_missing_data_reads": False}
             self._array = ts.open(full, read=True, open=True, context=context).result()
@@ -160,7 +164,7 @@ class Array:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values."""
+        """Return the type of the values."""
         return self._array.dtype.numpy_dtype
 
     def __getitem__(self, where: slice) -> np.ndarray:
@@ -170,7 +174,7 @@ class Array:
 
 
 def check_layout(dtype: str, shape: tuple[int, ...], name: str) -> None:
-    """Raises :class:`DataError` where an array cannot be one of tokens."""
+    """Raise :class:`DataError` if an array is not one of integers in one dimension."""
     if dtype not in ("uint8", "uint16", "uint32", "int32", "int64", "uint64"):
         raise DataError(f"{name}: holds {dtype}; expected integers")
     if len(shape) != 1:

@@ -1,4 +1,4 @@
-"""The datasets that ``data.source`` can name, each as a :class:`~ttt_jax.data.token_source.TokenSource`."""
+"""Open what ``data.source`` names as a :class:`~ttt_jax.data.token_source.TokenSource`."""
 
 import dataclasses
 import hashlib
@@ -17,7 +17,7 @@ from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 
-_LOOKED_AT = 1000  # files of a folder that is no dataset
+_SEARCHED = 1000  # files in a folder that is no dataset, for files of text
 _EXPECTED = (
     "embedded, synthetic, associative_recall, selective_copying, or the path or URL of a folder made by ttt tokenize, "
     "of one with train.npy, or of a zarr group with train"
@@ -25,7 +25,7 @@ _EXPECTED = (
 
 
 def from_config(config: ml_collections.ConfigDict, split: str) -> TokenSource:
-    """The split of the dataset that ``config.data`` names; raises as :func:`load`."""
+    """Return a split of the dataset that ``config.data`` names. Raise as :func:`load` does."""
     data = config.data
     return load(
         data.source,
@@ -47,19 +47,19 @@ def load(
     sequence_length: int = 0,
     named_by: str = "data.source=",
 ) -> TokenSource:
-    """A split of a dataset.
+    """Return a split of a dataset.
 
     Args:
       location: ``embedded``, ``synthetic``, a task (:func:`synthetic.task_source`), or a folder by its path or URL.
-      vocab_size: of the model; limits tokens where the dataset does not say what its vocabulary is.
-      bos: the token that begins a document, where the dataset does not say it, or says something else.
-      tokenizer: what must have made the tokens, by its kind, name, file or hash; empty for whatever did.
+      vocab_size: of the model; limits the tokens of a dataset that does not say how large its vocabulary is.
+      bos: the token that begins a document; None for what the dataset says.
+      tokenizer: the tokenizer that must have made the tokens, by its kind, name, file or hash; empty for any.
       sequence_length: of a task's sequences; 0 is 64.
-      named_by: what the location was given by, for messages.
+      named_by: the key or option that gave the location, for messages.
 
     Raises:
-      ConfigError: for what does not exist, or is of another tokenizer.
-      DataError: for what exists and cannot be read.
+      ConfigError: if the dataset does not exist, or is of another tokenizer.
+      DataError: if it exists and cannot be read.
     """
     if split not in dataset.SPLITS:
         raise ConfigError(f"split={split!r}: expected one of {', '.join(dataset.SPLITS)}")
@@ -80,18 +80,18 @@ def load(
 
 
 def tokenizer_of(location: str) -> tokenizer_lib.Tokenizer:
-    """Return the tokenizer that made a dataset: bytes of ``embedded``, else the one that is kept with the tokens.
+    """Return the tokenizer that made a dataset: bytes for ``embedded``, else the tokenizer in its folder.
 
     Raises:
-      ConfigError: where there is none.
-      DataError: where it is not the one that the tokens are of.
+      ConfigError: if the dataset has no tokenizer.
+      DataError: if the tokenizer in the folder is not the one that made the tokens.
     """
     if location == "embedded":
         return tokenizer_lib.byte()
     description = None
     if location != "synthetic" and not synthetic.is_task(location):
         if not _is_folder(location):
-            raise ConfigError(f"data.source={location!r}: no such folder; expected the dataset that the run is of")
+            raise ConfigError(f"data.source={location!r}: no such folder; expected the dataset of the run")
         description = dataset.read_description(Store(location))
     if description is None:
         raise ConfigError(f"data.source={location!r}: no tokenizer is kept with it; expected --tokenizer FILE, or byte")
@@ -114,8 +114,8 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
         made_by = description["tokenizer"]
         if bos is not None and bos == description["eos"] != description["bos"]:
             raise ConfigError(
-                f"data.bos={bos}: is the token that ends the documents of {location}, and ends would be no targets; "
-                "expected data.bos unset"
+                f"data.bos={bos}: is the token that ends the documents of {location}, so that the ends would be no "
+                "targets; expected data.bos unset"
             )
         return TokenSource(
             store.path(split),
@@ -123,12 +123,12 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
             _vocab_size(description),
             description["bos"] if bos is None else bos,
             documents,
-            tuple(made_by[key] for key in ("kind", "name", "sha256") if key in made_by),  # early ones have no hash
+            tuple(made_by[key] for key in ("kind", "name", "sha256") if key in made_by),  # early datasets have no hash
             description["splits"][split]["fingerprint"],
         )
     if store.exists(f"{UNFINISHED}/state.json"):
         raise ConfigError(f"{named}: is not finished; run the same ttt tokenize command again")
-    found = official.npy(store, split, vocab_size, bos) or official.zarr(store, split, vocab_size, bos)
+    found = official.npy_source(store, split, vocab_size, bos) or official.zarr_source(store, split, vocab_size, bos)
     if found is None:
         if _holds_text(location):
             raise ConfigError(f"{named}: holds files of text; {_run_tokenize(location)}")
@@ -137,7 +137,7 @@ def _in_folder(location: str, split: str, vocab_size: int | None, bos: int | Non
 
 
 def _vocab_size(description: dict[str, Any]) -> int:
-    """Return what all tokens of a dataset are below; bytes without EOS fit models of 257 tokens, too."""
+    """Return the vocabulary size of a dataset. Bytes without EOS fit models of 257 tokens, too."""
     size, bos, eos = (description[key] for key in ("vocab_size", "bos", "eos"))
     if description["tokenizer"]["kind"] == "byte" and eos is None and (bos is None or bos < size - 1):
         return size - 1
@@ -145,10 +145,10 @@ def _vocab_size(description: dict[str, Any]) -> int:
 
 
 def _holds_text(folder: str) -> bool:
-    """Return whether there is a file of text among the first of a local folder."""
+    """Return whether a file of text is among the first files in a local folder."""
     names = (name for _, _, names in os.walk(folder) for name in names)
-    kinds = (files.InputFile("train", name, 0).kind for name in itertools.islice(names, _LOOKED_AT))
-    return any(kind in ("txt", "jsonl", "parquet") for kind in kinds)  # .json may be of a dataset of others
+    kinds = (files.InputFile("train", name, 0).kind for name in itertools.islice(names, _SEARCHED))
+    return any(kind in ("txt", "jsonl", "parquet") for kind in kinds)  # .json may be metadata of another format
 
 
 def _run_tokenize(location: str) -> str:
@@ -156,7 +156,7 @@ def _run_tokenize(location: str) -> str:
 
 
 def _is_folder(location: str) -> bool:
-    """Whether there may be one: that of a URL is only known when it is read."""
+    """Return whether a location can be a folder. Whether a URL is one is only known when it is read."""
     return "://" in location or os.path.isdir(location)
 
 

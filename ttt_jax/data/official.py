@@ -1,7 +1,7 @@
-"""The authors' own datasets, read as they are.
+"""Read the authors' own datasets as they are.
 
-- ttt-lm-jax: ``train.npy``, ``validation.npy``, ``test.npy``, tokens in one dimension, in the folder itself or in one
-  that is named after the tokenizer: ``tokenizer_name-meta-llama/Llama-2-7b-hf-val_ratio-...``.
+- ttt-lm-jax: ``train.npy``, ``validation.npy`` and ``test.npy``, tokens in one dimension, in the folder itself or in a
+  folder inside that is named after the tokenizer: ``tokenizer_name-meta-llama/Llama-2-7b-hf-val_ratio-...``.
 - TTT-E2E: a zarr group, version 2 or 3, with the arrays ``train`` and ``val``.
 """
 
@@ -17,16 +17,16 @@ from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage.store import Store
 
-_LLAMA_2, _LLAMA_2_VOCAB_SIZE, _LLAMA_2_BOS = "meta-llama/Llama-2-7b-hf", 32000, 1  # of the published ones
-_LLAMA_3_BOS = 128000  # of the tokens that the authors of TTT-E2E publish
+_LLAMA_2, _LLAMA_2_VOCAB_SIZE, _LLAMA_2_BOS = "meta-llama/Llama-2-7b-hf", 32000, 1  # of what ttt-lm-jax publishes
+_LLAMA_3_BOS = 128000  # of what TTT-E2E publishes
 _UNKNOWN_VOCAB_SIZE = 1 << 31
 
 
 class NpyTokens:
-    """A ``.npy`` file, read by byte ranges.
+    """The integers in a ``.npy`` file, read by byte ranges.
 
     Raises:
-      DataError: where it is not one, is cut short, or does not hold integers in one dimension.
+      DataError: if it is no such file, is cut short, or does not hold integers in one dimension.
     """
 
     def __init__(self, store: Store, name: str):
@@ -58,18 +58,18 @@ class NpyTokens:
         first, last = (self._start + place * self.dtype.itemsize for place in (start, stop))
         content = self._store.read(self._name, first, last)
         if content is None:
-            raise DataError(f"{self._store.path(self._name)}: is gone; was being read at offset {start}")
+            raise DataError(f"{self._store.path(self._name)}: is gone; it was being read at offset {start}")
         return np.frombuffer(content, self.dtype)
 
 
-def npy(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
-    """The split of a folder of ttt-lm-jax; None where the folder is none.
+def npy_source(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
+    """Return a split of a folder of ttt-lm-jax; None if the folder has no ``.npy`` file of the split.
 
-    Where no folder names the tokenizer it is taken for Llama-2's, whose BOS is no target, as it is there.
+    If no folder names the tokenizer, BOS is Llama-2's, which is no target, as in the authors' code.
 
     Raises:
-      ConfigError: where the folder holds datasets of several tokenizers, or other splits alone.
-      DataError: as :class:`NpyTokens`.
+      ConfigError: if the folder holds datasets of several tokenizers.
+      DataError: as :class:`NpyTokens` does.
     """
     names = [f"{split}.npy"] if store.exists(f"{split}.npy") else []
     names += [name for name in store.names("tokenizer_name-") if name.endswith(f"/{split}.npy")]
@@ -91,11 +91,11 @@ def npy(store: Store, split: str, vocab_size: int | None, bos: int | None) -> To
     )
 
 
-def zarr(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
-    """The split of a zarr group of TTT-E2E; None where the folder is none.
+def zarr_source(store: Store, split: str, vocab_size: int | None, bos: int | None) -> TokenSource | None:
+    """Return a split of a zarr group of TTT-E2E; None if the folder has no zarr array of the split.
 
     Raises:
-      DataError: where the array cannot be read.
+      DataError: if the array cannot be read.
     """
     name = "val" if split == "validation" else split
     path = store.path(name)
@@ -103,7 +103,7 @@ def zarr(store: Store, split: str, vocab_size: int | None, bos: int | None) -> T
         tokens = Array({"driver": "zarr3", "kvstore": store.spec(name)}, path)
     elif store.exists(f"{name}/.zarray"):
         metadata = {".zarray": _without_typesize(store.read_json(f"{name}/.zarray"))}
-        tokens = Array({"driver": "zarr", "kvstore": store.spec(name)}, path, instead=metadata)
+        tokens = Array({"driver": "zarr", "kvstore": store.spec(name)}, path, overrides=metadata)
     else:
         return None
     bos = _LLAMA_3_BOS if bos is None else bos
@@ -111,7 +111,7 @@ def zarr(store: Store, split: str, vocab_size: int | None, bos: int | None) -> T
 
 
 def _without_typesize(metadata: Any) -> bytes:
-    """Metadata of a zarr 2 array without a key of the compressor that zarr-python writes and TensorStore refuses."""
+    """Return the metadata of a zarr 2 array without a key that zarr-python writes and TensorStore refuses."""
     if isinstance(metadata, dict) and isinstance(metadata.get("compressor"), dict):
         metadata["compressor"].pop("typesize", None)
     return json.dumps(metadata).encode()

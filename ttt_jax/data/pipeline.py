@@ -1,10 +1,11 @@
-"""Windows to batches, with grain. The position in the data is one number: the step.
+"""Batch windows for training, with grain. The position in the data is one number: the step.
 
-Row r of step s is window ``order[s B + r]``, where ``order`` shuffles all windows anew in every epoch, and epochs
-follow one another without dropping or repeating a window (a batch may span two). Any row of any step can be had by
-itself, so starting at step s reads nothing of what came before, and the number of hosts may change.
+Row r of step s is window ``order[s B + r]``, where B is the batch size of all hosts together. ``order`` shuffles all
+windows anew in every epoch, and epochs follow one another without dropping or repeating a window (a batch may span two
+epochs). Any row of any step can be read by itself, so that starting at step s reads no earlier batch, and the number of
+hosts may change.
 
-The order is that of the TTT-E2E authors' code for the same seed, batch size and number of windows, but for the few
+For the same seed, batch size and number of windows, the order is that of the TTT-E2E authors' code, except for the few
 numbers of windows for which grain's shuffle is not a permutation.
 """
 
@@ -24,12 +25,14 @@ Batch = dict[str, np.ndarray]
 
 
 class _Rows:
-    """Random access to some rows of the batches, step after step without end, as grain wants it."""
+    """Random access to some rows of the batches of all steps, in the form that grain expects."""
 
     def __init__(self, source: TokenSource, sequence_length: int, batch_size: int, seed: int, rows: Sequence[int]):
         windows = source.windows(sequence_length)
         if not windows:
-            raise DataError(f"{source.name}: {len(source.tokens)} tokens are no window of {sequence_length}")
+            raise DataError(
+                f"{source.name}: {len(source.tokens)} tokens do not fill a window of {sequence_length} and one more"
+            )
         self._source, self._sequence_length, self._batch_size = source, sequence_length, batch_size
         self._order = _order(windows, seed)
         self._rows = tuple(rows)
@@ -38,8 +41,8 @@ class _Rows:
         return sys.maxsize // self._batch_size * len(self._rows)
 
     def __getitem__(self, index) -> Batch:
-        step, place = divmod(int(index), len(self._rows))
-        window = self._order[step * self._batch_size + self._rows[place]]
+        step, i = divmod(int(index), len(self._rows))
+        window = self._order[step * self._batch_size + self._rows[i]]
         return self._source.window(int(window), self._sequence_length)
 
     def __repr__(self) -> str:
@@ -47,25 +50,25 @@ class _Rows:
 
 
 class _OrderWithOneMore:
-    """The windows of epoch after epoch, each epoch shuffled by grain as if it had one window more, which is skipped."""
+    """The windows of all epochs. grain shuffles each epoch as if it had one window more, which is skipped here."""
 
     def __init__(self, windows: int, seed: int):
         self._windows = windows
         self._shuffled = grain.MapDataset.range(windows + 1).shuffle(seed=seed).repeat()
 
     def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self._windows)
-        window = self._shuffled[epoch * (self._windows + 1) + place]
-        if window == self._windows:  # the place that the added window would have taken has the one for it
+        epoch, i = divmod(index, self._windows)
+        window = self._shuffled[epoch * (self._windows + 1) + i]
+        if window == self._windows:  # the added window; the last of the shuffled epoch, otherwise unread, replaces it
             window = self._shuffled[epoch * (self._windows + 1) + self._windows]
         return int(window)
 
 
 def _order(windows: int, seed: int):
-    """Return the window of each place in the row of all epochs, by index.
+    """Return the order of the windows of all epochs, read by index.
 
-    grain shuffles 2^k + 1 windows wrongly where k is even and at least 16: it reads one of them twice in an epoch and
-    another never. Such an epoch is shuffled as one of a window more.
+    grain shuffles 2^k + 1 windows wrongly if k is even and at least 16: it reads one window twice in an epoch and
+    another never. Such an epoch is shuffled as if it had one window more.
     """
     k = (windows - 1).bit_length() - 1
     if windows - 1 == 1 << max(k, 0) and k >= 16 and k % 2 == 0:
@@ -83,16 +86,17 @@ def train_batches(
     rows: Sequence[int] | None = None,
     worker_processes: int = 0,
 ) -> grain.DatasetIterator[Batch]:
-    """The batches of steps ``start``, ``start + 1``, ... without end: arrays [rows, T].
+    """Yield the batches of steps ``start``, ``start + 1``, ... without end: arrays [rows, T].
 
     Args:
       batch_size: B, rows of the batch of all hosts together.
-      rows: which of them are wanted here; None for all.
-      worker_processes: that read ahead; with none, threads of this process do. ``close()`` of the iterator ends both.
+      rows: the rows that this process reads; None for all.
+      worker_processes: number of processes that read ahead; with 0, threads of this process do. ``close()`` of the
+        iterator ends either.
 
     Raises:
-      ValueError: where there is no such row.
-      DataError: at the batch where the data turns out to be bad.
+      ValueError: if a row is not in the batch.
+      DataError: at the first batch whose data cannot be read.
     """
     rows = range(batch_size) if rows is None else rows
     if not rows or min(rows) < 0 or max(rows) >= batch_size:
@@ -102,20 +106,22 @@ def train_batches(
     found = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     if worker_processes:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain asks for the value of a flag, and nobody here parses absl's
+            flags.FLAGS.mark_as_parsed()  # grain reads a flag, and this program does not parse absl's flags
         found = found.mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_processes))
     return iter(found)
 
 
 def stacked(rows: list[Batch], batch_size: int) -> Batch:
-    """Rows [T] to a batch [B, T], filled up with rows that are masked throughout."""
+    """Return rows [T] as a batch [B, T], filled up with rows whose mask is 0."""
     rows = rows + [{key: np.zeros_like(x) for key, x in rows[0].items()}] * (batch_size - len(rows))
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 class Feed:
-    """Holds the next batch ready, so that one that cannot be read is known a step before it is needed: in time for all
-    processes to stop at the same step.
+    """The batches of a run, read one step ahead.
+
+    A batch that cannot be read is known one step before it is needed, in time for all processes to stop at the same
+    step.
 
     Attributes:
       problem: why there is no next batch; None while there is one.
@@ -130,7 +136,7 @@ class Feed:
         self._fetch()
 
     def take(self) -> dict[str, Any]:
-        """The next batch; the one after it is fetched."""
+        """Return the next batch, and fetch the one after it."""
         batch = self._next
         assert batch is not None, self.problem
         self._fetch()

@@ -1,7 +1,10 @@
-"""What an evaluation reads: sequences of tokens, each from a fresh state, piece by piece, however long they are.
+"""Cut a split into the sequences of an evaluation, and read them in pieces of bounded length.
 
-Three ways to cut a split into sequences: windows, whatever documents lie in them; whole documents; and chains of
-documents, read one after another without a fresh state in between.
+A model reads each sequence from a fresh state. There are three ways to cut a split: windows, which ignore documents;
+whole documents; and chains of documents, read one after another without a fresh state in between.
+
+    B    batch size: sequences side by side
+    T    tokens of a sequence in a piece
 """
 
 import itertools
@@ -14,16 +17,16 @@ from ttt_jax.data.pipeline import Batch, stacked
 from ttt_jax.data.token_source import Tokens, TokenSource
 from ttt_jax.errors import ConfigError
 
-_SCANNED = 1 << 22  # tokens looked at at a time
-LEAST_TOKENS = 2  # of a document; there is nothing to predict in a shorter one
+_SCANNED = 1 << 22  # tokens that are searched for BOS at a time
+LEAST_TOKENS = 2  # in a document; a shorter one has nothing to predict
 
 
 class Span(NamedTuple):
-    """Tokens that follow one another in a split.
+    """Consecutive tokens of a split.
 
     Attributes:
-      start, stop: the inputs are tokens ``[start, stop)``, each with the token behind it for its target.
-      counted: only so many of the targets, from the first, may count.
+      start, stop: the inputs are tokens ``[start, stop)``; the target of each is the next token.
+      counted: number of targets, from the first, that may count.
     """
 
     start: int
@@ -34,17 +37,17 @@ class Span(NamedTuple):
         return self.stop - self.start
 
 
-Sequences = Sequence[tuple[Span, ...]]  # spans of one sequence are read as if they followed one another
+Sequences = Sequence[tuple[Span, ...]]  # the spans of a sequence are read as if they followed one another
 
 
 class Piece(NamedTuple):
     """The next tokens of B sequences.
 
     Attributes:
-      begins: whether they are the first of their sequences, so that what was read before is to be forgotten.
-      ends: whether they are the last.
-      batch: arrays [B, T]; masked where a sequence has ended, and where there is none.
-      rows: how many of the rows are sequences.
+      begins: whether the sequences begin here, so that the state must be fresh.
+      ends: whether all sequences end here.
+      batch: arrays [B, T]; the mask is 0 after the end of a sequence, and in rows without one.
+      rows: number of rows that are sequences.
     """
 
     begins: bool
@@ -54,7 +57,7 @@ class Piece(NamedTuple):
 
 
 def windows(source: TokenSource, length: int, most: int) -> list[tuple[Span, ...]]:
-    """At most so many windows of ``length`` tokens, spread evenly over the split, in order."""
+    """Return at most ``most`` windows of ``length`` tokens, spread evenly over the split, in order."""
     total = source.windows(length)
     count = min(total, most)
     starts = [i * total // count * length for i in range(count)]
@@ -62,17 +65,17 @@ def windows(source: TokenSource, length: int, most: int) -> list[tuple[Span, ...
 
 
 def documents(source: TokenSource, length: int, most: int) -> list[tuple[Span, ...]]:
-    """At most so many documents, spread evenly over the split, in order: each to its end, or ``length`` tokens of it.
+    """Return at most ``most`` documents, or their first ``length`` tokens, spread evenly over the split, in order.
 
-    The first token of a document is input only; its last is target only.
+    The first token of a document is only an input, its last token only a target.
     """
     return [(Span(span.start, span.start + span.counted, span.counted),) for span in _whole(source, length, most)]
 
 
 def chains(source: TokenSource, length: int, most: int, chains: int) -> list[tuple[Span, ...]]:
-    """The same documents, in so many chains of neighbours, which are as many documents each, give or take one.
+    """Return the same documents in ``chains`` chains of consecutive documents; their numbers differ by at most one.
 
-    What counts is what counts in :func:`documents`. The last token of a document is read here, too.
+    The targets that count are those of :func:`documents`, but the last token of a document is an input, too.
     """
     found = _whole(source, length, most)
     chains = min(chains, len(found))
@@ -80,36 +83,36 @@ def chains(source: TokenSource, length: int, most: int, chains: int) -> list[tup
     return [tuple(found[first:last]) for first, last in itertools.pairwise(cuts)]
 
 
-def starts(source: TokenSource) -> np.ndarray:
-    """Where documents begin, [documents], in order.
+def document_starts(source: TokenSource) -> np.ndarray:
+    """Return the offsets at which documents begin, [documents], in order.
 
     Raises:
-      ConfigError: where the source does not know its documents, nor a token that begins them.
+      ConfigError: if the source knows neither its documents nor a token that begins them.
     """
     found = _found_starts(source) if source.documents is None else _known_starts(source.documents)
     return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def length(sequence: tuple[Span, ...]) -> int:
-    """Inputs of a sequence."""
+    """Return the number of inputs of a sequence."""
     return sum(map(len, sequence))
 
 
 def counted(source: TokenSource, sequence: tuple[Span, ...]) -> np.ndarray:
-    """Return which targets of a sequence count, [its tokens], boolean."""
+    """Return for each target of a sequence whether it counts, boolean [inputs]."""
     none = np.zeros(0, bool)
     return np.concatenate([none, *(_mask(source.piece(span.start, span.stop), span, 0) > 0 for span in sequence)])
 
 
 def too_short(source: TokenSource) -> int:
-    """Return how many documents have nothing to predict, as they are shorter than :data:`LEAST_TOKENS`."""
-    return int((np.diff(starts(source), append=len(source.tokens)) < LEAST_TOKENS).sum())
+    """Return the number of documents that are shorter than :data:`LEAST_TOKENS`."""
+    return int((np.diff(document_starts(source), append=len(source.tokens)) < LEAST_TOKENS).sum())
 
 
 def pieces(source: TokenSource, sequences: Sequences, *, piece_length: int, batch_size: int) -> Iterator[Piece]:
-    """Sequences, B at a time, each from its first token to its last.
+    """Yield sequences in pieces, B sequences at a time, each from its first token to its last.
 
-    All pieces of one group of sequences follow one another before the next group begins.
+    All pieces of one group of B sequences come before those of the next group.
 
     Args:
       piece_length: T, tokens of a sequence in a batch.
@@ -124,15 +127,15 @@ def pieces(source: TokenSource, sequences: Sequences, *, piece_length: int, batc
 
 
 def _row(source: TokenSource, sequence: tuple[Span, ...], offset: int, tokens: int) -> Batch:
-    """Inputs ``[offset, offset + tokens)`` of a sequence, filled up where it ends before."""
-    parts, place = [], 0  # of the span in the sequence
+    """Return inputs ``[offset, offset + tokens)`` of a sequence, padded if it ends before."""
+    parts, begin = [], 0  # of the span in the sequence
     for span in sequence:
-        first, last = max(offset, place) - place, min(offset + tokens, place + len(span)) - place
+        first, last = max(offset, begin) - begin, min(offset + tokens, begin + len(span)) - begin
         if first < last:
             part = source.piece(span.start + first, span.start + last)
             part["mask"] = _mask(part, span, first)
             parts.append(part)
-        place += len(span)
+        begin += len(span)
     if not parts:
         parts.append(source.piece(0, 0))
     row = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -140,17 +143,17 @@ def _row(source: TokenSource, sequence: tuple[Span, ...], offset: int, tokens: i
 
 
 def _mask(part: Batch, span: Span, first: int) -> np.ndarray:
-    """Return the mask of a part of a span that begins ``first`` tokens behind the start of the span."""
+    """Return the mask of a part of a span that begins ``first`` tokens after the start of the span."""
     return part["mask"] * (first + np.arange(len(part["mask"])) < span.counted)
 
 
 def _whole(source: TokenSource, length: int, most: int) -> list[Span]:
-    """Documents with all of their tokens as inputs, or the first so many."""
-    pairs = itertools.pairwise([*starts(source).tolist(), len(source.tokens)])
+    """Return documents, or their first ``length`` tokens, with the last token of a document as an input, too."""
+    pairs = itertools.pairwise([*document_starts(source).tolist(), len(source.tokens)])
     found = [(start, stop) for start, stop in pairs if stop - start >= LEAST_TOKENS]
     count = min(len(found), most)
     spread = [found[i * len(found) // count] for i in range(count)]
-    end = len(source.tokens) - 1  # the last token of all has no target
+    end = len(source.tokens) - 1  # the last token of the split has no target
     return [Span(start, min(stop, start + length, end), min(stop - 1 - start, length)) for start, stop in spread]
 
 

@@ -1,7 +1,7 @@
-"""A split of a dataset as one long row of tokens, and its windows.
+"""Read a split of a dataset as one long row of N tokens, cut into windows of T tokens.
 
-Window i of T tokens is tokens [i T, i T + T + 1): the inputs are all but its last token, the targets all but its first.
-The tokens behind the last whole window, fewer than T + 1, are in none.
+Window i is tokens [i T, i T + T + 1): the inputs are all but its last token, the targets all but its first. The tokens
+after the last whole window, fewer than T + 1, are in no window.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import numpy as np
 
 from ttt_jax.errors import ConfigError, DataError
 
-_HASHED_WHOLE = 1 << 26  # tokens; of more, blocks are hashed
-_BLOCKS, _BLOCK = 64, 1 << 12
+_HASHED_WHOLE = 1 << 26  # tokens; a longer row is hashed in blocks
+_BLOCKS, _BLOCK = 64, 1 << 12  # their number, and the tokens in each
 
 
 class Tokens(Protocol):
-    """Integers [N], read by slices: a NumPy array, or one that lies on a disk or in a cloud."""
+    """Integers [N], read by slices: a NumPy array, or one on a disk or in a bucket."""
 
     def __len__(self) -> int: ...
 
@@ -31,11 +31,11 @@ class TokenSource:
     Attributes:
       name: the dataset and split, or the file, for messages.
       tokens: [N]; documents one after another.
-      vocab_size: all tokens are below it; one that is not is an error where it is met.
-      bos: the token that begins a document, not a target; None for none.
-      documents: [documents], where each document begins; None where that is not known but by ``bos``.
-      tokenizer: names by which the config may call what made the tokens: kind, name, hash. Empty: not known.
-      known_fingerprint: hash of the tokens, where one is at hand.
+      vocab_size: all tokens are below it; a token that is not raises an error when it is read.
+      bos: the token that begins a document, which is no target; None for none.
+      documents: [documents], the offset at which each document begins; None if only ``bos`` tells.
+      tokenizer: names of the tokenizer that the config may use: kind, name, hash. Empty if unknown.
+      known_fingerprint: hash of the tokens, if it is known without reading them.
     """
 
     name: str
@@ -47,16 +47,16 @@ class TokenSource:
     known_fingerprint: str = ""
 
     def windows(self, sequence_length: int) -> int:
-        """Number of windows of ``sequence_length`` tokens and one more."""
+        """Return the number of windows; each has ``sequence_length`` tokens and one more."""
         return max(0, len(self.tokens) - 1) // sequence_length
 
     def window(self, index: int, sequence_length: int) -> dict[str, np.ndarray]:
-        """Window ``index``: int32 ``inputs`` and ``targets`` [T], float32 ``mask`` [T]."""
+        """Return window ``index``: int32 ``inputs`` and ``targets`` [T], float32 ``mask`` [T]."""
         start = index * sequence_length
         return self.piece(start, start + sequence_length)
 
     def piece(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Inputs ``[start, stop)`` with the targets that follow them; as :meth:`window`.
+        """Return inputs ``[start, stop)`` with their targets and mask, as :meth:`window` does.
 
         Raises:
           DataError: for a token that is not in the vocabulary.
@@ -74,7 +74,10 @@ class TokenSource:
         return {"inputs": tokens[:-1], "targets": targets, "mask": mask}
 
     def fingerprint(self) -> str:
-        """Short hash: equal data, equal fingerprint. Of a very long row that nobody has hashed, blocks all over it."""
+        """Return a short hash of the tokens: equal data, equal fingerprint.
+
+        Of a row that is too long to be hashed whole, blocks are hashed, spread evenly over it.
+        """
         if self.known_fingerprint:
             return self.known_fingerprint
         digest, length = hashlib.blake2b(digest_size=8), len(self.tokens)
@@ -94,9 +97,14 @@ def check(
     sequence_length: int,
     windows: int = 1,
     *,
-    length_is: str = "data.sequence_length=",
+    length_key: str = "data.sequence_length=",
 ) -> None:
-    """Raises :class:`ConfigError` where a source cannot feed a model; ``length_is`` says where the length is from."""
+    """Raise :class:`ConfigError` if a source cannot feed a model.
+
+    Args:
+      windows: the least number of windows that is needed.
+      length_key: the key or option that set the length, for messages.
+    """
     if source.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size}: {source.name} has {source.vocab_size} tokens; "
@@ -104,6 +112,6 @@ def check(
         )
     if source.windows(sequence_length) < windows:
         raise ConfigError(
-            f"{length_is}{sequence_length}: {source.name} has {len(source.tokens)} tokens, which is "
+            f"{length_key}{sequence_length}: {source.name} has {len(source.tokens)} tokens, which is "
             f"{source.windows(sequence_length)} windows; expected at least {windows}"
         )

@@ -131,7 +131,7 @@ def _data(trained: Trained, what: What) -> TokenSource:
     else:
         data = named_sources.load(what.source, what.split, vocab_size=model.vocab_size, named_by="--source ")
     length = 1 if what.by_document or what.chains else what.context
-    source_lib.check(data, model.vocab_size, length, length_is="--context ")
+    source_lib.check(data, model.vocab_size, length, length_key="--context ")
     return data
 
 
@@ -177,7 +177,7 @@ def _segments(
 ) -> list[Segment]:
     """Return losses by document; each span counts as a document if the source does not know its documents."""
     known = data.documents is not None or data.bos is not None
-    starts = sequences_lib.starts(data).tolist() if known else []
+    starts = sequences_lib.document_starts(data).tolist() if known else []
     found = []
     for sequence, losses_of_sequence, counted_of_sequence in zip(sequences, nll, counted, strict=True):
         place = 0

@@ -68,7 +68,7 @@ def inspect(
     config = trained.config
     check(trained.workdir, config.model)
     data = named_sources.from_config(config, split)
-    token_source.check(data, config.model.vocab_size, 1 if by_document else context, length_is="--context ")
+    token_source.check(data, config.model.vocab_size, 1 if by_document else context, length_key="--context ")
     starts = _starts(data, context, most_windows, by_document)
     training_context, sizes = config.data.sequence_length, _mini_batches(config.model)
     b, whole = min(sizes), math.lcm(*sizes)
@@ -113,7 +113,7 @@ def _starts(data: TokenSource, context: int, most: int, by_document: bool) -> li
     """Return where windows begin, or documents with more than ``context`` tokens."""
     if not by_document:
         return [window[0].start for window in sequences.windows(data, context, most)]
-    starts = sequences.starts(data)
+    starts = sequences.document_starts(data)
     lengths = np.diff(starts, append=len(data.tokens))
     found = starts[lengths > context].tolist()
     if not found:

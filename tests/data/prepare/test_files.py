@@ -167,28 +167,28 @@ def test_a_small_file_that_is_not_there_or_none(tmp_path):
 
 def test_the_content_of_files_is_their_hash(folder):
     """Hash the bytes of the file, compressed or not; its name, time and size say nothing."""
-    contents = {file.location.removeprefix(f"{folder}/"): file.content for file in files.with_content(found(folder))}
+    contents = {file.location.removeprefix(f"{folder}/"): file.digest for file in files.with_digests(found(folder))}
     assert list(contents) == READABLE
     for name, content in contents.items():
         assert content == f"sha256:{hashlib.sha256(b'x' * NAMES.index(name)).hexdigest()}"
     known = [InputFile("train", str(folder / "gone.jsonl"), 1, "sha256:known")]
-    assert files.with_content(known) == known
+    assert files.with_digests(known) == known
 
 
 def test_the_checksum_of_a_bucket_is_the_content(monkeypatch):
     memory = fsspec.filesystem("memory")
     memory.pipe("/of-contents/a.jsonl", b"y")
     (file,) = found("memory://of-contents/a.jsonl")
-    assert files.with_content([file])[0].content == f"sha256:{hashlib.sha256(b'y').hexdigest()}"
+    assert files.with_digests([file])[0].digest == f"sha256:{hashlib.sha256(b'y').hexdigest()}"
     monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"size": 1, "md5Hash": "mO8Q=", "etag": "x"})
-    assert files.with_content([file])[0].content == "md5Hash:mO8Q="
+    assert files.with_digests([file])[0].digest == "md5Hash:mO8Q="
 
 
 def test_a_file_that_is_gone_when_it_is_hashed(folder):
     listed = found(folder)
     (folder / "b.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"^--train .*/b\.jsonl: no such file$"):
-        files.with_content(listed)
+        files.with_digests(listed)
 
 
 SPELLED = [
@@ -217,7 +217,7 @@ def opened(packed, ending):
     return files.decompressed(io.BytesIO(packed), ending)
 
 
-@pytest.mark.parametrize("ending", files.ENDINGS)
+@pytest.mark.parametrize("ending", files.COMPRESSIONS)
 def test_streams_one_after_another_are_one_and_every_place_can_be_gone_to(ending):
     packed = b"".join(PACK[ending](CONTENT[i : i + 3000]) for i in range(0, len(CONTENT), 3000))
     stream = opened(packed, ending)
@@ -228,7 +228,7 @@ def test_streams_one_after_another_are_one_and_every_place_can_be_gone_to(ending
         assert stream.read(4000) == CONTENT[place : place + 4000]
 
 
-@pytest.mark.parametrize("ending", files.ENDINGS)
+@pytest.mark.parametrize("ending", files.COMPRESSIONS)
 def test_no_part_of_two_streams_is_taken_for_the_whole(ending):
     """Cut anywhere but behind the first, or a bit wrong where the second begins."""
     one, two = PACK[ending](b"first"), PACK[ending](b"second")
@@ -251,7 +251,7 @@ def test_errors_of_the_disk_are_no_damage(monkeypatch):
         def read(self, size=-1):
             raise OSError(5, "Input/output error")
 
-    for ending in files.ENDINGS:
+    for ending in files.COMPRESSIONS:
         with pytest.raises(OSError, match="Input/output error") as caught:
             files.decompressed(Failing(), ending).read()
         assert not isinstance(caught.value, files.CORRUPT)

@@ -98,7 +98,10 @@ def test_a_file_counts_once_whatever_its_names(here, capsys):
     os.symlink("a.jsonl", "in/b.jsonl")
     os.link("in/c.jsonl", "in/d.jsonl")
     listed = listing.find("train", ["in", "in/./a.jsonl", "in/c.jsonl"])
-    assert [file.location for file in listing.distinct(listed)] == [f"{here}/in/a.jsonl", f"{here}/in/c.jsonl"]
+    assert [file.location for file in listing.without_duplicates(listed)] == [
+        f"{here}/in/a.jsonl",
+        f"{here}/in/c.jsonl",
+    ]
     said = capsys.readouterr().err
     again = [f"b.jsonl (the same file as {here}/in/a.jsonl)", f"d.jsonl (the same file as {here}/in/c.jsonl)"]
     again += [f"./a.jsonl (the same file as {here}/in/a.jsonl)", "c.jsonl (named twice)"]
@@ -111,22 +114,24 @@ def test_a_file_in_two_splits_is_refused_whatever_its_names(here, link):
     link("a.jsonl", "v.jsonl")
     listed = listing.find("train", ["a.jsonl"]) + listing.find("validation", ["v.jsonl"])
     with pytest.raises(ConfigError) as caught:
-        listing.distinct(listed)
+        listing.without_duplicates(listed)
     assert str(caught.value) == f"--validation {here}/v.jsonl: is in --train already"
 
 
 def test_copies_are_files_of_their_own_and_named(here, capsys):
     put("a.jsonl", "b.jsonl", "c.jsonl", "v.jsonl")
     (here / "c.jsonl").write_bytes(b"other")
-    listed = listing.distinct(listing.find("train", ["[abc].jsonl"]) + listing.find("validation", ["v.jsonl"]))
+    listed = listing.without_duplicates(
+        listing.find("train", ["[abc].jsonl"]) + listing.find("validation", ["v.jsonl"])
+    )
     assert len(listed) == 4
     assert capsys.readouterr().err == ""
-    listing.tell_copies(files.with_content(listed))
+    listing.report_copies(files.with_digests(listed))
     assert capsys.readouterr().err == (
-        f"2 files of the same content as another: --train {here}/b.jsonl (that of --train {here}/a.jsonl), "
-        f"--validation {here}/v.jsonl (that of --train {here}/a.jsonl)\n"
+        f"2 files with the same content as another: --train {here}/b.jsonl (same as --train {here}/a.jsonl), "
+        f"--validation {here}/v.jsonl (same as --train {here}/a.jsonl)\n"
     )
-    listing.tell_copies(files.with_content(listed[1:3]))
+    listing.report_copies(files.with_digests(listed[1:3]))
     assert capsys.readouterr().err == ""
 
 
@@ -137,12 +142,14 @@ def test_what_cannot_be_read_is_counted_and_named(here, capsys):
     put("in/a.jsonl", *(f"in/{i}.lz4" for i in range(7)), "in/.h.jsonl", "in/sub/b.txt")
     assert found("in") == ["in/a.jsonl", "in/sub/b.txt"]
     assert capsys.readouterr().err == (
-        "--train in: left out 8 files, hidden or of unknown endings: .h.jsonl, 0.lz4, 1.lz4, 2.lz4, 3.lz4 and 3 more\n"
+        "--train in: left out 8 files, hidden or with unknown endings: "
+        ".h.jsonl, 0.lz4, 1.lz4, 2.lz4, 3.lz4 and 3 more
+"
     )
     assert found("in/[a-z5]*") == ["in/a.jsonl"]
     assert capsys.readouterr().err == (
-        "--train in/[a-z5]*: left out 1 file, hidden or of unknown endings: 5.lz4\n"
-        "--train in/[a-z5]*: left out 1 folder, read with /** behind: sub\n"
+        "--train in/[a-z5]*: left out 1 file, hidden or with unknown endings: 5.lz4\n"
+        "--train in/[a-z5]*: left out 1 folder, read only if the glob ends in /**: sub\n"
     )
     assert found("in/[a-z5]*/**") == ["in/sub/b.txt"]
     assert capsys.readouterr().err == ""
@@ -150,11 +157,13 @@ def test_what_cannot_be_read_is_counted_and_named(here, capsys):
 
 def test_nothing_that_can_be_read_is_refused_by_name(here):
     put("in/a.lz4", "in/b.md", "deep/er/a.txt")
-    what = "nothing that can be read (2 files, hidden or of unknown endings: a.lz4, b.md)"
+    what = "nothing that can be read (2 files, hidden or with unknown endings: a.lz4, b.md)"
     for pattern in ("in", "in/*", "in/**"):
         assert refused(pattern) == f"--train {pattern}: {what}; expected files named {EXPECTED}"
     assert refused("in/*.md") == f"--train {here}/in/b.md: cannot be read; expected a name that ends in {EXPECTED}"
-    assert refused("deep/*").startswith("--train deep/*: nothing that can be read (1 folder, read with /** ")
+    assert refused("deep/*").startswith(
+        "--train deep/*: nothing that can be read (1 folder, read only if the glob ends in /**: "
+    )
     assert refused("in/*.txt") == f"--train in/*.txt: no such file; expected files named {EXPECTED}"
 
 
@@ -199,7 +208,7 @@ def test_every_dataset_among_the_input_is_left_out_and_named(here, capsys):
     put("in/bpe/_unfinished/tokenizer.json", "in/bpe/running.json")
     make("in/tok")
     put("in/tok/problems.jsonl")
-    what = "left out; it holds tokens that ttt tokenize has made, not text"
+    what = "left out; it holds tokens that ttt tokenize made, not text"
     expected = [f"{here}/in/{name}: {what}" for name in ("begun", "bpe", "tok")]
     for pattern in ("in", "in/**/*.json*"):
         assert found(pattern) == ["in/a.jsonl", "in/mine/zarr.json"]
@@ -220,4 +229,4 @@ def test_datasets_of_other_places_are_left_out_too(capsys):
         assert [file.location for file in listed] == ["memory:///of-listing/a.jsonl"]
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("--output memory://of-listing/tok: lies in /of-listing")
-        assert lines[1:] == ["/of-listing/old: left out; it holds tokens that ttt tokenize has made, not text"]
+        assert lines[1:] == ["/of-listing/old: left out; it holds tokens that ttt tokenize made, not text"]

@@ -273,7 +273,7 @@ TABLE = {
 
 
 def lost(tokenizer):
-    return text_fidelity.lost(tokenizer.encoder(), tokenizer.unknown)
+    return text_fidelity.lost_differences(tokenizer.encoder(), tokenizer.unknown)
 
 
 @pytest.mark.parametrize("name", TABLE)

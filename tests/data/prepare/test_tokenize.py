@@ -168,7 +168,7 @@ def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
     with pytest.raises(ConfigError, match=r"split test: .* has only train, validation$"):
         dataset.open_split(store, about, "test")
     about["splits"]["train"]["documents"] += 1
-    with pytest.raises(DataError, match=r"train_documents: is 60 int64, but dataset.json says 61 int64$"):
+    with pytest.raises(DataError, match=r"train_documents: holds 60 int64, but dataset.json says 61 int64$"):
         dataset.open_split(store, about, "train")
 
 
@@ -176,7 +176,7 @@ def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
     ("content", "message"),
     [
         ("{", "damaged: it is not JSON: "),
-        ("[]", "describes no dataset; expected what ttt tokenize has written"),
+        ("[]", "describes no dataset; expected what ttt tokenize wrote"),
         ('{"format": "ttt_jax tokens", "version": 9}', "version 9; "),
     ],
 )

@@ -1,4 +1,4 @@
-"""The files that a user names: by path, glob, folder or any URL that fsspec knows."""
+"""Open, decompress, hash and read files that are named by a path or by any URL that fsspec knows."""
 
 import bz2
 import dataclasses
@@ -7,7 +7,6 @@ import hashlib
 import io
 import lzma
 import os
-import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,11 +22,11 @@ from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.terminal.console import counted
 
 KINDS = ("jsonl", "json", "txt", "parquet")
+COMPRESSIONS = {"zst": "zst", "zstd": "zst", "gz": "gz", "xz": "xz", "bz2": "bz2"}  # formats by endings
 _CHECKSUMS = ("md5Hash", "crc32c", "ETag", "blob_id")  # of gs:// (two), s3:// and hf://
-_READERS = 8  # threads that read files for their hashes
-ENDINGS = {"zst": "zst", "zstd": "zst", "gz": "gz", "xz": "xz", "bz2": "bz2"}  # to formats
+_HASHING_THREADS = 8
 _WIDEST_WINDOW: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # what `zstd --long=31` needs
-_BLOCK = 1 << 18
+_BLOCK = 1 << 18  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,59 +34,67 @@ class InputFile:
     """A file of documents.
 
     Attributes:
-      split: its documents belong to this one.
+      split: the split of its documents.
       location: path or URL.
-      size: bytes, as it lies there.
-      content: what tells its content from any other, such as ``sha256:...``; empty before :func:`with_content` has
-        found it.
+      size: bytes, before decompression.
+      digest: a checksum of its content, such as ``sha256:...``; empty until :func:`with_digests` fills it in.
     """
 
     split: str
     location: str
     size: int
-    content: str = ""
+    digest: str = ""
 
     @property
     def kind(self) -> str:
         """Return one of :data:`KINDS`."""
-        return kind(self.location)[0]
+        return kind_and_compression(self.location)[0]
 
     @property
     def compressed(self) -> bool:
-        """Return whether it has to be decompressed."""
-        return bool(kind(self.location)[1])
+        """Return whether the file is compressed."""
+        return bool(kind_and_compression(self.location)[1])
 
     def open(self) -> Any:
-        """Open the file as it lies there."""
+        """Open the file without decompressing it."""
         fs, path = filesystem(self.location, self.location)
         return fs.open(path, "rb")
 
     def decompressed(self, raw: Any) -> Any:
-        """Return the content of the file that :meth:`open` opened; seekable."""
-        return decompressed(raw, kind(self.location)[1])
+        """Return the content of the file that :meth:`open` opened, as a seekable stream."""
+        return decompressed(raw, kind_and_compression(self.location)[1])
 
 
-def with_content(files: list[InputFile]) -> list[InputFile]:
-    """Return the files with their ``content``.
+def kind_and_compression(name: str) -> tuple[str, str]:
+    """Return the kind of a file and the ending of its compression, by its name; empty if the kind is unknown."""
+    stem, suffix = os.path.splitext(name.lower())
+    compression = suffix[1:] if suffix[1:] in COMPRESSIONS else ""
+    kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
+    kind = {"ndjson": "jsonl"}.get(kind, kind)
+    return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
 
-    It is the checksum that a bucket keeps (``md5Hash:...`` of gs://), and where there is none the SHA-256 of what lies
-    there, which takes reading every file once, several at a time.
+
+def with_digests(files: list[InputFile]) -> list[InputFile]:
+    """Return the files with their ``digest``.
+
+    The digest is the checksum that a bucket keeps (``md5Hash:...`` of gs://). Without one it is the SHA-256 of the
+    file, for which every file is read once, several at a time.
 
     Raises:
-      ConfigError: where a file cannot be read.
+      ConfigError: if a file cannot be read.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         try:
-            found = pool.map(lambda file: file.content or _content(file, stop), files)
-            return [dataclasses.replace(file, content=each) for file, each in zip(files, found, strict=True)]
+            digests = pool.map(lambda file: file.digest or _digest(file, stop), files)
+            return [dataclasses.replace(file, digest=digest) for file, digest in zip(files, digests, strict=True)]
         finally:
-            stop.set()  # where one cannot be read, or at Ctrl-C, no other is read to its end
+            stop.set()  # if a file cannot be read, or at Ctrl-C, no other file is read to its end
             pool.shutdown(cancel_futures=True)
 
 
 def check_unchanged(file: InputFile) -> None:
-    """Raise :class:`DataError` where a local file has grown or shrunk since it was found."""
+    """Raise :class:`DataError` if a local file has grown or shrunk since it was listed."""
     fs, path = filesystem(file.location, file.location)
     if isinstance(fs, LocalFileSystem) and (size := os.stat(path).st_size) != file.size:
         raise DataError(
@@ -96,13 +103,13 @@ def check_unchanged(file: InputFile) -> None:
         )
 
 
-def _content(file: InputFile, stop: threading.Event) -> str:
-    with explained(f"--{file.split} {file.location}"):
+def _digest(file: InputFile, stop: threading.Event) -> str:
+    with as_config_error(f"--{file.split} {file.location}"):
         fs, path = filesystem(file.location, file.location)
         if not isinstance(fs, LocalFileSystem):
             info = fs.info(path)
             for key in _CHECKSUMS:
-                if info.get(key) and not file.location.startswith("http"):  # whose servers may disagree about ETags
+                if info.get(key) and not file.location.startswith("http"):  # two servers may disagree about an ETag
                     return f"{key}:{info[key]}"
         digest = hashlib.sha256()
         with fs.open(path, "rb") as raw:
@@ -111,31 +118,26 @@ def _content(file: InputFile, stop: threading.Event) -> str:
         return f"sha256:{digest.hexdigest()}"
 
 
-def size(fs: Any, path: str) -> int:
-    if isinstance(fs, LocalFileSystem):
-        status = os.stat(path)  # which fails for a link to nowhere
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("is a pipe or a device; expected a file")
-        return status.st_size
-    return fs.info(path)["size"]
-
-
 def read(location: str, option: str) -> bytes:
-    """Return the content of a small file; ``option`` is what named it, for messages."""
+    """Return the content of a small file; ``option`` names it in messages."""
     fs, path = filesystem(location, f"{option} {location}")
-    with explained(f"{option} {location}"):
+    with as_config_error(f"{option} {location}"):
         return fs.cat_file(path)
 
 
 def exists(location: str) -> bool:
-    """Whether there is such a file."""
+    """Return whether there is such a file."""
     fs, path = filesystem(location, location)
     return fs.exists(path)
 
 
 def filesystem(location: str, what: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and what it calls it there: of this machine, an absolute path."""
-    with explained(what):
+    """Return the file system of a path or URL, and its path there; on this machine the path is absolute.
+
+    Args:
+      what: names the location in messages.
+    """
+    with as_config_error(what):
         if "://" in location:
             fs, path = fsspec.core.url_to_fs(location)
             return fs, path
@@ -146,12 +148,13 @@ def filesystem(location: str, what: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def as_config_error(what: str) -> Iterator[None]:
+    """Raise errors of a file system as :class:`ConfigError`; ``what`` begins the message."""
     try:
         yield
     except ConfigError:
         raise
-    except (ImportError, ValueError) as error:  # a protocol that fsspec does not know, or without its package
+    except (ImportError, ValueError) as error:  # fsspec does not know the protocol, or lacks its package
         raise ConfigError(f"{what}: {error}") from error
     except FileNotFoundError as error:
         raise ConfigError(f"{what}: no such file") from error
@@ -160,52 +163,48 @@ def explained(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {inside}{error.strerror or error}") from error
 
 
-def kind(location: str) -> tuple[str, str]:
-    """Return the kind of a file and the ending of its compression, by its name; empty where there is none."""
-    stem, suffix = os.path.splitext(location.lower())
-    compression = suffix[1:] if suffix[1:] in ENDINGS else ""
-    kind = os.path.splitext(stem)[1][1:] if compression else suffix[1:]
-    kind = {"ndjson": "jsonl"}.get(kind, kind)
-    return (kind, compression) if kind in KINDS and not (kind == "parquet" and compression) else ("", "")
-
-
 # ---- Compressed files
+#
+# A file is one compressed stream, or several, one after another. Damage in any of them is an error: the readers of the
+# standard library take damage after the first stream of an .xz or .bz2 file for its end.
 
 
 class DamagedStreamError(Exception):
-    """What is compressed cannot be decompressed."""
+    """A compressed stream cannot be decompressed."""
 
 
 CORRUPT = (EOFError, zlib.error, zstd.ZstdError, gzip.BadGzipFile, DamagedStreamError)
 
 
 def decompressed(raw: Any, ending: str) -> Any:
-    """Return the content of an open file as a seekable stream; where it is damaged, reading raises one of ``CORRUPT``.
+    """Return the content of an open file as a seekable stream. If it is damaged, reading raises one of ``CORRUPT``.
 
     Args:
-      ending: one of :data:`ENDINGS`, or empty for what is not compressed.
+      ending: one of :data:`COMPRESSIONS`, or empty for a file that is not compressed.
     """
-    form = ENDINGS.get(ending, "")
-    if form == "zst":
+    compression = COMPRESSIONS.get(ending, "")
+    if compression == "zst":
         return zstd.ZstdFile(raw, "rb", options=_WIDEST_WINDOW)
-    if form == "gz":
+    if compression == "gz":
         return gzip.GzipFile(fileobj=raw, mode="rb")
-    if form:
-        raw = _Streams(raw, lzma.LZMADecompressor, b"\0") if form == "xz" else _Streams(raw, bz2.BZ2Decompressor)
+    if compression == "xz":
+        raw = _Streams(raw, lzma.LZMADecompressor, padding=b"\0")
+    elif compression == "bz2":
+        raw = _Streams(raw, bz2.BZ2Decompressor)
     return io.BufferedReader(raw, 1 << 20)
 
 
 class _Streams(io.RawIOBase):
-    """The content of compressed streams one after another.
+    """The content of one or more compressed streams.
 
     Args:
-      decompressor: makes one for the next stream.
-      padding: bytes that may be between streams.
+      decompressor: called for each stream; returns its decompressor.
+      padding: bytes that may lie between streams.
     """
 
     def __init__(self, raw: Any, decompressor: Callable[[], Any], padding: bytes = b""):
-        self._raw, self._new, self._padding = raw, decompressor, padding
-        self._stream, self._place = decompressor(), 0
+        self._raw, self._decompressor, self._padding = raw, decompressor, padding
+        self._stream, self._offset = decompressor(), 0
 
     def readable(self) -> bool:
         return True
@@ -214,27 +213,27 @@ class _Streams(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place counted from the beginning; going back decompresses anew."""
+        """Go to an offset from the beginning. Going back decompresses again from the beginning."""
         if whence != io.SEEK_SET:
-            raise io.UnsupportedOperation("expected a place counted from the beginning")
-        if offset < self._place:
+            raise io.UnsupportedOperation("expected an offset from the beginning")
+        if offset < self._offset:
             self._raw.seek(0)
-            self._stream, self._place = self._new(), 0
-        while self._place < offset and self.read(min(_BLOCK, offset - self._place)):
+            self._stream, self._offset = self._decompressor(), 0
+        while self._offset < offset and self.read(min(_BLOCK, offset - self._offset)):
             pass
-        return self._place
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
         found = self._next(len(buffer))
         buffer[: len(found)] = found
-        self._place += len(found)
+        self._offset += len(found)
         return len(found)
 
     def _next(self, size: int) -> bytes:
-        """Return up to so many bytes; none at the end of the file."""
+        """Return at most ``size`` bytes; none at the end of the file."""
         while True:
             more = b""
             if self._stream.eof:
@@ -243,7 +242,7 @@ class _Streams(io.RawIOBase):
                     if not (block := self._raw.read(_BLOCK)):
                         return b""
                     more = block.lstrip(self._padding)
-                self._stream = self._new()
+                self._stream = self._decompressor()
             elif self._stream.needs_input:
                 more = self._raw.read(_BLOCK)
                 if not more:

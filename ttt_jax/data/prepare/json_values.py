@@ -1,6 +1,6 @@
-"""The values of a JSON file, one at a time: those of one array, or values one after another.
+"""Read the values of a JSON file one at a time: the elements of one array, or values one after another.
 
-What is no JSON costs as few values as it can: reading goes on behind the brackets that enclose it.
+A syntax error costs as few values as possible: reading continues after the brackets that enclose it.
 """
 
 import codecs
@@ -10,32 +10,32 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Integers become floats: Python refuses those of more than 4300 digits, in keys that nobody asked for, too.
+# Integers become floats: Python refuses integers of more than 4300 digits, also under keys that are not read.
 DECODER = json.JSONDecoder(parse_int=float)
 _BLOCK = 1 << 16  # bytes that are read first
-_LONGEST = 1 << 30  # characters of a value
+_LONGEST = 1 << 30  # characters in a value
 _NUMBER = re.compile(r"[-+.0-9eE]*")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as surrogateescape decodes them
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
 _WORD = re.compile(rf'{_STRING}|[^\s,\[\]{{}}"]+(?=[\s,\[\]{{}}"])', re.DOTALL)
 _MARK = re.compile(rf'{_STRING}|["\[\]{{}}]', re.DOTALL)
-_OPENS = {"}": "{", "]": "["}
+_OPENING = {"}": "{", "]": "["}
 
 
 @dataclasses.dataclass(frozen=True)
 class Malformed:
-    """Stands for a value that is no JSON."""
+    """A value that is not JSON; ``what`` says why."""
 
     what: str
 
 
 class RestError(Exception):
-    """The rest of a file is no JSON."""
+    """The rest of a file is not JSON."""
 
 
 def begin(stream: Any) -> bytes:
-    """Go to the first character that is neither blank nor a byte order mark; return it."""
+    """Go to the first character that is neither blank nor a byte order mark, and return it."""
     block = stream.read(3).removeprefix(b"\xef\xbb\xbf")
     place = stream.tell() - len(block)
     block += stream.read(4096)
@@ -47,10 +47,10 @@ def begin(stream: Any) -> bytes:
 
 
 def values(stream: Any) -> Iterator[Any]:
-    """Yield the values of a seekable stream of bytes, each decoded as a line of JSON lines is, or :class:`Malformed`.
+    """Yield the values of a seekable stream of bytes, decoded as JSON lines are; a bad value is :class:`Malformed`.
 
     Raises:
-      RestError: where the rest cannot be read, with its place: lines and columns are counted from 1.
+      RestError: if the rest cannot be read; the message has the line and column, counted from 1.
     """
     is_array = begin(stream) == b"["
     text = _Text(stream)
@@ -86,36 +86,36 @@ def values(stream: Any) -> Iterator[Any]:
 
 
 class _Text:
-    """The text of a stream from a place on, as much of it as is needed.
+    """A part of the text of a stream, read as needed.
 
     Attributes:
-      place: of the next character in what is held.
+      place: index in this part of the next character.
     """
 
     def __init__(self, stream: Any):
         self._stream, self._utf8 = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self.place, self._ended, self._size = "", 0, False, _BLOCK
-        self._known, self._line, self._column = 0, 1, 1  # a place, and where that is in the file
+        self._known, self._line, self._column = 0, 1, 1  # an index in this part, and its line and column in the file
 
     def where(self, place: int) -> str:
-        """Return the line and column of a character that is held."""
+        """Return the line and column of a character of this part."""
         line, column = self._where(place)
         return f"line {line} column {column}"
 
     def mark(self) -> str:
-        """Go to the next character that is not blank and return it; empty at the end."""
+        """Go to the next character that is not blank, and return it; empty at the end."""
         self.place = self.skip_blanks()
         return self._text[self.place : self.place + 1]
 
     def skip_blanks(self) -> int:
-        """Return the place of the next character that is not blank."""
+        """Return the index of the next character that is not blank."""
         while (end := _BLANK.match(self._text, self.place).end()) == len(self._text) and not self._ended:  # type: ignore[union-attr]
             self.place = end
             self._read()
         return end
 
     def value(self, is_array: bool) -> Any:
-        """Return the value that begins here, and go behind it."""
+        """Return the value that begins here, and go past it."""
         while True:
             error: ValueError | RecursionError | None = None
             try:
@@ -142,31 +142,31 @@ class _Text:
         return f"{error}: {self.where(self.place)}"
 
     def _end(self, is_array: bool, error: ValueError | RecursionError) -> int:
-        """Return where what is no JSON ends, by its brackets; the end of what is held where that cannot be told yet."""
-        nowhere = len(self._text)
+        """Return where a bad value ends, judged by its brackets; the end of this part if that is not known yet."""
+        unknown = len(self._text)
         if str(error).startswith("Unterminated string"):
-            return nowhere
+            return unknown
         if self._text[self.place] not in "{[":
             word = _WORD.match(self._text, self.place)
-            return word.end() if word and is_array else nowhere
+            return word.end() if word and is_array else unknown
         open_: list[str] = []
         for found in _MARK.finditer(self._text, self.place):
             mark = found[0]
             if mark in "{[":
                 open_.append(mark)
             elif mark == '"':  # of a string that does not end
-                return nowhere
-            elif mark in _OPENS:
-                if _OPENS[mark] not in open_:  # closes what is around
+                return unknown
+            elif mark in _OPENING:
+                if _OPENING[mark] not in open_:  # closes what encloses the value
                     return found.start()
-                while open_.pop() != _OPENS[mark]:
+                while open_.pop() != _OPENING[mark]:
                     pass
                 if not open_:
                     return found.end()
-        return nowhere
+        return unknown
 
     def _read(self) -> None:
-        """Hold another block, and nothing before the place."""
+        """Read another block, and drop what is before the next character."""
         self._remember(self.place)
         block = self._stream.read(self._size)
         self._ended, self._size = not block, min(2 * self._size, _LONGEST)

@@ -1,8 +1,8 @@
-"""Files to units of work, and units to texts.
+"""Cut files into units of records, and read the texts of a unit.
 
-A unit is a run of consecutive records of one file, cut at a record boundary once it has so many bytes: small enough
-that memory stays bounded whatever the size of a file. It knows the position behind it, from which a later run can go
-on. Reading files in order is one process' work, and cheap; parsing and tokenizing units is many processes'.
+A unit is consecutive records of one file, cut at the first record boundary after a given number of bytes, so that
+memory stays bounded whatever the size of a file. It has the position after it, from which a later run can continue. One
+process cuts files into units, in order, which is cheap; many processes parse and tokenize the units.
 """
 
 import dataclasses
@@ -17,17 +17,20 @@ from ttt_jax.data.prepare import json_values
 from ttt_jax.data.prepare.files import CORRUPT, InputFile
 from ttt_jax.errors import ConfigError
 
-_LONGEST_RECORD = 1 << 30  # bytes; a file of that much without a line end is not one of JSON lines
-_PARQUET_ROWS = 256
-NOTHING = "no records"  # what is wrong with an empty file
+_LONGEST_RECORD = 1 << 30  # bytes; a longer line is no JSON line
+_PARQUET_ROWS = 256  # that are decoded at a time
+NOTHING = "no records"  # the problem of an empty file
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where reading goes on: in the file of this index, behind so many bytes (of its decompressed content) and records.
+    """Where reading continues.
 
-    ``offset`` counts bytes for JSON lines, and records where a format has no lines; ``found`` is whether any record has
-    been found in this file.
+    Attributes:
+      file: index of the file.
+      offset: bytes of the decompressed file before the position; records in formats without lines.
+      records: records of the file before the position.
+      found: whether this file has had any record so far.
     """
 
     file: int = 0
@@ -38,7 +41,12 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A record, by its number from 1, that could not be read; or the place from which a file could not."""
+    """A record that cannot be read, or the first record of the rest of a file that cannot be read.
+
+    Attributes:
+      record: its number, from 1.
+      what: what is wrong.
+    """
 
     record: int
     what: str
@@ -49,10 +57,10 @@ class Unit:
     """Consecutive records of a file.
 
     Attributes:
-      kind: lines (``content`` is whole lines), document (the bytes of one) or values (what the text key has).
-      first_record: number of the first record, from 1; a line number where there are lines.
-      problem: what ended the file behind these records, where it did not end well.
-      end: the position behind them.
+      kind: ``lines`` (``content`` is whole lines), ``document`` (the bytes of one), or ``values`` (of the text key).
+      first_record: number of the first record, from 1; a line number if the file has lines.
+      problem: why the file cannot be read after these records; None if it can.
+      end: the position after these records.
     """
 
     kind: str
@@ -67,10 +75,10 @@ class _BrokenFileError(Exception):
 
 
 def units(files: list[InputFile], start: Position, unit_bytes: int, text_key: str) -> Iterator[tuple[int, Unit, int]]:
-    """Yield all records of the files from a position on, with the index of their file and the bytes read of it so far.
+    """Yield all records from a position on, with the index of their file and the number of bytes read of it so far.
 
     Raises:
-      OSError: where a file cannot be read for a reason that is not in its content.
+      OSError: if a file cannot be read for another reason than its content.
     """
     for index in range(start.file, len(files)):
         begin = start if index == start.file else Position(index)
@@ -137,7 +145,7 @@ def _checked(number: int, value: Any, text_key: str) -> tuple[int, str] | Proble
 
 def _decoded(number: int, content: bytes) -> tuple[int, str] | Problem:
     try:
-        return number, content.decode("utf-8-sig" if number == 1 else "utf-8")  # a byte order mark may begin a file
+        return number, content.decode("utf-8-sig" if number == 1 else "utf-8")  # a file may begin with a BOM
     except UnicodeDecodeError as error:
         return Problem(number, f"not valid UTF-8: {error.reason} at byte {error.start}")
 
@@ -148,10 +156,10 @@ def _json_type(value: Any) -> str:
 
 
 def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Iterator[Unit]:
-    """Yield units of whole lines, each the fewest that have ``unit_bytes``.
+    """Yield units of whole lines, each as few as have ``unit_bytes``.
 
-    What is not seekable is read up to the position line by line, so that a damaged file breaks off at the same line as
-    when it is read in one go.
+    A stream that is not seekable is read line by line up to the position, so that a damaged file breaks off at the same
+    line as if it were read without a stop.
     """
     offset, records, found = begin.offset, begin.records, begin.found
     skipped = begin.offset if seekable else 0
@@ -163,7 +171,7 @@ def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Ite
             if seekable:
                 stream.seek(offset)
             while skipped < begin.offset:
-                skipped += len(stream.readline(_LONGEST_RECORD)) or _gone()
+                skipped += len(stream.readline(_LONGEST_RECORD)) or _raise_shorter()
             while size < unit_bytes and not ended:
                 line = stream.readline(_LONGEST_RECORD)
                 if len(line) == _LONGEST_RECORD:
@@ -183,7 +191,7 @@ def _lines(stream: Any, begin: Position, unit_bytes: int, seekable: bool) -> Ite
         yield Unit("lines", content, first, _problem(records + 1, problem), end)
 
 
-def _gone() -> int:
+def _raise_shorter() -> int:
     raise _BrokenFileError("shorter than when it was read before")
 
 
@@ -200,7 +208,7 @@ def _document(stream: Any, begin: Position) -> Iterator[Unit]:
 
 
 def _values(values: Iterator[Any], begin: Position, unit_bytes: int) -> Iterator[Unit]:
-    """Yield units of values of the text key, each the fewest that have ``unit_bytes`` characters."""
+    """Yield units of values of the text key, each as few as have ``unit_bytes`` characters."""
     records = begin.records
     ended = False
     while not ended:
@@ -228,7 +236,7 @@ def _problem(record: int, what: str) -> Problem | None:
 
 
 def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
-    """Yield the values of a column, all but the first ``skip``."""
+    """Yield the values of a column after the first ``skip``."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -249,31 +257,31 @@ def _parquet(raw: Any, skip: int, text_key: str) -> Iterator[Any]:
                 yield from values[skip:]
                 skip = max(0, skip - len(values))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        if getattr(error, "errno", None) is not None:  # it could not be read; what is damaged has no number
+        if getattr(error, "errno", None) is not None:  # the disk failed; errors of damaged content have no number
             raise
         raise _BrokenFileError(f"not readable as Parquet: {_reason(error)}") from error
 
 
 def _has_lines(file: InputFile) -> bool:
-    """Return whether a .json file holds JSON lines: its first line that is not blank is a JSON object."""
+    """Return whether a .json file holds JSON lines, which is whether its first nonblank line is a JSON object."""
     first = b""
     try:
         with file.open() as raw:
             stream = file.decompressed(raw)
             first = json_values.begin(stream)
             if first != b"{":
-                return not first  # reading the lines of nothing says that there is nothing
+                return not first  # reading an empty file as lines reports that it is empty
             return isinstance(json.loads(stream.readline(_LONGEST_RECORD)), dict)
     except CORRUPT:
-        return first == b"{"  # reading says what is wrong
+        return first == b"{"  # reading reports what is wrong
     except (ValueError, RecursionError):
         return False
 
 
 def _json(stream: Any, skip: int, text_key: str) -> Iterator[Any]:
-    """Yield the text of each record of one JSON array, or of JSON values one after another, but the first ``skip``.
+    """Yield the text of each record of one JSON array, or of JSON values one after another, after the first ``skip``.
 
-    Values are decoded as those of JSON lines are, so that both formats take the same records.
+    Values are decoded as JSON lines are, so that both formats accept the same records.
     """
     try:
         for number, record in enumerate(json_values.values(stream), 1):

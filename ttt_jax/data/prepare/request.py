@@ -39,7 +39,7 @@ def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -
         "text_key": job.text_key,
         "split_rule": {"by": "hash of each document", **seeded} if by_hash else {"by": "files"},
         "files": [[file.split, file.location.rsplit("/", 1)[-1], file.size] for file in files],
-        "contents": [file.content for file in files],
+        "contents": [file.digest for file in files],
     }
 
 

@@ -1,4 +1,4 @@
-"""Keep text faithful through a tokenizer: no lost characters, and no special tokens from text that spells them."""
+"""Keep text faithful through a tokenizer: lose no characters, and let no text spell a special token."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 Encode = Callable[[str], np.ndarray]  # a text to its tokens, [N] unsigned, without BOS and EOS
 
 _CONTROL = 3  # the type of a control symbol in a SentencePiece model
-_WITH_AND_WITHOUT = {
+_DIFFERENCES = {  # a name, and two texts that differ in nothing else
     "line ends": ("a\nb", "a b"),
     "repeated spaces": ("a  b", "a b"),
     "spaces at the end": ("a ", "a"),
@@ -21,16 +21,16 @@ _WITH_AND_WITHOUT = {
 }
 
 
-def checked(encode: Encode, special: set[int], lost: int | None = None, words: bool = False) -> Encode:
-    """Return ``encode`` such that it raises ValueError rather than lose a character or give a special token.
+def strict_encoder(encode: Encode, special: set[int], lost: int | None = None, words: bool = False) -> Encode:
+    """Return ``encode`` such that it raises ValueError rather than lose a character or return a special token.
 
     Args:
-      special: the tokens that no text may have.
-      lost: the token that stands for characters that have none.
-      words: whether the tokenizer has tokens of words rather than of characters.
+      special: the tokens that no text may get.
+      lost: the token of characters without a token.
+      words: whether tokens are words rather than parts of words.
     """
 
-    def encode_checked(text: str) -> np.ndarray:
+    def encode_strictly(text: str) -> np.ndarray:
         try:
             tokens = encode(text)
         except Exception as error:  # the libraries raise nothing more special
@@ -42,11 +42,11 @@ def checked(encode: Encode, special: set[int], lost: int | None = None, words: b
                 raise ValueError(f"the text has token {token}, which begins or ends documents")
         return tokens
 
-    return encode_checked
+    return encode_strictly
 
 
 def _without_token(encode: Encode, text: str, lost: int | None, words: bool) -> str | None:
-    """Return which character or word of a text has no token; None where each has some by itself."""
+    """Return which character or word of a text has no token; None if each of them has some by itself."""
     for part in dict.fromkeys(text.split() if words else text):
         if _loses(encode, part, lost):
             return f"word {part!r} has no token" if words else f"character {part!r} (U+{ord(part):04X}) has no token"
@@ -60,19 +60,19 @@ def _loses(encode: Encode, text: str, lost: int | None) -> bool:
         return True
 
 
-def lost(encode: Encode, unknown: int | None) -> list[str]:
-    """Return which differences between texts an encoder loses, in words.
+def lost_differences(encode: Encode, unknown: int | None) -> list[str]:
+    """Return the names of differences that an encoder loses: texts that differ in them alone get the same tokens.
 
-    Characters without a token are not reported here: they are counted.
+    Characters without a token are not among them. They are counted while documents are tokenized.
 
     Args:
-      unknown: the token for characters that have no other; None where there is none.
+      unknown: the token for characters without a token; None if there is none.
     """
     found = []
-    for what, texts in _WITH_AND_WITHOUT.items():
+    for what, texts in _DIFFERENCES.items():
         try:
             first, second = map(encode, texts)
-        except ValueError:  # some character has no token, which is reported for the documents that have it
+        except ValueError:  # a character has no token, which makes a document that has it a bad record
             continue
         if np.array_equal(first, second) and unknown not in first:
             found.append(what)
@@ -83,15 +83,15 @@ def lost(encode: Encode, unknown: int | None) -> list[str]:
 
 
 def unreachable_in_huggingface(content: bytes, special: Collection[int]) -> tuple[bytes, int | None]:
-    """Return a ``tokenizer.json`` in which no text spells a special token, and the id that stands for lost characters.
+    """Return a ``tokenizer.json`` in which no text spells a special token, and the id for lost characters.
 
-    The models (BPE, Unigram, WordLevel, WordPiece) look up pieces of text in their vocabulary by their spelling, so the
-    special tokens are given spellings that do not occur, and keep their ids. A BPE without a token for unknown
-    characters drops them; here it gets one, above all others, so that the loss can be seen.
+    The models (BPE, Unigram, WordLevel, WordPiece) look up pieces of text in their vocabulary by their spelling.
+    Special tokens keep their ids, and are given spellings that do not occur. A BPE without a token for unknown
+    characters drops such characters; here it gets one, with the highest id, so that the loss can be seen.
 
     Args:
       content: of the ``tokenizer.json``.
-      special: ids that are special, beside those that the file itself calls so.
+      special: ids that are special in addition to those that are special in the file.
     """
     file = json.loads(content)
     model, added = file["model"], file.get("added_tokens") or []
@@ -117,7 +117,7 @@ def unreachable_in_huggingface(content: bytes, special: Collection[int]) -> tupl
 
 
 def unreachable_in_sentencepiece(content: bytes, special: Collection[int]) -> bytes:
-    """Return a SentencePiece model in which the special pieces are control symbols, which no text spells."""
+    """Return a SentencePiece model in which special pieces are control symbols, which no text spells."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(content)
@@ -128,16 +128,16 @@ def unreachable_in_sentencepiece(content: bytes, special: Collection[int]) -> by
 
 
 def _spells(merge: str | list[str], hidden: set[str], prefix: str) -> bool:
-    """Return whether a merge makes or takes one of the hidden pieces."""
+    """Return whether a merge joins or results in one of the hidden pieces."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return bool({first, second, first + second.removeprefix(prefix)} & hidden)
 
 
 def _mark_lost_characters(model: dict[str, Any], added: list[dict[str, Any]], name: str) -> int | None:
-    """Give a BPE without a token for unknown characters one, and return its id; None where it has one."""
+    """Add a token for unknown characters to a BPE, and return its id; None if the BPE has one already."""
     if model.get("unk_token") is not None:
         return None
-    # The library numbers added tokens that the model does not know behind it, so the model must know them all.
+    # The library numbers added tokens from the end of the vocabulary unless the vocabulary has them.
     model["vocab"].update({token["content"]: token["id"] for token in added})
     lost = max(model["vocab"].values(), default=-1) + 1
     model["vocab"][name] = lost

@@ -18,7 +18,7 @@ import numpy as np
 from ttt_jax.data import array, dataset
 from ttt_jax.data.prepare import records, request
 from ttt_jax.data.prepare.engines import Engine
-from ttt_jax.data.prepare.files import InputFile, check_unchanged, with_content
+from ttt_jax.data.prepare.files import InputFile, check_unchanged, with_digests
 from ttt_jax.data.prepare.job import Job, Piece
 from ttt_jax.data.prepare.records import Position
 from ttt_jax.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def tokenize(
       ConfigError: where the folder holds something else.
       DataError: for a record that cannot be read, or a place that cannot be written.
     """
-    files = with_content(files)
+    files = with_digests(files)
     plan = {**request.describe(job, files, trained), "shard": shard, "chunk": chunk}
     done = dataset.read_description(output)
     if done is not None:

@@ -1,6 +1,6 @@
-"""Tokenizers: bytes, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``.
+"""Load tokenizers: bytes, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``.
 
-Text is text: a special token that is spelled out in a document is tokenized as the characters that it is made of.
+Text is text: a document that spells a special token gets the tokens of its characters, not the special token.
 """
 
 import array
@@ -19,24 +19,24 @@ from ttt_jax.data.prepare import files, text_fidelity
 from ttt_jax.errors import ConfigError
 
 Encode = text_fidelity.Encode
-Decode = Callable[[np.ndarray], str]  # and back; BOS, EOS and other special tokens are left out
+Decode = Callable[[np.ndarray], str]  # tokens to their text, without BOS, EOS and other special tokens
 
 _BYTE_BOS, _BYTE_EOS = 256, 257
-# What BOS and EOS are called where neither the user nor a tokenizer_config.json beside the tokenizer says it.
+# Usual names of BOS and EOS, for tokenizers for which neither the user nor a tokenizer_config.json names them.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """What a tokenizer is, as a value that can be sent to another process.
+    """A tokenizer as a value that can be sent to another process.
 
     Attributes:
       kind: byte, sentencepiece or huggingface.
-      name: of its file; ``byte`` for bytes.
-      content: of its file.
+      name: the name of its file; ``byte`` for bytes.
+      content: the content of its file.
       vocab_size: all tokens are below it.
-      bos, eos: ids of the tokens that begin and end a document; None where it has none.
+      bos, eos: ids of the tokens that begin and end a document; None if it has no such token.
     """
 
     kind: str
@@ -48,12 +48,12 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the content: equal hash, equal tokens."""
+        """Return the hash of the content: equal hashes, equal tokens."""
         return hashlib.sha256(self.content).hexdigest()
 
     @functools.cached_property
     def unknown(self) -> int | None:
-        """Return the id of the token for characters that have no other; None where there is none."""
+        """Return the id of the token for characters without a token; None if there is none."""
         if self.kind == "byte":
             return None
         if self.kind == "sentencepiece":
@@ -64,7 +64,7 @@ class Tokenizer:
         return model["vocab"].get(model.get("unk_token"))
 
     def encoder(self) -> Encode:
-        """Load the tokenizer. It raises ValueError for characters that it would drop, and for BOS or EOS in a text."""
+        """Return a function that encodes, and raises ValueError for characters that it would drop, BOS and EOS."""
         if self.kind == "byte":
             return lambda text: np.frombuffer(text.encode(), np.uint8)
         special = {token for token in (self.bos, self.eos) if token is not None}
@@ -73,20 +73,20 @@ class Tokenizer:
             if not all(map(processor.is_control, special)):
                 content = text_fidelity.unreachable_in_sentencepiece(self.content, special)
                 processor = _sentencepiece(content, self.name)
-            return text_fidelity.checked(lambda text: _ids(processor.encode(text)), special)
-        _huggingface(self.content, self.name)  # refuses what is no tokenizer
+            return text_fidelity.strict_encoder(lambda text: _ids(processor.encode(text)), special)
+        _huggingface(self.content, self.name)  # raises for a file that is no tokenizer
         content, lost = text_fidelity.unreachable_in_huggingface(self.content, special)
         tokenizer = _huggingface(content, self.name)
 
-        # The "fast" of the library is without character offsets; a batch of one holds no more than one document.
+        # The library's "fast" means without character offsets; a batch of one keeps memory to one document.
         def encode(text: str) -> np.ndarray:
             return _ids(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
         words = tokenizer.model.__class__.__name__ in ("WordLevel", "WordPiece")
-        return text_fidelity.checked(encode, special, lost, words)
+        return text_fidelity.strict_encoder(encode, special, lost, words)
 
     def decoder(self) -> Decode:
-        """Loads the tokenizer. Parts of characters, where a row of tokens begins or ends with some, become U+FFFD."""
+        """Return a function that decodes; a part of a character at either end of the tokens becomes U+FFFD."""
         if self.kind == "byte":
             return lambda tokens: bytes(tokens[tokens < _BYTE_BOS].astype(np.uint8)).decode(errors="replace")
         if self.kind == "sentencepiece":
@@ -97,20 +97,20 @@ class Tokenizer:
 
 
 def byte() -> Tokenizer:
-    """UTF-8 bytes, BOS 256 and EOS 257."""
+    """Return the tokenizer of UTF-8 bytes, with BOS 256 and EOS 257."""
     return Tokenizer("byte", "byte", b"byte", 258, _BYTE_BOS, _BYTE_EOS)
 
 
 def load(location: str, *, bos_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
-    """``byte``, or the tokenizer in a ``.model`` or ``.json`` file at a path or URL.
+    """Return the tokenizer in a ``.model`` or ``.json`` file at a path or URL, or that of bytes for ``byte``.
 
     Args:
       bos_token, eos_token: spelling of the tokens that begin and end a document. By default a SentencePiece model says
-        itself; for a ``tokenizer.json``, the ``tokenizer_config.json`` or ``special_tokens_map.json`` beside it, or
-        else the usual names. A token that is null there does not exist.
+        which they are. For a ``tokenizer.json``, the ``tokenizer_config.json`` or ``special_tokens_map.json`` in the
+        same folder says it, and a token that is null there does not exist; without them, the usual names are tried.
 
     Raises:
-      ConfigError: where there is no such tokenizer or token.
+      ConfigError: if there is no such tokenizer or token.
     """
     if location == "byte":
         if bos_token or eos_token:
@@ -138,40 +138,44 @@ def load(location: str, *, bos_token: str | None = None, eos_token: str | None =
 
 
 def from_huggingface(
-    content: bytes, location: str, bos_token: str | None, eos_token: str | None, beside: dict[str, Any] | None = None
+    content: bytes, location: str, bos_token: str | None, eos_token: str | None, config: dict[str, Any] | None = None
 ) -> Tokenizer:
-    """The tokenizer in the content of a ``tokenizer.json``; as :func:`load`."""
-    tokenizer, beside = _huggingface(content, location), beside or {}
-    bos = _special(tokenizer, location, "bos", bos_token, beside, _BOS_NAMES)
-    eos = _special(tokenizer, location, "eos", eos_token, beside, _EOS_NAMES)
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # there may be gaps
+    """Return the tokenizer in the content of a ``tokenizer.json``, as :func:`load` does.
+
+    Args:
+      config: the content of its ``tokenizer_config.json``.
+    """
+    tokenizer, config = _huggingface(content, location), config or {}
+    bos = _special_token(tokenizer, location, "bos", bos_token, config, _BOS_NAMES)
+    eos = _special_token(tokenizer, location, "eos", eos_token, config, _EOS_NAMES)
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
     if not vocab_size:
         raise ConfigError(f"{location}: not a Hugging Face tokenizer: it has no tokens")
     return Tokenizer("huggingface", os.path.basename(location), content, vocab_size, bos, eos)
 
 
-def _special(
-    tokenizer, location: str, key: str, asked: str | None, config: dict[str, Any], usual: tuple[str, ...]
+def _special_token(
+    tokenizer, location: str, key: str, wanted: str | None, config: dict[str, Any], usual: tuple[str, ...]
 ) -> int | None:
-    beside = config.get(f"{key}_token")
-    if beside is None and f"{key}_token" in config and not asked:
-        return None  # the config says that there is none
-    if isinstance(beside, dict):
-        beside = beside.get("content")
-    for name in [asked] if asked else [beside] if beside else usual:
+    configured = config.get(f"{key}_token")
+    if configured is None and f"{key}_token" in config and not wanted:
+        return None
+    if isinstance(configured, dict):
+        configured = configured.get("content")
+    for name in [wanted] if wanted else [configured] if configured else usual:
         token = tokenizer.token_to_id(name)
         if token is not None:
             return token
-    if asked:
-        raise ConfigError(f"--{key}-token {asked!r}: {location} has no such token")
+    if wanted:
+        raise ConfigError(f"--{key}-token {wanted!r}: {location} has no such token")
     return None
 
 
 def _tokenizer_config(location: str) -> dict[str, Any]:
-    """Return what the files beside a ``tokenizer.json`` say of its tokens; ``tokenizer_config.json`` comes first."""
-    said: dict[str, Any] = {}
+    """Return the config in the folder of a ``tokenizer.json``; ``tokenizer_config.json`` overrides the other file."""
+    config: dict[str, Any] = {}
     if os.path.basename(location) != "tokenizer.json":
-        return said
+        return config
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = os.path.join(os.path.dirname(location), name)
         if not files.exists(beside):
@@ -180,12 +184,12 @@ def _tokenizer_config(location: str) -> dict[str, Any]:
             found = json.loads(files.read(beside, "--tokenizer"))
         except ValueError as error:
             raise ConfigError(f"{beside}: not JSON: {error}") from error
-        said.update(found if isinstance(found, dict) else {})
-    return said
+        config.update(found if isinstance(found, dict) else {})
+    return config
 
 
 def _ids(tokens: list[int]) -> np.ndarray:
-    """A list as an array; by way of the standard library's, which takes a third of the time of NumPy's."""
+    """Return a list as an array, by way of ``array.array``, which takes a third of the time of ``np.array``."""
     return np.frombuffer(array.array("I", tokens), np.uint32)
 
 
@@ -196,7 +200,7 @@ def _sentencepiece(content: bytes, name: str):
         raise ConfigError(f"{name}: needs sentencepiece; {extras.install_command('sentencepiece')}") from error
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        if content and processor.get_piece_size():  # of nothing, the library makes one without a model
+        if content and processor.get_piece_size():  # for empty content the library raises no error
             return processor
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"{name}: not a SentencePiece model") from error
@@ -210,7 +214,7 @@ def _huggingface(content: bytes, name: str):
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more special
         raise ConfigError(f"{name}: not a Hugging Face tokenizer: {error}") from error
-    tokenizer.no_truncation()  # some files ask for both
+    tokenizer.no_truncation()  # some files turn both on
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # as text
+    tokenizer.encode_special_tokens = True  # encode them as text
     return tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records, request
-from ttt_jax.data.prepare.files import InputFile, with_content
+from ttt_jax.data.prepare.files import InputFile, with_digests
 from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.tokenize import UNFINISHED, check_empty
 from ttt_jax.data.prepare.tokenizer import Tokenizer, from_huggingface
@@ -37,7 +37,7 @@ def kept_or_trained(
     Raises:
       as :func:`train`.
     """
-    of_train = request.describe(job, with_content([file for file in files if file.split == "train"]), None)
+    of_train = request.describe(job, with_digests([file for file in files if file.split == "train"]), None)
     purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
     if description := dataset.read_description(output):
         kept = dataset.read_tokenizer(output, description) if description["tokenizer"].get("trained") else None
