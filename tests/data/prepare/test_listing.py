@@ -143,8 +143,7 @@ def test_what_cannot_be_read_is_counted_and_named(here, capsys):
     assert found("in") == ["in/a.jsonl", "in/sub/b.txt"]
     assert capsys.readouterr().err == (
         "--train in: left out 8 files, hidden or with unknown endings: "
-        ".h.jsonl, 0.lz4, 1.lz4, 2.lz4, 3.lz4 and 3 more
-"
+        ".h.jsonl, 0.lz4, 1.lz4, 2.lz4, 3.lz4 and 3 more\n"
     )
     assert found("in/[a-z5]*") == ["in/a.jsonl"]
     assert capsys.readouterr().err == (
