@@ -65,7 +65,7 @@ def test_import_paths_are_told_from_other_texts(text, is_one):
     if not is_one:
         for function in (import_path.load, import_path.source_hash):
             assert refused(function, text, KEY) == (
-                f"{KEY}={text!r}: is no import path; expected MODULE:NAME, such as mylab.learners:gated"
+                f"{KEY}={text!r}: not an import path; expected MODULE:NAME, such as mylab.learners:gated"
             )
 
 
@@ -93,7 +93,7 @@ def test_a_changed_source_is_refused_before_it_runs(lab):
     assert message == (
         f"{KEY}='lab.learners:gated': {folder / 'learners.py'} has changed since the run began (its SHA-256 was "
         f"{there[:12]}..., it is {here[:12]}...); expected the file as it was, a new run, or "
-        "ttt train --accept-changed-learner, with which this run goes on with the new one"
+        "ttt train --accept-changed-learner to continue this run with the changed file"
     )
     assert not (folder.parent / "imported").exists()
 

@@ -1,8 +1,7 @@
-"""Functions of the user's own by import path, ``MODULE:NAME``: found, hashed and imported, never evaluated.
+"""Find, hash and import functions of the user's own by import path, ``MODULE:NAME``. Nothing is evaluated.
 
 A module is looked for where Python looks for modules (installed packages, ``PYTHONPATH``) and then in the folder that
-the command runs in. Its source file is found and hashed without running anything: neither the module, nor the packages
-that it is in.
+the command runs in. Its source file is found and hashed without running the module or the packages that it is in.
 """
 
 import difflib
@@ -28,17 +27,17 @@ def is_import_path(text: str) -> bool:
 
 
 def load(text: str, key: str, expected_hash: str = "") -> Callable[..., Any]:
-    """Import a module and return a function of it.
+    """Import a module and return one of its functions.
 
     Args:
       text: the import path.
-      key: of the config, for messages.
-      expected_hash: of the module's source, as :func:`source_hash` gives it. Where the source has another one, the
-        module is not imported. Empty: any source will do.
+      key: the key of the config that holds it, for messages.
+      expected_hash: the hash of the module's source, from :func:`source_hash`. A module with another hash is not
+        imported. Empty: any source is accepted.
 
     Raises:
-      ConfigError: where the text is no import path, the module is missing, has changed or cannot be imported, or the
-        name is not that of something that can be called.
+      ConfigError: where the text is no import path, the module is missing, has changed or cannot be imported, or it
+        defines no such function.
     """
     if expected_hash:
         check_unchanged(text, key, expected_hash)
@@ -46,22 +45,24 @@ def load(text: str, key: str, expected_hash: str = "") -> Callable[..., Any]:
     try:
         module = importlib.import_module(spec.name)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{key}={text!r}: importing {spec.name} fails: {said(error, spec.origin)}") from error
+        raise ConfigError(
+            f"{key}={text!r}: importing {spec.name} fails: {describe_error(error, spec.origin)}"
+        ) from error
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, [each for each in vars(module) if callable(vars(module)[each])], 1)
         expected = f"did you mean {spec.name}:{close[0]}?" if close else "expected the name of a function in it"
         raise ConfigError(f"{key}={text!r}: {spec.origin} defines no {name}; {expected}")
-    found = getattr(module, name)
-    if not callable(found):
-        raise ConfigError(f"{key}={text!r}: is of type {type(found).__name__}; expected a function")
-    return found
+    function = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(f"{key}={text!r}: is of type {type(function).__name__}; expected a function")
+    return function
 
 
 def source_file(text: str, key: str) -> Path:
-    """Return the source file of the module of an import path, which is not imported.
+    """Return the source file of the module of an import path, without importing it.
 
     Raises:
-      ConfigError: where the text is no import path, or there is no such module, or it has no source.
+      ConfigError: where the text is no import path, the module does not exist, or it has no source file.
     """
     spec = _spec(text, key)
     if not spec.has_location or spec.origin is None or not spec.origin.endswith(".py"):
@@ -75,18 +76,20 @@ def source_hash(text: str, key: str) -> str:
 
 
 def check_unchanged(text: str, key: str, expected_hash: str) -> None:
-    """Raise :class:`ConfigError` where the source of a module is another than that of a hash."""
+    """Raise :class:`ConfigError` where the source of a module does not have the expected hash."""
     if (found := source_hash(text, key)) != expected_hash:
         raise ConfigError(
             f"{key}={text!r}: {source_file(text, key)} has changed since the run began (its SHA-256 was "
             f"{expected_hash[:12]}..., it is {found[:12]}...); expected the file as it was, a new run, or "
-            "ttt train --accept-changed-learner, with which this run goes on with the new one"
+            "ttt train --accept-changed-learner to continue this run with the changed file"
         )
 
 
 def check_outside(text: str, key: str, folder: str | os.PathLike) -> None:
-    """Raise :class:`ConfigError` where a module lies in a folder, such as the workdir of a run. One that is missing
-    lies nowhere."""
+    """Raise :class:`ConfigError` where a module lies in a folder, such as the workdir of a run.
+
+    A module that is missing raises nothing.
+    """
     module, inside = text.partition(":")[0], Path(folder).resolve()
     for spec in _specs(module):
         places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or ())
@@ -99,12 +102,11 @@ def check_outside(text: str, key: str, folder: str | os.PathLike) -> None:
 
 
 def check_sent(text: str, key: str, root: Path, sent: Collection[Path] | None = None) -> None:
-    """Raise :class:`ConfigError` where a module would not be found on another machine, on which the command runs in a
-    copy of a folder.
+    """Raise :class:`ConfigError` where a module would be missing on a machine that gets a copy of a folder.
 
     Args:
-      root: the folder.
-      sent: the files of it that are there, by their paths in it; None for all.
+      root: the folder, in whose copy the command runs.
+      sent: the files that are copied, by their paths in the folder; None for all.
     """
     file, module = source_file(text, key), Path(*text.partition(":")[0].split("."))
     expected = [root / f"{module}.py", root / module / "__init__.py"]
@@ -117,9 +119,9 @@ def check_sent(text: str, key: str, root: Path, sent: Collection[Path] | None = 
 
 
 def _spec(text: str, key: str) -> ModuleSpec:
-    """Return how a module is found."""
+    """Return the spec of the module of an import path, without importing it."""
     if not is_import_path(text):
-        raise ConfigError(f"{key}={text!r}: is no import path; expected {FORM}")
+        raise ConfigError(f"{key}={text!r}: not an import path; expected {FORM}")
     module = text.partition(":")[0]
     found = _specs(module)
     if not found or found[-1].name != module or found[-1].loader is None:
@@ -131,12 +133,12 @@ def _spec(text: str, key: str) -> ModuleSpec:
 
 
 def _specs(module: str) -> list[ModuleSpec]:
-    """Return how each package that a module is in and the module itself are found, up to the first that is missing.
+    """Return the specs of the packages that a module is in and of the module, up to the first that is missing.
 
-    As :func:`importlib.util.find_spec`, which imports the packages, does it.
+    They are those of :func:`importlib.util.find_spec`, which would import the packages.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that it hides nothing
+        sys.path.append(os.getcwd())  # last, so that it hides no other module
     importlib.invalidate_caches()
     found: list[ModuleSpec] = []
     path: list[str] | None = None
@@ -153,11 +155,11 @@ def _specs(module: str) -> list[ModuleSpec]:
 
 
 def _one_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Return how a module is found in the folders of its package; ``path`` is None where it is in none."""
+    """Return the spec of a module in the folders of its package; ``path`` is None for a module outside of packages."""
     try:
         specs = (finder.find_spec(name, path, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
         return next((spec for spec in specs if spec is not None), None)
-    except KeyError:  # a namespace package within another one, which Python wants to have been imported
+    except KeyError:  # a namespace package within one that has not been imported, which Python requires
         spec, part = ModuleSpec(name, None, is_package=True), name.rpartition(".")[2]
         spec.submodule_search_locations = [
             str(Path(place) / part) for place in path or () if (Path(place) / part).is_dir()
@@ -165,12 +167,12 @@ def _one_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
         return spec
 
 
-def said(error: BaseException, file: str | os.PathLike | None) -> str:
-    """Return what was raised and where, by the line of a file of the user's own if it can be."""
+def describe_error(error: BaseException, file: str | os.PathLike | None) -> str:
+    """Return an error and where it was raised in one line; the place is in ``file`` where the traceback passes it."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen importlib")]
     mine = [frame for frame in frames if file is not None and frame.filename == os.fspath(file)]
     place = (mine or frames)[-1]
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    return f"{place.filename}, line {place.lineno}: {said}"
+    message = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    return f"{place.filename}, line {place.lineno}: {message}"

@@ -4,8 +4,8 @@
     class Sliding:
         window: int = setting(1024, "tokens that a token sees, itself included", least=1)
 
-A field whose type is ``int | None`` or the like is unset until it is set. Types are bool, int, float, str, and
-:class:`Duration`, whose values are texts as well.
+The type of a field is bool, int, float, str or :class:`Duration` (a text). A field of type ``int | None`` or the like
+may be unset, which is None.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ def setting(
     """Return a dataclass field of a config section.
 
     Args:
-      default: of its key; None where the key is unset at first.
+      default: the value of the key where none is given; None where the key is unset by default.
       meaning: one line for ``ttt config --help`` and the docs.
-      among: the only values that are accepted, where it is not empty.
+      among: the values that are accepted; any where it is empty.
       least, above, below: bounds of a number: at least, more than, less than.
-      changes_results: whether a model that is trained with another value would be another one, but for rounding.
-      may_change: whether a run may go on with another value; by default where it changes no results.
+      changes_results: whether training with another value gives another model, apart from rounding.
+      may_change: whether a run may be continued with another value; by default where it changes no results.
       takes_function: whether the value may be the import path of a function of the user's own
         (:mod:`ttt_jax.import_path`).
     """
@@ -57,7 +57,7 @@ def setting(
 
 
 class Accepts(typing.NamedTuple):
-    """What a key accepts; all values of its type where nothing is said."""
+    """The values that a key accepts: all of its type, unless a choice or bounds are given."""
 
     among: tuple[Any, ...] = ()
     least: float | None = None
@@ -93,8 +93,8 @@ class Setting(typing.NamedTuple):
     """A field of a config section, as :func:`of` finds it."""
 
     name: str
-    default: Any  # None where it is unset
-    kind: type  # of its values, also of one that is unset
+    default: Any  # None where the key is unset by default
+    kind: type  # of the values; not None for a key that may be unset
     meaning: str
     accepts: Accepts
     changes_results: bool
@@ -102,7 +102,7 @@ class Setting(typing.NamedTuple):
     takes_function: bool
 
     def check(self, key: str, value: Any) -> None:
-        """Raise :class:`ConfigError` where ``value`` is not of the type or not accepted. A key that is unset may be."""
+        """Raise :class:`ConfigError` where ``value`` has the wrong type or is not accepted."""
         if value is None and self.default is None:
             return
         if not isinstance(value, _TYPES[self.kind]) or (self.kind is not bool and isinstance(value, bool)):
@@ -130,7 +130,7 @@ def of(section: type) -> Iterator[Setting]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dicts by dotted keys."""
+    """Return the values of nested dicts, by dotted keys."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
@@ -149,7 +149,9 @@ def value_of(tree: Any, key: str) -> Any:
 
 
 def set_value(tree: Any, key: str, value: Any) -> None:
-    """Set the value of a dotted key in nested mappings; of a config also one that a method hides, such as ``update``.
+    """Set the value of a dotted key in nested mappings.
+
+    Unlike assignment to an attribute, this also reaches keys that a method of the config hides, such as ``update``.
 
     Raises:
       KeyError: where a section of the key does not exist.
@@ -159,7 +161,7 @@ def set_value(tree: Any, key: str, value: Any) -> None:
 
 
 def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys whose values differ between two nested dicts, with both values; None is a missing key."""
+    """Return the dotted keys whose values differ between two nested dicts, with both values: None for a missing key."""
     found = {}
     for key in sorted(a.keys() | b.keys()):
         left, right, name = a.get(key), b.get(key), f"{prefix}{key}"
@@ -171,13 +173,13 @@ def differing_keys(a: dict, b: dict, prefix: str = "") -> dict[str, tuple[Any, A
 
 
 def parse(where: str, kind: type, text: str) -> Any:
-    """Return the value that a text spells; text is matched, never run.
+    """Return the value that a text stands for. The text is matched, never run.
 
     Args:
-      where: what was typed, for the message.
+      where: the text with its key, for the message.
 
     Raises:
-      ConfigError: where it is no value of this kind.
+      ConfigError: where the text is no value of this kind.
     """
     try:
         if kind is bool:

@@ -1,5 +1,8 @@
-"""Durations: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``), and, for all but the run
-itself, ``"10%"`` of the run. A key that is empty by default may be empty."""
+"""Convert durations to steps: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``).
+
+Every duration but that of the run itself may also be a part of the run, such as ``"10%"``. A key that is empty by
+default may be empty.
+"""
 
 import math
 import re
@@ -17,11 +20,11 @@ _DEFAULTS: dict[str, str] = {
     for each in settings.of(section.settings)
     if each.kind is Duration
 }
-_MOST = 1e18  # steps or tokens: more is a slip, and would overflow
+_MOST = 1e18  # steps or tokens; larger numbers are typing errors, and would overflow
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse texts that are no durations, and a warm-up that does not end."""
+    """Raise :class:`ConfigError` for texts that are no durations, and for a warm-up as long as the run."""
     for key in _DEFAULTS:
         steps(config, key)
     if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
@@ -32,7 +35,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def steps(config: ml_collections.ConfigDict, key: str) -> int:
-    """Return a duration of the config in optimizer steps, at least 1; 0 for an empty one.
+    """Return the duration of a key in optimizer steps: at least 1, and 0 where it is empty.
 
     Raises:
       ConfigError: where the text is no duration.

@@ -1,6 +1,6 @@
-"""Keys of configs that have other names now: the one table by which configs of earlier versions are read.
+"""Read configs of earlier versions, by one table of the keys that have been renamed.
 
-A key that an earlier version did not know has its default, so a new key's default has to be what was done before it.
+A key that an earlier version did not have gets its default, so the default of a new key must keep the old behaviour.
 """
 
 import copy
@@ -11,7 +11,7 @@ from typing import Any
 from ttt_jax.config import tree
 from ttt_jax.settings import value_of
 
-# Of each key that is gone: its value, to the keys and values that mean the same now.
+# For each old key, a function from its value to the new keys and values that mean the same.
 RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "model.ttt.norm_residual": lambda value: {
         "model.ttt.output": "residual_norm" if value else "none",
@@ -21,9 +21,9 @@ RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def current(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config, as JSON holds it, by the keys of this version, with the defaults of those that it lacks.
+    """Return the JSON of a config with the keys of this version, and with defaults for the keys that it lacks.
 
-    What it holds else is left as it is; so is one that is empty.
+    Everything else in it is left as it is, and so is an empty config.
     """
     if not isinstance(config, dict) or not config:
         return config
@@ -39,7 +39,7 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by dotted keys, such as a point of a sweep, by the keys of this version."""
+    """Return values by dotted keys, such as those of a point of a sweep, with the keys of this version."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found.update(RENAMED[key](value) if key in RENAMED else {key: value})
@@ -47,7 +47,7 @@ def current_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def advice(key: str, text: str = "false") -> str | None:
-    """Return a line that says what a key is called now; None where it is called so.
+    """Return a message with the new name of a renamed key; None for any other key.
 
     Args:
       text: the value that was to be set.
@@ -65,7 +65,7 @@ def advice(key: str, text: str = "false") -> str | None:
 
 
 def advice_for_name(name: str) -> str | None:
-    """Return as :func:`advice`, for the last part of a key."""
+    """Return the :func:`advice` for the renamed key whose last part is ``name``; None where there is none."""
     return next((advice(key) for key in RENAMED if key.rpartition(".")[2] == name), None)
 
 

@@ -1,7 +1,8 @@
-"""The sections of a config but for those of mixers, which lie in the mixers' files.
+"""Declare the sections of a config, except those of mixers, which are in the mixers' files.
 
-Each is a dataclass that says of every key what it means, what it accepts, and whether another value changes results.
-What it cannot say is in a function beside it, which raises :class:`ConfigError` for values that do not go together.
+Each section is a dataclass. Its fields say what a key means, what it accepts, and whether another value changes
+results. A function beside it checks what a field cannot say: it raises :class:`ConfigError` for values that do not go
+together.
 """
 
 import math
@@ -15,59 +16,65 @@ import ml_collections
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import Duration, setting
 
-GENERATED = ("embedded", "synthetic", "associative_recall", "selective_copying")  # data.source that are no files
+GENERATED = (
+    "embedded",
+    "synthetic",
+    "associative_recall",
+    "selective_copying",
+)  # data.source without files
 
 
 @dataclass(frozen=True)
 class Run:
-    """The keys that are in no section."""
+    """The keys outside of sections."""
 
-    seed: int = setting(0, "of the initial parameters and of the order of the data")
+    seed: int = setting(0, "random seed of the initial parameters and of the order of the data")
 
 
 def check_run(config: ml_collections.ConfigDict) -> None:
-    """Refuse seeds that JAX would not tell apart."""
+    """Check that the seed has 32 bits; JAX does not distinguish larger ones."""
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed={config.seed}: expected an integer from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
 class Model:
-    """The section ``model``. Sections of mixers follow in it."""
+    """The section ``model``, which also holds the sections of the mixers."""
 
     mixer: str = setting("ttt_linear", "sequence mixer")
-    vocab_size: int = setting(258, "at least that of the data; 258 is bytes, BOS and EOS", least=1)
+    vocab_size: int = setting(258, "V, at least that of the data; 258 is bytes, BOS and EOS", least=1)
     width: int = setting(768, "D", least=1)
     num_layers: int = setting(12, "blocks", least=1)
     num_heads: int = setting(12, "H; divides the width", least=1)
     mlp_width: int = setting(2048, "hidden width of the feed-forward layers", least=1)
-    tie_embeddings: bool = setting(True, "the head is the transposed embedding")
+    tie_embeddings: bool = setting(True, "use the transposed embedding as the head")
     rope_theta: float = setting(10000.0, "base of the rotary positions", above=0)
-    pre_conv: bool | None = setting(None, "a convolution before each mixer; unset: where the backbone is mamba")
+    pre_conv: bool | None = setting(None, "add a convolution before each mixer; unset: where the backbone is mamba")
     channel: str = setting(
-        "swiglu", "what follows the mixer in a block: swiglu (feed-forward), none, or several such as 'swiglu + swiglu'"
+        "swiglu",
+        "parts after the mixer in a block: swiglu (feed-forward), none, or several such as 'swiglu + swiglu'",
     )
     norms: str = setting(
         "pre", "pre: a norm before each part of a block; pre_post: also one after it", among=("pre", "pre_post")
     )
-    conv_width: int = setting(4, "tokens that the causal convolutions see", least=1)
-    norm_epsilon: float = setting(1e-6, "of RMSNorm", above=0)
-    init_stddev: float = setting(0.02, "of initial kernels, embedding and inner W0", above=0)
+    conv_width: int = setting(4, "tokens that a causal convolution reads, including the current one", least=1)
+    norm_epsilon: float = setting(1e-6, "epsilon of RMSNorm", above=0)
+    init_stddev: float = setting(0.02, "standard deviation of initial kernels, the embedding and the inner W0", above=0)
     dtype: str = setting(
         "float32",
-        "of the compute, or bfloat16; parameters and inner state are float32 always",
+        "dtype of the compute: float32 or bfloat16; parameters and inner state are always float32",
         among=("float32", "bfloat16"),
     )
     remat: str = setting(
         "none",
-        "block: keep only the input of each block for the backward pass",
+        "rematerialisation; block: keep only the input of each block for the backward pass",
         among=("none", "block"),
         changes_results=False,
     )
 
 
 def check_model(config: ml_collections.ConfigDict) -> None:
-    """Refuse heads that do not share the width evenly."""
+    """Check that heads divide the width into equal parts of even width."""
     m = config.model
     if m.width % m.num_heads:
         near = next(h for h in range(min(m.num_heads, m.width), 0, -1) if m.width % h == 0)
@@ -89,16 +96,16 @@ class Data:
     source: str = setting(
         "embedded",
         "a folder or URL; embedded: the Python standard library as bytes; synthetic; a task: docs/probes.md",
-        may_change=True,  # a copy elsewhere; that it holds the same tokens is checked
+        may_change=True,  # to a copy elsewhere, which is checked to hold the same tokens
     )
     tokenizer: str = setting(
         "",
-        "what must have made the tokens: its kind, name, file or hash; empty: anything",
-        may_change=True,  # as the source
+        "tokenizer that must have made the tokens: its kind, name, file or hash; empty: any",
+        may_change=True,  # like the source
     )
-    bos: int | None = setting(None, "token that begins documents and is no target; unset: what the dataset says")
+    bos: int | None = setting(None, "token that begins documents and is not predicted; unset: as the dataset says")
     worker_processes: int = setting(
-        0, "that read batches ahead; 0: threads of this one do", least=0, changes_results=False
+        0, "processes that read batches ahead; 0: threads of the main process", least=0, changes_results=False
     )
     sequence_length: int = setting(2048, "T, tokens", least=1)
     batch_size: int = setting(8, "sequences per optimizer step, over all devices", least=1)
@@ -108,23 +115,23 @@ class Data:
 class Optimizer:
     """The section ``optimizer``: AdamW, its schedule and its guard."""
 
-    peak_lr: float = setting(1e-3, "AdamW learning rate after the warm-up", above=0)
-    end_lr: float = setting(1e-5, "where its cosine ends", least=0)
-    warmup: Duration = setting("10%", "a duration; also of the inner learning rate")
-    beta1: float = setting(0.9, "how much of the mean of the gradients a step keeps", least=0, below=1)
-    beta2: float = setting(0.95, "how much of the mean of their squares a step keeps", least=0, below=1)
-    epsilon: float = setting(1e-8, "added to the root of the latter", above=0)
-    weight_decay: float = setting(0.1, "on every parameter", least=0)
+    peak_lr: float = setting(1e-3, "AdamW learning rate at the end of the warm-up", above=0)
+    end_lr: float = setting(1e-5, "learning rate at the end of the cosine schedule", least=0)
+    warmup: Duration = setting("10%", "a duration: warm-up of the learning rate, and of the inner learning rate")
+    beta1: float = setting(0.9, "decay of the running mean of gradients", least=0, below=1)
+    beta2: float = setting(0.95, "decay of the running mean of squared gradients", least=0, below=1)
+    epsilon: float = setting(1e-8, "added to the root of the mean of squared gradients", above=0)
+    weight_decay: float = setting(0.1, "AdamW weight decay, on every parameter", least=0)
     clip_norm: float = setting(1.0, "largest global norm of the gradient", above=0)
     spike_factor: float = setting(
         0.0,
-        "updates whose gradient norm is so many times the median are left out; 0: none are",
-        may_change=True,  # it is turned on when spikes are seen
+        "leave out updates whose gradient norm is more than this many times the median; 0: none",
+        may_change=True,  # it may be turned on when spikes are seen
     )
 
 
 def check_optimizer(config: ml_collections.ConfigDict) -> None:
-    """Refuse a guard that would leave out ordinary updates."""
+    """Check that the guard does not leave out ordinary updates."""
     factor = config.optimizer.spike_factor
     if not (factor == 0 or 1 < factor < math.inf):
         raise ConfigError(f"optimizer.spike_factor={factor}: expected a finite number above 1, or 0 for none")
@@ -137,20 +144,20 @@ class Training:
     duration: Duration = setting(
         "1000 steps",
         'a duration: "300 steps", "2.5e9 tokens"; elsewhere also "10%" of the run',
-        may_change=True,  # it changes the schedule of the rest
+        may_change=True,  # the rest of the schedule follows the new duration
     )
-    start_from: str = setting("", "the workdir of another run, or one of its checkpoints: the parameters to start with")
+    start_from: str = setting("", "workdir of another run, or one of its checkpoints, whose parameters to start with")
     accumulation: int = setting(1, "micro-batches per optimizer step", least=1, changes_results=False)
     stall_limit: float = setting(
         900.0,
-        "seconds without a finished step that end the process, to be restarted; 0: none do",
+        "seconds without a finished step after which the process ends, to be restarted; 0: never",
         least=0,
         changes_results=False,
     )
 
 
 def check_training(config: ml_collections.ConfigDict) -> None:
-    """Refuse micro-batches of different sizes."""
+    """Check that the micro-batches of a step have one size."""
     if config.data.batch_size % config.training.accumulation:
         raise ConfigError(
             f"training.accumulation={config.training.accumulation}: does not divide "
@@ -160,15 +167,15 @@ def check_training(config: ml_collections.ConfigDict) -> None:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The section ``mesh``: axes in the order of the mesh."""
+    """The section ``mesh``: its axes, in the order of the mesh."""
 
-    data: int = setting(-1, "devices along the axis that splits batches; -1 is the rest", changes_results=False)
+    data: int = setting(-1, "devices along the axis that splits batches; -1: the rest", changes_results=False)
     fsdp: int = setting(1, "devices along the axis that splits batches and parameters", changes_results=False)
     tensor: int = setting(1, "devices along the axis that splits heads and feed-forward layers", changes_results=False)
 
 
 def check_mesh(config: ml_collections.ConfigDict) -> None:
-    """Refuse sizes that no number of devices has."""
+    """Check that sizes are positive, and at most one of them is -1."""
     shape = config.mesh.to_dict()
     for axis, size in shape.items():
         if size != -1 and size < 1:
@@ -179,10 +186,10 @@ def check_mesh(config: ml_collections.ConfigDict) -> None:
 
 
 def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
-    """Return the devices along each axis, with -1 resolved.
+    """Return the number of devices along each axis of the mesh, with -1 resolved.
 
     Raises:
-      ConfigError: where the mesh does not fit the devices, or heads and batch do not fit the mesh.
+      ConfigError: where the mesh does not fit the number of devices, or heads or batch do not fit the mesh.
     """
     check_mesh(config)
     shape = config.mesh.to_dict()
@@ -213,24 +220,29 @@ def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int
 class Checkpoint:
     """The section ``checkpoint``."""
 
-    every: Duration = setting("10%", "a duration", changes_results=False)
-    keep_last: int = setting(2, "how many of the newest checkpoints are kept", least=1, changes_results=False)
+    every: Duration = setting("10%", "a duration: time between checkpoints", changes_results=False)
+    keep_last: int = setting(2, "number of newest checkpoints to keep", least=1, changes_results=False)
     milestone_every: Duration = setting(
-        "", "a duration; checkpoints at its multiples are kept for good", changes_results=False
+        "", "a duration; keep checkpoints at its multiples for good", changes_results=False
     )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The section ``evaluation``: of validation during training."""
+    """The section ``evaluation``: validation during training."""
 
     every: Duration = setting(
-        "", "a duration: loss of held-out windows; the checkpoint of the lowest is kept", changes_results=False
+        "",
+        "a duration: compute the loss of held-out windows, and keep the checkpoint with the lowest; empty: never",
+        changes_results=False,
     )
     split: str = setting(
-        "validation", "where they are from", among=("train", "validation", "test"), changes_results=False
+        "validation",
+        "split of the dataset that the windows are from",
+        among=("train", "validation", "test"),
+        changes_results=False,
     )
-    windows: int = setting(64, "at most so many, as long as those of training", least=1, changes_results=False)
+    windows: int = setting(64, "largest number of windows, each as long as in training", least=1, changes_results=False)
 
 
 @dataclass(frozen=True)
@@ -239,13 +251,13 @@ class Profile:
 
     steps: str = setting(
         "",
-        'steps to trace into WORKDIR/profile, for xprof or TensorBoard: "10" or "10:13"',
+        'steps to trace into WORKDIR/profile, for xprof or TensorBoard, such as "10" or "10:13"; empty: none',
         changes_results=False,
     )
 
 
 def profiled_steps(config: ml_collections.ConfigDict) -> range:
-    """Return the steps to trace, counted from 1; none where ``profile.steps`` is empty."""
+    """Return the steps to trace, counted from 1; an empty range where ``profile.steps`` is empty."""
     text = config.profile.steps.strip()
     match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -258,7 +270,7 @@ def profiled_steps(config: ml_collections.ConfigDict) -> range:
 class Log:
     """The section ``log``."""
 
-    every: Duration = setting("1 step", "a duration: one record of metrics.jsonl", changes_results=False)
+    every: Duration = setting("1 step", "a duration: time between records of metrics.jsonl", changes_results=False)
     tensorboard: bool = setting(
         False, "also write TensorBoard files; needs the extra [tensorboard]", changes_results=False
     )
@@ -268,7 +280,7 @@ class Log:
 
 
 class Section(NamedTuple):
-    """A section, and the check of its values with each other and with those of other sections."""
+    """A section, and a function that checks its values with each other and with those of other sections."""
 
     settings: type
     check: Callable[[ml_collections.ConfigDict], object] = lambda config: None

@@ -102,7 +102,7 @@ def check_learner(model: Model, found: InnerLoop) -> None:
     except Exception as error:
         if not is_own:
             raise
-        where = import_path.said(error, import_path.source_file(named, LEARNER))
+        where = import_path.describe_error(error, import_path.source_file(named, LEARNER))
         raise ConfigError(f"{LEARNER}={named!r}: fails: {where}") from error
     if features_out != features:
         raise ConfigError(
