@@ -66,7 +66,7 @@ def test_the_longest_context_is_drawn(tmp_path, losses, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"layers": [4]}, "--layers 4: no such layer that learns; expected 0 to 3"),
+        ({"layers": [4]}, "--layers 4: no layer of this number learns; expected 0 to 3"),
         ({"window": 41}, "--window 41: expected 1 to 40, the context"),
         (
             {"split": "test"},

@@ -100,7 +100,7 @@ def test_what_models_and_sizes_are_called(tmp_path):
     run(tmp_path / "a", model__mixer="attention", parameters=124_600_000)
     run(tmp_path / "b", model__mixer="attention", training__start_from="runs/a", parameters=131_000_000)
     found = points.of_places([str(tmp_path)], "validation")
-    assert [points.line_of(point.about) for point in found] == ["Transformer", "Transformer, fine-tuned"]
+    assert [points.model_label(point.about) for point in found] == ["Transformer", "Transformer, fine-tuned"]
     assert points.size_name(found[:1]) == "125 M"
     assert points.size_name(found) == "125 M to 131 M"
     assert found[0].size == found[1].size == (12, 768)

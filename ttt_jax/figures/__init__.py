@@ -1,1 +1,1 @@
-"""The pictures and tables of the paper, from what ``ttt eval`` and ``ttt inspect`` have written."""
+"""Draw the figures and tables of the paper from the results of ``ttt eval``, ``ttt inspect`` and ``ttt probe``."""

@@ -1,4 +1,4 @@
-"""A table of runs that differ by a step each: an ablation, as text, LaTeX and CSV (Table 1)."""
+"""Write a table of runs that differ by one step each, an ablation, as text, LaTeX and CSV (Table 1)."""
 
 import csv
 import io
@@ -24,31 +24,31 @@ _LATEX = {character: f"\\{character}" for character in "_%&#${}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "[": "{[}",  # behind \\ it would begin an option
+    "[": "{[}",  # after \\ it would begin an option
     "]": "{]}",
 }
 _EQUIVALENCE = "TTT equivalence"
-_WORDS = {  # steps of the paper's Table 1, by key and value
+_WORDS = {  # names of steps in the paper's Table 1, by key and value
     ("model.ttt.learned_w0", True): "learnable W0",
     ("model.ttt.output", "residual_norm"): "LN and residual in f",
     ("model.ttt.learned_eta", True): "learnable eta",
     ("model.ttt.backbone", "mamba"): "Mamba backbone",
     ("model.mixer", "ttt_linear"): _EQUIVALENCE,
 }
-_WITH_BIAS = {"model.ttt.output": "residual_norm", "model.ttt.bias": True}  # one step: configs/ablation.py says why
+_WITH_BIAS = {"model.ttt.output": "residual_norm", "model.ttt.bias": True}  # one step, explained in configs/ablation.py
 
 
 class Row(NamedTuple):
     """A run.
 
     Attributes:
-      name: the model of the first row; what a later one changes in the row above.
-      perplexity: of the evaluation; NaN or infinite where its loss is, and infinite where it overflows.
+      name: the model, in the first row; the changes to the row above, in the others.
+      perplexity: NaN or infinite if the loss is, and infinite if it overflows.
       difference: to the perplexity of the row above; None in the first row.
-      standard_error: of the difference, over the documents that both were evaluated on; None where the evaluations
-        cannot be paired.
+      standard_error: of the difference, over the documents that both were evaluated on; None if the evaluations cannot
+        be paired.
       loss_difference, loss_standard_error: the same in nats per token.
-      published: the perplexity that the paper states about such a model; None where it states none.
+      published: the perplexity that the paper states about such a model; None if it states none.
     """
 
     name: str
@@ -61,16 +61,16 @@ class Row(NamedTuple):
 
 
 def rows(places: Sequence[str], *, split: str = "validation", published: bool = False, **which: Any) -> list[Row]:
-    """Return the rows of a table: a run each, in the order in which they are named, or stand in their sweep.
+    """Return the rows of a table, a run each, in the order of ``places`` and within a sweep in its order.
 
     Args:
       places: workdirs, sweeps, or folders of them.
-      published: with the perplexities that the paper states.
-      which: of the evaluations, as :func:`points.of_places` takes it.
+      published: add the perplexities that the paper states.
+      which: arguments of :func:`points.of_places` that choose evaluations.
 
     Raises:
-      ConfigError: for runs that were not evaluated, or are not of one text and context, or that the paper states
-        nothing about.
+      ConfigError: if runs were not evaluated or are not of one text and context, or if the paper states nothing about
+        them.
     """
     points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
@@ -88,13 +88,13 @@ def rows(places: Sequence[str], *, split: str = "validation", published: bool = 
         difference = None if above is None else perplexity - points_lib.perplexity_of(above)
         paired = (None, None) if above is None else _paired(above, point)
         error = None if above is None or paired[1] is None else _error_of_perplexity(above, point, paired[1])
-        name = points_lib.line_of(point.about) if above is None else _step(above, point)
+        name = points_lib.model_label(point.about) if above is None else _step(above, point)
         found.append(Row(name, perplexity, difference, error, *paired, known.perplexity if known else None))
     return found
 
 
 def as_text(found: Sequence[Row], suffix: str) -> str:
-    """What a file of this kind holds, of :data:`SUFFIXES`."""
+    """Return the content of a file with this suffix, one of :data:`SUFFIXES`."""
     if suffix == ".txt":
         console = console_lib.literal(width=100, file=io.StringIO(), record=True)
         console.print(as_table(found))
@@ -103,7 +103,7 @@ def as_text(found: Sequence[Row], suffix: str) -> str:
 
 
 def as_table(found: Sequence[Row]) -> Table:
-    """For people."""
+    """Return a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("configuration", overflow="fold")
     for name in ("perplexity", "difference", *(["paper"] if _has_published(found) else [])):
@@ -115,7 +115,7 @@ def as_table(found: Sequence[Row]) -> Table:
 
 
 def as_latex(found: Sequence[Row]) -> str:
-    """A ``tabular`` with booktabs' rules."""
+    """Return a LaTeX ``tabular`` with the rules of booktabs."""
     published = _has_published(found)
     lines = [
         "% needs \\usepackage{booktabs}",
@@ -139,7 +139,7 @@ def as_latex(found: Sequence[Row]) -> str:
 
 
 def as_csv(found: Sequence[Row]) -> str:
-    """Return a table with a line of names; what is not known is empty, what is not finite ``nan`` or ``inf``."""
+    """Return CSV with a header; unknown values are empty, values that are not finite ``nan`` or ``inf``."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(Row._fields)
@@ -148,7 +148,7 @@ def as_csv(found: Sequence[Row]) -> str:
 
 
 def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
-    """The difference in loss to the row above, and its standard error: None where not the same text was read."""
+    """Return the difference in loss to the row above and its standard error, None if they are not of the same text."""
     a, b = (evaluations.read_file(each.workdir / "eval" / f"{each.stem}.npz") for each in (point, above))
     try:
         difference = evaluations.paired_difference(a, b)
@@ -158,9 +158,9 @@ def _paired(above: Point, point: Point) -> tuple[float | None, float | None]:
 
 
 def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float | None:
-    """Return the standard error of exp(x) - exp(y) to first order, None where it is not known.
+    """Return the standard error of exp(x) - exp(y) to first order, None if it is not known.
 
-    It is of the standard errors of x, y and x - y, which tell the covariance.
+    It follows from the standard errors of x, y and x - y, which determine the covariance.
     """
     (p, u), (q, v) = ((points_lib.perplexity_of(each), each.about["loss_standard_error"]) for each in (point, above))
     if u is None or v is None or not (math.isfinite(p) and math.isfinite(q)):
@@ -170,14 +170,14 @@ def _error_of_perplexity(above: Point, point: Point, of_loss: float) -> float | 
 
 
 def _step(above: Point, point: Point) -> str:
-    """What a run changes in the one above it, in the paper's words where it has some."""
+    """Return what a run changes in the run above it, with the names of the paper for its steps."""
     before, after = flat(above.config), flat(point.config)
     changes = []
     differing = points_lib.differing(above.config, point.config)
     if all(after.get(key) == value and key in differing for key, value in _WITH_BIAS.items()):
         del differing["model.ttt.bias"]
     if "model.ttt.learner" in differing:
-        differing.pop("model.ttt.learner_source", None)  # the file of the learner, which has another name anyway
+        differing.pop("model.ttt.learner_source", None)  # the hash of its file, which adds nothing to the name
     for key in differing:
         value = after.get(key)
         if key == "model.ttt.mini_batch" and value < before.get(key, 0) == before["data.sequence_length"]:
@@ -189,7 +189,7 @@ def _step(above: Point, point: Point) -> str:
     if not changes:
         seed = after.get("seed")
         return f"seed={seed}" if seed != before.get("seed") else "the same again"
-    return _EQUIVALENCE if changes == [_EQUIVALENCE] else f"+ {', '.join(changes)}"  # which adds nothing
+    return _EQUIVALENCE if changes == [_EQUIVALENCE] else f"+ {', '.join(changes)}"  # a reformulation, without a "+"
 
 
 def _with_error(row: Row, sign: str) -> str:

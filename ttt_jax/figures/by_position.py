@@ -1,4 +1,4 @@
-"""Loss by token index of several runs: how much each gains from what it has read (Figure 2, right)."""
+"""Draw losses by token index: of several runs (Figure 2, right), and of the inner loop (Figures 4 and 14)."""
 
 import math
 import os
@@ -15,11 +15,11 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import evaluations, inspections, result_files
 from ttt_jax.evaluation.evaluations import Evaluation
 from ttt_jax.figures import style
-from ttt_jax.figures.points import line_of
+from ttt_jax.figures.points import model_label
 from ttt_jax.figures.style import Style
 from ttt_jax.storage import workdir as workdir_lib
 
-_SURPRISES = 2  # first tokens of a document, of which nobody can know anything
+_UNPREDICTABLE = 2  # first tokens of a document, which do not set the limits of the y axis
 
 
 def loss_by_position(
@@ -33,19 +33,19 @@ def loss_by_position(
     by_document: bool = False,
     **kind: Any,
 ) -> None:
-    """Draws the loss by token index of several runs on one figure, and saves it.
+    """Draw the loss by token index of several runs in one figure, and save it.
 
-    Curves are smoothed over a constant ratio of positions; the band about each is the 95 % interval of its bins.
+    Curves are smoothed over a constant ratio of positions; the band around each is the 95 % interval of its bins.
 
     Args:
       outputs: paths that end in .png, .pdf or .svg.
-      context: of the evaluations; None is the longest that all have.
-      against: a run; a second panel has the paired difference of each other run to it, by bin, with its 95 % interval.
-      perplexity: the exponential of the mean loss, on a log axis.
-      by_document, kind: of the evaluations, as :func:`evaluations.name` takes them.
+      context: of the evaluations; None for the longest that all runs have.
+      against: a run; a second panel shows the paired difference of each other run to it, by bin, with 95 % intervals.
+      perplexity: draw the exponential of the mean loss, on a log axis.
+      by_document, kind: arguments of :func:`evaluations.read_all` that choose evaluations.
 
     Raises:
-      ConfigError: for a run without such an evaluation, for runs that cannot be compared, or an unknown kind of file.
+      ConfigError: if a run has no such evaluation, runs cannot be compared, or the kind of file is unknown.
     """
     style.check_output(*outputs)
     places = [*workdirs, *([] if against is None else [against])]
@@ -53,12 +53,12 @@ def loss_by_position(
     found = read[: len(workdirs)]
     for each in found[1:]:
         evaluations.check_paired(each, found[0])
-    styles = style.distinct([line_of(each.about) for each in found])
+    styles = style.distinct([model_label(each.about) for each in found])
     rows, height, ratios = (1, 4.4, [1.0]) if against is None else (2, 6.8, [1.6, 1.0])
     size = 7.2, height + 0.2 * len(found)  # inches; the legend stands below, a line for each run
     figure, panels = plt.subplots(rows, 1, figsize=size, height_ratios=ratios, layout="constrained", squeeze=False)
     first, last = panels.flat[0], panels.flat[-1]
-    _draw_curves(first, found, styles, perplexity=perplexity, first=_SURPRISES if by_document else 0)
+    _draw_curves(first, found, styles, perplexity=perplexity, first=_UNPREDICTABLE if by_document else 0)
     if against is not None:
         _draw_differences(last, read[-1], found, styles)
 
@@ -85,7 +85,7 @@ def smooth(position: np.ndarray, loss: np.ndarray, ratio: float = 1.15, tokens: 
 
     Args:
       position, loss: [T].
-      tokens: [T], how many count at each position: those with none are passed over. None: all have some.
+      tokens: [T], the number of tokens at each position; positions with none are left out. None: all have some.
 
     Returns:
       [T]; NaN where no position has tokens, and where the loss of one of them is not finite.
@@ -109,7 +109,7 @@ def _draw_curves(axes: Axes, found: Sequence[Evaluation], styles: Sequence[Style
     means = [_mean(each.about, perplexity) for each in found]
     labels = [style.literal(f"{name}: {mean}") for name, mean in zip(_names(found), means, strict=True)]
     for each, (color, line, _), label in zip(found, styles, labels, strict=True):
-        # Pixels also in a drawing: there may be a hundred thousand. The longer the context, the fainter.
+        # There may be a hundred thousand points: pixels also in vector formats, and fainter for longer contexts.
         faint = min(0.12, 0.12 * math.sqrt(2048 / len(each.position)))
         points: dict[str, Any] = {"color": color, "alpha": faint, "markersize": 3, "markeredgewidth": 0, "zorder": 1}
         axes.plot(each.position, of_loss(each.loss), ".", rasterized=True, **points)
@@ -128,7 +128,7 @@ def _exp(loss: np.ndarray) -> np.ndarray:
 
 
 def _mean(about: dict[str, Any], perplexity: bool) -> str:
-    """Return the mean of a run in words, or that it is not finite and how many tokens are not."""
+    """Return the mean of a run in words, or the number of its tokens that are not finite."""
     if problem := evaluations.not_finite(about):
         return f"{finite_lib.NOT_FINITE}, {problem}"
     if perplexity:
@@ -150,7 +150,7 @@ def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluat
 
 
 def _middles(evaluation: Evaluation) -> np.ndarray:
-    """The geometric middles of the bins, [K]: where they stand on a log axis."""
+    """Return the geometric middles of the bins, [K], their places on a log axis."""
     return np.sqrt(evaluation.bin_first * evaluation.bin_last.astype(float))
 
 
@@ -163,15 +163,15 @@ def _mark_training_contexts(axes: Axes, found: Sequence[Evaluation]) -> None:
 
 
 def _names(found: Sequence[Evaluation]) -> list[str]:
-    """Each model in words; the name of the run too where two would read the same."""
-    names = [f"{line_of(e.about)}, {style.millions(e.about['parameters'])} parameters" for e in found]
+    """Return each model in words, with the name of the run if two would be the same."""
+    names = [f"{model_label(e.about)}, {style.millions(e.about['parameters'])} parameters" for e in found]
     return [
         f"{name}, {e.about['workdir']}" if names.count(name) > 1 else name for name, e in zip(names, found, strict=True)
     ]
 
 
 def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
-    """All smoothed curves from a position on, and most raw points: single early positions would squeeze the rest."""
+    """Return the limits of all smoothed curves from a position on, and of most raw points."""
     raw = np.concatenate([e.loss[np.isfinite(e.loss)] for e in found])
     curves = np.concatenate([smooth(e.position, e.loss, tokens=e.count)[first:] for e in found])
     if not np.isfinite(curves).any():
@@ -182,11 +182,6 @@ def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
 
 
 _WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
-_STYLES = {  # of the learner's loss, by when it is taken
-    "loss_at_w0": Style("#0072B2", "-", ""),
-    "loss_before": Style("#E69F00", (0, (4, 1)), ""),
-    "loss_after": Style("#009E73", (0, (1, 1)), ""),
-}
 _ONLINE = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")  # b = 1, as in the paper's legend
 _MINI_BATCH = (r"$\ell(W_0; x_t)$", r"$\ell(W; x_t)$ before its mini-batch", r"$\ell(W; x_t)$ after its mini-batch")
 
@@ -201,18 +196,19 @@ def inner_loss(
     window: int = _WINDOW,
     windows: int | None = None,
 ) -> None:
-    """Draw three curves for each layer, in a panel of its own, and saves the picture: the loss of a token at W0, at
-    the weights before its mini-batch, and after it.
+    """Draw the loss of the inner loop by token index, a panel for each layer, and save the figure.
+
+    Each panel has the loss of a token at W0, at the weights before its mini-batch, and at the weights after it.
 
     Args:
       outputs: paths that end in .png, .pdf or .svg.
-      context: of the inspection; None is the longest.
-      layers: blocks of the model that learn, from 0; None is all of them.
-      window: positions that are averaged over.
-      windows: of the inspection, where there are several.
+      context: of the inspection; None for the longest.
+      layers: numbers of blocks that learn, from 0; None for all of them.
+      window: the number of positions to average over.
+      windows: the number of windows of the inspection, to choose between several.
 
     Raises:
-      ConfigError: where the run was not inspected, or has no such layer.
+      ConfigError: if the run was not inspected, or has no such layer.
     """
     style.check_output(*outputs)
     found = inspections.read(workdir, split, context, windows=windows)
@@ -220,7 +216,7 @@ def inner_loss(
     chosen = found.blocks if layers is None else layers
     for layer in chosen:
         if layer not in found.blocks:
-            raise ConfigError(f"--layers {layer}: no such layer that learns; expected {_listed(found.blocks)}")
+            raise ConfigError(f"--layers {layer}: no layer of this number learns; expected {_listed(found.blocks)}")
     if not 1 <= window <= len(found.position):
         raise ConfigError(f"--window {window}: expected 1 to {len(found.position)}, the context")
     figure, panels = style.panels(
@@ -229,10 +225,10 @@ def inner_loss(
     for axes, layer in zip(panels, chosen, strict=True):
         row = found.blocks.index(layer)
         labels = _ONLINE if found.position_eta.shape[1] == 1 else _MINI_BATCH
-        for (name, look), label in zip(_STYLES.items(), labels, strict=True):
+        for (name, look), label in zip(style.INNER_LOSSES.items(), labels, strict=True):
             position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[row]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)
-        bad = sum(int((~np.isfinite(getattr(found, name)[row])).sum()) for name in _STYLES)
+        bad = sum(int((~np.isfinite(getattr(found, name)[row])).sum()) for name in style.INNER_LOSSES)
         axes.set_title(f"layer {layer}" + (f": {bad:,} losses {finite_lib.NOT_FINITE}" if bad else ""), fontsize=10)
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
@@ -258,7 +254,7 @@ def _listed(blocks: list[int]) -> str:
 
 
 def sliding_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean over ``window`` neighbours: of T values, T + 1 - window; NaN where one of them is not finite."""
+    """Return the means of ``window`` neighbours, [T + 1 - window]; NaN where one of them is not finite."""
     values = np.asarray(values, np.float64)
     bad = ~np.isfinite(values)
 

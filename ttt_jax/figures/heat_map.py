@@ -1,4 +1,4 @@
-"""Pictures of probes: a heat map for each run and task."""
+"""Draw the results of probes as heat maps, one for each run and task."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ class Panel(NamedTuple):
     """One heat map.
 
     Attributes:
-      title: above it.
-      rows, columns: what stands beside and below it.
-      shares: [rows, columns], 0 to 1; NaN where nothing is known, infinity where the model gave NaN or infinity.
-      trained: the column from which on contexts are longer than that of training: a line stands before it.
-      row_title: beside the rows.
+      title: above the map.
+      rows, columns: the labels of rows and columns.
+      shares: [rows, columns], 0 to 1; NaN where there is no cell, infinity where the model gave NaN or infinity.
+      trained: the first column whose context is longer than that of training; a line is drawn before it.
+      row_title: the label of the y axis.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Panel(NamedTuple):
 def panel(
     cells: Sequence[Cell], title: str, row: str, row_name: Callable[[Any], str], measure: str, training_context: int
 ) -> Panel:
-    """The cells of a table as a heat map of ``measure``, a share, with a row for each value of ``row``."""
+    """Return cells as a heat map of ``measure``, a share, with a row for each value of ``row``."""
     contexts, rows = (sorted({cell[key] for cell in cells}) for key in ("context", row))
     shares = np.full((len(rows), len(contexts)), np.nan)
     for cell in cells:
@@ -52,11 +52,11 @@ def panel(
 
 
 def save(panels: Sequence[Sequence[Panel]], output: Path, what: str) -> None:
-    """Draws rows of panels on one figure.
+    """Draw rows of panels in one figure.
 
     Args:
       output: a path that ends in .png, .pdf or .svg.
-      what: the shares are, for the colour bar.
+      what: the label of the colour bar.
 
     Raises:
       ConfigError: for another kind of file.
@@ -85,11 +85,11 @@ def _draw(panel: Panel, axes):
     axes.set_ylabel(style.literal(panel.row_title))
     axes.set_title(style.literal(panel.title), fontsize=9)
     for (y, x), share in np.ndenumerate(panel.shares):
-        if np.isfinite(share):  # dark letters on light ground
+        if np.isfinite(share):  # black on light colours, white on dark ones
             axes.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=8, color="k" if share > 0.6 else "w")
         elif np.isinf(share):
-            axes.text(x, y, "not finite", ha="center", va="center", fontsize=6, color="#D55E00")
+            axes.text(x, y, "not finite", ha="center", va="center", fontsize=6, color=style.ACCENT)
     if 0 < panel.trained < len(panel.columns):
         axes.axvline(panel.trained - 0.5, color="w", linewidth=2)
-        axes.axvline(panel.trained - 0.5, color="#D55E00", linewidth=1.2, linestyle="--")
+        axes.axvline(panel.trained - 0.5, color=style.ACCENT, linewidth=1.2, linestyle="--")
     return image

@@ -1,4 +1,8 @@
-"""Perplexity against training FLOPs, a line per kind of model through its sizes (Figures 2 left, 10, 11 and 15)."""
+"""Draw perplexity against training FLOPs, training context, and mini-batch size.
+
+By FLOPs, with a line per kind of model through its sizes: Figures 2 (left), 10, 11 and 15 of the paper. By context:
+Figure 16. By the mini-batch size b of the inner loop, with the time of a step: Figure 7.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,12 +21,14 @@ from ttt_jax.figures import published as published_lib
 from ttt_jax.figures import style
 from ttt_jax.figures.points import Point
 from ttt_jax.figures.style import Style
-from ttt_jax.models import pattern
+from ttt_jax.models import counts, pattern
 from ttt_jax.settings import flat
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.sweep import files, metric
 from ttt_jax.training import run_config
+
+_MINI_BATCH = "model.ttt.mini_batch"
 
 
 def perplexity_by_flops(
@@ -34,20 +40,21 @@ def perplexity_by_flops(
     published: bool = False,
     **which: Any,
 ) -> None:
-    """Draw a panel for each training context, and saves the picture.
+    """Draw perplexity against training FLOPs, a panel for each training context, and save the figure.
 
-    Training FLOPs are those that the model needs, by its config (:mod:`ttt_jax.models.counts`), to the step that was
-    evaluated; of a fine-tuned one, with those of the run that it started from. Points are joined, as in the paper,
-    which found no line that would fit them.
+    Training FLOPs are computed from the config of the model (:mod:`ttt_jax.models.counts`), up to the evaluated step.
+    Those of a fine-tuned model include the run that it started from. Points are joined, as in the paper, which found no
+    curve that fits them.
 
     Args:
       places: workdirs, sweeps, or folders of them.
       outputs: paths that end in .png, .pdf or .svg.
-      contexts: only these; None is all.
-      published: with the perplexities that the paper states.
+      contexts: training contexts to draw; None for all.
+      published: add the perplexities that the paper states.
+      which: arguments of :func:`points.of_places` that choose evaluations.
 
     Raises:
-      ConfigError: for runs that were not evaluated, are not of one text, or that the paper states nothing about.
+      ConfigError: if runs were not evaluated or are not of one text, or if the paper states nothing about them.
     """
     style.check_output(*outputs)
     points = points_lib.of_places(places, split, contexts, **which)
@@ -63,12 +70,12 @@ def perplexity_by_flops(
         points_lib.check_same_text(members)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        for name, line in points_lib.grouped(members, lambda p: points_lib.line_of(p.about)).items():
+        for name, line in points_lib.grouped(members, lambda p: points_lib.model_label(p.about)).items():
             pairs = points_lib.joined(line, _training_flops)
-            axes.plot(*zip(*pairs, strict=True), label=name, **styles[name].of_points)
+            axes.plot(*zip(*pairs, strict=True), label=name, **style.joined_points(styles[name]))
         points_lib.note_not_finite(axes, members)
-        if published:
-            _draw_stated_by_flops(axes, members)
+        for name, stated in _stated(members) if published else []:
+            _draw_stated(axes, published_lib.training_flops(stated), name, stated)
         axes.set_title(f"{points_lib.data_name(members)}, {style.tokens(context)} tokens", fontsize=11)
         axes.set_xlabel("training FLOPs (log scale)")
         axes.set_ylabel("perplexity (log scale)")
@@ -85,19 +92,17 @@ def _training_flops(point: Point) -> float:
 
 
 def _flops_of_run(location: str, asked_by: Workdir) -> float:
-    """Of all steps of a run, or to the checkpoint that ``location`` is, and of what it started from itself."""
-    from ttt_jax.models import counts
-
-    place = workdir_lib.at(location)
-    of_checkpoint = place.parent.name == "checkpoints"
-    workdir = place.parent.parent if of_checkpoint else place
+    """Return the FLOPs of a run, or up to a checkpoint of it, with those of the run that it started from."""
+    path = workdir_lib.at(location)
+    of_checkpoint = path.parent.name == "checkpoints"
+    workdir = path.parent.parent if of_checkpoint else path
     try:
         config = run_config.load(workdir)
     except ConfigError as error:
         raise ConfigError(
             f"{asked_by}: started from {location}, whose training counts too, and cannot be read: {error}"
         ) from error
-    steps = int(place.name) if of_checkpoint else config_lib.steps(config, "training.duration")
+    steps = int(path.name) if of_checkpoint else config_lib.steps(config, "training.duration")
     before = config.training.start_from
     return steps * counts.flops_per_step(config.model, config.data.sequence_length, config.data.batch_size) + (
         _flops_of_run(before, workdir) if before else 0.0
@@ -105,21 +110,17 @@ def _flops_of_run(location: str, asked_by: Workdir) -> float:
 
 
 def _stated(members: Sequence[Point]) -> list[tuple[str, published_lib.Stated]]:
-    """Names of lines that the paper states a perplexity of, at this context."""
+    """Return the lines whose perplexity at this context the paper states, by name."""
     if members[0].about["training_context"] != published_lib.CONTEXT:
         return []
-    found = {points_lib.line_of(p.about): published_lib.of(flat(p.config)) for p in members}
+    found = {points_lib.model_label(p.about): published_lib.of(flat(p.config)) for p in members}
     return [(name, stated) for name, stated in found.items() if stated is not None]
 
 
-def _draw_stated_by_flops(axes: Axes, members: Sequence[Point]) -> None:
-    """Hollow points, at the training FLOPs of the paper's recipe by the count that is used here."""
-    for name, stated in _stated(members):
-        label = f"paper: {name}, {published_lib.WHERE}"
-        axes.plot(published_lib.training_flops(stated), stated.perplexity, label=label, **style.of(name).hollow)
-
-
-LINES = ("size", "model")
+def _draw_stated(axes: Axes, x: float, name: str, stated: published_lib.Stated) -> None:
+    """Draw a perplexity that the paper states as a hollow point."""
+    label = f"paper: {name}, {published_lib.WHERE}"
+    axes.plot(x, stated.perplexity, label=label, **style.hollow_points(style.of(name)))
 
 
 def perplexity_by_context(
@@ -131,18 +132,18 @@ def perplexity_by_context(
     lines: str = "size",
     **which: Any,
 ) -> None:
-    """Draw the perplexity of models at the context of their training, and saves the picture.
+    """Draw the perplexity of models at the context of their training against that context, and save the figure.
 
     Args:
       places: workdirs, sweeps, or folders of them.
       outputs: paths that end in .png, .pdf or .svg.
-      contexts: only these; None is all.
-      lines: ``size``: a line for each size, a panel for each kind of model; ``model``: the other way round, as in the
-        paper.
-      which: of the evaluations, as :func:`points.of_places` takes it.
+      contexts: training contexts to draw; None for all.
+      lines: ``size`` for a line for each size and a panel for each kind of model; ``model`` for a line for each kind of
+        model and a panel for each size, as in the paper.
+      which: arguments of :func:`points.of_places` that choose evaluations.
 
     Raises:
-      ConfigError: for runs that were not evaluated, or not on one text; where all have one context.
+      ConfigError: if runs were not evaluated or are not of one text, or if all have the same context.
     """
     style.check_output(*outputs)
     points = points_lib.of_places(places, split, contexts, **which)
@@ -156,7 +157,7 @@ def perplexity_by_context(
     of_sizes, of_kinds = dict(zip(by_size, style.SERIES, strict=False)), points_lib.styles(points)
 
     def kind(point: Point) -> str:
-        return points_lib.line_of(point.about)
+        return points_lib.model_label(point.about)
 
     def size(point: Point) -> tuple[int, int]:
         return point.size
@@ -172,7 +173,7 @@ def perplexity_by_context(
             look: Style = of_sizes[line] if lines == "size" else of_kinds[line]
             label = f"{names[line]} parameters" if lines == "size" else line
             pairs = points_lib.joined(of_line, lambda p: p.about["training_context"])
-            axes.plot(*zip(*pairs, strict=True), label=label, **look.of_points)
+            axes.plot(*zip(*pairs, strict=True), label=label, **style.joined_points(look))
         points_lib.note_not_finite(axes, members)
         axes.set_title(style.wrapped(panel, 45) if lines == "size" else f"{names[panel]} parameters", fontsize=11)
         style.token_axis(axes.xaxis, known)
@@ -180,7 +181,7 @@ def perplexity_by_context(
         axes.set_xlabel("context, tokens (log scale)")
         axes.set_ylabel("perplexity (log scale)")
         axes.grid(alpha=0.25)
-    if lines == "size":  # panels can be compared
+    if lines == "size":  # the same limits, so that panels can be compared
         shown = [y for axes in panels for line in axes.get_lines() for y in np.asarray(line.get_ydata())]
         finite = [y for y in shown if np.isfinite(y)]
         for axes in panels if finite else []:
@@ -192,24 +193,22 @@ def perplexity_by_context(
     style.save(figure, *outputs)
 
 
-_KEY = "model.ttt.mini_batch"
-
-
 def by_mini_batch(
     places: Sequence[str], outputs: Sequence[Path], *, split: str = "validation", published: bool = False, **which: Any
 ) -> None:
-    """Draws perplexity and seconds per training step against b, side by side, and saves the picture.
+    """Draw perplexity and seconds per training step against b, side by side, and save the figure.
 
-    Where the paper has the forward time of one layer, here stands the median time of a training step of the runs.
+    The time is the median time of a training step; the paper shows the forward time of one layer.
 
     Args:
       places: workdirs, sweeps, or folders of them.
       outputs: paths that end in .png, .pdf or .svg.
-      published: with the perplexity that the paper states.
+      published: add the perplexity that the paper states.
+      which: arguments of :func:`points.of_places` that choose evaluations.
 
     Raises:
-      ConfigError: for runs that were not evaluated or have no inner loop, are not of one text, or that the paper
-        states nothing about.
+      ConfigError: if runs were not evaluated, have no inner loop or are not of one text, or if the paper states nothing
+        about them.
     """
     style.check_output(*outputs)
     points = points_lib.of_places(places, split, **which)
@@ -222,8 +221,8 @@ def by_mini_batch(
     styles = points_lib.styles(points)
     figure, (left, right) = style.panels(2)
     left.set_yscale("log")
-    for name, line in points_lib.grouped(points, lambda p: points_lib.line_of(p.about)).items():
-        look = styles[name].of_points
+    for name, line in points_lib.grouped(points, lambda p: points_lib.model_label(p.about)).items():
+        look = style.joined_points(styles[name])
         left.plot(*zip(*points_lib.joined(line, _b), strict=True), label=name, **look)
         timed = sorted(
             (b, s) for b, s in ((_b(p), seconds[p.workdir]) for p in line) if s is not None and math.isfinite(s)
@@ -232,7 +231,8 @@ def by_mini_batch(
             right.plot(*zip(*timed, strict=True), label=name, **look)
     points_lib.note_not_finite(left, points)
     if published:
-        _draw_stated_by_mini_batch(left, points)
+        stated = published_lib.TTT_LINEAR
+        _draw_stated(left, stated.config[_MINI_BATCH], _line_of_ttt_linear(points), stated)
     left.set_ylabel("perplexity (log scale)")
     right.set_ylabel("seconds per training step (median)")
     right.set_ylim(bottom=0)
@@ -252,19 +252,18 @@ def by_mini_batch(
     style.save(figure, *outputs)
 
 
-def _draw_stated_by_mini_batch(axes: Axes, points: Sequence[Point]) -> None:
+def _line_of_ttt_linear(points: Sequence[Point]) -> str:
+    """Return the name of the line that the point of the paper belongs to."""
     stated = published_lib.TTT_LINEAR
-    b = stated.config[_KEY]
-    # b is the axis: the paper's point belongs to the line whose other keys are those of its model.
-    at_its_context = [p for p in points if p.about["training_context"] == published_lib.CONTEXT]
-    like = [p for p in at_its_context if published_lib.of(flat(p.config) | {_KEY: b}) == stated]
-    name = next((points_lib.line_of(p.about) for p in like), None)
-    if name is None:
-        raise ConfigError(
-            f"--published: the paper states the perplexity of TTT-Linear (Mamba backbone) at {published_lib.CONTEXT} "
-            "tokens, and of none of these runs"
-        )
-    axes.plot(b, stated.perplexity, label=f"paper: {name}, {published_lib.WHERE}", **style.of(name).hollow)
+    at_size = {_MINI_BATCH: stated.config[_MINI_BATCH]}  # b is the x axis: all other keys are those of the model
+    for point in points:
+        same = published_lib.of(flat(point.config) | at_size) == stated
+        if same and point.about["training_context"] == published_lib.CONTEXT:
+            return points_lib.model_label(point.about)
+    raise ConfigError(
+        f"--published: the paper states the perplexity of TTT-Linear (Mamba backbone) at {published_lib.CONTEXT} "
+        "tokens, and of none of these runs"
+    )
 
 
 def _b(point: Point) -> int:
@@ -272,5 +271,5 @@ def _b(point: Point) -> int:
 
 
 def _seconds(point: Point) -> float | None:
-    """Median over the run, so that compiling and saving do not count; None where no time was recorded."""
+    """Return the median over the run, which leaves out compiling and saving; None if no time was recorded."""
     return metric.of_run(point.workdir, "seconds_per_step").number

@@ -1,4 +1,4 @@
-"""The points of pictures that compare models: one evaluated run each, found by what it says about itself."""
+"""Find the evaluated runs that figures compare, a point each, from what the runs have written about themselves."""
 
 import math
 import shlex
@@ -25,8 +25,8 @@ class Point(NamedTuple):
 
     Attributes:
       workdir: of the run.
-      about: what ``ttt eval`` says about the evaluation, with the config of the run.
-      stem: the name of its files.
+      about: the ``.json`` of the evaluation, with the config of the run.
+      stem: the name of the files of the evaluation.
     """
 
     workdir: Workdir
@@ -35,40 +35,39 @@ class Point(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of the run."""
+        """Return the config of the run."""
         return self.about["config"]
 
     @property
     def size(self) -> tuple[int, int]:
-        """Equal for models of one size, whatever their mixer and so the number of their parameters: blocks, width."""
+        """Return the number of blocks and the width, which are equal for models of one size with different mixers."""
         return self.config["model"]["num_layers"], self.config["model"]["width"]
 
 
 def runs(places: Iterable[str]) -> list[Workdir]:
-    """The runs in some places: each a workdir, a sweep, or a folder with either in it.
+    """Return the runs in some places, each a workdir, a sweep, or a folder that contains either.
 
     Raises:
-      ConfigError: for a place that holds no run.
+      ConfigError: for a place without runs.
     """
     found: dict[str, Workdir] = {}
     for place in places:
-        directory = workdir_lib.at(place)
-        below = _runs_of(directory)
-        if not below:
+        runs_of_place = _runs_of(workdir_lib.at(place))
+        if not runs_of_place:
             raise ConfigError(f"{place}: holds no run; expected a workdir of ttt train, or of ttt sweep")
-        found.update((str(run), run) for run in below)
+        found.update((str(run), run) for run in runs_of_place)
     return list(found.values())
 
 
 def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None = None, **which: Any) -> list[Point]:
-    """Return the evaluation of each run on windows of its own data, at the context that it was trained at.
+    """Return the evaluation of each run on windows, at its training context.
 
     Args:
-      contexts: only runs that were trained at one of these.
-      which: other data, or so many windows: ``source``, ``windows``, as :func:`evaluations.read` takes them.
+      contexts: leave out runs that were trained at other contexts.
+      which: arguments of :func:`evaluations.read`, ``source`` and ``windows``, that choose evaluations.
 
     Raises:
-      ConfigError: where a run has none, or none was trained at one of the contexts.
+      ConfigError: if a run was not evaluated, or no run was trained at one of the contexts.
     """
     points = files.on_each(lambda workdir: _of_run(workdir, split, which), runs(places))
     if contexts is None:
@@ -80,40 +79,40 @@ def of_places(places: Sequence[str], split: str, contexts: Sequence[int] | None 
     return [point for point in points if point.about["training_context"] in contexts]
 
 
-def line_of(about: dict[str, Any]) -> str:
-    """What a model is called: its mixer and backbone, and that it was fine-tuned."""
+def model_label(about: dict[str, Any]) -> str:
+    """Return the name of a model in figures: its mixer and backbone, and whether it was fine-tuned."""
     started = about.get("config", {}).get("training", {}).get("start_from")
     return about["model"] + (style.FINETUNED if started else "")
 
 
 def styles(points: Iterable[Point]) -> dict[str, Style]:
-    """Return a style for each line of a picture, by its name."""
-    names = list(dict.fromkeys(line_of(point.about) for point in points))
+    """Return a style for each line of a figure, by its name."""
+    names = list(dict.fromkeys(model_label(point.about) for point in points))
     return dict(zip(names, style.distinct(names), strict=True))
 
 
 def loss_of(point: Point) -> float:
-    """Return the loss of an evaluation; NaN where JSON holds null, as it is not finite."""
+    """Return the loss of an evaluation; NaN if it was not finite, for which JSON holds null."""
     loss = point.about["loss"]
     return math.nan if loss is None else loss
 
 
 def perplexity_of(point: Point) -> float:
-    """Return the perplexity of an evaluation, NaN or infinite where its loss is, and infinite where it overflows."""
+    """Return the perplexity of an evaluation, NaN or infinite if its loss is, and infinite if it overflows."""
     return finite.exp(loss_of(point))
 
 
 def note_not_finite(axes: Axes, points: Sequence[Point]) -> None:
-    """Write into a panel which of its runs have no finite perplexity, and so no place in it."""
-    longer = workdir_lib.names([point.workdir for point in points])
-    names = [name for name, point in zip(longer, points, strict=True) if not math.isfinite(perplexity_of(point))]
+    """Name the runs without a finite perplexity, which cannot be drawn, in the panel."""
+    of_all = workdir_lib.names([point.workdir for point in points])
+    names = [name for name, point in zip(of_all, points, strict=True) if not math.isfinite(perplexity_of(point))]
     if names:
         text = f"{finite.NOT_FINITE}: {first_few(names, 3)}"
         axes.text(0.02, 0.02, style.literal(text), transform=axes.transAxes, ha="left", va="bottom", **style.NOTE)
 
 
 def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, list[Point]]:
-    """Points by a key, keys in the order in which they come."""
+    """Return points by a key, with keys in the order of their first points."""
     groups: dict[Any, list[Point]] = {}
     for point in points:
         groups.setdefault(key(point), []).append(point)
@@ -121,11 +120,13 @@ def grouped(points: Iterable[Point], key: Callable[[Point], Any]) -> dict[Any, l
 
 
 def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[float, float]]:
-    """The line through some points: pairs of x and perplexity. Of runs that differ in nothing but the seed, the
-    exponential of their mean loss; NaN, which leaves a gap, where a loss is not finite.
+    """Return the line through points as pairs of x and perplexity.
+
+    Runs that differ only in the seed become one pair, with the exponential of their mean loss. It is NaN, and leaves a
+    gap, if one of the losses is not finite.
 
     Raises:
-      ConfigError: where two runs stand at the same place of a line, and differ in more.
+      ConfigError: if runs with the same x differ in more than the seed.
     """
     line = []
     for place, members in sorted(grouped(points, x).items()):
@@ -142,25 +143,25 @@ def joined(points: Sequence[Point], x: Callable[[Point], float]) -> list[tuple[f
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys in which two runs differ, with both values, but for those that do not change what is learned, and seeds."""
+    """Return the keys in which two runs differ, with both values, without seeds and keys that do not change results."""
     found = config_lib.differing_keys(a, b)
     return {key: values for key, values in found.items() if key != "seed" and config_lib.changes_results(key)}
 
 
 def size_name(points: Sequence[Point]) -> str:
-    """Parameters of models of one size: 125 M, or 125 M to 137 M."""
+    """Return the numbers of parameters of models of one size: 125 M, or 125 M to 137 M."""
     counts = [point.about["parameters"] for point in points]
     low, high = style.millions(min(counts)), style.millions(max(counts))
     return high if low == high else f"{low} to {high}"
 
 
 def data_name(points: Sequence[Point]) -> str:
-    """What the points were evaluated on, for titles."""
+    """Return the data that points were evaluated on, for titles."""
     return style.literal(", ".join(dict.fromkeys(point.about["source"] for point in points)))
 
 
 def check_same_text(points: Sequence[Point]) -> None:
-    """Raises :class:`ConfigError` where points of one panel were evaluated on different text."""
+    """Raise :class:`ConfigError` if points of one panel were evaluated on different text."""
     first = points[0]
     for point in points[1:]:
         if point.about["fingerprint"] != first.about["fingerprint"]:

@@ -1,4 +1,4 @@
-"""What the paper states in its text (arXiv 2407.04620): nothing that would have to be read off a picture.
+"""List the perplexities that the text of the paper states (arXiv 2407.04620), none of them read off a figure.
 
 Perplexities are of the Pile with tokens of Llama's tokenizer, at a context of 2048, of models of 125M parameters that
 were trained by the recipe of section 3.1 and appendix C.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 CONTEXT = 2048
-WHERE = "125M, Pile"  # of all perplexities
+WHERE = "125M, Pile"  # model size and data of all perplexities
 _STEPS, _TOKENS_PER_STEP = 4800, 1 << 19  # appendix C: "0.5M tokens"
 
 
@@ -17,9 +17,9 @@ class Stated(NamedTuple):
 
     Attributes:
       name: of the model, as in its Table 1.
-      perplexity: of the Pile at :data:`CONTEXT` tokens.
-      section: where it stands.
-      config: what tells the model from the others, by key.
+      perplexity: on the Pile at :data:`CONTEXT` tokens.
+      section: where the paper states it.
+      config: the config keys and values that identify the model.
     """
 
     name: str
@@ -34,7 +34,7 @@ _PLAIN = {"model.ttt.output": "none", "model.ttt.bias": False}
 _LN_AND_RESIDUAL = {"model.ttt.output": "residual_norm", "model.ttt.bias": True}
 _MINI_BATCH = {"model.ttt.learned_w0": True, **_LN_AND_RESIDUAL, "model.ttt.mini_batch": 16}
 
-# The first row of Table 1, 15.91, is linear attention with a normalizer and a feature expansion, which is not here.
+# The first row of Table 1, 15.91, is linear attention with a normalizer and a feature expansion, which has no mixer.
 TABLE_1 = (
     Stated("Linear attn. improved", 15.23, "Table 1", _ATTENTION),
     Stated(
@@ -68,7 +68,7 @@ TTT_LINEAR = TABLE_1[-1]
 
 
 def of(config: Mapping[str, Any]) -> Stated | None:
-    """What the paper states about a model of Table 1, whatever its size; None of all others.
+    """Return what the paper states about a model of Table 1, of any size; None for all other models.
 
     Args:
       config: of a run, by dotted keys.
@@ -80,7 +80,7 @@ def of(config: Mapping[str, Any]) -> Stated | None:
 
 
 def training_flops(stated: Stated) -> float:
-    """Of a model of Table 1, trained by the recipe of 125M parameters, as :mod:`ttt_jax.models.counts` counts."""
+    """Return the training FLOPs of a model of Table 1 with the recipe for 125M parameters."""
     from ttt_jax import config as config_lib
     from ttt_jax.models import counts
 
@@ -93,5 +93,5 @@ def training_flops(stated: Stated) -> float:
 
 
 def _value(config: Mapping[str, Any], value: Any) -> Any:
-    """None stands for a mini-batch that is the whole sequence."""
+    """Return a value of ``Stated.config``; None stands for a mini-batch of the whole sequence."""
     return config["data.sequence_length"] if value is None else value

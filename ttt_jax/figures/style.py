@@ -1,4 +1,7 @@
-"""How pictures look: one colour, line and marker for each kind of model in all of them, axes, and files."""
+"""Set the look of all figures: a colour, line and marker for each kind of model; axes, legends and files.
+
+The styles of models are those of their mixers, in all figures.
+"""
 
 import io
 import itertools
@@ -23,14 +26,14 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".pdf", ".svg")
-FINETUNED = ", fine-tuned"  # follows the model in words, of a run that started from another run's parameters
-NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.4"}  # of remarks within a picture
-
+FINETUNED = ", fine-tuned"  # added to the name of a model that started from the parameters of another run
+NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.4"}  # remarks in a figure
+ACCENT = "#D55E00"  # marks on heat maps
 
 # Okabe and Ito's palette, and greys.
 _MODELS = {
     **{label: look for mixer in MIXERS.values() for label, look in mixer.styles.items()},
-    "Mamba": Style("#009E73", ":", "*"),  # of the paper's numbers
+    "Mamba": Style("#009E73", ":", "*"),  # in the paper only
 }
 _OTHERS = (
     Style("#009E73", ":", "h"),
@@ -40,7 +43,7 @@ _OTHERS = (
     Style("#882255", (0, (4, 1, 1, 1, 1, 1)), "d"),
 )
 
-# Of lines that are not models: values of a key, sizes.
+# Lines that are not models: values of a key, sizes.
 SERIES = (
     Style("#0072B2", "-", "o"),
     Style("#D55E00", "--", "s"),
@@ -53,14 +56,34 @@ SERIES = (
 )
 
 
+# The loss of the inner loop, by the weights at which it is taken.
+INNER_LOSSES = {
+    "loss_at_w0": Style("#0072B2", "-", ""),
+    "loss_before": Style("#E69F00", (0, (4, 1)), ""),
+    "loss_after": Style("#009E73", (0, (1, 1)), ""),
+}
+
+
+def joined_points(look: Style) -> dict[str, Any]:
+    """Return the keywords of ``Axes.plot`` for points joined by a line."""
+    return {"color": look.color, "linestyle": look.line, "marker": look.marker, "markersize": 5, "linewidth": 1.8}
+
+
+def hollow_points(look: Style) -> dict[str, Any]:
+    """Return the keywords of ``Axes.plot`` for points that the paper states."""
+    return {"color": look.color, "linestyle": "none", "marker": look.marker, "markersize": 9, "mfc": "white"}
+
+
 def of(model: str) -> Style:
-    """The style of a model, given in words (:func:`ttt_jax.models.pattern.describe`); of one that has none, the first
-    that no model has."""
+    """Return the style of a model by its description (:func:`ttt_jax.models.pattern.describe`).
+
+    Descriptions without a style of their own get the first style that no model has.
+    """
     return _MODELS.get(model, _OTHERS[0])
 
 
 def distinct(models: Sequence[str]) -> list[Style]:
-    """A style for each line of a picture: that of its model, and another one for the second line of a model."""
+    """Return a style for each line of a figure: that of its model, and another for further lines of the same model."""
     others, used, found = itertools.cycle(_OTHERS), set(), []
     for model in models:
         found.append(next(others) if model in used or model not in _MODELS else _MODELS[model])
@@ -69,10 +92,10 @@ def distinct(models: Sequence[str]) -> list[Style]:
 
 
 def literal(text: str) -> str:
-    """Return a text that Matplotlib shows as it is: a dollar sign begins no formula, and no underscore hides a label.
+    """Return a text that Matplotlib shows as it is; names and values of users must go through this function.
 
-    Names and values of users go through this. Labels that begin with an underscore are left out of legends; a space of
-    no width before it keeps them. Bytes of file names that are no text are spelled out.
+    Dollar signs are escaped, as they begin formulas. A space of zero width before a leading underscore keeps the label
+    in legends. Bytes of file names that are not text are spelled out.
     """
     escaped = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
@@ -81,7 +104,7 @@ def literal(text: str) -> str:
 def panels(
     count: int, columns: int | None = None, width: float = 4.2, height: float = 3.6
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of one size, at most so many beside each other."""
+    """Return a figure with panels of one size, in rows of at most ``columns``."""
     columns = min(count, columns or (2 if count == 4 else 3))
     rows = -(-count // columns)
     size = max(width * columns, 5.6), height * rows + 1.0  # inches; the legend stands below
@@ -92,13 +115,15 @@ def panels(
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all panels: each label once, in the order in which they came, in as many columns as fit. Labels
-    that are too long for one go on in further lines, for which the picture grows."""
+    """Draw one legend for all panels below them, each label once, in as many columns as fit.
+
+    Labels that are too long for one column are wrapped, and the figure grows accordingly.
+    """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    # A dash pattern is seen only where there is room for it.
+    # Long handles, so that dash patterns can be seen.
     look: dict[str, Any] = {"loc": "outside lower center", "fontsize": 9, "edgecolor": "none", "handlelength": 3.6}
     longest = max(map(len, handles), default=0)
     layouts = [(columns, longest) for columns in range(min(4, len(handles)), 0, -1)]
@@ -114,17 +139,17 @@ def legend_below(figure: Figure) -> None:
 
 
 def wrapped(text: str, characters: int) -> str:
-    """Return a text in lines of so many characters, where it is longer."""
+    """Wrap a text that is longer than ``characters``."""
     return text if len(text) <= characters else textwrap.fill(text, characters, break_long_words=False)
 
 
 def tokens(count: float) -> str:
-    """A number of tokens: 512, 2k."""
+    """Format a number of tokens: 512, 2k."""
     return f"{count:.0f}" if count < 1024 or count % 1024 else f"{count / 1024:.0f}k"
 
 
 def millions(parameters: float) -> str:
-    """A number of parameters: 32 k, 0.57 M, 125 M, 1.3 B."""
+    """Format a number of parameters: 32 k, 0.57 M, 125 M, 1.3 B."""
     if parameters < 9.95e4:
         return f"{parameters / 1e3:.2g} k"
     if parameters >= 9.995e8:
@@ -133,10 +158,10 @@ def millions(parameters: float) -> str:
 
 
 def token_axis(axis: Axis, at: Sequence[int] | None = None) -> None:
-    """Makes an axis one of tokens, by powers of two.
+    """Scale an axis of tokens by powers of two.
 
     Args:
-      at: where ticks stand; by default at powers of two.
+      at: the ticks; by default, powers of two.
     """
     axis.axes.set_xscale("log", base=2)
     axis.set_major_locator(ticker.LogLocator(base=2, numticks=20) if at is None else ticker.FixedLocator(sorted(at)))
@@ -145,7 +170,7 @@ def token_axis(axis: Axis, at: Sequence[int] | None = None) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Ticks of a log axis, also where it spans less than a factor of ten. To be called when all is drawn."""
+    """Set the ticks of a log axis, also if it spans less than a factor of ten. Call this after drawing the data."""
     low, high = sorted(axis.get_view_interval())
     if not (0 < low < high < math.inf):  # nothing is drawn
         return
@@ -160,7 +185,7 @@ def log_ticks(axis: Axis) -> None:
 
 
 def check_output(*outputs: Path, option: str = "--output", accepted: Sequence[str] = SUFFIXES) -> None:
-    """Raises :class:`ConfigError` for a kind of file that is not written."""
+    """Raise :class:`ConfigError` for a kind of file that cannot be written."""
     for output in outputs:
         if output.suffix not in accepted:
             listed = f"{', '.join(accepted[:-1])} or {accepted[-1]}"
@@ -168,19 +193,19 @@ def check_output(*outputs: Path, option: str = "--output", accepted: Sequence[st
 
 
 def save(figure: Figure, *outputs: Path) -> None:
-    """Writes a picture as .png, .pdf or .svg, by the names of the files, and closes it."""
+    """Write a figure as .png, .pdf or .svg, by the suffixes of the files, and close it."""
     for output in outputs:
         check_output(output)
         content = io.BytesIO()
         figure.savefig(content, format=output.suffix[1:], dpi=160)
         output.parent.mkdir(parents=True, exist_ok=True)
         with explained(output):
-            output.write_bytes(content.getvalue())  # an earlier picture is lost only to a whole one
+            output.write_bytes(content.getvalue())  # a file is replaced only after the figure was rendered
     plt.close(figure)
 
 
 def _number(x: float) -> str:
-    """12, 0.05; 2 x 10^18."""
+    """Format a number for an axis: 12, 0.05, 2 x 10^18."""
     if 1e-3 <= x < 1e5:
         return f"{x:g}"
     exponent = math.floor(math.log10(x) + 1e-9)

@@ -37,16 +37,6 @@ class Style(NamedTuple):
     line: str | tuple
     marker: str
 
-    @property
-    def hollow(self) -> dict[str, Any]:
-        """The keywords of ``Axes.plot`` for points that the paper states."""
-        return {"color": self.color, "linestyle": "none", "marker": self.marker, "markersize": 9, "mfc": "white"}
-
-    @property
-    def of_points(self) -> dict[str, Any]:
-        """The keywords of ``Axes.plot`` for points that are joined."""
-        return {"color": self.color, "linestyle": self.line, "marker": self.marker, "markersize": 5, "linewidth": 1.8}
-
 
 class Memory(NamedTuple):
     """What ``ttt plan --search`` takes a mixer to hold, before anything is compiled.
