@@ -32,7 +32,7 @@ def make(root: Path) -> None:
     (root / "bpe.json").write_bytes(trained)
     tokenize(texts, tokenize_job(root), Store(root / "dataset"), engines.processes(1), **SMALL)
     stopped(root, "unfinished", **SMALL)
-    train_bpe.kept_or_trained(Store(root / "begun"), texts, 300, BYTES)
+    train_bpe.load_or_train(Store(root / "begun"), texts, 300, BYTES)
 
     workdir = root / "sweep" / "a"
     loop.train(config_of(root), workdir)

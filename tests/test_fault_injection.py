@@ -104,7 +104,7 @@ def _data(folder: Path) -> Any:
 
 def _kept_tokenizer(root: Path) -> bytes:
     with _copy(root, "begun") as copy:
-        return train_bpe.kept_or_trained(Store(copy), inputs(root), 300, BYTES).content
+        return train_bpe.load_or_train(Store(copy), inputs(root), 300, BYTES).content
 
 
 def _gone_on_with(root: Path) -> Any:

@@ -1,4 +1,4 @@
-"""``ttt tokenize``: from files of text to a dataset of tokens."""
+"""Run ``ttt tokenize``: make a dataset of tokens from files of text."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttt_jax import extras
 from ttt_jax.errors import ConfigError
@@ -16,16 +16,17 @@ from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.terminal.stopping import StopSignals
 
 if TYPE_CHECKING:
+    from ttt_jax.data.prepare.files import InputFile
     from ttt_jax.storage.store import Store
 
 DESCRIPTION = """\
 Tokenizes files of text into a dataset that ttt train reads: a zarr3 array for each split, and dataset.json.
 
 FILES are paths, globs, folders or URLs (gs://, s3://, hf://, ... with the package that fsspec needs for it) of
-.jsonl, .ndjson, .json, .txt (a document each) and .parquet, all but the last also with .zst, .gz, .xz or .bz2.
-DIR is a folder or a gs:// URL.
+.jsonl, .ndjson, .json, .txt (one document each) and .parquet files; all but .parquet may also be compressed and end
+in .zst, .gz, .xz or .bz2. DIR is a folder or a gs:// URL.
 
-A command that was stopped or killed goes on where it was when it is run again, and ends with the same bytes.
+A command that was stopped or killed continues when it is run again, and ends with the same bytes.
 """
 EPILOG = """\
 examples:
@@ -40,80 +41,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     for split in ("train", "validation", "test"):
         add(f"--{split}", nargs="+", action="extend", default=[], metavar="FILES", help=f"text of the {split} split")
-    add("--output", required=True, metavar="DIR", help="where the dataset is made")
+    add("--output", required=True, metavar="DIR", help="folder of the dataset")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--tokenizer", metavar="FILE", help="byte, a SentencePiece .model, or a Hugging Face tokenizer.json"
     )
-    which.add_argument("--train-bpe", type=int, metavar="N", help="train one of N tokens on the train split")
-    add("--text-key", default="text", metavar="KEY", help="of a record (default: text)")
-    add("--bos-token", metavar="TOKEN", help="begins a document (default: what the tokenizer calls so)")
-    add("--eos-token", metavar="TOKEN", help="ends a document (default: what the tokenizer calls so)")
-    add("--no-bos", action="store_true", help="nothing before a document")
-    add("--no-eos", action="store_true", help="nothing behind a document")
-    add("--validation-fraction", type=float, default=0.0, metavar="F", help="of the train documents, by their hash")
-    add("--test-fraction", type=float, default=0.0, metavar="F", help="of the train documents, by their hash")
-    add("--split-seed", type=int, default=2357, metavar="N", help="of that hash (default: 2357)")
-    add("--on-error", choices=["fail", "skip"], default="fail", help="at a record that cannot be read (default: fail)")
-    add("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    which.add_argument("--train-bpe", type=int, metavar="N", help="train a BPE of N tokens on the train split")
+    add("--text-key", default="text", metavar="KEY", help="key of the text in a record (default: text)")
+    add("--bos-token", metavar="TOKEN", help="token that begins a document (default: the tokenizer's BOS)")
+    add("--eos-token", metavar="TOKEN", help="token that ends a document (default: the tokenizer's EOS)")
+    add("--no-bos", action="store_true", help="put no token before a document")
+    add("--no-eos", action="store_true", help="put no token after a document")
+    for split in ("validation", "test"):
+        help = f"fraction of the train documents, by hash, that go to the {split} split"
+        add(f"--{split}-fraction", type=float, default=0.0, metavar="F", help=help)
+    add("--split-seed", type=int, default=2357, metavar="N", help="seed of that hash (default: 2357)")
+    add(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="stop at a record that cannot be read, or leave it out (default: fail)",
+    )
+    add("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
     add(
         "--engine",
         choices=["processes", "ray"],
         default="processes",
-        help="where (default: processes, of this machine)",
+        help="tokenize in processes of this machine or on a Ray cluster (default: processes)",
     )
-    add("--ray-address", default="auto", metavar="ADDRESS", help="of a Ray cluster (default: auto)")
+    add("--ray-address", default="auto", metavar="ADDRESS", help="address of the Ray cluster (default: auto)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb and return its exit status."""
+    from ttt_jax.data.dataset import PROBLEMS
     from ttt_jax.data.prepare import files, listing
     from ttt_jax.storage.store import Store
 
     _check(options)
-    found = [
+    inputs = [
         file
         for split in ("train", "validation", "test")
         for file in listing.find(split, getattr(options, split), options.output)
     ]
-    found = listing.without_duplicates(found)
-    if any(file.kind == "parquet" for file in found):
+    inputs = listing.without_duplicates(inputs)
+    if any(file.kind == "parquet" for file in inputs):
         extras.check("parquet", "pyarrow", "reading .parquet")
     if options.engine == "ray":
         extras.check("ray", "ray", "--engine ray")
     output = Store(options.output)
-    found = files.with_digests(found)
-    listing.report_copies(found)
+    inputs = files.with_digests(inputs)
+    listing.report_copies(inputs)
     with WorkdirLock(options.output, "ttt tokenize", option="--output") as lock:
-        about, received = _tokenize(options, found, output, lock)
-    if about is None:
+        description, received = _tokenize(options, inputs, output, lock)
+    if description is None:
         received = received or signal.SIGTERM
         print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
         return 128 + received
-    print(f"{options.output}: {about['tokenizer']['name']}, {about['vocab_size']:,} tokens in the vocabulary", end="; ")
-    print("; ".join(f"{key} {'none' if about[key] is None else about[key]}" for key in ("bos", "eos")))
-    for split, counts in about["splits"].items():
+    _print_summary(description, options.output, output.path(PROBLEMS))
+    return 0
+
+
+def _print_summary(description: dict[str, Any], output: str, problems: str) -> None:
+    name, vocab_size = description["tokenizer"]["name"], description["vocab_size"]
+    special = "; ".join(f"{k} {'none' if description[k] is None else description[k]}" for k in ("bos", "eos"))
+    print(f"{output}: {name}, {vocab_size:,} tokens in the vocabulary; {special}")
+    for split, counts in description["splits"].items():
         print(
             f"  {split}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}, "
             f"{counted(counts['text_bytes'], 'byte')} of text"
         )
-        if counts.get("empty_documents"):
-            words = "has no tokens of its own" if counts["empty_documents"] == 1 else "have no tokens of their own"
-            print(f"    {counts['empty_documents']:,} of the documents {words}")
-        if counts.get("unknown_tokens"):
-            verb = "stands" if counts["unknown_tokens"] == 1 else "stand"
-            print(
-                f"    {counts['unknown_tokens']:,} of the tokens {verb} for characters that the tokenizer does not know"
-            )
-    if about["skipped_records"]:
-        print(f"  left out: {counted(about['skipped_records'], 'record')}, listed in {output.path('problems.jsonl')}")
-    return 0
+        if empty := counts.get("empty_documents"):
+            words = "has no tokens of its own" if empty == 1 else "have no tokens of their own"
+            print(f"    {empty:,} of the documents {words}")
+        if unknown := counts.get("unknown_tokens"):
+            verb = "stands" if unknown == 1 else "stand"
+            print(f"    {unknown:,} of the tokens {verb} for characters that the tokenizer does not know")
+    if skipped := description["skipped_records"]:
+        print(f"  left out: {counted(skipped, 'record')}, listed in {problems}")
 
 
 def _tokenize(
-    options: argparse.Namespace, found: list, output: "Store", lock: WorkdirLock
-) -> tuple[dict | None, signal.Signals | None]:
-    """Return what the dataset is, None where a signal stopped the run before its end, and the signal."""
+    options: argparse.Namespace, inputs: "list[InputFile]", output: "Store", lock: WorkdirLock
+) -> tuple[dict[str, Any] | None, signal.Signals | None]:
+    """Return the description of the dataset, None if a signal stopped the run before its end, and the signal."""
     from ttt_jax.data.prepare import engines, text_fidelity, tokenize, tokenizer, train_bpe
     from ttt_jax.data.prepare.job import Job
 
@@ -127,7 +138,7 @@ def _tokenize(
             what = "texts that differ in them alone get the same tokens"
             print(f"--tokenizer {options.tokenizer}: loses {', '.join(lost)}: {what}", file=sys.stderr)
     else:
-        chosen = train_bpe.kept_or_trained(output, found, options.train_bpe, job, skip_problems=skip)
+        chosen = train_bpe.load_or_train(output, inputs, options.train_bpe, job, skip_problems=skip)
         trained = {"vocab_size": options.train_bpe, "most_bytes": train_bpe.MOST_BYTES}
     bos, eos = None if options.no_bos else chosen.bos, None if options.no_eos else chosen.eos
     job = dataclasses.replace(job, tokenizer=chosen, bos=bos, eos=eos)
@@ -135,11 +146,11 @@ def _tokenize(
         engine = engines.ray(options.ray_address)
     else:
         engine = engines.processes(options.workers or engines.cores())
-    bar = _Bar(sum(file.size for file in found))
+    bar = _Bar(sum(file.size for file in inputs))
     with StopSignals() as signals:
         try:
-            about = tokenize.tokenize(
-                found,
+            description = tokenize.tokenize(
+                inputs,
                 job,
                 output,
                 engine,
@@ -152,7 +163,7 @@ def _tokenize(
             )
         finally:
             bar.close()
-    return about, signals.received
+    return description, signals.received
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -173,11 +184,11 @@ def _check(options: argparse.Namespace) -> None:
     for key in ("bos", "eos"):
         if getattr(options, f"{key}_token") and (getattr(options, f"no_{key}") or options.train_bpe is not None):
             other = f"--no-{key}" if getattr(options, f"no_{key}") else "--train-bpe"
-            raise ConfigError(f"--{key}-token: has no place beside {other}")
+            raise ConfigError(f"--{key}-token: cannot be given with {other}")
 
 
 class _Bar:
-    """Shows documents, tokens, MB of text per second, and the time that is left."""
+    """Shows documents, tokens, MB of text per second, and the remaining time."""
 
     def __init__(self, total: int):
         self._line, self._started = StatusLine(max(total, 1), 0, "starting"), time.monotonic()

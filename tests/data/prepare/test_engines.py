@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_is_one_clear_line(file):
     killer.join()
     assert len(spawned) == 1
     assert str(caught.value).startswith(
-        "a worker process was killed, perhaps for want of memory; the same command goes"
+        "a worker process was killed, perhaps because memory ran out; the same command goes"
     )
     assert "\n" not in str(caught.value)
 

@@ -160,7 +160,7 @@ def test_ctrl_c_does_not_wait_for_the_library(file, monkeypatch):
 
 def make(folder, files, vocab_size=300, **options):
     """As ``ttt tokenize --train-bpe`` does it."""
-    chosen = train_bpe.kept_or_trained(Store(folder), files, vocab_size, JOB)
+    chosen = train_bpe.load_or_train(Store(folder), files, vocab_size, JOB)
     job = Job(chosen, chosen.bos, chosen.eos)
     options = {"shard": 64, "chunk": 64, "unit_bytes": 500, "save_seconds": -1, **options}
     return tokenize(files, job, Store(folder), corpus.in_this_process, trained={"vocab_size": vocab_size}, **options)
@@ -172,9 +172,9 @@ def never(*arguments, **options):
 
 def test_it_is_trained_once_whatever_happens_then(tmp_path, file, monkeypatch):
     make(tmp_path / "expected", [file])
-    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)  # and killed before tokenizing
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)  # and killed before tokenizing
     monkeypatch.setattr(train_bpe, "train", never)
-    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
     make(tmp_path / "out", [file])
     assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == kept.content
@@ -183,11 +183,11 @@ def test_it_is_trained_once_whatever_happens_then(tmp_path, file, monkeypatch):
 
 
 def test_one_that_was_half_written_is_trained_again(tmp_path, file):
-    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     for path in (tmp_path / "out/_unfinished").iterdir():
         whole = path.read_bytes()
         path.unlink()
-        assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+        assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
         assert path.read_bytes() == whole
 
 
@@ -196,26 +196,26 @@ def test_one_that_was_made_of_other_text_of_the_same_size_is_not_taken(tmp_path)
     trained = [train_bpe.train([corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([t]))], 300, JOB) for t in texts]
     for text, expected in zip(texts, trained, strict=True):
         file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text]))
-        assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB).content == expected
+        assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB).content == expected
 
 
 def test_one_that_was_kept_before_contents_were_is_still_taken(tmp_path, file, monkeypatch):
-    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     path = tmp_path / "out/_unfinished/tokenizer-made-for.json"
     made_for = json_files.read_object(path)
     del made_for["tokenizer_sha256"]
     assert made_for.pop("contents") == [f"sha256:{hashlib.sha256(Path(file.location).read_bytes()).hexdigest()}"]
     path.write_text(json.dumps(made_for))
     monkeypatch.setattr(train_bpe, "train", never)
-    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
 
 
 def test_a_damaged_one_is_trained_anew_and_told(tmp_path, file, capsys):
-    kept = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     path = tmp_path / "out/_unfinished/tokenizer.json"
     path.write_bytes(kept.content.replace(b'"</s>"', b'"</t>"', 1))
     capsys.readouterr()
-    assert train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
     assert capsys.readouterr().err.splitlines()[0] == f"{path}: damaged; the tokenizer is trained anew"
 
 
@@ -264,7 +264,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkey
 
 
 def test_processes_load_it(tmp_path, file):
-    chosen = train_bpe.kept_or_trained(Store(tmp_path / "out"), [file], 300, JOB)
+    chosen = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
     tokenize([file], job, Store(tmp_path / "out"), engines.processes(1), **options)
     library = tokenizers.Tokenizer.from_buffer(chosen.content)

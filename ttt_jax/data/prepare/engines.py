@@ -1,4 +1,4 @@
-"""Where units are tokenized: processes of this machine, or a Ray cluster. Parts come back in the order of the units."""
+"""Tokenize units in processes of this machine, or on a Ray cluster. Parts come back in the order of the units."""
 
 import collections
 import contextlib
@@ -19,25 +19,25 @@ from ttt_jax.errors import ConfigError, DataError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
-# (job, units with their splits) to units with their parts.
+# Takes a job, and units with their splits; yields the units with their parts.
 Engine = Callable[[Job, Iterable[tuple[str, Unit]]], Generator[tuple[Unit, Part]]]
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processes(workers: int) -> Engine:
-    """So many processes of this machine."""
+    """Return an engine of ``workers`` processes of this machine."""
 
     def run(job: Job, units: Iterable[tuple[str, Unit]]) -> Generator[tuple[Unit, Part]]:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as pool:
 
             def submit(split: str, unit: Unit) -> Any:
-                # Ctrl-C reaches every process of a terminal. Workers, which may be started here, never see it: they
-                # inherit that it is blocked, and the parent ends them.
+                # Ctrl-C reaches every process of a terminal. Workers, which may be started here, inherit that it is
+                # blocked, and the parent ends them.
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
                     return pool.submit(_work, split, unit)
@@ -48,8 +48,8 @@ def processes(workers: int) -> Engine:
                 yield from _in_order(units, submit, lambda future: future.result(), workers)
             except BrokenProcessPool as error:
                 raise DataError(
-                    "a worker process was killed, perhaps for want of memory; the same command goes on where this one "
-                    "was, and fewer --workers need less"
+                    "a worker process was killed, perhaps because memory ran out; the same command goes on from here, "
+                    "and fewer --workers need less memory"
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -58,10 +58,13 @@ def processes(workers: int) -> Engine:
 
 
 def ray(address: str) -> Engine:
-    """All CPUs of a Ray cluster; ``auto`` is the one that this machine belongs to.
+    """Return an engine of all CPUs of a Ray cluster.
+
+    Args:
+      address: of the cluster; ``auto`` is the cluster that this machine belongs to.
 
     Raises:
-      ConfigError: where there is no such cluster, or no Ray.
+      ConfigError: if Ray is not installed or, when the engine is used, if there is no such cluster.
     """
     try:
         import ray
@@ -76,8 +79,8 @@ def ray(address: str) -> Engine:
             cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
             yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
         except ray.exceptions.RayError as error:
-            said = ray_cluster.last_line(error)
-            raise DataError(f"--engine ray: {said}; the same command goes on where this one was") from error
+            reason = ray_cluster.last_line(error)
+            raise DataError(f"--engine ray: {reason}; the same command goes on from here") from error
         finally:
             ray.shutdown()
 
@@ -85,19 +88,22 @@ def ray(address: str) -> Engine:
 
 
 def _in_order(units, submit: Callable[[str, Unit], Any], result: Callable[[Any], Part], workers: int):
-    """At most two units a worker are under way, so that memory stays bounded and no worker waits."""
-    under_way: collections.deque[tuple[Unit, Any]] = collections.deque()
+    """Yield units with their parts, in order.
+
+    At most two units per worker are submitted at a time, so that memory stays bounded and no worker waits.
+    """
+    submitted: collections.deque[tuple[Unit, Any]] = collections.deque()
     for split, unit in units:
-        under_way.append((unit, submit(split, unit)))
-        if len(under_way) > 2 * workers:
-            done, part = under_way.popleft()
+        submitted.append((unit, submit(split, unit)))
+        if len(submitted) > 2 * workers:
+            done, part = submitted.popleft()
             yield done, result(part)
-    while under_way:
-        done, part = under_way.popleft()
+    while submitted:
+        done, part = submitted.popleft()
         yield done, result(part)
 
 
-_jobs: list[Job] = []  # of a worker process: the one job it was started for
+_jobs: list[Job] = []  # in a worker process: its latest job, whose tokenizer is loaded
 
 
 def _start_worker(job: Job) -> None:
@@ -111,7 +117,7 @@ def _work(split: str, unit: Unit) -> Part:
 
 
 def _die_with_parent() -> None:
-    """A parent that was killed leaves nobody to tell its workers."""
+    """End this worker when its parent has ended: a parent that was killed cannot end its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -124,17 +130,17 @@ def _tokenize_on_cluster(job: Job, split: str, unit: Unit) -> Part:
 
 
 def _loaded(job: Job) -> Job:
-    """The same job with its tokenizer loaded already, where this worker has met it before."""
+    """Return the same job with its tokenizer loaded, if this worker has had it before."""
     if not _jobs or _jobs[0] != job:
         _jobs[:] = [job]
     return _jobs[0]
 
 
 def _tune() -> None:
-    """What makes tokenizers faster in a process that does nothing else."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process for every core is faster than threads in each
-    with contextlib.suppress(OSError, AttributeError):  # where the C library is not glibc
-        # To give back the memory of every document and fault it in again for the next takes a tenth of the time.
+    """Make tokenizers faster in a process that does nothing else."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is faster than threads in each
+    with contextlib.suppress(OSError, AttributeError):  # raised if the C library is not glibc
+        # Returning the memory of every document, and faulting it in again for the next, takes a tenth of the time.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)

@@ -1,4 +1,4 @@
-"""What is done to one unit of records: texts to tokens. Pure, so that any machine may do it."""
+"""Tokenize one unit of records: a pure function of a job and a unit, which any process or machine can call."""
 
 import dataclasses
 import functools
@@ -16,11 +16,11 @@ class Job:
     """How texts become tokens, the same for all units.
 
     Attributes:
-      bos, eos: ids put before and after every document; None for none. Where both are one token, as in GPT-2, it is put
-        after documents alone and ``bos`` is None: documents are separated once, and their ends are targets.
-      text_key: of a record.
-      validation_fraction, test_fraction: of the documents of the train files that go to these splits instead, by a
-        hash of their text and ``split_seed``.
+      bos, eos: ids put before and after every document; None for none. If both are one token, as in GPT-2, it is put
+        only after documents, and ``bos`` is None: documents are separated once, and their ends are targets.
+      text_key: the key of the text in a record.
+      validation_fraction, test_fraction: fractions of the documents of train files that go to these splits instead, by
+        a hash of their text and ``split_seed``.
     """
 
     tokenizer: Tokenizer
@@ -32,28 +32,28 @@ class Job:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Leave out a BOS that is the EOS, too."""
+        """Leave out a BOS that is the EOS."""
         if self.bos is not None and self.bos == self.eos:
             object.__setattr__(self, "bos", None)
 
     @property
     def dtype(self) -> str:
-        """The smallest that holds all tokens: uint16 or uint32."""
+        """Return the smallest type that holds all tokens: uint16 or uint32."""
         return "uint16" if self.tokenizer.vocab_size <= 1 << 16 else "uint32"
 
     @functools.cached_property
     def encode(self) -> Encode:
-        """The loaded tokenizer; loaded once in each process."""
+        """Return the tokenizer's encoder, which is loaded once in each process."""
         return self.tokenizer.encoder()
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def split_of(self, split: str, text: bytes) -> str:
-        """The split of a document of the files of ``split``.
+        """Return the split of a document in a file of ``split``.
 
-        The hash is of the document alone, so that it stays in its split whatever others come or go, and so that copies
-        of a document are never on both sides.
+        The hash depends on the document and the seed alone, so that a document stays in its split whatever others come
+        or go, and copies of a document are in one split.
         """
         if split != "train" or not self.validation_fraction + self.test_fraction:
             return split
@@ -65,17 +65,25 @@ class Job:
 
 
 class Piece(NamedTuple):
-    """Documents of one split, one after another."""
+    """Documents of one split, one after another.
 
-    tokens: np.ndarray  # [N]
-    lengths: np.ndarray  # [documents], tokens of each
+    Attributes:
+      tokens: [N].
+      lengths: [documents], the number of tokens of each.
+      text_bytes: size of the texts.
+      unknown: number of tokens that stand for characters without a token.
+      empty: number of documents whose text has no tokens.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
     text_bytes: int
-    unknown: int = 0  # tokens that stand for characters without one of their own
-    empty: int = 0  # documents whose text has no tokens
+    unknown: int = 0
+    empty: int = 0
 
 
 class Part(NamedTuple):
-    """What a unit became."""
+    """The tokens of a unit by split, and the records that could not be read."""
 
     pieces: dict[str, Piece]
     problems: list[records.Problem]
@@ -96,7 +104,7 @@ def tokenize(job: Job, split: str, unit: records.Unit) -> Part:
             encoded = encode(content).astype(job.dtype)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a tokenizer raises
+        except Exception as error:  # tokenizers raise errors of many types
             problems.append(records.Problem(number, f"the tokenizer failed: {error}"))
             continue
         text = content.encode()

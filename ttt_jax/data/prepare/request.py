@@ -1,4 +1,7 @@
-"""Whether a folder holds tokens of the same request: the same options, and files of the same content."""
+"""Describe the dataset that a command asks for, and check that a folder is of the same request.
+
+Two requests are the same if their options and the contents of their files are.
+"""
 
 import hashlib
 import itertools
@@ -16,7 +19,11 @@ from ttt_jax.terminal.console import counted
 
 
 def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -> dict[str, Any]:
-    """What is known of a dataset before it is made: all that its content depends on."""
+    """Return the part of ``dataset.json`` that is known before the dataset is made: all that its content depends on.
+
+    Args:
+      trained: how the tokenizer was trained; None if it was not.
+    """
     tokenizer = job.tokenizer
     by_hash = job.validation_fraction + job.test_fraction > 0
     fractions = {"validation_fraction": job.validation_fraction, "test_fraction": job.test_fraction}
@@ -43,69 +50,69 @@ def describe(job: Job, files: list[InputFile], trained: dict[str, int] | None) -
     }
 
 
-def check_same(plan: dict[str, Any], there: dict[str, Any], begun: int, output: Store, files: list[InputFile]) -> None:
-    """Raise where the folder is of another request.
+def check_same(plan: dict[str, Any], earlier: dict[str, Any], read: int, output: Store, files: list[InputFile]) -> None:
+    """Raise if a folder is of another request.
 
     Args:
-      plan, there: what :func:`describe` says of this request and of the one in the folder.
-      begun: files that have been read to their end; the others may have changed since.
+      plan, earlier: the descriptions (:func:`describe`) of this request and of the one in the folder.
+      read: number of files that have been read to their end; the others may have changed since.
       files: of this request.
 
     Raises:
-      ConfigError: in a line that names the option or the file that differs.
+      ConfigError: with the option or the file that differs.
     """
 
     def compared(description: dict[str, Any]) -> dict[str, Any]:
         kept = {key: description.get(key) for key in plan if key not in ("files", "contents", "ttt_jax")}
-        sizes = [file if i < begun else file[:2] for i, file in enumerate(description.get("files", []))]
+        sizes = [file if i < read else file[:2] for i, file in enumerate(description.get("files", []))]
         return {**kept, "files": sizes}
 
-    ours, theirs = compared(plan), compared(there)
+    ours, theirs = compared(plan), compared(earlier)
     for key in ours:
         if ours[key] != theirs[key]:
-            here, other = ours[key], theirs[key]
+            here, there = ours[key], theirs[key]
             if key == "files":
-                pairs = enumerate(itertools.zip_longest(here, other), 1)
-                number, (here, other) = next((i, (a, b)) for i, (a, b) in pairs if a != b)
-                key, here, other = f"file {number}", _in_words(here), _in_words(other)
+                pairs = enumerate(itertools.zip_longest(here, there), 1)
+                number, (here, there) = next((i, (a, b)) for i, (a, b) in pairs if a != b)
+                key, here, there = f"file {number}", _in_words(here), _in_words(there)
             raise ConfigError(
-                f"--output {output.location}: holds tokens of another request ({key}: {other} there, {here} here); "
+                f"--output {output.location}: holds tokens of another request ({key}: {there} there, {here} here); "
                 "expected the same request, or a new folder"
             )
-    index = other_content(plan["contents"][:begun], there.get("contents", []))
+    index = first_changed(plan["contents"][:read], earlier.get("contents", []))
     if index is not None:
         raise ConfigError(
             f"--output {output.location}: holds tokens of another {files[index].location}, of the same name and size "
-            f"({there['contents'][index]} there, {plan['contents'][index]} here); expected the same content, or a new "
-            "folder"
+            f"({earlier['contents'][index]} there, {plan['contents'][index]} here); expected the same content, or a "
+            "new folder"
         )
 
 
 def _in_words(file: list[Any] | None) -> str:
-    """Return a file as it is known by name: split, name, and size where it matters."""
+    """Return the split, name and, if it is compared, size of a file in words."""
     if file is None:
         return "none"
     split, name, *size = file
     return f"--{split} {name}" + (f" of {counted(size[0], 'byte')}" if size else "")
 
 
-def other_content(contents: list[str], earlier: list[str]) -> int | None:
-    """Return the index of the first file whose content is known to be another than it was; None where there is none.
+def first_changed(digests: list[str], earlier: list[str]) -> int | None:
+    """Return the index of the first file whose content is known to have changed; None if none is.
 
-    Contents that are not of one kind (the checksum of a bucket, the SHA-256 of a local copy) cannot be compared, nor
-    can those of a dataset that was made before contents were kept.
+    Digests of different kinds (the checksum of a bucket, the SHA-256 of a local copy) cannot be compared, nor can a
+    dataset of an earlier version, which has no digests.
     """
-    for index, (here, there) in enumerate(zip(contents, earlier, strict=False)):
+    for index, (here, there) in enumerate(zip(digests, earlier, strict=False)):
         if here != there and here.partition(":")[0] == there.partition(":")[0]:
             return index
     return None
 
 
-class PartRead:
-    """The hash of what has been read of the file that is being read, whatever units it was read in.
+class PrefixHash:
+    """The hash of the part of the current file that has been read; it does not depend on the size of units.
 
     Args:
-      position: where a run goes on; what is before it in its file is read again.
+      position: where a run continues; its file is read again up to there.
     """
 
     def __init__(self, files: list[InputFile], position: Position, unit_bytes: int, text_key: str):
@@ -121,11 +128,11 @@ class PartRead:
 
     @property
     def digest(self) -> str:
-        """The hash so far."""
+        """Return the hash so far."""
         return self._hash.hexdigest()
 
     def add(self, unit: Unit) -> None:
-        """Add the next unit of the file; the last one of a file begins the next."""
+        """Add the next unit. The last unit of a file resets the hash for the next file."""
         if unit.end.records:
             self._update(unit.content)
         else:
@@ -135,11 +142,11 @@ class PartRead:
         self._hash.update(content if isinstance(content, bytes) else "".join(f"{x!r}\n" for x in content).encode())
 
 
-def check_part_read(
-    found: PartRead, earlier: str | None, files: list[InputFile], position: Position, output: Store
+def check_prefix(
+    prefix: PrefixHash, earlier: str | None, files: list[InputFile], position: Position, output: Store
 ) -> None:
-    """Raise :class:`ConfigError` where a file has changed before the position from which a run would go on."""
-    if earlier is not None and found.digest != earlier:
+    """Raise :class:`ConfigError` if a file has changed before the position at which a run would continue."""
+    if earlier is not None and prefix.digest != earlier:
         raise ConfigError(
             f"{files[position.file].location}: has changed before record {position.records + 1}, up to which its "
             f"tokens are in {output.location}; expected the same records up to there, or a new folder"

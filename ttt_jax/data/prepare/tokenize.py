@@ -1,8 +1,9 @@
-"""Files of text to a dataset of tokens.
+"""Make a dataset of tokens from files of text.
 
-Units of records are tokenized by an engine, in any number of processes, and written in their order by this one. Now and
-then the position in the input, the numbers so far and what does not fill a shard yet are saved in ``_unfinished/``; a
-run that was killed goes on there. What is written depends on the input alone, not on engine, workers or interruptions.
+An engine tokenizes units of records in any number of processes; this process writes the tokens in the order of the
+units. From time to time it saves the position in the input, the counts so far and the tokens that do not fill a shard
+yet in ``_unfinished/``, from where a run that was killed continues. The dataset depends on the input alone, not on the
+engine, the number of workers or interruptions.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ class Progress:
     """How far a run is.
 
     Attributes:
-      read, total: bytes of the input as it lies there.
-      text_bytes, documents, tokens: written, by this run and those before it.
+      read, total: bytes of the input, before decompression.
+      text_bytes, documents, tokens: written so far, by this run and the runs that it continues.
       skipped: records that were left out.
       started: ``text_bytes`` when this run began.
     """
@@ -68,21 +69,21 @@ def tokenize(
     chunk: int = array.CHUNK,
     save_seconds: float = 30.0,
 ) -> dict[str, Any] | None:
-    """Make a dataset, or go on making it; return what its ``dataset.json`` says, None if it was told to stop.
+    """Make a dataset, or continue making it; return its ``dataset.json``, or None if it was stopped.
 
     Args:
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
-      trained: how the tokenizer was trained, where it was.
-      tell: is called with a line for each file whose rest cannot be read.
-      stop: is asked at every unit; where it says yes, the run saves where it is and returns.
-      check: is called before something is written down, and raises where it must not be.
+      trained: how the tokenizer was trained; None if it was not.
+      tell: called with a line for each file whose rest cannot be read.
+      stop: called at every unit; if it returns true, the run saves its state and returns None.
+      check: called before the state is saved; raises if this process must not write any more.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
-      shard, chunk: tokens in a file, and in what is decompressed at a time.
-      save_seconds: between two times that the run saves where it is.
+      shard, chunk: tokens in a file, and tokens that are decompressed together.
+      save_seconds: time between two saves of the state.
 
     Raises:
-      ConfigError: where the folder holds something else.
-      DataError: for a record that cannot be read, or a place that cannot be written.
+      ConfigError: if the folder holds something else.
+      DataError: if a record cannot be read, or something cannot be written.
     """
     files = with_digests(files)
     plan = {**request.describe(job, files, trained), "shard": shard, "chunk": chunk}
@@ -91,27 +92,14 @@ def tokenize(
         request.check_same(plan, done, len(files), output, files)
         output.delete(UNFINISHED)
         return done
-    state = output.read_json(_STATE)
-    if state is None:
-        check_empty(output)
-    elif not set(state) >= _STATE_KEYS:
-        raise DataError(f"{output.path(_STATE)}: is not of ttt tokenize; delete {output.location} and begin anew")
-    if state is None or not any(split["text_bytes"] for split in state["splits"].values()):
-        # Nothing has been written yet, so that a mistake in the first command is no reason to refuse the second.
-        state = {
-            "plan": plan,
-            "position": dataclasses.asdict(Position()),
-            "generation": (state or {}).get("generation", 0),
-        }
-        state.update(splits={}, skipped=0, problems=[])
-        output.delete(f"{UNFINISHED}/problems")
-    plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began it
+    state = _read_state(output, plan)
+    plan = {**plan, "ttt_jax": state["plan"]["ttt_jax"]}  # the version that began the dataset
     request.check_same(plan, state["plan"], state["position"]["file"], output, files)
     state["plan"] = plan
 
     position = Position(**state["position"])
-    part_read = request.PartRead(files, position, unit_bytes, job.text_key)
-    request.check_part_read(part_read, state.get("part_read"), files, position, output)
+    prefix = request.PrefixHash(files, position, unit_bytes, job.text_key)
+    request.check_prefix(prefix, state.get("part_read"), files, position, output)
     splits = {split: _Split(output, split, job, shard, chunk, state) for split in _splits(job, files)}
     sizes = [file.size for file in files]
     now = Progress(total=sum(sizes), skipped=state["skipped"])
@@ -122,14 +110,14 @@ def tokenize(
         nonlocal saved
         check()
         state.update(generation=state["generation"] + 1, position=dataclasses.asdict(position), skipped=now.skipped)
-        state["part_read"] = part_read.digest
+        state["part_read"] = prefix.digest
         folder = f"{UNFINISHED}/{state['generation']}"
         before = state.get("hashes", {})
         hashes = state["hashes"] = {name: before[name] for name in map(_problems, state["problems"]) if name in before}
         for split in splits.values():
             state["splits"][split.name] = split.save(output, folder, hashes)
         if problems:
-            _keep(output, _problems(state["generation"]), "".join(problems).encode(), hashes)
+            _write_hashed(output, _problems(state["generation"]), "".join(problems).encode(), hashes)
             state["problems"].append(state["generation"])
             problems.clear()
         output.write_json(_STATE, json_files.with_hash(state))
@@ -146,7 +134,7 @@ def tokenize(
     report(sum(sizes[: position.file]))
     now.started = now.text_bytes
     save()
-    read_to: dict[Position, int] = {}
+    read_to: dict[Position, int] = {}  # bytes that have been read of the file, by the position after a unit
     units = _with_splits(files, position, unit_bytes, job.text_key, read_to)
     with contextlib.closing(engine(job, units)) as parts:
         for unit, part in parts:
@@ -168,7 +156,7 @@ def tokenize(
             if unit.end.file > position.file:
                 check_unchanged(files[position.file])
             position = unit.end
-            part_read.add(unit)
+            prefix.add(unit)
             report(sum(sizes[: position.file]) + read_to.pop(unit.end))
             if time.monotonic() - saved > save_seconds:
                 save()
@@ -176,22 +164,42 @@ def tokenize(
     return _finish(output, plan, splits, job, state)
 
 
+def _read_state(output: Store, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an unfinished run, or that of a new run if nothing has been written yet.
+
+    A run that has written nothing may be followed by a command with other options.
+    """
+    state = output.read_json(_STATE)
+    if state is None:
+        check_empty(output)
+    elif not set(state) >= _STATE_KEYS:
+        raise DataError(
+            f"{output.path(_STATE)}: was not written by ttt tokenize; delete {output.location} and begin anew"
+        )
+    if state is not None and any(split["text_bytes"] for split in state["splits"].values()):
+        return state
+    output.delete(f"{UNFINISHED}/problems")
+    generation = (state or {}).get("generation", 0)
+    new = {"plan": plan, "position": dataclasses.asdict(Position()), "generation": generation}
+    return {**new, "splits": {}, "skipped": 0, "problems": []}
+
+
 class _Split:
-    """What is being written of a split."""
+    """The arrays and counts of a split that is being written."""
 
     def __init__(self, output: Store, name: str, job: Job, shard: int, chunk: int, state: dict[str, Any]):
-        there = state["splits"].get(name, {})
+        earlier = state["splits"].get(name, {})
         arrays = {}
         for kind, dtype, entries in (("tokens", job.dtype, shard), ("documents", "int64", _DOCUMENTS_SHARD)):
             target = name if kind == "tokens" else dataset.documents_of(name)
-            rest = _kept(output, f"{UNFINISHED}/{state['generation']}/{target}", state) if there else b""
+            rest = _read_hashed(output, f"{UNFINISHED}/{state['generation']}/{target}", state) if earlier else b""
             arrays[kind] = array.ArrayWriter(
-                output, target, dtype, shard=entries, chunk=chunk, rest=rest, **there.get(kind, {})
+                output, target, dtype, shard=entries, chunk=chunk, rest=rest, **earlier.get(kind, {})
             )
         self.name, self.tokens, self.documents = name, arrays["tokens"], arrays["documents"]
-        self.text_bytes: int = there.get("text_bytes", 0)
-        self.unknown: int = there.get("unknown_tokens", 0)
-        self.empty: int = there.get("empty_documents", 0)
+        self.text_bytes: int = earlier.get("text_bytes", 0)
+        self.unknown: int = earlier.get("unknown_tokens", 0)
+        self.empty: int = earlier.get("empty_documents", 0)
 
     def append(self, piece: Piece) -> None:
         ends = len(self.tokens) + np.cumsum(piece.lengths)
@@ -202,11 +210,11 @@ class _Split:
         self.empty += piece.empty
 
     def save(self, output: Store, folder: str, hashes: dict[str, str]) -> dict[str, Any]:
-        """Write what does not fill a shard, and add its hashes; return what else :meth:`__init__` needs to go on."""
-        tokens, more_tokens = self.tokens.state()
-        documents, more_documents = self.documents.state()
-        _keep(output, f"{folder}/{self.name}", more_tokens, hashes)
-        _keep(output, f"{folder}/{dataset.documents_of(self.name)}", more_documents, hashes)
+        """Write what does not fill a shard, and add its hashes; return the rest of the state of this split."""
+        tokens, tokens_rest = self.tokens.state()
+        documents, documents_rest = self.documents.state()
+        _write_hashed(output, f"{folder}/{self.name}", tokens_rest, hashes)
+        _write_hashed(output, f"{folder}/{dataset.documents_of(self.name)}", documents_rest, hashes)
         counts = {"text_bytes": self.text_bytes, "unknown_tokens": self.unknown, "empty_documents": self.empty}
         return {"tokens": tokens, "documents": documents, **counts}
 
@@ -226,18 +234,18 @@ class _Split:
 def _finish(
     output: Store, plan: dict[str, Any], splits: dict[str, _Split], job: Job, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes all that makes the folder a dataset; the description last."""
+    """Write all that makes the folder a dataset, the description last."""
     if not any(len(split.documents) for split in splits.values()):
         raise DataError(f"{output.location}: no document could be read; {output.path(UNFINISHED)}/problems says why")
     description = {**plan, "skipped_records": state["skipped"], "splits": {}}
     for name, split in splits.items():
         description["splits"][name] = split.finish()
     if state["skipped"]:
-        found = [_kept(output, _problems(generation), state) for generation in state["problems"]]
+        found = [_read_hashed(output, _problems(generation), state) for generation in state["problems"]]
         output.write(dataset.PROBLEMS, b"".join(found))
-    kept_as = plan["tokenizer"]["file"]
-    if kept_as:
-        output.write(kept_as, job.tokenizer.content)
+    tokenizer_file = plan["tokenizer"]["file"]
+    if tokenizer_file:
+        output.write(tokenizer_file, job.tokenizer.content)
     output.write_json("zarr.json", dataset.GROUP)
     output.write_json(dataset.DESCRIPTION, json_files.with_hash(description))
     output.delete(UNFINISHED)
@@ -245,20 +253,20 @@ def _finish(
 
 
 def _problems(generation: int) -> str:
-    """Return the name of a file of records that were left out."""
+    """Return the name of a file that lists records that were left out."""
     return f"{UNFINISHED}/problems/{generation}"
 
 
-def _keep(output: Store, name: str, content: bytes, hashes: dict[str, str]) -> None:
-    """Write what a run that is stopped now needs to go on, and add its hash."""
+def _write_hashed(output: Store, name: str, content: bytes, hashes: dict[str, str]) -> None:
+    """Write a file that a later run needs to continue, and add its hash to ``hashes``."""
     output.write(name, content)
     hashes[name] = hashlib.sha256(content).hexdigest()
 
 
-def _kept(output: Store, name: str, state: dict[str, Any]) -> bytes:
-    """Return what :func:`_keep` wrote; raise DataError where it is gone or damaged."""
+def _read_hashed(output: Store, name: str, state: dict[str, Any]) -> bytes:
+    """Return what :func:`_write_hashed` wrote; raise DataError if it is gone or damaged."""
     content = output.read(name)
-    expected = state.get("hashes", {}).get(name)  # runs of earlier versions noted none
+    expected = state.get("hashes", {}).get(name)  # earlier versions saved no hashes
     if content is None or expected not in (None, hashlib.sha256(content).hexdigest()):
         what = "is gone" if content is None else "damaged"
         raise DataError(f"{output.path(name)}: {what}; delete {output.location} and begin anew")
@@ -289,7 +297,7 @@ def _located(file: InputFile, problems: list[records.Problem]) -> str:
 
 
 def check_empty(output: Store) -> None:
-    """Raises :class:`ConfigError` where a folder holds what is not of an unfinished run."""
+    """Raise :class:`ConfigError` if a folder holds anything but an unfinished run."""
     for name in output.names():
         if not name.startswith(f"{UNFINISHED}/") and name != workdir_lock.NAME:
             raise ConfigError(f"--output {output.location}: holds {name}; expected a new or empty folder")

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the documents of a train split with Hugging Face ``tokenizers``."""
+"""Train a byte-level BPE tokenizer on the documents of a train split, with Hugging Face ``tokenizers``."""
 
 import concurrent.futures
 import hashlib
@@ -20,69 +20,72 @@ from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
 
 BOS_TOKEN, EOS_TOKEN = "<s>", "</s>"
-_GRACE = 0.5  # seconds that a training has to end after Ctrl-C
+_GRACE = 0.5  # seconds that training may take to end after Ctrl-C
 _LONGEST_WORD = 4096  # characters
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}|\s{{{_LONGEST_WORD}}}")
-MOST_BYTES = 1 << 30  # of text; more does not make it better
+MOST_BYTES = 1 << 30  # of text; more text does not make a better tokenizer
 LEAST_VOCAB_SIZE = 258  # BOS, EOS and every byte
-_KEPT, _PURPOSE = f"{UNFINISHED}/tokenizer.json", f"{UNFINISHED}/tokenizer-made-for.json"
-_OF = ("text_key", "split_rule", "files")  # what of a description the training depends on
+_TOKENIZER, _PURPOSE = f"{UNFINISHED}/tokenizer.json", f"{UNFINISHED}/tokenizer-made-for.json"
+_DEPENDS_ON = ("text_key", "split_rule", "files")  # keys of a description
 
 
-def kept_or_trained(
+def load_or_train(
     output: Store, files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False
 ) -> Tokenizer:
-    """Return the tokenizer of a dataset that is finished or has been begun; train and keep it where there is none yet.
+    """Return the tokenizer of a finished or unfinished dataset. If it has none yet, train one and save it there.
 
     Raises:
-      as :func:`train`.
+      ConfigError, DataError: as :func:`train` does.
     """
     of_train = request.describe(job, with_digests([file for file in files if file.split == "train"]), None)
-    purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _OF}}
+    purpose = {"vocab_size": vocab_size, **{key: of_train[key] for key in _DEPENDS_ON}}
     if description := dataset.read_description(output):
-        kept = dataset.read_tokenizer(output, description) if description["tokenizer"].get("trained") else None
+        content = dataset.read_tokenizer(output, description) if description["tokenizer"].get("trained") else None
     else:
-        kept = _kept(output, purpose, of_train["contents"])
-    if kept is None:
+        content = _saved(output, purpose, of_train["contents"])
+    if content is None:
         check_empty(output)
         print(f"training a BPE tokenizer of {vocab_size} tokens", file=sys.stderr)
-        kept = train(files, vocab_size, job, skip_problems=skip_problems)
-        output.write(_KEPT, kept)
-        made_for = {**purpose, "contents": of_train["contents"], "tokenizer_sha256": hashlib.sha256(kept).hexdigest()}
+        content = train(files, vocab_size, job, skip_problems=skip_problems)
+        output.write(_TOKENIZER, content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        made_for = {**purpose, "contents": of_train["contents"], "tokenizer_sha256": sha256}
         output.write_json(_PURPOSE, json_files.with_hash(made_for))
-    return from_huggingface(kept, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
+    return from_huggingface(content, "tokenizer.json", BOS_TOKEN, EOS_TOKEN)
 
 
-def _kept(output: Store, purpose: dict[str, Any], contents: list[str]) -> bytes | None:
-    """Return the tokenizer that was trained for this earlier; None where there is none, or it is damaged.
+def _saved(output: Store, purpose: dict[str, Any], digests: list[str]) -> bytes | None:
+    """Return the tokenizer that an earlier run trained for the same purpose; None if there is none, or it is damaged.
 
-    What earlier versions kept knows neither contents nor a hash.
+    Earlier versions saved neither the digests of the files nor the hash of the tokenizer.
     """
     try:
-        there = output.read_json(_PURPOSE)
+        made_for = output.read_json(_PURPOSE)
     except DataError as error:
         json_files.warn_once(f"{error}; the tokenizer is trained anew")
         return None
-    if not isinstance(there, dict):
+    if not isinstance(made_for, dict):
         return None
-    earlier, expected = there.pop("contents", []), there.pop("tokenizer_sha256", None)
-    if there != purpose or request.other_content(contents, earlier) is not None:
+    earlier, expected = made_for.pop("contents", []), made_for.pop("tokenizer_sha256", None)
+    if made_for != purpose or request.first_changed(digests, earlier) is not None:
         return None
-    kept = output.read(_KEPT)
-    if kept is not None and expected not in (None, hashlib.sha256(kept).hexdigest()):
-        json_files.warn_once(f"{output.path(_KEPT)}: damaged; the tokenizer is trained anew")
+    content = output.read(_TOKENIZER)
+    if content is not None and expected not in (None, hashlib.sha256(content).hexdigest()):
+        json_files.warn_once(f"{output.path(_TOKENIZER)}: damaged; the tokenizer is trained anew")
         return None
-    return kept
+    return content
 
 
 def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: bool = False) -> bytes:
-    """Train on the first :data:`MOST_BYTES` of the documents that ``job`` puts into the train split.
+    """Train on the first :data:`MOST_BYTES` of the train split, and return the content of a ``tokenizer.json``.
 
-    Return the content of a ``tokenizer.json``. Every text has tokens: all bytes are in the vocabulary. The same
-    documents give the same tokenizer.
+    All bytes are in the vocabulary, so that every text has tokens. The same documents give the same tokenizer.
+
+    Args:
+      job: says which documents are in the train split.
 
     Raises:
-      ConfigError: where the vocabulary is too small, or there is no train split.
+      ConfigError: if the vocabulary is too small, or there is no train split.
       DataError: for a record that cannot be read, unless ``skip_problems``.
     """
     import tokenizers
@@ -109,10 +112,9 @@ def train(files: list[InputFile], vocab_size: int, job: Job, *, skip_problems: b
 
 
 def _interruptible(work: Callable[[], object], stop: threading.Event) -> None:
-    """Call a function of a library that does not return to Python for minutes, such that Ctrl-C need not wait for it.
+    """Call a function that does not return to Python for minutes, without making Ctrl-C wait for it.
 
-    The call is made in a thread that does not outlive the process. At Ctrl-C it is told to stop, which it can as long
-    as it reads texts.
+    The call is made in a daemon thread. Ctrl-C sets ``stop``, which ends the call if it still reads texts.
     """
     done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -151,7 +153,7 @@ def _texts(files: list[InputFile], job: Job, skip_problems: bool) -> Iterator[st
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """Yield a text cut inside words beyond ``_LONGEST_WORD``: the time of training is quadratic in their length."""
+    """Yield a text, cut inside words of more than ``_LONGEST_WORD``: training takes time quadratic in their length."""
     begin = 0
     for found in _LONG_WORD.finditer(text):
         yield text[begin : found.end()]
