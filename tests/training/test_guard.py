@@ -12,7 +12,7 @@ from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.optimizer import WINDOW
 from ttt_jax.training.step import TrainState, initial_state, train_step
 
-judge = jax.jit(optimizer_lib.judge, static_argnums=2)
+judge = jax.jit(optimizer_lib.judge_update, static_argnums=2)
 bad = st.sampled_from([np.inf, -np.inf, np.nan])
 norms = st.lists(st.one_of(st.floats(0.125, 30, width=32), bad), min_size=1, max_size=40)
 

@@ -114,7 +114,7 @@ def bad_data(tmp_path_factory, tiny_config):
     bad = dataclasses.replace(good, tokens=damaged, known_fingerprint=good.fingerprint())
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.named_sources, "from_config", lambda config, split: good)
+        patch.setattr(named_sources, "from_config", lambda config, split: good)
         loop.train(config, workdir)
     return good, bad, place, [record["loss"] for record in metrics.read(workdir)]
 
@@ -127,7 +127,7 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     """And once it can be read, the run ends with the bits of one that met nothing bad."""
     good, bad, place, losses = bad_data
     config = tiny_config({**SIX, "data.worker_processes": worker_processes})
-    monkeypatch.setattr(loop.named_sources, "from_config", lambda config, split: bad)
+    monkeypatch.setattr(named_sources, "from_config", lambda config, split: bad)
     with pytest.raises(
         DataError, match=f"some/train: token 999 at offset {place}; .*; the run stands at step 3, saved"
     ):
@@ -135,7 +135,7 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.latest_step() == 3
     checkpoints.close()
-    monkeypatch.setattr(loop.named_sources, "from_config", lambda config, split: good)
+    monkeypatch.setattr(named_sources, "from_config", lambda config, split: good)
     assert loop.train(config, tmp_path).step == 6
     assert [record["loss"] for record in metrics.read(tmp_path)] == losses
     assert len(losses) == 6

@@ -124,7 +124,7 @@ def test_a_changed_source_is_recorded_once_it_is_accepted(copy, lab, tiny_config
 
 def test_the_flag_of_the_command_accepts_it(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(cli.config_lib, "from_arguments", lambda rest: None)
+    monkeypatch.setattr(config_lib, "from_arguments", lambda rest: None)
     monkeypatch.setattr(
         loop, "train", lambda config, workdir, **options: asked.append(options) or loop.Outcome(0, 0, None, None)
     )
@@ -164,4 +164,4 @@ def test_no_learner_is_taken_from_the_workdir(copy, monkeypatch, tiny_config):
 
 def test_registered_learners_have_no_source(tiny_config):
     config = tiny_config({"model.ttt.learner": "linear"})
-    assert resume.with_source(config) == config
+    assert resume.with_learner_source(config) == config

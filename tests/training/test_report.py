@@ -1,4 +1,4 @@
-"""What is reported of steps: times, utilisation, goodput, and when a loss is the end."""
+"""Test what is reported of steps: times, utilisation, goodput, and when a loss ends the run."""
 
 import math
 
@@ -53,14 +53,14 @@ def test_times_of_a_step_that_waited(tmp_path, clock):
     """A run of 4 chips of 100 FLOP/s; a step of 1200 FLOPs and 600 tokens that takes 6 s, 2 of them for data."""
     lines = Lines()
     output = report.Output(lines, lines, report.Goodput(tmp_path, useful=16.0), log_every=1)
-    steps = report.Report(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
+    reporter = report.Reporter(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
     clock.now += 10  # start-up
-    steps.waited("compile_seconds", 10, within_step=False)
-    steps.start()
-    steps(1, numbers())
-    steps.waited("data_wait_seconds", 2.0)
+    reporter.waited("compile_seconds", 10, within_step=False)
+    reporter.start()
+    reporter.add_step(1, numbers())
+    reporter.waited("data_wait_seconds", 2.0)
     clock.now += 6
-    steps.flush()
+    reporter.flush()
     (line,) = lines
     assert line["seconds_per_step"] == 6
     assert line["tokens_per_second"] == 100
@@ -70,9 +70,9 @@ def test_times_of_a_step_that_waited(tmp_path, clock):
     assert line["compile_seconds"] == 10
     assert line["goodput"] == 1.0  # 4 s and the 16 before, in 16 s since the start: a clock that was set back
     clock.now += 24
-    steps(2, numbers())
+    reporter.add_step(2, numbers())
     clock.now += 10
-    steps.flush()
+    reporter.flush()
     assert lines[1]["goodput"] == 1.0
     assert "compile_seconds" not in lines[1]
 
@@ -94,11 +94,11 @@ def test_goodput_over_restarts(tmp_path, clock):
 def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
     lines = Lines()
     output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=1)
-    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
-    steps.start()
-    steps(1, numbers())
+    reporter = report.Reporter(output, tokens=1, flops=1.0, chips=1, peak=None)
+    reporter.start()
+    reporter.add_step(1, numbers())
     clock.now += 1
-    steps.flush()
+    reporter.flush()
     assert "model_flop_utilisation" not in lines[0]
 
 
@@ -114,15 +114,15 @@ def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
     ],
 )
 def test_what_ends_a_run(clock, values, fatal):
-    steps = report.Report(None, tokens=1, flops=1.0, chips=1, peak=None)
-    steps.start()
-    steps(7, values)
+    reporter = report.Reporter(None, tokens=1, flops=1.0, chips=1, peak=None)
+    reporter.start()
+    reporter.add_step(7, values)
     clock.now += 1
     if fatal is None:
-        steps.flush()
+        reporter.flush()
     else:
         with pytest.raises(NonFiniteLossError, match=fatal):
-            steps.flush()
+            reporter.flush()
 
 
 def test_a_feed_is_one_batch_ahead():
@@ -144,11 +144,11 @@ def test_a_feed_is_one_batch_ahead():
 def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):
     lines = Lines()
     output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=4)
-    steps = report.Report(output, tokens=1, flops=1.0, chips=1, peak=None)
-    steps.start()
+    reporter = report.Reporter(output, tokens=1, flops=1.0, chips=1, peak=None)
+    reporter.start()
     for step in range(1, 7):
         clock.now += 1
-        steps(step, numbers(loss=step))
+        reporter.add_step(step, numbers(loss=step))
     clock.now += 1
-    steps.finish()
+    reporter.finish()
     assert [(line["step"], line["loss"]) for line in lines] == [(4, 4.0), (6, 6.0)]

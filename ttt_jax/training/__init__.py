@@ -1,1 +1,1 @@
-"""The outer loop: ordinary next-token training of every parameter, through the inner loop."""
+"""Train every parameter by ordinary next-token prediction, through the inner loop."""

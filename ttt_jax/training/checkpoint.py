@@ -1,20 +1,17 @@
-"""Checkpoints of a run: asynchronous, atomic, checked, float32, with everything that a resume needs.
+"""Save and restore the checkpoints of a run: asynchronous, atomic, checked, in float32.
 
 A checkpoint is a folder ``checkpoints/<step>`` with ``state`` (parameters, optimizer state, step), ``meta`` (JSON: the
-data position, the config, the versions of what wrote it) and the checksums of their files. Orbax writes into a
-temporary folder and renames it when all is there, so a run that is killed while saving leaves the checkpoints before it
-as they were.
+data position, the config, the versions of the packages that wrote it) and the checksums of their files. Orbax writes
+into a temporary folder and renames it once it is complete, so a run that is killed while saving leaves its earlier
+checkpoints as they were.
 
-On many processes all of them make the same calls in the same order, and a call ends in the same way on all of them:
-what failed on one has failed. Process 0 alone renames, deletes and speaks.
+Where a run has many processes, all of them make the same calls in the same order, and a call ends in the same way on
+all of them: a failure on one process is a failure on all. Process 0 alone renames, deletes and prints.
 """
 
 import contextlib
-import importlib.metadata
 import itertools
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +21,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-import ttt_jax
 from ttt_jax.distributed import process_checks
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -32,16 +28,15 @@ from ttt_jax.storage.workdir import Workdir, is_local
 from ttt_jax.training import checksums
 from ttt_jax.training.checkpoint_writer import Writer
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SAVE_AGAIN_AFTER = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _READ_AGAIN_AFTER = (1.0, 5.0, 15.0)
-_POLL_STEPS = 10  # many processes ask each other so often whether a save has ended
+_POLL_STEPS = 10  # steps after which several processes ask each other whether a save has ended
 
 T = TypeVar("T")
 
 
 class Restored(NamedTuple):
-    """What a run goes on from."""
+    """The step, the state and the ``meta`` of a checkpoint."""
 
     step: int
     state: Any
@@ -49,7 +44,7 @@ class Restored(NamedTuple):
 
 
 def check_folder(workdir: Workdir) -> None:
-    """Raise :class:`ConfigError` where no checkpoint can be saved in a local workdir, whatever is tried again."""
+    """Raise :class:`ConfigError` where no checkpoint can ever be saved in a local workdir."""
     folder = workdir / "checkpoints"
     if is_local(folder) and os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise ConfigError(f"--workdir {workdir}: {folder} is no folder that can be written to; expected one, or none")
@@ -60,11 +55,11 @@ class Checkpoints:
 
     Args:
       workdir: a folder, or a place on gs://.
-      keep_last: how many of the newest are kept.
+      keep_last: number of the newest checkpoints that are kept.
       milestone_every: checkpoints at multiples of this many steps are kept for good; 0 for none.
-      keep: says which others are kept.
-      read_only: whether nothing may be changed there.
-      save_again_after: seconds between a save that failed and the next attempt, one after the other.
+      keep: a policy that chooses others to keep.
+      read_only: whether to leave everything there as it is.
+      save_again_after: seconds between the first failed save and the next attempt, the second and the next, and so on.
     """
 
     def __init__(
@@ -77,8 +72,6 @@ class Checkpoints:
         read_only: bool = False,
         save_again_after: Sequence[float] = _SAVE_AGAIN_AFTER,
     ):
-        for name in ("absl", "asyncio"):  # orbax tells of every file; what fails is told here, once
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         policies = [checkpoint_managers.LatestN(keep_last), *([] if keep is None else [keep])]
         if milestone_every:
             policies.append(checkpoint_managers.EveryNSteps(milestone_every))
@@ -91,14 +84,14 @@ class Checkpoints:
         self._failures = 0  # in a row
         self._due: float | None = None  # when to save again, after a failure
 
-    # ---- Which there are
+    # ---- List
 
     def latest_step(self) -> int | None:
-        """Optimizer steps in the newest complete checkpoint; None where there is none."""
+        """Return the step of the newest complete checkpoint; None where there is none."""
         return max(self.all_steps(), default=None)
 
     def all_steps(self) -> list[int]:
-        """Steps of all complete checkpoints, in their order."""
+        """Return the steps of all complete checkpoints, sorted."""
 
         def find():
             if not self.directory.exists():
@@ -110,13 +103,13 @@ class Checkpoints:
     # ---- Save
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; returns once ``state`` may be changed.
+        """Start to write a checkpoint, and return once ``state`` may be changed.
 
-        Does nothing if it is there already, nor between a failure and the time of the next attempt. That a save failed
-        is seen by the next call of a method of this class, and told on standard error; see :meth:`wants_save`.
+        Do nothing if the checkpoint exists, or if a save has failed and the next attempt is not due yet. A failure is
+        noticed, and printed on standard error, by the next call of a method of this class; see :meth:`wants_save`.
 
         Raises:
-          CheckpointError: when all attempts have failed; names the newest checkpoint that is complete.
+          CheckpointError: when all attempts have failed; it names the newest complete checkpoint.
         """
         self._end_of_save()
         if not self._is_due():
@@ -127,7 +120,7 @@ class Checkpoints:
         self._writer.start(step, state, meta)
 
     def wants_save(self, step: int) -> bool:
-        """Whether saving has failed and the state as it is now should be saved; to be asked after every step.
+        """Return whether a save has failed and the current state should be saved instead. Call it after every step.
 
         Raises:
           CheckpointError: as :meth:`save`.
@@ -143,7 +136,7 @@ class Checkpoints:
         return self._due is not None and self._is_due()
 
     def finish(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Saves, in as many attempts as are allowed, and returns when the checkpoint is complete.
+        """Save, in as many attempts as are allowed, and return when the checkpoint is complete.
 
         Raises:
           CheckpointError: as :meth:`save`.
@@ -156,14 +149,14 @@ class Checkpoints:
             time.sleep(max(self._due - time.monotonic(), 0.01))
 
     def wait(self) -> None:
-        """Returns when what is being saved is complete, or has failed, which is told."""
+        """Return when the save that is under way is complete, or has failed, which is printed."""
         try:
             self._end_of_save()
         except CheckpointError as error:
             process_checks.say(str(error))
 
     def close(self) -> None:
-        """Waits, and lets go of everything."""
+        """Wait for the save that is under way, and close the writer."""
         self.wait()
         self._writer.close()
 
@@ -188,7 +181,7 @@ class Checkpoints:
         process_checks.say(f"{problem}; trying again in {seconds:g} s")
 
     def _known_steps(self) -> list[int]:
-        """All steps, as far as the storage tells."""
+        """Return the steps of all complete checkpoints; none where the storage cannot be read."""
         try:
             return self.all_steps()
         except CheckpointError:
@@ -202,13 +195,16 @@ class Checkpoints:
     # ---- Restore
 
     def restore_newest(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint that is not damaged, with the shapes, dtypes and shardings of ``abstract_state``.
+        """Return the newest checkpoint that is not damaged; None where there is no checkpoint.
 
-        Damaged ones that are newer are told of and renamed to ``damaged-<step>``. None where there is no checkpoint.
+        Newer checkpoints that are damaged are named on standard error and renamed to ``damaged-<step>``.
+
+        Args:
+          abstract_state: the shapes, dtypes and shardings of the state.
 
         Raises:
-          CheckpointError: where all are damaged (they stay as they are), or the files of one are as they were written
-            and do not give such a state.
+          CheckpointError: where all checkpoints are damaged (they stay as they are), or where one is as it was written
+            but does not hold such a state.
         """
         self._end_of_save()
         damaged: dict[int, str] = {}
@@ -234,7 +230,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state of a checkpoint, with the shapes, dtypes and shardings of ``abstract_state``.
+        """Return the state of a checkpoint, with the shapes, dtypes and shardings of ``abstract_state``.
 
         Raises:
           CheckpointError: where it cannot be restored.
@@ -243,12 +239,12 @@ class Checkpoints:
             return self._read_state(step, abstract_state)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """The parameters alone, without the optimizer state; raises as :meth:`restore`."""
+        """Return the parameters alone, without the optimizer state; raise as :meth:`restore`."""
         with self._checked(step):
             return self._read_state(step, {"params": abstract_params}, partial=True)["params"]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The ``meta`` of a checkpoint; raises as :meth:`restore`."""
+        """Return the ``meta`` of a checkpoint; raise as :meth:`restore`."""
         with self._checked(step):
             return self._read_meta(step)
 
@@ -261,7 +257,11 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory / str(step)}: cannot be restored: {error}") from None
 
     def _check(self, step: int) -> bool:
-        """Whether there are checksums; raises where files differ. Every process reads a share of the files."""
+        """Check the files against their checksums, each process a share of them; return whether there are checksums.
+
+        Raises:
+          CheckpointError: where a file differs.
+        """
         folder = self.directory / str(step)
 
         def check():
@@ -269,21 +269,21 @@ class Checkpoints:
             if problem is not None:
                 raise CheckpointError(problem)
 
-        self._exchange.on_all(lambda: _patiently(check))
+        self._exchange.on_all(lambda: _with_retries(check))
         return self._exchange.on_first((folder / checksums.NAME).exists)
 
     def _read_state(self, step: int, abstract: Any, partial: bool = False) -> Any:
-        """Every process reads what it needs by itself, without barriers at which the others would wait for it."""
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        """Restore the state. Each process reads what it needs, without barriers at which others would wait for it."""
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process_alone())
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
         folder = self.directory / str(step) / "state"
-        return self._exchange.on_all(lambda: _patiently(lambda: handler.restore(folder, args=args)))
+        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder, args=args)))
 
     def _read_meta(self, step: int) -> dict[str, Any]:
-        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_this_process_alone())
         folder = self.directory / str(step) / "meta"
-        return self._exchange.on_all(lambda: _patiently(lambda: handler.restore(folder)))
+        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder)))
 
     def _set_aside(self, step: int, problem: str, used: int) -> None:
         folder = self.directory / str(step)
@@ -302,7 +302,7 @@ class Checkpoints:
 
 
 def describe_newest(workdir: str | os.PathLike) -> str:
-    """Return in words which checkpoint of a workdir is the newest complete one. For buckets, that takes an answer."""
+    """Return a text that names the newest complete checkpoint of a workdir. In a bucket, this needs the network."""
     folder = epath.Path(os.fspath(workdir)) / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.exists() else []
     if not steps:
@@ -310,13 +310,13 @@ def describe_newest(workdir: str | os.PathLike) -> str:
     return f"the newest complete checkpoint is {folder / str(max(steps))}"
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
+def _this_process_alone() -> ocp.options.MultiprocessingOptions:
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
 
 
-def _patiently(read: Callable[[], T]) -> T:
-    """Reads again where it is the storage that fails, rather than what lies there."""
+def _with_retries(read: Callable[[], T]) -> T:
+    """Read, and try again where the storage fails, but not where a file is missing."""
     for seconds in _READ_AGAIN_AFTER:
         try:
             return read()
@@ -325,9 +325,3 @@ def _patiently(read: Callable[[], T]) -> T:
         except OSError:
             time.sleep(seconds)
     return read()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, this package and what it computes with."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": sys.version.split()[0], "ttt_jax": ttt_jax.__version__, **found}

@@ -1,4 +1,4 @@
-"""Whether the files of a folder are what was written there.
+"""Write and check the checksums of a folder's files.
 
 Arrays on disk carry no checksum of their own: a flipped bit in one would be read as another number. So the sizes and
 checksums (CRC-32) of all files lie beside them in ``checksums.json``.
@@ -19,7 +19,7 @@ _THREADS = 8
 
 
 def write(folder: epath.Path, subfolders: Iterable[str]) -> None:
-    """Writes the sizes and checksums of all that lies in ``subfolders`` of a folder."""
+    """Write the sizes and checksums of all files in ``subfolders`` of a folder."""
     paths = [path for name in subfolders for path in _files(folder / name)]
     names = [os.fspath(path.relative_to(folder)) for path in paths]
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -28,15 +28,13 @@ def write(folder: epath.Path, subfolders: Iterable[str]) -> None:
 
 
 def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with one of the files, or None.
-
-    Nothing is wrong where no checksums were written.
+    """Return what is wrong with one of the files; None where all are as written, or no checksums were written.
 
     Args:
-      part: which share of the files to check, of ``parts``.
+      part: which of ``parts`` shares of the files to check.
 
     Raises:
-      OSError: where a file cannot be read that is there.
+      OSError: where a file exists but cannot be read.
     """
     try:
         text = (folder / NAME).read_text()

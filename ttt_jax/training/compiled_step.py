@@ -1,4 +1,4 @@
-"""From a config to the one compiled step of a run, and the arrays it works on."""
+"""Build the compiled step of a run and its initial state from a config."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +19,7 @@ from ttt_jax.training.step import TrainState, initial_state, train_step
 
 
 class Program(NamedTuple):
-    """What a config describes, laid out on a mesh, before anything is compiled or allocated."""
+    """The model and the optimizer of a config, laid out on a mesh, before anything is compiled or allocated."""
 
     config: ml_collections.ConfigDict
     model: LanguageModel
@@ -33,12 +33,12 @@ class Program(NamedTuple):
     abstract_state: TrainState  # shapes, dtypes and shardings
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, drawn from ``config.seed``; the same on every mesh."""
+        """Return the state before the first step, drawn from ``config.seed``; the same on every mesh."""
         draw = jax.jit(partial(_initial_state, self.model, self.optimizer), out_shardings=self.state_sharding)
         return draw(jax.random.key(self.config.seed))
 
     def compiled_step(self) -> jax.stages.Compiled:
-        """``(state, batch) -> (state, metrics)``, compiled for the shapes of the config; the state is donated."""
+        """Compile ``(state, batch) -> (state, metrics)`` for the shapes of the config. The state is donated."""
         step = train_step(
             self.model,
             self.optimizer,
@@ -59,14 +59,14 @@ class Program(NamedTuple):
             return jitted.lower(self.abstract_state, batch).compile()
 
     def compiled_step_and_initial_state(self) -> tuple[jax.stages.Compiled, TrainState]:
-        """Return both, the state drawn while the step compiles: its own program takes a third as long to compile."""
+        """Return both. The state is drawn while the step compiles: its program takes a third as long to compile."""
         with ThreadPoolExecutor(1) as pool:
             state = pool.submit(self.initial_state)
             return self.compiled_step(), state.result()
 
 
 def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
-    """Builds the program of a validated config.
+    """Build the program of a validated config.
 
     Raises:
       ConfigError: where parameters do not fit the mesh.
@@ -104,6 +104,6 @@ def make(config: ml_collections.ConfigDict, mesh: Mesh) -> Program:
 
 
 def _initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Return the first state; where axes have names, its parameters and their moments are in boxes that carry them."""
+    """Return the first state. Parameters and moments whose axes have names are in boxes that carry the names."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return initial_state(params, optimizer)

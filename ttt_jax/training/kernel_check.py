@@ -15,7 +15,7 @@ _LIMIT = 900.0  # seconds for the slowest process
 
 
 def checked(run: compiled_step.Program) -> compiled_step.Program:
-    """Return a program whose inner loop has been checked on its devices, which are here.
+    """Return a program whose inner loop has been checked on its devices, some of which belong to this process.
 
     Where :func:`kernels_to_check` finds a fused kernel that is going to run, each process has it check itself on one of
     its devices (:mod:`ttt_jax.kernels.self_check`; once, whatever else is built for the same shapes). If it is wrong on
@@ -24,22 +24,22 @@ def checked(run: compiled_step.Program) -> compiled_step.Program:
 
     All processes call this alike.
     """
-    found = kernels_to_check(run.config.model, run.mesh)
-    if not found:
+    kernels = kernels_to_check(run.config.model, run.mesh)
+    if not kernels:
         return run
-    here = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
+    device = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
     known = self_check.of_family.cache_info().misses
-    wrong = "; ".join(filter(None, (_problem(family, here) for family in found)))
+    wrong = "; ".join(filter(None, (_problem(family, device) for family in kernels)))
     problem = Exchange("kernel check").first_problem(wrong, _LIMIT)
     if problem is None:
         if self_check.of_family.cache_info().misses > known:
-            for report in (self_check.of_family(family, here) for family in found):
+            for report in (self_check.of_family(family, device) for family in kernels):
                 process_checks.say(
                     f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
                 )
         return run
     process_checks.say(
-        f"WARNING: the fused kernel of the inner loop is wrong on {here.device_kind}: {problem}. The scan is used "
+        f"WARNING: the fused kernel of the inner loop is wrong on {device.device_kind}: {problem}. The scan is used "
         "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
         "model.ttt.kernel_check=false uses the kernel as it is"
     )
@@ -49,8 +49,10 @@ def checked(run: compiled_step.Program) -> compiled_step.Program:
 
 
 def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
-    """Return what is to be checked of the model on a mesh, for each kind of block that uses a kernel: none where it is
-    interpreted, or where ``model.ttt.kernel_check`` is false."""
+    """Return the fused kernels of a model on a mesh that are to be checked, one for each kind of block that uses one.
+
+    There are none where kernels are interpreted, or where ``model.ttt.kernel_check`` is false.
+    """
     device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
     if not model.ttt.kernel_check or kernels.interpreted(device):
         return []
@@ -63,9 +65,9 @@ def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_
 
 
 def _problem(kernel: self_check.Family, device: jax.Device) -> str:
-    """What is wrong with the kernel, in words; nothing where nothing is."""
+    """Return what is wrong with the kernel; an empty text where nothing is."""
     try:
         report = self_check.of_family(kernel, device)
-    except Exception as error:  # of the compiler, of the device
+    except Exception as error:  # whatever the compiler or the device raises
         return f"it does not run, {describe(error)}"
     return f"it differs from the scan by {report}" if report.wrong else ""

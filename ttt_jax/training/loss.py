@@ -1,4 +1,4 @@
-"""The next-token loss.
+"""Compute the next-token loss.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ import optax
 
 
 class Batch(TypedDict):
-    """One batch of windows."""
+    """A batch of windows."""
 
     inputs: Any  # [B, T] integers
     targets: Any  # [B, T] integers: the inputs one token later
@@ -19,12 +19,14 @@ class Batch(TypedDict):
 
 
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target in nats, [B, T], float32."""
+    """Return the negative log-likelihood of each target in nats, [B, T], float32."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
 
 
 def mean_over_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean over rows of the masked mean of each row: not weighted by tokens; a row that is fully masked counts as 0.
+    """Return the mean over rows of the masked mean of each row.
+
+    Rows are not weighted by their numbers of tokens, and a row that is fully masked counts as 0.
 
     Args:
       values, mask: [B, T].

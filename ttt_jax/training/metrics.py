@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for."""
+"""Write metrics to ``metrics.jsonl`` and, when asked for, to TensorBoard and Weights & Biases; read them again."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,41 +12,40 @@ from ttt_jax.storage.writing import AppendedFile, BucketFile, set_aside, write_a
 
 
 class MetricsWriter:
-    """Appends one JSON object per record to ``metrics.jsonl``, with a checksum of the line as its last key, ``crc``.
+    """Append one JSON object per record to ``metrics.jsonl``, with a checksum of the line as its last key, ``crc``.
 
-    Opening it for a run that resumes at ``step`` drops the records after that step (they are computed again, and equal)
-    and a last line that was cut short. Where other lines are damaged, they are named and left out, and the file is kept
-    under another name. In a bucket, the file is brought up to date now and then, by :meth:`flush` and
-    by :meth:`close`.
+    Opening it for a run that resumes at ``step`` drops the records after that step, which are computed again and equal,
+    and a last line that was cut short. Other lines that are damaged are named and left out, and the damaged file is set
+    aside. In a bucket, the file is brought up to date from time to time, by :meth:`flush` and by :meth:`close`.
     """
 
     def __init__(self, workdir: Workdir, step: int, *, tensorboard: bool = False, wandb: dict[str, Any] | None = None):
-        self._others: list[tuple[Callable, Callable]] = []  # write and close of each
-        if wandb:  # which may be refused, by a server too: before anything is written
+        self._others: list[tuple[Callable, Callable]] = []  # the functions that write and close each
+        if wandb:  # first, because its server may refuse: nothing has been written by then
             self._others.append(_wandb(workdir, wandb))
         if tensorboard:
             self._others.append(_tensorboard(workdir))
         self._file = _open(workdir / "metrics.jsonl", step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Records numbers of one step."""
+        """Write the record of one step."""
         self._file.write(json_files.line_with_checksum({"step": step, **values}))
         for write_other, _ in self._others:
             write_other(step, values)
 
     def flush(self) -> None:
-        """Returns when a run that is killed now would find all records; at the latest after some seconds."""
+        """Wait until all records would outlive the death of this process, for some seconds at most."""
         self._file.flush()
 
     def close(self) -> None:
-        """Flushes to disk, and ends what the others began."""
+        """Flush and close the file, TensorBoard and Weights & Biases."""
         self._file.close()
         for _, close_other in self._others:
             close_other()
 
 
 def check_destinations(workdir: Workdir, *, tensorboard: bool, wandb: bool = False) -> None:
-    """Raise :class:`ConfigError` where metrics cannot go to such a workdir, or a package for them is missing."""
+    """Raise :class:`ConfigError` where metrics cannot be written there, or a package for them is missing."""
     if tensorboard and not is_local(workdir):
         raise ConfigError(
             f"log.tensorboard=true: needs a local workdir, not {workdir}; expected false (metrics.jsonl is written "
@@ -59,19 +58,19 @@ def check_destinations(workdir: Workdir, *, tensorboard: bool, wandb: bool = Fal
 
 
 def read(workdir: Workdir) -> list[dict[str, float]]:
-    """Return all complete records of a run; lines that are damaged are named on standard error and left out."""
+    """Return all complete records of a run. Damaged lines are named on standard error and left out."""
     return json_files.read_lines(workdir / "metrics.jsonl").records
 
 
 def _open(path: Workdir, step: int) -> AppendedFile | BucketFile:
-    """Return the file to append to, without the records after ``step``. A file with damaged lines is kept aside."""
-    there = json_files.read_lines(path, warn=False)
+    """Open the file to append to, without the records after ``step``. A file with damaged lines is set aside."""
+    lines = json_files.read_lines(path, warn=False)
     kept = "".join(
-        text + "\n" for text, record in zip(there.texts, there.records, strict=True) if record["step"] <= step
+        text + "\n" for text, record in zip(lines.texts, lines.records, strict=True) if record["step"] <= step
     )
-    if there.problems:
+    if lines.problems:
         aside = set_aside(path)
-        json_files.warn_once(f"{json_files.describe_problems(path, there.problems)}, and the file is kept as {aside}")
+        json_files.warn_once(f"{json_files.describe_problems(path, lines.problems)}, and the file is kept as {aside}")
     if not is_local(path):
         return BucketFile(path, kept)
     if kept or path.exists():
@@ -105,11 +104,11 @@ def _wandb(workdir: Workdir, settings: dict[str, Any]):
         raise ConfigError(f"log.wandb_project: needs wandb; {extras.install_command('wandb')}") from error
     local = is_local(workdir)
     place = str(workdir.resolve() if local else workdir)
-    identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()  # resumes with the workdir
-    folder = workdir if local else None  # None is ./wandb, for it writes to local folders only
+    identity = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()  # the same for a resumed run
+    folder = workdir if local else None  # wandb writes to local folders only; None is ./wandb
     try:
         run = wandb.init(dir=folder, name=workdir.name, id=identity, resume="allow", **settings)
-    except Exception as error:  # of wandb, of its server
+    except Exception as error:  # whatever wandb or its server raises
         reason = " ".join(f"{error}".split())
         raise ConfigError(
             f"log.wandb_project={settings['project']}: {reason}; expected a login (wandb login), WANDB_MODE=offline or "

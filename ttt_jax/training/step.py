@@ -1,4 +1,4 @@
-"""One optimizer step, as a pure function to be compiled once.
+"""Define one optimizer step, as a pure function that is compiled once.
 
 Shapes: B batch (over all devices), T tokens.
 """
@@ -19,7 +19,7 @@ from ttt_jax.training.optimizer import Schedule
 
 
 class TrainState(NamedTuple):
-    """Everything that an optimizer step changes; float32."""
+    """The state that an optimizer step changes, in float32."""
 
     step: jax.Array  # optimizer steps taken, int32 scalar
     params: Any
@@ -38,11 +38,11 @@ def train_step(
     accumulation: int = 1,
     spike_factor: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Builds ``(state, batch) -> (state, metrics)``.
+    """Return the function ``(state, batch) -> (state, metrics)``.
 
     ``learning_rate`` must be the optimizer's own; here it is only reported. With ``accumulation`` the batch is read
     in that many micro-batches, and the mean of their gradients is one step. With ``spike_factor`` an update may be left
-    out: see :func:`ttt_jax.training.optimizer.judge`.
+    out: see :func:`ttt_jax.training.optimizer.judge_update`.
 
     Metrics: ``loss`` before the update, ``grad_norm`` before clipping, ``learning_rate`` and ``inner_lr_warmup`` of
     this step; with ``spike_factor`` also ``skipped`` and ``skipped_in_a_row``, updates left out.
@@ -76,15 +76,17 @@ def train_step(
             "learning_rate": learning_rate(state.step),
             "inner_lr_warmup": jnp.asarray(warmup, jnp.float32),
         }
-        allowed, guard = optimizer_lib.judge(state.guard, norm, spike_factor)
+        allowed, guard = optimizer_lib.judge_update(state.guard, norm, spike_factor)
         if spike_factor:
             metrics.update(skipped=guard.skipped, skipped_in_a_row=guard.in_a_row)
-            params, opt_state = optimizer_lib.choose(allowed, (params, opt_state), (state.params, state.opt_state))
+            params, opt_state = optimizer_lib.select_update(
+                allowed, (params, opt_state), (state.params, state.opt_state)
+            )
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return step
 
 
 def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), optimizer_lib.initial_guard())
