@@ -55,7 +55,7 @@ def test_a_run_starts_there_with_everything_else_new(first, abstract_state, tmp_
 @pytest.mark.slow
 def test_one_of_its_checkpoints(first, abstract_state, tiny_config):
     config = tiny_config({"training.start_from": f"{first}/checkpoints/2/"})
-    params, origin = start.parameters(config, abstract_state.params)
+    params, origin = start.load_parameters(config, abstract_state.params)
     assert origin == f"{first}, step 2"
     jax.tree.map(np.testing.assert_array_equal, params, saved(first, 2, abstract_state).params)
 
@@ -92,7 +92,7 @@ def test_a_run_without_checkpoints(tmp_path, abstract_state, tiny_config):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     config = tiny_config({"training.start_from": str(tmp_path)})
     with pytest.raises(ConfigError, match="no such checkpoint; expected a run that has saved a checkpoint"):
-        start.parameters(config, abstract_state.params)
+        start.load_parameters(config, abstract_state.params)
 
 
 @pytest.mark.slow
