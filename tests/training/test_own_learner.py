@@ -96,9 +96,7 @@ def test_the_hash_of_the_source_is_in_the_run_and_in_its_checkpoints(finished):
 
 
 def test_a_changed_source_is_refused_by_training_and_evaluation_before_it_runs(copy, changed, tiny_config):
-    expected = (
-        f"^model.ttt.learner='{NAME}': {changed} has changed since .* ttt train --accept-changed-learner [^\n]*$"
-    )
+    expected = f"^model.ttt.learner='{NAME}': {changed} has changed since .* ttt train --accept-changed-learner [^\n]*$"
     with pytest.raises(ConfigError, match=expected):
         loop.train(tiny_config({**CHANGES, "training.duration": "3 steps"}), copy)
     with pytest.raises(ConfigError, match=expected):
