@@ -20,7 +20,7 @@ REFUSED = {
     "plot mini-batch a": "a: holds no run; expected a workdir of ttt train, or of ttt sweep",
     "plot inner-loss a b": "error: unexpected argument: b",
     "plot inner-loss a --layers 1-x": "error: argument --layers: 'x': expected 0 or more",
-    "plot inner-loss a --layers 0,3-1": "error: argument --layers: '3-1': expected the lower one first",
+    "plot inner-loss a --layers 0,3-1": "error: argument --layers: '3-1': expected the lower number first",
     "plot loss-by-position a --context 1k,2k": "error: argument --context: '1k,2k': expected one integer from 1",
     "plot inner-loss a --window 0": "error: argument --window: '0': expected 1 or more",
     "plot table a --output x.png": "--output x.png: expected a name that ends in .tex, .csv or .txt",

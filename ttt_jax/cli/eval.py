@@ -1,4 +1,4 @@
-"""``ttt eval`` and ``ttt eval compare``: loss and perplexity of trained models by token index, and differences."""
+"""Run ``ttt eval`` and ``ttt eval compare``: loss and perplexity of trained models by token index, and differences."""
 
 import argparse
 import csv
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
     from ttt_jax.evaluation.evaluations import Evaluation
 
 DESCRIPTION = """\
-Loss and perplexity of trained models on a split, and loss by token index. Of each run and context, writes
-DIR/eval/SPLIT-T.npz, .csv and .json (docs/evaluation.md tells what is in them). Errors are over documents. The context
-may be longer than that of training: it is read in pieces, the state carried on, so that TTT reads a book of any
-length in the same memory. A command that was stopped goes on where it was.
+Loss and perplexity of trained models on a split, and loss by token index. For each run and context, writes
+DIR/eval/SPLIT-T.npz, .csv and .json (described in docs/evaluation.md). Errors are over documents. The context may be
+longer than that of training: it is read in pieces, the state carried from one to the next, so that TTT reads a book of
+any length in the same memory. A command that was stopped resumes where it was.
 
-By default, windows of T tokens, whatever documents lie in them, as in training. With --by-document, documents, each
-from its beginning and a fresh state, to its end or to T tokens. With --carry-state, the same documents, but each
-begins with the state that the one before it left.
+By default, reads windows of T tokens, regardless of documents, as in training. With --by-document, reads documents,
+each from its beginning and a fresh state, to its end or to T tokens. With --carry-state, reads the same documents, but
+each starts from the state that its predecessor left.
 
-ttt eval compare tells by how much runs differ, on the same tokens: ttt eval compare --help
+ttt eval compare shows how much runs differ, on the same tokens: ttt eval compare --help
 """
 _CHAINS = 8
 COMPARE = """\
-The loss of runs minus that of the first one, on the same tokens, by token index, after ttt eval has been run on each.
-The error is that of the difference, over documents: much smaller than that of either loss.
+The loss of runs minus the loss of the first run, on the same tokens, by token index, after ttt eval has been run on
+each. The error is the error of the difference, over documents, which is much smaller than the error of either loss.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt eval``."""
+    """Add the options of ``ttt eval``."""
     add = parser.add_argument
-    add("--workdir", required=True, nargs="+", metavar="DIR", help="of runs")
+    add("--workdir", required=True, nargs="+", metavar="DIR", help="workdirs of runs")
     add("--context", type=counts, default=[2048], metavar="T,...", help="tokens: 2048 (the default), or 2k,8k,32k")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
     add_evaluation_kind(parser)
-    add("--max-windows", type=positive, default=256, metavar="N", help="or documents, at most so many (default: 256)")
-    add("--chains", type=positive, metavar="N", help=f"with --carry-state: read side by side (default: {_CHAINS})")
+    add("--max-windows", type=positive, default=256, metavar="N", help="windows or documents at most (default: 256)")
+    add("--chains", type=positive, metavar="N", help=f"with --carry-state: chains of documents (default: {_CHAINS})")
     add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best, all or 100,200")
     add("--batch-size", type=positive, metavar="B", help="sequences at a time (default: as many tokens as in training)")
     add("--piece-length", type=positive, metavar="N", help="tokens at a time (default: the context of training)")
-    add("--csv", type=Path, metavar="FILE", help="also all of them in one table, by bins of positions")
+    add("--csv", type=Path, metavar="FILE", help="also write all evaluations in one table, by bins of positions")
     several = parser.add_argument_group("several devices")
     for axis, what in (("fsdp", "parameters"), ("tensor", "heads")):
         several.add_argument(
@@ -73,20 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt eval compare``."""
+    """Add the options of ``ttt eval compare``."""
     add = parser.add_argument
-    add("workdir", nargs="+", metavar="DIR", help="of evaluated runs; the others are compared with the first")
+    add("workdir", nargs="+", metavar="DIR", help="workdirs of evaluated runs; compares the others with the first")
     add("--context", type=count, metavar="T", help="(default: the longest that all have)")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
     add_evaluation_kind(parser)
     add_which_evaluation(parser)
-    add("--step", type=not_negative, help="of evaluations that were asked for by step")
+    add("--step", type=not_negative, help="evaluations of this step, made with --step")
 
 
 def run(options: argparse.Namespace) -> int:
-    """``ttt eval``"""
+    """Run ``ttt eval``."""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    for workdir in workdirs:  # whatever is wrong with one of them is told before any is evaluated
+    for workdir in workdirs:  # raises for a wrong workdir before any run is evaluated
         run_config.load(workdir)
     if options.chains and not options.carry_state:
         raise ConfigError(f"--chains {options.chains}: expected --carry-state with it")
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     from ttt_jax.distributed import process_checks
     from ttt_jax.evaluation import evaluate, evaluations, trained
 
-    tell = jax.process_index() == 0
+    first_process = jax.process_index() == 0
     found, of_runs = [], []
     for workdir in workdirs:
         trained.steps(workdir, options.step)
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
                     options.source,
                 )
                 stem = what.stem(named_step)
-                progress = _Progress(f"{workdir.name} {stem}", tell)
+                progress = _Progress(f"{workdir.name} {stem}", first_process)
                 with process_checks.locked(workdir / "eval", "ttt eval", name=f".{stem}.running") as lock:
                     try:
                         evaluation = evaluate.evaluate(
@@ -140,14 +140,14 @@ def run(options: argparse.Namespace) -> int:
                     print(f"{_words(evaluation)}\n  {path} (and .csv, .json{beside})", flush=True)
                     found.append(evaluation)
                     of_runs.append(workdir)
-    if options.csv and tell:
+    if options.csv and first_process:
         _write_table(options.csv, evaluations.told_apart(of_runs, found))
         print(options.csv)
     return DONE
 
 
 def compare(options: argparse.Namespace) -> int:
-    """``ttt eval compare``"""
+    """Run ``ttt eval compare``."""
     from rich.table import Table
 
     from ttt_jax.evaluation import evaluations, statistics
@@ -200,14 +200,14 @@ def _with_error(difference: float, error: float) -> str:
 
 
 class _Progress:
-    """A line that says how far an evaluation is, from the second call on."""
+    """A line that shows how much of an evaluation is done, from the second call on."""
 
-    def __init__(self, name: str, tell: bool):
-        self._name, self._tell, self._began, self._start = name, tell, time.monotonic(), 0
+    def __init__(self, name: str, shown: bool):
+        self._name, self._shown, self._began, self._start = name, shown, time.monotonic(), 0
         self._line: StatusLine | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        if not self._tell:
+        if not self._shown:
             return
         if self._line is None:
             self._line, self._start = StatusLine(total, done, self._name), done
@@ -237,7 +237,7 @@ def _words(evaluation: "Evaluation") -> str:
 
 
 def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:
-    """A line for each evaluation and bin."""
+    """Write a line for each evaluation and bin."""
     of = ("workdir", "model", "parameters", "step", "source", "split", "of", "carried", "context")
     by_bin = ("first", "last", "loss", "standard_error", "low", "high", "count")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``ttt inspect``: what the inner loop of trained models does."""
+"""Run ``ttt inspect``: losses, weights and learning rates of the inner loop of trained models."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from ttt_jax.evaluation.trained import Trained
 
 DESCRIPTION = """\
-What the inner loop of a trained model does, layer by layer: the self-supervised loss at W0, before and after each step,
-how far W goes from W0, and the learning rates, by position. Writes DIR/inspect/SPLIT-T.npz, .csv and .json and prints a
+The inner loop of a trained model, layer by layer: the self-supervised loss at W0, before and after each step, the
+distance of W from W0, and the learning rates, by position. Writes DIR/inspect/SPLIT-T.npz, .csv and .json and prints a
 line for each layer. The context may be longer than that of training; memory does not grow with it.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt inspect``."""
+    """Add the options of ``ttt inspect``."""
     add = parser.add_argument
-    add("--workdir", required=True, nargs="+", metavar="DIR", help="of runs")
+    add("--workdir", required=True, nargs="+", metavar="DIR", help="workdirs of runs")
     add("--context", type=counts, default=[2048], metavar="T,...", help="tokens: 2048 (the default), or 2k,8k,32k")
     add("--split", default="validation", choices=SPLITS, help="(default: validation)")
-    add("--max-windows", type=positive, default=64, metavar="N", help="at most so many (default: 64)")
-    add("--by-document", action="store_true", help="the beginnings of documents that have more than T tokens")
+    add("--max-windows", type=positive, default=64, metavar="N", help="read at most N windows (default: 64)")
+    add("--by-document", action="store_true", help="read the beginnings of documents with more than T tokens")
     add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best, all or 100,200")
     add("--batch-size", type=positive, metavar="B", help="windows at a time (default: as many tokens as in training)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """``ttt inspect``"""
+    """Run ``ttt inspect``."""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     from ttt_jax.distributed import startup
     from ttt_jax.evaluation import inner_loop, trained

@@ -1,4 +1,4 @@
-"""``ttt plot``: pictures and tables from evaluations."""
+"""Run ``ttt plot``: figures and tables from evaluations."""
 
 import argparse
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\
-Draws what ttt eval and ttt inspect have written about runs.
+Draws figures and tables from the results of ttt eval and ttt inspect.
 
 kinds:
   loss-by-position  loss by token index of several runs; paired differences
@@ -28,15 +28,15 @@ kinds:
   inner-loss        the loss of the inner loop by token index, layer by layer
   table             an ablation: each run, and its difference to the one before
 
-Each kind tells more: ttt plot flops --help. A DIR is the workdir of a run, that of a sweep, or a folder of those.
-What a run is, is read from what has been written about it, never from the names of folders.
+Help on each kind: ttt plot flops --help. A DIR is the workdir of a run, of a sweep, or a folder of those. Models and
+settings of runs are read from their files, never from the names of folders.
 """
-_MAX_WINDOWS = "evaluated on so many, where there are several"
-_PUBLISHED = "with what the paper states in its text (2407.04620)"
+_MAX_WINDOWS = "the evaluation of N windows, if there are several"
+_PUBLISHED = "add the perplexities that the text of the paper states (2407.04620)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The kinds of ``ttt plot``, and the options of each."""
+    """Add the kinds of ``ttt plot``, and the options of each."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help=argparse.SUPPRESS, prog=parser.prog)
     parser.usage = f"{parser.prog} [-h] KIND ..."
 
@@ -56,15 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--context", type=count, metavar="T", help="of the evaluations (default: the longest that all have)")
     add_evaluation_kind(p)
     add_which_evaluation(p)
-    p.add_argument("--step", type=not_negative, help="of evaluations that were asked for by step")
-    p.add_argument("--against", metavar="DIR", help="a run: also the paired difference of each other one to it")
+    p.add_argument("--step", type=not_negative, help="evaluations of this step, made with --step")
+    p.add_argument("--against", metavar="DIR", help="a run: also draw the paired difference of each other run to it")
     p.add_argument("--perplexity", action="store_true", help="the exponential of the mean loss, on a log axis")
 
     def which_evaluation(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--source", metavar="DIR", help="evaluated on another dataset than that of training")
+        p.add_argument("--source", metavar="DIR", help="evaluations on a dataset other than that of training")
         p.add_argument("--max-windows", type=positive, metavar="N", help=_MAX_WINDOWS)
 
-    contexts = {"type": counts, "metavar": "T,T", "help": "only runs that were trained at these (default: all)"}
+    contexts = {"type": counts, "metavar": "T,T", "help": "runs that were trained at these contexts (default: all)"}
     p = kind("flops", _flops, _FLOPS)
     p.add_argument("workdir", nargs="+", metavar="DIR", help="runs, sweeps, folders of them")
     which_evaluation(p)
@@ -84,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--published", action="store_true", help=_PUBLISHED)
 
     p = kind("inner-loss", _inner_loss, _INNER_LOSS)
-    p.add_argument("workdir", metavar="DIR", help="of an inspected run")
+    p.add_argument("workdir", metavar="DIR", help="workdir of an inspected run")
     p.add_argument("--context", type=count, metavar="T", help="of the inspection (default: the longest)")
-    p.add_argument("--max-windows", type=positive, metavar="N", help="of the inspection, where there are several")
+    p.add_argument("--max-windows", type=positive, metavar="N", help="the inspection of N windows, if several exist")
     p.add_argument("--layers", type=_layers, metavar="I,J", help="from 0: 0,1,2 or 0-2 (default: all)")
     p.add_argument("--window", type=positive, default=10, metavar="N", help="positions to average over (default: 10)")
 
@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """``ttt plot``"""
+    """Run ``ttt plot``."""
     options.output = options.output or options.default
     options.draw(options)
     for path in options.output:
@@ -171,28 +171,28 @@ def _layers(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         chosen = range(not_negative(first), not_negative(last if dash else first) + 1)
         if not chosen:
-            raise argparse.ArgumentTypeError(f"{part!r}: expected the lower one first")
+            raise argparse.ArgumentTypeError(f"{part!r}: expected the lower number first")
         found += chosen
     return found
 
 
 _LOSS_BY_POSITION = """\
-Draws the loss by token index of several runs on one figure, after ttt eval has been run on each with the same split
+Draws the loss by token index of several runs in one figure, after ttt eval has been run on each with the same split
 and context: a smoothed curve over the raw points, on a log axis, with the 95 % interval of the mean in each bin.
 
---against adds what stands between the curves: their difference to one run on the same text, which is known better than
-either, as what is hard to predict is hard for both.
+--against adds the differences to one run on the same text. A difference has a smaller error than either loss, because
+documents that are hard for one model are hard for the other.
 """
 _FLOPS = """\
-Draws the perplexity of runs, each at the context of its training, against the FLOPs of its training, both on log axes:
-a panel for each context, a line for each kind of model through its sizes. Figures 10, 11, 15 of the paper.
+Draws the perplexity of runs, each at its training context, against the FLOPs of their training, both on log axes: a
+panel for each context, a line for each kind of model through its sizes. Figures 10, 11, 15 of the paper.
 
-FLOPs are counted from the config: matrix products, forward and backward, without recomputation; of a run that started
-from another's parameters, those of both.
+FLOPs are computed from the config: matrix products, forward and backward, without recomputation. A run that started
+from the parameters of another includes the FLOPs of both.
 """
 _CONTEXT = """\
-Draws the perplexity of runs against the context of their training, at which each is evaluated. Figure 16 of the paper
-is --lines model.
+Draws the perplexity of runs against their training context, at which each was evaluated. Figure 16 of the paper is
+--lines model.
 """
 _MINI_BATCH = """\
 Draws perplexity, and seconds per training step, against the mini-batch size of the inner loop: a sweep over
@@ -200,9 +200,9 @@ model.ttt.mini_batch. Figure 7 of the paper.
 """
 _INNER_LOSS = """\
 Draws the loss of the inner loop by token index, after ttt inspect has been run: at W0, at the weights before each
-step, and after it; a panel for each layer. Figures 4 (--layers 0-2) and 14 of the paper.
+step, and at the weights after it; a panel for each layer. Figures 4 (--layers 0-2) and 14 of the paper.
 """
 _TABLE = """\
-Prints a table of runs: perplexity at the context of training, what each changes in the run before it, and the
-difference in perplexity, with its standard error over documents, paired. Table 1 of the paper.
+Prints a table of runs: perplexity at the training context, the changes of each run to the run before it, and the paired
+difference in perplexity with its standard error over documents. Table 1 of the paper.
 """

@@ -1,4 +1,4 @@
-"""``ttt probe needle`` and ``ttt probe task``: what a trained model remembers."""
+"""Run ``ttt probe needle`` and ``ttt probe task``: probe what a trained model remembers."""
 
 import argparse
 import itertools
@@ -22,40 +22,40 @@ if TYPE_CHECKING:
 
 NEEDLES = ("passkey", "number", "uuid")
 DESCRIPTION = """\
-What a trained model remembers, without downloads. Two kinds of probes:
+Probes what a trained model remembers, without downloads. Two kinds of probes:
 
   ttt probe needle   a number or a UUID in a haystack of text, by context and depth
   ttt probe task     the synthetic task that the model was trained on, by number of items and context
 
-Each tells more: ttt probe needle --help
+Help on each kind: ttt probe needle --help
 """
 NEEDLE = """\
 Single needles of RULER (arXiv:2404.06654), by context and depth, with the tokenizer of the run's data:
 
-  passkey   S-NIAH-1: a 7-digit number in five sentences over and over
+  passkey   S-NIAH-1: a 7-digit number in five sentences, repeated
   number    S-NIAH-2: a 7-digit number in prose
   uuid      S-NIAH-3: a UUID in prose
 
-Prose is that of the run's own data, or of --haystack. A cell of the tables is the share of examples whose answer greedy
-decoding gives, token by token, and in brackets of those whose answer is likelier than --candidates - 1 others of its
-kind: something that small models can do too. Examples are functions of seed, tokenizer and haystack.
+Prose is text of the run's own data, or of --haystack. A cell of the tables is the share of examples whose answer greedy
+decoding gives, token by token, and in brackets the share whose answer is likelier than --candidates - 1 other values,
+which small models can do too. Examples are functions of seed, tokenizer and haystack.
 
-Writes DIR/probe/needle-TASK.json and .csv, cell by cell; cells that are there are not computed again.
+Writes DIR/probe/needle-TASK.json and .csv, cell by cell; known cells are not computed again.
 """
 TASK = """\
 Accuracy on sequences of the synthetic task that a run was trained on (data.source=associative_recall or
 selective_copying), by number of items and by context, which may be longer than that of training. A cell of the table is
-the share of answers that are right, and in brackets of sequences with all answers right.
+the share of answers that are right, and in brackets the share of sequences with all answers right.
 
-Writes DIR/probe/TASK.json and .csv, and TASK-by_distance.csv; cells that are there are not computed again.
+Writes DIR/probe/TASK.json and .csv, and TASK-by_distance.csv; known cells are not computed again.
 """
 
 
 def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """``ttt probe`` and its kinds."""
+    """Add ``ttt probe`` and its kinds."""
 
     def misplaced(options: argparse.Namespace, rest: Sequence[str]) -> int:
-        raise ConfigError(f"expected {options.kind} right behind probe")
+        raise ConfigError(f"expected {options.kind} right after probe")
 
     kinds = verb("probe", misplaced, DESCRIPTION)
     kinds.add_argument("kind", choices=["needle", "task"], metavar="needle|task")
@@ -64,13 +64,13 @@ def add_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt probe needle``."""
+    """Add the options of ``ttt probe needle``."""
     add = parser.add_argument
     _add_common(parser, samples=20)
     add("--task", type=_names, default=NEEDLES, metavar="NAME,...", help=f"some of {', '.join(NEEDLES)} (default: all)")
     add("--context", type=_numbers, default=[1024, 2048], metavar="T,...", help="tokens (default: 1024,2048)")
-    add("--depths", type=positive, default=5, metavar="N", help="from 0 to 100 %% (default: 5)")
-    add("--candidates", type=at_least(2), default=8, metavar="N", help="chance is one in so many (default: 8)")
+    add("--depths", type=positive, default=5, metavar="N", help="number of depths from 0 to 100 %% (default: 5)")
+    add("--candidates", type=at_least(2), default=8, metavar="N", help="values to rank; chance is 1 in N (default: 8)")
     add("--seed", type=not_negative, default=0, metavar="N", help="of the examples (default: 0)")
     add("--haystack", metavar="FILE", help="prose: a text file (default: the data of the run)")
     add("--split", default="validation", choices=SPLITS, help="of the data, for its prose (default: validation)")
@@ -80,7 +80,7 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt probe task``."""
+    """Add the options of ``ttt probe task``."""
     add = parser.add_argument
     _add_common(parser, samples=256)
     add("--context", type=_numbers, metavar="T,...", help="tokens (default: as in training, twice, four times that)")
@@ -90,7 +90,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
     add = parser.add_argument
-    add("--workdir", required=True, nargs="+", metavar="DIR", help="of a run, or of several")
+    add("--workdir", required=True, nargs="+", metavar="DIR", help="workdirs of runs")
     add("--samples", type=positive, default=samples, metavar="N", help=f"examples per cell (default: {samples})")
     add("--step", type=not_negative, metavar="N", help="which checkpoint (default: the newest)")
     add("--batch-size", type=positive, metavar="B", help="examples at a time (default: as in training)")
@@ -98,7 +98,7 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
 
 
 def needle(options: argparse.Namespace) -> int:
-    """``ttt probe needle``"""
+    """Run ``ttt probe needle``."""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
     from ttt_jax.evaluation.probes import cells as cells_lib
@@ -150,7 +150,7 @@ def needle(options: argparse.Namespace) -> int:
 
 
 def task(options: argparse.Namespace) -> int:
-    """``ttt probe task``"""
+    """Run ``ttt probe task``."""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
     from ttt_jax.data.synthetic import TASKS
@@ -161,7 +161,7 @@ def task(options: argparse.Namespace) -> int:
     if options.plot:
         style.check_output(options.plot, option="--plot")
         check_file(options.plot, "--plot")
-    for config in configs:  # whatever is wrong with one of them is told before any is loaded
+    for config in configs:  # raises for a run without a task before any is loaded
         task_probe.task_of(config)
     panels = []
     for workdir, run_name, config in zip(workdirs, workdir_lib.names(workdirs), configs, strict=True):
@@ -190,11 +190,11 @@ def task(options: argparse.Namespace) -> int:
 
 
 class _Progress:
-    """A line on standard error, in tokens of prompts.
+    """A line on standard error that shows how much of a probe is done, and how long the rest will take.
 
     Args:
       name: of the run.
-      total: tokens of all prompts that there are to read.
+      total: tokens of all prompts to read.
     """
 
     def __init__(self, name: str, total: int):
@@ -203,7 +203,7 @@ class _Progress:
         self._line = StatusLine(total, text=name)
 
     def show(self, text: str) -> None:
-        """Show what is being done."""
+        """Show a description of the current work."""
         self._text = text
         self._line.show(self._done, f"{self._name}: {text}{self._left()}")
 
@@ -227,7 +227,7 @@ class _Progress:
 
 @contextmanager
 def _loaded(workdir: workdir_lib.Workdir, step: int | None, steps: int) -> Iterator[tuple["Trained", Callable]]:
-    """A trained model, and what shows which of so many steps is being done with it."""
+    """Yield a trained model, and a function that shows which of so many steps is being done with it."""
     found = _load(workdir, step)
     line = StatusLine(steps, text=found.name)
     done = itertools.count()
@@ -257,7 +257,7 @@ def _percent(depth: float) -> str:
 
 
 def _numbers(text: str) -> list[int]:
-    """Positive integers with commas between them, in order, each once."""
+    """Parse positive integers with commas between them; return them sorted, each once."""
     return sorted(set(counts(text)))
 
 
