@@ -39,8 +39,11 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
     assert list(comments) == list(config_lib.settings())
     assert comments["model.mixer"].startswith('* default: "ttt_linear"; sequence mixer: ttt_linear, ')
     assert comments["training.duration"].startswith('* 4,000 steps; default: "1000 steps"; a duration: ')
-    assert comments["optimizer.warmup"] == "  400 steps; a duration; also of the inner learning rate"
-    assert comments["log.every"] == "  a duration: one record of metrics.jsonl"
+    assert (
+        comments["optimizer.warmup"]
+        == "  400 steps; a duration: warm-up of the learning rate, and of the inner learning rate"
+    )
+    assert comments["log.every"] == "  a duration: time between records of metrics.jsonl"
     marked = [key for key, comment in comments.items() if comment.startswith("*")]
     assert out.startswith(f"# {len(marked)} of {len(comments)} keys are not the defaults, marked #*; ")
 

@@ -1,1 +1,1 @@
-"""Devices: the mesh, and which array lies where on it."""
+"""Start the processes of a run, let them agree, and lay arrays out over their devices."""

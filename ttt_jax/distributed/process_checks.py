@@ -1,6 +1,6 @@
-"""What the processes of a run make sure of before they compute anything together.
+"""Check that the processes of a run fit together before they compute anything, and hold the lock of its folder.
 
-A process that is missing, or not the same, is found out by the end of a time limit, where a collective would hang.
+A process that is missing or differs is found within a time limit, where a collective would hang.
 """
 
 import contextlib
@@ -24,33 +24,32 @@ T = TypeVar("T")
 
 
 def check_same(about: dict[str, Any], *, limit: float = 300) -> None:
-    """That all processes say the same.
+    """Check that a value is the same on all processes.
 
     Args:
-      about: what has to be equal everywhere: nested dicts, JSON.
-      limit: seconds for the last process to come.
+      about: the value: nested dicts, JSON.
+      limit: seconds to wait for the last process.
 
     Raises:
-      ConfigError: in every process, with the first process that differs, and where.
+      ConfigError: on every process, with the first process that differs and the keys that differ.
     """
     mine = {"host": socket.gethostname(), "about": about}
-    said = [json.loads(text) for text in Exchange("peers")(json.dumps(mine), limit)]
-    for process, other in enumerate(said):
-        different = differing_keys(said[0]["about"], other["about"])
-        if different:
-            listed = ", ".join(f"{key} {first!r} there, {here!r} here" for key, (first, here) in different.items())
+    first, *others = [json.loads(text) for text in Exchange("check_same")(json.dumps(mine), limit)]
+    for process, other in enumerate(others, 1):
+        if different := differing_keys(first["about"], other["about"]):
+            listed = ", ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in different.items())
             raise ConfigError(
-                f"process {process} on {other['host']} differs from process 0 on {said[0]['host']}: {listed}; expected "
+                f"process {process} on {other['host']} differs from process 0 on {first['host']}: {listed}; expected "
                 "the same command, code and packages on every host"
             )
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """What ``work`` returns here, once it has returned on all processes.
+    """Do ``work`` on all processes and return its result on this one, once all have finished.
 
     Raises:
-      Exception: what ``work`` raised here.
-      ConfigError: where it raised something on another process.
+      Exception: the error that ``work`` raised on this process.
+      ConfigError: where it failed on another process.
     """
     failure, result = None, None
     try:
@@ -69,7 +68,7 @@ class JobLock:
     """The lock of a folder, held by process 0 for all processes.
 
     Args:
-      folder, command, options: as of :class:`WorkdirLock`.
+      folder, command, options: the arguments of :class:`WorkdirLock`.
     """
 
     def __init__(self, folder: Workdir, command: str, **options: str):
@@ -83,7 +82,7 @@ class JobLock:
 
     @property
     def lost(self) -> bool:
-        """Whether this process knows that another command has taken over."""
+        """Return whether this process knows that another command has taken over."""
         return self._lock is not None and self._lock.lost
 
     def check(self) -> None:
@@ -98,10 +97,10 @@ class JobLock:
 
 @contextlib.contextmanager
 def locked(folder: Workdir, command: str, **options: str) -> Iterator[JobLock]:
-    """Hold the lock of a folder for this job.
+    """Hold the lock of a folder for all processes of this job.
 
     Raises:
-      ConfigError: on all processes, where another command holds it.
+      ConfigError: on all processes, where another command holds the lock.
     """
     job = JobLock(folder, command, **options)
     with contextlib.ExitStack() as stack:
@@ -110,10 +109,10 @@ def locked(folder: Workdir, command: str, **options: str) -> Iterator[JobLock]:
 
 
 def check_shared(folder: Workdir, *, limit: float = 60) -> None:
-    """That all processes see the same folder, which exists.
+    """Check that all processes see the same folder, which exists.
 
     Raises:
-      ConfigError: in every process, naming those that do not.
+      ConfigError: on every process, with the processes that see another folder.
     """
     if jax.process_count() == 1:
         return
@@ -122,7 +121,7 @@ def check_shared(folder: Workdir, *, limit: float = 60) -> None:
     if jax.process_index() == 0:
         mark.touch()
     exchange("marked")
-    deadline = time.monotonic() + limit  # a network file system may take a while to show it
+    deadline = time.monotonic() + limit  # a network file system may take a while to show a new file
     while not (seen := mark.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
     blind = [str(process) for process, saw in enumerate(exchange(str(seen))) if saw != "True"]
@@ -135,6 +134,6 @@ def check_shared(folder: Workdir, *, limit: float = 60) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line to standard error, once for all processes."""
+    """Print a line to standard error, once for all processes."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)

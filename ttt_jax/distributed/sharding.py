@@ -22,33 +22,37 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis to mesh axis; None is replicated. ``batch`` is of activations and states, ``time`` and ``window`` of
-    states, the others of parameters too."""
+    """The mesh axis of each logical axis; None is replicated.
+
+    ``batch`` is an axis of activations and states, ``time`` and ``window`` are axes of states, the others of parameters
+    too.
+    """
 
     layers: str | None = None
     vocab: str | None = "tensor"
     embed: str | None = "fsdp"
-    channels: str | None = None  # width of small parameters, not worth a message each
+    channels: str | None = None  # the width of small parameters, which are not worth the messages
     mlp: str | None = "tensor"
     heads: str | None = "tensor"  # the width of all heads together
     num_heads: str | None = "tensor"
     learner_hidden: str | None = "fsdp"
     batch: tuple[str, ...] = ("data", "fsdp")
-    time: str | None = None  # tokens that a state keeps, all that were read
-    window: str | None = None  # or so many at most
+    time: str | None = None  # tokens in a state that grows with the tokens read
+    window: str | None = None  # tokens in a state of bounded size
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh; ``shape`` gives the size of each of :data:`MESH_AXES`.
+    """Return a mesh of devices.
 
     Devices of several slices (TPU pods joined by a data center network) are laid out so that only the data axis crosses
-    from slice to slice: what goes over that network is one sum of gradients per step.
+    from slice to slice: one sum of gradients per step goes over that network.
 
     Args:
-      devices: all of them that there are, unless given (of a topology that is only described, for example).
+      shape: the size of each of :data:`MESH_AXES`.
+      devices: the devices, such as those of a topology that is only described; None: all devices of JAX.
 
     Raises:
-      ConfigError: where the data axis is no multiple of the number of slices.
+      ConfigError: where the size of the data axis is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = tuple(shape[axis] for axis in MESH_AXES)
@@ -69,7 +73,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def _grid(create: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
-    """Devices in the order that suits their network; an axis of the network is split only where it has to be."""
+    """Return devices in the order that suits their network, whose axes are split only where necessary."""
     try:
         return create(*arguments)
     except NotImplementedError:
@@ -78,7 +82,7 @@ def _grid(create: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh, rules: ShardingRules) -> Iterator[None]:
-    """What is traced within lies where ``rules`` put it on ``mesh``."""
+    """Enter a context in which arrays of traced programs are laid out over ``mesh`` by ``rules``."""
     with jax.set_mesh(mesh), axis_names(rules):
         yield
 
@@ -89,13 +93,16 @@ def axis_names(rules: ShardingRules) -> contextlib.AbstractContextManager[None]:
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
-    """Rows of a batch over the data axes."""
+    """Return the sharding of a batch: its rows over the data axes."""
     return NamedSharding(mesh, PartitionSpec(rules.batch))
 
 
 def rows_here(where: NamedSharding, batch_size: int) -> list[int]:
-    """Rows of a batch that devices of this process hold, in order. They need not be neighbours, and processes share
-    rows where an axis runs across them that does not split the batch."""
+    """Return the rows of a batch that devices of this process hold, in order.
+
+    The rows need not be adjacent, and processes share rows where a mesh axis that does not split the batch runs across
+    processes.
+    """
     parts = where.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for part in parts for row in range(batch_size)[part[0]]})  # type: ignore[index]
 
@@ -103,9 +110,9 @@ def rows_here(where: NamedSharding, batch_size: int) -> list[int]:
 def global_batch(
     local: Mapping[str, np.ndarray], rows: Sequence[int], batch_size: int, where: NamedSharding
 ) -> dict[str, jax.Array]:
-    """The batch of all processes, arrays [B, T], from the rows of this one, [len(rows), T].
+    """Return the batch of all processes, global arrays [B, T], from the rows of this process, [len(rows), T].
 
-    Of a copy: rows from worker processes lie in shared memory, and XLA on CPUs would hold on to it.
+    The rows are copied: those from worker processes lie in shared memory, which XLA on CPUs would keep in use.
     """
     place = {row: i for i, row in enumerate(rows)}
 
@@ -129,10 +136,10 @@ def by_axes(axes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
 
 
 def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """A sharding for every array of a state whose parameters carry logical axis names.
+    """Return a sharding for each array of a state whose parameters carry the names of their axes.
 
     Raises:
-      ConfigError: where a dimension does not divide, or two dimensions of an array ask for one mesh axis.
+      ConfigError: where a mesh axis does not divide a dimension, or two dimensions of an array have one mesh axis.
     """
 
     def place(path, leaf):
@@ -142,7 +149,7 @@ def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         used = [axis for axis in axes if axis is not None and mesh.shape[axis] > 1]
         if len(used) != len(set(used)):
-            raise ConfigError(f"{name}: its axes {leaf.names} ask twice for mesh axis {max(used, key=used.count)}")
+            raise ConfigError(f"{name}: two of its axes {leaf.names} lie along mesh axis {max(used, key=used.count)}")
         for size, logical, axis in zip(leaf.value.shape, leaf.names, axes, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise ConfigError(
@@ -156,15 +163,15 @@ def state_sharding(abstract_state: Any, mesh: Mesh, rules: ShardingRules) -> Any
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """``x``, its dimensions laid out as the rules say for these names; None is replicated."""
+    """Return ``x`` with its dimensions laid out as the rules say for these names; None is replicated."""
     return jax.lax.with_sharding_constraint(x, _spec(axes)) if _on_mesh() else x
 
 
 def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter of these axes as it is computed with: whole along the mesh axes that split the batch.
+    """Return a parameter of these axes as it is computed with: whole along the mesh axes that split the batch.
 
-    The gradient of what this returns has the same layout; :func:`constrain` takes it back to that of the parameter, so
-    that each device receives the sum of its own part only.
+    The gradient of the result has the same layout. :func:`constrain` takes it back to the layout of the parameter, so
+    that each device receives only the sum of its own part.
     """
     if not _on_mesh():
         return parameter
@@ -174,13 +181,13 @@ def gathered(parameter: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def locally(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    """Return ``function``, run by each device on its own parts of the arguments; nothing in it communicates.
+    """Return ``function`` as run by each device on its own parts of the arguments, without communication.
 
-    The gradient of an argument that is replicated is summed over the devices once, after the whole of ``function``.
+    The gradient of a replicated argument is summed over the devices once, after the whole of ``function``.
 
     Args:
-      in_axes, out_axes: trees of ``PartitionSpec`` of the arguments and of the result, each for a whole tree of arrays,
-        with logical names of dimensions, as in ``ShardingRules``.
+      in_axes, out_axes: trees of ``PartitionSpec`` for the arguments and the result, each for a whole tree of arrays,
+        with the names of axes in :class:`ShardingRules`.
     """
     if not _on_mesh():
         return function
@@ -190,15 +197,19 @@ def locally(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
 
 
 def device_kind() -> str:
-    """What is traced now is compiled for, as JAX calls it: ``TPU v5 lite``, ``NVIDIA H200``, ``cpu``. Devices of a mesh
-    need not be those that are here."""
+    """Return the kind of device that the program being traced is for: ``TPU v5 lite``, ``NVIDIA H200``, ``cpu``.
+
+    The devices of a mesh need not be those of this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return device.device_kind
 
 
 def sum_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Within :func:`locally`: the sum of ``x`` over the devices that split the batch; each keeps its part of a sum that
-    has these axes."""
+    """Return, within :func:`locally`, the sum of ``x`` over the devices that split the batch.
+
+    Each device keeps its own part of the sum, which has these axes.
+    """
     if not _on_mesh():
         return x
     rows, spec = _mesh_axes("batch"), _spec(axes)

@@ -1,6 +1,6 @@
-"""Processes of one run find each other: on TPU pods, GKE, Slurm, and by hand.
+"""Set a process up before JAX looks for devices: join the other processes, keep compiled programs and freed memory.
 
-Nothing here may be called after JAX has looked for devices.
+The processes of one run find each other on TPU pods, GKE, Slurm and Open MPI, or by hand.
 """
 
 import contextlib
@@ -22,28 +22,26 @@ from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.stopping import FAILED, INTERRUPTED, RESTART
 
 _SURELY, _PERHAPS = "surely", "perhaps"
-_FOREVER = 7 * 24 * 3600  # for JAX, which aborts the process without a word of where it was; our own limit is shorter
-
-
+_FOREVER = 7 * 24 * 3600  # at JAX's own limit the process is aborted without saying where; the watchdog comes first
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, limit: float = 300
 ) -> None:
-    """Joins the other processes of this run, if there are any; returns once all are there.
+    """Join the other processes of this run, if there are any, and return once all have come.
 
-    By hand with the three arguments, or ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``;
-    otherwise as the environment says (Cloud TPU, GKE, Slurm, Open MPI). After ``limit`` seconds without the others the
-    process says so and ends with status 75.
+    The processes are given by the three arguments, by ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
+    ``JAX_PROCESS_ID``, or by the environment (Cloud TPU, GKE, Slurm, Open MPI). If some are still missing after
+    ``limit`` seconds, the process says so and ends with status 75.
 
     Args:
-      coordinator: ``host:port`` of process 0, a free port there.
-      processes: how many.
-      process: which one this is, from 0.
+      coordinator: ``host:port`` of process 0, where the port is free.
+      processes: the number of processes.
+      process: the index of this process, from 0.
 
     Raises:
-      ConfigError: where only some of the three are given, or they make no sense.
+      ConfigError: where only some of the three are given, they are not valid, or the others cannot be joined.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
@@ -67,7 +65,7 @@ def start(
             "the same command on every host (a slice of several hosts needs all of them), and a port that they reach"
         )
 
-    jax.config.update("jax_enable_preemption_service", False)  # which would swallow a SIGTERM; see StopSignals
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow a SIGTERM; see StopSignals
     with Watchdog(limit, complaint):
         try:
             jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
@@ -80,8 +78,10 @@ def start(
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process, one of several, after an error that the others do not share; at once, for what is done at an
-    ordinary exit waits for them."""
+    """End this process, one of several, after an error that the others do not share.
+
+    It ends at once, because what JAX does at an ordinary exit waits for the others.
+    """
     traceback.print_exception(error)
     lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
     who = f"ttt: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
@@ -90,19 +90,22 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, in ``JAX_COMPILATION_CACHE_DIR`` (a folder or ``gs://``) or else in the
-    user's cache folder. ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off."""
+    """Keep compiled programs between runs.
+
+    They lie in ``JAX_COMPILATION_CACHE_DIR`` (a folder or ``gs://``) or else in the user's cache folder.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns the cache off.
+    """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         with contextlib.suppress(ConfigError):  # without a home folder, programs are compiled each time
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the buffers that a step frees, for the next step, on machines without accelerators.
+    """Make glibc keep the buffers that a step frees for the next step, on machines without accelerators.
 
-    It gives large buffers back to the kernel otherwise, and a third of a step on a CPU goes into page faults. Nothing
-    is done with another C library, nor where the user asks glibc for huge pages, which cost few faults and suffer from
-    these settings. The numbers are those of malloc.h.
+    By default glibc gives large buffers back to the kernel, and a third of a step on a CPU goes into page faults.
+    Nothing is done with another C library, or where the user asks glibc for huge pages, which cost few faults and
+    become slower with these settings. The constants are those of malloc.h.
     """
     if "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
         return
@@ -115,7 +118,7 @@ def keep_freed_memory() -> None:
 
 
 def _cluster() -> str | None:
-    """Whether the environment speaks of other processes, or this is a TPU host, where only its metadata can tell."""
+    """Return whether the environment names other processes surely, or perhaps: on a TPU host, by its metadata."""
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return _SURELY
     if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:

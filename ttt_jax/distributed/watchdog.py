@@ -1,4 +1,4 @@
-"""Ends a process that waits in vain: for a peer that never came, or in a collective that never ends."""
+"""End a process that waits in vain: for another process that never comes, or in a collective that never ends."""
 
 import faulthandler
 import os
@@ -11,14 +11,14 @@ from ttt_jax.terminal.stopping import RESTART
 
 
 class Watchdog:
-    """Ends the process with status 75 once nothing has been heard for too long.
+    """A thread that ends the process with status 75 when :meth:`heard` has not been called for too long.
 
-    It is a thread, for the main thread, deep in a collective, could not do it.
+    The main thread could not do it while it waits in a collective.
 
     Args:
-      limit: seconds.
-      complaint: what to say; is called with the seconds that have passed.
-      armed: whether the time runs from the beginning, or from the first :meth:`heard`.
+      limit: seconds; 0 for no limit.
+      complaint: makes the message to print from the seconds that have passed.
+      armed: whether the time runs from the start; else from the first :meth:`heard`.
     """
 
     def __init__(self, limit: float, complaint: Callable[[float], str], *, armed: bool = True):
@@ -30,16 +30,16 @@ class Watchdog:
             self._thread.start()
 
     def heard(self, took: float = 0.0) -> None:
-        """All is well; the time starts anew. What took long once may take five times as long again."""
+        """Start the time anew. After something that took long, allow five times as long."""
         self._limit = max(self._limit, 5 * took) if self._limit > 0 else 0
         self._last = time.monotonic()
 
     def rest(self) -> None:
-        """Does not watch until the next :meth:`heard`."""
+        """Stop the time until the next :meth:`heard`."""
         self._last = None
 
     def close(self) -> None:
-        """Stops watching."""
+        """End the thread."""
         self._ended.set()
 
     def __enter__(self) -> "Watchdog":

@@ -1,1 +1,1 @@
-"""Parts that mixers and blocks share: norms, convolution, rotary positions, projections, feed-forward, embedding."""
+"""Provide the parts of mixers and blocks: norms, convolution, rotary positions, linear maps, feed-forward."""

@@ -1,5 +1,6 @@
-"""What layers that mix tokens are told beside their input: padding and beginnings of documents, and where that puts
-each token.
+"""Tell layers that mix tokens about padding and beginnings of documents, and compute the position of each token.
+
+A sequence may be read in several pieces, with a state between them.
 
 Shapes: B batch, T tokens of this piece.
 """
@@ -14,15 +15,15 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Context:
-    """What a mixer may want to know beside its input.
+    """The input of a mixer beside x.
 
     Attributes:
       valid: bool [B, T]; tokens that are not valid are padding and change nothing. None: all are valid.
-      reset: bool [B, T]; a valid token with a reset begins a document, and reads nothing of what is before it. None: no
-        token does.
-      inner_lr_warmup: how far the warm-up of inner learning rates has come, from 0 to 1.
+      reset: bool [B, T]; a valid token with a reset begins a document, and reads nothing before it. None: no token
+        begins a document.
+      inner_lr_warmup: progress of the warm-up of inner learning rates, from 0 to 1.
       aligned: a promise that all tokens are valid, and that states and resets are at multiples of the mini-batch of
-        mixers that have one, which is faster. Where it is broken, results are NaN.
+        mixers that have one, which makes them faster. Where the promise is broken, results are NaN.
     """
 
     valid: jax.Array | None = None
@@ -32,7 +33,7 @@ class Context:
 
     @property
     def begins(self) -> jax.Array | None:
-        """Where documents begin, [B, T]: the resets of tokens that are valid."""
+        """Return where documents begin, [B, T]: the resets of valid tokens."""
         return self.reset if self.reset is None or self.valid is None else self.reset & self.valid
 
     def blank(self, y: jax.Array) -> jax.Array:
@@ -44,12 +45,12 @@ PLAIN = Context()  # whole sequences of one document, without padding
 
 
 class Places(NamedTuple):
-    """Where the tokens of a piece stand.
+    """The positions of the tokens of a piece.
 
     Attributes:
-      position: [B, T], of a valid token: how many valid tokens of its document are before it.
-      document: [B, T], the number of the token's document within the piece; 0 is the one that the state is of.
-      end: [B], the position of the token after the piece if it does not begin a document.
+      position: [B, T], the number of valid tokens of the same document before a valid token.
+      document: [B, T], the index of the token's document within the piece; 0 is the document that the state is of.
+      end: [B], the position of the next token after the piece, unless it begins a document.
     """
 
     position: jax.Array
@@ -58,9 +59,12 @@ class Places(NamedTuple):
 
 
 def places(context: Context, tokens: int, start: jax.Array | None) -> Places | None:
-    """Return where the ``tokens`` of a piece stand that follows ``start`` [B] tokens of a document, or begins one.
+    """Return the places of the tokens of a piece; None where the position of token t is t in every row.
 
-    None stands for whole sequences of one document without padding, where the position of token t is t.
+    Args:
+      context: padding and beginnings of documents.
+      tokens: T.
+      start: [B], the number of tokens of its document that each row has read before; None: whole sequences.
     """
     valid, begins = context.valid, context.begins
     rows = next((x for x in (valid, begins) if x is not None), None)
@@ -70,24 +74,24 @@ def places(context: Context, tokens: int, start: jax.Array | None) -> Places | N
         start = jnp.zeros(len(rows), jnp.int32)
     shape = len(start), tokens
     if valid is None:
-        before = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), shape)  # valid tokens of the piece
+        before = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), shape)  # [B, T] valid tokens in the piece
     else:
         before = jnp.cumsum(valid, 1, dtype=jnp.int32) - valid
     if begins is None:
         position, document = start[:, None] + before, jnp.zeros(shape, jnp.int32)
     else:
-        first = jax.lax.cummax(jnp.where(begins, before, -start[:, None]), axis=1)  # where the document begins
+        first = jax.lax.cummax(jnp.where(begins, before, -start[:, None]), axis=1)  # [B, T] where the document begins
         position, document = before - first, jnp.cumsum(begins, 1, dtype=jnp.int32)
     return Places(position, document, position[:, -1] + (1 if valid is None else valid[:, -1]))
 
 
 class Gathered(NamedTuple):
-    """The valid tokens of each row side by side from its beginning, and how to take them back.
+    """An order in which the valid tokens of each row come first, followed by padding.
 
     Attributes:
-      context: of the tokens as they are now; padding is behind all others.
-      counts: [B], how many are valid.
-      valid: [B, T], which were.
+      context: the context of the tokens in this order.
+      counts: [B], the number of valid tokens.
+      valid: [B, T], the valid tokens in the original order.
     """
 
     context: Context
@@ -95,17 +99,17 @@ class Gathered(NamedTuple):
     valid: jax.Array
 
     def take(self, x: jax.Array) -> jax.Array:
-        """Return x [B, T, ...] in the new order."""
+        """Return x [B, T, ...] in this order."""
         return pick(x, jnp.argsort(~self.valid, axis=1, stable=True))
 
     def back(self, y: jax.Array) -> jax.Array:
-        """Return y [B, T, ...] in the order of before, with zeros at padding."""
+        """Return y [B, T, ...] in the original order, with zeros at padding."""
         place = jnp.cumsum(self.valid, 1, dtype=jnp.int32) - 1
         return _blank(pick(y, jnp.maximum(place, 0)), self.valid)
 
 
 def gather_valid(valid: jax.Array, context: Context) -> Gathered:
-    """Return how to have all padding behind the valid tokens of each row; ``valid`` is that of the context."""
+    """Return the order with padding behind the valid tokens of each row; ``valid`` is ``context.valid``."""
     counts = jnp.sum(valid, 1, dtype=jnp.int32)
     gathered = Gathered(context, counts, valid)
     left = jnp.arange(valid.shape[1]) < counts[:, None]

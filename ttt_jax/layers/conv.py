@@ -1,4 +1,7 @@
-"""Causal depthwise convolution over time. [B, T, D] to [B, T, D]."""
+"""Convolve over time, causally and depthwise: [B, T, D] to [B, T, D].
+
+Shapes: B batch, T tokens, D channels, w width of the kernel.
+"""
 
 import functools
 
@@ -17,7 +20,7 @@ STATE_AXES = PartitionSpec("batch", None, None)
 class CausalConv(nn.Module):
     """``y[t] = sum_j kernel[j] * x[t - width + 1 + j] + bias`` per channel, zeros before the first token.
 
-    The tokens before a token are those of its document that are valid: padding leaves no gap.
+    The tokens before a token are the valid tokens of its document: padding leaves no gap.
     """
 
     width: int
@@ -27,9 +30,10 @@ class CausalConv(nn.Module):
     def __call__(
         self, x: jax.Array, state: jax.Array | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Convolve x.
+        """Convolve x; return y and, where a state is given, the state after x.
 
         Args:
+          x: [B, T, D].
           state: the last ``width - 1`` inputs of the document, [B, width - 1, D], zeros where it has fewer; None starts
             from zeros.
           context: padding, and the beginnings of documents.
@@ -51,13 +55,13 @@ class CausalConv(nn.Module):
         return y, None if state is None else self._end(x, since, None if gathered is None else gathered.counts)
 
     def _end(self, x: jax.Array, since: jax.Array | None, count: jax.Array | None) -> jax.Array:
-        """Return the state after ``count`` [B] tokens, or all, of x, which begins with the state before them."""
+        """Return the state after ``count`` [B] tokens of x, or all; x begins with the state before them."""
         before = self.width - 1
         end = x[:, x.shape[1] - before :] if count is None else pick(x, count[:, None] + jnp.arange(before))
         if since is None:
             return end
-        there = since[:, -1:] if count is None else pick(since, count[:, None])  # [B, 1]
-        return jnp.where((jnp.arange(before, 0, -1) <= there)[..., None], end, 0)
+        own = since[:, -1:] if count is None else pick(since, count[:, None])  # [B, 1] tokens of the last document
+        return jnp.where((jnp.arange(before, 0, -1) <= own)[..., None], end, 0)
 
 
 def initial_state(batch: int, width: int, channels: int, dtype: jnp.dtype) -> jax.Array:
@@ -73,8 +77,10 @@ def _lecun_normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> 
 
 
 def _since(begins: jax.Array, width: int) -> jax.Array:
-    """Return how many tokens of its document are before each token and before the one after the last, [B, T + 1]:
-    ``width`` or more where the document begins before the piece, whose state knows the rest."""
+    """Return the number of tokens of the same document before each token and before the next piece, [B, T + 1].
+
+    It is ``width`` or more where the document begins before the piece.
+    """
     index = jnp.arange(begins.shape[1] + 1)
     first = jax.lax.cummax(jnp.where(jnp.pad(begins, ((0, 0), (0, 1))), index, -width), axis=1)
     return index - first
@@ -82,13 +88,13 @@ def _since(begins: jax.Array, width: int) -> jax.Array:
 
 @jax.custom_vjp
 def convolve(x: jax.Array, kernel: jax.Array, since: jax.Array | None = None) -> jax.Array:
-    """``y[t] = sum_j kernel[j] * x[t + j]``, [B, T + width - 1, D] and [width, D] to [B, T, D] float32.
+    """Return ``y[t] = sum_j kernel[j] * x[t + j]``, [B, T + w - 1, D] and [w, D] to [B, T, D] float32.
 
-    With ``since`` [B, T] only over inputs that are no more than that many before x[t + width - 1], the last of the sum.
+    With ``since`` [B, T], the sum is over inputs that are at most so many tokens before its last one, x[t + w - 1].
 
-    A sum of shifted products, forward and backward: for a width of 4 much cheaper than a grouped convolution. The
-    backward pass is written out because autodiff makes it a sum of padded arrays, each of which is materialised: ten
-    times slower on a CPU.
+    It is computed as a sum of shifted products, forward and backward: for a width of 4 much cheaper than a grouped
+    convolution. The backward pass is written out because autodiff makes it a sum of padded arrays, each of which is
+    materialised: ten times slower on a CPU.
     """
     width = len(kernel)
     tokens = x.shape[1] - width + 1
@@ -97,7 +103,7 @@ def convolve(x: jax.Array, kernel: jax.Array, since: jax.Array | None = None) ->
 
 
 def _seen(x: jax.Array, since: jax.Array | None, back: int) -> jax.Array:
-    """Return x where the input so many tokens back is of the same document, and zeros elsewhere."""
+    """Return x where the input ``back`` tokens earlier is of the same document, and zeros elsewhere."""
     return x if since is None or back == 0 else jnp.where((since >= back)[..., None], x, 0)
 
 

@@ -1,4 +1,4 @@
-"""Linear maps and their parameters: float32 arrays with named axes, projections, and the embedding of tokens.
+"""Map vectors linearly, by float32 parameters with named axes: projections, and the embedding of tokens.
 
 Within ``flax.linen.logical_axis_rules`` the initial parameters come in boxes that carry the names of their axes
 (``flax.linen.LogicallyPartitioned``), from which the sharding of a program for a mesh is derived. Elsewhere they are
@@ -24,7 +24,7 @@ EMBEDDING_AXES = ("vocab", "embed")
 def parameter(
     module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """Return a float32 parameter of ``module``; ``axes`` are the names of its dimensions in ``parallel.sharding``."""
+    """Return a float32 parameter of ``module``; ``axes`` names its dimensions as ``ShardingRules`` does."""
     return cast(jax.Array, module.param(name, named(init, axes), shape))
 
 
@@ -49,7 +49,7 @@ class Projection(nn.Module):
 
 
 def to_heads(x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float, name: str) -> jax.Array:
-    """[B, T, D] to [B, T, H, d] by a projection of this name, of the module that calls."""
+    """Project x [B, T, D] to [B, T, H, d] by a submodule ``name`` of the module that calls this."""
     y = Projection(x.shape[-1], ("embed", "heads"), dtype, init_stddev, name=name)(x)
     return y.reshape(*x.shape[:2], num_heads, -1)
 
@@ -57,16 +57,23 @@ def to_heads(x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float,
 def project(
     x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: jnp.dtype, out_dtype: jnp.dtype | None = None
 ) -> jax.Array:
-    """``x @ kernel`` computed in ``dtype`` and returned in it, or in ``out_dtype``; ``axes`` are those of the kernel.
-    The gradient of the kernel is summed and kept in float32. The backward pass keeps x in ``dtype``."""
+    """Return ``x @ kernel``, computed in ``dtype`` and returned in it or in ``out_dtype``.
+
+    The gradient of the kernel is summed and kept in float32. The backward pass keeps x in ``dtype``.
+
+    Args:
+      axes: the names of the axes of the kernel [D_in, D_out].
+    """
     return _project(x.astype(dtype), kernel, axes, dtype, out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _project(x, kernel, axes, dtype, out_dtype):
-    """The backward pass is written out for its operand order. Autodiff asks for (g^T x)^T, which XLA on a CPU serves by
-    fusing the elementwise operations that made g into a transposed, strided copy. With x^T g the copy is of x, a
-    plain array, and is shared by the projections of the same x: a SwiGLU layer takes 0.7 of the time.
+    """Multiply, with a backward pass that is written out for the order of its operands.
+
+    Autodiff asks for (g^T x)^T, for which XLA on a CPU fuses the elementwise operations that made g into a transposed,
+    strided copy. With x^T g the copy is of x, a plain array, and is shared by the projections of the same x: a SwiGLU
+    layer takes 0.7 of the time.
     """
     y = jnp.matmul(x, gathered(kernel.astype(dtype), *axes), preferred_element_type=out_dtype)
     return _laid_out(y, axes[1])
@@ -87,7 +94,7 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def _laid_out(activation: jax.Array, last: str) -> jax.Array:
-    """[B, T, D] over its batch, and over D where that is split between devices; the residual stream is not."""
+    """Lay an activation [B, T, D] out over its batch, and over D unless it is the residual stream."""
     return constrain(activation, "batch", None, None if last == "embed" else last)
 
 
@@ -95,8 +102,8 @@ def _laid_out(activation: jax.Array, last: str) -> jax.Array:
 def lookup(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Return the rows of a table [V, D] in ``dtype``; the gradient of the table is summed in float32.
 
-    Every device reads the rows of its own sequences from the whole table, and adds their gradients up alone. Left to
-    the compiler, each device adds up a few columns for the tokens of all devices, which it first has to be sent.
+    Each device reads the rows of its own sequences from the whole table, and adds up their gradients by itself. Left to
+    the compiler, each device adds up a few columns for the tokens of all devices, which first have to be sent to it.
     """
     whole = constrain(table.astype(dtype), None, None)
     return locally(lambda table, tokens: table[tokens], (P(), P("batch")), P("batch"))(whole, tokens)

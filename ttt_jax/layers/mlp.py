@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward layer. [B, T, D] to [B, T, D]."""
+"""Apply a SwiGLU feed-forward layer: [B, T, D] to [B, T, D]."""
 
 import flax.linen as nn
 import jax
@@ -26,10 +26,10 @@ class SwiGLU(nn.Module):
 
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """``silu(gate) * up``, float32 whatever the dtype of the arguments.
+    """Return ``silu(gate) * up`` in float32, whatever the dtype of the arguments.
 
-    The backward pass computes the rest again from the arguments as they came: autodiff keeps five arrays of this size
-    in float32, which is most of what a layer keeps.
+    The backward pass keeps only the arguments, in their dtype, and computes the rest again. Autodiff keeps five arrays
+    of this size in float32, which is most of what a layer keeps.
     """
     return nn.silu(gate.astype(jnp.float32)) * up
 

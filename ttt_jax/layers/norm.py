@@ -1,4 +1,4 @@
-"""The norms of blocks and mixers. [..., D] to [..., D]."""
+"""Normalise the inputs of blocks and the outputs of mixers: [..., D] to [..., D]."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
 
 def post_norm() -> nn.LayerNorm:
-    """LN over the full width of what recurrent mixers read out, in float32."""
+    """Return the LayerNorm over the full width of the output of recurrent mixers, in float32."""
     return nn.LayerNorm(
         epsilon=1e-6,
         dtype=jnp.float32,
