@@ -1,4 +1,7 @@
-"""A residual block: a sequence mixer and channel parts, each behind a norm. [B, T, D] to [B, T, D]."""
+"""Define the residual block, a sequence mixer and channel parts, each behind a norm: [B, T, D] to [B, T, D].
+
+Shapes: B batch, T tokens, D width.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +16,12 @@ from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers.mixer import PLAIN, Context
 
-CHANNELS = ("swiglu",)  # what model.channel is made of; "none" is none of it
-NORMS = ("pre", "pre_post")  # model.norms
+CHANNELS = ("swiglu",)  # the parts of model.channel, which is "none" without any
+NORMS = ("pre", "pre_post")  # values of model.norms
 
 
 class BlockState(NamedTuple):
-    """Where a block stands in its sequences."""
+    """The state of a block between two pieces of its sequences."""
 
     conv: jax.Array | None
     mixer: Any
@@ -28,8 +31,8 @@ class Block(nn.Module):
     """``h += conv(norm h)`` with ``pre_conv``; ``h += mixer(norm h)``; ``h += channel(norm h)`` for each channel part.
 
     Attributes:
-      channel: members of :data:`CHANNELS` in order; none for a mixer that has a feed-forward part of its own.
-      post_norm: what the mixer and the channel parts return goes through a norm too before it is added.
+      channel: members of :data:`CHANNELS` in order; empty for a mixer that has its own feed-forward part.
+      post_norm: whether the outputs of the mixer and the channel parts also pass a norm before they are added.
     """
 
     make_mixer: Callable[..., nn.Module]
@@ -83,7 +86,7 @@ class Block(nn.Module):
 
 
 def channel_parts(text: str) -> tuple[str, ...]:
-    """Return the channel parts that ``model.channel`` names, in order: ``none``, or some joined by +.
+    """Return the channel parts that ``model.channel`` names, in order: ``none``, or names joined by +.
 
     Raises:
       ValueError: for a name that does not exist.

@@ -1,8 +1,8 @@
 """Count the floating point operations and the parameters of a model.
 
 Operations are counted from the config: matrix products only, two operations per multiply-add; a backward pass counts
-twice a forward pass. Recomputation (remat) is not counted: this is the work that the model needs, not what a program
-does.
+as two forward passes. Recomputation (remat) is not counted: this is the work that the model needs, not the work of a
+program.
 """
 
 import collections
@@ -32,7 +32,7 @@ def flops_per_step(model: ml_collections.ConfigDict, sequence_length: int, seque
 
 
 def inner_flops_per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
-    """Return the part of :func:`flops_per_token` that is in inner loops, of all layers; none of attention."""
+    """Return the part of :func:`flops_per_token` that is in the inner loops of all layers."""
     return sum(kind.blocks * inner_flops_of_block(kind.model, sequence_length) for kind in pattern.learns(model))
 
 
@@ -43,20 +43,20 @@ def _flops_of_block(model: ml_collections.ConfigDict, sequence_length: int) -> f
 
 
 def inner_flops_of_block(model: ml_collections.ConfigDict, sequence_length: int) -> float:
-    """Return the operations per token of the inner loop of one block; ``model.mixer`` is one that learns."""
-    of_a_head = operations.per_token(pattern.inner_loop(model), min(model.ttt.mini_batch, sequence_length))
-    return model.num_heads * of_a_head
+    """Return the operations per token of the inner loop of one block, whose ``model.mixer`` learns at test time."""
+    per_head = operations.per_token(pattern.inner_loop(model), min(model.ttt.mini_batch, sequence_length))
+    return model.num_heads * per_head
 
 
 def parameters_by_part(params: Any) -> dict[str, int]:
-    """Return the number of parameters of each part that there is, of arrays or their shapes.
+    """Return the number of parameters of each part of a model, from its parameters or their shapes.
 
-    ``mixers`` are projections, learned rates and all else in a mixer but its norms and convolutions, and but what its
-    inner loop begins with (``inner_kernel_0`` and such), which is a part of its own.
+    The part ``mixers`` is projections, learned rates and everything else in a mixer except norms, convolutions and the
+    initial weights of the inner loop (``inner_kernel_0`` and such).
     """
     found: collections.Counter[str] = collections.Counter()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # and not those of Flax's boxes
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # without those of Flax's boxes
         found[_part(keys)] += math.prod(leaf.shape)
     return {part: found[part] for part in _PARTS if found[part]}
 

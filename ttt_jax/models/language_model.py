@@ -1,4 +1,4 @@
-"""Tokens to logits: embedding, a stack of blocks, final norm, head.
+"""Define the language model, from tokens to logits: embedding, a stack of blocks, final norm, head.
 
 Shapes: B batch, T tokens, V vocabulary, D width, L blocks.
 """
@@ -24,9 +24,10 @@ from ttt_jax.models.stack import Segments
 class LanguageModel(nn.Module):
     """A decoder of the blocks in ``segments`` (:mod:`ttt_jax.models.stack`).
 
-    Collections that ``apply`` fills on request (``mutable=``): ``statistics``, what the inner loop of TTT layers did
-    (:mod:`ttt_jax.mixers.ttt_layer`); ``hidden_states``, the block outputs ``h`` [B, T, D], with ``embedding`` and
-    ``final``, which ``init`` fills too (parameters are its ``["params"]``). :meth:`by_block` takes them apart.
+    ``apply`` fills two collections on request (``mutable=``): ``statistics`` of the inner loops of TTT layers
+    (:mod:`ttt_jax.mixers.ttt_layer`), and ``hidden_states``, the block outputs ``h`` [B, T, D] with ``embedding`` and
+    ``final``. ``init`` fills ``hidden_states`` too, so that parameters are its ``["params"]``. :meth:`by_block` splits
+    a collection by block.
     """
 
     segments: Segments
@@ -40,12 +41,12 @@ class LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, state: Any = None, context: Context = PLAIN) -> tuple[jax.Array, Any]:
-        """Logits [B, T, V], float32, and the state after the tokens.
+        """Return logits [B, T, V], float32, and the state after the tokens.
 
         Args:
           tokens: [B, T], integers below V.
-          state: None to read whole sequences; else where the last piece ended, or :meth:`initial_state`.
-          context: padding, beginnings of documents, and what else mixers may want to know.
+          state: None to read whole sequences; else the state after the previous piece, or :meth:`initial_state`.
+          context: padding, beginnings of documents, and other inputs of mixers.
         """
         normal = nn.initializers.normal(self.init_stddev)
         embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), EMBEDDING_AXES)
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module):
         return stack.state_axes(self.segments)
 
     def by_block(self, filled: Mapping[str, Any]) -> list[Any]:
-        """Return what a collection, or the parameters, hold of each of the L blocks, in order."""
+        """Return the part of a collection, or of the parameters, of each of the L blocks, in order."""
         return stack.by_block(self.segments, filled)
 
     def _record(self, name, value):
@@ -80,7 +81,7 @@ def build_model(model: ml_collections.ConfigDict) -> LanguageModel:
     """Build the model that a validated ``config.model`` describes.
 
     Raises:
-      ConfigError: where it asks for a kernel that does not exist, or for a learner that breaks the rules.
+      ConfigError: for a kernel that does not exist for the model, or a learner that breaks the rules.
     """
     blocks = {kind.text: _block(kind.model) for kind in pattern.kinds(model)}
     return LanguageModel(
@@ -102,7 +103,7 @@ def build_model(model: ml_collections.ConfigDict) -> LanguageModel:
 
 
 def _block(model: ml_collections.ConfigDict) -> partial[Block]:
-    """Return what makes a block; ``model.mixer`` is one name."""
+    """Return a function that makes a block, whose ``model.mixer`` is one name."""
     mixer = MIXERS[model.mixer]
     return partial(
         Block,

@@ -1,11 +1,11 @@
-"""Which mixer is in which block: ``model.mixer`` as a pattern that is repeated until all blocks are there.
+"""Read ``model.mixer``, a pattern of mixers that is repeated until the model has all its blocks.
 
-    sliding*5 + attention                               five blocks of one mixer, one of the other, and so on
-    ttt_linear(mini_batch=32)*3 + attention             keys of the mixer's section, for these blocks
-    sliding*9 + sliding(channel=swiglu + swiglu)*3      or those of :data:`BLOCK_KEYS`
+    sliding*5 + attention                               five blocks of one mixer, one of another, and so on
+    ttt_linear(mini_batch=32)*3 + attention             with keys of the mixer's section for these blocks alone
+    sliding*9 + sliding(channel=swiglu + swiglu)*3      or with keys of :data:`BLOCK_KEYS`
 
-An entry is a name of :data:`ttt_jax.mixers.MIXERS`, in parentheses what it has of its own, and how often it follows
-itself. What is left over where the number of blocks is no multiple of the pattern is the pattern's first blocks.
+An entry is a name of :data:`ttt_jax.mixers.MIXERS`, in parentheses the keys that differ for its blocks, and the number
+of these blocks. Where the number of blocks of the model is not a multiple of the pattern, the last repetition is cut.
 """
 
 import itertools
@@ -30,29 +30,29 @@ _EXAMPLE = "a pattern of them such as 'sliding*5 + attention'"
 class Run(NamedTuple):
     """Blocks of one kind that follow each other."""
 
-    model: ml_collections.ConfigDict  # the section ``model``, as it is for these blocks: with one mixer
+    model: ml_collections.ConfigDict  # the section ``model`` for these blocks, with one mixer
     text: str  # the entry of the pattern, without its count
     blocks: int
 
 
 class Segment(NamedTuple):
-    """Runs of blocks, read so many times one after the other."""
+    """Runs of blocks, repeated one after the other."""
 
     runs: tuple[Run, ...]
     repeats: int
 
     @property
     def blocks(self) -> int:
-        """All blocks of the segment."""
+        """Return the number of all blocks of the segment."""
         return self.repeats * sum(run.blocks for run in self.runs)
 
 
 def segments(model: ml_collections.ConfigDict) -> tuple[Segment, ...]:
-    """Return the stack that ``config.model`` describes: the pattern as often as it fits whole, and what is left over.
+    """Return the stack that ``config.model`` describes: the whole repetitions of the pattern, and the last part.
 
     Raises:
-      ConfigError: for a pattern that cannot be read, that names what does not exist, or that has more blocks than the
-        model.
+      ConfigError: for a pattern that cannot be read, that names a mixer or key that does not exist, or that has more
+        blocks than the model.
     """
     runs = _merged(_runs(model))
     whole = sum(run.blocks for run in runs)
@@ -71,7 +71,7 @@ def segments(model: ml_collections.ConfigDict) -> tuple[Segment, ...]:
 
 
 def kinds(model: ml_collections.ConfigDict) -> list[Run]:
-    """Return each kind of block once, in the order in which they come first, with how many blocks there are of it."""
+    """Return each kind of block once, with the number of its blocks, in order of first appearance."""
     found: dict[str, Run] = {}
     for segment, run in each_run(model):
         count = segment.repeats * run.blocks
@@ -86,7 +86,7 @@ def each_run(model: ml_collections.ConfigDict) -> Iterator[tuple[Segment, Run]]:
 
 
 def check(model: ml_collections.ConfigDict) -> None:
-    """Raise :class:`ConfigError` where the pattern, or what is said of one kind of block, cannot be."""
+    """Raise :class:`ConfigError` where the pattern, or the values for one kind of block, are not valid."""
     for kind in kinds(model):
         try:
             channel_parts(kind.model.channel)
@@ -98,7 +98,7 @@ def check(model: ml_collections.ConfigDict) -> None:
 
 
 def describe(model: ml_collections.ConfigDict) -> str:
-    """Describe the model in words, for labels: that of its mixer, or ``Hybrid 5 sliding : 1 attention``."""
+    """Return the model in words, for labels: the label of its mixer, or ``Hybrid 5 sliding : 1 attention``."""
     runs = _merged(_runs(model))
     if len(runs) == 1:
         return MIXERS[runs[0].model.mixer].label(runs[0].model)
@@ -106,19 +106,19 @@ def describe(model: ml_collections.ConfigDict) -> str:
 
 
 def learns(model: ml_collections.ConfigDict) -> list[Run]:
-    """Return the kinds of block whose mixers learn at test time, so that ``config.model.ttt`` means something."""
+    """Return the kinds of block whose mixers learn at test time, for which ``config.model.ttt`` has a meaning."""
     return [kind for kind in kinds(model) if MIXERS[kind.model.mixer].learns]
 
 
 def inner_loop(model: ml_collections.ConfigDict) -> InnerLoop:
-    """Return the inner loop of a kind of block that :func:`learns`."""
+    """Return the inner loop of a kind of block from :func:`learns`."""
     found = MIXERS[model.mixer].inner_loop
     assert found is not None
     return found(model)
 
 
 def blocks(model: ml_collections.ConfigDict) -> list[Run]:
-    """Return the run that each block is of, in order."""
+    """Return, for each block in order, the run that it belongs to."""
     runs = [run for segment in segments(model) for _ in range(segment.repeats) for run in segment.runs]
     return [run for run in runs for _ in range(run.blocks)]
 
@@ -143,7 +143,7 @@ def _runs(model: ml_collections.ConfigDict) -> list[Run]:
 
 
 def _merged(runs: list[Run]) -> list[Run]:
-    """Return the runs with neighbours of one kind as one."""
+    """Return the runs with adjacent runs of one kind joined."""
     found = []
     for _, group in itertools.groupby(runs, key=lambda run: run.text):
         alike = list(group)

@@ -1,7 +1,7 @@
-"""Segments of blocks, read one after the other; the blocks of a run are one scan.
+"""Apply segments of blocks one after the other, with one scan over the blocks of a run.
 
-A segment is a pattern of runs, repeated; a run is some blocks of one kind. Their parameters are stacked, and the
-compiled program has the body of each run once, so that compile time grows with the kinds of block, not their number.
+A segment is a pattern of runs, repeated; a run is some blocks of one kind. The parameters of its blocks are stacked, and
+the compiled program has the body of each run once, so that compile time grows with the kinds of block, not with depth.
 
 Shapes: B batch, T tokens, D width; n blocks of a run, r repeats of a segment, L blocks of the model.
 
@@ -24,7 +24,7 @@ ONE = "layers"  # the name of the only run of a model of equal blocks
 
 
 class Run(NamedTuple):
-    """``blocks`` of one kind that follow each other; ``name`` tells the kind."""
+    """Blocks of one kind that follow each other; ``name`` is the name of their mixer."""
 
     name: str
     make_block: Callable[..., Block]
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Runs, read ``repeats`` times one after the other."""
+    """Runs, repeated one after the other."""
 
     runs: tuple[Run, ...]
     repeats: int
@@ -42,7 +42,7 @@ Segments = tuple[Segment, ...]
 
 
 def read(segments: Segments, remat: bool, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-    """Read h [B, T, D] through all blocks, within a compact method of a Flax module; return it and the state."""
+    """Apply all blocks to h [B, T, D], in a compact method of a Flax module; return h and the state."""
     if _only_run(segments):
         (run,) = segments[0].runs
         return _read_run(run, ONE, remat, h, state, context)
@@ -76,7 +76,7 @@ def state_axes(segments: Segments) -> Any:
 
 
 def by_block(segments: Segments, filled: Mapping[str, Any]) -> list[Any]:
-    """Return what a collection (or the parameters) holds of each of the L blocks, in order; {} where it holds nothing.
+    """Return the part of a collection, or of the parameters, of each of the L blocks, in order; {} where it has none.
 
     Args:
       filled: the collection, as ``apply`` returns it.
@@ -94,7 +94,7 @@ def by_block(segments: Segments, filled: Mapping[str, Any]) -> list[Any]:
 
 
 class _Pattern(nn.Module):
-    """The runs of a segment, once."""
+    """One repetition of a segment."""
 
     runs: tuple[Run, ...]
     remat: bool
@@ -129,7 +129,7 @@ def _call(module: nn.Module, h: jax.Array, state: Any, context: Context) -> tupl
 
 
 def _each(segments: Segments, of_run: Callable[[Run, tuple[int, ...]], Any]) -> Any:
-    """Return a value for each run, in the shape of the state."""
+    """Return a value for each run, in the structure of the state."""
     if _only_run(segments):
         return of_run(segments[0].runs[0], ())
     return tuple(tuple(of_run(run, (segment.repeats,)) for run in segment.runs) for segment in segments)
