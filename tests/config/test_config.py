@@ -99,12 +99,20 @@ REFUSED = [
     ("model.pre_conv=maybe", "model.pre_conv=maybe", "true or false"),
     ("model.mixer=lstm", "model.mixer='lstm'", "ttt_linear, ttt_mlp, ttt, attention"),
     ("model.ttt.backbone=rwkv", "model.ttt.backbone='rwkv'", "mamba, transformer"),
-    ("model.ttt.learner=mlp", "model.ttt.learner='mlp'", "expected linear, or model.mixer=ttt, which leaves it open"),
+    (
+        "model.ttt.learner=mlp",
+        "model.ttt.learner='mlp'",
+        "expected linear, or model.mixer=ttt, which accepts any choice",
+    ),
     ("model.ttt.update=decay", "model.ttt.update='decay'", "expected sgd, or model.mixer=ttt"),
     ("model.ttt.rate_per_matrix=true", "model.ttt.rate_per_matrix=True", "expected False, or model.mixer=ttt"),
     ("model.ttt.reading=previous", "model.ttt.reading='previous'", "expected causal, or model.mixer=ttt"),
     ("model.ttt.learner_source=abc", "model.ttt.learner_source='abc'", "a SHA-256 in 64"),
-    (f"model.ttt.learner_source={'a' * 64}", "model.ttt.learner_source=aaaaaaaaaaaa...: is of a learner", "none"),
+    (
+        f"model.ttt.learner_source={'a' * 64}",
+        "model.ttt.learner_source=aaaaaaaaaaaa...: is the hash of a learner",
+        "none",
+    ),
     ("model.dtype=float16", "model.dtype='float16'", "float32, bfloat16"),
     ("model.remat=full", "model.remat='full'", "none, block"),
     ("model.num_heads=3", "model.num_heads=3: does not divide model.width=128", "a divisor, such as 2"),
@@ -203,7 +211,7 @@ def test_learner_without_a_hidden_layer_is_refused():
 
 def test_an_mlp_cannot_start_at_zero():
     message = error_of(parse, "model.mixer=ttt_mlp", "model.ttt.learned_w0=false")
-    assert message.startswith("model.ttt.learned_w0=False: with two or more layers of zeros all gradients are zero")
+    assert message.startswith("model.ttt.learned_w0=False: two or more layers of zeros have zero gradients")
     assert not parse("model.ttt.learned_w0=false").model.ttt.learned_w0
 
 

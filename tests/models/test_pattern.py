@@ -109,7 +109,7 @@ def test_operations_are_the_sum_over_blocks():
         ("ttt_linear(mini=4)", "ttt_linear(mini=4): unknown key; expected one of backbone, mini_batch, "),
         ("ttt_linear(kernel=scan)", "ttt_linear(kernel=scan): unknown key; expected one of backbone, mini_batch, "),
         ("ttt(learner=a:b)", "expected a function of this package; model.ttt.learner takes yours"),
-        ("ttt_linear(update=muon)", "model.ttt.update='muon': is settled for model.mixer=ttt_linear"),
+        ("ttt_linear(update=muon)", "model.ttt.update='muon': is fixed for model.mixer=ttt_linear"),
         ("attention(window=3)", "attention(window=3): unknown key; expected one of channel, norms, "),
         ("attention(channel=relu)", "model.channel='relu': expected none, or one or more of swiglu joined by +"),
         ("attention(norms=post)", "model.norms='post': expected one of pre, pre_post"),

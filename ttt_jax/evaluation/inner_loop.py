@@ -32,7 +32,7 @@ _BY_HEAD = ("weight_distance", "eta")
 
 def check(workdir: Workdir, model: ml_collections.ConfigDict) -> None:
     """Raise :class:`ConfigError` if the model of a run has no inner loop."""
-    if not pattern.learns(model):
+    if not pattern.learning_kinds(model):
         raise ConfigError(
             f"--workdir {workdir}: its {pattern.describe(model)} has no inner loop; expected a run with model.mixer="
             f"{' or '.join(name for name, mixer in MIXERS.items() if mixer.learns)}"
@@ -179,7 +179,7 @@ def _stacked(blocks: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
 
 def _mini_batches(model: ml_collections.ConfigDict) -> list[int]:
     """Return the sizes of the mini-batches of the blocks that learn."""
-    return [kind.model.ttt.mini_batch for kind in pattern.learns(model)]
+    return [kind.model.ttt.mini_batch for kind in pattern.learning_kinds(model)]
 
 
 def _blocks(model: ml_collections.ConfigDict) -> list[int]:

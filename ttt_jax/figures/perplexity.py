@@ -214,7 +214,7 @@ def by_mini_batch(
     points = points_lib.of_places(places, split, **which)
     points_lib.check_same_text(points)
     for point in points:
-        if not pattern.learns(ConfigDict(point.config["model"])):
+        if not pattern.learning_kinds(ConfigDict(point.config["model"])):
             raise ConfigError(f"{point.workdir}: {point.about['model']} has no mini-batches; expected a TTT layer")
     seconds = dict(zip((p.workdir for p in points), files.on_each(_seconds, points), strict=True))
     sizes = sorted({_b(point) for point in points})

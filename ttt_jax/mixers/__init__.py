@@ -1,7 +1,8 @@
-"""Sequence mixers, [B, T, D] to [B, T, D], and the only list of them.
+"""Register the sequence mixers, [B, T, D] to [B, T, D].
 
-A mixer's file holds everything that is special about it and ends with a table ``MIXERS``, from the names that
-``model.mixer`` takes to a :class:`ttt_jax.mixers.mixer.Mixer` each. To add one, write the file and list it here.
+This is the only list of them. A mixer's file holds everything that is special about it and ends with a table
+``MIXERS``, from the names in ``model.mixer`` to a :class:`ttt_jax.mixers.mixer.Mixer` each. To add a mixer, write its
+file and list it here.
 """
 
 import importlib

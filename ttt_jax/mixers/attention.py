@@ -1,7 +1,7 @@
-"""Causal multi-head self-attention with rotary positions: the mixer of the Llama-style Transformer.
+"""Attend causally with multiple heads and rotary positions: the mixer of the Llama-style Transformer.
 
 Tokens see all tokens of their document up to themselves, or those within a window (``sliding``). The state is a ring of
-keys and values: that of position p lies in slot p mod S. With a window, S is no more than that.
+keys and values, in which position p lies in slot p mod S. With a window, S is at most the window.
 
 Shapes: B batch, T tokens, S slots of the state, D width, H heads, d = D / H.
 """
@@ -23,7 +23,7 @@ from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
 from ttt_jax.settings import setting
 
-_NO_DOCUMENT = -1  # of keys that nobody sees
+_NO_DOCUMENT = -1  # the document of keys that no query sees
 
 
 class AttentionState(NamedTuple):
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     """``wo softmax(q k^T / sqrt(d)) v``, causal; softmax in float32.
 
     Attributes:
-      window: tokens that a token sees, itself included; None: all of its document up to itself.
+      window: the number of tokens that a token sees, including itself; None: all of its document up to itself.
     """
 
     num_heads: int
@@ -51,11 +51,11 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, state: AttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, AttentionState | None]:
-        """Attend. The state of attention without a window must have room for the tokens of a document."""
+        """Attend. Without a window, the state must have room for all tokens of a document."""
         _, tokens, width = x.shape
         gathered = None
         if self.window is not None and context.valid is not None:
-            gathered = gather_valid(context.valid, context)  # so that the tokens of a window are side by side
+            gathered = gather_valid(context.valid, context)  # so that the tokens of a window are adjacent
             x, context = gathered.take(x), gathered.context
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         placed = places(context, tokens, None if state is None else state.position)
@@ -91,14 +91,15 @@ class Attention(nn.Module):
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, block: int = 256
 ) -> jax.Array:
-    """Softmax attention of each token to itself and those before it, [B, T, H, d] to [B, T, H, d].
+    """Return softmax attention of each token to itself and earlier ones, [B, T, H, d] to [B, T, H, d].
 
-    Queries are taken in blocks, each against the keys that one of them sees, so that the half of the logits that
-    causality hides is not computed and the logits of the others are never all in memory. On a CPU this takes 0.4 of the
-    time of ``jax.nn.dot_product_attention``. Logits and softmax are float32.
+    Queries are taken in blocks, each against the keys that its queries see, so that the half of the logits that
+    causality hides is not computed, and the other half is never all in memory. On a CPU this takes 0.4 of the time of
+    ``jax.nn.dot_product_attention``. Logits and softmax are float32.
 
     Args:
-      window: tokens that a token sees, itself included; None: all.
+      window: the number of tokens that a token sees, including itself; None: all.
+      block: queries per block; more where there would be more than 16 blocks.
     """
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, d]
@@ -117,7 +118,7 @@ def causal_attention(
 
 
 class Keys(NamedTuple):
-    """Keys and values, and where they stand; those without a document are not seen."""
+    """Keys and values with their positions and documents; keys without a document are not seen."""
 
     keys: jax.Array  # [B, S, H, d]
     values: jax.Array  # [B, S, H, d]
@@ -128,11 +129,12 @@ class Keys(NamedTuple):
 def document_attention(
     q: jax.Array, piece: Keys, kept: Keys | None = None, window: int | None = None, block: int = 256
 ) -> jax.Array:
-    """Softmax attention of queries [B, T, H, d] to what they see of their document; [B, T, H, d].
+    """Return softmax attention of queries [B, T, H, d] to the keys that they see of their document, [B, T, H, d].
 
-    Queries stand where the keys of their piece do; those without a document see nothing, and y is 0 there. What is kept
-    of earlier pieces is seen beside the piece itself, under one softmax and without a copy of either. Blocks are those
-    of :func:`causal_attention`, and so are the dtypes. With a window, padding must be behind all other tokens.
+    The queries have the positions and documents of the keys of their piece; without a document a query sees nothing,
+    and y is 0 there. Keys kept from earlier pieces are seen beside those of the piece, under one softmax and without
+    copying either. Blocks and dtypes are those of :func:`causal_attention`. With a window, padding must be behind all
+    other tokens.
     """
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
     q = q.swapaxes(1, 2)  # [B, H, T, d]
@@ -158,7 +160,7 @@ def document_attention(
 
 
 def _softmax(logits: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the softmax over the last axis of all groups together, without putting them into one array."""
+    """Return the softmax over the last axes of all groups together, without concatenating them."""
     largest = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
     powers = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in logits]
     total = sum(x.sum(-1, keepdims=True) for x in powers)
@@ -166,14 +168,14 @@ def _softmax(logits: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _blocks(tokens: int, window: int | None, block: int) -> list[tuple[int, int, int]]:
-    """Return of each block of queries the first key that one of them sees, its start and its end."""
+    """Return, for each block of queries, the first key that one of them sees, and the start and end of the block."""
     block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time
     starts = range(0, tokens, block)
     return [(0 if window is None else max(0, s + 1 - window), s, min(s + block, tokens)) for s in starts]
 
 
 def _kept(state: AttentionState) -> Keys:
-    """Return what the ring holds of the document that goes on: the last S of its positions."""
+    """Return the keys that the ring holds of the document that continues: its last S positions."""
     slots = state.keys.shape[1]
     last = state.position[:, None] - 1
     position = last - (last - jnp.arange(slots)) % slots
@@ -181,10 +183,10 @@ def _kept(state: AttentionState) -> Keys:
 
 
 def _written(state: AttentionState, piece: Keys, placed: Places) -> AttentionState:
-    """Return the ring after a piece: of the document that is the last one, with its last S tokens."""
+    """Return the ring after a piece, with the last S tokens of the piece's last document."""
     slots = state.keys.shape[1]
     stays = (piece.document == placed.document[:, -1:]) & (piece.position >= placed.end[:, None] - slots)
-    slot = jnp.where(stays, piece.position % slots, slots)  # one that does not exist is not written
+    slot = jnp.where(stays, piece.position % slots, slots)  # writes to slot S, which does not exist, are dropped
 
     @jax.vmap
     def write(ring, new, slot):
@@ -197,7 +199,7 @@ def _written(state: AttentionState, piece: Keys, placed: Places) -> AttentionSta
 class Settings:
     """The section ``model.sliding``."""
 
-    window: int = setting(1024, "tokens that a token sees, itself included", least=1)
+    window: int = setting(1024, "tokens that a token sees, including itself", least=1)
 
 
 def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]:
@@ -209,7 +211,7 @@ def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]
 
 
 def _seen(sequence_length: int, window: int | None = None) -> float:
-    """Return how many tokens a token sees, on average."""
+    """Return the number of tokens that a token sees, on average."""
     inside = sequence_length if window is None else min(sequence_length, window)
     return (inside * (inside + 1) / 2 + (sequence_length - inside) * inside) / sequence_length
 
@@ -220,7 +222,7 @@ def _operations(model: Model, seen: float) -> float:
 
 
 def _memory(model: Model, seen: float) -> Memory:
-    """Count the softmax of a token over those that it sees: logits in float32, weights in the compute dtype."""
+    """Count the softmax over the tokens that a token sees: logits in float32, weights in the compute dtype."""
     return Memory(0, 14, (4 + jnp.dtype(model.dtype).itemsize) * seen)
 
 

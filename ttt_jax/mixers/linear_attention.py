@@ -1,11 +1,11 @@
-"""Linear attention in its simplest form: attention without the softmax, which is a sum of outer products.
+"""Attend linearly, in the simplest form: attention without the softmax, which is a sum of outer products.
 
     S_t = S_{t-1} + k_t v_t^T        z_t = q_t S_t / (2 d t)
 
-No feature map and no normaliser; rotary positions and the LN on what is read out as in TTT layers of the Transformer
-backbone. It is the TTT layer whose learner is linear, starts at W0 = 0 and takes one batch of gradient descent over the
-whole sequence (Theorem 1 of the paper), at the rate that TTT layers begin with, eta = 1 / (2 d t): a mean over what has
-been read rather than the sum, which is the same to the LN but for its epsilon.
+There is no feature map and no normaliser; rotary positions and the LN of the output are as in TTT layers of the
+Transformer backbone. This is the TTT layer whose learner is linear, starts at W0 = 0 and takes one step of batch
+gradient descent over the whole sequence (Theorem 1 of the paper), at the initial rate of TTT layers, eta = 1 / (2 d t).
+The factor makes the sum a mean, which is the same to the LN except for its epsilon.
 
 Shapes: B batch, T tokens, D width, H heads, d = D / H, c tokens of a chunk.
 """
@@ -29,10 +29,10 @@ CHUNK = 128  # tokens
 
 
 class LinearAttentionState(NamedTuple):
-    """What has been read so far."""
+    """The sums over the tokens read so far."""
 
     sums: jax.Array  # S, [B, H, d, d], float32
-    position: jax.Array  # tokens of the present document, int32 [B]
+    position: jax.Array  # tokens of the present document read so far, int32 [B]
 
 
 class LinearAttention(nn.Module):
@@ -47,6 +47,7 @@ class LinearAttention(nn.Module):
     def __call__(
         self, x: jax.Array, state: LinearAttentionState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, LinearAttentionState | None]:
+        """Return y [B, T, D], and the state after x where one is given."""
         batch, tokens, width = x.shape
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         placed = places(context, tokens, None if state is None else state.position)
@@ -80,13 +81,16 @@ def linear_attention(
     document: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """``q_t S_t`` [B, T, H, d] and S after the last token, both float32.
+    """Return ``q_t S_t`` [B, T, H, d] and S after the last token, both float32.
 
-    From q, k, v [B, T, H, d] and S before the first token. A scan over chunks of c tokens: within a chunk the products
-    of queries and keys, before it the sums.
+    This is a scan over chunks of c tokens. Tokens of the same chunk are read by products of queries and keys, tokens
+    before it by the sums.
 
     Args:
-      document: [B, T], the number of each token's document; 0 is the one that S is of. None: all are of one.
+      q, k, v: [B, T, H, d].
+      sums: S before the first token, [B, H, d, d].
+      document: [B, T], the index of each token's document; 0 is the one that ``sums`` is of. None: all are of one.
+      chunk: c.
     """
     tokens = q.shape[1]
     c = min(chunk, tokens)
@@ -102,20 +106,20 @@ def linear_attention(
         return sums + k.swapaxes(-1, -2) @ v, z
 
     def step_of_documents(sums, x):
-        (q, k, v), here, before = x  # here [B, 1, c, 1]; before [B, 1, 1, 1], the document that the sums are of
-        last = here[:, :, -1:]
-        logits = jnp.where(here == here.swapaxes(-1, -2), jnp.tril(q @ k.swapaxes(-1, -2)), 0)
-        z = jnp.where(here == before, q @ sums, 0) + logits @ v
-        return jnp.where(last == before, sums, 0) + jnp.where(here == last, k, 0).swapaxes(-1, -2) @ v, z
+        (q, k, v), own, before = x  # documents: own [B, 1, c, 1] of the tokens, before [B, 1, 1, 1] of the sums
+        last = own[:, :, -1:]
+        logits = jnp.where(own == own.swapaxes(-1, -2), jnp.tril(q @ k.swapaxes(-1, -2)), 0)
+        z = jnp.where(own == before, q @ sums, 0) + logits @ v
+        return jnp.where(last == before, sums, 0) + jnp.where(own == last, k, 0).swapaxes(-1, -2) @ v, z
 
     xs = (chunks(q), chunks(k), chunks(v))
     if document is None:
         sums, z = jax.lax.scan(step, sums, xs)
     else:
-        here = jnp.pad(document, ((0, 0), (0, n * c - tokens)), "edge")
-        here = here.reshape(len(here), n, c).swapaxes(0, 1)[:, :, None, :, None]
-        before = jnp.concatenate([jnp.zeros_like(here[:1, :, :, -1:]), here[:-1, :, :, -1:]])
-        sums, z = jax.lax.scan(step_of_documents, sums, (xs, here, before))
+        own = jnp.pad(document, ((0, 0), (0, n * c - tokens)), "edge")
+        own = own.reshape(len(own), n, c).swapaxes(0, 1)[:, :, None, :, None]  # [n, B, 1, c, 1]
+        before = jnp.concatenate([jnp.zeros_like(own[:1, :, :, -1:]), own[:-1, :, :, -1:]])
+        sums, z = jax.lax.scan(step_of_documents, sums, (xs, own, before))
     z = z.transpose(1, 0, 3, 2, 4).reshape(q.shape[0], n * c, *q.shape[2:])
     return z[:, :tokens], sums
 
@@ -128,7 +132,7 @@ def _module(model: Model) -> Callable[..., nn.Module]:
 
 
 def _operations(model: Model, sequence_length: int) -> float:
-    """Count the four projections; of each head q S, k^T v, and within the chunk q k^T and its product with v."""
+    """Count the four projections, and for each head q S, k^T v, and within the chunk q k^T and its product with v."""
     d, chunk = model.width // model.num_heads, min(CHUNK, sequence_length)
     return 4 * 2 * model.width**2 + model.num_heads * (2 * 2 * d**2 + 2 * 2 * chunk * d)
 

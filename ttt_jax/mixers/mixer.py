@@ -1,18 +1,20 @@
-"""What the rest of the package asks of a sequence mixer.
+"""Define the interface of a sequence mixer.
 
-A mixer's Flax module has three methods. B is the batch, T tokens, D the width.
+The Flax module of a mixer has three methods:
 
-* ``__call__(x, state=None, context=Context()) -> (y, state)``: x and y are [B, T, D]. Without a state it reads whole
-  sequences from their start, which is training, and returns None for the state. With one it reads the next piece, of
-  any length, and returns the state after it. ``context.valid`` and ``context.reset`` say what is padding and where
-  documents begin, with a state or without; :func:`ttt_jax.layers.context.places` computes positions from them. At
-  padding y is 0, and it has no part in any gradient.
+* ``__call__(x, state=None, context=Context()) -> (y, state)``: x and y are [B, T, D]. Without a state the mixer reads
+  whole sequences from their start, as in training, and returns None for the state. With a state it reads the next
+  piece, of any length, and returns the state after it. ``context.valid`` and ``context.reset`` mark padding and
+  beginnings of documents in both cases; :func:`ttt_jax.layers.context.places` computes positions from them. At padding
+  y is 0, and padding has no part in any gradient.
 * ``initial_state(batch, width, length)``: the state before the first of at most ``length`` tokens of a document. It has
-  a leaf ``position``, int32 [B]: the tokens of the present document that each row has read.
+  a leaf ``position``, int32 [B]: the number of tokens of its present document that each row has read.
 * ``state_axes()``: the same tree with the names of the axes of each leaf in place of its array, such as
-  ``PartitionSpec("batch", "time", "num_heads", None)``. An axis named ``time`` grows with what is read.
+  ``PartitionSpec("batch", "time", "num_heads", None)``. An axis named ``time`` grows with the tokens read.
 
-``tests/mixers`` holds every mixer that is listed to this: causality, pieces cut anywhere, padding, documents, states.
+``tests/mixers`` checks this for every registered mixer: causality, pieces cut anywhere, padding, documents, states.
+
+Shapes: B batch, T tokens, D width.
 """
 
 import dataclasses
@@ -27,11 +29,11 @@ from ttt_jax.layers.context import PLAIN as PLAIN
 from ttt_jax.layers.context import Context as Context
 from ttt_jax.ttt.inner_loop import InnerLoop
 
-Model: TypeAlias = ml_collections.ConfigDict  # the section ``model`` of a config, of one mixer
+Model: TypeAlias = ml_collections.ConfigDict  # the section ``model`` of a config, with one mixer
 
 
 class Style(NamedTuple):
-    """How a line looks in pictures: each of the three tells it from others, so that none needs to be seen in colour."""
+    """The look of a line in figures. Each of the three differs from other lines, so that colour is not needed."""
 
     color: str
     line: str | tuple
@@ -39,12 +41,12 @@ class Style(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What ``ttt plan --search`` takes a mixer to hold, before anything is compiled.
+    """An estimate of the memory of a mixer, for ``ttt plan --search``, which compiles nothing.
 
     Attributes:
-      parameters: numbers of all heads together, without what all mixers have: four projections of D x D.
-      arrays: of D numbers a token that the backward pass keeps, in the compute dtype.
-      bytes_per_head: beside these, for each token and head.
+      parameters: the number of parameters of all heads, without the four projections of D x D that all mixers have.
+      arrays: the number of arrays of D numbers a token that the backward pass keeps, in the compute dtype.
+      bytes_per_head: the bytes that it keeps beside these, for each token and head.
     """
 
     parameters: int = 0
@@ -53,7 +55,7 @@ class Memory(NamedTuple):
 
 
 def of_heads(model: Model) -> dict[str, Any]:
-    """Return what the modules of mixers with heads and rotary positions take alike."""
+    """Return the arguments that the modules of all mixers with heads and rotary positions take."""
     return {
         "num_heads": model.num_heads,
         "dtype": jnp.dtype(model.dtype),
@@ -64,20 +66,23 @@ def of_heads(model: Model) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Mixer:
-    """A value of ``model.mixer``. All functions take the section ``model`` of a validated config.
+    """A mixer that ``model.mixer`` may name. All functions take the section ``model`` of a validated config.
 
     Attributes:
-      module: returns a function that makes the Flax module; raises ``ConfigError`` for what can be seen only now.
-      operations: floating point operations forward, per token, averaged over a sequence of so many tokens.
-      label: the model in words.
-      styles: how lines of models with these labels look.
-      section: of ``model`` that holds its own keys; None where it has none.
+      module: returns a function that makes the Flax module; raises ``ConfigError`` for errors that ``check`` cannot
+        find without devices or the user's own code.
+      operations: returns the floating point operations of a forward pass per token, averaged over a sequence of the
+        given number of tokens.
+      label: returns the model in words.
+      styles: the styles of lines, by label.
+      section: the name of the section of ``model`` that holds the mixer's own keys; None where it has none.
       settings: the dataclass of the section (:mod:`ttt_jax.settings`).
       check: raises ``ConfigError`` for values that do not go together.
-      pre_conv: whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
-      inner_loop: of a mixer that learns at test time; None for the others.
-      computed: how the mixer is computed on the devices of the present mesh, and why; empty where there is no choice.
-      memory: for guesses about sequences of so many tokens.
+      pre_conv: returns whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
+      inner_loop: returns the inner loop of a mixer that learns at test time; None for other mixers.
+      computed: returns how the mixer is computed on the devices of the present mesh, and why; empty where there is no
+        choice.
+      memory: returns an estimate of the memory for sequences of the given number of tokens.
     """
 
     module: Callable[[Model], Callable[..., nn.Module]]
@@ -94,5 +99,5 @@ class Mixer:
 
     @property
     def learns(self) -> bool:
-        """Whether its state is the weights of a learner."""
+        """Return whether the state of the mixer is the weights of a learner."""
         return self.inner_loop is not None

@@ -1,4 +1,4 @@
-"""The TTT mixers: ``ttt_linear`` and ``ttt_mlp`` of the paper, and ``ttt``, which leaves the inner loop open.
+"""Define the TTT mixers: ``ttt_linear`` and ``ttt_mlp`` of the paper, and ``ttt``, whose inner loop is configured.
 
 The Flax module is :class:`ttt_jax.mixers.ttt_layer.TTT`; :mod:`ttt_jax.mixers.ttt_loop` makes its inner loop.
 """
@@ -20,8 +20,8 @@ from ttt_jax.kernels import run as kernels
 from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
+    FIXED_LEARNERS,
     LEARNER,
-    SETTLED,
     base_lr,
     base_lr_start,
     check_learner,
@@ -50,8 +50,8 @@ class Settings:
     )
     learner_source: str = setting(
         "",
-        "SHA-256 of the file of a learner of your own; filled in when training starts",
-        may_change=True,  # checked apart: ttt train --accept-changed-learner
+        "SHA-256 of the file of a learner of your own; set when training starts",
+        may_change=True,  # checked separately: ttt train --accept-changed-learner
     )
     mlp_depth: int = setting(2, "dense layers of the learner mlp", least=1)
     mlp_width_factor: float = setting(4.0, "hidden width of the learners mlp and swiglu, in head widths", above=0)
@@ -61,27 +61,29 @@ class Settings:
         "residual_norm: f(x) = x + LN(learner(x)); none: f(x) = learner(x)",
         among=("residual_norm", "none"),
     )
-    learned_w0: bool = setting(True, "W0 is learned; false: it is zero")
+    learned_w0: bool = setting(True, "learn W0; false: it is zero")
     objective: str = setting("squared_error", "inner loss of f(k) and v: squared_error, or dot_product")
     rate: str = setting(
         "sigmoid/d",
         "inner learning rate of a token: sigmoid/d (base_lr sigmoid(x w + c) / d), sigmoid (without / d), or softplus "
-        "(of x w + c, base_lr at first)",
+        "(of x w + c, initially base_lr)",
     )
-    rate_per_matrix: bool = setting(False, "each weight matrix of the learner has a rate of its own")
+    rate_per_matrix: bool = setting(False, "give each weight matrix of the learner its own rate")
     position_rate: str = setting(
-        "1/t", "factor of the rate at place t of the mini-batch: 1/t (max(0, 1/t + tau), tau learned), or 1"
+        "1/t", "factor of the rate at position t of the mini-batch: 1/t (max(0, 1/t + tau), tau learned), or 1"
     )
     base_lr: float | None = setting(
         None, "peak inner learning rate; unset: 1.0, for the learner mlp 0.1, for softplus 0.001", above=0
     )
     base_lr_start: float | None = setting(
-        None, "where its warm-up starts; unset: base_lr, for the learner mlp a tenth of it", least=0
+        None,
+        "rate at the start of the warm-up; unset: base_lr, for the learner mlp a tenth of it",
+        least=0,
     )
     learned_eta: bool = setting(
         True,
-        "the rates are learned; false: they stay at their first values, by default base_lr / (2 t d); gates of the "
-        "update are learned all the same",
+        "learn the rates; false: they keep their initial values, by default base_lr / (2 t d); gates of the update are "
+        "learned in any case",
     )
     update: str = setting(
         "sgd",
@@ -95,7 +97,7 @@ class Settings:
     )
     kernel: str = setting(
         "auto",
-        "of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where there is one",
+        "implementation of the inner loop: pallas (fused), scan, or auto: pallas on TPUs where such a kernel exists",
         among=kernels.KERNELS,
         changes_results=False,
     )
@@ -107,23 +109,23 @@ class Settings:
     )
     remat_group: int | None = setting(
         None,
-        "mini-batches between two inner states that the backward pass keeps; 0: all; unset: what is fastest "
+        "mini-batches between two inner states that the backward pass keeps; 0: all; unset: the fastest choice "
         "(docs/kernels.md)",
         least=0,
         changes_results=False,
     )
     unroll: int | None = setting(
         None,
-        "of the scan: mini-batches per iteration of the compiled loop; unset: 4 on TPUs, else 1",
+        "mini-batches per iteration of the compiled loop of the scan; unset: 4 on TPUs, else 1",
         least=1,
         changes_results=False,
     )
 
 
 _DEFAULT = {each.name: each.default for each in of(Settings)}
-# Keys that choose an inner loop; TTT-Linear and TTT-MLP are what they are for all but the output and the biases.
+# Keys that choose the inner loop. TTT-Linear and TTT-MLP allow other values only for the output and the biases.
 CHOICES = ("learner", "output", "bias", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading")
-_IN_WORDS = {  # what a label says of a choice that is not TTT-Linear's
+_IN_WORDS = {  # the words in a label for a choice that differs from TTT-Linear
     "output": "output {}",
     "bias": "no biases",
     "objective": "{}",
@@ -135,27 +137,27 @@ _IN_WORDS = {  # what a label says of a choice that is not TTT-Linear's
 }
 
 
-def _check_settled(model: Model) -> None:
-    """Refuse choices of an inner loop that the mixer does not leave open."""
+def _check_fixed(model: Model) -> None:
+    """Check the config of TTT-Linear or TTT-MLP, whose inner loop is fixed."""
     _check(model)
-    settled = {**_DEFAULT, "learner": SETTLED[model.mixer]}
+    fixed = {**_DEFAULT, "learner": FIXED_LEARNERS[model.mixer]}
     for key in CHOICES:
         if key in ("output", "bias"):
             continue
-        if model.ttt[key] not in (None, settled[key]):
+        if model.ttt[key] not in (None, fixed[key]):
             raise ConfigError(
-                f"model.ttt.{key}={model.ttt[key]!r}: is settled for model.mixer={model.mixer}; expected "
-                f"{settled[key]}, or model.mixer=ttt, which leaves it open"
+                f"model.ttt.{key}={model.ttt[key]!r}: is fixed for model.mixer={model.mixer}; expected "
+                f"{fixed[key]}, or model.mixer=ttt, which accepts any choice"
             )
     if learner_name(model) == "mlp" and not model.ttt.learned_w0:
         raise ConfigError(
-            "model.ttt.learned_w0=False: with two or more layers of zeros all gradients are zero; expected true, or "
+            "model.ttt.learned_w0=False: two or more layers of zeros have zero gradients; expected true, or "
             "model.mixer=ttt_linear"
         )
 
 
 def _check_open(model: Model) -> None:
-    """Refuse choices of an inner loop that do not exist."""
+    """Check the config of a mixer whose inner loop is configured."""
     _check(model)
     check_names(model)
 
@@ -167,7 +169,7 @@ def _check(model: Model) -> None:
         raise ConfigError(f"model.ttt.learner_source={source!r}: expected a SHA-256 in 64 hexadecimal digits, or none")
     if source and not (named is not None and import_path.is_import_path(named)):
         raise ConfigError(
-            f"model.ttt.learner_source={source[:12]}...: is of a learner by import path, and {LEARNER} is "
+            f"model.ttt.learner_source={source[:12]}...: is the hash of a learner of your own, but {LEARNER} is "
             f"{'unset' if named is None else named}; expected none"
         )
     head_dim = model.width // model.num_heads
@@ -178,7 +180,7 @@ def _check(model: Model) -> None:
 def _module(model: Model) -> Callable[..., nn.Module]:
     ttt = model.ttt
     if ttt.kernel == "pallas":
-        _computed(model)  # refuses what does not exist
+        _computed(model)  # raises where no such kernel exists
     found = loop(model)
     check_learner(model, found)
     return partial(
@@ -199,19 +201,19 @@ def _module(model: Model) -> Callable[..., nn.Module]:
 
 
 def _operations(model: Model, sequence_length: int) -> float:
-    """Count q, v, o, and k or, in the Mamba-style backbone, the gate; rates and gates of the update; the inner loop."""
+    """Count q, v, o, and k or, in the Mamba backbone, the gate; rates and gates of the update; the inner loop."""
     d, found = model.width, loop(model)
     rates = len(found.learner.structure.matrices) if found.rate.per_matrix else 1
-    numbers = rates * model.ttt.learned_eta + len(update.token_gates(found.update))  # of a token and head
+    numbers = rates * model.ttt.learned_eta + len(update.token_gates(found.update))  # per token and head
     inner = operations.per_token(found, min(model.ttt.mini_batch, sequence_length))
     return 4 * 2 * d * d + 2 * d * model.num_heads * numbers + model.num_heads * inner
 
 
 def _computed(model: Model) -> str:
-    """Say how the inner loop is computed on the devices of the present mesh, and why.
+    """Return how the inner loop is computed on the devices of the present mesh, and why.
 
     Raises:
-      ConfigError: where a kernel is asked for that does not exist.
+      ConfigError: for a kernel that does not exist for this model.
     """
     try:
         return kernels.choose(model.ttt.kernel, loop(model), model.ttt.mini_batch, device_kind()).why
@@ -221,11 +223,11 @@ def _computed(model: Model) -> str:
 
 def _label(model: Model) -> str:
     backbone = f"{model.ttt.backbone.capitalize()} backbone"
-    if model.mixer in SETTLED:
+    if model.mixer in FIXED_LEARNERS:
         return f"{ {'ttt_linear': 'TTT-Linear', 'ttt_mlp': 'TTT-MLP'}[model.mixer] } ({backbone})"
-    own = [learner_name(model)]
-    own += [words.format(model.ttt[key]) for key, words in _IN_WORDS.items() if model.ttt[key] != _DEFAULT[key]]
-    return f"TTT ({', '.join([*own, backbone])})"
+    choices = [learner_name(model)]
+    choices += [words.format(model.ttt[key]) for key, words in _IN_WORDS.items() if model.ttt[key] != _DEFAULT[key]]
+    return f"TTT ({', '.join([*choices, backbone])})"
 
 
 def _memory(model: Model, sequence_length: int) -> Memory:
@@ -237,7 +239,7 @@ def _memory(model: Model, sequence_length: int) -> Memory:
 
 @functools.lru_cache(maxsize=16)
 def _numbers_of_a_head(found: InnerLoop) -> tuple[int, int]:
-    """Return how many numbers the weight matrices hold, and what the update remembers of them."""
+    """Return the number of weights of a head, and of the numbers that the update remembers beside them."""
     w0 = jax.eval_shape(lambda: learner_lib.init(jax.random.key(0), found.learner, heads=1))
     slots = jax.eval_shape(functools.partial(update.init, found.update), w0)
     return sum(x.weight.size for x in w0), sum(x.size for x in jax.tree.leaves(slots))
@@ -258,7 +260,7 @@ _OPEN = Mixer(
 MIXERS = {
     "ttt_linear": dataclasses.replace(
         _OPEN,
-        check=_check_settled,
+        check=_check_fixed,
         styles={
             "TTT-Linear (Mamba backbone)": Style("#0072B2", "-", "o"),
             "TTT-Linear (Transformer backbone)": Style("#56B4E9", (0, (5, 1)), "D"),
@@ -266,7 +268,7 @@ MIXERS = {
     ),
     "ttt_mlp": dataclasses.replace(
         _OPEN,
-        check=_check_settled,
+        check=_check_fixed,
         styles={
             "TTT-MLP (Mamba backbone)": Style("#D55E00", "--", "s"),
             "TTT-MLP (Transformer backbone)": Style("#E69F00", (0, (3, 1, 1, 1)), "P"),

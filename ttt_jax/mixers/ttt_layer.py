@@ -1,26 +1,28 @@
-"""The TTT layer: a mixer whose hidden state is the weights of a learner.
+"""Define the TTT layer, a mixer whose hidden state is the weights of a learner.
 
-Linear and MLP differ in the learner only. Two ways to make q, k and v (the backbones of the paper):
+TTT-Linear and TTT-MLP differ only in the learner. There are two ways to make q, k and v (the paper's backbones):
 
 * ``mamba``: q and k are two causal convolutions of one projection, and a gate multiplies the output;
 * ``transformer``: three projections, no convolution, no gate.
 
+The inner learning rate of both is
+
     eta[t, s] = base_lr * max(0, 1/t + tau[t]) * sigmoid(w_h . x_s + c_h) / d     t, s = 1 ... b
 
-is the rate of both; :mod:`ttt_jax.ttt.rate` has others, and an update may read gates of each token, which are computed
-as the rate is: a function of ``w_h . x_s + c_h``.
+Other rates are in :mod:`ttt_jax.ttt.rate`. An update may also read gates of each token, which are functions of
+``w_h . x_s + c_h`` like the rate.
 
-Two parts can be left out, as on the paper's way from linear attention. Without ``learned_w0`` sequences start at
-W0 = 0. Without ``learned_eta`` the rate stays what it is before any learning, with w, c and tau all 0.
+Two parts can be left out, as in the paper's steps from linear attention. Without ``learned_w0`` sequences start at
+W0 = 0. Without ``learned_eta`` the rate keeps its initial value, with w, c and tau all 0.
 
-The collection ``statistics``, filled on request (``mutable=["statistics"]``) and at no cost without, tells what the
-inner loop did, for each token of each sequence and head. Nothing in it is a mean:
+The collection ``statistics`` describes the inner loop, for each token of each sequence and head. It is filled on
+request (``mutable=["statistics"]``), and costs nothing otherwise. None of its values is a mean:
 
 * ``loss_at_w0``, ``loss_before``, ``loss_after``, ``weight_distance`` [B, T, H]: :class:`ttt_jax.ttt.scan.Statistics`;
-* ``target_spread`` [B, T, H]: what the loss would be of a learner that knows nothing but the mean of its targets; where
-  the objective is the squared error;
-* ``eta`` [B, T, H] or [B, T, H, M]: the rate of each token's gradient before its position counts, base_lr * ... / d in
-  the above;
+* ``target_spread`` [B, T, H], where the objective is the squared error: the loss of a learner that knows only the mean
+  of its targets;
+* ``eta`` [B, T, H] or [B, T, H, M]: the rate of each token's gradient without the factor of its position: base_lr *
+  ... / d above;
 * ``position_eta`` [b]: max(0, 1/t + tau[t]);
 * ``w0_norm`` [H]: Frobenius norm of W0.
 
@@ -51,10 +53,10 @@ from ttt_jax.ttt.objective import squared_error
 
 
 class TTTState(NamedTuple):
-    """Where a TTT layer stands in its sequences."""
+    """The state of a TTT layer between two pieces of its sequences."""
 
     inner: InnerState
-    conv_q: jax.Array | None  # last inputs of the convolutions, [B, width - 1, D]; None without them
+    conv_q: jax.Array | None  # the last inputs of the convolutions, [B, width - 1, D]; None without them
     conv_k: jax.Array | None
 
 
@@ -64,7 +66,7 @@ class TTT(nn.Module):
     Attributes:
       loop: the inner loop; the width of its learner is d.
       base_lr: the paper's eta_base, 1.0 for Linear and 0.1 for MLP.
-      base_lr_start: what it is at the start of its warm-up (``Context.inner_lr_warmup``).
+      base_lr_start: its value at the start of the warm-up (``Context.inner_lr_warmup``).
       backbone: ``mamba`` or ``transformer``.
       learned_w0: whether W0 (and the biases it starts with) are parameters; else they are zero.
       learned_eta: whether w, c and tau are parameters; else they are zero.
@@ -91,6 +93,7 @@ class TTT(nn.Module):
     def __call__(
         self, x: jax.Array, state: TTTState | None = None, context: Context = PLAIN
     ) -> tuple[jax.Array, TTTState | None]:
+        """Return y [B, T, D], and the state after x where one is given."""
         width = x.shape[-1]
         q, k, v, conv_q, conv_k = self._qkv(x, state, context)
         placed = places(context, x.shape[1], None if state is None else state.inner.position)
@@ -116,7 +119,7 @@ class TTT(nn.Module):
     def _inner_loop(
         self, parameters: Parameters, tokens: Tokens, state: InnerState | None, context: Context
     ) -> scan.Result:
-        """Read the mini-batches in order, on each device for its own sequences and heads: it communicates nothing."""
+        """Scan the mini-batches, on each device for its own sequences and heads and without communication."""
         statistics = self.is_mutable_collection("statistics") and not self.is_initializing()
         kernel = kernels.choose(self.kernel, self.loop, self.mini_batch, device_kind(), self.remat_group).kernel
 
@@ -160,7 +163,7 @@ class TTT(nn.Module):
     def initial_state(self, batch: int, width: int, length: int) -> TTTState:
         """Return the state before the first token; its size does not depend on ``length``."""
         del length
-        inner = self._begin(self._zero_weights(), batch)  # what W0 makes of it takes its place
+        inner = self._begin(self._zero_weights(), batch)  # replaced by the state at W0 before the first token
         if self.backbone != "mamba":
             return TTTState(inner, None, None)
         conv = conv_lib.initial_state(batch, self.conv_width, width, self.dtype)
@@ -193,7 +196,7 @@ class TTT(nn.Module):
         return q, k, v, conv_q, conv_k
 
     def _inner_parameters(self) -> Parameters:
-        """W0, the parameters inside the learner and tau, float32 whatever the compute dtype."""
+        """Return W0, the constants of the learner and the position rate, float32 whatever the compute dtype."""
 
         def param(name, init, *shape, split=(None, None)):
             return parameter(self, f"inner_{name}", init, (self.num_heads, *shape), ("num_heads", *split))
@@ -219,7 +222,7 @@ class TTT(nn.Module):
         return learner_lib.init(jax.random.key(0), self.loop.learner, self.num_heads, stddev=0.0)
 
     def _token_eta(self, x, warmup):
-        """``base_lr * sigmoid(w_h . x_s + c_h) / d`` or what the rate is else, [B, T, H] or [B, T, H, M]."""
+        """Return the rate of each token, such as ``base_lr * sigmoid(w_h . x_s + c_h) / d``, [B, T, H(, M)]."""
         per_matrix = (len(self.loop.learner.structure.matrices),) if self.loop.rate.per_matrix else ()
         if self.learned_eta:
             logits = self._logits(x, "eta", per_matrix)
@@ -229,12 +232,12 @@ class TTT(nn.Module):
         return self.loop.rate.token_eta(logits, self.base_lr, scale, self.loop.learner.features)
 
     def _gates(self, x) -> dict[str, jax.Array]:
-        """What members of the update read of each token, [B, T, H] each."""
+        """Return the gates that the members of the update read of each token, [B, T, H] each."""
         members = update.token_gates(self.loop.update)
         return {name: member.activation(self._logits(x, name)) for name, member in members.items()}
 
     def _logits(self, x, name: str, more: tuple[int, ...] = ()):
-        """``w_h . x_s + c_h``, [B, T, H, ...], float32."""
+        """Return ``w_h . x_s + c_h``, [B, T, H, ...], float32."""
         shape, axes = (self.num_heads, *more), ("num_heads", *[None] * len(more))
         normal = nn.initializers.normal(self.init_stddev)
         kernel = parameter(self, f"{name}_kernel", normal, (x.shape[-1], *shape), ("channels", *axes))
@@ -243,7 +246,7 @@ class TTT(nn.Module):
         return (x.astype(self.dtype) @ kernel).astype(jnp.float32).reshape(*x.shape[:2], *shape) + bias
 
     def _position_eta(self):
-        """``max(0, 1/t + tau[t])`` or what the rate is else, [b]."""
+        """Return the rate of each position, such as ``max(0, 1/t + tau[t])``, [b]."""
         if not self.learned_eta or self.loop.rate.position != "1/t":
             return self.loop.rate.position_eta(self.mini_batch)
         tau = parameter(self, "tau", nn.initializers.zeros, (self.mini_batch,), (None,))
@@ -251,12 +254,12 @@ class TTT(nn.Module):
 
 
 def warmup_scale(start: float, peak: float, warmup: jax.Array | float) -> jax.Array | float:
-    """Return what multiplies the peak rate during its warm-up from ``start``: linear in ``warmup``, from 0 to 1."""
+    """Return the factor of the peak rate during its warm-up from ``start``, linear in ``warmup`` from 0 to 1."""
     return start / peak + (1 - start / peak) * warmup
 
 
 def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
-    """Return the names of the axes of a weight matrix: the wider one is hidden, where there is something to hide."""
+    """Return the names of the axes of a weight matrix: the wider one is hidden, if the learner has a hidden layer."""
     if matrices == 1:
         return None, None
     hidden = "learner_hidden"
@@ -264,13 +267,15 @@ def _split(matrix: Matrix, matrices: int) -> tuple[str | None, str | None]:
 
 
 def _started(inner: InnerState, begin: InnerState) -> InnerState:
-    """Return the state that W0 makes of rows that have read no token yet, and of others the state as it is."""
+    """Return the state ``begin`` at W0 for rows that have read no token yet, and the state as it is for others."""
     return where(inner.position == 0, begin, inner)
 
 
 def _spread(target: jax.Array, context: Context) -> jax.Array:
-    """Return half the squared distance of each token's target (before RoPE) from its mean over the tokens read in one
-    go, [B, T, H]: what the self-supervised loss would be if the learner knew nothing but the mean."""
+    """Return half the squared distance of each token's target (before RoPE) from the mean target, [B, T, H].
+
+    The mean is over the tokens of this call. This is the self-supervised loss of a learner that knows only the mean.
+    """
     target = target.astype(jnp.float32)
     counted = None if context.valid is None else context.valid[..., None, None]
     return 0.5 * ((target - target.mean(1, keepdims=True, where=counted)) ** 2).sum(-1)

@@ -1,4 +1,4 @@
-"""From the section ``model.ttt`` of a config to an inner loop and its learning rate."""
+"""Make the inner loop and its learning rate from the section ``model.ttt`` of a config."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,18 +14,18 @@ from ttt_jax.ttt.objective import OBJECTIVES
 from ttt_jax.ttt.rate import POSITION_RATES, TOKEN_RATES, Rate
 
 LEARNER = "model.ttt.learner"
-SETTLED = {"ttt_linear": "linear", "ttt_mlp": "mlp"}  # mixers whose inner loop is settled, and their learners
-LEARNER_OF = {**SETTLED, "ttt": "linear"}  # unless model.ttt.learner is set
+FIXED_LEARNERS = {"ttt_linear": "linear", "ttt_mlp": "mlp"}  # of the mixers whose inner loop is fixed
+DEFAULT_LEARNERS = {**FIXED_LEARNERS, "ttt": "linear"}
 
-_BASE_LR = {"mlp": 0.1}  # the paper's by learner, where it is not 1
-_SOFTPLUS_BASE_LR = 0.001  # LaCT's
+_BASE_LR = {"mlp": 0.1}  # the paper's, by learner; 1 for others
+_SOFTPLUS_BASE_LR = 0.001  # that of LaCT
 
 
 def loop(model: Model) -> InnerLoop:
-    """Return the inner loop that ``config.model`` describes: of TTT-Linear and TTT-MLP, or any other.
+    """Return the inner loop that ``config.model`` describes.
 
     Raises:
-      ConfigError: where a choice is not among those that exist, or does not go with the others.
+      ConfigError: for a choice that does not exist, or does not go with the others.
     """
     ttt, f = model.ttt, learner_function(model)
     objective = _named("model.ttt.objective", ttt.objective, OBJECTIVES)
@@ -44,9 +44,9 @@ def loop(model: Model) -> InnerLoop:
 
 
 def check_names(model: Model) -> None:
-    """Raise :class:`ConfigError` where a choice does not exist or go with the others.
+    """Raise :class:`ConfigError` for a choice that does not exist, or does not go with the others.
 
-    A learner of the user's own is neither imported nor looked for: pictures of a run do not need it.
+    A learner of the user's own is neither imported nor looked for: figures of a run do not need it.
     """
     named = model.ttt.learner
     if named is not None and import_path.is_import_path(named):
@@ -56,39 +56,41 @@ def check_names(model: Model) -> None:
 
 
 def learner_name(model: Model) -> str:
-    """Return the name of the learner, which the mixer has where none is set."""
-    return model.ttt.learner or LEARNER_OF[model.mixer]
+    """Return the name of the learner: ``model.ttt.learner``, or the mixer's where that is unset."""
+    return model.ttt.learner or DEFAULT_LEARNERS[model.mixer]
 
 
 def learner_function(model: Model) -> Function:
-    """Return the learner's function, imported where it is one of the user's own."""
+    """Return the learner's function, which is imported if it is the user's own."""
     ttt, named = model.ttt, learner_name(model)
     if import_path.is_import_path(named):
         return import_path.load(named, LEARNER, ttt.learner_source)
     if named == "mlp" and ttt.mlp_depth == 1:
-        named = "linear"  # the same function, by the name that kernels know
+        named = "linear"  # the same function, by the name for which kernels exist
     kind = _named(LEARNER, named, LEARNERS, f", or {import_path.FORM}")
     options = {"depth": ttt.mlp_depth, "width_factor": ttt.mlp_width_factor, "bias": ttt.bias}
     return learners.make(kind, options)
 
 
 def base_lr(model: Model) -> float:
-    """Return the peak inner learning rate: as configured, else the paper's for this learner."""
+    """Return the peak inner learning rate: the configured one, else the paper's for this learner."""
     if model.ttt.base_lr is not None:
         return model.ttt.base_lr
     return _SOFTPLUS_BASE_LR if model.ttt.rate == "softplus" else _BASE_LR.get(learner_name(model), 1.0)
 
 
 def base_lr_start(model: Model) -> float:
-    """Return the inner learning rate that its warm-up starts with: a tenth of the peak for the learner of TTT-MLP,
-    unless it is configured."""
+    """Return the inner learning rate at the start of its warm-up.
+
+    Unless it is configured, it is a tenth of the peak for the learner of TTT-MLP, and the peak for others.
+    """
     if model.ttt.base_lr_start is not None:
         return model.ttt.base_lr_start
     return base_lr(model) / 10 if learner_name(model) == "mlp" else base_lr(model)
 
 
 def check_learner(model: Model, found: InnerLoop) -> None:
-    """Raise :class:`ConfigError` for a learner that breaks the rules, and for one that cannot learn."""
+    """Raise :class:`ConfigError` for a learner that breaks the rules of learners, or cannot learn."""
     named = learner_name(model)
     is_own, f, features = import_path.is_import_path(named), found.learner.f, found.learner.features
     alone = Learner(f.f if isinstance(f, ResidualNorm) else f, features)
@@ -106,13 +108,13 @@ def check_learner(model: Model, found: InnerLoop) -> None:
         raise ConfigError(f"{LEARNER}={named!r}: fails: {where}") from error
     if features_out != features:
         raise ConfigError(
-            f"{LEARNER}={named!r}: makes {features_out} features of {features}; "
+            f"{LEARNER}={named!r}: returns {features_out} features for {features}; "
             "expected as many as it is given, which is the width of a head"
         )
     if len(matrices) > 1 and not model.ttt.learned_w0:
         raise ConfigError(
-            f"model.ttt.learned_w0=False: the learner {named} has {len(matrices)} weight matrices, and with "
-            "two or more of zeros all gradients are zero; expected true, or the learner linear"
+            f"model.ttt.learned_w0=False: the learner {named} has {len(matrices)} weight matrices, and two or more "
+            "of zeros have zero gradients; expected true, or the learner linear"
         )
 
 

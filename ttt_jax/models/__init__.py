@@ -1,1 +1,1 @@
-"""Language models from layers."""
+"""Build language models of blocks of mixers, and count their operations and parameters."""

@@ -33,7 +33,9 @@ def flops_per_step(model: ml_collections.ConfigDict, sequence_length: int, seque
 
 def inner_flops_per_token(model: ml_collections.ConfigDict, sequence_length: int) -> float:
     """Return the part of :func:`flops_per_token` that is in the inner loops of all layers."""
-    return sum(kind.blocks * inner_flops_of_block(kind.model, sequence_length) for kind in pattern.learns(model))
+    return sum(
+        kind.blocks * inner_flops_of_block(kind.model, sequence_length) for kind in pattern.learning_kinds(model)
+    )
 
 
 def _flops_of_block(model: ml_collections.ConfigDict, sequence_length: int) -> float:

@@ -105,13 +105,13 @@ def describe(model: ml_collections.ConfigDict) -> str:
     return "Hybrid " + " : ".join(f"{run.blocks} {run.text}" for run in runs)
 
 
-def learns(model: ml_collections.ConfigDict) -> list[Run]:
+def learning_kinds(model: ml_collections.ConfigDict) -> list[Run]:
     """Return the kinds of block whose mixers learn at test time, for which ``config.model.ttt`` has a meaning."""
     return [kind for kind in kinds(model) if MIXERS[kind.model.mixer].learns]
 
 
 def inner_loop(model: ml_collections.ConfigDict) -> InnerLoop:
-    """Return the inner loop of a kind of block from :func:`learns`."""
+    """Return the inner loop of a kind of block from :func:`learning_kinds`."""
     found = MIXERS[model.mixer].inner_loop
     assert found is not None
     return found(model)
@@ -124,6 +124,7 @@ def blocks(model: ml_collections.ConfigDict) -> list[Run]:
 
 
 def _runs(model: ml_collections.ConfigDict) -> list[Run]:
+    """Return a run for each entry of the pattern ``model.mixer``."""
     runs, place, more = [], 0, True
     text = model.mixer
     while more:
@@ -131,11 +132,11 @@ def _runs(model: ml_collections.ConfigDict) -> list[Run]:
         if match is None or match[1] not in MIXERS:
             unknown = f": {match[1]!r}" if match and match[0].strip() != text.strip() else ""
             raise ConfigError(f"model.mixer={text!r}{unknown}: expected one of {', '.join(MIXERS)}, or {_EXAMPLE}")
-        name, own, count, plus = match.groups()
+        name, changes, count, plus = match.groups()
         if count is not None and int(count) < 1:
-            raise ConfigError(f"model.mixer={text!r}: {name}*{count}: expected 1 or more")
-        entry = f"{name}({', '.join(_assignments(own))})" if own else name
-        runs.append(Run(_of_entry(model, name, own or ""), entry, int(count or 1)))
+            raise ConfigError(f"model.mixer={text!r}: {name}*{count}: expected a count of 1 or more")
+        entry = f"{name}({', '.join(_assignments(changes))})" if changes else name
+        runs.append(Run(_model_of_entry(model, name, changes or ""), entry, int(count or 1)))
         place, more = match.end(), plus == "+" and match[0].strip() != ""
         if more and place >= len(text):
             raise ConfigError(f"model.mixer={text!r}: ends with +; expected {_EXAMPLE}")
@@ -159,13 +160,13 @@ def _first(runs: list[Run], blocks: int) -> Iterator[Run]:
         blocks -= run.blocks
 
 
-def _of_entry(model: ml_collections.ConfigDict, name: str, own: str) -> ml_collections.ConfigDict:
-    """Return the section ``model`` for the blocks of one entry of the pattern."""
+def _model_of_entry(model: ml_collections.ConfigDict, name: str, changes: str) -> ml_collections.ConfigDict:
+    """Return the section ``model`` for the blocks of one entry: with one mixer, and the entry's own values."""
     found = ml_collections.ConfigDict(model.to_dict())
     found.mixer = name
     section, declared = MIXERS[name].section, MIXERS[name].settings
     of_section = {each.name: each for each in settings.of(declared)} if declared else {}
-    for assignment in _assignments(own):
+    for assignment in _assignments(changes):
         key, _, text = (part.strip() for part in assignment.partition("="))
         where = f"model.mixer={model.mixer!r}: {name}({assignment})"
         each = of_section.get(key)
@@ -173,7 +174,9 @@ def _of_entry(model: ml_collections.ConfigDict, name: str, own: str) -> ml_colle
             value = settings.parse(where, each.kind, text)
             each.accepts.check(f"model.mixer={model.mixer!r}: {name}: {key}", value)
             if each.takes_function and import_path.is_import_path(value):
-                raise ConfigError(f"{where}: expected a function of this package; model.{section}.{key} takes yours")
+                raise ConfigError(
+                    f"{where}: expected the name of a function of this package; yours is set by model.{section}.{key}"
+                )
             found[section][key] = value
         elif key in BLOCK_KEYS:
             found[key] = settings.parse(where, _KINDS.get(key, str), text)
@@ -183,8 +186,8 @@ def _of_entry(model: ml_collections.ConfigDict, name: str, own: str) -> ml_colle
     return found
 
 
-def _assignments(own: str) -> list[str]:
-    return [part.strip() for part in own.split(",") if part.strip()]
+def _assignments(changes: str) -> list[str]:
+    return [part.strip() for part in changes.split(",") if part.strip()]
 
 
 _KINDS: dict[str, Any] = {"pre_conv": bool, "conv_width": int, "mlp_width": int, "rope_theta": float}

@@ -1,7 +1,7 @@
 """Apply segments of blocks one after the other, with one scan over the blocks of a run.
 
-A segment is a pattern of runs, repeated; a run is some blocks of one kind. The parameters of its blocks are stacked, and
-the compiled program has the body of each run once, so that compile time grows with the kinds of block, not with depth.
+A segment is a pattern of runs, repeated; a run is some blocks of one kind, whose parameters are stacked. The compiled
+program has the body of each run once, so that compile time grows with the kinds of block, not with depth.
 
 Shapes: B batch, T tokens, D width; n blocks of a run, r repeats of a segment, L blocks of the model.
 

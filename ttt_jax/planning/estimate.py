@@ -63,7 +63,7 @@ def step_time(
         f"matrix products at {EFFICIENCY:.0%} of the peak of {chip.peak_flops / 1e12:.0f} TFLOP/s"
         + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
     ]
-    for kind in pattern.learns(model):
+    for kind in pattern.learning_kinds(model):
         seconds, assumption = _inner_loop(kind, config, chip, rate)
         compute += seconds
         assumptions += [assumption] if assumption not in assumptions else []

@@ -57,7 +57,7 @@ def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_
     if not model.ttt.kernel_check or kernels.interpreted(device):
         return []
     found = []
-    for kind in pattern.learns(model):
+    for kind in pattern.learning_kinds(model):
         loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
         if kernels.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
             found.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
