@@ -1,4 +1,4 @@
-"""Numbers that may be NaN or infinite: they show in means and in words, and JSON holds null in their place."""
+"""Compute with, format and store numbers that may be NaN, infinite or missing."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ NOT_FINITE = "not finite"
 
 
 def exp(x: float | None) -> float:
-    """Return e^x, infinity where it overflows, and NaN where ``x`` is NaN or not known."""
+    """Return e^x: infinity where it overflows, NaN where ``x`` is NaN or None."""
     if x is None:
         return math.nan
     try:
@@ -18,7 +18,7 @@ def exp(x: float | None) -> float:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Return the mean, which is NaN or infinite where one of the values is, and NaN of no values."""
+    """Return the mean: NaN or infinite where one of the values is, NaN for no values."""
     values = list(values)
     if not values:
         return math.nan
@@ -31,23 +31,23 @@ def mean(values: Iterable[float]) -> float:
 
 
 def is_finite(value: float | None) -> bool:
-    """Return whether there is a value, and it is finite."""
+    """Return whether a value is a finite number; None is not."""
     return value is not None and math.isfinite(value)
 
 
 def for_json(value: Any) -> tuple[Any, int]:
-    """Return JSON in which numbers that are not finite are null, and how many there are."""
+    """Return a JSON value with None for numbers that are not finite, and how many there were."""
     if isinstance(value, float):
         return (value, 0) if math.isfinite(value) else (None, 1)
     if isinstance(value, dict):
         pairs = {key: for_json(each) for key, each in value.items()}
         return {key: each for key, (each, _) in pairs.items()}, sum(n for _, n in pairs.values())
     if isinstance(value, (list, tuple)):
-        found = [for_json(each) for each in value]
-        return [each for each, _ in found], sum(n for _, n in found)
+        elements = [for_json(each) for each in value]
+        return [each for each, _ in elements], sum(n for _, n in elements)
     return value, 0
 
 
-def format_number(value: float | None, style: str) -> str:
-    """Return a number in a format, and "not finite" where it is NaN, infinite or null."""
-    return format(value, style) if value is not None and math.isfinite(value) else NOT_FINITE
+def format_number(value: float | None, spec: str) -> str:
+    """Return a number in a format; "not finite" where it is NaN, infinite or None."""
+    return format(value, spec) if value is not None and math.isfinite(value) else NOT_FINITE

@@ -24,7 +24,7 @@ class Clock:
         return self.now
 
 
-class Lines(list):
+class Records(list):
     def write(self, step, values):
         self.append({"step": step, **values})
 
@@ -51,7 +51,7 @@ def numbers(loss=2.0, norm=1.0, **more):
 
 def test_times_of_a_step_that_waited(tmp_path, clock):
     """A run of 4 chips of 100 FLOP/s; a step of 1200 FLOPs and 600 tokens that takes 6 s, 2 of them for data."""
-    lines = Lines()
+    lines = Records()
     output = report.Output(lines, lines, report.Goodput(tmp_path, useful=16.0), log_every=1)
     reporter = report.Reporter(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
     clock.now += 10  # start-up
@@ -92,7 +92,7 @@ def test_goodput_over_restarts(tmp_path, clock):
 
 
 def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
-    lines = Lines()
+    lines = Records()
     output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=1)
     reporter = report.Reporter(output, tokens=1, flops=1.0, chips=1, peak=None)
     reporter.start()
@@ -142,7 +142,7 @@ def test_a_feed_is_one_batch_ahead():
 
 
 def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):
-    lines = Lines()
+    lines = Records()
     output = report.Output(lines, lines, report.Goodput(tmp_path), log_every=4)
     reporter = report.Reporter(output, tokens=1, flops=1.0, chips=1, peak=None)
     reporter.start()

@@ -1,1 +1,1 @@
-"""Files of runs and datasets, on disks and in buckets: paths, locks, JSON, atomic writes."""
+"""Keep files of runs and datasets on disks and in buckets: paths, locks, JSON, atomic writes."""

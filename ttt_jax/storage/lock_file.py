@@ -1,7 +1,7 @@
-"""The file or object by which one command holds a folder: a record that is created, renewed and removed atomically.
+"""Create, renew and remove the record by which one command holds a folder, in a file or in an object of a bucket.
 
 In a local folder the holder also has the kernel's lock on the file, which ends with the process. Where the file system
-has no locks, and in a bucket, the record alone counts: a holder renews it every few seconds.
+has no locks, and in a bucket, the record alone counts: its holder renews it every few seconds.
 """
 
 import contextlib
@@ -17,48 +17,48 @@ from typing import Any, NamedTuple
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
-_SETTLES = 0.3  # seconds after which one of two processes that replaced a record at the same time finds the other's
+_SETTLES = 0.3  # seconds after which, of two processes that wrote a record at the same time, one finds the other's
 _SIZE = 512  # bytes of a record in a file, which is renewed in place
-_ANSWER = 60.0  # seconds within which a bucket answers
+_ANSWER = 60.0  # seconds within which a bucket must answer
 
 
 class Holder(NamedTuple):
-    """Who has the lock.
+    """The holder of a lock.
 
     Attributes:
-      content: the record as it was read.
-      lives: whether its process is known to live; where not, it may have died.
+      content: its record, as it was read.
+      lives: whether its process is known to be alive; if false, it may have died.
     """
 
     content: bytes
     lives: bool
 
 
-class LocalFile:
+class LocalLock:
     """A lock file in a local folder.
 
     Args:
-      path: of the file.
-      identity: what every record of this holder contains.
-      here: whether a record is of this machine.
-      command: that wants the lock, for what is told.
+      path: the file.
+      identity: bytes that all records of this holder contain, and no others.
+      machine: bytes that all records of processes on this machine contain, and no others.
+      command: the command that wants the lock, for messages.
     """
 
-    def __init__(self, path: Path, identity: bytes, here: bytes, command: str):
-        self._path, self._identity, self._here, self._command = path, identity, here, command
+    def __init__(self, path: Path, identity: bytes, machine: bytes, command: str):
+        self._path, self._identity, self._machine, self._command = path, identity, machine, command
         self._file: int | None = None
         self._has_locks = True
         _open_files.add(self)
 
     def take(self, record: bytes, dead: bytes | None) -> Holder | None:
-        """Take the lock and return None, or return who has it. A record equal to ``dead`` is replaced."""
+        """Take the lock and return None, or return its holder. A record equal to ``dead`` is replaced."""
         while True:
             try:
                 file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             except OSError as error:
                 if error.errno not in _NO_WRITING or self._path.exists():
                     raise
-                self._tell(f"cannot be written to ({error.strerror}); goes on without a lock")
+                self._say(f"cannot be written to ({error.strerror}); goes on without a lock")
                 return None
             try:
                 holder = self._take(file, record, dead)
@@ -70,11 +70,12 @@ class LocalFile:
                 return None
             os.close(file)
             if holder is not None:
-                return holder  # otherwise the one before has just removed the file
+                return holder
+            # The last holder has removed the file since it was opened: try again.
 
     def renew(self, record: bytes) -> bytes | None:
-        """Write the record again; return what stands in its place where that is of another holder."""
-        if self._file is None:  # where nothing can be written, or in a forked process
+        """Write the record again and return None, or return the record of another holder that has replaced it."""
+        if self._file is None:  # nothing can be written, or this process was forked
             return None
         if not self._path.exists():
             return b""
@@ -85,7 +86,7 @@ class LocalFile:
         return None
 
     def release(self) -> None:
-        """Remove the file, if it is this holder's still, and let go of it."""
+        """Remove the file if it is still this holder's."""
         if self._file is None:
             return
         with contextlib.suppress(OSError):
@@ -93,7 +94,7 @@ class LocalFile:
                 self._path.unlink()
 
     def close(self) -> None:
-        """Let go of the file, which stays."""
+        """Close the file, without removing it."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -101,12 +102,12 @@ class LocalFile:
     def _take(self, file: int, record: bytes, dead: bytes | None) -> Holder | None:
         try:
             self._lock(file)
-        except BlockingIOError:  # on some network file systems by another machine, which may have died
+        except BlockingIOError:  # the holder may be another machine, on some network file systems, and have died
             content = _read(file)
-            return Holder(content, lives=self._here in content)
+            return Holder(content, lives=self._machine in content)
         content = _read(file)
         if content and content != dead and not self._is_over(content):
-            return Holder(content, lives=_lives(content, self._here) is True)
+            return Holder(content, lives=_lives(content, self._machine) is True)
         if not self._is(file):
             return None
         self._write(file, record)
@@ -124,7 +125,7 @@ class LocalFile:
             if error.errno not in NO_LOCKS:
                 raise
             self._has_locks = False
-            self._tell(
+            self._say(
                 f"its file system has no locks ({error.strerror}); other commands know by the signs of life in "
                 f"{self._path.name} alone that this one works there"
             )
@@ -138,11 +139,11 @@ class LocalFile:
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
 
-    def _tell(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         print(f"{self._command}: {self._path.parent}: {text}", file=sys.stderr, flush=True)
 
     def _is(self, file: int) -> bool:
-        """Return whether the path leads to this open file."""
+        """Return whether the path still names this open file."""
         try:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except FileNotFoundError:
@@ -150,54 +151,55 @@ class LocalFile:
 
     def _is_over(self, content: bytes) -> bool:
         """Return whether the holder that wrote a record is known to have ended."""
-        if self._has_locks:  # and has been given the lock, so that a process of this machine has let go of it
-            return parsed(content) is None or self._here in content
-        return _lives(content, self._here) is False
+        if self._has_locks:  # this process has the kernel's lock, so no other process of this machine has it
+            return parse_record(content) is None or self._machine in content
+        return _lives(content, self._machine) is False
 
 
-class BucketObject:
-    """A lock in a bucket: an object that is created, renewed and deleted on condition that it is the one last seen.
+class BucketLock:
+    """A lock in a bucket: an object that is changed only on condition that nobody else has changed it.
 
     Args:
-      url: of the folder.
-      name: of the object in it.
-      identity, here: as of :class:`LocalFile`.
+      url: the folder.
+      name: the name of the object in the folder.
+      identity: as for :class:`LocalLock`.
+      machine: as for :class:`LocalLock`.
     """
 
-    def __init__(self, url: str, name: str, identity: bytes, here: bytes):
-        self._url, self._name, self._identity, self._here = url, name, identity, here
+    def __init__(self, url: str, name: str, identity: bytes, machine: bytes):
+        self._url, self._name, self._identity, self._machine = url, name, identity, machine
         self._store: Any = None
         self._generation = b""
 
     def take(self, record: bytes, dead: bytes | None) -> Holder | None:
-        """Take the lock and return None, or return who has it. A record equal to ``dead`` is replaced."""
+        """Take the lock and return None, or return its holder. A record equal to ``dead`` is replaced."""
         with self._explained():
             found = self._read()
             content = bytes(found.value)
-            lives = _lives(content, self._here)
+            lives = _lives(content, self._machine)
             if found.state != "missing" and content != dead and lives is not False:
                 return Holder(content, lives is True)
             return None if self._replace(record, found.stamp.generation) else Holder(self._content(), lives=False)
 
     def renew(self, record: bytes) -> bytes | None:
-        """Write the record again; return what stands in its place where that is of another holder."""
+        """Write the record again and return None, or return the record of another holder that has replaced it."""
         with self._explained():
             return None if self._replace(record, self._generation) else self._content()
 
     def release(self) -> None:
-        """Delete the object, if it is this holder's still."""
+        """Delete the object if it is still this holder's."""
         with contextlib.suppress(OSError), self._explained():
             self._store.write(self._name, None, if_equal=self._generation).result(timeout=_ANSWER)
 
     def close(self) -> None:
-        """Do nothing: there is nothing to let go of."""
+        """Do nothing, as no file is open."""
 
     def _replace(self, record: bytes, generation: bytes) -> bool:
         written = self._store.write(self._name, record, if_equal=generation).result(timeout=_ANSWER)
         if written.generation:
             self._generation = written.generation
             return True
-        found = self._read()  # an answer may have been lost, and the write been repeated in vain
+        found = self._read()  # the answer to a write may have been lost, and the write repeated
         if self._identity not in bytes(found.value):
             return False
         self._generation = found.stamp.generation
@@ -222,17 +224,20 @@ class BucketObject:
             raise OSError(f"cannot lock {self._url}/{self._name}: {' '.join(reason.split())}") from error
 
 
-def parsed(content: bytes) -> dict[str, Any] | None:
-    """Return what a record says; None where it is no record."""
+def parse_record(content: bytes) -> dict[str, Any] | None:
+    """Return the content of a record; None where it is damaged."""
     try:
-        found = json.loads(content)
+        record = json.loads(content)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
-def started(pid: int) -> int | None:
-    """Return when a process of this machine began, which tells it from a later one of its number; None if it ended."""
+def process_start(pid: int) -> int | None:
+    """Return when a process of this machine began, in clock ticks since the machine's start; None if it ended.
+
+    This tells a process from a later one with the same number.
+    """
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -240,14 +245,14 @@ def started(pid: int) -> int | None:
     return None if state in "ZX" else int(numbers[18])
 
 
-def _lives(content: bytes, here: bytes) -> bool | None:
-    """Return whether the process of a record lives; None where that cannot be told from this machine."""
-    record = parsed(content)
-    if record is None or here not in content or not isinstance(record.get("pid"), int):
+def _lives(content: bytes, machine: bytes) -> bool | None:
+    """Return whether the process of a record is alive; None where this machine cannot know."""
+    record = parse_record(content)
+    if record is None or machine not in content or not isinstance(record.get("pid"), int):
         return None
     try:
-        return started(record["pid"]) == record.get("started") is not None
-    except (OSError, ValueError, IndexError):  # such as another system's /proc
+        return process_start(record["pid"]) == record.get("started") is not None
+    except (OSError, ValueError, IndexError):  # a system without /proc, or with another format
         return None
 
 
@@ -255,11 +260,11 @@ def _read(file: int) -> bytes:
     return os.pread(file, 1 << 16, 0)
 
 
-_open_files: weakref.WeakSet[LocalFile] = weakref.WeakSet()
+_open_files: weakref.WeakSet[LocalLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """Keep a forked process from holding the kernel's lock when its parent has ended."""
+    """Close lock files in a forked process, which would otherwise hold the lock when its parent has ended."""
     for each in list(_open_files):
         each.close()
 

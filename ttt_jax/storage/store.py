@@ -1,6 +1,6 @@
-"""Files of a dataset, in a local folder or under a URL that TensorStore knows (``gs://``, ``s3://``, ``http://``).
+"""Read and write files of a dataset, in a local folder or at a URL of TensorStore (``gs://``, ``s3://``, ``http://``).
 
-Writes are atomic: a reader, or a run after a kill, finds the old content or the new.
+Writes are atomic: a reader, or a restart after a kill, finds the old content or the new.
 """
 
 import json
@@ -18,11 +18,12 @@ from ttt_jax.storage import json_files
 
 
 class Store:
-    """A folder by its path or URL.
+    """The files of a folder, which is a path or a URL.
+
+    Every method raises a DataError where the folder cannot be read or written.
 
     Raises:
       ConfigError: for a URL that TensorStore does not know.
-      DataError: from every method, where the place cannot be read or written.
     """
 
     def __init__(self, location: str | os.PathLike):
@@ -41,29 +42,29 @@ class Store:
         return Store, (self.location,)
 
     def spec(self, name: str = "") -> Any:
-        """TensorStore's key-value specification of this folder, or of one inside it."""
+        """Return TensorStore's specification of this folder, or of a folder inside it, as a key-value store."""
         place = f"{self.location}/{name}/" if name else f"{self.location}/"
         if is_url(self.location):
             return place
         return {"driver": "file", "path": f"{os.path.abspath(place)}/"}
 
     def path(self, name: str) -> str:
-        """Path or URL of a file, for messages."""
+        """Return the path or URL of a file, for messages."""
         return f"{self.location}/{name}"
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether a file exists."""
         if not is_url(self.location):
             return os.path.isfile(os.path.join(self.location, name))
         try:
             return self.read(name, 0, 1) is not None
         except DataError as error:
-            if "OUT_OF_RANGE" in str(error):  # it is there, and empty
+            if "OUT_OF_RANGE" in str(error):  # an empty file
                 return True
             raise
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
-        """The bytes ``[start, stop)`` of a file; None where there is no such file."""
+        """Return the bytes ``[start, stop)`` of a file; None where there is no such file."""
         with self._explained("read", name):
             found = self._kv.read(name, byte_range=slice(start, stop)).result()
         return None if found.state == "missing" else bytes(found.value)
@@ -77,7 +78,7 @@ class Store:
             raise DataError(str(error)) from error
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file; returns when it is there to stay."""
+        """Write a file, and return when it would outlive a crash."""
         with self._explained("write", name):
             self._kv.write(name, content).result()
 
@@ -86,7 +87,7 @@ class Store:
         self.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def names(self, prefix: str = "") -> Iterator[str]:
-        """Files whose names, folders included, begin with ``prefix``; in no order."""
+        """Yield the names of files, with their folders, that begin with ``prefix``, in no order."""
         if is_url(self.location):
             with self._explained("list"):
                 keys = self._kv.list(ts.KvStore.KeyRange(prefix, _after(prefix))).result()
@@ -94,19 +95,17 @@ class Store:
             return
         for place, folders, files in os.walk(self.location):
             inside = "" if place == self.location else f"{os.path.relpath(place, self.location)}/"
-            below = [f"{inside}{folder}/" for folder in folders]
-            folders[:] = [
-                f for f, b in zip(folders, below, strict=True) if b.startswith(prefix) or prefix.startswith(b)
-            ]
+            below = {folder: f"{inside}{folder}/" for folder in folders}
+            folders[:] = [f for f, name in below.items() if name.startswith(prefix) or prefix.startswith(name)]
             yield from (inside + file for file in files if (inside + file).startswith(prefix))
 
     def delete_file(self, name: str) -> None:
-        """Deletes a file, if it is there."""
+        """Delete a file, if it exists."""
         with self._explained("delete", name):
             self._kv.write(name, None).result()
 
     def delete(self, folder: str) -> None:
-        """Deletes all files under a folder."""
+        """Delete all files in a folder of the store."""
         with self._explained("delete", folder):
             if is_url(self.location):
                 self._kv.delete_range(ts.KvStore.KeyRange(f"{folder}/", _after(f"{folder}/"))).result()
@@ -121,7 +120,11 @@ class Store:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what TensorStore raises into a :class:`DataError` of one line."""
+    """Turn errors of TensorStore into a :class:`DataError` of one line.
+
+    Args:
+      what: what cannot be done, such as ``cannot read gs://bucket/file``.
+    """
     try:
         yield
     except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
@@ -131,10 +134,10 @@ def explained(what: str) -> Iterator[None]:
 
 
 def is_url(location: str) -> bool:
-    """Whether a location is a URL rather than a local path."""
+    """Return whether a location is a URL rather than a local path."""
     return "://" in location
 
 
 def _after(prefix: str) -> str:
-    """The first key that does not begin with ``prefix``; empty for no bound."""
+    """Return the first key after those that begin with ``prefix``; empty, which is no bound, for no prefix."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""

@@ -1,4 +1,4 @@
-"""Where a run lives: a local folder, or a place in a bucket (``gs://``), both with the face of a path."""
+"""Find folders: the workdir of a run, on this machine or in a bucket (``gs://``), and the user's cache folder."""
 
 import importlib.util
 import logging
@@ -15,14 +15,14 @@ from ttt_jax.errors import ConfigError
 if TYPE_CHECKING:
     from etils import epath
 
-Workdir: TypeAlias = Union[Path, "epath.Path"]  # and what lies in it
+Workdir: TypeAlias = Union[Path, "epath.Path"]  # the folder of a run, or a file in it
 
 
 def at(location: str | os.PathLike) -> Workdir:
-    """The path of a workdir: a plain :class:`pathlib.Path` of a local one, an :class:`etils.epath.Path` of a bucket.
+    """Return a location as a path: a :class:`pathlib.Path` for a local folder, an :class:`etils.epath.Path` for gs://.
 
     Raises:
-      ConfigError: for a name that is empty or not text, for a URL that is not of a bucket, and where gcsfs is missing.
+      ConfigError: for a name that is empty or not text, for another kind of URL, and where gcsfs is not installed.
     """
     text = os.fspath(location)
     if not text.strip():
@@ -35,23 +35,23 @@ def at(location: str | os.PathLike) -> Workdir:
         raise ConfigError(f"--workdir {text}: expected a folder, or gs://bucket/name")
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"--workdir {text}: needs gcsfs; {extras.install_command('gcs')}")
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of all that fails, which is told here, once
-    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow is no better, where it happens to be installed
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # failures are reported here, once
+    os.environ.setdefault("EPATH_USE_TF", "false")  # even where TensorFlow is installed
     from etils import epath
 
     return epath.Path(text)
 
 
 def is_local(path: Workdir) -> TypeGuard[Path]:
-    """Whether a path is of this machine's file system, where files can be appended to."""
+    """Return whether a path is in this machine's file system, where files can be appended to."""
     return isinstance(path, Path)
 
 
 def make(workdir: Workdir) -> None:
-    """Creates a workdir where there is none. In a bucket, writes a file and deletes it, to see that it can be done.
+    """Create a workdir where there is none. In a bucket, check that files can be written and deleted.
 
     Raises:
-      ConfigError: where a file is in its place, or a bucket does not exist or may not be written to.
+      ConfigError: where a file is in its place, or the bucket does not exist or may not be written to.
       OSError: where a local folder cannot be created.
     """
     if is_local(workdir):
@@ -75,18 +75,18 @@ def make(workdir: Workdir) -> None:
 
 
 def names(workdirs: Sequence[Workdir]) -> list[str]:
-    """Return the name of each folder, and as many of the folders around it as tell it from the other ones."""
+    """Return the shortest ends of the paths that differ from each other, such as ``run`` or ``a/run`` and ``b/run``."""
     parts = [path.resolve().parts for path in workdirs]
-    found = []
+    shortest = []
     for own in parts:
         others = {other for other in parts if other != own}
         length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
-        found.append(os.path.join(*own[-length:]))
-    return found
+        shortest.append(os.path.join(*own[-length:]))
+    return shortest
 
 
 def check_exists(workdir: Workdir) -> None:
-    """Raises :class:`ConfigError` where there is no such folder."""
+    """Raise :class:`ConfigError` where there is no such folder."""
     with explained(workdir):
         if not workdir.is_dir():
             raise ConfigError(f"{workdir}: no such folder; expected the workdir of a run")
@@ -94,8 +94,11 @@ def check_exists(workdir: Workdir) -> None:
 
 @contextmanager
 def explained(path: Workdir) -> Iterator[None]:
-    """Make whatever fails with a file an OSError of one line: in a bucket, an error of any library on the way there; on
-    this machine, an error of the system that does not name the file, such as that of a full disk while writing."""
+    """Turn failures with a file into an OSError of one line that names the file.
+
+    In a bucket, these are errors of any library on the way there; on this machine, errors of the system that do not
+    name the file, such as that of a full disk while writing.
+    """
     try:
         yield
     except Exception as error:
@@ -107,12 +110,14 @@ def explained(path: Workdir) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Return ``ttt_jax`` in the user's cache folder, which need not exist.
+    """Return the folder ``ttt_jax`` in the user's cache folder; it may not exist yet.
+
+    It holds compiled programs, packed source trees and logs of sweeps.
 
     Raises:
       ConfigError: where the user has no home folder, as in some containers, and XDG_CACHE_HOME is not set.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttt_jax"
-    except RuntimeError as error:  # of Path.home
+    except RuntimeError as error:  # from Path.home
         raise ConfigError("no home folder to keep files in; expected XDG_CACHE_HOME to be set to a folder") from error

@@ -1,8 +1,8 @@
-"""One command at a time works in a folder, and others can see that it lives.
+"""Let one command at a time change a folder, and show others that it is alive.
 
-While a command holds a folder, a file in it (``running.json``) says which command, process and machine that is, since
-when, and every few seconds that it lives. A holder that died on this machine is known to be dead at once; one of
-another machine, once it has given no sign of life for a while. Readers do not lock.
+While a command holds a folder, a file in it (``running.json``) names the command, its process and machine and when it
+began, and is renewed every few seconds. A holder on this machine is known to be dead as soon as it dies; a holder on
+another machine, once it has not renewed the file for a while. Readers do not lock.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import ConfigError
-from ttt_jax.storage.lock_file import BucketObject, Holder, LocalFile, parsed, started
+from ttt_jax.storage.lock_file import BucketLock, Holder, LocalLock, parse_record, process_start
 
 NAME = "running.json"
 _EVERY = 5.0  # seconds between signs of life
 _EVERY_BUCKET = 20.0
-_MISSED = 3  # so many missing ones are the end
-_GRACE = 1.0  # seconds that a process which has just been killed may take to let go
+_MISSED = 3  # missing signs of life after which a holder counts as dead
+_GRACE = 1.0  # seconds that a process which has just been killed may take to release the lock
 _LEASE = 120.0  # seconds for which a file server may keep the lock of a machine that has died
-_LETS_GO = 2.0  # seconds that an end waits for a sign of life that is being written
+_RELEASE_LIMIT = 2.0  # seconds that a release waits for a sign of life that is being written
 _CLOCKS = 120.0  # seconds by which the clocks of machines may differ
 
 
 class LockLostError(Exception):
-    """Another command has taken over the folder while this one gave no sign of life; it must not write on."""
+    """Another command has taken over the folder, because this one gave no sign of life; this one must stop writing."""
 
 
 class WorkdirLock:
-    """The right to change what lies in a folder; a context manager.
+    """A context manager that holds the right to change the files of a folder.
 
-    A forked process does not have it.
+    A process that is forked meanwhile does not have this right.
 
     Args:
-      folder: a local one, which is made where it does not exist, or a URL.
-      command: that wants it: ``ttt train``.
-      name: of the lock's file in the folder.
-      option: by which the folder was given, for messages.
+      folder: a local folder, which is made where it does not exist, or a URL.
+      command: the command that wants the lock, such as ``ttt train``.
+      name: the name of the lock's file in the folder.
+      option: the option that named the folder, for messages.
     """
 
     def __init__(self, folder: str | os.PathLike, command: str, *, name: str = NAME, option: str = "--workdir"):
@@ -53,11 +53,11 @@ class WorkdirLock:
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._about = {"command": command, "host": socket.gethostname(), "pid": os.getpid(), "since": since}
         self._about |= {"machine": _machine(), "started": _started(), "id": uuid.uuid4().hex, "every": self._every}
-        identity, here = (json.dumps(self._about[key]).encode() for key in ("id", "machine"))
+        identity, machine = (json.dumps(self._about[key]).encode() for key in ("id", "machine"))
         if is_url:
-            self._file: BucketObject | LocalFile = BucketObject(self._folder.rstrip("/"), name, identity, here)
+            self._file: BucketLock | LocalLock = BucketLock(self._folder.rstrip("/"), name, identity, machine)
         else:
-            self._file = LocalFile(Path(self._folder, name), identity, here, command)
+            self._file = LocalLock(Path(self._folder, name), identity, machine, command)
         self._is_url, self._made, self._held = is_url, False, False
         self._renewing, self._end = threading.Lock(), threading.Event()
         self._lost_to: dict[str, Any] | None = None
@@ -65,14 +65,14 @@ class WorkdirLock:
 
     @property
     def lost(self) -> bool:
-        """Whether another command is known to have taken over."""
+        """Return whether another command is known to have taken over."""
         return self._lost_to is not None
 
     def acquire(self) -> "WorkdirLock":
-        """Take the lock. Waits for a holder of whom it cannot be told whether it lives.
+        """Take the lock, after a wait for signs of life where its holder may have died.
 
         Raises:
-          ConfigError: where another command holds it, which is named.
+          ConfigError: where another command holds the lock; names that command.
           OSError: where the lock's file cannot be written.
         """
         self._make_folder()
@@ -89,33 +89,35 @@ class WorkdirLock:
                 if self._is_old(watched):
                     dead = watched
                     continue
-                self._say(f"waits up to {self._patience(watched):.0f} s for a sign of life of {_who(watched)}")
+                self._say(
+                    f"waits up to {self._patience(watched):.0f} s for a sign of life of {_describe_content(watched)}"
+                )
             elif holder.content != watched or passed > self._patience(watched) + _LEASE:
                 raise self._refused(holder)
             elif passed > self._patience(watched):
                 dead = watched
             time.sleep(min(0.1 if holder.lives else 1.0, self._every / 5))
         if dead is not None:
-            self._say(f"takes over from {_who(dead)}, which has given no sign of life")
+            self._say(f"takes over from {_describe_content(dead)}, which has given no sign of life")
         self._held = True
         self._thread.start()
         return self
 
     def check(self) -> None:
-        """Raise :class:`LockLostError` where another command has taken over; to be called before what matters."""
+        """Raise :class:`LockLostError` where another command has taken over. Call it before important writes."""
         self._renew()
         if self._lost_to is not None:
             raise LockLostError(
-                f"{self._option} {self._folder}: {_in_words(self._lost_to)} has taken it over, as this process gave no "
+                f"{self._option} {self._folder}: {_describe(self._lost_to)} has taken it over, as this process gave no "
                 f"sign of life or {self._shown} was deleted; stopped without writing on"
             )
 
     def release(self) -> None:
-        """Let go of it, if it is held."""
+        """Release the lock, if it is held."""
         if not self._held or os.getpid() != self._about["pid"]:
             return
         self._end.set()
-        if not self._renewing.acquire(timeout=_LETS_GO):  # storage hangs; the record will be seen to be old
+        if not self._renewing.acquire(timeout=_RELEASE_LIMIT):  # storage hangs: others will find an old record
             return
         self._held = False
         if not self.lost:
@@ -123,7 +125,7 @@ class WorkdirLock:
         self._file.close()
         self._renewing.release()
         if self._made:
-            with contextlib.suppress(OSError):  # something was written
+            with contextlib.suppress(OSError):  # the folder is not empty
                 os.rmdir(self._folder)
 
     def __enter__(self) -> "WorkdirLock":
@@ -144,10 +146,10 @@ class WorkdirLock:
                 return
             try:
                 other = self._file.renew(self._record())
-            except OSError:  # storage that fails for a while ends no run
+            except OSError:  # storage that fails for a while does not end a run
                 return
             if other is not None:
-                self._lost_to = parsed(other) or {}
+                self._lost_to = parse_record(other) or {}
 
     def _record(self) -> bytes:
         return json.dumps({**self._about, "time": time.time()}).encode()
@@ -161,17 +163,18 @@ class WorkdirLock:
             self._made = True
 
     def _is_old(self, content: bytes) -> bool:
-        age = _age(parsed(content) or {})
+        age = _age(parse_record(content) or {})
         return age is not None and age > self._patience(content) + _CLOCKS
 
     def _patience(self, content: bytes) -> float:
-        return _MISSED * (_interval(parsed(content) or {}) or self._every)
+        return _MISSED * (_interval(parse_record(content) or {}) or self._every)
 
     def _refused(self, holder: Holder) -> ConfigError:
+        who, patience = _describe_content(holder.content), self._patience(holder.content)
         return ConfigError(
-            f"{self._option} {self._folder}: {_who(holder.content)} is at work there; expected its end first. Once it "
-            f"has died, the same command takes over (from another machine after {self._patience(holder.content):.0f} s "
-            f"without a sign of life); to take over from one that hangs, delete {self._shown}"
+            f"{self._option} {self._folder}: {who} is at work there; expected its end first. Once it has died, the "
+            f"same command takes over (from another machine after {patience:.0f} s without a sign of life); to take "
+            f"over from one that hangs, delete {self._shown}"
         )
 
     def _say(self, text: str) -> None:
@@ -179,7 +182,7 @@ class WorkdirLock:
 
 
 def is_live(record: dict[str, Any]) -> bool:
-    """Return whether the sign of life in a record is not too old; clocks of machines may differ by some seconds."""
+    """Return whether the sign of life in a record is recent. Clocks of machines may differ by some seconds."""
     age, every = _age(record), _interval(record)
     return age is not None and every is not None and age < _MISSED * every
 
@@ -198,11 +201,11 @@ def _interval(record: dict[str, Any]) -> float | None:
         return None
 
 
-def _who(content: bytes) -> str:
-    return _in_words(parsed(content) or {})
+def _describe_content(content: bytes) -> str:
+    return _describe(parse_record(content) or {})
 
 
-def _in_words(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     if "pid" not in record:
         return "another command"
     since = f", since {record['since']}" if "since" in record else ""
@@ -211,13 +214,13 @@ def _in_words(record: dict[str, Any]) -> str:
 
 def _started() -> int | None:
     try:
-        return started(os.getpid())
+        return process_start(os.getpid())
     except (OSError, ValueError, IndexError):
         return None
 
 
 def _machine() -> str:
-    """Return what tells apart where process numbers are counted: a machine since its start, a container in it."""
+    """Return an identity of the space of process numbers: this machine since its start, or a container on it."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{started} {os.readlink('/proc/self/ns/pid')}"

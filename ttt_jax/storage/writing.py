@@ -10,13 +10,13 @@ from pathlib import Path
 from ttt_jax.storage.workdir import Workdir, explained, is_local
 
 _EVERY = 30.0  # seconds between copies
-_FLUSH_LIMIT = 10.0  # seconds that a run waits for its records, no more
+_FLUSH_LIMIT = 10.0  # seconds that a run waits for its records at most
 _CLOSE_LIMIT = 120.0
 _BLOCK = 1 << 20
 
 
 def write_atomically(path: Workdir, content: str | bytes) -> None:
-    """Replace a file as a whole: a reader, or a crash, finds the old one or the new one."""
+    """Replace a file as a whole: a reader, or a restart after a crash, finds the old content or the new one."""
     data = content.encode() if isinstance(content, str) else content
     if not is_local(path):
         with explained(path):
@@ -35,30 +35,32 @@ def write_atomically(path: Workdir, content: str | bytes) -> None:
 
 
 def set_aside(path: Workdir) -> str:
-    """Rename a file to ``NAME.damaged`` (or ``.damaged-2``, ...), so that it can be written anew; returns the name."""
+    """Rename a damaged file to ``NAME.damaged``, or ``.damaged-2`` and so on, and return its new name."""
     names = (f"{path.name}.damaged" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
-    aside = next(other for other in (path.with_name(name) for name in names) if not other.exists())
+    aside = next(other for other in map(path.with_name, names) if not other.exists())
     with explained(path):
         path.rename(aside)
     return aside.name
 
 
 class AppendedFile:
-    """A file to append lines to. Nothing is buffered, so that an error names the line's own call, and closing cannot
-    fail."""
+    """A file to append text to.
+
+    Nothing is buffered, so that the call that cannot write its text is the one that fails.
+    """
 
     def __init__(self, path: Path):
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, text: str) -> None:
-        """Append text; raises OSError that names the file."""
+        """Append text; raise an OSError that names the file where that fails."""
         content = memoryview(text.encode())
         with explained(self._path):
             while content:
                 content = content[self._file.write(content) :]
 
     def flush(self) -> None:
-        """Do nothing: all is written already."""
+        """Do nothing, as every text is written at once."""
 
     def close(self) -> None:
         """Close the file."""
@@ -66,19 +68,20 @@ class AppendedFile:
 
 
 class BucketFile:
-    """A text file that is written on local disk, without a name, and copied as a whole in the background.
+    """A file in a bucket to append text to, although objects in buckets cannot be appended to.
 
-    What fails there is told on standard error and tried again with the next copy; nothing is raised.
+    The text is kept in a temporary file on local disk, which is copied as a whole in the background. A copy that fails
+    is reported on standard error and made again later; nothing is raised.
 
     Args:
-      path: in the bucket.
-      text: to begin with.
-      every: seconds; the file is copied when something is written and the last copy is older than this.
+      path: the file in the bucket.
+      text: its first content.
+      every: seconds; a write starts a copy if the last copy is older than this.
     """
 
     def __init__(self, path: Workdir, text: str = "", *, every: float = _EVERY):
         self._path, self._every = path, every
-        self._here = tempfile.TemporaryFile()  # noqa: SIM115
+        self._local = tempfile.TemporaryFile()  # noqa: SIM115
         self._size = self._copied = 0  # bytes
         self._thread = ThreadPoolExecutor(1, "bucket-file")
         self._copy: Future[None] = Future()
@@ -88,13 +91,13 @@ class BucketFile:
         self._append(text)
 
     def write(self, text: str) -> None:
-        """Appends; complete lines, as a copy may be made after each call."""
+        """Append complete lines: a copy may be made after each call."""
         self._append(text)
         if self._copy.done() and time.monotonic() >= self._due:
             self._begin()
 
     def flush(self, limit: float = _FLUSH_LIMIT) -> bool:
-        """Whether all is in the bucket; waits for it, at most so many seconds."""
+        """Wait, for at most so many seconds, until all text is in the bucket; return whether it is."""
         end = time.monotonic() + limit
         while True:
             wait([self._copy], max(end - time.monotonic(), 0))
@@ -105,27 +108,27 @@ class BucketFile:
             self._begin()
 
     def close(self, limit: float = _CLOSE_LIMIT) -> None:
-        """Flushes, and tells where that cannot be done."""
+        """Flush, and report on standard error what could not be written."""
         if not self.flush(limit):
             print(f"{self._path}: the last {self._size - self._copied} bytes could not be written", file=sys.stderr)
         self._thread.shutdown(wait=False)
 
     def _append(self, text: str) -> None:
         content = text.encode()
-        self._here.write(content)
-        self._here.flush()
+        self._local.write(content)
+        self._local.flush()
         self._size += len(content)
 
     def _begin(self) -> None:
         if self._copy.done():
             self._due = time.monotonic() + self._every
-            self._copy = self._thread.submit(self._copy_first, self._size)
+            self._copy = self._thread.submit(self._copy_bytes, self._size)
 
-    def _copy_first(self, size: int) -> None:
+    def _copy_bytes(self, size: int) -> None:
         try:
-            with explained(self._path), self._path.open("wb") as there:
+            with explained(self._path), self._path.open("wb") as copy:
                 for start in range(0, size, _BLOCK):
-                    there.write(os.pread(self._here.fileno(), min(_BLOCK, size - start), start))
+                    copy.write(os.pread(self._local.fileno(), min(_BLOCK, size - start), start))
             self._copied, self._failing = size, False
         except OSError as error:
             if not self._failing:

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees and sends: text, a live line, signals, exit statuses."""
+"""Write to terminals, and react to signals with exit statuses."""

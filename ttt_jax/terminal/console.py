@@ -1,26 +1,33 @@
-"""Consoles that show names and values as they are: brackets are no markup, and colons around a word no emoji."""
+"""Write text for people: consoles that show names and values as they are, and words for numbers, lists and times."""
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
-_WIDE = 1000  # characters: a file, or another program, takes lines of any length
+_WIDE = 1000  # characters: files and other programs take lines of any length
 
 
-def literal(**options: Any) -> Console:
-    """Return a console that shows text as it is; ``options`` are those of :class:`rich.console.Console`."""
+def literal(**options: Any) -> "Console":
+    """Return a console without markup, emoji and highlights: brackets and colons in names are shown as they are.
+
+    Args:
+      options: other options of :class:`rich.console.Console`.
+    """
+    from rich.console import Console  # late: most modules need the words alone
+
     return Console(**{"markup": False, "emoji": False, "highlight": False, **options})
 
 
-def output() -> Console:
-    """Return standard output, as wide as the terminal, or as wide as it takes."""
+def output() -> "Console":
+    """Return a console on standard output, as wide as the terminal, or very wide elsewhere."""
     return literal(width=None if sys.stdout.isatty() else _WIDE)
 
 
 def counted(number: int, noun: str) -> str:
-    """Return ``1 file``, ``2,000 files``."""
+    """Return a number with its noun: ``1 file``, ``2,000 files``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -30,7 +37,7 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, and hours where there are some."""
+    """Return a time as minutes and seconds, with hours where there are some: ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

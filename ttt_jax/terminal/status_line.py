@@ -1,4 +1,4 @@
-"""A live line on a terminal; a line now and then elsewhere."""
+"""Show the progress of a long command: a live line on a terminal, a line from time to time elsewhere."""
 
 import sys
 import time
@@ -11,11 +11,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatusLine:
-    """What a long command is at, on standard error.
+    """The progress of a long command, on standard error.
 
     Args:
-      total: of whatever is counted; ``start``: what of it is done already.
-      text: what stands there until the first :meth:`show`.
+      total: the number of whatever is counted.
+      start: how many of them are done already.
+      text: the text until the first :meth:`show`.
     """
 
     def __init__(self, total: int, start: int = 0, text: str = ""):
@@ -33,7 +34,7 @@ class StatusLine:
             self._bar.start()
 
     def show(self, done: int, text: str) -> None:
-        """Shows where the command is; the line that says that all is done is always printed."""
+        """Show how many are done, with a text. Elsewhere than on a terminal, the last line is always printed."""
         if self._bar:
             self._bar.update(self._task, completed=done, text=text)
         elif done == self._total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -41,13 +42,13 @@ class StatusLine:
             print(text, file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Show what the command is at, without counting: on a terminal in the live line, else as a line of its own."""
+        """Show a text without counting: on a terminal in the live line, elsewhere as a line of its own."""
         if self._bar:
             self._bar.update(self._task, text=text)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Leave the terminal as it was."""
         if self._bar:
             self._bar.stop()

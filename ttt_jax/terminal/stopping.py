@@ -1,4 +1,4 @@
-"""What the exit status of a command tells whoever started it."""
+"""Define how commands stop: the meaning of exit statuses, and reactions to Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable
 
 DONE = 0
-FAILED = 1  # the run cannot go on as it is: starting it again would fail again
+FAILED = 1  # the run cannot continue as it is: starting it again would fail again
 REFUSED = 2  # the command or the config is wrong
-RESTART = 75  # nothing is wrong with the run (EX_TEMPFAIL): the same command goes on where it stands
+RESTART = 75  # nothing is wrong with the run (EX_TEMPFAIL): the same command continues it
 INTERRUPTED = 130  # by Ctrl-C
 
 
-_GRACE = 1.0  # seconds that a command has to end by itself after a second Ctrl-C
+_GRACE = 1.0  # seconds in which a command may end by itself after a second Ctrl-C
 
 
 class StopSignals:
-    """Remembers the first SIGINT or SIGTERM within a ``with``; the second acts as usual.
+    """A context manager that remembers the first SIGINT or SIGTERM; a second one acts as usual.
 
     Attributes:
-      received: the signal; None so far.
+      received: the signal; None as long as there was none.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class StopSignals:
     def _receive(self, number, frame) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        if self._before[signal.SIGINT] == signal.SIG_IGN:  # as of a command that a script runs in the background
+        if self._before[signal.SIGINT] == signal.SIG_IGN:  # a script has started this command in the background
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _restore(self) -> None:
@@ -46,14 +46,14 @@ class StopSignals:
 
 
 class SecondCtrlC:
-    """Within a ``with``, ends the process soon after a second Ctrl-C, with status 130, whatever hangs in it.
+    """A context manager that ends the process with status 130 soon after a second Ctrl-C, whatever hangs in it.
 
     Python runs signal handlers in its main thread, which may wait for storage or for a compiler that never returns to
-    Python. Signals are therefore counted by a thread of their own. Once there was one, it counts until the process has
-    ended, since threads that are waited for at an ordinary exit may hang too.
+    Python, so a separate thread counts signals. After the first signal it counts until the process has ended, since an
+    ordinary exit waits for threads that may hang too.
 
     Args:
-      last_words: is called for the line that the process ends with.
+      last_words: a function that returns the line to print before the process ends.
     """
 
     def __init__(self, last_words: Callable[[], str]):
@@ -85,7 +85,7 @@ class SecondCtrlC:
                 break
         else:
             return
-        words = threading.Thread(target=self._say, daemon=True)  # it may hang where storage does
+        words = threading.Thread(target=self._say, daemon=True)  # it may ask storage, which may hang
         time.sleep(_GRACE)
         words.start()
         words.join(_GRACE)
@@ -96,7 +96,7 @@ class SecondCtrlC:
 
 
 def _forget_in_child() -> None:
-    """Keep a forked process, which Ctrl-C reaches too, from being counted as its parent."""
+    """Keep a forked process, which also gets Ctrl-C, from writing signals to its parent's pipe."""
     if threading.current_thread() is threading.main_thread():
         signal.set_wakeup_fd(-1)
 

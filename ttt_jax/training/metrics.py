@@ -68,9 +68,8 @@ def _open(path: Workdir, step: int) -> AppendedFile | BucketFile:
     kept = "".join(
         text + "\n" for text, record in zip(lines.texts, lines.records, strict=True) if record["step"] <= step
     )
-    if lines.problems:
-        aside = set_aside(path)
-        json_files.warn_once(f"{json_files.describe_problems(path, lines.problems)}, and the file is kept as {aside}")
+    if damage := lines.describe_damage(path):
+        json_files.warn_once(f"{damage}, and the file is kept as {set_aside(path)}")
     if not is_local(path):
         return BucketFile(path, kept)
     if kept or path.exists():
