@@ -1,81 +1,37 @@
-"""The evaluation of a run against its logits, whatever the batches, pieces and interruptions."""
+"""Compare the evaluation of a run with its logits, for all batch sizes and pieces, and check what it refuses."""
 
 import dataclasses
 import json
 import math
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax import config as config_lib
 from ttt_jax.cli import eval
 from ttt_jax.config import ConfigError
-from ttt_jax.data.token_source import TokenSource
-from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import evaluate as evaluate_lib
-from ttt_jax.evaluation import evaluations, losses, statistics, trained
+from ttt_jax.evaluation import evaluations, losses, statistics
 from ttt_jax.evaluation.evaluate import What, evaluate
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.models import counts
 from ttt_jax.models.language_model import build_model
-from ttt_jax.training import compiled_step
-from ttt_jax.training.checkpoint import Checkpoints
 
-RNG = np.random.default_rng(0)
-LENGTHS = [40, 7, 66, 2, 33, 120, 5, 90]  # of documents, BOS included
-PAD = 128  # all forward passes of the tests are as long, so that there is one to compile
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, random_params):
-    """A workdir with two checkpoints of random parameters, the config, and the parameters."""
-    config = config_lib.default()
-    config.model.update(width=8, num_layers=1, num_heads=2, mlp_width=8)
-    config.model.ttt.mini_batch = 4
-    config.data.update(sequence_length=16, batch_size=4)
-    workdir = tmp_path_factory.mktemp("evaluation") / "some-run"
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    abstract = compiled_step.make(config, sharding.make_mesh(config_lib.mesh_shape(config, 1))).abstract_state
-    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-    checkpoints = Checkpoints(workdir, keep_last=2)
-    params = {}
-    for step in (3, 5):
-        params[step] = random_params(build_model(config.model), np.zeros((1, 1), np.int32), seed=step)
-        checkpoints.save(step, empty._replace(step=np.int32(step), params=params[step]), {})
-    checkpoints.close()
-    return workdir, config, params
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    """The newest checkpoint, loaded."""
-    return trained.load(run[0])
-
-
-@pytest.fixture
-def data(monkeypatch):
-    """A split of eight documents that begin with BOS."""
-    documents = [np.append(256, RNG.integers(0, 256, n - 1)) for n in LENGTHS]
-    starts = np.cumsum([0, *LENGTHS[:-1]])
-    source = TokenSource("books/validation", np.concatenate(documents).astype(np.uint16), 257, 256, starts)
-    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: source)
-    return source
+pytestmark = pytest.mark.usefixtures("shared_programs")
+PADDED = 512  # tokens of all forward passes, so that there is one to compile
 
 
 @pytest.fixture(scope="module")
 def nll(run, quick_jit):
-    """``nll(tokens, step)``: the loss of each of the tokens but the first, float64, from the logits of one pass."""
+    """Return ``nll(tokens, step)``: the loss of each token but the first, float64, from the logits of one pass."""
     _, config, params = run
     model = build_model(config.model)
     forward = quick_jit(lambda params, tokens: model.apply({"params": params}, tokens)[0])
 
     def compute(tokens, step=5):
         tokens = np.asarray(tokens, np.int32)
-        padded = np.zeros((1, 4 * PAD), np.int32)
+        padded = np.zeros((1, PADDED), np.int32)
         padded[0, : len(tokens) - 1] = tokens[:-1]
         logits = np.asarray(forward(params[step], padded), np.float64)[0]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -104,8 +60,12 @@ def check_equal(actual, segments, context):
     assert actual.position.tolist() == list(range(1, context + 1))
 
 
+def lengths_of(source):
+    return np.diff(source.documents, append=len(source.tokens)).tolist()
+
+
 def of_windows(nll, source, context, windows, step=5):
-    """Segments of windows, cut at documents, with plain loops."""
+    """Return the segments of windows, cut at documents, with plain loops."""
     tokens, total = source.tokens.astype(np.int64), (len(source.tokens) - 1) // context
     found = []
     for i in range(windows):
@@ -121,8 +81,8 @@ def of_windows(nll, source, context, windows, step=5):
 
 
 @pytest.mark.parametrize(("batch_size", "piece_length"), [(2, None), (5, None), (3, 7), (None, None)])
-def test_windows_are_of_the_logits_whatever_the_batch_and_the_pieces(model, data, nll, batch_size, piece_length):
-    """The context is longer than that of training, and ends within a mini-batch."""
+def test_losses_of_windows_are_those_of_logits_for_any_batch_and_piece(model, data, nll, batch_size, piece_length):
+    """Read a context that is longer than that of training, and ends within a mini-batch."""
     calls = []
     found = evaluate(
         model,
@@ -135,7 +95,7 @@ def test_windows_are_of_the_logits_whatever_the_batch_and_the_pieces(model, data
     assert calls == [(22 * i, 110) for i in range(6)]
 
 
-def test_what_an_evaluation_says_of_itself(run, model, data):
+def test_about_holds_model_data_and_means(run, model, data):
     _, config, params = run
     found = evaluate(model, What(22, most=5))
     about = dict(found.about)
@@ -174,18 +134,18 @@ def test_what_an_evaluation_says_of_itself(run, model, data):
     assert about["loss_low"] < about["loss"] < about["loss_high"]
 
 
-def test_an_earlier_step(run, data, nll):
-    found = evaluate(trained.load(run[0], 3), What(22, most=5))
+def test_an_earlier_step(earlier_model, data, nll):
+    found = evaluate(earlier_model, What(22, most=5))
     assert found.about["step"] == 3
     check_equal(found, of_windows(nll, data, 22, 5, step=3), 22)
 
 
 @pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
 def test_documents_are_read_whole(model, data, nll, context):
-    """Expect what one forward pass over each document, from its BOS, gives: the state is carried over the pieces."""
+    """Expect the losses of one forward pass over each document from its BOS: the state is carried over the pieces."""
     found = evaluate(model, What(context, by_document=True), batch_size=2)
     segments = []
-    for i, (start, n) in enumerate(zip(data.documents, LENGTHS, strict=True)):
+    for i, (start, n) in enumerate(zip(data.documents, lengths_of(data), strict=True)):
         segments.append(Segment(i, 0, nll(data.tokens[start : start + n])[:context]))
     check_equal(found, segments, context)
     assert (found.about["of"], found.about["windows"], found.about["documents"]) == ("documents", 8, 8)
@@ -193,16 +153,17 @@ def test_documents_are_read_whole(model, data, nll, context):
 
 @pytest.mark.parametrize(("context", "batch_size"), [(200, 1), (200, 2), (30, 2)])
 def test_the_state_is_carried_from_document_to_document(model, data, nll, context, batch_size):
-    """Expect what one pass over a chain of documents (their first ``context`` tokens) gives, from each one's BOS."""
+    """Expect the losses of one pass over a chain of documents (their first ``context`` tokens), from each BOS on."""
     found = evaluate(model, What(context, chains=2), batch_size=batch_size)
     alone = evaluate(model, What(context, by_document=True))
     segments = []
+    lengths = lengths_of(data)
     for chain in (range(4), range(4, 8)):
-        parts = [data.tokens[data.documents[i] :][: min(LENGTHS[i], context)] for i in chain]
+        parts = [data.tokens[data.documents[i] :][: min(lengths[i], context)] for i in chain]
         found_losses = nll(np.append(np.concatenate(parts), 0))  # each token but the last predicts the next one read
         place = 0
         for i, part in zip(chain, parts, strict=True):
-            counted = min(LENGTHS[i] - 1, context)
+            counted = min(lengths[i] - 1, context)
             of_part = found_losses[place : place + counted].copy()
             if counted == len(part):  # cut short: its last target is not what is read next
                 everything = np.append(
@@ -220,9 +181,8 @@ def test_the_state_is_carried_from_document_to_document(model, data, nll, contex
     assert (np.abs(found.document_sums - alone.document_sums).sum(1)[later] > 0.01).all()
 
 
-def test_without_documents_a_window_is_one(model, data, nll, monkeypatch):
-    unknown = dataclasses.replace(data, bos=None, documents=None)
-    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: unknown)
+def test_without_documents_each_window_counts_as_one(model, books, nll, read_from):
+    data = read_from(dataclasses.replace(books, bos=None, documents=None))
     found = evaluate(model, What(22, most=5))
     starts = [22 * (i * 16 // 5) for i in range(5)]
     check_equal(found, [Segment(i, 0, nll(data.tokens[s : s + 23])) for i, s in enumerate(starts)], 22)
@@ -243,66 +203,7 @@ def test_another_dataset(model, data, monkeypatch):
     assert What(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
 
 
-# ---- Interruptions
-
-
-def test_a_stopped_evaluation_goes_on(run, model, data):
-    whole = evaluate(model, What(22, most=7), batch_size=1)
-
-    class Stop(Exception):
-        pass
-
-    def stop_at(tokens):
-        def progress(done, total):
-            if done >= tokens:
-                raise Stop
-
-        return progress
-
-    folder = run[0] / "eval" / ".validation-22.unfinished"
-    with pytest.raises(Stop):
-        evaluate(model, What(22, most=7), batch_size=1, progress=stop_at(44))
-    with pytest.raises(Stop):
-        evaluate(model, What(22, most=7), batch_size=2, progress=stop_at(110))
-    assert {path.suffix for path in folder.iterdir()} == {".npy", ".json"}
-    calls = []
-    found = evaluate(model, What(22, most=7), batch_size=3, progress=lambda *done: calls.append(done))
-    assert 22 <= calls[0][0] < 154  # some of it was there
-    assert not folder.exists()
-    np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
-    np.testing.assert_array_equal(found.document_counts, whole.document_counts)
-
-
-@pytest.mark.parametrize("changed", ["windows", "checkpoint", "learner", "cut short"])
-def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, changed):
-    def stop(done, total):
-        if done:
-            raise KeyboardInterrupt
-
-    what = What(22, most=7)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, what, batch_size=2, progress=lambda done, total: stop(done // 66, total))
-    part = min((run[0] / "eval" / ".validation-22.unfinished").glob("*.npy"))
-    if changed == "windows":
-        what = What(22, most=6)
-    elif changed == "checkpoint":
-        model = trained.load(run[0], 3)
-    elif changed == "learner":
-        config = model.config.copy_and_resolve_references()
-        config.model.ttt.learner_source = "0" * 64
-        model = model._replace(config=config)
-    else:
-        part.write_bytes(part.read_bytes()[:-4])
-    calls = []
-    evaluate(model, what, progress=lambda done, total: calls.append(done))
-    assert calls[0] == 0
-    if changed == "windows":  # what was found of the other windows stays
-        assert part.exists()
-        shutil.rmtree(part.parent)
-    assert not list((run[0] / "eval").glob(".*.unfinished"))
-
-
-# ---- What cannot be
+# ---- What cannot be evaluated
 
 
 @pytest.mark.parametrize(
@@ -312,21 +213,20 @@ def test_what_is_of_another_evaluation_is_not_gone_on_with(run, model, data, cha
         (What(8, source="nowhere"), "--source 'nowhere': no such folder"),
     ],
 )
-def test_what_cannot_be_evaluated(model, data, what, message):
+def test_missing_data_is_refused(model, data, what, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(model, what)
 
 
-def test_a_transformer_carries_nothing(model, data):
+def test_a_transformer_cannot_carry_its_state(model, data):
     config = model.config.copy_and_resolve_references()
     config.model.mixer = "attention"
     with pytest.raises(ConfigError, match=r"--carry-state: .*some-run is a Transformer, whose state grows"):
         evaluate(model._replace(config=config, model=build_model(config.model)), What(22, chains=2))
 
 
-def test_a_split_without_documents(model, data, monkeypatch):
-    empty = dataclasses.replace(data, tokens=np.full(50, 256, np.uint16), documents=None)
-    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: empty)
+def test_a_split_without_documents_is_refused(model, books, read_from):
+    read_from(dataclasses.replace(books, tokens=np.full(50, 256, np.uint16), documents=None))
     with pytest.raises(ConfigError, match="books/validation: has no document of 2 tokens or more"):
         evaluate(model, What(22, by_document=True))
 
@@ -334,12 +234,12 @@ def test_a_split_without_documents(model, data, monkeypatch):
 # ---- Losses that are not finite, and nothing to predict
 
 
-def test_losses_that_are_not_finite_show(model, data, monkeypatch):
-    """Use a model that gives NaN where it finds byte 7, and at BOS, which is no target."""
-    tokens = data.tokens.copy()
+def test_losses_that_are_not_finite_show(model, books, read_from, monkeypatch):
+    """Use a model that gives NaN at byte 7, and at BOS, which is not a target."""
+    tokens = books.tokens.copy()
     tokens[tokens == 7] = 8
     tokens[[30, 31, 100]] = 7
-    object.__setattr__(data, "tokens", tokens)
+    read_from(dataclasses.replace(books, tokens=tokens))
     whole = evaluate(model, What(22, most=16))
     nll = losses.token_nll
 
@@ -366,55 +266,28 @@ def test_losses_that_are_not_finite_show(model, data, monkeypatch):
     np.testing.assert_array_equal(again.document_sums, found.document_sums)
 
 
-def test_an_evaluation_that_was_stopped_before_masks_were_apart_goes_on(run, model, data, monkeypatch):
-    """Write NaN into its parts where nothing counts; the data says where that is."""
-    whole = evaluate(model, What(22, most=7), batch_size=1)
-
-    def stop(done, total):
-        if done == 44:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, What(22, most=7), batch_size=1, progress=stop)
-    folder = run[0] / "eval" / ".validation-22.unfinished"
-    windows = [22 * (i * 16 // 7) for i in range(7)]
-    place = 0
-    for path in sorted(folder.glob("*.npy")):
-        part = np.load(path)
-        for begin in range(0, len(part), 22):
-            targets = data.tokens[windows[place] + 1 : windows[place] + 23]
-            part[begin : begin + 22][targets == 256] = np.nan
-            place += 1
-        np.save(path, part)
-    assert place > 0
-    found = evaluate(model, What(22, most=7))
-    np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
-    assert (found.about["not_finite"], found.about["tokens"]) == (0, whole.about["tokens"])
-
-
-def test_windows_with_nothing_to_predict_are_counted_or_refused(model, data, monkeypatch, nll):
-    tokens = data.tokens.copy()
+def test_windows_with_nothing_to_predict_are_counted_or_refused(model, books, read_from, monkeypatch):
+    tokens = books.tokens.copy()
     tokens[22:67] = 256  # the second and third window of 22 tokens
-    sources = [dataclasses.replace(data, tokens=tokens, documents=None)]
-    monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: sources[-1])
+    read_from(dataclasses.replace(books, tokens=tokens, documents=None))
     found = evaluate(model, What(22, most=4))  # windows 0, 4, 8 and 12
     assert (found.about["windows"], found.about["skipped"]) == (4, 0)
     found = evaluate(model, What(22, most=16))
     assert (found.about["windows"], found.about["skipped"]) == (14, 2)
     assert found.about["tokens"] == found.count.sum()
     assert eval._words(found).endswith("; 2 windows with nothing to predict left out")
-    # Documents: the 45 tokens of 256 begin 44 documents of one token, and one that goes on.
+    # Documents: the 45 BOS in a row begin 44 documents of one token and a longer one.
     starts = np.flatnonzero(tokens == 256)
     alone = int((np.diff(starts, append=len(tokens)) == 1).sum())
     found = evaluate(model, What(22, by_document=True))
     assert (found.about["skipped"], found.about["windows"]) == (alone, len(starts) - alone)
-    sources.append(dataclasses.replace(data, tokens=np.full(60, 256, np.uint16), documents=None))
+    read_from(dataclasses.replace(books, tokens=np.full(60, 256, np.uint16), documents=None))
     monkeypatch.setattr(evaluate_lib.losses, "of_sequences", None)  # nothing is read
     with pytest.raises(ConfigError, match="books/validation: nothing to predict in its 2 windows "):
         evaluate(model, What(22))
 
 
-def test_a_perplexity_that_overflows_is_null_and_said(model, data, monkeypatch):
+def test_a_perplexity_that_overflows_is_null(model, data, monkeypatch):
     def of_sequences(trained, source, sequences, **sizes):
         return (np.full(sum(map(len, sequence)), 710.0, np.float32) for sequence in sequences)
 
