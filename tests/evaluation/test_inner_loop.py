@@ -1,17 +1,13 @@
-"""Inner-loop diagnostics of a run, against the primal form: one token after another, every W_t formed."""
+"""Compare inspections of the inner loop with the primal form, which forms every W_t, one token after another."""
 
-import csv
 import dataclasses
-import json
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from ttt_jax import config as config_lib
-from ttt_jax.cli import inspect
 from ttt_jax.config import ConfigError
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
@@ -51,16 +47,24 @@ def trained(tmp_path_factory, random_params):
     return Trained(at(tmp_path_factory.mktemp("run")), config, model, params, 5, "", mesh, rules, place)
 
 
-@pytest.fixture(autouse=True)
-def data(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def data():
     def from_config(config, split):
         return TokenSource(f"books/{split}", TOKENS, vocab_size=257, bos=256)
 
-    monkeypatch.setattr(inner_loop.named_sources, "from_config", from_config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inner_loop.named_sources, "from_config", from_config)
+        yield
+
+
+@pytest.fixture(scope="module")
+def of_windows(trained, data):
+    """Return the inspection of three windows of the training context, which are read in one pass."""
+    return inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=2)
 
 
 def by_the_primal_form(run, loss_of, loop, parameters, tokens):
-    """Return the diagnostics of one layer, from the weights of the primal form: [B, T, H], and |W0| [H]."""
+    """Return the statistics of one layer, from the weights of the primal form: [B, T, H], and |W0| [H]."""
     w0, constants, position_eta = parameters
     b, start = len(position_eta), initial_state(w0, len(tokens.q))
     state, found = start, {"loss_at_w0": [], "loss_before": [], "loss_after": [], "weight_distance": []}
@@ -91,8 +95,10 @@ def by_the_primal_form(run, loss_of, loop, parameters, tokens):
 
 @pytest.fixture(scope="module")
 def expected(trained, quick_jit):
-    """``expected(starts, tokens)``: the diagnostics of windows that are read in one go; each layer of the model is
-    given to the primal form with the very inputs that it has there."""
+    """Return ``expected(starts, tokens)``: the statistics of windows that are read in one pass.
+
+    The primal form gets the inputs that each layer of the model has.
+    """
 
     primal_run = quick_jit(primal.run, static_argnums=0)
 
@@ -102,7 +108,7 @@ def expected(trained, quick_jit):
     loss_of = quick_jit(loss, static_argnums=0)
 
     class Inputs(NamedTuple):
-        """Stands where the statistics of a scan stood, so that the layer hands out the inputs of its scan."""
+        """The inputs of a scan, which replace its statistics, so that the layer returns them."""
 
         parameters: Parameters
         tokens: Tokens
@@ -156,9 +162,8 @@ def check(found, expected, windows, tokens, tolerance=1e-4):
     np.testing.assert_allclose(found.w0_norm, expected["w0_norm"], rtol=tolerance)
 
 
-def test_windows(trained, expected):
-    """Read windows of the training context, in one go."""
-    found = inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=2)
+def test_windows_match_the_primal_form(trained, expected, of_windows):
+    found = of_windows
     windows = (len(TOKENS) - 1) // TRAINING
     check(found, expected([i * windows // 3 * TRAINING for i in range(3)], TRAINING), 3, TRAINING)
     tau = trained.params["layers"]["mixer"]["tau"]
@@ -166,8 +171,8 @@ def test_windows(trained, expected):
     assert (found.about["windows"], found.about["tokens"], found.about["of"]) == (3, 42, "windows")
 
 
-def test_beginnings_of_documents_in_pieces(trained, expected):
-    """Those with more tokens than the context; a batch that is not full; W goes on from piece to piece."""
+def test_documents_in_pieces_match_the_primal_form(trained, expected):
+    """Read documents with more tokens than the context, with a batch that is not full; pieces carry W."""
     found = inner_loop.inspect(trained, context=CONTEXT, by_document=True, batch_size=2)
     check(found, expected(DOCUMENTS, CONTEXT), 3, CONTEXT)
     assert (found.about["windows"], found.about["of"], found.about["training_context"]) == (3, "documents", TRAINING)
@@ -177,8 +182,8 @@ def arrays_of(found):
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
 
 
-def test_no_number_depends_on_the_batch_size(trained):
-    few, many = (inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=n) for n in (2, 3))
+def test_no_number_depends_on_the_batch_size(trained, of_windows):
+    few, many = of_windows, inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=3)
     for name, value in arrays_of(few).items():
         np.testing.assert_allclose(value, getattr(many, name), rtol=1e-4, atol=1e-6, err_msg=name)
     assert few.about == many.about
@@ -191,20 +196,19 @@ def test_no_number_depends_on_the_batch_size(trained):
         ({"context": 40, "by_document": True}, "--context 40: no document of books/validation has more tokens; .* 40"),
     ],
 )
-def test_what_there_is_not(trained, options, message):
+def test_missing_data_is_refused(trained, options, message):
     with pytest.raises(ConfigError, match=message):
         inner_loop.inspect(trained, **options)
 
 
-def test_a_model_without_an_inner_loop(trained):
+def test_a_model_without_an_inner_loop_is_refused(trained):
     message = r"its Transformer has no inner loop; expected .* model\.mixer=ttt_linear or ttt_mlp or ttt$"
     with pytest.raises(ConfigError, match=message):
         inner_loop.inspect(trained._replace(config=tiny("attention")), context=TRAINING)
 
 
 def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_params, quick_jit):
-    """Inspect a point with neither a rate for all matrices nor a squared error, also in pieces that are whole
-    mini-batches."""
+    """Inspect an inner loop with rates per matrix and the dot product, in pieces of whole mini-batches."""
     config = tiny(
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
     )
@@ -227,149 +231,3 @@ def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_pa
         np.testing.assert_allclose(getattr(found, name), expected[name].mean((1, 3)), rtol=1e-3, atol=1e-5)
     change = (expected["weight_distance"] / expected["w0_norm"][:, None, None]).mean((1, 3))[:, B - 1 :: B]
     np.testing.assert_allclose(found.weight_change, change, rtol=1e-4)
-
-
-# ---- Files
-
-
-def made_up(context=9, step=7, matrices=None):
-    """Arrays of numbers all different, two layers, three heads, mini-batches of four; of an inner loop with a rate for
-    each weight matrix and no spread of targets, where their number is given."""
-    shapes = dict.fromkeys(("loss_at_w0", "loss_before", "loss_after", "target_spread"), (2, context))
-    shapes |= {"weight_change": (2, 3)}
-    shapes |= {f"{name}_standard_error": shape for name, shape in shapes.items()}
-    shapes |= {"weight_distance": (2, 3, 3), "w0_norm": (2, 3), "eta": (2, 3, context), "position_eta": (2, 4)}
-    shapes |= {"eta_standard_error": (2, context)}
-    if matrices is not None:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("target_spread")}
-        shapes |= {"eta": (2, 3, matrices, context), "eta_standard_error": (2, matrices, context)}
-    arrays = {name: RNG.random(shape) for name, shape in shapes.items()}
-    places = {"position": np.arange(1, context + 1), "weight_position": np.array([4, 8, 9])}
-    return inspections.Inspection({"step": step, "context": context}, **places, **arrays)
-
-
-def test_a_layer_in_a_line():
-    """The last quarter of nine positions begins at the seventh."""
-    found = made_up()
-    for i, line in enumerate(inspections.summary(found)):
-        assert line.loss_at_w0 == pytest.approx(found.loss_at_w0[i, 6:].mean())
-        assert line.loss_after == pytest.approx(found.loss_after[i, 6:].mean())
-        assert line.explained == pytest.approx(1 - found.loss_before[i, 6:].sum() / found.target_spread[i, 6:].sum())
-        assert line.weight_change == found.weight_change[i, -1]
-        heads = found.eta[i].mean(1)
-        assert (line.eta, line.eta_min, line.eta_max) == pytest.approx((heads.mean(), heads.min(), heads.max()))
-
-
-def test_what_does_not_exist_is_left_out(tmp_path):
-    """The spread of targets, and the change of a W0 that is zero; each weight matrix has its rate."""
-    found = made_up(matrices=4)
-    found.weight_change[0], found.w0_norm[0] = np.nan, 0
-    path = inspections.save(found, tmp_path, "validation-9")
-    back = inspections.read(tmp_path, "validation")
-    assert back.target_spread is None
-    np.testing.assert_array_equal(back.eta, found.eta)
-    with np.load(path, allow_pickle=False) as file:
-        assert not [name for name in file if "target_spread" in name]
-    first, second = json.loads(path.with_suffix(".json").read_text())["layers"]
-    assert (first["explained"], second["explained"], first["weight_change"]) == (None, None, None)
-    rates = found.eta.mean(-1)
-    assert [second[key] for key in ("eta", "eta_min", "eta_max")] == pytest.approx(
-        [rates[1].mean(), rates[1].min(), rates[1].max()]
-    )
-    with path.with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert not [row for row in rows if row["quantity"] in ("eta", "target_spread") or "nan" in row.values()]
-    third = [row for row in rows if (row["quantity"], row["layer"]) == ("eta_3", "1")]
-    means, heads = [row for row in third if not row["head"]], [row for row in third if row["head"]]
-    np.testing.assert_allclose([float(row["value"]) for row in means], found.eta[1, :, 3].mean(0))
-    np.testing.assert_allclose([float(row["standard_error"]) for row in means], found.eta_standard_error[1, 3])
-    np.testing.assert_allclose([float(row["value"]) for row in heads], found.eta[1, :, 3].mean(1))
-    table = Console(width=120, record=True)
-    table.print(inspect._table(found.blocks, inspections.summary(found), per_matrix=True))
-    text = table.export_text()
-    assert "explained" not in text
-    assert "nan" not in text
-    assert text.count("W0 = 0") == 1
-    assert "of heads and weight matrices" in text
-
-
-def test_files_hold_what_was_found(tmp_path):
-    found = made_up()
-    found.weight_change[1] = found.loss_after_standard_error[0] = np.nan
-    path = inspections.save(found, tmp_path, "validation-9")
-    assert path == tmp_path / "inspect" / "validation-9.npz"
-    with np.load(path, allow_pickle=False) as file:
-        assert file.keys() == arrays_of(found).keys()
-    back = inspections.read(tmp_path, "validation")
-    for name, value in arrays_of(found).items():
-        np.testing.assert_array_equal(getattr(back, name), value)
-    layers = back.about.pop("layers")
-    assert back.about.pop("not_finite") == 0
-    assert back.about == found.about
-    assert layers[0] == inspections.summary(found)[0]._asdict()
-    assert layers[1]["weight_change"] is None
-    json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
-
-    with path.with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-
-    def column(quantity, layer, key="value", by_head=False):
-        chosen = [row for row in rows if (row["quantity"], row["layer"]) == (quantity, str(layer))]
-        return [float(row[key] or "nan") for row in chosen if bool(row["head"]) is by_head]
-
-    for name in ("loss_at_w0", "loss_before", "loss_after", "target_spread", "weight_change"):
-        for layer in (0, 1):
-            np.testing.assert_array_equal(column(name, layer), getattr(found, name)[layer])
-            errors = getattr(found, f"{name}_standard_error")[layer]
-            np.testing.assert_array_equal(
-                column(name, layer, "standard_error"), np.where(np.isnan(errors), np.nan, errors)
-            )
-    np.testing.assert_array_equal(column("weight_change", 0, "position"), [4, 8, 9])
-    np.testing.assert_allclose(column("eta", 1), found.eta[1].mean(0))
-    np.testing.assert_allclose(column("eta", 1, by_head=True), found.eta[1].mean(1))
-    np.testing.assert_allclose(column("weight_distance", 1), found.weight_distance[1].mean(0))
-    np.testing.assert_array_equal(column("w0_norm", 0, by_head=True), found.w0_norm[0])
-    np.testing.assert_array_equal(column("position_eta", 0), found.position_eta[0])
-    np.testing.assert_array_equal(column("position_eta", 0, "position"), [1, 2, 3, 4])
-
-
-def test_the_longest_is_read_where_no_context_is_given(tmp_path):
-    for context in (9, 17, 12):
-        inspections.save(made_up(context), tmp_path, inspections.name("test", context))
-    inspections.save(made_up(30), tmp_path, inspections.name("test", 30, by_document=True))
-    inspections.save(made_up(40, step=3), tmp_path, inspections.name("test", 40, step=3))
-
-    def read(*arguments, **kind):
-        about = inspections.read(tmp_path, "test", *arguments, **kind).about
-        return about["context"], about["step"]
-
-    assert read() == (17, 7)
-    assert read(12) == (12, 7)
-    assert read(by_document=True) == (30, 7)
-    assert read(step=3) == (40, 3)
-    for arguments, kind, asked in (
-        (
-            (13,),
-            {},
-            "with context 13; there are .*test-9, test-documents-30; run: ttt inspect .* --split test --context 13$",
-        ),
-        ((), {"step": 4}, "of the test split; there are .*; run: ttt inspect .* --split test --context 2048 --step 4$"),
-        ((9,), {"by_document": True}, "--context 9 --by-document$"),
-    ):
-        with pytest.raises(ConfigError, match=asked):
-            read(*arguments, **kind)
-
-
-def test_losses_that_are_not_finite_show(tmp_path):
-    found = made_up()
-    found.loss_before[1, 7], found.loss_after[1, 7], found.loss_at_w0[0, 0] = np.nan, np.inf, np.inf
-    path = inspections.save(found, tmp_path, "validation-9")
-    about = json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
-    assert about["not_finite"] == inspections.not_finite(found) == 2  # positions of layers
-    assert [layer["loss_before"] is None for layer in about["layers"]] == [False, True]
-    assert (about["layers"][1]["loss_after"], about["layers"][1]["explained"]) == (None, None)
-    lines = path.with_suffix(".csv").read_text().splitlines()
-    assert [line for line in lines if line.startswith("loss_before,1,,8,nan")]
-    table = Console(width=120, record=True)
-    table.print(inspect._table(found.blocks, inspections.summary(found)))
-    assert table.export_text().count("not finite") == 2
