@@ -169,24 +169,6 @@ def test_speeds_are_medians_of_all():
     assert metric.of_records(records, "tokens_per_second").number == 90.0
 
 
-def test_a_follower_tells_each_step_once_and_no_milestone_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    follower = metric.Follower(tmp_path, "loss", [3, 9, 40])
-    assert follower.news() == []
-
-    def write(first, last, mode="a"):
-        with path.open(mode) as file:
-            file.writelines(json.dumps({"step": i, "loss": 1.0 / i}) + "\n" for i in range(first, last + 1))
-
-    write(1, 6)
-    assert follower.news() == [{"step": 3, "loss": 1 / 3}, {"step": 6, "loss": 1 / 6}]
-    assert follower.news() == []
-    write(1, 4, mode="w")  # back to a checkpoint
-    assert follower.news() == []
-    write(5, 12)
-    assert follower.news() == [{"step": 9, "loss": 1 / 9}, {"step": 12, "loss": 1 / 12}]
-
-
 # ---- Results
 
 
@@ -321,11 +303,20 @@ def test_evaluations_whose_loss_is_null(tmp_path):
     assert metric.of_run(tmp_path, "validation-8/not_finite").number == 3
 
 
-def test_a_follower_tells_that_nothing_is_worse_than_nan(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": NaN, "goodput": null}\n')
-    assert metric.Follower(tmp_path, "loss").news() == [{"step": 1, "loss": math.inf}]
-    assert metric.Follower(tmp_path, "goodput").news() == [{"step": 1, "goodput": -math.inf}]
+@pytest.mark.parametrize(
+    ("name", "step", "expected"),
+    [
+        ("loss", 3, (4, 1 / 4)),
+        ("loss", 4, (4, 1 / 4)),
+        ("loss", 7, None),
+        ("x", 3, (4, None)),
+        ("loss", 5, (6, math.inf)),
+    ],
+)
+def test_a_metric_at_a_step_is_that_of_the_next_record_and_nothing_is_worse_than_nan(name, step, expected):
+    records = [{"step": 2, "loss": 1 / 2}, {"step": 4, "loss": 1 / 4}, {"step": 6, "loss": math.nan, "goodput": None}]
+    assert metric.at_step(records, name, step) == expected
+    assert metric.at_step(records, "goodput", 6) == (6, -math.inf)
 
 
 # ---- Pictures

@@ -141,7 +141,7 @@ def test_a_second_signal_does_not_wait(start_sweep, wait_for, calls, tmp_path):
 @pytest.mark.slow
 def test_a_killed_sweep_leaves_nobody_and_the_next_waits_for_who_still_saves(start_sweep, wait_for, calls, tmp_path):
     folder = tmp_path / "sweep"
-    slow = {"STAND_IN_SAVES": "2"}
+    slow = {"STAND_IN_SAVES": "6"}
     first = start_sweep("--grid", "seed=0", do={"seed=0": ["hang"]}, environment=slow)
     wait_for((folder / "seed=0/ready").exists)
     first.kill()

@@ -93,38 +93,18 @@ def available(workdir: Workdir) -> list[str]:
     return [*sorted(recorded - {"step"}), *sorted(evaluated)]
 
 
-class Follower:
-    """Follow a metric while a run records it; each step once, also where a run goes back to a checkpoint.
+def at_step(records: Sequence[dict[str, Any]], metric: str, step: float) -> tuple[int, float | None] | None:
+    """Return step and metric at the first record at or after a step; None before there is one.
 
-    Args:
-      workdir: of the run, which need not be there yet.
-      metric: its name.
-      milestones: steps; the first record at or after each of them is always reported.
+    A value that is not finite is the worst: comparisons with NaN would call it good.
     """
-
-    def __init__(self, workdir: Workdir, metric: str, milestones: Iterable[float] = ()):
-        self._workdir, self._metric, self._milestones = workdir, metric, sorted(milestones)
-        self._reported = 0
-
-    def news(self) -> list[dict[str, Any]]:
-        """Return step and metric of records since the last call: those that reach a milestone, and the newest."""
-        newest = files.records(self._workdir, newest=True)
-        if not newest or newest[-1]["step"] <= self._reported:
-            return []
-        records = files.records(self._workdir)
-        found = []
-        for index, record in enumerate(records):
-            step = record["step"]
-            if step <= self._reported:
-                continue
-            reached = any(self._reported < milestone <= step for milestone in self._milestones)
-            if reached or index == len(records) - 1:
-                value = of_records(records[: index + 1], self._metric).number
-                if value is not None and not math.isfinite(value):  # comparisons with NaN would call it good
-                    value = -math.inf if higher_is_better(self._metric) else math.inf
-                found.append({"step": step, **({} if value is None else {self._metric: value})})
-                self._reported = step
-        return found
+    for count, record in enumerate(records, 1):
+        if record["step"] >= step:
+            number = of_records(records[:count], metric).number
+            if number is not None and not math.isfinite(number):
+                number = -math.inf if higher_is_better(metric) else math.inf
+            return record["step"], number
+    return None
 
 
 def _number(value: Any) -> float | None:

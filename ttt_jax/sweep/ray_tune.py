@@ -4,8 +4,8 @@ A trial is the same ``ttt train`` process in the same folder as elsewhere; it re
 ``metrics.jsonl``. Tune never ends a trial, which would not save: the trial is asked to stop, saves, and ends itself.
 """
 
-import dataclasses
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from ttt_jax import extras, ray_cluster
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.sweep import files
-from ttt_jax.sweep.metric import Follower
+from ttt_jax.sweep import files, metric
 from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.runner import PointRun
 from ttt_jax.terminal.stopping import StopSignals
@@ -147,31 +146,29 @@ class _Trainable(tune.Trainable):
     """A trial: the process of a point, and what it records."""
 
     def setup(self, config: dict[str, Any], trials: Any = None, requests: Any = None, early: Any = None) -> None:
-        self._name, self._requests, self._asked, self._ended = config["point"], requests, False, False
+        self._name, self._requests, self._early, self._step = config["point"], requests, early, 0
         point, directory = trials.points[self._name], workdir_lib.at(trials.directory)
-        rungs = early.rungs(point.steps) if early else []
-        self._follower = Follower(directory / self._name, early.metric if early else "loss", rungs)
-        self._news: list[dict[str, Any]] = []
+        self._workdir = directory / self._name
+        self._rungs = early.rungs(point.steps) if early else []
+        self._asked = False
         self._run = None
-        if self._name in trials.commands:
+        if command := trials.commands.get(self._name):
             cwd = Path(trials.cwd) if Path(trials.cwd).is_dir() else None
-            local, command = Path(trials.local), trials.commands[self._name]
-            self._run = PointRun(point, directory, local, command, cwd=cwd, restarts=trials.restarts)
+            self._run = PointRun(point, directory, Path(trials.local), command, cwd=cwd, restarts=trials.restarts)
 
     def step(self) -> dict[str, Any]:
         deadline = time.monotonic() + _SILENCE
-        while not self._news:
-            if self._ended:
-                record = self._run and self._run.ended
-                return {"done": True, **(dataclasses.asdict(record) if record else {})}
+        while True:
             self._stop_if_asked()
-            self._ended = self._run is None or self._run.poll() is not None
-            self._news = self._follower.news()
-            if not self._news and not self._ended:
-                if time.monotonic() > deadline:
-                    return {}
-                time.sleep(_POLL)
-        return self._news.pop(0)
+            ended = self._run is None or self._run.poll() is not None
+            if reached := self._next_rung():
+                return reached
+            if ended:
+                record = self._run and self._run.ended
+                return {"done": True, "state": record.state, "said": record.said} if record else {"done": True}
+            if time.monotonic() > deadline:
+                return {}
+            time.sleep(_POLL)
 
     def cleanup(self) -> None:
         """Let the run save where Tune ends the trial after all."""
@@ -180,12 +177,22 @@ class _Trainable(tune.Trainable):
             while self._run.poll() is None:
                 time.sleep(_POLL)
 
+    def _next_rung(self) -> dict[str, Any]:
+        """Return step and metric where the run has come to another rung."""
+        rung = next((rung for rung in self._rungs if rung > self._step), math.inf)
+        newest = files.records(self._workdir, newest=True) if self._rungs else []
+        if not newest or newest[-1]["step"] < rung:
+            return {}
+        found = metric.at_step(files.records(self._workdir), self._early.metric, rung)
+        if found is None:  # a run that goes back to a checkpoint drops records
+            return {}
+        self._step, number = found
+        return {"step": self._step, **({} if number is None else {self._early.metric: number})}
+
     def _stop_if_asked(self) -> None:
-        if self._run is not None and not self._asked:
-            state = ray.get(self._requests.get.remote(self._name))
-            if state is not None:
-                self._asked = True
-                self._run.stop(signal.SIGTERM, state)
+        if self._run is not None and not self._asked and (state := ray.get(self._requests.get.remote(self._name))):
+            self._asked = True
+            self._run.stop(signal.SIGTERM, state)
 
 
 class _Scheduler(ASHAScheduler):
@@ -230,23 +237,18 @@ class _Scheduler(ASHAScheduler):
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result) -> None:
-        if state := result.get("state"):
-            said = result.get("said")
-            self._forget(trial, f"{state}: {said}" if said else state)
-        else:
-            self._forget(trial)
+        self._end(trial, ": ".join(filter(None, (result.get("state"), result.get("said")))))
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        self._forget(trial, f"its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
+        self._end(trial, f"its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
 
     def choose_trial_to_run(self, tune_controller):
         return None if self.interrupted else super().choose_trial_to_run(tune_controller)
 
-    def _forget(self, trial, why: str = "") -> None:
-        name = trial.config["point"]
-        self.running.discard(name)
-        if why:
-            self._tell_line(f"{name}: {why}")
+    def _end(self, trial, how: str) -> None:
+        self.running.discard(trial.config["point"])
+        if how:
+            self._tell_line(f"{trial.config['point']}: {how}")
 
     def _ask(self, name: str, state: str) -> None:
         if name not in self._asked:
