@@ -1,7 +1,8 @@
-"""Stands in for ``ttt``: writes down how it was called, and does what STAND_IN says of the point it is of.
+"""Stand in for ``ttt``: write down how it was called, and do what STAND_IN says of the point.
 
-STAND_IN is JSON: point to what it does at each start, an exit status or "hang" (until SIGTERM or SIGINT, as
-``ttt train`` does; "hang hard" goes on even so). What is not said ends with 0.
+STAND_IN is JSON: a point's action at each of its starts, an exit status by default 0; "hang" until SIGTERM or SIGINT,
+as ``ttt train`` does; "hang hard", which goes on even so; or "steps": train 40 steps, with higher losses for higher
+seeds, slowly at the first start of those.
 """
 
 import json
@@ -13,27 +14,40 @@ from pathlib import Path
 
 workdir = Path(sys.argv[sys.argv.index("--workdir") + 1])
 workdir.mkdir(parents=True, exist_ok=True)
-calls = workdir / "calls"
+calls, metrics = workdir / "calls", workdir / "metrics.jsonl"
 with calls.open("a") as file:
     call = {"arguments": sys.argv[1:], "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
     file.write(json.dumps(call) + "\n")
 starts = len(calls.read_text().splitlines())
 actions = json.loads(os.environ.get("STAND_IN", "{}")).get(workdir.name, [])
 action = actions[starts - 1] if starts <= len(actions) else 0
-with (workdir / "metrics.jsonl").open("a") as file:
-    file.write(json.dumps({"step": starts, "loss": 5.0 / starts, "tokens_per_second": 100.0}) + "\n")
 
 
-def stopped(number, frame):
+def record(step, loss):
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": step, "loss": loss, "tokens_per_second": 100.0}) + "\n")
+
+
+def stop(number, frame):
     print(f"stopped by {signal.Signals(number).name}", flush=True)
-    if action == "hang":
+    if action != "hang hard":
         time.sleep(float(os.environ.get("STAND_IN_SAVES", 0.1)))
         sys.exit(75 if number == signal.SIGTERM else 130)
 
 
-if str(action).startswith("hang"):
-    signal.signal(signal.SIGTERM, stopped)
-    signal.signal(signal.SIGINT, stopped)
+if isinstance(action, str):
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+if action == "steps":
+    done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    print("going on at", done, flush=True)
+    seed = int(workdir.name.removeprefix("seed="))
+    for step in range(done + 1, 41):
+        record(step, 5.0 + seed - step / 100)
+        time.sleep(0.15 if seed and not done else 0.01)
+    sys.exit(0)
+record(starts, 5.0 / starts)
+if isinstance(action, str):
     (workdir / "ready").write_text("")
     while True:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Products and groups of keys."""
+"""Test lists, ranges and groups of values: what they stand for, and what is refused."""
 
 import math
 
@@ -13,22 +13,15 @@ from ttt_jax.sweep.axes import Axis
 
 def test_grids_are_multiplied_and_groups_advance_together():
     found = axes.from_options(["seed=0,1"], [["model.width=8,16", "model.num_heads=1,2"]], {})
-    assert found == [
-        Axis(("seed",), (("0",), ("1",))),
-        Axis(("model.width", "model.num_heads"), (("8", "1"), ("16", "2"))),
-    ]
-    assert axes.product(found) == [
-        {"seed": "0", "model.width": "8", "model.num_heads": "1"},
-        {"seed": "0", "model.width": "16", "model.num_heads": "2"},
-        {"seed": "1", "model.width": "8", "model.num_heads": "1"},
-        {"seed": "1", "model.width": "16", "model.num_heads": "2"},
-    ]
+    keys = ("seed", "model.width", "model.num_heads")
+    assert found == [Axis(keys[:1], (("0",), ("1",))), Axis(keys[1:], (("8", "1"), ("16", "2")))]
+    expected = [("0", "8", "1"), ("0", "16", "2"), ("1", "8", "1"), ("1", "16", "2")]
+    assert axes.product(found) == [dict(zip(keys, values, strict=True)) for values in expected]
     assert axes.product([]) == [{}]
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=4))
-def test_sizes(groups):
-    """Of a group of so many keys with so many values."""
+def test_sizes_of_products(groups):
     zips = [[f"k{i}.n{j}={','.join(map(str, range(size)))}" for j in range(n)] for i, (n, size) in enumerate(groups)]
     points = axes.product(axes.from_options([], zips, {}))
     assert len(points) == math.prod(size for _, size in groups)
@@ -47,13 +40,91 @@ def test_sizes(groups):
         ([], [["seed=1", "seed=2"]], "--zip seed: is set by --zip already; expected each key in one place"),
         (["a.b=1"], [], "--grid a.b: is set by --config.a.b already; expected each key in one place"),
         ([], [["x=1,2", "y=1,2,3"]], "--zip: 2 of x, 3 of y; expected as many values of each key"),
-        (["seed"], [], "--grid seed: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3"),
         (["=1"], [], "--grid =1: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3"),
         (["seed="], [], '--grid seed=: an empty value; expected VALUE,VALUE,... (in quotes, "", for an empty text)'),
         (["x=linear:0:1:1000", "y=linear:0:1:11"], [], "--grid, --zip: 11,000 points; expected at most 10,000"),
     ],
 )
-def test_refused(grids, zips, message):
+def test_refused_axes(grids, zips, message):
     with pytest.raises(ConfigError) as caught:
         axes.from_options(grids, zips, {"a.b": "1"})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e-3,3e-3", ["1e-3", "3e-3"]),
+        (" 1 , 2 ", ["1", "2"]),
+        ("2.5e9 tokens,300 steps", ["2.5e9 tokens", "300 steps"]),
+        ('"a, b",c', ["a, b", "c"]),
+        ('\'say "hi"\',"it\'s"', ['say "hi"', "it's"]),
+        ('"",10%', ["", "10%"]),
+        ("'log:1:2:3'", ["log:1:2:3"]),
+        ("10:13", ["10:13"]),
+        ("log:1e-4:1e-2:5", ["0.0001", "0.000316228", "0.001", "0.00316228", "0.01"]),
+        ("log:64:1024:5", ["64", "128", "256", "512", "1024"]),
+        ("log:1e-2:1e-3:2", ["0.01", "0.001"]),
+        ("linear:0:1:5", ["0", "0.25", "0.5", "0.75", "1"]),
+        ("linear:-0.1:0.2:4", ["-0.1", "0", "0.1", "0.2"]),
+        ("pow2:1:2048", [str(2**n) for n in range(12)]),
+        ("pow2:0.25:1", ["0.25", "0.5", "1"]),
+        ("0,pow2:4:8,x", ["0", "4", "8", "x"]),
+    ],
+)
+def test_values(text, expected):
+    assert axes.values(text, "--grid k") == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["", "1,,2", "1,"], "an empty value"),
+        (['"open'], "cannot be read from '\"open' on"),
+        (['"a"b'], "cannot be read from '\"a\"b' on"),
+        (["log:__import__('os'):2:3"], "cannot be read"),
+        (["log:1:2", "log:nan:2:3"], "expected log:LOW:HIGH:N, linear:LOW:HIGH:N or pow2:LOW:HIGH"),
+        (["log:0:1:3"], "expected positive, finite LOW and HIGH"),
+        (["linear:0:1e999:3"], "expected finite LOW and HIGH"),
+        ([f"linear:{x}" for x in ("1:1:3", "0:1:1", "0:1:2.5", "0:1:99999999")], "two different ends and N from 2 to"),
+        (["pow2:3:8", "pow2:8:4"], "expected powers of two, LOW not above HIGH"),
+    ],
+)
+def test_refused_values(texts, message):
+    for text in texts:
+        with pytest.raises(ConfigError) as caught:
+            axes.values(text, "--grid k")
+        assert str(caught.value).startswith("--grid k: ")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\"'"), max_size=8), min_size=1, max_size=5))
+def test_any_text_can_be_quoted(texts):
+    for quote in ("'", '"'):
+        assert axes.values(",".join(f"{quote}{text}{quote}" for text in texts), "o") == texts
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_values_or_one_line_and_is_never_run(text):
+    try:
+        found = axes.values(text, "--grid k")
+    except ConfigError as error:
+        assert str(error).startswith("--grid k: ")
+    else:
+        ranged = any(kind in text for kind in ("log:", "linear:", "pow2:"))
+        assert all(value in text or (ranged and math.isfinite(float(value))) for value in found)
+
+
+@given(st.floats(1e-12, 1e12), st.floats(1.001, 1e6), st.integers(2, 50))
+def test_ranges_are_spaced_evenly_between_exact_ends(low, ratio, count):
+    high = low * ratio
+    logarithmic, linear = (
+        [float(value) for value in axes.values(f"{kind}:{low!r}:{high!r}:{count}", "o")] for kind in ("log", "linear")
+    )
+    for found in (logarithmic, linear):
+        assert (found[0], found[-1], len(found)) == (low, high, count)
+    for i in range(count):
+        part = i / (count - 1)
+        assert math.log(logarithmic[i] / low) == pytest.approx(math.log(high / low) * part, abs=1e-5)
+        assert linear[i] == pytest.approx(low + (high - low) * part, rel=1e-9)

@@ -1,10 +1,14 @@
-"""Points with their configs, and the file of a sweep."""
+"""Test points, their names and configs, and the file of a sweep."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.sweep import files, points
 from ttt_jax.sweep.axes import Axis
@@ -32,14 +36,14 @@ def test_values_have_the_types_of_their_keys():
 
 def test_recipes_are_the_outermost_axis():
     made = points.make([LINEAR, MLP], {}, [{"seed": "0"}, {"seed": "1"}])
-    assert [point.name for point in made.points] == [
-        f"quickstart.{mixer},seed={seed}" for mixer in ("ttt_linear", "ttt_mlp") for seed in (0, 1)
-    ]
-    assert [config.model.mixer for config in made.configs] == ["ttt_linear"] * 2 + ["ttt_mlp"] * 2
+    mixers = ["ttt_linear"] * 2 + ["ttt_mlp"] * 2
+    expected = [f"quickstart.{mixer},seed={seed}" for mixer, seed in zip(mixers, (0, 1, 0, 1), strict=True)]
+    assert [point.name for point in made.points] == expected
+    assert [config.model.mixer for config in made.configs] == mixers
     assert [point.name for point in points.make([LINEAR], {}, [{}]).points] == ["quickstart.ttt_linear"]
 
 
-def test_names_outlive_what_is_added():
+def test_names_stay_when_recipes_are_added():
     first = points.make([LINEAR], {}, [{"seed": "0"}]).points
     both = points.make([MLP, LINEAR], {}, [{"seed": "0"}], first).points
     assert [point.name for point in both] == ["quickstart.ttt_mlp,seed=0", "seed=0"]
@@ -47,34 +51,95 @@ def test_names_outlive_what_is_added():
     assert [point.name for point in other] == ["quickstart.ttt_mlp,seed=0"]
 
 
-def test_what_cannot_be_run_is_told_before_anything_starts():
-    make = points.make
-    assert message(make, [LINEAR], {}, [{"seed": "0"}, {"seed": "x"}]) == (
-        f"point {LINEAR}, seed=x: seed=x: expected an integer"
-    )
-    assert message(make, [LINEAR], {"model.width": "12"}, [{"model.num_heads": "2"}, {"model.num_heads": "5"}]) == (
-        f"point {LINEAR}, model.num_heads=5: model.num_heads=5: does not divide model.width=12; "
-        "expected a divisor, such as 4"
-    )
-    assert message(make, [LINEAR], {}, [{"model.widht": "8"}]) == (
-        f"point {LINEAR}, model.widht=8: model.widht: unknown key; did you mean model.width?"
-    )
-    assert message(make, [LINEAR], {}, [{"optimizer.peak_lr": "1e-3"}, {"optimizer.peak_lr": "0.001"}]) == (
-        "points peak_lr=0.001 and peak_lr=0.001: are the same run; expected different ones"
-    )
-    assert "are the same run" in message(make, [QUICKSTART, LINEAR], {}, [{}])  # which is the default
-    assert message(make, [LINEAR, LINEAR], {}, [{}]) == (
-        f"--config {LINEAR}: has the name of --config {LINEAR}; expected different names"
-    )
-    many = [{"seed": str(seed)} for seed in range(5001)]
-    assert message(make, [LINEAR, MLP], {}, many) == "10,002 points; expected at most 10,000"
+@pytest.mark.parametrize(
+    ("recipes", "constant", "overrides", "expected"),
+    [
+        ([LINEAR], {}, [{"seed": "0"}, {"seed": "x"}], f"point {LINEAR}, seed=x: seed=x: expected an integer"),
+        (
+            *([LINEAR], {"model.width": "12"}, [{"model.num_heads": "2"}, {"model.num_heads": "5"}]),
+            f"point {LINEAR}, model.num_heads=5: model.num_heads=5: does not divide model.width=12; expected a divisor, ",
+        ),
+        (
+            *([LINEAR], {}, [{"model.widht": "8"}]),
+            f"point {LINEAR}, model.widht=8: model.widht: unknown key; did you mean model.width?",
+        ),
+        ([LINEAR], {}, [{"seed": "1"}, {"seed": "01"}], "points seed=1 and seed=1: are the same run; expected differ"),
+        ([QUICKSTART, LINEAR], {}, [{}], "points quickstart and quickstart.ttt_linear: are the same run"),
+        ([LINEAR, LINEAR], {}, [{}], f"--config {LINEAR}: has the name of --config {LINEAR}; expected different names"),
+        ([LINEAR, MLP], {}, [{"seed": str(i)} for i in range(5001)], "10,002 points; expected at most 10,000"),
+    ],
+)
+def test_refused_points(recipes, constant, overrides, expected):
+    assert message(points.make, recipes, constant, overrides).startswith(expected)
+
+
+# ---- Names
+
+
+KEYS = sorted(config_lib.settings())
+TEXTS = st.text(max_size=12) | st.sampled_from(["300 steps", "10%", "300-steps", "10pct", "a/b", "..", "x,seed=1", "é"])
+VALUES = st.booleans() | st.integers(-(10**6), 10**12) | st.floats(allow_nan=False) | TEXTS
+POINTS = st.tuples(
+    st.none() | st.sampled_from(["quickstart", "quickstart:a", "quickstart:a,b", "quickstart:a-b", "quick.start", "é"]),
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5),
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "pattern"),
+    [
+        (None, {"optimizer.peak_lr": 1e-3, "model.width": 512}, "peak_lr=0.001,width=512"),
+        (None, {"log.every": "5 steps", "seed": 3}, "log.every=5-steps,seed=3"),
+        (None, {"optimizer.warmup": "10%", "model.tie_embeddings": True}, "tie_embeddings=true,warmup=10pct"),
+        (None, {"model.ttt.mlp_width_factor": 4.0, "optimizer.end_lr": 1e-20}, "end_lr=1e-20,mlp_width_factor=4"),
+        (None, {"training.duration": "2.5e9 tokens"}, "duration=2.5e9-tokens"),
+        ("quickstart:ttt_mlp", {"seed": 1}, "quickstart.ttt_mlp,seed=1"),
+        ("paper:ttt_linear-1.3b-pile-2k", {}, "paper.ttt_linear-1.3b-pile-2k"),
+        (None, {"data.source": "data/books"}, "source=data-books-[0-9a-f]{8}"),
+        (None, dict.fromkeys(KEYS, 123456789), "(?=.{100}$)accumulation=123456789,.*-[0-9a-f]{8}"),
+    ],
+)
+def test_names_are_readable_and_end_in_a_hash_where_they_cannot_tell(recipe, values, pattern):
+    assert re.fullmatch(pattern, points.name_of(recipe, values))
+
+
+@given(POINTS, st.randoms())
+def test_names_are_safe_and_independent_of_order(point, random):
+    recipe, values = point
+    name = points.name_of(recipe, values)
+    assert re.fullmatch(r"[A-Za-z0-9_.,=-]{0,100}", name)
+    assert name not in (".", "..")
+    items = list(values.items())
+    random.shuffle(items)
+    assert points.name_of(recipe, dict(items)) == name
+
+
+@given(POINTS, POINTS)
+def test_different_points_have_different_names(one, other):
+    keys = list(one[1])
+    for left, right in ((one, other), (one, (other[0], one[1])), (one, (one[0], dict.fromkeys(keys, "300-steps")))):
+        same_types = all(type(left[1][key]) is type(right[1][key]) for key in left[1].keys() & right[1].keys())
+        if left != right and same_types:  # a key has one type
+            assert points.name_of(*left) != points.name_of(*right)
+
+
+def test_short_keys_are_the_ends_of_one_key():
+    short = [points.short_key(key) for key in KEYS]
+    assert len(set(short)) == len(KEYS)
+    for key, end in zip(KEYS, short, strict=True):
+        assert [other for other in KEYS if f".{other}".endswith(f".{end}")] == [key]
+
+
+@given(st.booleans() | st.integers() | st.floats(allow_nan=False))
+def test_texts_of_numbers_can_be_read_back(value):
+    text = points.value_text(value)
+    assert {"true": True, "false": False}.get(text, None if isinstance(value, bool) else float(text)) == float(value)
 
 
 # ---- sweep.json
 
 
-POINT = Point("seed=0", LINEAR, {"seed": 0}, 7)
-OTHER = Point("seed=1", LINEAR, {"seed": 1}, 7)
+POINT, OTHER = (Point(f"seed={seed}", LINEAR, {"seed": seed}, 7) for seed in (0, 1))
 SWEEP = Sweep({"training.duration": "7"}, [Axis(("seed",), (("0",),))], [POINT])
 
 
@@ -109,7 +174,7 @@ def test_points_are_added_and_kept(tmp_path):
     assert files.merged(tmp_path, added, SWEEP._replace(points=[OTHER, POINT])).points == [POINT, OTHER]
 
 
-def test_another_base_is_refused(tmp_path):
+def test_another_base_is_refused_unless_it_may_change(tmp_path):
     wider = SWEEP._replace(base={**SWEEP.base, "model.width": 64})
     assert message(files.merged, tmp_path, SWEEP, wider) == (
         f"--workdir {tmp_path}: holds a sweep with another base (model.width not set there, 64 here); expected the "
@@ -117,23 +182,7 @@ def test_another_base_is_refused(tmp_path):
     )
     logged = SWEEP._replace(base={**SWEEP.base, "log.every": "5"}, points=[OTHER])
     assert files.merged(tmp_path, SWEEP, logged).points == [POINT, OTHER]  # changes no number
-
-
-def test_all_points_can_be_made_longer_but_not_some(tmp_path):
     longer = SWEEP._replace(base={"training.duration": "9"}, points=[POINT._replace(steps=9)])
-    assert files.merged(tmp_path, SWEEP, longer).points == [POINT._replace(steps=9)]
+    assert files.merged(tmp_path, SWEEP, longer).points == [POINT._replace(steps=9)]  # all points, not some
     two = SWEEP._replace(points=[POINT, OTHER])
     assert "training.duration 7 there, 9 here" in message(files.merged, tmp_path, two, longer)
-
-
-def test_runs_of_another_config_are_found_before_anything_starts(sweep, calls, tmp_path, capsys):
-    config = points.make([QUICKSTART], {}, [{"seed": "1"}]).configs[0].copy_and_resolve_references()
-    folder = tmp_path / "sweep" / "seed=1"
-    assert sweep("--grid seed=0") == 0
-    folder.mkdir()
-    config.model.width = 64
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    assert sweep("--grid seed=1,2") == 2
-    said = f"ttt sweep: --workdir {folder}: holds a run of another config (model.width 64 there, 128 here)"
-    assert said in capsys.readouterr().err
-    assert not calls("seed=2")

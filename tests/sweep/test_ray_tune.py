@@ -1,10 +1,4 @@
-"""Sweeps on Ray Tune: a real local Ray, with stand-ins for ``ttt train``."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Test sweeps on Ray Tune: a real local Ray, with stand-ins for ``ttt train``."""
 
 import pytest
 
@@ -13,8 +7,7 @@ pytest.importorskip("ray.tune")
 from ttt_jax.sweep import files, status
 from ttt_jax.sweep.ray_tune import Early
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+POINTS = "--grid seed=0,1,2 --config.training.duration=40"
 
 
 def test_rungs():
@@ -23,62 +16,43 @@ def test_rungs():
     assert Early("loss", 50, 2.0, False).rungs(40) == []
 
 
-def run(folder, *arguments):
-    """A sweep of three points, one at a time, in a process of its own, as Ray takes signals and threads."""
-    program = (sys.executable, "-S", str(HERE / "stand_in_of_steps.py"))
-    code = f"from ttt_jax import cli; from ttt_jax.sweep import runner; runner.PROGRAM = {program!r}; "
-    code += "exit(cli.main())"
-    line = ["sweep", "--config", "configs/quickstart.py", "--workdir", str(folder), "--config.training.duration=40"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *line, "--grid", "seed=0,1,2", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def log(folder, seed):
-    return (folder / f"seed={seed}" / "output.log").read_text()
-
-
 @pytest.mark.slow
-def test_bad_points_are_stopped_early_and_saved(tmp_path):
-    folder = tmp_path / "sweep"
-    asha = ["--asha", "loss", "--grace", "10", "--reduction", "2"]
-    ray = ["--engine", "ray", "--jobs", "1"]
-    code, out, err = run(folder, *ray, *asha)
-    assert code == 0, err
+def test_bad_points_are_stopped_early_and_saved(folder, start_sweep):
+    def run(arguments=""):
+        process = start_sweep(f"{POINTS} {arguments}", do={f"seed={seed}": ["steps", "steps"] for seed in range(3)})
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out, err
+
+    def lines(seed, name):
+        return (folder / f"seed={seed}" / name).read_text().splitlines()
+
+    asha = "--engine ray --jobs 1 --asha loss --grace 10 --reduction 2"
+    out, err = run(asha)
     assert out == f"{folder}: 3 points: 1 done, 2 stopped early\n"
     assert "seed=1: to be stopped early, loss 5.9 at step 10\n" in err
     assert "Traceback" not in err
-    assert log(folder, 0) == "going on at 0\n"
+    assert lines(0, "output.log") == ["going on at 0"]
     for seed in (1, 2):
-        assert log(folder, seed) == "going on at 0\nstopped by SIGTERM\n"
-        steps = [json.loads(line)["step"] for line in (folder / f"seed={seed}/metrics.jsonl").read_text().splitlines()]
-        assert 10 <= steps[-1] < 40
+        assert lines(seed, "output.log") == ["going on at 0", "stopped by SIGTERM"]
+        assert 10 <= len(lines(seed, "metrics.jsonl")) < 40
         assert files.read_record(folder / f"seed={seed}").state == "stopped early"
 
     before = {path: path.read_bytes() for path in folder.glob("*/*")}
-    assert run(folder, *ray, *asha)[:2] == (0, out)
+    assert run(asha)[0] == out
     assert before == {path: path.read_bytes() for path in folder.glob("*/*")}
 
-    code, out, err = run(folder)  # elsewhere, and without comparisons: what was stopped goes on
-    assert (code, out) == (0, f"{folder}: 3 points: 3 done\n")
-    assert log(folder, 0) == "going on at 0\n"
-    assert log(folder, 1).splitlines()[-1] == f"going on at {steps_of(before, folder, 1)}"
+    saved = len(lines(1, "metrics.jsonl"))
+    assert run()[0] == f"{folder}: 3 points: 3 done\n"  # elsewhere, and without comparisons: what was stopped goes on
+    assert lines(0, "output.log") == ["going on at 0"]
+    assert lines(1, "output.log")[-1] == f"going on at {saved}"
     assert {each.state for each in status.of_sweep(folder)} == {"done"}
 
 
-def steps_of(files, folder, seed):
-    return len(files[folder / f"seed={seed}" / "metrics.jsonl"].splitlines())
-
-
 @pytest.mark.slow
-def test_no_such_cluster_is_one_line(tmp_path):
-    code, out, err = run(tmp_path / "sweep", "--engine", "ray", "--ray-address", "127.0.0.1:1")
-    assert (code, out) == (2, "")
+def test_a_cluster_that_does_not_answer_is_one_line(folder, start_sweep):
+    process = start_sweep(f"{POINTS} --engine ray --ray-address 127.0.0.1:1")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (2, "")
     assert err.splitlines()[-1].startswith("ttt sweep: --ray-address 127.0.0.1:1: no such cluster (")
-    assert not list((tmp_path / "sweep").glob("seed*"))
+    assert not list(folder.glob("seed*"))

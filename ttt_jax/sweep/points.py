@@ -19,7 +19,7 @@ from ttt_jax.sweep.axes import MOST
 Value: TypeAlias = bool | int | float | str  # of a config key
 
 _LONGEST = 100  # characters: a name is seen in tables, and jobs are named after it
-_SPELLED = (("%", "pct"), (" ", "-"))  # "10%" and "300 steps" are common
+_UNSAFE = re.compile(r"[^\w.-]", re.ASCII)  # in the name of a folder
 _REFUSED_OF_LAUNCH = {
     "--detach": "which follow their points",
     "--dry-run": "which have one themselves, before --",
@@ -43,11 +43,6 @@ class Point(NamedTuple):
     recipe: str
     values: dict[str, Value]
     steps: int
-
-    @property
-    def identity(self) -> str:
-        """Text that is equal for points that are the same, whatever their names."""
-        return json.dumps([recipe_label(self.recipe), dict(sorted(self.values.items()))])
 
 
 class Points(NamedTuple):
@@ -84,7 +79,7 @@ def make(
         labels[label] = recipe
     if len(recipes) * len(overrides) > MOST:
         raise ConfigError(f"{len(recipes) * len(overrides):,} points; expected at most {MOST:,}")
-    named = {point.identity: point.name for point in existing}
+    named = {_exact(recipe_label(point.recipe), point.values): point.name for point in existing}
     several = len({*labels, *(recipe_label(point.recipe) for point in existing)}) > 1
     made = Points([], [], {})
     same: dict[str, str] = {}
@@ -92,12 +87,11 @@ def make(
         for override in overrides:
             config = _config(recipe, constant, override)
             values = {key: config_lib.value_of(config, key) for key in override}
-            point = Point("", recipe, values, config_lib.steps(config, "training.duration"))
-            name = named.get(point.identity) or name_of(label if several or not values else None, values)
+            name = named.get(_exact(label, values)) or name_of(label if several or not values else None, values)
             twin = same.setdefault(json.dumps(config.to_dict(), sort_keys=True), name)
             if len(same) == len(made.points):
                 raise ConfigError(f"points {twin} and {name}: are the same run; expected different ones")
-            made.points.append(point._replace(name=name))
+            made.points.append(Point(name, recipe, values, config_lib.steps(config, "training.duration")))
             made.configs.append(config)
             made.base.update({key: config_lib.value_of(config, key) for key in constant})
     return made
@@ -153,16 +147,16 @@ def name_of(recipe: str | None, values: Mapping[str, Value]) -> str:
       recipe: the label of the recipe, in a sweep of several.
       values: what the point sets.
     """
-    parts = [f"{short_key(key)}={_spelled(value)}" for key, value in sorted(values.items(), key=_by_short_key)]
-    is_exact = all(map(_can_be_read_back, values.values()))
+    by_key = sorted((short_key(key), *_spelled(value)) for key, value in values.items())
+    parts = [f"{key}={text}" for key, text, _ in by_key]
+    is_exact = all(exact for _, _, exact in by_key)
     if recipe is not None:
-        parts.insert(0, _safe(recipe.replace(":", ".")))
+        parts.insert(0, re.sub(_UNSAFE, "-", recipe.replace(":", ".")))
         is_exact = is_exact and re.fullmatch(r"[\w-]+(:[\w-]+(\.[\w-]+)*)?", recipe, re.ASCII) is not None
     name = ",".join(parts)
     if is_exact and len(name) <= _LONGEST:
         return name
-    exact = json.dumps([recipe, dict(sorted(values.items()))])
-    digest = hashlib.blake2b(exact.encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(_exact(recipe, values).encode(), digest_size=4).hexdigest()
     return f"{name[: _LONGEST - len(digest) - 1]}-{digest}"
 
 
@@ -193,26 +187,14 @@ def _short_keys() -> dict[str, str]:
     return found
 
 
-def _by_short_key(item: tuple[str, Value]) -> str:
-    return short_key(item[0])
-
-
-def _spelled(value: Value) -> str:
-    if isinstance(value, str):
-        for character, spelling in _SPELLED:
-            value = value.replace(character, spelling)
-        return _safe(value)
-    return value_text(value).replace("e+", "e").removesuffix(".0")
-
-
-def _can_be_read_back(value: Value) -> bool:
+def _spelled(value: Value) -> tuple[str, bool]:
+    """Return a value as names have it, and whether the value can be told from that."""
     if not isinstance(value, str):
-        return True
-    read = _spelled(value)
-    for character, spelling in _SPELLED:
-        read = read.replace(spelling, character)
-    return read == value
+        return value_text(value).replace("e+", "e").removesuffix(".0"), True
+    spelled = re.sub(_UNSAFE, "-", value.replace("%", "pct"))  # "10%" and "300 steps" are common
+    return spelled, spelled.replace("pct", "%").replace("-", " ") == value
 
 
-def _safe(text: str) -> str:
-    return re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)
+def _exact(recipe: str | None, values: Mapping[str, Value]) -> str:
+    """Return text that is equal for equal points alone."""
+    return json.dumps([recipe, dict(sorted(values.items()))])

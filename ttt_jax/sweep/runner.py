@@ -69,46 +69,38 @@ def run(
     return stop.received
 
 
+@dataclasses.dataclass
 class PointRun:
     """Run the process of a point, and again where it ends with status 75; nothing happens but in :meth:`poll`.
 
     The process holds a lock on the folder for as long as it lives, whatever becomes of the sweep. It is a session of
     its own, so that Ctrl-C reaches it through the sweep alone.
 
-    Args:
+    Attributes:
       directory: of the sweep; the point has a folder in it.
       local: the same, or a folder of this machine for log and lock where ``directory`` is in a bucket.
-      command: program and arguments.
-      environment: what to add to that of this process.
-      cwd: where the process runs; None is here.
+      command: program and arguments; ``environment`` is added to that of this process, and None as ``cwd`` is here.
       restarts: how often it is started again.
       tell: is given a line of text now and then.
-
-    Attributes:
       ended: the record of its end; None so far.
     """
 
-    def __init__(
-        self,
-        point: Point,
-        directory: Workdir,
-        local: Path,
-        command: Sequence[str],
-        *,
-        environment: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        restarts: int = 10,
-        tell: Callable[[str], None] = print,
-    ):
-        self._point, self._workdir, self._folder = point, directory / point.name, local / point.name
-        self._command, self._environment, self._cwd = command, {**os.environ, **(environment or {})}, cwd
-        self._restarts, self._tell = restarts, tell
+    point: Point
+    directory: Workdir
+    local: Path
+    command: Sequence[str]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cwd: Path | None = None
+    restarts: int = 10
+    tell: Callable[[str], None] = print
+    ended: Record | None = None
+
+    def __post_init__(self):
+        self._workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
         self._process: subprocess.Popen | None = None
-        self._record = Record(files.RUNNING, point.steps)
+        self._record = Record(files.RUNNING, self.point.steps)
         self._due = 0.0  # of the monotonic clock
-        self._said_busy = False
-        self._stopped_as = ""
-        self.ended: Record | None = None
+        self._said_busy, self._stopped_as = False, ""
 
     def poll(self) -> Record | None:
         """Do what is due: start the process, or note its end. Return :attr:`ended`."""
@@ -144,7 +136,7 @@ class PointRun:
                 if not self._said_busy:
                     lock.seek(0)
                     holder = lock.read().strip() or "another process"
-                    self._tell(f"{self._point.name}: waits for the end of {holder}, of an earlier sweep")
+                    self._say(f"waits for the end of {holder}, of an earlier sweep")
                 self._said_busy, self._due = True, time.monotonic() + _BUSY_PAUSE
                 return
             except OSError as error:
@@ -153,22 +145,22 @@ class PointRun:
             self._log_start = output.seek(0, os.SEEK_END)
             read, self._pipe = os.pipe()  # its end tells the supervisor that this process has died
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, str(read), *self._command],
+                [sys.executable, "-I", "-S", supervisor.__file__, str(read), *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=self._environment,
-                cwd=self._cwd,
+                env={**os.environ, **self.environment},
+                cwd=self.cwd,
                 pass_fds=[read, lock.fileno()],
                 start_new_session=True,
             )
             os.close(read)
             lock.truncate(0)
             lock.write(f"process {self._process.pid} on {socket.gethostname()}\n")
-        self._record = Record(files.RUNNING, self._point.steps, starts=self._record.starts + 1)
+        self._record = Record(files.RUNNING, self.point.steps, starts=self._record.starts + 1)
         self._write(self._record)
         again = f" (start {self._record.starts})" if self._record.starts > 1 else ""
-        self._tell(f"{self._point.name}: started{again}; {self._folder / _LOG}")
+        self._say(f"started{again}; {self._folder / _LOG}")
 
     def _note_end(self, status: int) -> None:
         os.close(self._pipe)
@@ -179,10 +171,10 @@ class PointRun:
             self._end(files.DONE)
         elif self._stopped_as and (status in (RESTART, INTERRUPTED) or status < 0):
             self._end(self._stopped_as)
-        elif status == RESTART and self._record.starts <= self._restarts:
+        elif status == RESTART and self._record.starts <= self.restarts:
             self._due = time.monotonic() + min(2.0 ** (self._record.starts - 1), _LONGEST_PAUSE)
             self._write(dataclasses.replace(self._record, state=files.STOPPED))
-            self._tell(f"{self._point.name}: is to be started again: {said}")
+            self._say(f"is to be started again: {said}")
         else:
             self._end(files.FAILED, said)
         if not is_local(self._workdir):
@@ -195,7 +187,10 @@ class PointRun:
         self._write(self.ended)
         took = duration(time.time() - self.ended.began)
         why = f"{self.ended.exit_in_words()}: {said}" if state == files.FAILED else took
-        self._tell(f"{self._point.name}: {state}, {why}")
+        self._say(f"{state}, {why}")
+
+    def _say(self, text: str) -> None:
+        self.tell(f"{self.point.name}: {text}")
 
     def _write(self, record: Record) -> None:
         self._save(files.POINT, lambda: files.write_record(self._workdir, record))

@@ -1,0 +1,121 @@
+"""Test pictures of sweeps: a metric against a swept key."""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib import image
+
+from ttt_jax import cli
+from ttt_jax.figures import sweep_metric
+from ttt_jax.sweep import results
+
+
+@pytest.fixture
+def draw(monkeypatch, folder):
+    """``draw(x, lines)``: the axes of a picture of the loss; the picture is saved too."""
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+
+    def drawn(x, lines=None):
+        sweep_metric.against(results.of_sweep(folder, "loss"), "loss", folder / "a.png", x=x, lines=lines)
+        assert image.imread(folder / "a.png").std() > 0.02
+        return kept[-1].axes[0]
+
+    yield drawn
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def curves(axes):
+    """Return the points that each line joins, by its label."""
+    found = {line.get_label(): line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"}
+    return {label: [tuple(point) for point in points] for label, points in found.items()}
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+def test_done_points_are_joined_and_others_are_hollow(five_points, draw):
+    axes = draw("optimizer.peak_lr")
+    (joined,) = curves(axes).values()
+    assert joined == [(0.01, pytest.approx(1.7)), (0.1, 2.0)]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [tuple(line.get_xydata()[0]) for line in hollow] == [(1.0, 1.0)]
+    assert axes.get_xscale() == "log"
+    assert texts(axes.get_xticklabels()) == ["0.001", "0.01", "0.1", "1", "10"]
+    assert axes.get_title() == "loss, 5 points; hollow: not finished; crosses: 1 not finite; 1 without a value yet"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer.peak_lr (log scale)", "loss")
+
+
+def test_values_that_are_not_finite_are_crosses_and_leave_a_gap(diverged, draw):
+    axes = draw("optimizer.peak_lr")
+    assert axes.get_title() == "loss, 5 points; crosses: 3 not finite"
+    assert sorted(line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x") == [0.2, 0.4, 0.5]
+    (joined,) = curves(axes).values()
+    assert joined[:2] == [(0.05, 1.5), (0.1, 2.0)]
+    assert np.isnan([y for _, y in joined[2:]]).all()
+
+
+def test_a_picture_without_finite_values(add_point, draw):
+    for seed in range(2):
+        add_point(f"seed={seed}", {"seed": seed}, [math.nan], "done")
+    assert draw("seed").get_title() == "loss, 2 points; crosses: 2 not finite"
+
+
+def test_a_line_for_each_combination_of_what_else_is_swept(add_point, draw):
+    for seed in (0, 1):
+        for warmup, extra in (("10%", 0.0), ("20%", 1.0)):
+            for lr in (1.0, 2.0, 4.0):
+                values = {"optimizer.peak_lr": lr, "optimizer.warmup": warmup, "seed": seed}
+                add_point(f"{lr},{warmup},{seed}", values, [lr + extra + 0.5 * seed], "done")
+    axes = draw("optimizer.peak_lr")
+    assert curves(axes)["warmup 20%"] == [(1.0, 2.25), (2.0, 3.25), (4.0, 5.25)]  # means of the seeds
+    assert len([label for label in curves(axes) if label.startswith("warmup")]) == 2
+    assert axes.get_title() == "loss, 12 points; lines: means +- standard deviation over seeds"
+    bars = [bar.get_segments()[0] for container in axes.containers for bar in container.lines[2]]
+    assert sorted(round(top - bottom, 9) for (_, bottom), (_, top) in bars) == [round(0.5 * 2**0.5, 9)] * 6
+    axes = draw("seed", "optimizer.warmup")  # means over learning rates
+    assert (len(axes.containers), axes.get_title()) == (0, "loss, 12 points; lines: means")
+    axes = draw("optimizer.peak_lr", "optimizer.warmup")
+    assert curves(axes)["warmup 10%"] == [(1.0, 1.25), (2.0, 2.25), (4.0, 4.25)]  # means of the seeds
+    assert "mean" in axes.get_title()
+    axes = draw("optimizer.warmup", "seed")
+    assert texts(axes.get_xticklabels()) == ["10%", "20%"]
+    assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "optimizer.warmup")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "base"),
+    [
+        ([1.0, 2.0, 4.0], 2),
+        ([1e-3, 3e-3], 10),
+        ([1e-4, 1e-3, 3e-3, 1e-2], 10),
+        ([0.0, 1.0, 10.0], None),
+        ([0.8, 0.9, 1.0], None),
+        ([1.0, 2.0, 3.0, 4.0], None),
+        ([5.0], None),
+    ],
+)
+def test_axes_are_logarithmic_where_values_are_spaced_like_that(numbers, base):
+    assert sweep_metric._log_base(numbers) == base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--plot a.png --x optimizer.lr",
+            "--x optimizer.lr: no such key; expected one that is swept: optimizer.peak_lr",
+        ),
+        ("--plot a.txt", "--plot a.txt: expected a name that ends in .png, .pdf or .svg"),
+        ("--x seed", "--x, --lines: are of a picture; expected --plot FILE too"),
+    ],
+)
+def test_refused_pictures(five_points, folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    assert cli.main(["sweep", "results", ".", *arguments.split()]) == 2
+    assert capsys.readouterr() == ("", f"ttt sweep results: {message}\n")
+    assert not (folder / "a.png").exists()
