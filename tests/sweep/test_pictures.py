@@ -88,19 +88,15 @@ def test_a_line_for_each_combination_of_what_else_is_swept(add_point, draw):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "base"),
+    ("base", "several"),
     [
-        ([1.0, 2.0, 4.0], 2),
-        ([1e-3, 3e-3], 10),
-        ([1e-4, 1e-3, 3e-3, 1e-2], 10),
-        ([0.0, 1.0, 10.0], None),
-        ([0.8, 0.9, 1.0], None),
-        ([1.0, 2.0, 3.0, 4.0], None),
-        ([5.0], None),
+        (2, [[1.0, 2.0, 4.0]]),
+        (10, [[1e-3, 3e-3], [1e-4, 1e-3, 3e-3, 1e-2]]),
+        (None, [[0.0, 1.0, 10.0], [0.8, 0.9, 1.0], [1.0, 2.0, 3.0, 4.0], [5.0]]),
     ],
 )
-def test_axes_are_logarithmic_where_values_are_spaced_like_that(numbers, base):
-    assert sweep_metric._log_base(numbers) == base
+def test_axes_are_logarithmic_where_values_are_spaced_like_that(base, several):
+    assert [sweep_metric._log_base(numbers) for numbers in several] == [base] * len(several)
 
 
 @pytest.mark.parametrize(

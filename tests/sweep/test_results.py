@@ -75,23 +75,16 @@ def test_watching_ends_when_all_have_ended(add_point, folder, capsys):
     assert "1 points: 1 done" in printed("status", folder, "--watch", capsys=capsys)
 
 
-@pytest.mark.parametrize(
-    ("changed", "is_one"),
-    [
-        ({"began": 5, "ended": 6, "status": -9, "new": []}, True),
-        ({"status": "x"}, False),
-        ({"steps": "3"}, False),
-        ({"steps": True}, False),
-        ({"state": None}, False),
-        ({"said": 4}, False),
-        ({"began": []}, False),
-    ],
-)
-def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys, changed, is_one):
-    (tmp_path / "point.json").write_text(json.dumps({"state": "failed", "steps": 3, **changed}))
-    assert (files.read_record(tmp_path) is not None) == is_one
-    said = f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
-    assert capsys.readouterr().err == ("" if is_one else said)
+def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys):
+    def read(**changed):
+        (tmp_path / "point.json").write_text(json.dumps({"state": "failed", "steps": 3, **changed}))
+        return files.read_record(tmp_path)
+
+    assert read(began=5, ended=6, status=-9, new=[]).status == -9
+    assert capsys.readouterr().err == ""
+    for changed in ({"status": "x"}, {"steps": "3"}, {"steps": True}, {"state": None}, {"said": 4}, {"began": []}):
+        assert read(**changed) is None
+    assert capsys.readouterr().err == f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
 
 
 def test_records_that_are_cut_short_or_many(tmp_path):

@@ -5,14 +5,11 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.storage import workdir_lock
 from ttt_jax.sweep import files, points, runner, status
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.py")
@@ -210,34 +207,6 @@ def test_the_second_of_two_sweeps_in_a_folder_is_refused(start_hanging, sweep, f
     said = f"ttt sweep: --workdir {folder}: ttt sweep (process {process.pid} on "
     assert capsys.readouterr().err.startswith(said)
     assert (folder / "sweep.json").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_another_machine_is_known_by_its_signs_of_life(sweep, folder, capsys, monkeypatch):
-    monkeypatch.setattr(workdir_lock, "_EVERY", 0.3)
-    folder.mkdir()
-    ended = threading.Event()
-
-    def sign():
-        text = json.dumps({"host": "elsewhere", "pid": 7, "time": time.time(), "every": 0.3})
-        (folder / "running.tmp").write_text(text)
-        (folder / "running.tmp").replace(folder / "running.json")
-
-    def sign_until_ended():
-        while not ended.wait(0.1):
-            sign()
-
-    thread = threading.Thread(target=sign_until_ended)
-    sign()
-    thread.start()
-    assert sweep("--grid seed=0") == 2
-    assert "another command (process 7 on elsewhere) is at work there; expected its end" in capsys.readouterr().err
-    ended.set()
-    thread.join()
-    sign()
-    began = time.monotonic()
-    assert sweep("--grid seed=0") == 0  # after it has been silent for a while
-    assert time.monotonic() - began > 0.8
 
 
 def test_launched_points_run_all_at_once(start_sweep, wait_for, folder):

@@ -19,8 +19,12 @@ from ttt_jax.errors import ConfigError
 MOST = 10_000  # values of a list, points of a sweep: more is a slip
 
 _ITEM = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^,"']*))\s*(,|$)""")
-_RANGE = re.compile(r"(log|linear|pow2):(.*)")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_RANGES = {
+    "log": f"log:LOW:HIGH:N, two different positive numbers and N from 2 to {MOST}",
+    "linear": f"linear:LOW:HIGH:N, two different numbers and N from 2 to {MOST}",
+    "pow2": "pow2:LOW:HIGH, powers of two, LOW not above HIGH, such as pow2:1:2048",
+}
 
 
 class Axis(NamedTuple):
@@ -31,11 +35,9 @@ class Axis(NamedTuple):
 
 
 def from_options(grids: Sequence[str], zips: Sequence[Sequence[str]], constant: Mapping[str, str]) -> list[Axis]:
-    """Return the axes that a command names, grids first.
+    """Return the axes of each ``--grid KEY=VALUES``, then those of each ``--zip KEY=VALUES ...``.
 
     Args:
-      grids: ``KEY=VALUES`` of each ``--grid``.
-      zips: the group of ``KEY=VALUES`` of each ``--zip``.
       constant: keys that are set for all points.
 
     Raises:
@@ -74,10 +76,7 @@ def values(text: str, option: str) -> list[str]:
     """Return the values of a list, each as the text that a key is set to.
 
     Args:
-      option: what the user typed, for messages.
-
-    Raises:
-      ConfigError: for an empty list or value, a quote that is not closed, or an impossible range.
+      option: what the user typed, for the message of :class:`ConfigError`.
     """
     found: list[str] = []
     place, more = 0, True
@@ -98,36 +97,29 @@ def values(text: str, option: str) -> list[str]:
 
 
 def _expanded(text: str, option: str) -> list[str]:
-    match = _RANGE.fullmatch(text)
-    if match is None:
+    kind, *texts = text.split(":")
+    if kind not in _RANGES or not texts:
         return [text]
+    numbers = [float(each) for each in texts if _NUMBER.fullmatch(each)]
+    found = _range(kind, numbers) if len(numbers) == len(texts) == (2 if kind == "pow2" else 3) else []
+    if not found:
+        raise ConfigError(f"{option}: {text}: expected {_RANGES[kind]} (in quotes, to take it as it is)")
+    # Whole numbers have no point, so that keys that are integers take them.
+    return [str(int(x)) if x.is_integer() and abs(x) < 1e15 else repr(x) for x in found]
 
-    def refused(expected: str) -> ConfigError:
-        return ConfigError(f"{option}: {text}: expected {expected}")
 
-    kind, numbers = match[1], match[2].split(":")
-    if len(numbers) != (2 if kind == "pow2" else 3) or not all(map(_NUMBER.fullmatch, numbers)):
-        forms = "log:LOW:HIGH:N, linear:LOW:HIGH:N or pow2:LOW:HIGH"
-        raise refused(f"{forms} (in quotes, to take it as it is)")
-    low, high = float(numbers[0]), float(numbers[1])
-    if not (math.isfinite(low) and math.isfinite(high)) or (kind != "linear" and not (low > 0 and high > 0)):
-        raise refused(f"{'' if kind == 'linear' else 'positive, '}finite LOW and HIGH")
+def _range(kind: str, numbers: Sequence[float]) -> list[float]:
+    """Return the values of a range; none where its numbers do not make one."""
+    low, high, *rest = numbers
+    if not all(map(math.isfinite, numbers)) or (kind != "linear" and min(low, high) <= 0):
+        return []
     if kind == "pow2":
         (fraction, first), (other, last) = math.frexp(low), math.frexp(high)
-        if low > high or not fraction == other == 0.5:
-            raise refused("powers of two, LOW not above HIGH, such as pow2:1:2048")
-        return [_text(2.0 ** (exponent - 1)) for exponent in range(first, last + 1)]
-    if not numbers[2].isdecimal() or not 2 <= int(numbers[2]) <= MOST or low == high:
-        raise refused(f"two different ends and N from 2 to {MOST}")
-    last = int(numbers[2]) - 1
-    parts = [i / last for i in range(1, last)]
+        return [2.0 ** (n - 1) for n in range(first, last + 1)] if fraction == other == 0.5 else []
+    count = rest[0]
+    if low == high or count not in range(2, MOST + 1):
+        return []
+    parts = [i / (count - 1) for i in range(1, int(count) - 1)]
     if kind == "log":
-        inner = [float(f"{low * (high / low) ** part:.6g}") for part in parts]
-    else:
-        inner = [float(f"{low + (high - low) * part:.12g}") for part in parts]
-    return [_text(value) for value in (low, *inner, high)]
-
-
-def _text(value: float) -> str:
-    """Return a number as text, whole numbers without a point, so that keys that are integers take them."""
-    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+        return [low, *(float(f"{low * (high / low) ** part:.6g}") for part in parts), high]
+    return [low, *(float(f"{low + (high - low) * part:.12g}") for part in parts), high]

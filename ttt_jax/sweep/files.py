@@ -4,12 +4,13 @@
 ``point.json`` beside a run says what the sweep last did with the point, and how that ended.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -36,17 +37,11 @@ R = TypeVar("R")
 
 
 class Sweep(NamedTuple):
-    """A sweep.
+    """A sweep."""
 
-    Attributes:
-      base: the values of the keys that are set for all points.
-      axes: of the newest command.
-      points: of all commands, in the order in which they came.
-    """
-
-    base: dict[str, Value]
-    axes: list[Axis]
-    points: list[Point]
+    base: dict[str, Value]  # that all points share
+    axes: list[Axis]  # of the newest command
+    points: list[Point]  # of all commands, in the order in which they came
 
     @property
     def keys(self) -> list[str]:
@@ -55,11 +50,7 @@ class Sweep(NamedTuple):
 
 
 def find_sweep(directory: Workdir) -> Sweep | None:
-    """Return the sweep in a folder; None where there is none.
-
-    Raises:
-      ConfigError: where the file is damaged, holds something else, or has another version.
-    """
+    """Return the sweep in a folder; None where there is none; :class:`ConfigError` for a file that cannot be read."""
     path = directory / SWEEP
     try:
         content = json_files.read_object(path)
@@ -97,30 +88,23 @@ def write_sweep(directory: Workdir, sweep: Sweep) -> None:
 
 
 def merged(directory: Workdir, old: Sweep | None, new: Sweep) -> Sweep:
-    """Return the sweep after a command has added its points to those of earlier commands.
-
-    Raises:
-      ConfigError: where the command sets other values for all points than earlier commands did.
-    """
+    """Return the sweep after a command has added its points; :class:`ConfigError` where it has another base."""
     if old is None:
         return new
     points = {point.name: point for point in old.points} | {point.name: point for point in new.points}
     is_part = len(points) > len(new.points)
-    different = {key for key in old.base.keys() | new.base.keys() if old.base.get(key) != new.base.get(key)}
-    refused = [key for key in different if not config_lib.may_change(key) or (is_part and key in _SAME_FOR_ALL)]
+    there, here = ({key: value_text(value) for key, value in sweep.base.items()} for sweep in (old, new))
+    refused = [
+        f"{key} {there.get(key, 'not set')} there, {here.get(key, 'not set')} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and (not config_lib.may_change(key) or (is_part and key in _SAME_FOR_ALL))
+    ]
     if refused:
-        listed = ", ".join(
-            f"{key} {_shown(old.base, key)} there, {_shown(new.base, key)} here" for key in sorted(refused)
-        )
         raise ConfigError(
-            f"--workdir {directory}: holds a sweep with another base ({listed}); expected the same --config.KEY=VALUE "
-            "for all points, or a new folder"
+            f"--workdir {directory}: holds a sweep with another base ({', '.join(refused)}); expected the same "
+            "--config.KEY=VALUE for all points, or a new folder"
         )
     return new._replace(points=list(points.values()))
-
-
-def _shown(base: Mapping[str, Value], key: str) -> str:
-    return value_text(base[key]) if key in base else "not set"
 
 
 # ---- point.json
@@ -128,24 +112,14 @@ def _shown(base: Mapping[str, Value], key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An attempt at a point.
-
-    Attributes:
-      state: running (as far as its sweep knows), done, failed, stopped (the same command goes on), or stopped early (by
-        comparison with others).
-      steps: optimizer steps that were wanted.
-      status: exit status, once it has ended; below 0 the signal that ended it.
-      said: the last line of its output, where it failed.
-      starts: processes of this command: one, and one more for each restart.
-      began: seconds since 1970; ``ended`` too.
-    """
+    """An attempt at a point, which is running as far as its sweep knows, or has ended in another state."""
 
     state: str
-    steps: int
-    status: int | None = None
-    said: str = ""
-    starts: int = 0
-    began: float = dataclasses.field(default_factory=time.time)
+    steps: int  # that were wanted
+    status: int | None = None  # exit status, once it has ended; below 0 the signal that ended it
+    said: str = ""  # the last line of its output, where it failed
+    starts: int = 0  # processes of this command: one, and one more for each restart
+    began: float = dataclasses.field(default_factory=time.time)  # seconds since 1970
     ended: float | None = None
     host: str = dataclasses.field(default_factory=socket.gethostname)
     pid: int = dataclasses.field(default_factory=os.getpid)
@@ -211,12 +185,10 @@ def json_object(path: Workdir) -> dict[str, Any] | None:
 
 
 def records(workdir: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
-    """Return the records of a run, from ``metrics.jsonl``; none where there is no file.
-
-    Damaged lines are named and left out, and so is a file that cannot be read.
+    """Return the records in ``metrics.jsonl`` of a run; damaged lines, or a file that cannot be read, are told.
 
     Args:
-      newest: only the records in the last 64 KiB; damaged lines are left out without a word.
+      newest: read the last 64 KiB only, and do not tell of damaged lines.
     """
     path = workdir / "metrics.jsonl"
     try:
@@ -235,9 +207,6 @@ def records(workdir: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
 def last_written(workdir: Workdir) -> float | None:
     """Return when the last record of a run was written, in seconds since 1970; None where there is none."""
     path = workdir / "metrics.jsonl"
-    try:
-        with explained(path):
-            status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return float(getattr(status, "st_mtime" if is_local(path) else "mtime")) or None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), explained(path):
+        return float(getattr(path.stat(), "st_mtime" if is_local(path) else "mtime")) or None
+    return None

@@ -27,17 +27,11 @@ _EVALUATION = re.compile(
 
 
 class Measured(NamedTuple):
-    """A number of a run.
+    """A number of a run."""
 
-    Attributes:
-      number: None where the run has none; NaN where JSON holds null for a number that is not finite.
-      step: of the run, or of the checkpoint that was evaluated.
-      tokens: what tells on which tokens an evaluation was, as far as it is known; empty for other metrics.
-    """
-
-    number: float | None
-    step: int
-    tokens: Mapping[str, Any] = MappingProxyType({})
+    number: float | None  # None where the run has none; NaN where JSON holds null for a number that is not finite
+    step: int  # of the run, or of the checkpoint that was evaluated
+    tokens: Mapping[str, Any] = MappingProxyType({})  # what tells the tokens of an evaluation, as far as it is known
 
 
 def of_run(workdir: Workdir, metric: str) -> Measured:

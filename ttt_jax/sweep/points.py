@@ -30,23 +30,16 @@ _REFUSED_OF_LAUNCH = {
 
 
 class Point(NamedTuple):
-    """A run of a sweep.
+    """A run of a sweep."""
 
-    Attributes:
-      name: of its folder.
-      recipe: ``FILE[:ARG]`` of its config.
-      values: what it sets, by key, of the types of the keys.
-      steps: optimizer steps of the run.
-    """
-
-    name: str
-    recipe: str
-    values: dict[str, Value]
-    steps: int
+    name: str  # of its folder
+    recipe: str  # FILE[:ARG]
+    values: dict[str, Value]  # that it sets, by key
+    steps: int  # of the optimizer
 
 
 class Points(NamedTuple):
-    """The points of a command in the order in which they run, their configs, and the values that all points share."""
+    """The points of a command in their order, the config of each, and the values that all points share."""
 
     points: list[Point]
     configs: list[ml_collections.ConfigDict]
@@ -63,13 +56,12 @@ def make(
 
     Args:
       recipes: ``FILE[:ARG]``; the outermost axis.
-      constant: keys that are set for all points, as text.
-      overrides: what each point of a recipe sets, as text.
+      constant: what all points set, by key, as text.
+      overrides: what each point of a recipe sets.
       existing: points of earlier commands; equal points keep their names.
 
     Raises:
-      ConfigError: where a config cannot be run, with the name of the point; where two points are the same run; where
-        there are too many.
+      ConfigError: for a config that cannot be run, two points that are the same run, or too many points.
     """
     labels: dict[str, str] = {}
     for recipe in recipes:
@@ -112,12 +104,11 @@ def _config(recipe: str, constant: Mapping[str, str], override: Mapping[str, str
 def command(
     point: Point, base: Mapping[str, Value], workdir: Workdir, launcher: Sequence[str] = (), options: Sequence[str] = ()
 ) -> list[str]:
-    """Return the arguments of ``ttt`` that train a point.
+    """Return the arguments of ``ttt`` that train a point in its workdir.
 
     Args:
-      base: the values of the keys that are set for all points.
-      workdir: of the point.
-      launcher: ``launch TARGET options``, for a point that is trained elsewhere.
+      base: the values that all points share.
+      launcher: ``launch TARGET options``, to train elsewhere.
       options: of ``ttt train``.
     """
     settings = [f"--config.{key}={value_text(value)}" for key, value in {**base, **point.values}.items()]
@@ -138,14 +129,12 @@ def check_launcher(launcher: Sequence[str]) -> None:
 
 
 def name_of(recipe: str | None, values: Mapping[str, Value]) -> str:
-    """Return the name of a point: ``peak_lr=0.001,width=512``, keys in alphabetical order; a safe name of a folder.
+    """Return the name of a point, and of its folder: ``peak_lr=0.001,width=512``, keys in alphabetical order.
 
-    Equal points have equal names, and different points different names: a name that would not tell them apart, or is
-    too long, ends in a hash of the point.
+    Different points have different names: a name that would not tell, or is too long, ends in a hash of the point.
 
     Args:
-      recipe: the label of the recipe, in a sweep of several.
-      values: what the point sets.
+      recipe: its label, in a sweep of several recipes.
     """
     by_key = sorted((short_key(key), *_spelled(value)) for key, value in values.items())
     parts = [f"{key}={text}" for key, text, _ in by_key]

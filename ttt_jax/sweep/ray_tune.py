@@ -62,19 +62,13 @@ class Early(NamedTuple):
 
 
 class Trials(NamedTuple):
-    """The trials, as their processes need to know them.
+    """The trials, as their processes need to know them."""
 
-    Attributes:
-      points: by name.
-      commands: program and arguments by name; not of points that have ended already, which are only compared with.
-      directory: of the sweep; ``local`` is a folder for logs and locks, and ``cwd`` where the commands run.
-    """
-
-    points: dict[str, Point]
-    commands: dict[str, list[str]]
-    directory: str
-    local: str
-    cwd: str
+    points: dict[str, Point]  # by name
+    commands: dict[str, list[str]]  # program and arguments; not of points that have ended, which are compared with
+    directory: str  # of the sweep
+    local: str  # a folder for logs and locks
+    cwd: str  # where the commands run
     restarts: int
 
 
@@ -92,12 +86,11 @@ def run(
     Args:
       address: of a cluster, ``auto`` for the one of this machine; None starts one here, for as long as this takes.
       resources: of a trial, such as ``{"CPU": 4, "GPU": 1}``.
-      jobs: at most so many at a time; None is as many as there are resources for.
+      jobs: how many run at a time; None is as many as there are resources for.
       tell: is given a line of text now and then.
 
     Raises:
-      ConfigError: where there is no such cluster.
-      DataError: where the cluster is lost.
+      ConfigError, DataError: where there is no such cluster, or it is lost.
     """
     os.environ.update(_SETTINGS)
     for name in ("ray", "ray.tune"):
@@ -196,18 +189,13 @@ class _Trainable(tune.Trainable):
 
 
 class _Scheduler(ASHAScheduler):
-    """ASHA, if at all, which asks a trial to stop where Tune's own would end it.
-
-    Attributes:
-      interrupted: whether all trials are asked to stop, and none is begun.
-      running: trials that have reported, and have not ended.
-    """
+    """ASHA, if at all, which asks a trial to stop where Tune's own would end it."""
 
     def __init__(self, trials: Trials, early: Early | None, requests, stop: StopSignals, tell: Callable[[str], None]):
         self._steps = {name: point.steps for name, point in trials.points.items()}
         self._early, self._requests, self._stop, self._tell_line = early, requests, stop, tell
         self._asked: set[str] = set()
-        self.running: set[str] = set()
+        self.running: set[str] = set()  # trials that have reported, and have not ended
         longest = max(self._steps.values())
         super().__init__(
             time_attr="step",
@@ -220,19 +208,19 @@ class _Scheduler(ASHAScheduler):
 
     @property
     def interrupted(self) -> bool:
+        """Whether all trials are asked to stop, and none is begun."""
         return self._stop.received is not None
 
     def on_trial_result(self, tune_controller, trial, result) -> str:
         name = trial.config["point"]
         self.running.add(name)
+        comparable = self._early is not None and name not in self._asked and result.get("step", 0) < self._steps[name]
         if self.interrupted:
             for each in self._steps:  # of those that Tune begins yet, none starts its process
                 self._ask(each, files.STOPPED)
-        elif self._early is None or name in self._asked or result.get("step", 0) >= self._steps[name]:
-            return TrialScheduler.CONTINUE
-        elif super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
+        elif comparable and super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
             self._ask(name, files.STOPPED_EARLY)
-            value = f"{self._early.metric} {result[self._early.metric]:.6g}"
+            value = f"{self._metric} {result[self._metric]:.6g}"
             self._tell_line(f"{name}: to be stopped early, {value} at step {result['step']}")
         return TrialScheduler.CONTINUE
 

@@ -20,20 +20,13 @@ CONFIG = "config"  # a recipe, as if it were a key
 
 
 class Result(NamedTuple):
-    """The result of a point.
+    """The result of a point."""
 
-    Attributes:
-      rank: from 1, among the points that are done and have a finite value; None for all others.
-      values: of the swept keys, and of the recipe where several are compared.
-      value: of the metric, which may be NaN or infinite; None where there is none.
-      step: at which the metric has this value.
-    """
-
-    rank: int | None
+    rank: int | None  # from 1; None unless the point is done and its value finite
     standing: Standing
-    values: dict[str, Value]
-    value: float | None
-    step: int
+    values: dict[str, Value]  # of the swept keys
+    value: float | None  # of the metric, which may be NaN or infinite; None where there is none
+    step: int  # at which the metric has this value
 
     @property
     def is_finished(self) -> bool:
@@ -47,18 +40,11 @@ class Result(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The results of a sweep.
+    """The results of a sweep: ranked, then with values that are not finite, then not finished, in the sweep's order."""
 
-    Attributes:
-      keys: that are swept; the first is :data:`CONFIG` where several recipes are compared.
-      results: ranked points first, then those whose value is not finite, then those that are not finished, in the order
-        of the sweep.
-      configs: of each point, by keys of the config; empty for points that have not begun.
-    """
-
-    keys: list[str]
+    keys: list[str]  # that are swept; the first is CONFIG where several recipes are compared
     results: list[Result]
-    configs: dict[str, dict[str, Any]]
+    configs: dict[str, dict[str, Any]]  # by point and key; empty for points that have not begun
 
 
 def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> Results:
@@ -70,7 +56,7 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
       highest: whether more is better; None is the metric's own order.
 
     Raises:
-      ConfigError: where the folder holds no sweep, or no point has this metric, or evaluations are of different tokens.
+      ConfigError: where there is no sweep, no point has this metric, or evaluations are of different tokens.
     """
     sweep = files.read_sweep(directory)
     several = len({recipe_label(point.recipe) for point in sweep.points}) > 1
@@ -152,19 +138,15 @@ def as_csv(results: Results, name: str) -> str:
 
 def table(results: Results, name: str) -> Table:
     """Return the table of ``ttt sweep results``."""
-    shown = status.new_table("rank", "point")
-    for key in results.keys:
-        shown.add_column(short_key(key), justify="right")
-    for column in (name, "step"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("state", no_wrap=True)
-    for each in results.results:
-        shown.add_row(
-            "" if each.rank is None else str(each.rank),
-            each.standing.point.name,
-            *(status.key_value(each.values.get(key)) for key in results.keys),
-            status.number_text(each.value, ".6g"),
-            f"{each.step}/{each.standing.point.steps}",
-            status.state_text(each.standing.state),
-        )
-    return shown
+    rows = [
+        {
+            "rank": str(each.rank or ""),
+            "point": each.standing.point.name,
+            **{short_key(key): status.key_value(each.values.get(key)) for key in results.keys},
+            name: status.number_text(each.value, ".6g"),
+            "step": f"{each.step}/{each.standing.point.steps}",
+            "state": each.standing.state,
+        }
+        for each in results.results
+    ]
+    return status.table_of(rows, (name, "step"), [short_key(key) for key in results.keys])

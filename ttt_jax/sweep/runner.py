@@ -28,8 +28,7 @@ PROGRAM = (sys.executable, "-m", "ttt_jax")
 _LOG, _LOCK = "output.log", "process.lock"
 _TAIL = 1 << 14  # bytes
 _POLL = 0.1  # seconds
-_LONGEST_PAUSE = 60.0  # seconds before a point is started again
-_BUSY_PAUSE = 1.0
+_LONGEST_PAUSE, _BUSY_PAUSE = 60.0, 1.0  # seconds before a point is started again
 
 
 def run(
@@ -75,25 +74,17 @@ class PointRun:
 
     The process holds a lock on the folder for as long as it lives, whatever becomes of the sweep. It is a session of
     its own, so that Ctrl-C reaches it through the sweep alone.
-
-    Attributes:
-      directory: of the sweep; the point has a folder in it.
-      local: the same, or a folder of this machine for log and lock where ``directory`` is in a bucket.
-      command: program and arguments; ``environment`` is added to that of this process, and None as ``cwd`` is here.
-      restarts: how often it is started again.
-      tell: is given a line of text now and then.
-      ended: the record of its end; None so far.
     """
 
     point: Point
-    directory: Workdir
-    local: Path
-    command: Sequence[str]
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    directory: Workdir  # of the sweep; the point has a folder in it
+    local: Path  # the same, or a folder of this machine for log and lock where ``directory`` is in a bucket
+    command: Sequence[str]  # program and arguments
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # added to that of this process
     cwd: Path | None = None
     restarts: int = 10
-    tell: Callable[[str], None] = print
-    ended: Record | None = None
+    tell: Callable[[str], None] = print  # is given a line of text now and then
+    ended: Record | None = None  # the record of its end; None so far
 
     def __post_init__(self):
         self._workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
@@ -193,18 +184,18 @@ class PointRun:
         self.tell(f"{self.point.name}: {text}")
 
     def _write(self, record: Record) -> None:
-        self._save(files.POINT, lambda: files.write_record(self._workdir, record))
+        self._save(files.POINT, lambda path: files.write_record(path.parent, record))
 
-    def _copy_log(self) -> None:
-        with explained(self._workdir / _LOG):
-            (self._workdir / _LOG).write_bytes((self._folder / _LOG).read_bytes())
-
-    def _save(self, name: str, write: Callable[[], None]) -> None:
+    def _save(self, name: str, write: Callable[[Workdir], object]) -> None:
         """Write a file. Storage that fails does not end other points; a point without a record runs again, all done."""
         try:
-            write()
+            write(self._workdir / name)
         except OSError as error:
             print(f"{self._workdir / name}: cannot be written: {error}", file=sys.stderr)
+
+    def _copy_log(self, path: Workdir) -> None:
+        with explained(path):
+            path.write_bytes((self._folder / _LOG).read_bytes())
 
     def _last_line(self) -> str:
         """Return the last line that ``ttt`` itself wrote, or the last line of all; empty where nothing was written."""
@@ -217,9 +208,7 @@ class PointRun:
 
 
 def gpu_shares(jobs: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """Return what to add to the environment of each of so many processes: an equal share of the GPUs, if there are any.
-
-    By itself, JAX takes all GPUs, and the memory of all.
+    """Return what gives each of so many processes an equal share of the GPUs: JAX takes all, and the memory of all.
 
     Raises:
       ConfigError: where there are more processes than GPUs.

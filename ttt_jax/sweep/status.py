@@ -2,10 +2,11 @@
 
 import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -18,33 +19,19 @@ from ttt_jax.sweep.points import Point, Value, value_text
 from ttt_jax.terminal.console import duration
 
 WAITING = "waiting"
-_STYLES = {
-    RUNNING: "cyan",
-    FAILED: "red",
-    STOPPED: "yellow",
-    STOPPED_EARLY: "magenta",
-    WAITING: "dim",
-    DONE: "green",
-}
+_STYLES = {RUNNING: "cyan", FAILED: "red", STOPPED: "yellow", STOPPED_EARLY: "magenta", WAITING: "dim", DONE: "green"}
 
 
 class Standing(NamedTuple):
-    """Where a point stands.
-
-    Attributes:
-      state: waiting, or a state of :class:`~ttt_jax.sweep.files.Record`.
-      step: of its newest record, 0 where there is none; ``loss`` and ``tokens_per_second`` are of that record too.
-      age: seconds since that record was written.
-      note: why it failed.
-    """
+    """Where a point stands."""
 
     point: Point
-    state: str
-    step: int = 0
+    state: str  # waiting, or a state of a Record
+    step: int = 0  # of its newest record, as loss and speed; 0 where there is none
     loss: float | None = None
     tokens_per_second: float | None = None
-    age: float | None = None
-    note: str = ""
+    age: float | None = None  # seconds since the newest record was written
+    note: str = ""  # why it failed
 
 
 def of_sweep(directory: Workdir) -> list[Standing]:
@@ -107,47 +94,47 @@ def table(standings: Sequence[Standing], *, active_first: bool = False) -> Table
     if active_first:
         standings = sorted(standings, key=lambda each: list(_STYLES).index(each.state))
     has_notes = any(each.note for each in standings)
-    shown = new_table("point", "state", title=in_short(standings))
-    for name in ("step", "loss", "tokens/s", "last record"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    if has_notes:
-        shown.add_column("why", overflow="fold")
-    for each in standings:
-        shown.add_row(
-            each.point.name,
-            state_text(each.state),
-            f"{each.step}/{each.point.steps}",
-            number_text(each.loss, ".4f"),
-            number_text(each.tokens_per_second, ",.0f"),
-            "" if each.age is None else f"{duration(each.age)} ago",
-            *([Text(each.note)] if has_notes else []),
-        )
-    return shown
+    rows = [
+        {
+            "point": each.point.name,
+            "state": each.state,
+            "step": f"{each.step}/{each.point.steps}",
+            "loss": number_text(each.loss, ".4f"),
+            "tokens/s": number_text(each.tokens_per_second, ",.0f"),
+            "last record": "" if each.age is None else f"{duration(each.age)} ago",
+            **({"why": each.note} if has_notes else {}),
+        }
+        for each in standings
+    ]
+    return table_of(rows, ("step", "loss", "tokens/s", "last record"), title=in_short(standings))
 
 
 def table_of_points(points: Sequence[Point], keys: Sequence[str]) -> Table:
     """Return the table of ``ttt sweep --dry-run``."""
     several = len({point.recipe for point in points}) > 1
-    shown = new_table("point", *["config"] * several)
-    for name in (*keys, "steps"):
-        shown.add_column(name, justify="right")
-    for point in points:
-        values = (key_value(point.values.get(key)) for key in keys)
-        shown.add_row(point.name, *[point.recipe] * several, *values, str(point.steps))
-    return shown
+    rows = [
+        {
+            "point": point.name,
+            **({"config": point.recipe} if several else {}),
+            **{key: key_value(point.values.get(key)) for key in keys},
+            "steps": str(point.steps),
+        }
+        for point in points
+    ]
+    return table_of(rows, ("steps",), keys)
 
 
-def new_table(*columns: str, title: str | None = None) -> Table:
-    """Return a table with these columns and no rows."""
+def table_of(
+    rows: Sequence[Mapping[str, str]], numbers: Sequence[str], keys: Sequence[str] = (), title: str | None = None
+) -> Table:
+    """Return a table of rows by column; numbers and values of keys stand to the right, and numbers are never broken."""
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="")
-    for column in columns:
-        made.add_column(column, overflow="fold")
+    for name in rows[0]:
+        justify: JustifyMethod = "right" if name in (*numbers, *keys) else "left"
+        made.add_column(name, justify=justify, overflow="fold", no_wrap=name in numbers)
+    for row in rows:
+        made.add_row(*(Text(x, style=_STYLES[x]) if name == "state" else x for name, x in row.items()))
     return made
-
-
-def state_text(state: str) -> Text:
-    """Return a state in its colour."""
-    return Text(state, style=_STYLES.get(state, ""))
 
 
 def number_text(value: float | None, style: str) -> str:
