@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ttt_jax import cli
+from ttt_jax import config as config_lib
 from ttt_jax.sweep import files, runner
 from ttt_jax.sweep.points import Point
 
@@ -96,8 +97,7 @@ def add_point(folder):
             (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             config = {"seed": 0, "optimizer": {"peak_lr": 0.1, "warmup": "10%"}}
             for key, value in values.items():
-                section, _, last = key.rpartition(".")
-                (config[section] if section else config)[last] = value
+                config_lib.set_value(config, key, value)
             (workdir / "config.json").write_text(json.dumps(config))
         if state:
             files.write_record(workdir, files.Record(state, steps, **more))
