@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast text becomes tokens, and tokens become batches.
+"""Measure how fast text becomes tokens, and tokens become batches.
 
     python scripts/bench_data.py [FILES ...]
 
@@ -36,7 +36,7 @@ _BATCH_TOKENS = 1 << 18
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILES")
     parser.add_argument("--repeats", type=int, default=3)
@@ -107,14 +107,14 @@ def _batches(dataset: Path, options: argparse.Namespace) -> None:
 
 
 def _tokenize(named: list[str], tokenizer: str, output: Path) -> None:
-    """The command as a user types it, start of Python included."""
+    """Run the command as a user types it, including the start of Python."""
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", *named, "--tokenizer", tokenizer]
     subprocess.run([*command, "--output", str(output)], check=True, capture_output=True)
 
 
 def _in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each, by the clock and of all cores."""
+    """Return the median seconds of each run, by the clock and of all cores."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -126,7 +126,7 @@ def _in_turns(runs: dict[str, Callable], repeats: int) -> dict[str, tuple[float,
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of the processes that it has waited for."""
     return sum(os.times()[:4])
 
 

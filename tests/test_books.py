@@ -1,6 +1,6 @@
-"""From text files to a trained and evaluated model, as a user types it: ``configs/books.py`` on real books.
+"""Tokenize, train, evaluate and plot real books with ``configs/books.py``, as a user types it.
 
-The books are those of ``../shared/data/books``, or where that is not there the beginnings of four novels (George Eliot,
+The books are those of ``../shared/data/books``. Without them, they are the beginnings of four novels (George Eliot,
 Melville, Austen, Wells; in the public domain) in the Pile's record layout.
 """
 
@@ -29,7 +29,7 @@ SMALL = [
 
 
 def typed(*arguments) -> str:
-    """Run a command as a process of its own; return what it printed."""
+    """Run a command in another process, and return what it printed."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ttt_jax", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -39,7 +39,7 @@ def typed(*arguments) -> str:
 
 @pytest.fixture
 def here(monkeypatch, capsys):
-    """``here(*arguments)``: as ``typed``, in this process."""
+    """Return ``here(*arguments)``, which runs a command in this process and returns what it printed."""
     monkeypatch.chdir(ROOT)
 
     def run(*arguments):
@@ -51,7 +51,7 @@ def here(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A compressed file of books, and their texts."""
+    """Return a compressed file of books, and their texts."""
     path = tmp_path_factory.mktemp("books") / "books.jsonl.zst"
     if BOOKS.exists():
         path.write_bytes(BOOKS.read_bytes())
@@ -63,7 +63,7 @@ def books(tmp_path_factory) -> tuple[Path, list[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_tokenize_train_evaluate_plot(books, tmp_path, here, kind):
-    """Of bytes in this process; with a tokenizer that is trained, as one types it."""
+    """Run with bytes in this process, and with a trained tokenizer in other processes."""
     path, texts = books
     ttt = here if kind == "byte" else typed
     dataset = tmp_path / "dataset"
@@ -89,7 +89,7 @@ def test_tokenize_train_evaluate_plot(books, tmp_path, here, kind):
     workdir = tmp_path / "run"
     ttt("train", *config, "--workdir", workdir)
     losses = [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert abs(losses[0] - np.log(vocabulary)) < 0.2  # uniform at first
+    assert abs(losses[0] - np.log(vocabulary)) < 0.2  # uniform before training
     assert losses[-1] < losses[0] - 0.3
 
     printed = ttt("eval", "--workdir", workdir, "--context", 300, "--by-document")
@@ -97,7 +97,7 @@ def test_tokenize_train_evaluate_plot(books, tmp_path, here, kind):
     about = json.loads((workdir / "eval" / "validation-documents-300.json").read_text())
     assert about["loss"] < losses[0] - 0.3
     with (workdir / "eval" / "validation-documents-300.csv").open(newline="") as file:
-        assert [int(row["count"]) for row in csv.DictReader(file)] == [len(texts)] * 300  # each book is longer
+        assert [int(row["count"]) for row in csv.DictReader(file)] == [len(texts)] * 300  # every book is longer
     ttt("plot", "loss-by-position", workdir, "--by-document", "--output", tmp_path / "books.png")
     assert (tmp_path / "books.png").stat().st_size > 10_000
 

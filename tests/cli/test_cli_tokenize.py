@@ -1,4 +1,4 @@
-"""``ttt tokenize`` as a person types it: what it says of a good command, and of every wrong one."""
+"""Check what ``ttt tokenize`` writes and prints, for good and for wrong commands."""
 
 import contextlib
 import gzip
@@ -27,10 +27,10 @@ SIZE = sum(len(text.encode()) for text in TEXTS)
 
 
 def ttt(*arguments) -> int:
-    """The exit status of a command."""
+    """Run a command, and return its exit status."""
     try:
         return cli.main(["tokenize", *(str(argument) for argument in arguments)])
-    except SystemExit as end:  # argparse
+    except SystemExit as end:  # raised by argparse
         return end.code
 
 
@@ -46,7 +46,7 @@ def stored(folder):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory with some files."""
+    """Make a working directory with some files."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.jsonl")
     write(tmp_path / "v.jsonl", ["validation"])
@@ -63,19 +63,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_command_that_is_right(here, capsys):
-    command = [
-        "--train",
-        "a.jsonl",
-        "--validation",
-        "v.jsonl",
-        "--tokenizer",
-        "byte",
-        "--output",
-        "out",
-        "--workers",
-        1,
-    ]
+def test_a_command_writes_the_dataset_and_reports_it(here, capsys):
+    command = "--train a.jsonl --validation v.jsonl --tokenizer byte --output out --workers 1".split()
     assert ttt(*command) == 0
     printed = capsys.readouterr()
     documents = len(TEXTS)
@@ -98,7 +87,7 @@ def test_a_command_that_is_right(here, capsys):
 
 
 def test_options_reach_the_dataset(here, capsys):
-    """SentencePiece, without BOS, another EOS, another key, a folder of files, fractions and a seed."""
+    """Use SentencePiece without BOS, another EOS, another key, a folder of files, fractions and a seed."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=58, user_defined_symbols=["<end>"], minloglevel=2
@@ -122,7 +111,7 @@ def test_options_reach_the_dataset(here, capsys):
     assert "; bos none; eos 3\n" in capsys.readouterr().out
 
 
-def test_training_a_tokenizer(here, capsys):
+def test_train_bpe_trains_a_tokenizer_once(here, capsys):
     command = ["--train", "a.jsonl", "--train-bpe", 300, "--no-eos", "--output", "out", "--workers", 1]
     assert ttt(*command) == 0
     printed = capsys.readouterr()
@@ -134,20 +123,18 @@ def test_training_a_tokenizer(here, capsys):
     assert "training" not in capsys.readouterr().err
 
 
-def test_what_was_left_out_is_counted_and_listed(here, capsys):
+def test_skipped_records_are_counted_and_listed(here, capsys):
     command = ["--train", "bad.jsonl", "null.jsonl", "--tokenizer", "byte", "--output", "out", "--on-error", "skip"]
     assert ttt(*command, "--workers", 1) == 0
     assert capsys.readouterr().out.endswith("  left out: 2 records, listed in out/problems.jsonl\n")
     problems = [json.loads(line) for line in (here / "out/problems.jsonl").read_text().splitlines()]
-    assert [(problem["file"], problem["record"]) for problem in problems] == [
-        (f"{here}/bad.jsonl", 2),
-        (f"{here}/null.jsonl", 1),
-    ]
+    skipped = [(problem["file"], problem["record"]) for problem in problems]
+    assert skipped == [(f"{here}/bad.jsonl", 2), (f"{here}/null.jsonl", 1)]
 
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Commands without processes of their own."""
+    """Tokenize in this process."""
 
     def run(job, units):
         for split, unit in units:
@@ -158,7 +145,7 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_json_lines_and_arrays_of_the_same_records_give_the_same_tokens(here, capsys):
-    """Bad records among them, which are counted the same; of an array that breaks off, the loss is told."""
+    """Check that bad records are counted the same, and that the loss of an array that breaks off is reported."""
     records = [json.dumps({"text": text}) for text in TEXTS[:5]] + ['{"text": 5}', '{"text": "a" 1}', '{"no": 1}', "7"]
     records += ['{"text": "behind", "n": NaN}', '{"text": ""}']
     lines, array = "\n".join(records).encode(), f"[{', '.join(records)}]".encode()
@@ -183,7 +170,7 @@ def test_json_lines_and_arrays_of_the_same_records_give_the_same_tokens(here, ca
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_what_a_tokenizer_does_not_keep_is_told(here, capsys):
+def test_what_a_tokenizer_loses_is_reported(here, capsys):
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1, "ab": 2}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save("words.json")
@@ -201,7 +188,7 @@ def test_what_a_tokenizer_does_not_keep_is_told(here, capsys):
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_file_with_two_names_is_read_once_and_one_is_not_many(here, capsys):
+def test_a_file_with_two_names_is_read_once_and_one_is_counted_in_the_singular(here, capsys):
     (here / "one.txt").write_text("a")
     os.symlink("one.txt", "two.txt")
     (here / "bad.jsonl").write_text("junk\n")
@@ -221,7 +208,7 @@ def test_a_file_with_two_names_is_read_once_and_one_is_not_many(here, capsys):
 
 GOOD = "--train a.jsonl --tokenizer byte --output out"
 WRONG = [
-    # A command that cannot be run: exit status 2.
+    # Commands that cannot run: exit status 2.
     ("--tokenizer byte --output out", 2, "--train, --validation, --test: expected one of them at least"),
     ("--train a.jsonl --tokenizer byte", 2, "error: the following arguments are required: --output"),
     ("--train a.jsonl --output out", 2, "error: one of the arguments --tokenizer --train-bpe is required"),
@@ -272,7 +259,7 @@ WRONG = [
         "--output full: holds notes.txt; expected a new or empty folder",
     ),
     ("--train a.jsonl --tokenizer byte --output nofs://a", 2, "cannot open nofs://a: "),
-    # Data that is bad, or a place: exit status 1.
+    # Bad data, or an output that cannot be written: exit status 1.
     ("--train bad.jsonl --tokenizer byte --output out", 1, "{here}/bad.jsonl, record 2: not JSON: Expecting value"),
     ("--train bad.jsonl --train-bpe 300 --output out", 1, "{here}/bad.jsonl, record 2: not JSON: Expecting value"),
     ("--train null.jsonl --tokenizer byte --output out", 1, "{here}/null.jsonl, record 1: 'text' is null; expected"),
@@ -289,11 +276,8 @@ def test_a_wrong_command_is_one_line(here, capsys, command, status, message):
     assert ttt(*command.format(here=here).split(), *([] if "--workers" in command else ["--workers", 1])) == status
     printed = capsys.readouterr()
     assert printed.out == ""
-    lines = [
-        line
-        for line in printed.err.splitlines()
-        if not line.startswith(("training a BPE ", "usage: ", " ", "0 documents"))
-    ]
+    other = ("training a BPE ", "usage: ", " ", "0 documents")
+    lines = [line for line in printed.err.splitlines() if not line.startswith(other)]
     assert len(lines) == 1
     assert lines[0].startswith(f"ttt tokenize: {message.format(here=here)}")
     assert "Traceback" not in printed.err
@@ -301,26 +285,24 @@ def test_a_wrong_command_is_one_line(here, capsys, command, status, message):
     assert not (here / "out/dataset.json").exists()
 
 
-def test_an_output_without_a_name_is_not_the_root_of_the_file_system(here, capsys):
+def test_an_empty_output_is_refused(here, capsys):
     assert ttt("--train", "a.jsonl", "--tokenizer", "byte", "--output", "", "--workers", 1) == 2
     assert capsys.readouterr().err.startswith("ttt tokenize: an empty name of a folder; ")
 
 
-def test_another_request_for_the_same_folder(here, capsys):
+def test_another_request_for_the_same_folder_is_refused(here, capsys):
     assert ttt(*GOOD.split(), "--workers", 1) == 0
     capsys.readouterr()
     for option, what in (("--no-bos", "bos: 256 there, None here"), ("--text-key=x", "text_key: text there, x here")):
         assert ttt(*GOOD.split(), "--workers", 1, option) == 2
-        expected = (
-            f"ttt tokenize: --output out: holds tokens of another request ({what}); expected the same request, or "
-        )
-        assert capsys.readouterr().err == f"{expected}a new folder\n"
+        message = f"holds tokens of another request ({what}); expected the same request, or a new folder"
+        assert capsys.readouterr().err == f"ttt tokenize: --output out: {message}\n"
     assert ttt(*GOOD.replace("--tokenizer byte", "--train-bpe 300").split(), "--workers", 1) == 2
     assert capsys.readouterr().err.startswith("ttt tokenize: --output out: holds ")
 
 
 @pytest.mark.slow
-def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, capsys):
+def test_a_command_that_wrote_nothing_may_be_followed_by_another(here, capsys):
     command = ["--train", "a.jsonl", "--tokenizer", "byte", "--output", "out", "--workers", 1]
     assert ttt(*command, "--text-key", "body") == 1
     assert ttt(*command, "--no-bos", "--on-error", "skip", "--text-key", "body") == 1
@@ -335,9 +317,9 @@ def test_a_first_command_that_got_nowhere_is_no_reason_to_refuse_the_next(here, 
 
 
 @pytest.mark.slow
-def test_as_a_module_interrupted_by_hand_and_run_again(here):
-    """Ctrl-C reaches the workers too, also while they start; only one line is said of it."""
-    write(here / "long.jsonl", TEXTS * 1000)  # seconds of work, also on a fast machine
+def test_a_command_stopped_by_ctrl_c_continues_when_run_again(here):
+    """Interrupt the workers, too, also while they start; check that only one line is printed."""
+    write(here / "long.jsonl", TEXTS * 1000)  # seconds of work even on a fast machine
     command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", "long.jsonl", "--tokenizer", "byte"]
     command += ["--output", "out", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
@@ -350,18 +332,15 @@ def test_as_a_module_interrupted_by_hand_and_run_again(here):
         time.sleep(pause)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
-        assert (process.returncode, out, err) == (
-            130,
-            "",
-            "ttt tokenize: stopped by SIGINT; the same command goes on here\n",
-        )
+        message = "ttt tokenize: stopped by SIGINT; the same command goes on here\n"
+        assert (process.returncode, out, err) == (130, "", message)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(stored(here / "out/train")) == 1000 * (SIZE + 2 * len(TEXTS))
 
 
 def children(pid):
-    """Processes that a process has started."""
+    """Return the processes that a process has started."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile

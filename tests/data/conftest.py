@@ -1,4 +1,4 @@
-"""A quick place for files."""
+"""Provide a folder in memory."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def memory_path(tmp_path):
-    """As ``tmp_path``, in memory where there is such a place.
+    """Return a folder like ``tmp_path``, in memory where possible.
 
     TensorStore waits for the disk at every write, and a run that saves after every unit writes a lot.
     """

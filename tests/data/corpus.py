@@ -1,4 +1,4 @@
-"""Provide what the tests of tokenizing share: documents, files of them, and readers that are not ours."""
+"""Make documents and files of them, read arrays with TensorStore alone, and tokenize in this process."""
 
 import gzip
 import io
@@ -17,30 +17,30 @@ from ttt_jax.data.prepare.files import InputFile
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
-    """Texts of up to 40 words, among them an empty one, line ends, NUL, and letters of one to four bytes."""
+    """Return texts of up to 40 words with empty words, line ends, NUL, and letters of one to four bytes."""
     rng = random.Random(seed)
     words = "the river bent twice straße Ωmega 水は流れる 🦉 \r\n \n\n \x00 \u2028 <s> </s> <|endoftext|>".split(" ")
     return [" ".join(rng.choices(words, k=rng.randrange(40))) + f" {seed}.{i}" * (i != 1) for i in range(count)]
 
 
 def jsonl(texts: list[str], key: str = "text", **about) -> bytes:
-    """JSON lines in the layout of the Pile, half of them with escapes for all that is not ASCII."""
+    """Return JSON lines in the layout of the Pile; every second line escapes what is not ASCII."""
     lines = [{key: text, "meta": {"pile_set_name": "Books3"}, **about} for text in texts]
     return b"".join(json.dumps(line, ensure_ascii=i % 2 == 0).encode() + b"\n" for i, line in enumerate(lines))
 
 
 def frames(content: bytes, size: int = 1000) -> bytes:
-    """Zstandard frames of so many bytes each, cut anywhere."""
+    """Compress as Zstandard frames of ``size`` bytes each, cut anywhere."""
     return b"".join(zstd.compress(content[i : i + size]) for i in range(0, len(content), size))
 
 
 def members(content: bytes, size: int = 1000, compress=gzip.compress) -> bytes:
-    """The same with gzip, or streams of another compression."""
+    """Compress as gzip members, or streams of another compression, of ``size`` bytes each."""
     return b"".join(compress(content[i : i + size]) for i in range(0, len(content), size))
 
 
 def parquet_file(values, row_group_size: int = 7, **types) -> bytes:
-    """A column ``text`` beside another."""
+    """Return a Parquet file with a column ``text`` and another column."""
     table = pyarrow.table({"id": list(range(len(values))), "text": pyarrow.array(values, **types)})
     content = io.BytesIO()
     parquet.write_table(table, content, row_group_size=row_group_size)
@@ -48,24 +48,24 @@ def parquet_file(values, row_group_size: int = 7, **types) -> bytes:
 
 
 def input_file(path: Path, content: bytes, split: str = "train") -> InputFile:
-    """Writes a file, and names it as :func:`ttt_jax.data.prepare.listing.find` would."""
+    """Write a file, and return it as :func:`ttt_jax.data.prepare.listing.find` would."""
     path.write_bytes(content)
     return InputFile(split, str(path), len(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files under a folder."""
+    """Return the contents of all files in a folder, at any depth."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def stored(folder: Path) -> np.ndarray:
-    """A zarr3 array as TensorStore finds it, by its zarr.json alone."""
+    """Read a zarr3 array with TensorStore, by its zarr.json alone."""
     assert (folder / "zarr.json").exists()
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
     return ts.open(spec, read=True, open=True).result().read().result()
 
 
 def in_this_process(job, units):
-    """The simplest engine: one unit after another, here."""
+    """Tokenize one unit after another in this process; this is the simplest engine."""
     for split, unit in units:
         yield unit, job_lib.tokenize(job, split, unit)

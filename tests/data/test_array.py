@@ -1,4 +1,4 @@
-"""Stored arrays: exact values, the same bytes however writing was interrupted, and no silent damage."""
+"""Check that stored arrays have exact values, do not depend on interruptions, and show any damage."""
 
 import json
 
@@ -30,7 +30,7 @@ def writer(folder, dtype="uint16", **where):
 
 
 def write(folder, array, pieces=1):
-    """Writes an array in so many pieces; returns its hash."""
+    """Write an array in pieces, and return its hash."""
     whole = writer(folder, array.dtype.name)
     for piece in np.array_split(array, pieces):
         whole.append(piece)
@@ -71,8 +71,8 @@ def test_another_reader_finds_the_values_and_the_layout(tmp_path, dtype, length)
     assert [codec["name"] for codec in sharding["configuration"]["index_codecs"]] == ["bytes", "crc32c"]
 
 
-def test_zeros_are_stored_too(tmp_path):
-    """So that a chunk that is not there is known to be lost."""
+def test_zeros_are_stored(tmp_path):
+    """Check that zeros are written, so that a missing chunk is known to be lost."""
     write(tmp_path, np.zeros(100, np.uint16))
     assert {"train/c/0", "train/c/1"} < corpus.contents(tmp_path).keys()
     np.testing.assert_array_equal(opened(tmp_path)[0:100], np.zeros(100))
@@ -85,7 +85,7 @@ def test_zeros_are_stored_too(tmp_path):
 )
 @hypothesis.settings(max_examples=40)
 def test_a_writer_that_was_stopped_anywhere_writes_the_same_bytes(new_folder, pieces, stops, lost):
-    """What it wrote after its last save is lost, and met again."""
+    """Check a writer that is stopped after values beyond its last save, which are written again."""
     array = values(sum(pieces))
     expected, folder = new_folder(), new_folder()
     digest = write(expected, array)
@@ -93,7 +93,7 @@ def test_a_writer_that_was_stopped_anywhere_writes_the_same_bytes(new_folder, pi
     for i, size in enumerate(pieces):
         if i in stops:
             state, rest = current.state()
-            current.append(array[start : start + lost])  # and killed
+            current.append(array[start : start + lost])  # lost, as if it were killed here
             current._wait()
             current = writer(folder, rest=rest, **json.loads(json.dumps(state)))
             assert len(current) == start
@@ -105,7 +105,7 @@ def test_a_writer_that_was_stopped_anywhere_writes_the_same_bytes(new_folder, pi
 
 
 def test_finishing_again_changes_nothing(tmp_path):
-    """A run that was killed while it finished."""
+    """Check a run that was killed while it finished."""
     array = values(200)
     whole = writer(tmp_path)
     whole.append(array)
@@ -117,8 +117,8 @@ def test_finishing_again_changes_nothing(tmp_path):
     assert corpus.contents(tmp_path) == before
 
 
-def test_what_an_earlier_run_left_of_other_values_does_not_shine_through(tmp_path):
-    """It was killed behind its last save, and then the rest of its input was mended."""
+def test_shards_of_an_earlier_run_with_other_values_are_replaced(tmp_path):
+    """Check a run that was killed after its last save, and whose remaining input was then mended."""
     other, array = tmp_path / "other", values(70)
     other.mkdir()
     write(other, array)
@@ -129,7 +129,7 @@ def test_what_an_earlier_run_left_of_other_values_does_not_shine_through(tmp_pat
     assert corpus.contents(tmp_path / "train") == corpus.contents(other / "train")
 
 
-def test_every_value_counts_for_the_hash(new_folder):
+def test_the_hash_depends_on_every_value(new_folder):
     array = values(130)
     hashes = {write(new_folder(), array)}
     for i in (0, 63, 64, 127, 128, 129):
@@ -141,7 +141,7 @@ def test_every_value_counts_for_the_hash(new_folder):
     assert write(new_folder(), array, pieces=9) == write(new_folder(), array)
 
 
-def test_there_is_no_array_before_it_is_finished(tmp_path):
+def test_an_unfinished_array_cannot_be_opened(tmp_path):
     whole = writer(tmp_path)
     whole.append(values(300))
     whole.state()
@@ -151,7 +151,7 @@ def test_there_is_no_array_before_it_is_finished(tmp_path):
     np.testing.assert_array_equal(opened(tmp_path)[0:300], values(300))
 
 
-def test_slices(tmp_path):
+def test_slices_return_the_values(tmp_path):
     array = values(300, "uint32")
     write(tmp_path, array)
     ours = opened(tmp_path)
@@ -160,7 +160,7 @@ def test_slices(tmp_path):
         np.testing.assert_array_equal(ours[start:stop], array[start:stop])
 
 
-def test_a_lost_shard_is_named(tmp_path):
+def test_reading_a_lost_shard_names_it(tmp_path):
     write(tmp_path, values(300))
     (tmp_path / "train/c/2").unlink()
     ours = opened(tmp_path)
@@ -170,7 +170,7 @@ def test_a_lost_shard_is_named(tmp_path):
     assert f"{tmp_path}/train/c/2" in message
 
 
-def test_a_byte_that_was_changed_anywhere_in_a_file_is_found(tmp_path):
+def test_a_changed_byte_anywhere_in_a_file_is_detected(tmp_path):
     write(tmp_path, values(40))
     path = tmp_path / "train/c/0"
     content = path.read_bytes()
@@ -186,7 +186,7 @@ def test_a_byte_that_was_changed_anywhere_in_a_file_is_found(tmp_path):
         assert str(path) in refused(lambda ours=ours: ours[0:40])
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "train").write_text("mine")
     whole = writer(tmp_path)
     whole.append(values(64))
@@ -195,7 +195,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     assert "Not a directory" in message
 
 
-def test_what_cannot_be_an_array_of_tokens(tmp_path):
+def test_only_integers_in_one_dimension_are_accepted(tmp_path):
     for dtype in ("uint8", "uint16", "uint32", "uint64", "int32", "int64"):
         check_layout(dtype, (3,), "x")
     assert refused(check_layout, "float32", (3,), "x") == "x: holds float32; expected integers"

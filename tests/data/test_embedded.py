@@ -1,4 +1,4 @@
-"""The embedded corpus, against the standard library as ``os.walk`` finds it."""
+"""Compare the embedded corpus with the standard library as ``os.walk`` finds it."""
 
 import collections
 import hashlib
@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def library() -> dict[str, bytes]:
-    """Every .py file of the standard library, by its path."""
+    """Return every .py file of the standard library, by its path."""
     found = {}
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "__pycache__")]
@@ -30,7 +30,7 @@ def library() -> dict[str, bytes]:
 
 
 def documents(split) -> list[bytes]:
-    """What stands between one BOS and the next."""
+    """Return the bytes between each BOS and the next."""
     tokens = embedded.tokens(split)
     starts = np.flatnonzero(tokens == embedded.BOS)
     return [part.astype(np.uint8).tobytes() for part in (x[1:] for x in np.split(tokens, starts[1:]))]
@@ -59,19 +59,19 @@ def test_files_keep_the_order_of_their_paths(library):
         assert paths == sorted(paths)
 
 
-def test_a_known_file_is_there_to_the_byte():
+def test_a_known_file_is_contained_byte_for_byte():
     content = (ROOT / "argparse.py").read_bytes()
     assert sum(document == content for split in SPLITS for document in documents(split)) == 1
 
 
-def test_sizes():
+def test_each_held_out_split_is_a_few_percent():
     sizes = {split: len(embedded.tokens(split)) for split in SPLITS}
     assert sizes["train"] > 5_000_000
     for split in ("validation", "test"):
         assert 0.01 < sizes[split] / sum(sizes.values()) < 0.12  # 5 percent of the files, which differ in length
 
 
-def test_a_file_stays_in_its_split_whatever_others_come(monkeypatch):
+def test_the_split_of_a_file_does_not_depend_on_other_files(monkeypatch):
     def contents(files):
         monkeypatch.setattr(embedded, "_files", lambda: files)
         return {split: set(documents_of(split)) for split in SPLITS}
@@ -86,7 +86,7 @@ def test_a_file_stays_in_its_split_whatever_others_come(monkeypatch):
     assert {split: len(found) > 5 for split, found in all_of_them.items()} == dict.fromkeys(SPLITS, True)
 
 
-def test_the_same_in_another_process():
+def test_another_process_reads_the_same_tokens():
     program = (
         "import hashlib; from ttt_jax.data import embedded;"
         "print(hashlib.sha256(embedded.tokens('validation').tobytes()).hexdigest())"
@@ -96,7 +96,7 @@ def test_the_same_in_another_process():
     assert done.stdout.strip() == hashlib.sha256(embedded.tokens("validation").tobytes()).hexdigest()
 
 
-def test_an_installation_without_sources(monkeypatch, tmp_path):
+def test_a_python_without_source_files_is_refused(monkeypatch, tmp_path):
     (tmp_path / "os.py").write_text("# all there is\n")
     monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: hardly any .py files"):

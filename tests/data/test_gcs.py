@@ -1,6 +1,6 @@
-"""Datasets under gs://, at a local stand-in for Google's server (fake_gcs.py).
+"""Write and read datasets under gs://, with a local stand-in for Google's server (fake_gcs.py).
 
-TensorStore looks for credentials once in a process, so everything here runs in processes of its own.
+TensorStore looks for credentials once in a process, so every test runs in processes of its own.
 """
 
 import json
@@ -20,7 +20,7 @@ AUTHORS = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "e2e"
 BOS, EOS = 256, 257
 SHARD, CHUNK = 16384, 1024
 INDEX = 16 * (SHARD // CHUNK) + 4  # bytes at the end of a shard: offset and size of each chunk, and a checksum
-METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # whether this is a machine of Google's
+METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # asked on any machine
 
 TOKENIZE = """
 import sys
@@ -73,7 +73,7 @@ def documents(count: int, seed: int = 0) -> list[str]:
 
 
 def jsonl(path: Path, texts: list[str], broken: int = 0) -> Path:
-    """A file of documents; every so many, one that is none."""
+    """Write a file of documents; every ``broken``-th line is not JSON."""
     lines = [json.dumps({"text": text}) for text in texts]
     path.write_text("\n".join('{"tex' if broken and i % broken == 0 else line for i, line in enumerate(lines)))
     return path
@@ -81,7 +81,7 @@ def jsonl(path: Path, texts: list[str], broken: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A local dataset of several shards, and its tokens."""
+    """Return a local dataset of several shards, and its tokens."""
     folder, texts = tmp_path_factory.mktemp("made"), documents(220)
     source = jsonl(folder / "source.jsonl", texts)
     with FakeGCS() as server:
@@ -97,12 +97,12 @@ def made(tmp_path_factory):
 @pytest.mark.slow
 def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_path):
     source, place = jsonl(tmp_path / "source.jsonl", documents(120)), "gs://bucket/data/a folder"
-    gcs.page = 2  # so that TensorStore has to ask for more of every list
+    gcs.page = 2  # names per page, so that TensorStore must ask for further pages
     options = ["--train", source, "--validation-fraction", 0.2, "--train-bpe", 300, "--workers", 1]
     local = gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", tmp_path / "local")
     cloud = gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)
-    told = printed(local).replace(str(tmp_path / "local"), place)
-    assert printed(cloud) == told
+    output = printed(local).replace(str(tmp_path / "local"), place)
+    assert printed(cloud) == output
     expected = files_in(tmp_path / "local")
     assert {"dataset.json", "tokenizer.json", "train/zarr.json", "train/c/0", "validation/c/0"} < set(expected)
     assert gcs.files("bucket/data/a folder") == expected
@@ -111,9 +111,9 @@ def test_the_command_makes_the_same_files_in_a_bucket_as_in_a_folder(gcs, tmp_pa
     assert {request.target for request in gcs.of("other")} == {METADATA}
 
     asked = len(gcs.requests)
-    assert printed(gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)) == told
+    assert printed(gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place)) == output
     written = [request for request in gcs.requests[asked:] if request.verb not in ("other", "get", "list")]
-    assert {request.verb for request in written} == {"upload", "delete"}  # nothing to do, but for the lock
+    assert {request.verb for request in written} == {"upload", "delete"}  # only the lock is written
     assert all("running.json" in request.target for request in written)
 
 
@@ -124,7 +124,7 @@ def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
     printed(gcs.start("-c", TOKENIZE, source, tmp_path / "local", *options))
     expected = files_in(tmp_path / "local")
     gcs.page = 2
-    ends = [  # verb, end of the name, and whether what was asked is done although whoever asked is dead
+    ends = [  # verb, end of the name, and whether the request is carried out although the process is dead
         ("upload", "_unfinished/problems/3", True),
         ("upload", "_unfinished/state.json", False),
         ("upload", "train/c/1", False),
@@ -139,7 +139,7 @@ def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
 
         def kills(request, verb=verb, end=end, running=running):
             if request.verb == verb and request.target.endswith(end):
-                time.sleep(0.2)  # in which one that does not wait for the answer would go on
+                time.sleep(0.2)  # time in which a process that does not wait for the answer would continue
                 os.kill(running[0].pid, signal.SIGKILL)
                 return 503
             return None
@@ -152,7 +152,7 @@ def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
         if "dataset.json" in there:
             assert {name: x for name, x in there.items() if not name.startswith("_unfinished/")} == expected
             whole += 1
-    assert whole == 2  # of the last two
+    assert whole == 2  # after the last two kills the dataset is complete
 
     gcs.fault, gcs.lost, asked = nothing, nothing, len(gcs.requests)
     printed(gcs.start("-c", TOKENIZE, source, "gs://bucket/toy", *options))
@@ -162,8 +162,8 @@ def test_runs_that_are_killed_end_with_the_same_bytes(gcs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_the_server_fails_at_is_asked_again(gcs, tmp_path, made, times):
-    """All at once, for TensorStore waits a second or two before it asks again, and longer each time."""
+def test_failed_requests_are_sent_again(gcs, tmp_path, made, times):
+    """Run everything at once: TensorStore waits for seconds before it sends a request again, longer each time."""
     gcs.put(made[0], "bucket/made")
     source, asked = jsonl(tmp_path / "source.jsonl", documents(30)), Counter()
     failed = {("upload", "bucket/failed/train/c/1"), ("get", "bucket/made/train/c/1")}
@@ -189,7 +189,7 @@ def test_what_the_server_fails_at_is_asked_again(gcs, tmp_path, made, times):
     assert min(asked[each] for each in forgotten) >= 2
 
 
-def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
+def test_forbidden_requests_are_reported_in_one_line(gcs, tmp_path):
     source = jsonl(tmp_path / "source.jsonl", documents(30))
     forbidden = {
         ("upload", "/unwritable/"): "cannot lock gs://bucket/unwritable/running.json",
@@ -204,7 +204,7 @@ def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")
         assert "Traceback" not in err
-        last = err.splitlines()[-1]  # before it, a line of TensorStore's own says that there are no credentials
+        last = err.splitlines()[-1]  # the line before is TensorStore's, which finds no credentials
         assert last.startswith(f"ttt tokenize: {message}: PERMISSION_DENIED: ")
         assert "Permission denied" in last
 
@@ -221,11 +221,11 @@ def test_what_is_forbidden_is_told_in_a_line(gcs, tmp_path):
     ],
 )
 def test_a_window_is_read_by_byte_ranges(gcs, made, start_at, stop, chunks):
-    """Read of a shard its index and the chunks that are wanted."""
+    """Check that only the index of a shard and the needed chunks are read."""
     folder, tokens = made
     gcs.put(folder, "bucket/made")
-    told = json.loads(printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:{start_at}:{stop}")))
-    assert told == ["tokens", len(tokens), "uint16", tokens[start_at:stop]]
+    output = json.loads(printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:{start_at}:{stop}")))
+    assert output == ["tokens", len(tokens), "uint16", tokens[start_at:stop]]
     expected = []
     for shard, (first, last) in chunks.items():
         name = f"bucket/made/train/c/{shard}"
@@ -234,17 +234,17 @@ def test_a_window_is_read_by_byte_ranges(gcs, made, start_at, stop, chunks):
     assert sorted((each.target, each.byte_range) for each in gcs.of("get") if "/c/" in each.target) == expected
 
 
-def test_all_that_is_read_is_what_was_written(gcs, made):
+def test_reading_returns_what_was_written(gcs, made):
     gcs.put(made[0], "bucket/made")
     tokens = made[1]
     starts = [i for i, token in enumerate(tokens) if token == BOS]
-    told = printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:0:{len(tokens)}", f"documents:0:{len(starts)}"))
-    read_tokens, read_starts = map(json.loads, told.splitlines())
+    output = printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:0:{len(tokens)}", f"documents:0:{len(starts)}"))
+    read_tokens, read_starts = map(json.loads, output.splitlines())
     assert read_tokens == ["tokens", len(tokens), "uint16", tokens]
     assert read_starts == ["documents", len(starts), "int64", starts]
 
 
-def test_what_is_lost_or_damaged_is_told_with_its_place(gcs, made):
+def test_lost_and_damaged_files_are_named(gcs, made):
     places = ["lost", "damaged", "cut"]
     for place in places:
         gcs.put(made[0], f"bucket/{place}")
@@ -259,23 +259,23 @@ def test_what_is_lost_or_damaged_is_told_with_its_place(gcs, made):
     assert damaged.startswith(f"cannot read gs://bucket/damaged/train at offset {SHARD + 3}: DATA_LOSS: ")
     assert "gs://bucket/damaged/train/c/1" in damaged
     assert cut.startswith("cannot read gs://bucket/cut/train: NOT_FOUND: ")
-    assert [told.count("\n") for told in (lost, damaged, cut)] == [1, 1, 1]
+    assert [output.count("\n") for output in (lost, damaged, cut)] == [1, 1, 1]
 
 
-# ---- Datasets of others
+# ---- Other formats
 
 
-def told_of_both(gcs, folder: Path) -> list[list]:
-    """Return what LOAD tells of a folder, and of its copy in a bucket."""
+def load_from_both(gcs, folder: Path) -> list[list]:
+    """Return what LOAD prints for a folder in a bucket; check that a local copy gives the same."""
     gcs.put(folder, "bucket/data")
     local, cloud = gcs.start("-c", LOAD, folder), gcs.start("-c", LOAD, "gs://bucket/data")
-    told = printed(cloud)
-    assert told == printed(local).replace(str(folder), "gs://bucket/data")
-    return [json.loads(line) for line in told.splitlines()]
+    output = printed(cloud)
+    assert output == printed(local).replace(str(folder), "gs://bucket/data")
+    return [json.loads(line) for line in output.splitlines()]
 
 
 @pytest.mark.parametrize("layout", ["npy", "npy of a tokenizer", "zarr3", "zarr"])
-def test_datasets_of_others_are_read_as_from_a_folder(gcs, tmp_path, layout):
+def test_other_formats_are_read_as_from_a_folder(gcs, tmp_path, layout):
     draw, tokens = np.random.default_rng(0), {}
     folder = tmp_path / ("tokenizer_name-toy-val_ratio-0.1" if "tokenizer" in layout else "")
     folder.mkdir(exist_ok=True)
@@ -288,19 +288,19 @@ def test_datasets_of_others_are_read_as_from_a_folder(gcs, tmp_path, layout):
         spec = {"driver": layout, "kvstore": place, "create": True, "dtype": "uint32"}
         spec["schema"] = {"domain": {"shape": [length]}, "chunk_layout": {"chunk": {"shape": [700]}}}
         ts.open(spec).result()[:] = tokens[split]
-    told = told_of_both(gcs, tmp_path)
-    for (name, vocab_size, bos, length, read, _), row in zip(told, tokens.values(), strict=True):
+    output = load_from_both(gcs, tmp_path)
+    for (name, vocab_size, bos, length, read, _), row in zip(output, tokens.values(), strict=True):
         assert name.startswith("gs://bucket/data/")
         assert (vocab_size, length) == (1000, len(row))
         assert bos == {"npy": 1, "npy of a tokenizer": None}.get(layout, 128000)
         assert read == row[: (len(row) - 1) // 300 * 300].tolist()
-    if layout.startswith("npy"):  # by windows, not whole
+    if layout.startswith("npy"):  # windows, not whole files
         assert all(each.byte_range for each in gcs.of("get") if each.target in gcs.objects)
 
 
 @pytest.mark.parametrize("name", ["e2e_zarr", "e2e_zarr_v2"])
-def test_the_authors_own_group_is_read_as_from_a_folder(gcs, name):
+def test_the_authors_zarr_group_is_read_as_from_a_folder(gcs, name):
     if not (AUTHORS / name).is_dir():
         pytest.skip("the authors' data is not here")
-    told = told_of_both(gcs, AUTHORS / name)
-    assert [split[0] for split in told] == ["gs://bucket/data/train", "gs://bucket/data/val"]
+    output = load_from_both(gcs, AUTHORS / name)
+    assert [split[0] for split in output] == ["gs://bucket/data/train", "gs://bucket/data/val"]

@@ -1,4 +1,4 @@
-"""What ``data.source`` can name: datasets of ttt tokenize, the embedded corpus, synthetic tokens; what it cannot."""
+"""Check what ``data.source`` can name, and that everything else is refused."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import tokenizers
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import embedded, named_sources, synthetic
+from ttt_jax.data import embedded, named_sources
 from ttt_jax.data.prepare import engines, listing, tokenize, tokenizer
 from ttt_jax.data.prepare.job import Job
 from ttt_jax.errors import DataError
@@ -25,7 +25,7 @@ TEXTS = ["First document.", "The second, which is longer: äöü.", "3"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dataset of bytes in several shards and chunks, and what must be in it."""
+    """Return a dataset of bytes in several shards and chunks, and its tokens."""
     folder = tmp_path_factory.mktemp("made")
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -42,7 +42,7 @@ def copy(made, tmp_path):
     return tmp_path / "copy"
 
 
-def test_a_dataset(made):
+def test_a_dataset_is_read_as_it_was_written(made):
     path, tokens = made
     source = named_sources.load(str(path), "train")
     assert (source.name, source.vocab_size, source.bos, len(source.tokens)) == (f"{path}/train", 258, 256, len(tokens))
@@ -53,19 +53,19 @@ def test_a_dataset(made):
     np.testing.assert_array_equal(source.documents[0 : 1 << 20], np.flatnonzero(tokens == 256))
 
 
-def test_the_fingerprint_is_of_the_tokens_wherever_they_lie(made, copy):
+def test_the_fingerprint_does_not_depend_on_the_location(made, copy):
     assert (
         named_sources.load(str(copy), "train").fingerprint() == named_sources.load(str(made[0]), "train").fingerprint()
     )
     assert len(named_sources.load(str(copy), "train").fingerprint()) == 32
 
 
-def test_a_source_goes_to_another_process(made):
+def test_a_pickled_source_reads_the_same_tokens(made):
     source = pickle.loads(pickle.dumps(named_sources.load(str(made[0]), "train")))
     np.testing.assert_array_equal(source.window(1, 20)["inputs"], made[1][20:40])
 
 
-def test_from_config(made):
+def test_the_config_chooses_source_and_bos(made):
     config = config_lib.default()
     config.data.update(source=str(made[0]), bos=65, tokenizer="byte")
     source = named_sources.from_config(config, "train")
@@ -77,7 +77,7 @@ def test_bos_that_ends_documents_is_refused(made):
         named_sources.load(str(made[0]), "train", bos=257)
 
 
-def test_a_dataset_of_before_that_separates_twice_is_read_as_it_was(tmp_path, made):
+def test_an_old_dataset_whose_bos_is_its_eos_is_still_read(tmp_path, made):
     folder = tmp_path / "dataset"
     shutil.copytree(made[0], folder)
     description = json_files.read_object(folder / "dataset.json")
@@ -90,14 +90,14 @@ def test_the_tokenizer_of_a_dataset_has_its_bos_and_eos(made):
     assert (found.bos, found.eos) == (256, 257)
 
 
-def test_tokenizers_that_made_it(made):
+def test_the_tokenizer_may_be_given_by_kind_or_hash(made):
     sha256 = hashlib.sha256(b"byte").hexdigest()
     for name in ("", "byte", sha256, sha256[:8]):
         named_sources.load(str(made[0]), "train", tokenizer=name)
 
 
 @pytest.mark.parametrize("name", ["my book.txt", "texts/a/b.jsonl"])
-def test_text_is_no_dataset(tmp_path, name):
+def test_text_is_refused_with_the_command_that_tokenizes_it(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("text")
@@ -111,7 +111,7 @@ def test_text_is_no_dataset(tmp_path, name):
 
 
 @pytest.mark.parametrize(("bos", "eos", "expected"), [(256, 257, 258), (256, None, 257), (None, None, 257)])
-def test_bytes_without_eos_fit_models_of_257(tmp_path, bos, eos, expected):
+def test_bytes_without_eos_fit_models_of_257_tokens(tmp_path, bos, eos, expected):
     (tmp_path / "a.txt").write_text("text")
     found, job = listing.find("train", [str(tmp_path / "a.txt")]), Job(tokenizer.byte(), bos, eos)
     tokenize.tokenize(found, job, Store(tmp_path / "out"), corpus.in_this_process)
@@ -119,12 +119,12 @@ def test_bytes_without_eos_fit_models_of_257(tmp_path, bos, eos, expected):
 
 
 @pytest.mark.parametrize("name", ["llama", "0123456789abcdef", hashlib.sha256(b"byte").hexdigest()[:7]])
-def test_tokenizers_that_did_not(made, name):
+def test_another_tokenizer_is_refused(made, name):
     with pytest.raises(ConfigError, match=f"data.tokenizer='{name}': .*/train was made by byte"):
         named_sources.load(str(made[0]), "train", tokenizer=name)
 
 
-def test_the_file_of_a_tokenizer(tmp_path, made, copy):
+def test_the_tokenizer_may_be_given_by_file(tmp_path, made, copy):
     description = json_files.read_object(copy / "dataset.json")
     kept = tmp_path / "tokenizer.json"
     kept.write_text("{}")
@@ -136,78 +136,38 @@ def test_the_file_of_a_tokenizer(tmp_path, made, copy):
         named_sources.load(str(copy), "train", tokenizer=str(kept))
 
 
-def test_embedded():
+def test_embedded_is_the_standard_library():
     source = named_sources.load("embedded", "validation")
     assert (source.name, source.vocab_size, source.bos) == ("embedded/validation", 257, 256)
     np.testing.assert_array_equal(source.tokens, embedded.tokens("validation"))
 
 
-# ---- Synthetic
+# ---- What is refused
 
 
-def splitmix64(state: int) -> int:
-    """The finaliser in plain integers."""
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-    return state ^ (state >> 31)
-
-
-def test_synthetic_tokens_are_hashes_of_their_places():
-    source = named_sources.load("synthetic", "train", vocab_size=97)
-    start = 5 * 4096 - 3
-    expected = [1 if i % 4096 == 0 else splitmix64(i + (1 << 48)) % 97 for i in range(start, start + 50)]
-    assert source.tokens[start : start + 50].tolist() == expected
-
-
-def test_synthetic_tokens_are_even_and_differ_between_splits():
-    found = {split: synthetic.random_source(split, 16).tokens[0:100_000] for split in ("train", "validation", "test")}
-    for tokens in found.values():
-        np.testing.assert_allclose(np.bincount(tokens, minlength=16) / 1e5, 1 / 16, rtol=0.06)
-    assert (found["train"] == found["validation"]).mean() < 0.08
-    assert (found["test"] == found["validation"]).mean() < 0.08
-
-
-def test_synthetic_documents_begin_where_their_bos_is():
-    source = synthetic.random_source("train", 97)
-    assert len(source.documents) == len(source.tokens) // 4096
-    found = source.documents[2:5]
-    assert found.tolist() == [8192, 12288, 16384]
-    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.RANDOM_BOS] * 3
-
-
-def test_synthetic_is_without_end():
-    source = named_sources.load("synthetic", "train")
-    assert source.windows(2048) > 10**8
-    last = source.windows(2048) - 1
-    assert source.window(last, 2048)["inputs"].shape == (2048,)
-
-
-# ---- What is not there
-
-
-def test_an_unknown_split():
+def test_an_unknown_split_is_refused():
     with pytest.raises(ConfigError, match="split='dev': expected one of train, validation, test"):
         named_sources.load("embedded", "dev")
 
 
 @pytest.mark.parametrize("name", ["", "pile", "/nowhere/at/all"])
-def test_no_such_folder(name):
+def test_a_missing_folder_is_refused(name):
     with pytest.raises(ConfigError, match=f"^data.source='{name}': no such folder; expected embedded, synthetic, asso"):
         named_sources.load(name, "train")
 
 
-def test_a_folder_of_something_else(tmp_path):
+def test_a_folder_without_tokens_is_refused(tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     with pytest.raises(ConfigError, match="no train tokens there; expected embedded"):
         named_sources.load(str(tmp_path), "train")
 
 
-def test_a_split_that_was_not_made(made):
+def test_a_missing_split_is_refused_with_those_that_exist(made):
     with pytest.raises(ConfigError, match=r"split test: .* has only train"):
         named_sources.load(str(made[0]), "test")
 
 
-def test_not_finished(copy):
+def test_an_unfinished_dataset_is_refused(copy):
     (copy / "dataset.json").unlink()
     (copy / "_unfinished").mkdir()
     (copy / "_unfinished" / "state.json").write_text("{}")
@@ -228,7 +188,7 @@ def test_not_finished(copy):
         ('{"format": "ttt_jax tokens", "version": 1}', "dataset.json: damaged: no tokenizer; expected what ttt token"),
     ],
 )
-def test_a_description_that_is_none(copy, content, message):
+def test_a_file_that_is_no_description_is_refused(copy, content, message):
     (copy / "dataset.json").write_text(content)
     with pytest.raises(DataError, match=message):
         named_sources.load(str(copy), "train")
@@ -248,7 +208,7 @@ def test_a_description_that_is_none(copy, content, message):
         (("bos",), "<s>", "bos is '<s>'"),
     ],
 )
-def test_a_description_that_lacks_something_is_named(copy, place, value, message):
+def test_a_damaged_description_is_refused_with_the_bad_key(copy, place, value, message):
     description = json_files.read_object(copy / "dataset.json")
     inner = description
     for key in place[:-1]:
@@ -263,8 +223,8 @@ def test_a_description_that_lacks_something_is_named(copy, place, value, message
         assert str(caught.value).startswith(f"{copy}/dataset.json: damaged: {message}")
 
 
-def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
-    """One byte, after which the file is a tokenizer still."""
+def test_a_changed_tokenizer_of_a_dataset_is_refused(tmp_path):
+    """Change one byte such that the file is still a tokenizer."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.save(str(tmp_path / "words.json"))
     (tmp_path / "a.txt").write_text("a")
@@ -284,12 +244,12 @@ def test_a_kept_tokenizer_that_has_changed_is_named(tmp_path):
         f"{hashes[1]}...; expected the file that ttt tokenize wrote"
     )
     description = json_files.read_object(tmp_path / "out/dataset.json")
-    del description["tokenizer"]["sha256"]  # as of early datasets
+    del description["tokenizer"]["sha256"]  # as in early datasets
     (tmp_path / "out/dataset.json").write_text(json.dumps(description))
     assert named_sources.tokenizer_of(str(tmp_path / "out")).encoder()("c").tolist() == [1]
 
 
-def test_arrays_that_are_not_as_described(copy):
+def test_arrays_that_are_not_as_described_are_refused(copy):
     description = json_files.read_object(copy / "dataset.json")
     description["splits"]["train"]["tokens"] += 1
     (copy / "dataset.json").write_text(json.dumps(description))
@@ -297,7 +257,7 @@ def test_arrays_that_are_not_as_described(copy):
         named_sources.load(str(copy), "train")
 
 
-def test_a_missing_shard_is_met_where_it_is_read(copy):
+def test_a_missing_shard_is_an_error_where_it_is_read(copy):
     (copy / "train" / "c" / "1").unlink()
     source = named_sources.load(str(copy), "train")
     source.window(0, 15)
@@ -305,7 +265,7 @@ def test_a_missing_shard_is_met_where_it_is_read(copy):
         source.window(1, 16)
 
 
-def test_a_damaged_shard_is_met_where_it_is_read(copy):
+def test_a_damaged_shard_is_an_error_where_it_is_read(copy):
     shard = copy / "train" / "c" / "0"
     content = bytearray(shard.read_bytes())
     content[3] ^= 1
@@ -314,7 +274,7 @@ def test_a_damaged_shard_is_met_where_it_is_read(copy):
         named_sources.load(str(copy), "train").window(0, 15)
 
 
-def test_a_token_outside_the_vocabulary_of_the_dataset(copy):
+def test_a_token_outside_the_vocabulary_of_the_dataset_is_an_error(copy):
     description = json_files.read_object(copy / "dataset.json")
     description["vocab_size"] = 257
     (copy / "dataset.json").write_text(json.dumps(description))

@@ -1,5 +1,6 @@
-"""The authors' datasets as they are: the files of TTT-E2E with the batches that its own code makes of them, and folders
-of the layout that ttt-lm-jax writes."""
+"""Check that the authors' datasets are read as they are.
+
+The files of TTT-E2E are compared with the batches of its own code; folders have the layout that ttt-lm-jax writes."""
 
 import shutil
 from pathlib import Path
@@ -29,14 +30,14 @@ def e2e(version, split):
 
 
 @pytest.mark.parametrize("version", ["e2e_zarr", "e2e_zarr_v2"])
-def test_e2e_tokens(version, expected):
+def test_e2e_tokens_are_read_as_they_are(version, expected):
     for split, name in (("train", "train_tokens"), ("validation", "val_tokens")):
         source = e2e(version, split)
         np.testing.assert_array_equal(source.tokens[0 : len(source.tokens)], expected[name])
 
 
 @pytest.mark.parametrize("version", ["e2e_zarr", "e2e_zarr_v2"])
-def test_e2e_validation_batches(version, expected):
+def test_e2e_validation_batches_equal_the_authors(version, expected):
     length, rows = int(expected["seq_len"]), int(expected["global_batch_size"])
     source = e2e(version, "validation")
     windows = sequences.windows(source, length, 10**9)
@@ -46,8 +47,8 @@ def test_e2e_validation_batches(version, expected):
         np.testing.assert_array_equal([batch[name] for batch in found[:2]], expected[f"val_{theirs}"])
 
 
-def test_e2e_training_batches_in_their_order(expected):
-    """The same windows in the same rows over two epochs, as the authors' loader shuffles them with seed 0."""
+def test_e2e_training_batches_equal_the_authors_in_order(expected):
+    """Compare the windows of two epochs, row by row, with the authors' loader and seed 0."""
     length, order = int(expected["seq_len"]), expected["train_seed0_source_index_2epochs"]
     source = e2e("e2e_zarr", "train")
     assert source.windows(length) == expected["source_len"]
@@ -56,7 +57,7 @@ def test_e2e_training_batches_in_their_order(expected):
         np.testing.assert_array_equal(batch["inputs"], [source.window(i, length)["inputs"] for i in indices])
 
 
-def test_e2e_training_batches_of_two_hosts(expected):
+def test_e2e_training_batches_of_two_hosts_equal_the_authors(expected):
     length = int(expected["seq_len"])
     source = e2e("e2e_zarr", "train")
     for host, order in enumerate(expected["train_seed0_shard_source_index"]):
@@ -72,7 +73,7 @@ def test_e2e_bos_is_llama_3s_unless_the_config_says_otherwise():
     assert named_sources.load(str(E2E / "e2e_zarr"), "train", bos=1).bos == 1
 
 
-def test_a_token_that_the_model_does_not_have(expected):
+def test_a_token_outside_the_vocabulary_of_the_model_is_an_error(expected):
     source = named_sources.load(str(E2E / "e2e_zarr"), "train", vocab_size=90)
     place = int(np.flatnonzero(expected["train_tokens"] >= 90)[0])
     with pytest.raises(DataError, match=rf"e2e_zarr/train: token \d+ at offset {place}; expected ids below .* of 90"):
@@ -80,7 +81,7 @@ def test_a_token_that_the_model_does_not_have(expected):
 
 
 @pytest.mark.parametrize(("version", "chunk"), [("e2e_zarr", "c/2"), ("e2e_zarr_v2", "2")])
-def test_a_missing_chunk(tmp_path, version, chunk):
+def test_a_missing_chunk_is_an_error_where_it_is_read(tmp_path, version, chunk):
     shutil.copytree(E2E / version, tmp_path / version)
     (tmp_path / version / "train" / chunk).unlink()
     source = named_sources.load(str(tmp_path / version), "train", vocab_size=97)
@@ -89,7 +90,7 @@ def test_a_missing_chunk(tmp_path, version, chunk):
         source.window(1, 8192)
 
 
-def test_a_split_that_is_not_there():
+def test_a_missing_split_is_refused():
     with pytest.raises(ConfigError, match="no test tokens there"):
         named_sources.load(str(E2E / "e2e_zarr"), "test")
 
@@ -99,7 +100,7 @@ def test_a_split_that_is_not_there():
 
 @pytest.fixture
 def npy(tmp_path):
-    """``npy(folder, **splits)``: .npy files as the authors' code leaves them; returns the dataset's path."""
+    """Return ``npy(folder, **splits)``, which writes .npy files as the authors' code does, and returns their root."""
 
     def make(folder="", **splits):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def npy(tmp_path):
 
 @pytest.mark.parametrize("folder", ["", LLAMA_2])
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_npy(npy, folder, dtype):
+def test_npy_files_are_read_as_they_are(npy, folder, dtype):
     rng = np.random.default_rng(0)
     splits = {split: rng.integers(0, 32000, 1000).astype(dtype) for split in ("train", "validation", "test")}
     splits["train"][[0, 5, 40]] = 1
@@ -137,7 +138,7 @@ def test_the_nested_folder_names_the_tokenizer(npy):
         named_sources.load(path, "train", tokenizer="byte")
 
 
-def test_another_tokenizer_in_the_nested_folder(npy):
+def test_a_nested_folder_of_another_tokenizer_has_no_bos(npy):
     path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.full(9, 50256, np.uint16))
     source = named_sources.load(path, "train", vocab_size=50257)
     assert (source.vocab_size, source.bos, source.tokenizer) == (50257, None, ("gpt2",))
@@ -145,7 +146,7 @@ def test_another_tokenizer_in_the_nested_folder(npy):
     assert named_sources.load(path, "train", vocab_size=50257, bos=50256).window(0, 4)["mask"].tolist() == [0] * 4
 
 
-def test_several_tokenizers(npy):
+def test_folders_of_several_tokenizers_are_refused(npy):
     npy(LLAMA_2, train=np.zeros(9, np.uint16))
     path = npy(LLAMA_2.replace("meta-llama/Llama-2-7b-hf", "gpt2"), train=np.zeros(9, np.uint16))
     with pytest.raises(ConfigError, match=r"holds several datasets; expected one of .*gpt2.*"):
@@ -161,7 +162,7 @@ def test_several_tokenizers(npy):
         (np.array([{}]), "train.npy: holds object; expected integers"),
     ],
 )
-def test_arrays_that_are_no_tokens(npy, content, message):
+def test_arrays_that_are_no_tokens_are_refused(npy, content, message):
     with pytest.raises(DataError, match=message):
         named_sources.load(npy(train=content), "train")
 
@@ -175,7 +176,7 @@ def test_arrays_that_are_no_tokens(npy, content, message):
         (lambda content: b"PK" + content, "train.npy: not a .npy file: "),
     ],
 )
-def test_a_damaged_file(npy, tmp_path, change, message):
+def test_a_damaged_npy_file_is_refused(npy, tmp_path, change, message):
     path = npy(train=np.arange(500, dtype=np.uint16))
     content = (tmp_path / "train.npy").read_bytes()
     (tmp_path / "train.npy").write_bytes(change(content))
@@ -183,7 +184,7 @@ def test_a_damaged_file(npy, tmp_path, change, message):
         named_sources.load(path, "train")
 
 
-def test_negative_tokens(npy):
+def test_negative_tokens_are_an_error(npy):
     source = named_sources.load(npy(train=np.array([3, 4, -1, 5], np.int32)), "train")
     with pytest.raises(DataError, match="token -1 at offset 2"):
         source.window(0, 3)

@@ -1,4 +1,4 @@
-"""Batches: which windows, in which order, from which step on."""
+"""Check which windows are in which batch, from any step on, on any number of hosts."""
 
 import itertools
 import time
@@ -17,7 +17,7 @@ T = 3
 
 
 def numbered(windows: int) -> TokenSource:
-    """A source whose window i is tokens 3 i, ..., 3 i + 3; some tokens more, which fill no window. BOS is token 5."""
+    """Return a source whose window i is tokens 3 i, ..., 3 i + 3, with one token more. BOS is token 5."""
     return TokenSource("numbers/train", np.arange(windows * T + 2, dtype=np.uint32), vocab_size=10**6, bos=5)
 
 
@@ -26,7 +26,7 @@ def train(windows, batch_size, seed=0, start=0):
 
 
 def rows(batches, count) -> list[int]:
-    """The windows of so many batches, in order."""
+    """Return the windows in the rows of ``count`` batches, in order."""
     found = []
     for batch in itertools.islice(batches, count):
         np.testing.assert_array_equal(batch["inputs"], batch["inputs"][:, :1] + np.arange(T))
@@ -36,7 +36,7 @@ def rows(batches, count) -> list[int]:
     return found
 
 
-def test_shapes_and_types():
+def test_batches_have_the_right_shapes_and_types():
     batch = next(train(7, 4))
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         "inputs": ((4, T), np.int32),
@@ -50,8 +50,8 @@ def test_shapes_and_types():
     windows=st.integers(1, 12), batch_size=st.integers(2, 5), seed=st.integers(0, 2**32 - 1), start=st.integers(1, 15)
 )
 @hypothesis.settings(max_examples=15)
-def test_epochs_follow_one_another_whole_and_any_step_can_be_the_first(windows, batch_size, seed, start):
-    """Also where the batch size does not divide the windows, or exceeds them."""
+def test_epochs_are_whole_and_any_step_can_be_the_first(windows, batch_size, seed, start):
+    """Check also batch sizes that do not divide the number of windows, or exceed it."""
     count = start + 3
     order = rows(train(windows, batch_size, seed), count)
     assert len(order) == count * batch_size
@@ -62,14 +62,14 @@ def test_epochs_follow_one_another_whole_and_any_step_can_be_the_first(windows, 
     assert rows(train(windows, batch_size, seed, start), 3) == order[start * batch_size :]
 
 
-def test_batches_of_one():
+def test_batches_of_one_row_follow_the_same_order():
     order = rows(train(5, 1, seed=3), 10)
     assert order == rows(train(5, 2, seed=3), 5)
     assert rows(train(5, 1, seed=3, start=4), 6) == order[4:]
 
 
-def test_a_late_start_is_as_quick_and_as_right_as_an_early_one():
-    """Step 10^6 of batches of 4 from 10 windows is the start of epoch 400 000; the two steps before it end an epoch."""
+def test_a_late_start_is_quick_and_exact():
+    """Start at step 10^6 of batches of 4 from 10 windows, which is the start of epoch 400 000."""
     begun = time.perf_counter()
     order = rows(train(10, 4, start=10**6 - 5), 10)
     assert time.perf_counter() - begun < 5
@@ -80,7 +80,7 @@ def test_a_late_start_is_as_quick_and_as_right_as_an_early_one():
 @pytest.mark.parametrize("k", range(2, 25))
 @pytest.mark.parametrize("seed", [0, 7])
 def test_windows_near_powers_of_two_are_read_once(k, seed):
-    """Where grain fails, the last index has the window of the first; others are sampled."""
+    """Check the first and the last index, which grain gives the same window where it fails, and a sample of others."""
     for windows in range((1 << k) - 2, (1 << k) + 4):
         order = pipeline._order(windows, seed)
         places = {0, 1, windows // 2, windows - 2, windows - 1, *range(0, windows, max(1, windows // 64))}
@@ -105,7 +105,7 @@ def test_every_epoch_has_its_own_order():
     assert tuple(range(20)) not in epochs
 
 
-def test_seeds_differ_and_repeat():
+def test_seeds_give_different_orders_that_repeat():
     orders = [tuple(rows(train(20, 5, seed), 4)) for seed in (0, 1, 2, 2**32 - 1)]
     assert len(set(orders)) == 4
     assert orders[1] == tuple(rows(train(20, 5, 1), 4))
@@ -119,7 +119,7 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 
 def on_hosts(hosts, steps, windows, batch_size, seed, start=0) -> list[dict[str, np.ndarray]]:
-    """The global batches: those of the hosts, one under the other."""
+    """Return the global batches: the rows of all hosts, in order."""
     of_each = [
         itertools.islice(
             pipeline.train_batches(
@@ -155,8 +155,8 @@ def assert_identical(actual, desired):
     parts=st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 3)), min_size=1, max_size=3),
 )
 @hypothesis.settings(max_examples=10)
-def test_any_hosts_and_any_stops_give_the_batches_of_one_host_never_stopped(windows, rows_per_host, seed, parts):
-    """``parts``: so many steps on so many hosts, then stopped, and resumed on others."""
+def test_batches_do_not_depend_on_hosts_or_interruptions(windows, rows_per_host, seed, parts):
+    """Run on some hosts for some steps, stop, and resume on others; ``parts`` lists hosts and steps."""
     batch_size = 8 * rows_per_host
     total = sum(steps for _, steps in parts)
     found = []
@@ -169,7 +169,7 @@ def test_hosts_agree_far_into_the_run():
     assert_identical(on_hosts(8, 2, 1000, 16, 3, start=10**6), on_hosts(1, 2, 1000, 16, 3, start=10**6))
 
 
-def test_rows_that_are_not_neighbours():
+def test_any_rows_of_a_batch_can_be_read():
     options = {"sequence_length": T, "batch_size": 6, "seed": 1, "start": 2}
     whole = next(pipeline.train_batches(numbered(30), **options))
     some = next(pipeline.train_batches(numbered(30), **options, rows=[1, 2, 5]))
@@ -177,7 +177,7 @@ def test_rows_that_are_not_neighbours():
 
 
 @pytest.mark.parametrize("rows", [[], [0, 8], [-1, 2]])
-def test_rows_that_cannot_be(rows):
+def test_rows_outside_the_batch_are_refused(rows):
     with pytest.raises(ValueError, match="expected some from 0 to below the batch size, 8"):
         pipeline.train_batches(numbered(9), sequence_length=T, batch_size=8, seed=0, rows=rows)
 
@@ -206,7 +206,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processe
     assert read == order.index(7)
 
 
-def test_nothing_to_read():
+def test_a_source_shorter_than_a_window_is_refused():
     empty = TokenSource("some/train", np.zeros(3, np.uint16), vocab_size=10, bos=None)
     with pytest.raises(DataError, match="some/train: 3 tokens do not fill a window of 3 and one more"):
         pipeline.train_batches(empty, sequence_length=3, batch_size=1, seed=0)
@@ -260,14 +260,14 @@ def test_evaluation_reads_distinct_windows_at_even_distances(windows, most, batc
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 5, 17, 257, 4097, 65535, 65536, 65537, 65538])
 def test_an_epoch_reads_every_window_once(windows):
-    """Also where grain's shuffle does not: 2^16 + 1."""
+    """Check also 2^16 + 1 windows, for which grain's shuffle reads one twice."""
     order = pipeline._order(windows, 3)
     for epoch in (0, 1) if windows < 5000 else (1,):
         read = sorted(order[epoch * windows + i] for i in range(windows))
         assert read == list(range(windows))
 
 
-def test_an_order_of_its_own_changes_with_seed_and_epoch():
+def test_the_order_that_replaces_grains_changes_with_seed_and_epoch():
     windows = 65537
     by_seed = [[pipeline._order(windows, seed)[i] for i in range(20)] for seed in (0, 1, 0)]
     assert by_seed[0] == by_seed[2] != by_seed[1]

@@ -1,4 +1,4 @@
-"""What an evaluation reads: every token of every sequence once, whatever the pieces and batches."""
+"""Check that an evaluation reads every token of every sequence once, for any pieces and batches."""
 
 import dataclasses
 
@@ -16,18 +16,18 @@ BOS = 99
 
 
 def a_source(lengths, known=True) -> TokenSource:
-    """Documents of so many tokens, BOS included; token i of document d is 100 (d + 1) + i."""
+    """Return documents of these lengths, BOS included; token i of document d is 100 (d + 1) + i."""
     tokens = [token for d, n in enumerate(lengths) for token in (BOS, *range(100 * d + 101, 100 * d + 100 + n))]
     starts = np.cumsum([0, *lengths[:-1]])
     return TokenSource("some/test", np.array(tokens, np.uint32), 10**6, BOS, starts if known else None)
 
 
 def read(source, wanted, piece_length=5, batch_size=2) -> list[dict[str, list[int]]]:
-    """The inputs, targets and masks of each sequence, put together from its pieces."""
+    """Return the inputs, targets and masks of each sequence, joined from its pieces."""
     found: list[dict[str, list[int]]] = []
     begins = True
     for piece in sequences.pieces(source, wanted, piece_length=piece_length, batch_size=batch_size):
-        assert piece.begins == begins  # after the last piece of a group, the first of the next
+        assert piece.begins == begins  # a new group begins after the last piece of a group
         begins = piece.ends
         if piece.begins:
             found += [{"inputs": [], "targets": [], "mask": []} for _ in range(piece.rows)]
@@ -39,7 +39,7 @@ def read(source, wanted, piece_length=5, batch_size=2) -> list[dict[str, list[in
     assert begins
     for spans, sequence in zip(wanted, found, strict=True):
         length = sequences.length(spans)
-        assert not any(sequence["mask"][length:])  # what is filled up stands behind
+        assert not any(sequence["mask"][length:])  # padding comes last
         for name in sequence:
             sequence[name] = sequence[name][:length]
         assert sequences.counted(source, spans).tolist() == [count > 0 for count in sequence["mask"]]
@@ -78,7 +78,7 @@ def test_chains_read_documents_one_after_another_and_count_what_documents_count(
     assert max(map(len, wanted)) - min(map(len, wanted)) <= 1
     whole = [(BOS, *range(100 * d + 101, 100 * d + 100 + n))[:length] for d, n in enumerate(lengths)]
     if len(whole[-1]) == lengths[-1]:
-        whole[-1] = whole[-1][:-1]  # the last token of all has no target
+        whole[-1] = whole[-1][:-1]  # the last token of the split has no target
     assert [token for chain in found for token in chain["inputs"]] == [
         token for document in whole for token in document
     ]
@@ -93,21 +93,21 @@ def test_chains_read_documents_one_after_another_and_count_what_documents_count(
 
 def test_windows_spread_over_the_split():
     source = a_source([400])
-    assert sequences.windows(source, 39, 4) == [(Span(s, s + 39, 39),) for s in (0, 78, 195, 273)]  # of 10
+    assert sequences.windows(source, 39, 4) == [(Span(s, s + 39, 39),) for s in (0, 78, 195, 273)]  # 4 of 10 windows
     assert len(sequences.windows(source, 39, 100)) == 10
     found = read(source, sequences.windows(source, 39, 4), piece_length=8, batch_size=3)
     assert found[1]["inputs"] == list(range(178, 178 + 39))
     assert found[1]["targets"] == list(range(179, 179 + 39))
 
 
-def test_the_last_target_is_of_the_same_document_also_where_no_token_begins_the_next():
+def test_the_last_target_is_of_the_same_document_also_without_bos():
     source = dataclasses.replace(a_source([5, 3, 7]), bos=None)
     found = read(source, sequences.documents(source, 100, 100), piece_length=4)
     assert [document["targets"][-1] for document in found] == [104, 202, 306]
     assert [len(document["targets"]) for document in found] == [4, 2, 6]
 
 
-def test_no_more_of_a_document_than_asked():
+def test_documents_are_cut_to_the_given_length():
     source = a_source([30, 5, 12])
     found = read(source, sequences.documents(source, 10, 100), piece_length=4)
     assert [len(document["inputs"]) for document in found] == [10, 4, 10]
@@ -125,13 +125,13 @@ def test_documents_without_anything_to_predict_are_left_out():
     assert sequences.documents(source, 100, 100) == [(Span(1, 7, 6),), (Span(8, 10, 2),), (Span(12, 20, 8),)]
 
 
-def test_documents_of_a_source_that_does_not_know_them():
+def test_a_source_that_knows_no_documents_is_refused():
     unknown = dataclasses.replace(a_source([5, 5], known=False), bos=None)
     with pytest.raises(ConfigError, match="some/test: does not say where documents begin; expected"):
         sequences.document_starts(unknown)
 
 
-def test_documents_are_found_across_the_blocks_in_which_they_are_looked_for(monkeypatch):
+def test_document_starts_are_found_in_every_block_of_the_search(monkeypatch):
     monkeypatch.setattr(sequences, "_SCANNED", 7)
     lengths = [5, 9, 2, 20, 3, 3]
     expected = np.cumsum([0, *lengths[:-1]]).tolist()

@@ -1,4 +1,4 @@
-"""Synthetic tasks: what a sequence is, who can solve it and who cannot, and that it is a source like any other."""
+"""Check random tokens and the sequences of tasks, and that both are sources like any other."""
 
 import itertools
 import pickle
@@ -17,7 +17,7 @@ TASKS = ("associative_recall", "selective_copying")
 
 @st.composite
 def drawn(draw, task):
-    """A source of the task, an index, and a length that its sequences fit."""
+    """Draw a source of the task, an index, and the length of its sequences."""
     items = draw(st.integers(1, 12))
     vocab_size = draw(st.integers(synthetic.TASKS[task].least_vocab_size(items), 80))
     length = draw(st.integers(synthetic.TASKS[task].least_length(items), 150))
@@ -27,7 +27,7 @@ def drawn(draw, task):
 
 
 def recall_by_lookup(tokens):
-    """Predictions of a program that reads from the left: the token that followed this one the last time."""
+    """Predict after each token the token that followed it the last time."""
     seen = {}
     for here, following in itertools.pairwise(tokens):
         yield seen.get(here)
@@ -35,16 +35,16 @@ def recall_by_lookup(tokens):
 
 
 def copy_by_counting(tokens):
-    """Predictions of a program that remembers what is neither noise nor marker, and tells it behind the marker."""
-    kept, told = [], None
+    """Remember tokens that are neither noise nor marker, and predict them in order after the marker."""
+    symbols, index = [], None
     for token in tokens[:-1]:
         if token == 1:
-            told = 0
-        elif told is None and token:
-            kept.append(token)
-        elif told is not None:
-            told += 1
-        yield kept[told] if told is not None else None
+            index = 0
+        elif index is None and token:
+            symbols.append(token)
+        elif index is not None:
+            index += 1
+        yield symbols[index] if index is not None else None
 
 
 @given(drawn("associative_recall"))
@@ -86,19 +86,19 @@ def test_copying_is_symbols_among_noise_then_the_same_in_order(given_source):
 
 
 @pytest.mark.parametrize(("task", "program"), [(TASKS[0], recall_by_lookup), (TASKS[1], copy_by_counting)])
-def test_a_program_with_a_memory_solves_it_and_none_without(task, program):
-    """The best guess at an answer from the token before it, and its place, is right once in as many as there are."""
+def test_only_a_program_with_a_memory_solves_a_task(task, program):
+    """Check that guessing an answer from the token before it is right about once in as many symbols as there are."""
     data = named_sources.load(f"{task}:6", "validation", vocab_size=33, sequence_length=60)
     right, seen, windows = 0, [], 500
     for index in range(windows):
         tokens, answers, _ = data.example(index)
-        told = list(program(tokens.tolist()))
-        right += sum(told[answer - 1] == tokens[answer] for answer in answers)
+        predicted = list(program(tokens.tolist()))
+        right += sum(predicted[answer - 1] == tokens[answer] for answer in answers)
         seen += [(tokens[answer - 1], tokens[answer]) for answer in answers]
     assert right == windows * 6
     kinds = 16 if task == "associative_recall" else 31
     before, answer = np.array(seen).T
-    best = sum(np.bincount(answer[before == token]).max() for token in np.unique(before))  # fitted, so a bit above it
+    best = sum(np.bincount(answer[before == token]).max() for token in np.unique(before))
     assert 1 / kinds <= best / len(answer) < 3 / kinds
 
 
@@ -118,8 +118,8 @@ def test_sequences_are_functions_of_their_index(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_row_of_sequences_in_which_answers_count(task):
-    """Windows, and pieces that begin and end anywhere, against a row that is joined here."""
+def test_windows_and_pieces_count_answers_only(task):
+    """Compare windows, and pieces that begin and end anywhere, with a row that is joined here."""
     data = named_sources.load(f"{task}:5", "train", vocab_size=64, sequence_length=40)
     examples = [data.example(index) for index in range(5)]
     row = np.concatenate([example.tokens for example in examples])
@@ -138,7 +138,7 @@ def test_a_row_of_sequences_in_which_answers_count(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_it_feeds_the_pipeline(task):
+def test_a_task_feeds_the_pipeline(task):
     config = config_lib.default()
     config.data.update(source=f"{task}:4", sequence_length=32)
     data = pickle.loads(pickle.dumps(named_sources.from_config(config, "train")))
@@ -149,7 +149,7 @@ def test_it_feeds_the_pipeline(task):
     later = next(pipeline.train_batches(data, **options, start=1))
     assert first["inputs"].shape == (3, 32)
     assert (first["mask"].sum(1) == 4).all()
-    assert first["inputs"].max() > 128  # all of the vocabulary, 257
+    assert first["inputs"].max() > 128  # the vocabulary of 257 is used
     for key in second:
         np.testing.assert_array_equal(second[key], later[key])
     assert (first["inputs"] != second["inputs"]).any()
@@ -169,7 +169,7 @@ def test_it_feeds_the_pipeline(task):
         ("associative_recal", 64, "no such folder; expected embedded, synthetic, associative_recall, selective"),
     ],
 )
-def test_what_there_is_not(location, vocab_size, message):
+def test_impossible_tasks_are_refused(location, vocab_size, message):
     with pytest.raises(ConfigError) as error:
         named_sources.load(location, "train", vocab_size=vocab_size)
     assert message in str(error.value)
@@ -177,3 +177,43 @@ def test_what_there_is_not(location, vocab_size, message):
 
 def test_tasks_are_known_to_need_no_files():
     assert set(TASKS) == set(synthetic.TASKS) < set(config_lib.GENERATED)
+
+
+# ---- Random tokens
+
+
+def splitmix64(state: int) -> int:
+    """Compute the finaliser in plain integers."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_random_tokens_are_hashes_of_their_indices():
+    source = named_sources.load("synthetic", "train", vocab_size=97)
+    start = 5 * 4096 - 3
+    expected = [1 if i % 4096 == 0 else splitmix64(i + (1 << 48)) % 97 for i in range(start, start + 50)]
+    assert source.tokens[start : start + 50].tolist() == expected
+
+
+def test_random_tokens_are_uniform_and_differ_between_splits():
+    found = {split: synthetic.random_source(split, 16).tokens[0:100_000] for split in ("train", "validation", "test")}
+    for tokens in found.values():
+        np.testing.assert_allclose(np.bincount(tokens, minlength=16) / 1e5, 1 / 16, rtol=0.06)
+    assert (found["train"] == found["validation"]).mean() < 0.08
+    assert (found["test"] == found["validation"]).mean() < 0.08
+
+
+def test_random_documents_begin_with_bos():
+    source = synthetic.random_source("train", 97)
+    assert len(source.documents) == len(source.tokens) // 4096
+    found = source.documents[2:5]
+    assert found.tolist() == [8192, 12288, 16384]
+    assert [int(source.tokens[start : start + 1][0]) for start in found.tolist()] == [synthetic.RANDOM_BOS] * 3
+
+
+def test_random_tokens_are_practically_endless():
+    source = named_sources.load("synthetic", "train")
+    assert source.windows(2048) > 10**8
+    last = source.windows(2048) - 1
+    assert source.window(last, 2048)["inputs"].shape == (2048,)

@@ -1,4 +1,4 @@
-"""Windows of a row of tokens."""
+"""Check the windows of a row of tokens."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_windows_hold_each_target_once(length):
     assert mask == [float(target != BOS) for target in TOKENS[1 : used + 1]]
 
 
-def test_one_window():
+def test_a_window_shifts_targets_and_masks_bos():
     window = of(TOKENS).window(1, 4)
     np.testing.assert_array_equal(window["inputs"], [9, 4, 5, 9])
     np.testing.assert_array_equal(window["targets"], [4, 5, 9, 9])
@@ -41,7 +41,7 @@ def test_one_window():
     }
 
 
-def test_the_fingerprint_tells_every_token():
+def test_the_fingerprint_depends_on_every_token():
     prints = {of(TOKENS).fingerprint()}
     for i in range(len(TOKENS)):
         changed = TOKENS.copy()
@@ -52,7 +52,7 @@ def test_the_fingerprint_tells_every_token():
     assert of(TOKENS.copy()).fingerprint() == of(TOKENS).fingerprint()
 
 
-def test_check():
+def test_check_refuses_small_vocabularies_and_short_sources():
     toy = of(TOKENS)
     token_source.check(toy, vocab_size=10, sequence_length=12)
     token_source.check(toy, vocab_size=11, sequence_length=4, windows=3)

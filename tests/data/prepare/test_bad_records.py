@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a file: which record, and what is said of it."""
+"""Check which record is reported for each fault that a file can have, and in which words."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ def table(**columns):
 
 
 def badly_encoded():
-    """A parquet file whose 301st text is not UTF-8, behind one whole batch."""
+    """Return a Parquet file whose 301st text, in the second batch, is not UTF-8."""
     values = [b"fine"] * 300 + [b"\xff\xfe"] + [b"fine"] * 9
     return table(text=pyarrow.array(values, pyarrow.binary()).view(pyarrow.string()))
 
@@ -92,7 +92,7 @@ TABLES = [
     (b"", [Problem(1, "not readable as Parquet: ")]),
     (b"junk and more of it", [Problem(1, "not readable as Parquet: ")]),
 ]  # fmt: skip
-# Cut so that the first line can be had, but not the second.
+# Cut such that the first line can be read, but not the second.
 LONG = corpus.jsonl(["a", "b" * 5000 + str(list(range(3000)))])
 ARRAY = json.dumps([{"text": "a"}, {"text": str(list(range(40_000)))}], indent=1).encode()
 CUT = "Compressed file ended before the end-of-stream marker was reached"
@@ -146,7 +146,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), TABLE, ids=[f"{i}-{x[0]}" for i, x in enumerate(TABLE)])
-def test_a_bad_file(tmp_path, name, content, expected):
+def test_bad_records_are_located_and_the_others_are_read(tmp_path, name, content, expected):
     file = corpus.input_file(tmp_path / name, content)
     for unit_bytes in (1 << 20, 1):
         actual = found(file, unit_bytes=unit_bytes)
@@ -159,8 +159,8 @@ def test_a_bad_file(tmp_path, name, content, expected):
         assert all("\n" not in what and "Traceback" not in what for what in whats)
 
 
-def test_what_of_a_parquet_file_cannot_be_decoded_begins_behind_what_can(tmp_path):
-    """Batches of 256 rows are decoded at a time."""
+def test_parquet_is_read_up_to_the_batch_that_cannot_be_decoded(tmp_path):
+    """Check that the records before the batch of 256 rows that cannot be decoded are read."""
     records = found(corpus.input_file(tmp_path / "a.parquet", badly_encoded()))
     assert records[:256] == [(i, "fine") for i in range(1, 257)]
     assert records[256].record <= 301
@@ -169,8 +169,8 @@ def test_what_of_a_parquet_file_cannot_be_decoded_begins_behind_what_can(tmp_pat
 
 @pytest.mark.parametrize("bytes_off", [200, 70_000])
 @pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz"])
-def test_a_broken_file_gives_the_same_records_from_wherever_reading_goes_on(tmp_path, kind, bytes_off):
-    """Read on anywhere, although what a decompressor gives before it fails depends on how much it is asked for."""
+def test_a_broken_file_gives_the_same_records_from_any_position(tmp_path, kind, bytes_off):
+    """Check any position. How much a decompressor returns before it fails depends on how much is asked for."""
     texts = [f"{i} {'abcdefgh'[i % 8] * (i % 71)} {i * 7919}" for i in range(4000)]
     lines = corpus.jsonl(texts)
     options = {zstd.CompressionParameter.checksum_flag: 1}
@@ -187,7 +187,7 @@ def test_a_broken_file_gives_the_same_records_from_wherever_reading_goes_on(tmp_
 
 
 def test_a_file_without_line_ends_is_not_read_into_memory(tmp_path, monkeypatch):
-    """At 64 bytes here instead of a GiB."""
+    """Check the bound with 64 bytes instead of a GiB."""
     monkeypatch.setattr(records, "_LONGEST_RECORD", 64)
     short = b'{"text": "' + b"x" * 40 + b'"}\n'
     file = corpus.input_file(tmp_path / "a.jsonl", short + b"x" * 65 + b"\n" + short)
@@ -197,7 +197,7 @@ def test_a_file_without_line_ends_is_not_read_into_memory(tmp_path, monkeypatch)
     assert found(corpus.input_file(tmp_path / "b.txt", b"x" * 63)) == [(1, "x" * 63)]
 
 
-def test_a_file_that_is_gone_is_not_a_problem_of_its_content(tmp_path):
+def test_a_missing_file_is_an_error_and_no_bad_record(tmp_path):
     for name in ("gone.jsonl", "gone.json", "gone.txt", "gone.parquet"):
         with pytest.raises(FileNotFoundError):
             found(InputFile("train", str(tmp_path / name), 1))

@@ -1,4 +1,4 @@
-"""Processes, and what becomes of them."""
+"""Check that worker processes give what this process gives, and that all of them end."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def units(file, unit_bytes=700):
 
 
 def alive(pid):
-    """Whether a process is there and no zombie."""
+    """Return whether a process runs and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -48,7 +48,7 @@ def children(pid):
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "the condition never became true"
         time.sleep(0.01)
 
 
@@ -58,7 +58,7 @@ def file(tmp_path):
 
 
 def test_parts_come_back_in_the_order_of_the_units_however_long_each_takes(file):
-    """With the work done by hand: the first of every three takes longest."""
+    """Check the order, and how many units are submitted at a time, with parts that are made by hand."""
     waiting, most, answered = [], [], []
 
     def submit(split, unit):
@@ -74,7 +74,7 @@ def test_parts_come_back_in_the_order_of_the_units_however_long_each_takes(file)
     given = units(file)
     found = list(engines._in_order(iter(given), submit, result, 2))
     assert found == [(unit, ("part of", unit)) for _, unit in given]
-    assert max(most) <= 5  # two each of two workers under way, and the one that is being put there
+    assert max(most) <= 5  # two for each of two workers, and the one that is being submitted
 
 
 def test_processes_give_what_this_process_gives(tmp_path, file):
@@ -93,7 +93,7 @@ def test_workers_end_with_the_work(file):
     before = set(children(os.getpid()))
     parts = [part for _, part in engines.processes(2)(JOB, units(file))]
     assert sum(len(piece.lengths) for part in parts for piece in part.pieces.values()) == len(TEXTS)
-    # The resource tracker of multiprocessing is one for the life of this process.
+    # The resource tracker of multiprocessing lives as long as this process.
     assert len(set(children(os.getpid())) - before) <= 1
 
 
@@ -107,8 +107,8 @@ def test_a_consumer_that_stops_early_stops_the_workers(file):
     assert len(set(children(os.getpid())) - before) <= 1
 
 
-def test_a_worker_that_is_killed_is_one_clear_line(file):
-    """As the kernel does where memory is short."""
+def test_a_killed_worker_is_one_clear_line(file):
+    """Kill a worker as the kernel does when memory runs out."""
     before = set(children(os.getpid()))
     running = engines.processes(1)(JOB, [*units(file)] * 50)
     next(running)
@@ -141,7 +141,7 @@ for _ in engines.processes(2)(Job(tokenizer.byte(), 256, 257), itertools.repeat(
 """
 
 
-def test_no_worker_stays_behind_a_parent_that_was_killed():
+def test_workers_end_when_their_parent_is_killed():
     command = [sys.executable, "-c", PARENT, str(Path(corpus.__file__).parents[2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "working\n"

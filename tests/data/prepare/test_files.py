@@ -1,4 +1,4 @@
-"""Check which files a path, glob, folder or URL names, and in which order."""
+"""Check which files a path, glob, folder or URL names, and that files are opened, hashed and decompressed."""
 
 import bz2
 import functools
@@ -28,7 +28,7 @@ READABLE = sorted(NAMES[:12])
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of i bytes each."""
+    """Make files; file i has i bytes."""
     for size, name in enumerate(NAMES):
         path = tmp_path / "text" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,17 +48,17 @@ def refused(*patterns):
     return message
 
 
-def test_a_folder_is_all_that_can_be_read_in_it_by_name_without_what_is_hidden(folder):
+def test_a_folder_stands_for_its_visible_files_of_known_kinds_by_name(folder):
     expected = [InputFile("train", str(folder / name), NAMES.index(name)) for name in READABLE]
     assert found(folder) == expected
     assert found(f"{folder}/") == expected
 
 
-def test_a_hidden_folder_that_is_named_is_meant(folder):
+def test_a_hidden_folder_can_be_named(folder):
     assert [file.location for file in found(folder / ".git")] == [str(folder / ".git/x.jsonl")]
 
 
-def test_kinds(folder):
+def test_kinds_follow_from_endings(folder):
     kinds = [files.InputFile("train", name, 0).kind for name in READABLE]
     assert kinds == [name.removesuffix(".zst").removesuffix(".gz").rsplit(".", 1)[1] for name in READABLE]
 
@@ -73,25 +73,25 @@ def test_a_glob_is_sorted_and_patterns_keep_their_order(folder):
     assert names("s*/z.jsonl", "b.jsonl", "b.jsonl") == ["sub/z.jsonl", "b.jsonl", "b.jsonl"]
 
 
-def test_the_content_of_a_file_and_its_split(folder):
+def test_a_file_has_its_split_and_opens_without_decompression(folder):
     (file,) = listing.find("validation", [str(folder / "d.jsonl.gz")])
     assert (file.split, file.size, file.kind) == ("validation", 3, "jsonl")
     with file.open() as raw:
         assert raw.read() == b"xxx"
 
 
-def test_a_path_below_the_working_directory(folder, monkeypatch):
+def test_a_relative_path_starts_at_the_working_directory(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert found("b.jsonl") == [InputFile("train", str(folder / "b.jsonl"), 0)]
 
 
-def test_a_name_with_brackets_that_is_there_is_a_file_and_no_glob(folder):
+def test_an_existing_file_whose_name_has_brackets_is_no_glob(folder):
     path = folder / "part[1].jsonl"
     path.write_bytes(b"1")
     assert found(path) == [InputFile("train", str(path), 1)]
 
 
-def test_urls_of_memory():
+def test_memory_urls_are_read():
     memory = fsspec.filesystem("memory")
     for size, name in enumerate(NAMES):
         memory.pipe(f"/of-files/{name}", b"y" * size)
@@ -107,14 +107,14 @@ def test_urls_of_memory():
     assert refused("memory://nowhere/a.jsonl").startswith("--train memory://nowhere/a.jsonl: no such file")
 
 
-def test_urls_of_files(folder):
+def test_file_urls_are_read(folder):
     assert [file.size for file in found(f"file://{folder}")] == [NAMES.index(name) for name in READABLE]
     (file,) = found(f"file://{folder}/sub/*.jsonl")
     assert (file.location, file.size) == (f"file://{folder}/sub/z.jsonl", 10)
 
 
-def test_urls_of_the_web(folder):
-    """A real server on this machine."""
+def test_http_urls_are_read(folder):
+    """Read from an HTTP server on this machine."""
     (folder / "c.jsonl.zst").write_bytes(b"0123456789")
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
@@ -130,10 +130,10 @@ def test_urls_of_the_web(folder):
         finally:
             server.shutdown()
             thread.join()
-    assert refused(f"{url}/c.jsonl.zst").startswith(f"--train {url}/c.jsonl.zst: ")  # nobody listens any more
+    assert refused(f"{url}/c.jsonl.zst").startswith(f"--train {url}/c.jsonl.zst: ")  # the server is gone
 
 
-def test_what_is_not_there(folder):
+def test_missing_files_are_refused(folder):
     for name in ("gone.jsonl", "gone*.jsonl", "gone", "a.txt/a.txt"):
         path = folder / name
         assert refused(folder, path) == f"--train {path}: no such file; expected files named {EXPECTED}"
@@ -142,18 +142,18 @@ def test_what_is_not_there(folder):
 
 
 @pytest.mark.parametrize("name", ["notes.md", "k.parquet.gz", "l.zst", "m.jsonl.lz4", "jsonl", "*.md"])
-def test_what_cannot_be_read_by_its_name(folder, name):
+def test_unknown_endings_are_refused(folder, name):
     place = folder / name.replace("*", "notes")
     assert refused(folder / name) == f"--train {place}: cannot be read; expected a name that ends in {EXPECTED}"
 
 
-def test_a_protocol_that_nobody_knows():
+def test_an_unknown_protocol_is_refused():
     assert refused("nofs://a/b.jsonl") == "--train nofs://a/b.jsonl: Protocol not known: nofs"
     with pytest.raises(ConfigError, match=r"^--tokenizer nofs://a/tokenizer\.json: Protocol not known: nofs$"):
         files.read("nofs://a/tokenizer.json", "--tokenizer")
 
 
-def test_a_small_file_that_is_not_there_or_none(tmp_path):
+def test_reading_a_missing_file_or_a_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         files.read(str(tmp_path / "gone"), "--tokenizer")
     assert str(caught.value) == f"--tokenizer {tmp_path}/gone: no such file"
@@ -162,11 +162,11 @@ def test_a_small_file_that_is_not_there_or_none(tmp_path):
     assert str(caught.value) == f"--tokenizer {tmp_path}: Is a directory"
 
 
-# ---- Contents
+# ---- Digests
 
 
-def test_the_content_of_files_is_their_hash(folder):
-    """Hash the bytes of the file, compressed or not; its name, time and size say nothing."""
+def test_the_digest_is_the_hash_of_the_file(folder):
+    """Check that the hash is of the bytes of the file, compressed or not."""
     contents = {file.location.removeprefix(f"{folder}/"): file.digest for file in files.with_digests(found(folder))}
     assert list(contents) == READABLE
     for name, content in contents.items():
@@ -175,7 +175,7 @@ def test_the_content_of_files_is_their_hash(folder):
     assert files.with_digests(known) == known
 
 
-def test_the_checksum_of_a_bucket_is_the_content(monkeypatch):
+def test_the_digest_is_the_checksum_of_the_bucket(monkeypatch):
     memory = fsspec.filesystem("memory")
     memory.pipe("/of-contents/a.jsonl", b"y")
     (file,) = found("memory://of-contents/a.jsonl")
@@ -184,7 +184,7 @@ def test_the_checksum_of_a_bucket_is_the_content(monkeypatch):
     assert files.with_digests([file])[0].digest == "md5Hash:mO8Q="
 
 
-def test_a_file_that_is_gone_when_it_is_hashed(folder):
+def test_a_file_that_is_gone_when_it_is_hashed_is_refused(folder):
     listed = found(folder)
     (folder / "b.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"^--train .*/b\.jsonl: no such file$"):
@@ -218,7 +218,7 @@ def opened(packed, ending):
 
 
 @pytest.mark.parametrize("ending", files.COMPRESSIONS)
-def test_streams_one_after_another_are_one_and_every_place_can_be_gone_to(ending):
+def test_consecutive_streams_are_one_seekable_stream(ending):
     packed = b"".join(PACK[ending](CONTENT[i : i + 3000]) for i in range(0, len(CONTENT), 3000))
     stream = opened(packed, ending)
     assert stream.read() == CONTENT
@@ -229,8 +229,8 @@ def test_streams_one_after_another_are_one_and_every_place_can_be_gone_to(ending
 
 
 @pytest.mark.parametrize("ending", files.COMPRESSIONS)
-def test_no_part_of_two_streams_is_taken_for_the_whole(ending):
-    """Cut anywhere but behind the first, or a bit wrong where the second begins."""
+def test_a_part_of_two_streams_is_an_error(ending):
+    """Cut the file anywhere but after the first stream, or change a bit where the second begins."""
     one, two = PACK[ending](b"first"), PACK[ending](b"second")
     assert opened(one + two, ending).read() == b"firstsecond"
     for length in set(range(1, len(one + two))) - {len(one)}:
@@ -242,11 +242,11 @@ def test_no_part_of_two_streams_is_taken_for_the_whole(ending):
         opened(bytes(wrong), ending).read()
 
 
-def test_what_is_not_compressed_is_as_it_is():
+def test_an_uncompressed_file_is_unchanged():
     assert opened(CONTENT, "").read() == CONTENT
 
 
-def test_errors_of_the_disk_are_no_damage(monkeypatch):
+def test_disk_errors_are_not_taken_for_damage(monkeypatch):
     class Failing(io.BytesIO):
         def read(self, size=-1):
             raise OSError(5, "Input/output error")

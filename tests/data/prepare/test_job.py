@@ -1,4 +1,4 @@
-"""Check what becomes of one unit: documents to tokens, and to splits by their hash."""
+"""Check the tokens of one unit, and the splits of its documents."""
 
 import hashlib
 import pickle
@@ -30,7 +30,7 @@ def of_size(vocab_size):
 
 
 def split_by_hand(text, seed, validation, test):
-    """The rule as dataset.json tells it: blake2b-64 of the text, salted with the seed."""
+    """Return the split by the rule in dataset.json: blake2b-64 of the text, salted with the seed."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(16, "big")).digest()
     place = int.from_bytes(digest, "big") / 2**64
     return "validation" if place < validation else "test" if place < validation + test else "train"
@@ -68,7 +68,7 @@ def test_unknown_tokens_are_counted_by_split():
 
 
 def test_documents_without_tokens_are_counted_by_split():
-    """Empty ones, and those of which the tokenizer keeps nothing."""
+    """Count empty documents, and documents of which the tokenizer keeps nothing."""
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, 2)
@@ -78,7 +78,7 @@ def test_documents_without_tokens_are_counted_by_split():
     assert (piece.tokens.tolist(), piece.lengths.tolist(), piece.empty) == ([32], [0, 0, 1], 2)
 
 
-def test_problems_are_told_in_order_beside_what_could_be_read():
+def test_problems_come_in_order_beside_the_readable_records():
     part = job_lib.tokenize(Job(BYTE, None, None), "train", unit(["a", None, "b", 5], Problem(5, "broken")))
     assert part.pieces["train"].tokens.tolist() == [97, 98]
     assert [problem.record for problem in part.problems] == [2, 4, 5]
@@ -86,7 +86,7 @@ def test_problems_are_told_in_order_beside_what_could_be_read():
     assert job_lib.tokenize(Job(BYTE, None, None), "train", unit([])) == ({}, [])
 
 
-def test_a_text_that_the_tokenizer_cannot_take_is_a_problem_of_its_record():
+def test_a_text_that_the_tokenizer_refuses_is_a_bad_record():
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}))  # without a token for unknown words
     job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, None)
     part = job_lib.tokenize(job, "train", unit(["a", "b", "a"]))
@@ -95,8 +95,8 @@ def test_a_text_that_the_tokenizer_cannot_take_is_a_problem_of_its_record():
     assert problem == Problem(2, "the tokenizer failed: word 'b' has no token")
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_no_problem_of_a_record():
-    """Raise, as on a machine without its library: leaving out records would leave out all that come to this machine."""
+def test_a_tokenizer_that_cannot_be_loaded_is_an_error():
+    """Raise for a missing library: skipping records would skip all that come to the machine without it."""
     job = Job(tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None), None, None)
     with pytest.raises(ConfigError, match=r"^tokenizer.json: not a Hugging Face tokenizer"):
         job_lib.tokenize(job, "train", unit(["a", "b"]))
@@ -116,7 +116,7 @@ def test_tokens_take_two_bytes_as_long_as_all_fit(vocab_size, dtype):
     validation=st.floats(0, 0.5),
     test=st.floats(0, 0.4),
 )
-def test_a_document_goes_where_its_hash_says_whatever_is_around_it(texts, seed, validation, test):
+def test_the_split_of_a_document_depends_on_its_hash_alone(texts, seed, validation, test):
     job = Job(BYTE, 256, None, validation_fraction=validation, test_fraction=test, split_seed=seed)
     expected: dict[str, list[str]] = {}
     for text in texts:
@@ -129,7 +129,7 @@ def test_a_document_goes_where_its_hash_says_whatever_is_around_it(texts, seed, 
         assert found == expected
 
 
-def test_fractions_are_about_what_was_asked_for():
+def test_splits_have_about_the_given_fractions():
     texts = [f"document {i}" for i in range(20_000)]
     job = Job(BYTE, None, None, validation_fraction=0.1, test_fraction=0.05, split_seed=1)
     part = job_lib.tokenize(job, "train", unit(texts))
@@ -161,7 +161,7 @@ def test_only_train_files_are_split():
     assert {whole.split_of("train", text.encode()) for text in corpus.documents(50)} == {"train"}
 
 
-def test_a_job_is_sent_without_its_loaded_tokenizer_and_does_the_same():
+def test_a_pickled_job_lacks_its_loaded_tokenizer_and_does_the_same():
     job = Job(BYTE, 256, 257, validation_fraction=0.25, split_seed=3)
     before = len(pickle.dumps(job))
     expected = job_lib.tokenize(job, "train", unit(corpus.documents(30)))

@@ -1,4 +1,4 @@
-"""JSON arrays and values one after another: what is no JSON costs no more than it must, and its place is told."""
+"""Check that a syntax error in a JSON file is located and costs as few values as possible."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from ttt_jax.data.prepare.json_values import Malformed, RestError
 
 
 def read(content, block=1 << 16):
-    """All values, and what is wrong with the rest."""
+    """Return all values, and the error of the rest if it cannot be read."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_values, "_BLOCK", block)
@@ -48,7 +48,7 @@ TABLE = [
     ("[1,, 2,]", [1, bad("no value before ','", 1, 4), 2, bad("no value before ']'", 1, 8)]),
     ('[{"a": 1} {"a": 2}]', [{"a": 1}, bad("expected ',' or ']', found '{'", 1, 11), {"a": 2}]),
     ('{"a": 1} {"a" 2} {"a": 3}', [{"a": 1}, bad(COLON, 1, 15, (1, 17)), {"a": 3}]),
-    # Where the end of what is wrong cannot be told, it is all the rest.
+    # If the end of a bad value is unknown, the rest of the file is left out.
     ('[1, {"a": "b}, 3]', [1, "Unterminated string starting at: line 1 column 11"]),
     ("[1, {", [1, f"{NAME}: line 1 column 6"]),
     ("[1, 2", [1, 2, "the array does not end: line 1 column 6"]),
@@ -65,19 +65,19 @@ TABLE = [
 
 @pytest.mark.parametrize(("content", "expected"), TABLE)
 @pytest.mark.parametrize("block", [1, 3, 1 << 16])
-def test_what_is_wrong_is_told_with_its_place_and_the_others_are_read(content, expected, block):
+def test_bad_values_are_located_and_the_others_are_read(content, expected, block):
     assert read(content, block) == expected
 
 
 @hypothesis.given(st.lists(RECORDS, max_size=6), st.sampled_from([None, 2]), st.integers(1, 50))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_what_is_json_is_what_the_library_reads(values, indent, block):
+def test_valid_json_is_read_as_the_library_reads_it(values, indent, block):
     assert read(json.dumps(values, indent=indent), block) == values
     assert read(" ".join(json.dumps(value, indent=indent) for value in values), block) == values
 
 
-def test_a_break_costs_one_value_wherever_it_is():
-    """Any character of one record replaced by a quote or a bracket: none of the others turns into another text."""
+def test_a_syntax_error_costs_one_value_wherever_it_is():
+    """Replace any character of one record by a quote or a bracket: no other record changes its text."""
     texts = [f"t{i}, {{" for i in range(5)]
     content = json.dumps([{"text": text, "meta": {"n": [1, 2]}} for text in texts], indent=1)
     begin, end = content.index('{\n  "text": "t2'), content.index('{\n  "text": "t3')
@@ -89,14 +89,14 @@ def test_a_break_costs_one_value_wherever_it_is():
             assert found[:2] == texts[:2]
             assert {text for text in found[2:] if text not in texts} <= {found[2]} if len(found) > 2 else True
             whole += found[-2:] == texts[3:]
-    assert whole == 240  # of 490; where a bracket does not close, what is behind it is told to be left out
+    assert whole == 240  # of 490; if a bracket does not close, the rest is left out
 
 
 def test_integers_of_any_length_are_numbers():
     assert read(f'[{{"n": {"7" * 5000}}}, {"7" * 5000}, 3]') == [{"n": math.inf}, math.inf, 3]
 
 
-def test_a_value_that_does_not_end_is_not_held_without_bound(monkeypatch):
+def test_a_value_without_an_end_is_read_up_to_a_bound(monkeypatch):
     monkeypatch.setattr(json_values, "_LONGEST", 500)
     content = json.dumps([1, "x" * 400, "y" * 2000, 3])
     assert read(content, 64)[:2] == [1, "x" * 400]

@@ -1,4 +1,4 @@
-"""Which files are input: links, globs, what cannot be read, files with several names, and datasets of tokens."""
+"""Check which files are listed: links, globs, unknown kinds, files with several names, and datasets of tokens."""
 
 import os
 
@@ -22,7 +22,7 @@ def here(tmp_path, monkeypatch):
 
 
 def put(*names):
-    """Files of a byte each."""
+    """Write files of one byte each."""
     for name in names:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         with open(name, "wb") as file:
@@ -65,7 +65,7 @@ def test_a_folder_keeps_its_own_name_whatever_links_lead_to_it(here, capsys):
         assert capsys.readouterr().err.startswith(f"{here}/in/b/link: left out; it leads to ")
 
 
-def test_a_link_to_nowhere_is_named(here):
+def test_a_broken_link_is_named(here):
     put("in/a.jsonl")
     os.symlink("nowhere.jsonl", "in/x.jsonl")
     for pattern in ("in", "in/*", "in/**/*.jsonl", "in/x.jsonl"):
@@ -93,7 +93,7 @@ def test_a_pipe_is_refused(here):
 # ---- One file with several names
 
 
-def test_a_file_counts_once_whatever_its_names(here, capsys):
+def test_a_file_with_several_names_is_listed_once(here, capsys):
     put("in/a.jsonl", "in/c.jsonl")
     os.symlink("a.jsonl", "in/b.jsonl")
     os.link("in/c.jsonl", "in/d.jsonl")
@@ -118,7 +118,7 @@ def test_a_file_in_two_splits_is_refused_whatever_its_names(here, link):
     assert str(caught.value) == f"--validation {here}/v.jsonl: is in --train already"
 
 
-def test_copies_are_files_of_their_own_and_named(here, capsys):
+def test_copies_are_listed_and_reported(here, capsys):
     put("a.jsonl", "b.jsonl", "c.jsonl", "v.jsonl")
     (here / "c.jsonl").write_bytes(b"other")
     listed = listing.without_duplicates(
@@ -135,10 +135,10 @@ def test_copies_are_files_of_their_own_and_named(here, capsys):
     assert capsys.readouterr().err == ""
 
 
-# ---- What is not read
+# ---- Files that are not read
 
 
-def test_what_cannot_be_read_is_counted_and_named(here, capsys):
+def test_files_of_unknown_kinds_are_counted_and_named(here, capsys):
     put("in/a.jsonl", *(f"in/{i}.lz4" for i in range(7)), "in/.h.jsonl", "in/sub/b.txt")
     assert found("in") == ["in/a.jsonl", "in/sub/b.txt"]
     assert capsys.readouterr().err == (
@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_counted_and_named(here, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_that_can_be_read_is_refused_by_name(here):
+def test_patterns_without_a_readable_file_are_refused(here):
     put("in/a.lz4", "in/b.md", "deep/er/a.txt")
     what = "nothing that can be read (2 files, hidden or with unknown endings: a.lz4, b.md)"
     for pattern in ("in", "in/*", "in/**"):
@@ -166,13 +166,13 @@ def test_nothing_that_can_be_read_is_refused_by_name(here):
     assert refused("in/*.txt") == f"--train in/*.txt: no such file; expected files named {EXPECTED}"
 
 
-def test_an_empty_name_is_not_the_working_directory(here):
+def test_an_empty_pattern_is_refused(here):
     put("a.jsonl")
     assert refused("a.jsonl", "") == "--train: an empty name; expected a path, a folder, a glob or a URL"
 
 
 @pytest.mark.parametrize("name", ["part[1]", "~", "~user", "a b", "$HOME", "a::b", "{x}", "what?", "*", "ünï"])
-def test_names_that_look_like_something_else_are_names(here, name):
+def test_names_that_look_like_globs_or_variables_are_names(here, name):
     put(f"{name}/{name}.jsonl", "p/part1.jsonl")
     expected = [f"{name}/{name}.jsonl"]
     for pattern in (name, f"{name}/{name}.jsonl", f"{name}/*.jsonl", f"{name}/**/*.jsonl", f"{here}/{name}"):
@@ -218,7 +218,7 @@ def test_every_dataset_among_the_input_is_left_out_and_named(here, capsys):
     assert refused("in/tok") == f"--train in/tok: holds tokens; expected files of text, named {EXPECTED}"
 
 
-def test_datasets_of_other_places_are_left_out_too(capsys):
+def test_datasets_on_other_file_systems_are_left_out(capsys):
     memory = fsspec.filesystem("memory")
     for name in ("a.jsonl", "tok/problems.jsonl", "old/problems.jsonl", "tok/running.json"):
         memory.pipe(f"/of-listing/{name}", b"x")

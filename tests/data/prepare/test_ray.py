@@ -1,4 +1,4 @@
-"""Tokenizing on a Ray cluster: a real one of two nodes, on this machine."""
+"""Tokenize on a Ray cluster of two nodes on this machine."""
 
 import logging
 import subprocess
@@ -23,7 +23,7 @@ TEXTS = corpus.documents(80)
 
 @pytest.fixture(scope="module")
 def cluster():
-    """The address of a cluster of two nodes with a CPU each."""
+    """Start a cluster of two nodes with one CPU each, and return its address."""
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -38,14 +38,14 @@ def file(tmp_path):
     return corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(TEXTS) + b"junk\n" + corpus.jsonl(TEXTS[:9]))
 
 
-def test_a_cluster(tmp_path, cluster, file, capsys):
-    """All that needs one, in one test, so that it is started once also where tests run in several processes."""
-    it_writes_what_this_process_writes(tmp_path, cluster, file)
-    the_command_on_it_goes_on_without_it(tmp_path, cluster, file, capsys)
-    a_tokenizer_that_it_cannot_load_is_one_clear_line(cluster)
+def test_a_cluster_tokenizes(tmp_path, cluster, file, capsys):
+    """Check everything that needs a cluster, in one test, so that it starts once if tests run in several processes."""
+    check_the_dataset_equals_that_of_this_process(tmp_path, cluster, file)
+    check_a_command_continues_without_the_cluster(tmp_path, cluster, file, capsys)
+    check_a_tokenizer_that_cannot_be_loaded_is_one_clear_line(cluster)
 
 
-def it_writes_what_this_process_writes(tmp_path, cluster, file):
+def check_the_dataset_equals_that_of_this_process(tmp_path, cluster, file):
     job = Job(tokenizer.byte(), 256, 257, validation_fraction=0.3)
     options = {"shard": 512, "chunk": 64, "unit_bytes": 500, "skip_problems": True}
     tokenize([file], job, Store(tmp_path / "ray"), engines.ray(cluster), **options)
@@ -54,8 +54,8 @@ def it_writes_what_this_process_writes(tmp_path, cluster, file):
     assert not ray.is_initialized()
 
 
-def the_command_on_it_goes_on_without_it(tmp_path, cluster, file, capsys):
-    """Stopped at a bad record on the cluster, it goes on here."""
+def check_a_command_continues_without_the_cluster(tmp_path, cluster, file, capsys):
+    """Stop at a bad record on the cluster, and continue in this process."""
     command = ["tokenize", "--train", file.location, "--tokenizer", "byte", "--output", str(tmp_path / "out")]
     assert cli.main([*command, "--engine", "ray", "--ray-address", cluster]) == 1
     assert capsys.readouterr().err.startswith(f"ttt tokenize: {file.location}, record 81: not JSON: ")
@@ -64,7 +64,7 @@ def the_command_on_it_goes_on_without_it(tmp_path, cluster, file, capsys):
     assert corpus.stored(tmp_path / "out/train").tolist() == expected
 
 
-def a_tokenizer_that_it_cannot_load_is_one_clear_line(cluster):
+def check_a_tokenizer_that_cannot_be_loaded_is_one_clear_line(cluster):
     broken = tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None)
     unit = engines.Unit("values", ["a"], 1, None, None)
     with pytest.raises(DataError) as caught:
@@ -76,8 +76,8 @@ def a_tokenizer_that_it_cannot_load_is_one_clear_line(cluster):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
-def test_an_address_of_no_cluster_is_one_clear_line_and_soon(file, tmp_path, address):
-    """In a process of its own, as Ray may end the one that it is in."""
+def test_an_address_without_a_cluster_is_refused_within_seconds(file, tmp_path, address):
+    """Run in another process, as Ray may end the process that it runs in."""
     command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", file.location, "--tokenizer", "byte"]
     command += ["--output", str(tmp_path / "out"), "--engine", "ray", "--ray-address", address]
     root = Path(corpus.__file__).parents[2]

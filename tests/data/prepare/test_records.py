@@ -1,4 +1,4 @@
-"""From files to records: every format, every place to stop and go on, and everything that can be wrong with a file."""
+"""Check the records of every format, in units of any size, resumed after any unit."""
 
 import bz2
 import gzip
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 
 def read(files, start=START, unit_bytes=1 << 20, text_key="text"):
-    """What each unit holds, and the position behind it."""
+    """Return the records of each unit, and the position after it."""
     units = list(records.units(files, start, unit_bytes, text_key))
     return [(list(records.texts(unit, text_key)), unit.end) for _, unit, _ in units]
 
@@ -75,7 +75,7 @@ def found(*arguments, **options):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_is_its_records_in_order_with_their_numbers_from_one(tmp_path, name):
+def test_records_come_in_order_numbered_from_one(tmp_path, name):
     texts = corpus.documents(600 if name == "batches.parquet" else 40)
     file = corpus.input_file(tmp_path / name, FORMATS[name](texts))
     assert found([file]) == list(enumerate(texts, 1))
@@ -88,8 +88,8 @@ def test_a_file_is_its_records_in_order_with_their_numbers_from_one(tmp_path, na
     other=st.integers(1, 400),
 )
 @hypothesis.settings(max_examples=12)
-def test_units_of_any_size_resumed_behind_any_of_them_are_the_same_records(folder, name, texts, unit_bytes, other):
-    """Of two files and the position in both."""
+def test_reading_resumes_after_any_unit_of_any_size(folder, name, texts, unit_bytes, other):
+    """Resume in both of two files."""
     files = [corpus.input_file(folder / f"{i}-{name}", FORMATS[name](texts)) for i in range(2)]
     expected = 2 * list(enumerate(texts, 1))
     units = read(files, unit_bytes=unit_bytes)
@@ -101,8 +101,8 @@ def test_units_of_any_size_resumed_behind_any_of_them_are_the_same_records(folde
     assert units[-1][1] == Position(2)
 
 
-def test_parquet_is_resumed_in_any_batch_of_any_group(tmp_path):
-    """Groups of 600 rows are decoded 256 rows at a time."""
+def test_parquet_resumes_in_any_batch_of_any_group(tmp_path):
+    """Resume inside groups of 600 rows, which are decoded 256 rows at a time."""
     texts = [f"text {i}" for i in range(1500)]
     file = corpus.input_file(tmp_path / "a.parquet", corpus.parquet_file(texts, 600))
     units = read([file], unit_bytes=400)
@@ -113,7 +113,7 @@ def test_parquet_is_resumed_in_any_batch_of_any_group(tmp_path):
         assert before + found([file], start=end) == list(enumerate(texts, 1))
 
 
-def test_a_unit_is_the_fewest_lines_that_have_so_many_bytes(tmp_path):
+def test_a_unit_is_as_few_lines_as_have_unit_bytes(tmp_path):
     content = corpus.jsonl(corpus.documents(50))
     file = corpus.input_file(tmp_path / "a.jsonl", content)
     units = [(unit, read) for _, unit, read in records.units([file], Position(), 700, "text")]
@@ -126,7 +126,7 @@ def test_a_unit_is_the_fewest_lines_that_have_so_many_bytes(tmp_path):
     assert units[-1][1] == len(content)
 
 
-def test_values_are_cut_into_units_too(tmp_path):
+def test_values_are_cut_into_units(tmp_path):
     texts = ["0123456789"] * 20
     for name in ("array.json", "groups.parquet"):
         file = corpus.input_file(tmp_path / name, FORMATS[name](texts))
@@ -137,7 +137,7 @@ def test_values_are_cut_into_units_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "pack"), [("a.txt", bytes), ("a.txt.zst", zstd.compress), ("a.txt.gz", gzip.compress)]
 )
-def test_a_txt_is_one_document_whatever_is_in_it(tmp_path, name, pack):
+def test_a_txt_file_is_one_document(tmp_path, name, pack):
     text = '  {"text": "a"}\r\n\n\x00 straße 🦉 \n'
     for mark in (b"", BOM):
         files = [corpus.input_file(tmp_path / name, pack(mark + text.encode()))] * 2
@@ -145,7 +145,7 @@ def test_a_txt_is_one_document_whatever_is_in_it(tmp_path, name, pack):
         assert found(files, start=read(files)[0][1]) == [(1, text)]
 
 
-def test_another_key_than_text(tmp_path):
+def test_another_text_key_is_read(tmp_path):
     texts = corpus.documents(9)
     lines = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(texts, "content", text="no"))
     array = corpus.input_file(tmp_path / "a.json", json.dumps([{"content": t, "text": 0} for t in texts]).encode())
@@ -161,7 +161,7 @@ def test_blank_lines_count_but_are_no_records(tmp_path):
         assert found([file], unit_bytes=unit_bytes) == [(3, "a"), (6, "")]
 
 
-def test_a_mark_is_only_one_at_the_beginning_of_a_file(tmp_path):
+def test_a_byte_order_mark_is_skipped_only_at_the_beginning(tmp_path):
     mark = BOM.decode()
     file = corpus.input_file(tmp_path / "a.jsonl", BOM + corpus.jsonl([f"{mark}a", "b"]))
     assert found([file]) == [(1, f"{mark}a"), (2, "b")]
@@ -171,15 +171,15 @@ def test_a_mark_is_only_one_at_the_beginning_of_a_file(tmp_path):
     assert (second.record, second.what[:8]) == (2, "not JSON")
 
 
-def test_all_string_types_of_parquet(tmp_path):
+def test_all_string_types_of_parquet_are_read(tmp_path):
     texts = corpus.documents(12)
     for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
         file = corpus.input_file(tmp_path / "a.parquet", corpus.parquet_file(texts, type=kind))
         assert found([file], unit_bytes=50) == list(enumerate(texts, 1))
 
 
-def test_an_array_takes_what_json_lines_take(tmp_path):
-    """Values that strict JSON lacks, in keys that nobody asked for, cost no record."""
+def test_an_array_accepts_what_json_lines_accept(tmp_path):
+    """Check that values that strict JSON lacks, under keys that are not read, cost no record."""
     rows = [
         '"a": NaN',
         '"a": -Infinity',

@@ -1,4 +1,4 @@
-"""A folder is gone on with, or taken for done, for files of the same content alone; never by name and size."""
+"""Check that a command continues or accepts a folder only for files of the same content."""
 
 import gzip
 import json
@@ -38,8 +38,8 @@ def refused(folder, files, **options):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_content_of_the_same_name_and_size(memory_path, finished):
-    """Of the second of three files, all of which, or the first two of which, are in the dataset."""
+def test_other_content_of_the_same_name_and_size_is_refused(memory_path, finished):
+    """Change the second of three files; the dataset holds all of them, or the first two."""
     files = [corpus.input_file(memory_path / f"{i}.jsonl", corpus.jsonl(TEXTS)) for i in range(3)]
     if finished:
         run(memory_path / "out", files)
@@ -58,8 +58,8 @@ def test_another_content_of_the_same_name_and_size(memory_path, finished):
     assert [content.partition(":")[0] for content in about["contents"]] == 3 * ["sha256"]
 
 
-def test_files_that_have_changed_since_the_dataset_was_finished_are_told(tmp_path):
-    """One that has grown, one that is new, one that is gone, and one of another name."""
+def test_files_that_changed_after_the_dataset_was_finished_are_refused(tmp_path):
+    """Check a file that has grown, a new file, a missing file, and a file of another name."""
     a = corpus.input_file(tmp_path / "a.txt", b"abc")
     b = corpus.input_file(tmp_path / "b.txt", b"x")
     run(tmp_path / "out", [a])
@@ -74,8 +74,8 @@ def test_files_that_have_changed_since_the_dataset_was_finished_are_told(tmp_pat
     assert refused(tmp_path / "two", [grown]).endswith(f"(file 2: --train b.txt there, none here){end}")
 
 
-def test_a_file_that_grows_while_it_is_read_is_told_and_read_to_its_end_the_next_time(memory_path):
-    """What is behind the end that its hash was taken of is not in the dataset under that hash."""
+def test_a_file_that_grows_while_it_is_read_stops_the_run_until_the_next_command(memory_path):
+    """Check that text after the part that was hashed is not written under that hash."""
     path = memory_path / "a.jsonl"
     old = corpus.input_file(path, corpus.jsonl(TEXTS))
 
@@ -97,7 +97,7 @@ def test_a_file_that_grows_while_it_is_read_is_told_and_read_to_its_end_the_next
     assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "whole")
 
 
-def test_a_dataset_of_before_contents_were_kept_is_recognised_by_name_and_size(memory_path):
+def test_a_dataset_without_digests_is_recognised_by_name_and_size(memory_path):
     files = [corpus.input_file(memory_path / "a.jsonl", corpus.jsonl(TEXTS))]
     about = run(memory_path / "out", files)
     path = memory_path / "out/dataset.json"
@@ -107,8 +107,8 @@ def test_a_dataset_of_before_contents_were_kept_is_recognised_by_name_and_size(m
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
-def test_a_file_that_changed_before_the_place_where_it_was_left(memory_path, name):
-    """Behind that place it may be mended. Units of another size make no difference."""
+def test_a_file_that_changed_before_the_saved_position_is_refused(memory_path, name):
+    """Check also that the file may be mended after that position, and that the size of units does not matter."""
 
     def content(texts):
         whole = json.dumps([{"text": t} for t in texts]).encode() if name == "a.json" else corpus.jsonl(texts)

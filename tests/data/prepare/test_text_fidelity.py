@@ -1,4 +1,4 @@
-"""Documents that spell special tokens, and characters that have no token, for every kind of tokenizer file."""
+"""Check that no text spells a special token, and that losses are noticed, for every kind of tokenizer."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def word_piece():
 
 
 def metaspace_bpe():
-    """As Llama 2's, with merges that make </s>."""
+    """Return a tokenizer like Llama 2's, with merges that make </s>."""
     vocab = {name: id for id, name in enumerate([*CONTROL, *LETTERS, "</", "s>"])}
     merges = [("<", "/"), ("s", ">"), ("</", "s>")]
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True))
@@ -52,7 +52,7 @@ def metaspace_bpe():
 
 
 def metaspace_before_bpe():
-    """As newer files of Llama 2 have it, with bytes for what has no token."""
+    """Return a tokenizer like newer files of Llama 2, with bytes for characters without a token."""
     vocab = {
         name: id for id, name in enumerate([*CONTROL, *LETTERS, "</", "s>", *(f"<0x{i:02X}>" for i in range(256))])
     }
@@ -82,7 +82,7 @@ def encoder_of(folder, made, **options):
 @pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"normalized": True}])
 @pytest.mark.parametrize("special", [True, False])
 def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, special):
-    """Also where the file does not call BOS and EOS special, or does not list them."""
+    """Check also files that do not call BOS and EOS special, or do not list them."""
     made = make()
     made.add_special_tokens(["<unk>"])
     if special:
@@ -103,7 +103,7 @@ def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, sp
 
 
 def test_other_text_keeps_its_tokens(tmp_path):
-    """An added token that is no special one is text and keeps its id, as in the library."""
+    """Check that an added token that is not special is text and keeps its id, as in the library."""
     made = metaspace_bpe()
     made.add_special_tokens(list(CONTROL))
     made.add_special_tokens(["<pad>"])
@@ -121,7 +121,7 @@ def test_a_special_token_becomes_the_pieces_of_its_spelling(tmp_path):
     assert [made.id_to_token(id) for id in ids] == ["\u2581", "</", "s>"]
 
 
-def test_a_named_user_symbol_of_sentencepiece_is_not_spelled(tmp_path):
+def test_a_sentencepiece_symbol_named_as_eos_is_not_spelled(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus.documents(100)),
@@ -134,7 +134,7 @@ def test_a_named_user_symbol_of_sentencepiece_is_not_spelled(tmp_path):
     named = tokenizer_lib.load(str(tmp_path / "a.model"), eos_token="<end>")
     plain = tokenizer_lib.load(str(tmp_path / "a.model"))
     assert named.eos == 3
-    assert 3 in plain.encoder()("the <end>")  # a symbol that ends no document is text of one token
+    assert 3 in plain.encoder()("the <end>")  # a symbol that is not EOS is text of one token
     found = named.encoder()("the <end> of </s> <other>").tolist()
     assert not {1, 2, 3} & set(found)
     assert 4 in found
@@ -171,8 +171,8 @@ def test_an_incomplete_byte_alphabet_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("make", FAMILIES)
-def test_tokens_that_are_said_not_to_exist_are_text_too(tmp_path, make):
-    """And one token for both ends separates documents once."""
+def test_no_text_spells_tokens_that_the_config_sets_to_null(tmp_path, make):
+    """Check also that a token that is both BOS and EOS separates documents once."""
     made = make()
     made.add_special_tokens(list(CONTROL))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": null}')
@@ -188,14 +188,14 @@ def test_tokens_that_are_said_not_to_exist_are_text_too(tmp_path, make):
     assert [i for i, token in enumerate(tokens) if token == 2] == [len(ours.encoder()("pq </s>")), len(tokens) - 1]
 
 
-def test_bytes_spell_everything():
+def test_bytes_never_spell_a_special_token():
     text = "<s></s><|endoftext|>"
     job = job_lib.Job(tokenizer_lib.byte(), 256, 257)
     unit = records.Unit("values", [text], 1, None, records.Position(1))
     assert job_lib.tokenize(job, "train", unit).pieces["train"].tokens.tolist() == [256, *text.encode(), 257]
 
 
-def test_a_special_token_map_may_say_that_there_is_none(tmp_path):
+def test_a_special_tokens_map_may_set_a_token_to_null(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": null, "eos_token": "</s>"}')
     found = encoder_of(tmp_path, byte_level_bpe())
     assert (found.bos, found.eos) == (None, 2)
@@ -204,7 +204,7 @@ def test_a_special_token_map_may_say_that_there_is_none(tmp_path):
     assert (found.bos, found.eos) == (1, None)
 
 
-# ---- Differences between texts that are lost
+# ---- Lost differences
 
 VARIED = "ABabäﬁ1 \n\t\x01"
 PIECES = [*VARIED, "fi", "f", "i", "\u2581", "ab", "Ab", "?"]
@@ -228,7 +228,7 @@ def words():
 
 
 def sentence_piece(rule):
-    """A model of letters, with one of the library's normalizers."""
+    """Return a model of letters, with one of the library's normalizers."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(VARIED), "fi Ab ab"] * 9),
@@ -277,11 +277,11 @@ def lost(tokenizer):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_what_is_lost_is_named(name):
+def test_lost_differences_are_named(name):
     make, expected = TABLE[name]
     assert lost(make()) == expected
 
 
-def test_characters_without_a_token_are_counted_rather():
+def test_characters_without_a_token_are_no_lost_difference():
     assert lost(huggingface(models.WordLevel({"?": 0}, unk_token="?"))) == []
     assert lost(huggingface(models.BPE(vocab={"a": 0}, merges=[]))) == []

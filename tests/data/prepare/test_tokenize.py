@@ -1,4 +1,4 @@
-"""Files to a dataset: what is written, compared with reading the files and calling the tokenizer by hand."""
+"""Compare datasets with reading the files and calling the tokenizer by hand."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ TRAIN, VALIDATION = corpus.documents(60), corpus.documents(7, seed=1)
 
 @pytest.fixture
 def files(tmp_path):
-    """Two train files and one of validation, of different formats."""
+    """Return two train files and a validation file, of different formats."""
     return [
         corpus.input_file(tmp_path / "a.jsonl.zst", corpus.frames(corpus.jsonl(TRAIN[:35]))),
         corpus.input_file(tmp_path / "b.parquet", corpus.parquet_file(TRAIN[35:])),
@@ -38,7 +38,7 @@ def make(folder, files, job=None, **options):
 
 
 def check_split(folder, split, rows):
-    """The arrays of a split hold these rows of tokens, and dataset.json says so."""
+    """Check that the arrays of a split hold these rows of tokens, and that dataset.json says so."""
     about = json_files.read_object(folder / "dataset.json")
     tokens, starts = corpus.stored(folder / split), corpus.stored(folder / about["splits"][split]["document_offsets"])
     np.testing.assert_array_equal(tokens, np.array([token for row in rows for token in row], np.uint32))
@@ -60,7 +60,7 @@ def refused(error, *arguments, **options):
     return message
 
 
-def test_a_dataset_of_bytes(tmp_path, files):
+def test_a_dataset_of_bytes_equals_the_texts(tmp_path, files):
     folder = tmp_path / "out"
     about = make(folder, files)
     check_split(folder, "train", as_bytes(TRAIN))
@@ -84,7 +84,7 @@ def test_a_dataset_of_bytes(tmp_path, files):
 
 
 @pytest.mark.parametrize(("highest", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
-def test_a_dataset_of_another_tokenizer_is_what_the_library_gives(tmp_path, files, highest, dtype):
+def test_a_dataset_of_another_tokenizer_equals_what_the_library_gives(tmp_path, files, highest, dtype):
     vocabulary = {"the": 0, "river": highest, "[UNK]": 9, "<s>": 3, "</s>": highest - 1}
     words = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -129,7 +129,7 @@ def test_splits_by_hash_hold_every_document_once_and_copies_on_one_side(tmp_path
         tokens, starts = (corpus.stored(tmp_path / "out" / name) for name in (split, f"{split}_documents"))
         found[split] = [bytes(row[1:-1].astype(np.uint8)).decode() for row in np.split(tokens, starts[1:])]
         check_split(tmp_path / "out", split, as_bytes(found[split]))
-        assert found[split] == [text for text in texts if text in set(found[split])]  # in their order, copies too
+        assert found[split] == [text for text in texts if text in set(found[split])]  # in order, with copies
     assert sorted(text for split in found.values() for text in split) == sorted(texts)
     assert 60 < len(found["validation"]) < 180
     assert 20 < len(found["test"]) < 100
@@ -137,7 +137,7 @@ def test_splits_by_hash_hold_every_document_once_and_copies_on_one_side(tmp_path
     assert about["split_rule"] == {**rule, **fractions}
 
 
-def test_a_split_that_no_document_fell_into_is_there_and_empty(tmp_path):
+def test_a_split_without_documents_is_an_empty_array(tmp_path):
     file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(["a", "b"]))
     about = make(tmp_path / "out", [file], Job(BYTE, 256, None, validation_fraction=1e-9))
     assert about["splits"]["validation"]["documents"] == 0
@@ -147,7 +147,7 @@ def test_a_split_that_no_document_fell_into_is_there_and_empty(tmp_path):
     assert (len(tokens), len(documents)) == (0, 0)
 
 
-def test_what_is_reported_on_the_way(tmp_path, files):
+def test_progress_is_reported_up_to_the_totals(tmp_path, files):
     seen = []
     make(
         tmp_path / "out", files, progress=lambda now: seen.append((now.read, now.documents, now.tokens, now.text_bytes))
@@ -161,7 +161,7 @@ def test_what_is_reported_on_the_way(tmp_path, files):
     assert all(read <= total for read, *_ in seen)
 
 
-def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
+def test_missing_and_misdescribed_splits_are_refused(tmp_path, files):
     make(tmp_path / "out", files)
     store = Store(tmp_path / "out")
     about = dataset.read_description(store)
@@ -180,14 +180,14 @@ def test_splits_that_are_not_there_or_are_not_what_is_said(tmp_path, files):
         ('{"format": "ttt_jax tokens", "version": 9}', "version 9; "),
     ],
 )
-def test_a_description_that_cannot_be_read(tmp_path, files, content, message):
+def test_a_description_that_cannot_be_read_is_refused_and_kept(tmp_path, files, content, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/dataset.json").write_text(content)
     assert refused(DataError, tmp_path / "out", files).startswith(f"{tmp_path}/out/dataset.json: {message}")
     assert corpus.contents(tmp_path / "out") == {"dataset.json": content.encode()}
 
 
-def test_nothing_at_all_to_read_is_no_dataset(tmp_path):
+def test_input_without_a_readable_document_is_refused(tmp_path):
     file = corpus.input_file(tmp_path / "a.jsonl", b'{"text": 1}\n')
     for _ in range(2):
         message = refused(DataError, tmp_path / "out", [file], skip_problems=True)
@@ -197,7 +197,7 @@ def test_nothing_at_all_to_read_is_no_dataset(tmp_path):
 
 
 def test_units_are_read_lazily(tmp_path, files, monkeypatch):
-    """Memory stays bounded: a unit is read only when one before it has been taken."""
+    """Check that memory stays bounded: a unit is read only after the one before it was taken."""
     events = []
     read = records.units
 

@@ -1,4 +1,4 @@
-"""Real runs in real processes: killed at any moment, by hand and by a full disk."""
+"""Run in real processes that are killed at any moment, or run out of disk space."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import corpus
 import pytest
 
 ROOT = Path(corpus.__file__).parents[2]
-# As ``ttt tokenize``, with pieces so small that a few kB are hundreds of them, and a save after each.
+# Tokenize as ``ttt tokenize`` does, with units so small that a few kB are hundreds of them, and a save after each.
 PROGRAM = """
 import sys
-from ttt_jax.data.prepare import engines, files, listing, tokenizer
+from ttt_jax.data.prepare import engines, listing, tokenizer
 from ttt_jax.errors import DataError
 from ttt_jax.data.prepare.job import Job
 from ttt_jax.storage.store import Store
@@ -34,7 +34,7 @@ except DataError as error:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three files with bad records in them, of three formats."""
+    """Return a folder of three files with bad records, of three formats."""
     folder = tmp_path_factory.mktemp("input")
     lines = corpus.jsonl(corpus.documents(300)).splitlines(keepends=True)
     for i in range(0, 300, 17):
@@ -57,7 +57,7 @@ def finish(process):
 
 
 def saves(output):
-    """How often the run has saved where it is."""
+    """Return how often the run has saved its state."""
     try:
         return json.loads((output / "_unfinished/state.json").read_text())["generation"]
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def saves(output):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(memory_path, folder):
+def test_a_run_killed_many_times_ends_with_the_bytes_of_an_undisturbed_run(memory_path, folder):
     rng, output, begun = random.Random(0), memory_path / "out", []
     while True:
         process = start(output, folder)
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
 
 
 def check_problems(undisturbed):
-    """That they are those of the files, once each."""
+    """Check that the problems of the files are listed once each."""
     problems = [json.loads(line) for line in undisturbed["problems.jsonl"].splitlines()]
     found = [(problem["file"].rsplit("/", 1)[1], problem["record"]) for problem in problems]
     expected = [("a.jsonl.zst", i + 1) for i in range(0, 300, 17)] + [("b.parquet", 101), ("c.json", 101)]
@@ -115,8 +115,8 @@ cp -r "$1/out" "$4"
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_clear_line_and_with_more_space_the_run_goes_on(memory_path, folder, mount_namespace):
-    """A disk of 128 kB, which grows."""
+def test_a_full_disk_is_one_clear_line_and_the_run_continues_with_more_space(memory_path, folder, mount_namespace):
+    """Run on a disk of 128 kB, which grows."""
     (memory_path / "disk").mkdir()
     places = [str(memory_path / "disk"), str(folder), PROGRAM, str(memory_path / "copy")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

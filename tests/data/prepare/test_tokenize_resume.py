@@ -1,7 +1,6 @@
-"""Runs that were stopped: the same command ends with the same bytes, and no other command touches what is there.
+"""Check that a stopped run ends with the same bytes, and that no other command touches its folder.
 
-Here a run dies in this process, at every single thing that it does to its folder; test_tokenize_killed.py kills real
-ones.
+A run dies in this process, at every single change of its folder; test_tokenize_killed.py kills processes.
 """
 
 import itertools
@@ -24,11 +23,11 @@ BAD_LINES = {3: b"junk\n", 11: b'{"text": null}\n', 12: b'{"txt": 1}\n', 19: b'{
 
 
 class KilledError(BaseException):
-    """Not an Exception, so that nobody tidies up after it."""
+    """A kill: no Exception, so that no handler cleans up."""
 
 
 class Dying(Store):
-    """A folder in which nothing can be done any more after ``steps`` things were, and one that is half done."""
+    """A folder that fails after ``steps`` changes; a deletion that fails is half done."""
 
     def __init__(self, location, steps):
         super().__init__(location)
@@ -57,7 +56,7 @@ class Dying(Store):
 
 @pytest.fixture
 def with_bad_lines(memory_path):
-    """A file of 24 documents with bad lines in between, one of two broken ones, and one more."""
+    """Return a file of 24 documents and bad lines, a file that is cut short, and a validation file."""
     lines = corpus.jsonl(GOOD).splitlines(keepends=True)
     for number, line in BAD_LINES.items():
         lines.insert(number - 1, line)
@@ -80,7 +79,7 @@ def run(folder, files, job=JOB, store=Store, **options):
 
 
 def run_until(folder, files, steps, **options):
-    """Whether the run came to its end before it died."""
+    """Run until the folder fails; return whether the run ended before."""
     try:
         run(folder, files, store=lambda location: Dying(location, steps), **options)
     except KilledError:
@@ -97,11 +96,11 @@ def refused(error, *arguments, **options):
 
 
 def states(folder):
-    """Every file with its content and the time it was last written."""
+    """Return the content and the time of the last change of every file."""
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_problems_are_listed_where_they_are(memory_path, with_bad_lines):
+def test_problems_are_listed_with_file_and_record(memory_path, with_bad_lines):
     about = run(memory_path / "out", with_bad_lines, skip_problems=True)
     lines = [json.loads(line) for line in (memory_path / "out/problems.jsonl").read_text().splitlines()]
     assert about["skipped_records"] == len(lines) == 5
@@ -117,7 +116,7 @@ def test_problems_are_listed_where_they_are(memory_path, with_bad_lines):
 
 @pytest.mark.slow
 def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(memory_path, with_bad_lines):
-    """With problems, which must all be listed, and once each."""
+    """Run with problems, which must be listed once each."""
     run(memory_path / "expected", with_bad_lines, skip_problems=True, unit_bytes=600)
     expected = corpus.contents(memory_path / "expected")
     for steps in itertools.count():
@@ -131,7 +130,7 @@ def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(memory_path, wit
 
 
 @pytest.mark.parametrize("steps", [15, 23])
-def test_a_run_that_dies_again_and_again_still_ends(memory_path, with_bad_lines, steps):
+def test_a_run_that_dies_many_times_still_ends(memory_path, with_bad_lines, steps):
     run(memory_path / "expected", with_bad_lines, skip_problems=True)
     for _died in range(60):
         if run_until(memory_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=400):
@@ -140,8 +139,8 @@ def test_a_run_that_dies_again_and_again_still_ends(memory_path, with_bad_lines,
     assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
 
 
-def test_what_a_killed_write_leaves_behind_is_no_hindrance(memory_path, with_bad_lines):
-    """TensorStore writes NAME.__lock and renames it; a kill in between leaves it there."""
+def test_files_of_a_killed_write_are_ignored(memory_path, with_bad_lines):
+    """Leave files NAME.__lock, as a kill does before TensorStore renames them."""
     run(memory_path / "expected", with_bad_lines, skip_problems=True)
     assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
     unfinished = memory_path / "out/_unfinished"
@@ -153,8 +152,8 @@ def test_what_a_killed_write_leaves_behind_is_no_hindrance(memory_path, with_bad
     assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
 
 
-def test_a_bad_record_stops_the_run_which_goes_on_once_it_is_mended(memory_path, with_bad_lines):
-    """Again and again, also behind the end of a file that was mended."""
+def test_a_run_stopped_by_a_bad_record_continues_once_it_is_mended(memory_path, with_bad_lines):
+    """Mend one bad record after another, the last in a second file."""
     lines, broken, _ = with_bad_lines
     content = (memory_path / "a.jsonl").read_bytes()
     for number, bad in BAD_LINES.items():
@@ -174,7 +173,7 @@ def test_a_bad_record_stops_the_run_which_goes_on_once_it_is_mended(memory_path,
     assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
 
 
-def test_a_bad_record_stops_the_run_which_goes_on_once_it_may_be_left_out(memory_path, with_bad_lines):
+def test_a_run_stopped_by_a_bad_record_continues_with_skip_problems(memory_path, with_bad_lines):
     refused(DataError, memory_path / "out", with_bad_lines)
     run(memory_path / "out", with_bad_lines, skip_problems=True)
     run(memory_path / "expected", with_bad_lines, skip_problems=True)
@@ -182,7 +181,7 @@ def test_a_bad_record_stops_the_run_which_goes_on_once_it_may_be_left_out(memory
 
 
 def test_a_run_that_stops_at_a_bad_record_has_saved_all_before_it(memory_path, with_bad_lines):
-    """With a line to a unit; the two before line 3 are an hour's work."""
+    """Use a unit per line, such that the two lines before the bad one are saved."""
     refused(DataError, memory_path / "out", with_bad_lines, unit_bytes=1, save_seconds=99)
     state = json.loads((memory_path / "out/_unfinished/state.json").read_text())
     offset = sum(map(len, corpus.jsonl(GOOD[:2]).splitlines(keepends=True)))
@@ -225,7 +224,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(("change", "what"), OTHERS)
-def test_another_request_is_refused_and_told_what_differs(memory_path, good, finished, change, what):
+def test_another_request_is_refused_with_what_differs(memory_path, good, finished, change, what):
     folder = memory_path / "out"
     assert run_until(folder, good, 999 if finished else 15) == finished
     before = states(folder)
@@ -256,7 +255,7 @@ def test_other_files_are_another_request(memory_path, good, finished):
     assert states(folder) == before
 
 
-def test_a_dataset_may_move_and_so_may_its_files(memory_path, good):
+def test_a_dataset_and_its_files_may_move(memory_path, good):
     run(memory_path / "out", good)
     (memory_path / "elsewhere").mkdir()
     moved = [corpus.input_file(memory_path / "elsewhere" / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
@@ -266,14 +265,14 @@ def test_a_dataset_may_move_and_so_may_its_files(memory_path, good):
     assert states(memory_path / "new") == before
 
 
-def test_a_leftover_that_was_lost_is_not_taken_for_nothing(memory_path, good):
+def test_lost_tokens_of_an_unfinished_run_are_an_error(memory_path, good):
     assert not run_until(memory_path / "out", good, 20)
     (path,) = (memory_path / "out/_unfinished").rglob("train")
     path.unlink()
     assert refused(DataError, memory_path / "out", good) == f"{path}: is gone; delete {memory_path}/out and begin anew"
 
 
-def test_problems_that_were_lost_are_not_taken_for_none(memory_path, with_bad_lines):
+def test_lost_problems_of_an_unfinished_run_are_an_error(memory_path, with_bad_lines):
     assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
     path = min((memory_path / "out/_unfinished/problems").iterdir())
     path.unlink()

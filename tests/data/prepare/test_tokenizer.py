@@ -1,4 +1,4 @@
-"""Tokenizers, against the libraries they come from, called directly."""
+"""Compare tokenizers with direct calls of the libraries that they come from."""
 
 import io
 import json
@@ -21,7 +21,7 @@ SPELLED = "<s>the river</s> <|bos|><s> bent <pad>"
 
 @pytest.fixture(scope="module")
 def sentencepiece_model():
-    """The content of a .model as Llama 2 has it: BPE, byte fallback, BOS 1, EOS 2."""
+    """Return the content of a .model like Llama 2's: BPE, byte fallback, BOS 1, EOS 2."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus.documents(200)),
@@ -36,7 +36,7 @@ def sentencepiece_model():
 
 
 def byte_level_bpe(special=("<s>", "</s>", "<|bos|>", "<pad>")):
-    """A byte-level BPE of 320 tokens, the special ones first."""
+    """Return a byte-level BPE of 320 tokens, the special tokens first."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -68,7 +68,7 @@ def refused(location, **options):
 
 
 @hypothesis.given(st.text())
-def test_bytes(text):
+def test_bytes_are_utf_8(text):
     byte = tokenizer_lib.load("byte")
     assert bytes(byte.encoder()(text)).decode() == text
     assert (byte.kind, byte.name, byte.vocab_size, byte.bos, byte.eos) == ("byte", "byte", 258, 256, 257)
@@ -81,7 +81,7 @@ def test_bytes_have_no_names_for_bos_and_eos():
 # ---- SentencePiece
 
 
-def test_sentencepiece_is_what_the_library_does(tmp_path, sentencepiece_model):
+def test_sentencepiece_encodes_as_the_library_does(tmp_path, sentencepiece_model):
     (tmp_path / "a.model").write_bytes(sentencepiece_model)
     ours = tokenizer_lib.load(str(tmp_path / "a.model"))
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "a.model"))
@@ -95,7 +95,7 @@ def test_sentencepiece_is_what_the_library_does(tmp_path, sentencepiece_model):
     assert not {1, 2} & set(encode(SPELLED).tolist())  # as text
 
 
-def test_sentencepiece_names_of_bos_and_eos(tmp_path, sentencepiece_model):
+def test_bos_and_eos_of_sentencepiece_can_be_named(tmp_path, sentencepiece_model):
     path = tmp_path / "a.model"
     path.write_bytes(sentencepiece_model)
     named = tokenizer_lib.load(str(path), bos_token="</s>", eos_token="<s>")
@@ -103,8 +103,8 @@ def test_sentencepiece_names_of_bos_and_eos(tmp_path, sentencepiece_model):
     assert refused(path, eos_token="<|end|>") == f"--eos-token '<|end|>': {path} has no such token"
 
 
-def test_sentencepiece_without_bos(tmp_path):
-    """-1 is the library's word for none."""
+def test_a_sentencepiece_model_may_have_no_bos(tmp_path):
+    """Load a model without BOS, whose id is -1 in the library."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus.documents(200)), model_writer=model, vocab_size=60, bos_id=-1, minloglevel=2
@@ -117,7 +117,7 @@ def test_sentencepiece_without_bos(tmp_path):
 # ---- Hugging Face
 
 
-def test_huggingface_is_what_the_library_does_without_special_tokens(tmp_path):
+def test_huggingface_encodes_as_the_library_does_without_special_tokens(tmp_path):
     theirs = byte_level_bpe()
     ours = tokenizer_lib.load(write(tmp_path / "tokenizer.json", theirs))
     assert (ours.kind, ours.name, ours.vocab_size, ours.bos, ours.eos) == ("huggingface", "tokenizer.json", 320, 0, 1)
@@ -128,14 +128,14 @@ def test_huggingface_is_what_the_library_does_without_special_tokens(tmp_path):
             assert encode(text).tolist() == theirs.encode(text).ids
 
 
-def test_truncation_padding_and_a_post_processor_in_the_file_do_nothing(tmp_path):
+def test_truncation_padding_and_post_processor_of_a_file_have_no_effect(tmp_path):
     plain = byte_level_bpe()
     eager = byte_level_bpe()
     eager.enable_truncation(5)
     eager.enable_padding(length=50, pad_id=3, pad_token="<pad>")
     both = [("<s>", 0), ("</s>", 1)]
     eager.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=both)
-    assert len(eager.encode("the river bent twice").ids) == 50  # the file does ask for it
+    assert len(eager.encode("the river bent twice").ids) == 50  # the file turns it on
     expected = tokenizer_lib.load(write(tmp_path / "plain.json", plain)).encoder()
     actual = tokenizer_lib.load(write(tmp_path / "eager.json", eager)).encoder()
     for text in [*corpus.documents(50, seed=1), ""]:
@@ -146,7 +146,7 @@ def test_special_tokens_that_are_spelled_out_are_text(tmp_path):
     theirs = byte_level_bpe()
     ours = tokenizer_lib.load(write(tmp_path / "a.json", theirs))
     ids = ours.encoder()(SPELLED).tolist()
-    assert {0, 1, 2, 3} & set(theirs.encode(SPELLED).ids)  # unlike what the library does unasked
+    assert {0, 1, 2, 3} & set(theirs.encode(SPELLED).ids)  # which the library returns by default
     assert not {0, 1, 2, 3} & set(ids)
     assert theirs.decode(ids) == SPELLED
 
@@ -158,7 +158,7 @@ def test_a_normalizer_is_part_of_the_tokenizer(tmp_path):
     assert encode("The RIVER").tolist() == encode("the river").tolist() == theirs.encode("the river").ids
 
 
-def test_the_vocabulary_is_above_the_highest_id_where_ids_have_gaps(tmp_path):
+def test_the_vocabulary_size_is_above_the_highest_id(tmp_path):
     words = tokenizers.Tokenizer(models.WordLevel({"the": 0, "river": 70_000, "[UNK]": 9}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     ours = tokenizer_lib.load(write(tmp_path / "a.json", words))
@@ -166,14 +166,14 @@ def test_the_vocabulary_is_above_the_highest_id_where_ids_have_gaps(tmp_path):
     assert ours.encoder()("the river bent").tolist() == [0, 70_000, 9]
 
 
-def test_a_token_that_was_added_behind_the_vocabulary_counts(tmp_path):
+def test_added_tokens_count_for_the_vocabulary_size(tmp_path):
     theirs = byte_level_bpe(special=["<|endoftext|>"])
     theirs.add_special_tokens([AddedToken("<|begin_of_text|>", special=True)])
     ours = tokenizer_lib.load(write(tmp_path / "a.json", theirs))
     assert (ours.vocab_size, ours.bos, ours.eos) == (321, 320, 0)
 
 
-# ---- What a document begins and ends with
+# ---- BOS and EOS
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_a_token_that_was_added_behind_the_vocabulary_counts(tmp_path):
     [
         (["<|begin_of_text|>", "<|end_of_text|>"], None, {}, (0, 1)),
         (["<|endoftext|>"], None, {}, (None, 0)),
-        (["[BOS]", "<s>", "</s>"], None, {}, (1, 2)),  # the more usual
+        (["[BOS]", "<s>", "</s>"], None, {}, (1, 2)),  # the most usual names
         (["<s>", "<a>", "</s>", "<b>"], {"bos_token": "<a>", "eos_token": {"content": "<b>", "special": True}},
          {}, (1, 3)),
         (["<s>", "<a>", "</s>"], {"bos_token": "<a>", "eos_token": None}, {}, (1, None)),
@@ -193,7 +193,7 @@ def test_a_token_that_was_added_behind_the_vocabulary_counts(tmp_path):
         (["<s>", "</s>"], ["no", "object"], {}, (0, 1)),
     ],
 )  # fmt: skip
-def test_bos_and_eos_by_option_then_by_the_file_beside_then_by_usual_names(tmp_path, special, beside, asked, expected):
+def test_bos_and_eos_come_from_options_then_config_then_usual_names(tmp_path, special, beside, asked, expected):
     path = write(tmp_path / "tokenizer.json", byte_level_bpe(special))
     if beside is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
@@ -201,18 +201,18 @@ def test_bos_and_eos_by_option_then_by_the_file_beside_then_by_usual_names(tmp_p
     assert (ours.bos, ours.eos) == expected
 
 
-def test_the_file_beside_belongs_to_tokenizer_json_alone(tmp_path):
+def test_the_config_belongs_to_tokenizer_json_alone(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "</s>"}')
     assert tokenizer_lib.load(write(tmp_path / "other.json", byte_level_bpe())).bos == 0
     assert tokenizer_lib.load(write(tmp_path / "tokenizer.json", byte_level_bpe())).bos == 1
 
 
-def test_a_name_that_the_tokenizer_does_not_have(tmp_path):
+def test_an_unknown_token_name_is_refused(tmp_path):
     path = write(tmp_path / "a.json", byte_level_bpe())
     assert refused(path, bos_token="<|start|>") == f"--bos-token '<|start|>': {path} has no such token"
 
 
-# ---- What is no tokenizer
+# ---- Files that are no tokenizer
 
 
 class Bomb:
@@ -235,38 +235,38 @@ def test_a_pickle_is_not_read_whatever_its_name(tmp_path, name):
         ("a.json", b"{}", "{}: not a Hugging Face tokenizer: "),
         ("a.json", b"\xff\xfe", "{}: not a Hugging Face tokenizer: "),
         ("a.json", b'{\n"model":\n1}', "{}: not a Hugging Face tokenizer: "),
-        ("a.json", tokenizers.Tokenizer(models.BPE()).to_str().encode(), "{}: "),  # of no tokens
+        ("a.json", tokenizers.Tokenizer(models.BPE()).to_str().encode(), "{}: "),  # without tokens
         ("a.model", b"junk and more of it", "{}: not a SentencePiece model"),
         ("a.model", b"", "{}: not a SentencePiece model"),
         ("a.txt", b"", "--tokenizer {}: expected byte, a SentencePiece .model or a Hugging Face tokenizer.json"),
     ],
 )
-def test_junk(tmp_path, name, content, message):
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert refused(tmp_path / name).startswith(message.format(tmp_path / name))
 
 
-def test_junk_beside(tmp_path):
+def test_a_config_that_is_not_json_is_refused(tmp_path):
     path = write(tmp_path / "tokenizer.json", byte_level_bpe())
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert refused(path).startswith(f"{tmp_path}/tokenizer_config.json: not JSON: ")
 
 
-def test_nothing_there(tmp_path):
+def test_a_missing_tokenizer_is_refused(tmp_path):
     for name in ("tokenizer.json", "a.model"):
         assert refused(tmp_path / name) == f"--tokenizer {tmp_path / name}: no such file"
     (tmp_path / "a.model").mkdir()
     assert refused(tmp_path / "a.model") == f"--tokenizer {tmp_path}/a.model: Is a directory"
 
 
-def test_equal_content_equal_hash(tmp_path, sentencepiece_model):
+def test_equal_contents_have_equal_hashes(tmp_path, sentencepiece_model):
     first, second = tmp_path / "a.json", tmp_path / "b.json"
     hashes = {tokenizer_lib.load(write(path, byte_level_bpe())).sha256 for path in (first, second)}
     assert len(hashes) == 1
     assert tokenizer_lib.load(write(second, byte_level_bpe(["<s>"]))).sha256 not in hashes
 
 
-def test_tokens_fit_the_type_of_the_library(tmp_path):
+def test_tokens_are_uint32(tmp_path):
     path = write(tmp_path / "a.json", byte_level_bpe())
     assert tokenizer_lib.load(path).encoder()("").dtype == np.uint32
 
@@ -275,7 +275,7 @@ def test_tokens_fit_the_type_of_the_library(tmp_path):
 
 
 @hypothesis.given(st.text())
-def test_bytes_back_to_text(text):
+def test_bytes_decode_to_their_text(text):
     byte = tokenizer_lib.byte()
     tokens = np.concatenate([[256], byte.encoder()(text), [257]])
     assert byte.decoder()(tokens) == text
@@ -285,7 +285,7 @@ def test_part_of_a_character_is_replaced():
     assert tokenizer_lib.byte().decoder()(np.frombuffer("né".encode()[:-1], np.uint8)) == "n\ufffd"
 
 
-def test_tokens_of_libraries_back_to_text(tmp_path, sentencepiece_model):
+def test_tokens_of_libraries_decode_to_their_text(tmp_path, sentencepiece_model):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
     write(tmp_path / "of_words" / "tokenizer.json", byte_level_bpe())
     text = "The river bent and the Ünder grew 12."

@@ -1,4 +1,4 @@
-"""Training a tokenizer: every text has tokens, only train documents are seen, and the outcome is always the same."""
+"""Check that a trained tokenizer encodes every text, has seen only train documents, and is always the same."""
 
 import contextlib
 import hashlib
@@ -44,13 +44,13 @@ def vocabulary(content):
 
 
 def spaced(words):
-    """A file of one document."""
+    """Return the content of a file of one document."""
     return corpus.jsonl([" ".join(words)])
 
 
 @hypothesis.given(st.text())
 @hypothesis.example("\x00\x7f\xa0\xff\u2028\U0010ffff <s> </s>\r\n")
-def test_any_text_comes_back(trained, text):
+def test_any_text_decodes_to_itself(trained, text):
     ours = tokenizer.from_huggingface(trained, "tokenizer.json", "<s>", "</s>")
     assert (ours.vocab_size, ours.bos, ours.eos) == (300, 0, 1)
     ids = ours.encoder()(text).tolist()
@@ -65,7 +65,7 @@ def test_common_words_become_tokens(trained):
     assert sum(len(encode(text)) for text in TEXTS) < 0.6 * size
 
 
-def test_two_processes_train_the_same(trained, file):
+def test_two_processes_train_the_same_tokenizer(trained, file):
     program = (
         "import sys; from ttt_jax.data.prepare import job, listing, tokenizer, train_bpe\n"
         "found = listing.find('train', sys.argv[1:])\n"
@@ -80,7 +80,7 @@ def test_two_processes_train_the_same(trained, file):
 
 
 def test_only_documents_of_the_train_split_are_seen(tmp_path):
-    """A word for each document, which becomes a token if its document is seen: it says it often enough."""
+    """Repeat one word in each document, so that it becomes a token if the document is read."""
     words = [f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(200)]
     texts = [" ".join([word] * 9) for word in words]
     job = Job(tokenizer.byte(), None, None, validation_fraction=0.3, test_fraction=0.2, split_seed=4)
@@ -95,8 +95,8 @@ def test_only_documents_of_the_train_split_are_seen(tmp_path):
     assert "Ġzq" not in seen
 
 
-def test_no_more_than_so_many_bytes_are_read(tmp_path, monkeypatch):
-    """300 here instead of a GiB; the document that reaches it is the last."""
+def test_no_more_than_most_bytes_are_read(tmp_path, monkeypatch):
+    """Check the bound with 300 bytes instead of a GiB; the document that reaches it is the last."""
     monkeypatch.setattr(train_bpe, "MOST_BYTES", 300)
     files = [
         corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(["ab " * 60, "cd " * 60, "ef " * 60])),
@@ -107,7 +107,7 @@ def test_no_more_than_so_many_bytes_are_read(tmp_path, monkeypatch):
     assert "Ġef" not in seen
 
 
-def test_bad_records_stop_it_unless_they_may_be_left_out(tmp_path):
+def test_bad_records_stop_training_unless_they_are_skipped(tmp_path):
     file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(["ab " * 9]) + b"junk\n" + corpus.jsonl(["cd " * 9]))
     with pytest.raises(DataError) as caught:
         train_bpe.train([file], 300, JOB)
@@ -115,7 +115,7 @@ def test_bad_records_stop_it_unless_they_may_be_left_out(tmp_path):
     assert {"Ġab", "Ġcd"} < vocabulary(train_bpe.train([file], 300, JOB, skip_problems=True)).keys()
 
 
-def test_what_it_refuses(file):
+def test_small_vocabularies_and_missing_train_splits_are_refused(file):
     with pytest.raises(ConfigError, match=r"^--train-bpe 257: expected 258 or more: "):
         train_bpe.train([file], 257, JOB)
     assert len(vocabulary(train_bpe.train([file], 258, JOB))) == 258
@@ -132,7 +132,7 @@ def test_long_words_are_trained_on_in_bounded_parts():
 
 
 def test_ctrl_c_does_not_wait_for_the_library(file, monkeypatch):
-    """Which does not look at signals while it trains, as hashing does not."""
+    """Replace training by hashing, which does not look at signals either."""
     read = []
 
     class Busy:
@@ -149,17 +149,17 @@ def test_ctrl_c_does_not_wait_for_the_library(file, monkeypatch):
     monkeypatch.setattr(train_bpe, "_GRACE", 0.01)
     with pytest.raises(KeyboardInterrupt):
         train_bpe.train([file], 300, JOB)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "train-bpe")  # still at it
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "train-bpe")  # still hashing
     assert thread.daemon  # the process ends without it
     thread.join()
     assert read == TEXTS[:1]  # and it reads no more
 
 
-# ---- Kept with its dataset
+# ---- Saved with its dataset
 
 
 def make(folder, files, vocab_size=300, **options):
-    """As ``ttt tokenize --train-bpe`` does it."""
+    """Train and tokenize as ``ttt tokenize --train-bpe`` does."""
     chosen = train_bpe.load_or_train(Store(folder), files, vocab_size, JOB)
     job = Job(chosen, chosen.bos, chosen.eos)
     options = {"shard": 64, "chunk": 64, "unit_bytes": 500, "save_seconds": -1, **options}
@@ -170,19 +170,19 @@ def never(*arguments, **options):
     raise AssertionError("trained again")
 
 
-def test_it_is_trained_once_whatever_happens_then(tmp_path, file, monkeypatch):
+def test_a_saved_tokenizer_is_not_trained_again(tmp_path, file, monkeypatch):
     make(tmp_path / "expected", [file])
-    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)  # and killed before tokenizing
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)  # a run killed before tokenizing
     monkeypatch.setattr(train_bpe, "train", never)
     assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
     make(tmp_path / "out", [file])
     assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
     assert (tmp_path / "out/tokenizer.json").read_bytes() == kept.content
-    make(tmp_path / "out", [file])  # which is finished
+    make(tmp_path / "out", [file])  # finished already
     assert json.loads((tmp_path / "out/dataset.json").read_text())["tokenizer"]["trained"] == {"vocab_size": 300}
 
 
-def test_one_that_was_half_written_is_trained_again(tmp_path, file):
+def test_a_half_saved_tokenizer_is_trained_again(tmp_path, file):
     kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     for path in (tmp_path / "out/_unfinished").iterdir():
         whole = path.read_bytes()
@@ -191,7 +191,7 @@ def test_one_that_was_half_written_is_trained_again(tmp_path, file):
         assert path.read_bytes() == whole
 
 
-def test_one_that_was_made_of_other_text_of_the_same_size_is_not_taken(tmp_path):
+def test_a_tokenizer_of_other_text_of_the_same_size_is_not_used(tmp_path):
     texts = ["ab " * 99, "cd " * 99]
     trained = [train_bpe.train([corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([t]))], 300, JOB) for t in texts]
     for text, expected in zip(texts, trained, strict=True):
@@ -199,7 +199,7 @@ def test_one_that_was_made_of_other_text_of_the_same_size_is_not_taken(tmp_path)
         assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB).content == expected
 
 
-def test_one_that_was_kept_before_contents_were_is_still_taken(tmp_path, file, monkeypatch):
+def test_a_tokenizer_saved_without_digests_is_still_used(tmp_path, file, monkeypatch):
     kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     path = tmp_path / "out/_unfinished/tokenizer-made-for.json"
     made_for = json_files.read_object(path)
@@ -210,7 +210,7 @@ def test_one_that_was_kept_before_contents_were_is_still_taken(tmp_path, file, m
     assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
 
 
-def test_a_damaged_one_is_trained_anew_and_told(tmp_path, file, capsys):
+def test_a_damaged_tokenizer_is_reported_and_trained_anew(tmp_path, file, capsys):
     kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     path = tmp_path / "out/_unfinished/tokenizer.json"
     path.write_bytes(kept.content.replace(b'"</s>"', b'"</t>"', 1))
@@ -219,8 +219,8 @@ def test_a_damaged_one_is_trained_anew_and_told(tmp_path, file, capsys):
     assert capsys.readouterr().err.splitlines()[0] == f"{path}: damaged; the tokenizer is trained anew"
 
 
-def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, file, monkeypatch):
-    """Mending changes the size of a file, but not one that it was trained on, and shards are there already."""
+def test_a_tokenizer_is_still_used_after_another_split_was_mended(tmp_path, file, monkeypatch):
+    """Mend a validation file, which changes its size, after shards were written."""
     good = corpus.jsonl(["the river"])
     validation = corpus.input_file(tmp_path / "v.jsonl", good + b"junk\n", "validation")
     with pytest.raises(DataError, match=r"v.jsonl, record 2: not JSON"):
@@ -233,7 +233,7 @@ def test_it_is_still_kept_once_a_record_of_another_split_was_mended(tmp_path, fi
 
 
 @pytest.mark.parametrize("content", [None, b"{}"])
-def test_one_of_a_finished_dataset_that_is_gone_or_has_changed_is_named(tmp_path, file, content):
+def test_a_lost_or_changed_tokenizer_of_a_finished_dataset_is_an_error(tmp_path, file, content):
     make(tmp_path / "out", [file])
     kept = tmp_path / "out/tokenizer.json"
     kept.unlink() if content is None else kept.write_bytes(content)
@@ -243,8 +243,8 @@ def test_one_of_a_finished_dataset_that_is_gone_or_has_changed_is_named(tmp_path
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_size_is_another_request(tmp_path, file, finished):
-    """Shards of the unfinished one are there already."""
+def test_another_vocabulary_size_is_refused(tmp_path, file, finished):
+    """Check a finished and an unfinished dataset, which has shards already."""
     other = corpus.input_file(tmp_path / "v.jsonl", b'{"text": "a"}\n' if finished else b"junk\n", "validation")
     with contextlib.nullcontext() if finished else pytest.raises(DataError, match=r"v.jsonl, record 1: not JSON"):
         make(tmp_path / "out", [file, other])
@@ -263,7 +263,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkey
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_processes_load_it(tmp_path, file):
+def test_worker_processes_load_the_tokenizer(tmp_path, file):
     chosen = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
     tokenize([file], job, Store(tmp_path / "out"), engines.processes(1), **options)
@@ -273,8 +273,8 @@ def test_processes_load_it(tmp_path, file):
     assert corpus.stored(tmp_path / "out/train").tolist() == expected
 
 
-def test_a_tokenizer_of_the_same_text_never_changes(tmp_path):
-    """Else a dataset that is made again would have other tokens; text of all kinds that its training tells apart."""
+def test_a_fixed_text_gives_a_fixed_tokenizer(tmp_path):
+    """Guard against other tokens in a dataset that is made again, with text of all kinds that training tells apart."""
     text = "The river bent twice; the river bends 1024 times. straße Ωmega 水は流れる \U0001f989 don't\r\n\tx=1;"
     file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text, text.upper(), "", "the the the"]))
     trained = train_bpe.train([file], 280, JOB)
