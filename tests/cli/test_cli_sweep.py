@@ -1,4 +1,4 @@
-"""``ttt sweep`` as a person types it: refusals before anything starts, and real runs from a sweep to its results."""
+"""Test ``ttt sweep`` as typed: commands that are refused before anything starts, and real runs with their results."""
 
 import importlib.util
 import json
@@ -90,7 +90,7 @@ def test_refused(answers, command):
         ("--config.model.ttt.learner=json:dumps --engine ray --ray-address auto", "model.ttt.learner='json:dumps'"),
     ],
 )
-def test_learners_that_its_machines_would_not_find_are_refused(capsys, tmp_path, options, message):
+def test_learners_that_cannot_be_found_are_refused(capsys, tmp_path, options, message):
     from ttt_jax import cli
 
     if "--engine ray" in options:
@@ -139,7 +139,7 @@ def environment(**more):
 
 
 def ttt(*arguments):
-    """A command, from its start to its end: status, stdout, stderr."""
+    """Run a command and return its exit status, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "ttt_jax", *map(str, arguments)], env=environment(), capture_output=True, text=True
     )
@@ -148,7 +148,7 @@ def ttt(*arguments):
 
 @pytest.mark.slow
 def test_a_sweep_with_a_point_that_fails(tmp_path):
-    """Two real runs, one of which diverges; then results, and the command again without the one that failed."""
+    """Check two real runs, one of which diverges, their results, and the command without the failed point."""
     folder = tmp_path / "sweep"
     line = ["sweep", *TINY, "--config.training.duration=20", "--workdir", folder, "--zip", "seed=3", "--jobs", 2]
     status, out, err = ttt(*line, "--grid", "optimizer.peak_lr=1e-2,1e7")
@@ -224,13 +224,13 @@ def test_a_sweep_in_a_bucket(tmp_path):
 
 
 def environment_of_cache(folder):
-    """Say where logs and locks of sweeps in buckets are, and compiled programs as in :func:`environment`."""
+    """Return where logs and locks of sweeps in buckets are, and compiled programs as in :func:`environment`."""
     kept = environment()
     return {"XDG_CACHE_HOME": str(folder), **{name: x for name, x in kept.items() if name.startswith(("JAX_", "XLA_"))}}
 
 
-def test_a_value_with_spaces_after_a_list_is_of_all_points(capsys, tmp_path):
-    """argparse would take it for one more entry of the list."""
+def test_a_value_with_spaces_after_a_list_is_set_for_all_points(capsys, tmp_path):
+    """Check that a value with spaces is not taken for one more entry of the list, as argparse does."""
     lists = ["--grid", "seed=0,1", "--config.training.duration=20 steps"]
     lists += ["--zip", "log.every=1 step,2 steps", "--config.checkpoint.every=10 steps"]
     assert cli.main(["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), *lists, "--dry-run"]) == 0

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sweep(monkeypatch, folder):
-    """``sweep(arguments, do={point: actions})``: the exit status of ``ttt sweep --workdir folder``."""
+    """Return ``sweep(arguments, do={point: actions})``, which runs ``ttt sweep`` and returns its exit status."""
 
     def run(arguments, do=None):
         with monkeypatch.context() as patch:
@@ -41,7 +41,7 @@ def sweep(monkeypatch, folder):
 
 @pytest.fixture
 def start_sweep(folder):
-    """``start_sweep(arguments, do=actions)``: the same in a process of its own, which is returned."""
+    """Return ``start_sweep(arguments, do=actions)``, which starts a process that does the same, and returns it."""
     code = f"from ttt_jax import cli; from ttt_jax.sweep import runner; runner.PROGRAM = {PROGRAM!r}; exit(cli.main())"
     line = [sys.executable, "-c", code, "sweep", "--config", "configs/quickstart.py", "--workdir", str(folder)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
@@ -60,7 +60,7 @@ def start_sweep(folder):
 
 @pytest.fixture
 def calls(folder):
-    """``calls(point)``: how the process of a point was started, each time."""
+    """Return ``calls(point)``: the arguments, process and GPUs of each start of a point."""
 
     def read(point):
         path = folder / point / "calls"
@@ -71,12 +71,12 @@ def calls(folder):
 
 @pytest.fixture
 def wait_for():
-    """``wait_for(condition)``: returns once it holds."""
+    """Return ``wait_for(condition)``, which returns once the condition holds."""
 
     def wait(condition, seconds=20):
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "it never came about"
+            assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.02)
 
     return wait
@@ -84,7 +84,7 @@ def wait_for():
 
 @pytest.fixture
 def add_point(folder):
-    """``add_point(name, values, losses, state)``: a point of the sweep with these losses at steps 1, 2, ..."""
+    """Return ``add_point(name, values, losses, state)``, which adds a point with losses at steps 1, 2, ..."""
     points = []
 
     def add(name, values, losses=(), state=None, recipe="r.py", steps=None, **more):

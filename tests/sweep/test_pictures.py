@@ -14,7 +14,7 @@ from ttt_jax.sweep import results
 
 @pytest.fixture
 def draw(monkeypatch, folder):
-    """``draw(x, lines)``: the axes of a picture of the loss; the picture is saved too."""
+    """Return ``draw(x, lines)``, which saves a picture of the loss and returns its axes."""
     kept = []
     monkeypatch.setattr(plt, "close", kept.append)
 

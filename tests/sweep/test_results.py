@@ -1,4 +1,4 @@
-"""Test what is read of a sweep: where points stand, metrics, ranks, and tables."""
+"""Test what is read from a sweep: where points stand, metrics, ranks and tables."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from ttt_jax.sweep import files, metric, results, status
 
 @pytest.fixture
 def ranked(folder):
-    """``ranked(metric)``: rank, point, value and step of each result."""
+    """Return ``ranked(metric)``: rank, point, value and step of each result."""
 
     def rank(name, **options):
         found = results.of_sweep(folder, name, **options).results

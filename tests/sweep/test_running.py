@@ -1,4 +1,4 @@
-"""Test how points are run: which are done again, how they end, and which process ends with which."""
+"""Test how points are run: which points run again, how they end, and which processes end together."""
 
 import json
 import os
@@ -18,19 +18,19 @@ HANG = {f"seed={seed}": ["hang"] for seed in range(3)}
 
 @pytest.fixture
 def states(folder):
-    """``states()``: the states of the points, in order."""
+    """Return ``states()``: the states of the points, in order."""
     return lambda: [each.state for each in status.of_sweep(folder)]
 
 
 @pytest.fixture
 def starts(calls):
-    """``starts(n)``: how often each of n seeds was started."""
+    """Return ``starts(n)``: how often each of n seeds was started."""
     return lambda seeds: [len(calls(f"seed={seed}")) for seed in range(seeds)]
 
 
 @pytest.fixture
 def start_hanging(folder, start_sweep, wait_for):
-    """``start_hanging(seeds, arguments)``: a sweep, whose points have begun and hang."""
+    """Return ``start_hanging(seeds)``, which starts a sweep and returns it once its points hang."""
 
     def start(seeds, arguments="", do=HANG, **environment):
         grid = f"--grid seed={','.join(map(str, range(seeds)))}"
@@ -74,26 +74,25 @@ def test_one_failure_does_not_end_the_sweep_and_is_tried_again(sweep, starts, st
 
 
 @pytest.mark.parametrize(
-    ("arguments", "point", "before", "settings"),
+    ("arguments", "point", "command"),
     [
         (
-            "--config.log.every=5 --zip model.width=64,32 model.num_heads=2,1",
+            "--config.log.every=5 --accept-changed-learner --zip model.width=64,32 model.num_heads=2,1",
             "num_heads=1,width=32",
-            [],
-            ["--config.log.every=5", "--config.model.width=32", "--config.model.num_heads=1"],
+            "train --config CONFIG --config.log.every=5 --config.model.width=32 --config.model.num_heads=1 "
+            "--workdir WORKDIR --accept-changed-learner",
         ),
         (
             "--grid seed=0,1 -- launch slurm --gpus-per-node 8 --nodes=2",
             "seed=1",
-            ["launch", "slurm", "--gpus-per-node", "8", "--nodes=2", "--"],
-            ["--config.seed=1"],
+            "launch slurm --gpus-per-node 8 --nodes=2 -- train --config CONFIG --config.seed=1 --workdir WORKDIR",
         ),
     ],
 )
-def test_the_command_of_a_point(sweep, calls, folder, arguments, point, before, settings):
+def test_the_command_of_a_point(sweep, calls, folder, arguments, point, command):
     assert sweep(arguments) == 0
-    train = ["train", "--config", QUICKSTART, *settings, "--workdir", str(folder / point)]
-    assert [call["arguments"] for call in calls(point)] == [[*before, *train]]
+    command = command.replace("CONFIG", QUICKSTART).replace("WORKDIR", str(folder / point))
+    assert [call["arguments"] for call in calls(point)] == [command.split()]
 
 
 @pytest.mark.slow

@@ -19,14 +19,14 @@ from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, RESTART
 
 DESCRIPTION = """\
 Trains a model for each point of a sweep: the product of all --grid and --zip, for each --config. All configs are
-checked before the first run starts. Each point lives in a folder of its own, DIR/POINT, and is a ttt train command.
+checked before the first run starts. Each point is a ttt train command with a workdir of its own, DIR/POINT.
 
-The same command again skips points that are done, goes on with those that are not, and tries failed ones once more;
-other values add points. Ctrl-C lets the points save first; a second Ctrl-C does not wait.
+Running the same command again skips points that are done, continues those that are not, and tries failed points once
+more; other values add points. Ctrl-C lets the points save first; a second Ctrl-C does not wait.
 """
 EPILOG = """\
 values:
-  VALUE,VALUE,...      a list; what holds a comma stands in quotes: "A, B"
+  VALUE,VALUE,...      a list; a value with a comma is quoted: "A, B"
   log:LOW:HIGH:N       N numbers with equal ratios
   linear:LOW:HIGH:N    N numbers with equal steps
   pow2:LOW:HIGH        powers of two
@@ -58,15 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zip", nargs="+", action="append", default=[], metavar="KEY=VALUES", help="keys that advance together")
     add("--workdir", required=True, metavar="DIR", help="where the sweep lives: a folder, or gs://bucket/name")
     add("--jobs", type=int, metavar="N", help="points at a time (default: 1; all, where they are launched elsewhere)")
-    add("--restarts", type=int, default=10, metavar="N", help="of a point that ends with status 75 (default: 10)")
+    add(
+        "--restarts",
+        type=int,
+        default=10,
+        metavar="N",
+        help="how often a point that ends with status 75 is started again (default: 10)",
+    )
     add("--dry-run", action="store_true", help="print the points and their commands; run nothing")
-    add("--accept-changed-learner", action="store_true", help="as of ttt train, for each point")
+    add("--accept-changed-learner", action="store_true", help="passed on to the ttt train of each point")
     ray = parser.add_argument_group("Ray Tune, with the extra [ray]")
     ray.add_argument("--engine", choices=["processes", "ray"], default="processes", help="(default: processes)")
-    ray.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster, or auto (default: one of this machine)")
-    ray.add_argument("--resources", nargs="+", default=["CPU=1"], metavar="NAME=N", help="of a point (default: CPU=1)")
+    ray.add_argument("--ray-address", metavar="ADDRESS", help="a cluster, or auto (default: start one on this machine)")
+    ray.add_argument(
+        "--resources", nargs="+", default=["CPU=1"], metavar="NAME=N", help="that a point takes (default: CPU=1)"
+    )
     ray.add_argument("--asha", metavar="METRIC", help="stop points early that are worse than others by this metric")
-    ray.add_argument("--grace", type=int, metavar="STEPS", help="that each point may take (default: 10%% of its run)")
+    ray.add_argument(
+        "--grace", type=int, metavar="STEPS", help="that each point takes at least (default: 10%% of its run)"
+    )
     ray.add_argument(
         "--reduction", type=float, default=3.0, metavar="R", help="the best of R go on, then to R times as many steps"
     )

@@ -17,30 +17,30 @@ RESULTS = """\
 Ranks the points of a sweep by a metric, with those that are not finished at the end.
 
 Metrics are the numbers in metrics.jsonl, such as loss, grad_norm or tokens_per_second: their mean over the last 5 % of
-the steps, or the median of all of a speed. Evaluations that ttt eval has written are validation-2048 (its loss) or
-validation-2048/perplexity.
+the steps, or for a speed the median over all steps. Evaluations by ttt eval are metrics too, such as validation-2048
+(its loss) or validation-2048/perplexity.
 """
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``ttt sweep status``."""
-    parser.add_argument("workdir", metavar="DIR", help="of the sweep")
-    parser.add_argument("--watch", action="store_true", help="until all points have ended")
-    parser.add_argument("--every", type=float, metavar="S", help="seconds between two looks (default: 2; gs://: 30)")
+    parser.add_argument("workdir", metavar="DIR", help="the workdir of the sweep")
+    parser.add_argument("--watch", action="store_true", help="update the table until all points have ended")
+    parser.add_argument("--every", type=float, metavar="S", help="seconds between updates (default: 2; gs://: 30)")
 
 
 def add_results_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``ttt sweep results``."""
     add = parser.add_argument
-    add("workdir", metavar="DIR", help="of the sweep")
-    add("--metric", default="loss", metavar="NAME", help="(default: loss)")
-    best = "(default: highest of speeds, else lowest)"
-    add("--best", choices=["lowest", "highest"], help=f"which value has rank 1 {best}")
-    add("--csv", type=Path, metavar="FILE", help="write all points to it")
+    add("workdir", metavar="DIR", help="the workdir of the sweep")
+    add("--metric", default="loss", metavar="NAME", help="name of a metric (default: loss)")
+    best = "(default: the highest for speeds, else the lowest)"
+    add("--best", choices=["lowest", "highest"], help=f"value of rank 1 {best}")
+    add("--csv", type=Path, metavar="FILE", help="write all points to this file")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=Path, metavar="FILE", help="draw the metric against --x: .png, .pdf, .svg")
-    add("--x", metavar="KEY", help="(default: the first key that is swept)")
-    add("--lines", metavar="KEY", help="a line for each of its values (default: of all other swept keys)")
+    add("--x", metavar="KEY", help="key of the x axis (default: the first swept key)")
+    add("--lines", metavar="KEY", help="draw a line for each value of this key (default: of all other swept keys)")
 
 
 def status(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Pictures of sweeps: a metric against a swept key."""
+"""Draw a metric of a sweep against a swept key."""
 
 import itertools
 import math
@@ -24,10 +24,10 @@ _MOST_IN_PICTURE = 4  # names of lines; more would cover them
 def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
     """Draw the metric of the points against a key, and save it.
 
-    Points that are done are joined, by the means where several have the same value of the key; bars are the standard
-    deviation of those that differ in nothing but the seed. Points that are not done are hollow and joined to nothing.
-    Crosses at the lower edge are points whose value is NaN or infinite, which leave a gap in their line. The title
-    counts those, and what has no value yet.
+    A line joins points that are done, through the mean where several have the same value of the key; bars are the
+    standard deviation of points that differ in the seed alone. Points that are not done are hollow, and no line joins
+    them. Crosses at the lower edge are points whose value is NaN or infinite, which leave a gap in their line. The
+    title counts these points, and those without a value yet.
 
     Args:
       output: a path that ends in .png, .pdf or .svg.
@@ -97,10 +97,10 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
 
 
 class _Axis:
-    """Where values stand: on a log axis where they are spaced like that, by number, or side by side.
+    """The x axis: logarithmic where values are spaced like that, else linear; values that are no numbers side by side.
 
     Attributes:
-      base: of the logarithm; None where there is none.
+      base: of the logarithm; None for another axis.
     """
 
     def __init__(self, values: Sequence[Value]):
@@ -110,12 +110,12 @@ class _Axis:
         self.base = _log_base(self._numbers) if self._numbers else None
 
     def place(self, value: Value | None) -> float:
-        """On the x axis."""
+        """Return where a value stands on the axis."""
         assert value is not None
         return float(self._values.index(value)) if self._numbers is None else float(value)
 
     def prepare(self, axes: plt.Axes) -> None:
-        """Scale and ticks; each value has one, unless they are many."""
+        """Set the scale and the ticks: one for each value, unless there are many."""
         if self.base:
             axes.set_xscale("log", base=self.base)
         if self._numbers is None or len(self._values) <= _MOST_TICKS:
@@ -127,7 +127,7 @@ class _Axis:
 
 
 def _log_base(numbers: Sequence[float]) -> int | None:
-    """Whether ratios of neighbours are more alike than their differences; two of powers of two, else of ten."""
+    """Return 2 for powers of two, 10 for other numbers whose ratios are more alike than their differences, or None."""
     if len(numbers) < 2 or numbers[0] <= 0:
         return None
     ratios = [math.log(b / a) for a, b in itertools.pairwise(numbers)]
@@ -149,7 +149,7 @@ def _others(found: Results, x: str) -> list[str]:
 
 
 def _value(found: Results, result: Result, key: str, option: str) -> Value | None:
-    """The value that a key has at a point; None where that is not known, of a point that has not begun."""
+    """Return the value of a key at a point; None where it is not known, as the point has not begun."""
     if key in result.values:
         return result.values[key]
     config = found.configs[result.standing.point.name]
@@ -160,7 +160,7 @@ def _value(found: Results, result: Result, key: str, option: str) -> Value | Non
 
 
 def _spread(found: Results, there: Sequence[Result]) -> float | None:
-    """Return the standard deviation of points that differ in the seed alone; None of others, and of one."""
+    """Return the standard deviation of points that differ in the seed alone; None for other points, or a single one."""
     values = [each.value for each in there if each.value is not None and math.isfinite(each.value)]
     others = [{key: value for key, value in each.values.items() if key != _SEED} for each in there]
     if _SEED not in found.keys or len(values) < max(2, len(there)) or any(other != others[0] for other in others):

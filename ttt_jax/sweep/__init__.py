@@ -1,1 +1,1 @@
-"""Many runs as one: points of a sweep, their processes, where they stand and how they compare."""
+"""Run many trainings as one sweep: its points, their processes, where they stand and how they compare."""

@@ -45,7 +45,7 @@ class Sweep(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """The keys that are swept."""
+        """Return the keys that are swept."""
         return list(dict.fromkeys(key for point in self.points for key in point.values))
 
 

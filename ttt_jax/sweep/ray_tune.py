@@ -208,7 +208,7 @@ class _Scheduler(ASHAScheduler):
 
     @property
     def interrupted(self) -> bool:
-        """Whether all trials are asked to stop, and none is begun."""
+        """Return whether all trials are asked to stop, and no other is begun."""
         return self._stop.received is not None
 
     def on_trial_result(self, tune_controller, trial, result) -> str:

@@ -30,12 +30,12 @@ class Result(NamedTuple):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the value is that of a run that is done, at its end."""
+        """Return whether the value is of the end of a run that is done."""
         return self.standing.state == files.DONE and self.value is not None and self.step == self.standing.step
 
     @property
     def is_not_finite(self) -> bool:
-        """Whether there is a value, and it is NaN or infinite."""
+        """Return whether there is a value, and it is NaN or infinite."""
         return self.value is not None and not math.isfinite(self.value)
 
 
