@@ -45,7 +45,7 @@ def books():
 
 @pytest.fixture
 def read_from(monkeypatch):
-    """``read_from(source)``: let evaluations read from a source, and return it."""
+    """Return ``read_from(source)``, which lets evaluations read from a source and returns it."""
 
     def patch(source):
         monkeypatch.setattr(evaluate_lib.named_sources, "from_config", lambda config, split: source)

@@ -1,4 +1,4 @@
-"""``ttt eval`` as real processes: on meshes of several devices and processes, and killed."""
+"""Run ``ttt eval`` in real processes: on meshes of several devices and processes, and killed."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def finish(*processes):
 
 @pytest.fixture(scope="module")
 def run(request, tmp_path_factory, save_run):
-    """A run's workdir, and its evaluation on one device."""
+    """Return a workdir, and its evaluation on one device."""
     workdir, config = tmp_path_factory.mktemp(request.param) / "run", config_lib.default()
     config.model.update(mixer=request.param, **SMALL)
     config.data.update(sequence_length=64, batch_size=2)
@@ -75,7 +75,7 @@ def check_same(found, expected):
 
 @pytest.mark.parametrize("run", ["ttt_mlp", "attention"], indirect=True)
 def test_meshes_give_the_numbers_of_one_device(run):
-    """Seven documents do not divide by the rows of the mesh."""
+    """Evaluate seven documents, which the rows of the mesh do not divide."""
     workdir, expected = run
     finish(start(*options(workdir), "--fsdp", 2, "--tensor", 2, devices=8))
     check_same(result(workdir), expected)
@@ -95,7 +95,7 @@ def test_processes_give_the_numbers_of_one_device(run):
 
 
 @pytest.mark.parametrize("run", ["ttt_mlp"], indirect=True)
-def test_a_killed_evaluation_goes_on(run):
+def test_a_killed_evaluation_resumes(run):
     workdir, expected = run
     many = [*options(workdir)[:-4], "--max-windows", 40, "--batch-size", 1, "--context", 1500]
     stem = "validation-documents-1500"

@@ -31,7 +31,7 @@ def evaluation():
         ({"source": "books", "by_document": True, "step": 300}, "books-test-documents-6-at-300"),
     ],
 )
-def test_names(evaluation, tmp_path, kind, expected):
+def test_names_are_found_again(evaluation, tmp_path, kind, expected):
     assert evaluations.name("test", 6, **kind) == expected
     evaluations.save(evaluation, tmp_path / "eval", expected)
     found = evaluations.read(tmp_path, "test", 6, **kind)
@@ -61,7 +61,7 @@ def test_files_hold_the_evaluation(evaluation, tmp_path):
     assert (evaluation.bin_last - evaluation.bin_first + 1).sum() == 6
 
 
-def test_the_longest_context_and_all_there_are(evaluation, tmp_path):
+def test_the_longest_context_is_read_by_default_and_all_are_listed(evaluation, tmp_path):
     for context in (6, 48, 7):
         about = {**evaluation.about, "context": context}
         evaluations.save(dataclasses.replace(evaluation, about=about), tmp_path / "eval", f"test-{context}")
@@ -84,7 +84,7 @@ def test_the_longest_context_and_all_there_are(evaluation, tmp_path):
         (("test",), {"source": "books"}, "--split test --context 2048 --source books"),
     ],
 )
-def test_where_there_is_none_the_command_is_named(tmp_path, arguments, kind, command):
+def test_a_missing_evaluation_names_the_command(tmp_path, arguments, kind, command):
     with pytest.raises(ConfigError) as caught:
         evaluations.read(tmp_path, *arguments, **kind)
     assert str(caught.value).startswith(f"{tmp_path}: no evaluation of the {arguments[0]} split")
@@ -110,7 +110,7 @@ def test_damaged_files_are_named(evaluation, tmp_path, suffix, content):
         evaluations.read_file(path)
 
 
-def test_files_of_another_version(evaluation, tmp_path):
+def test_files_of_another_version_are_refused(evaluation, tmp_path):
     path = evaluations.save(evaluation, tmp_path / "eval", "test-6")
     path.with_suffix(".json").write_text('{"step": 4}')
     np.savez(path, allow_pickle=False, position=evaluation.position, loss=evaluation.loss)
@@ -131,7 +131,7 @@ def of(workdir, **kind):
     return evaluations.read(workdir, "test", 6, **kind).about["loss"]
 
 
-def test_two_datasets_of_one_last_name_are_both_kept_and_found_by_path(tmp_path):
+def test_results_of_two_datasets_with_one_name_are_kept_and_found_by_path(tmp_path):
     for loss, place in enumerate("xyx", 1):
         save(tmp_path, loss=float(loss), source_path=f"/{place}/texts", fingerprint=place)
     assert len(list((tmp_path / "eval").glob("*.json"))) == 2  # the third is in place of the first
@@ -140,7 +140,7 @@ def test_two_datasets_of_one_last_name_are_both_kept_and_found_by_path(tmp_path)
         of(tmp_path, source="/z/others")
 
 
-def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path):
+def test_results_with_two_numbers_of_windows_are_kept_and_one_must_be_chosen(tmp_path):
     for windows in (4, 2):
         path = save(tmp_path, "test-6", loss=float(windows), windows=windows, fingerprint="f")
     assert path.name != "test-6.npz"
@@ -152,12 +152,12 @@ def test_two_numbers_of_windows_are_both_kept_and_one_has_to_be_chosen(tmp_path)
     assert message.startswith(f"{tmp_path / 'eval'}: 2 results of the test split with context 6: test-6 (4 windows of ")
 
 
-def test_files_of_before_are_found(tmp_path):
+def test_files_of_earlier_versions_are_found(tmp_path):
     save(tmp_path, loss=5.0)
     assert of(tmp_path, source="/gone/texts") == 5.0
 
 
-def test_what_takes_the_place_of_the_result_of_an_earlier_step_says_so(tmp_path, capsys):
+def test_replacing_the_result_of_an_earlier_step_warns(tmp_path, capsys):
     about = {"fingerprint": "f", "context": 8, "windows": 2, "step": 4}
     json_files.write_object(tmp_path / "test-8.json", about)
     assert catalogue.place(tmp_path, "test-8", about) == "test-8"
@@ -167,7 +167,7 @@ def test_what_takes_the_place_of_the_result_of_an_earlier_step_says_so(tmp_path,
     assert capsys.readouterr().err == said
 
 
-def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):
+def test_known_results_are_listed(tmp_path):
     assert catalogue.known_results(tmp_path / "eval") == ""
     for count in (1, 2, 10):
         for i in range(count):
@@ -184,7 +184,7 @@ def test_what_there_is_is_listed_for_who_asks_for_something_else(tmp_path):
 
 ABOUT = {"workdir": "a", "fingerprint": "f", "split": "test", "of": "documents", "context": 64}
 RNG = np.random.default_rng(1)
-LEVEL = RNG.normal(3, 1, (30, 1))  # of a document: the same for every model
+LEVEL = RNG.normal(3, 1, (30, 1))  # of documents, the same for both models
 LENGTHS = np.append(64, RNG.integers(5, 65, 29))
 DIFFERENCE = RNG.normal(-0.05, 0.02, (30, 64))
 
@@ -199,7 +199,7 @@ BASE = LEVEL + RNG.normal(0, 0.5, (30, 64))
 A, B = of_documents(BASE + DIFFERENCE), of_documents(BASE, workdir="b")
 
 
-def test_the_difference_and_its_error_are_those_of_the_differences_of_documents():
+def test_the_difference_and_its_error_follow_from_differences_of_documents():
     found = evaluations.paired_difference(A, B)
     counted = np.arange(64) < LENGTHS[:, None]
     sums, counts = (DIFFERENCE * counted).sum(1), counted.sum(1)
@@ -216,7 +216,7 @@ def test_the_difference_and_its_error_are_those_of_the_differences_of_documents(
     assert evaluations.paired_difference(B, A).mean == pytest.approx(-mean, rel=1e-9)
 
 
-def test_a_model_and_itself():
+def test_a_model_does_not_differ_from_itself():
     found = evaluations.paired_difference(A, A)
     assert (found.mean, found.standard_error, found.low, found.high) == (0, 0, 0, 0)
 
@@ -224,14 +224,14 @@ def test_a_model_and_itself():
 @pytest.mark.parametrize(
     ("key", "value"), [("fingerprint", "g"), ("split", "train"), ("of", "windows"), ("context", 65), ("windows", 31)]
 )
-def test_other_text(key, value):
+def test_evaluations_of_other_text_are_not_compared(key, value):
     other = dataclasses.replace(B, about={**B.about, key: value})
     with pytest.raises(ConfigError) as caught:
         evaluations.paired_difference(A, other)
     assert str(caught.value).startswith(f"a: its evaluation has {key} {A.about[key]}, that of b {value}; expected the")
 
 
-def test_other_tokens():
+def test_evaluations_of_other_tokens_are_not_compared():
     counts = B.document_counts.copy()
     counts[[0, 1]] = counts[[1, 0]]
     with pytest.raises(ConfigError, match="a: its evaluation counts other tokens than that of b"):

@@ -1,4 +1,4 @@
-"""Statistics of losses against plain loops and against drawing documents again."""
+"""Compare statistics of losses with plain loops and with resampled documents."""
 
 import itertools
 import math
@@ -13,18 +13,18 @@ RNG = np.random.default_rng(0)
 
 
 def random_losses(n, tokens, density=0.6):
-    """Losses [N, T], with NaN where a token does not count."""
+    """Return losses [N, T], with NaN where a token does not count."""
     nll = RNG.gamma(2.0, 1.0, (n, tokens)) + RNG.normal(0, 1, (n, 1))
     return np.where(RNG.random((n, tokens)) < density, nll, np.nan).astype(np.float32)
 
 
 def of_rows(nll):
-    """Return the statistics where each row is a document, and NaN stands at what does not count."""
+    """Summarise losses with a document in each row, and NaN where a token does not count."""
     return statistics.summarise([Segment(i, 0, row, np.isfinite(row)) for i, row in enumerate(nll)], nll.shape[1])
 
 
 def by_loops(nll):
-    """Mean, standard error and count of each position, of documents that have one token there at most."""
+    """Return the mean, standard error and count of each position, where each document has at most one token."""
     rows = []
     for t in range(nll.shape[1]):
         values = [float(x) for x in nll[:, t] if math.isfinite(x)]
@@ -35,7 +35,7 @@ def by_loops(nll):
     return (np.array(column) for column in zip(*rows, strict=True))
 
 
-def test_positions():
+def test_positions_match_loops():
     nll = random_losses(6, 9)
     nll[:, 2] = np.nan  # counts in no document
     nll[:, 5] = [np.nan, np.nan, 1, np.nan, np.nan, np.nan]  # in one
@@ -49,8 +49,8 @@ def test_positions():
     assert np.isnan(found.standard_error).tolist() == [t in (2, 5) for t in range(9)]
 
 
-def test_segments_of_one_document_are_one_draw():
-    """Two windows of one document, and one of another: at each position the residuals of the first two are added."""
+def test_segments_of_one_document_are_one_sample():
+    """Add the residuals of two windows of one document at each position, beside a window of another document."""
     nll = random_losses(3, 20, density=1).astype(np.float64)
     found = statistics.summarise([Segment(7, 0, nll[0]), Segment(9, 0, nll[1]), Segment(7, 0, nll[2])], 20)
     mean = nll.mean(0)
@@ -61,7 +61,7 @@ def test_segments_of_one_document_are_one_draw():
     np.testing.assert_allclose(found.document_sums.sum(1), [nll[0].sum() + nll[2].sum(), nll[1].sum()], rtol=1e-12)
 
 
-def test_the_mean_is_of_tokens_not_of_documents_or_positions():
+def test_the_mean_is_over_tokens_not_over_documents_or_positions():
     nll = random_losses(5, 8)
     nll[0] = [100, *[np.nan] * 7]
     counted = nll[np.isfinite(nll)].astype(np.float64)
@@ -70,7 +70,7 @@ def test_the_mean_is_of_tokens_not_of_documents_or_positions():
     assert found.all.tokens == len(counted)
 
 
-def test_bins_hold_what_their_positions_hold():
+def test_bins_match_their_positions():
     nll = random_losses(7, 300)
     found = of_rows(nll)
     edges = statistics.bin_edges(300)
@@ -85,7 +85,7 @@ def test_bins_hold_what_their_positions_hold():
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 5, 16, 17, 100, 2048, 32768])
-def test_bins_are_of_a_quarter_of_an_octave_whatever_the_context(positions):
+def test_bins_are_a_quarter_of_an_octave_for_every_context(positions):
     edges = statistics.bin_edges(positions)
     assert (edges[0], edges[-1]) == (1, positions + 1)
     assert (np.diff(edges) > 0).all()
@@ -100,8 +100,8 @@ def test_bins_are_of_a_quarter_of_an_octave_whatever_the_context(positions):
 
 
 @pytest.mark.slow
-def test_errors_are_what_drawing_other_documents_would_give():
-    """From a population: the spread of means of many samples, against what one sample says of itself."""
+def test_errors_match_the_spread_over_samples():
+    """Compare the spread of the means of many samples with the errors that single samples estimate."""
 
     def draw(n):
         length = RNG.integers(1, 40, n)  # documents of very different lengths, and of levels that depend on it
@@ -133,11 +133,11 @@ def test_one_document_has_no_error():
     assert math.isfinite(found.all.mean)
 
 
-def test_the_same_again():
+def test_results_are_deterministic_and_independent_of_order():
     nll = random_losses(9, 50)
     first, again = of_rows(nll), of_rows(nll[::-1])
     np.testing.assert_array_equal(first.bins.low, of_rows(nll).bins.low)
-    np.testing.assert_allclose(first.bins.mean, again.bins.mean, rtol=1e-12)  # in whatever order they come
+    np.testing.assert_allclose(first.bins.mean, again.bins.mean, rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_shows_in_every_mean_that_it_is_part_of(value)
     assert found.all.tokens == expected.all.tokens
 
 
-def test_no_document_is_no_mean():
+def test_without_documents_means_are_nan():
     nothing = Segment(0, 0, np.zeros(6), np.zeros(6, bool))
     for segments in ([], [nothing]):
         found = statistics.summarise(segments, 6)

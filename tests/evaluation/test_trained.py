@@ -1,4 +1,4 @@
-"""Which checkpoints are read of a run that is still being trained."""
+"""Check which checkpoints are read of a run that is still being trained."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from ttt_jax.evaluation import trained
 
 @pytest.fixture
 def reading(monkeypatch):
-    """``reading(there, later)``: which checkpoints there are, and which are left when the first one is restored."""
+    """Return ``reading(there, later)``, which sets the checkpoints at first, and when the first one is restored."""
 
     def begin(there, later):
         known = list(there)
@@ -41,21 +41,21 @@ def reading(monkeypatch):
         ([3, 6], [9, 12], "all", [9, 12], [3, 6]),
     ],
 )
-def test_checkpoints_that_a_training_removes_meanwhile(reading, capsys, there, later, wanted, found, removed):
+def test_checkpoints_that_a_training_removes(reading, capsys, there, later, wanted, found, removed):
     reading(there, later)
     assert list(trained.loaded("a", wanted)) == found
     said = [f"a: the checkpoint of step {step} has been removed meanwhile; left out" for step in removed]
     assert capsys.readouterr().err.splitlines() == said
 
 
-def test_one_that_was_asked_for_is_an_error(reading):
+def test_a_missing_step_that_was_asked_for_is_an_error(reading):
     reading([3, 6], [9])
     with pytest.raises(CheckpointError, match=r"^3 cannot be restored$"):
         trained.load("a", 3)
     assert trained.load("a") == 9
 
 
-def test_damage_is_no_removal(reading, monkeypatch):
+def test_damaged_checkpoints_are_not_taken_for_removed_ones(reading, monkeypatch):
     reading([3, 6], [3, 6])
     for error in (CheckpointError("damaged"), ConfigError("of another shape")):
         monkeypatch.setattr(trained, "_load", lambda *arguments, error=error: (_ for _ in ()).throw(error))

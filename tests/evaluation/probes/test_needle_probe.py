@@ -1,4 +1,4 @@
-"""Needle probes of a run: what a cell says, and that what is known is not computed again."""
+"""Check the cells of needle probes, and that known cells are not computed again."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ def text(loaded):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Scores that need no model: the list of examples that were scored."""
+    """Replace scores by random numbers; return the list of examples that were scored."""
     seen = []
 
     def score(self, examples, progress=None):
@@ -38,7 +38,7 @@ def run(loaded, tmp_path):
     return loaded("ttt_linear")._replace(workdir=tmp_path / "some-run")
 
 
-def test_what_prompts_of_a_run_are_made_of(text):
+def test_texts_of_a_run(text):
     assert (text.tokenizer.kind, text.bos) == ("byte", 256)
     assert text.haystacks["passkey"].name == "noise"
     assert text.haystacks["number"] is text.haystacks["uuid"]
@@ -47,7 +47,7 @@ def test_what_prompts_of_a_run_are_made_of(text):
     assert "".join(text.haystacks["number"].units(0.3, 5000)) in whole
 
 
-def test_a_cell_is_of_the_scores(run, text, scored):
+def test_cells_follow_from_scores(run, text, scored):
     options = {"contexts": [600], "depths": [0.0, 100.0], "samples": 30, "candidates": 4, "seed": 2}
     first, second = needle_probe.probe(run, "number", text, **options)
     rng = np.random.default_rng(600)
@@ -71,7 +71,7 @@ def test_a_cell_is_of_the_scores(run, text, scored):
 
 
 def test_scores_of_the_model_itself(loaded, runs, text):
-    """One cell without a stand-in: chance, as the parameters are random."""
+    """Compute one cell with the model, at chance, as its parameters are random."""
     options = {"contexts": [470], "depths": [50.0], "samples": 4, "candidates": 3, "batch_size": 2}
     (cell,) = needle_probe.probe(loaded("ttt_linear"), "passkey", text, **options)
     assert cell["correct"] == 0
@@ -99,7 +99,7 @@ def test_cells_that_are_known_are_not_computed_again(run, text, scored):
     assert len(scored) == 12
 
 
-def test_what_was_done_is_kept_when_a_probe_is_stopped(run, text, scored, monkeypatch):
+def test_cells_are_kept_when_a_probe_is_stopped(run, text, scored, monkeypatch):
     examples, calls = prompt.examples, []
 
     def stopped(*args, context, **options):
@@ -116,7 +116,7 @@ def test_what_was_done_is_kept_when_a_probe_is_stopped(run, text, scored, monkey
     assert len(scored) == 4
 
 
-def test_files(run, text, scored):
+def test_files_hold_the_cells(run, text, scored):
     cells = needle_probe.probe(run, "uuid", text, contexts=[700, 800], depths=[0.0, 50.0], samples=2)
     found = json.loads((run.workdir / "probe" / "needle-uuid.json").read_text())
     assert found["cells"] == cells
@@ -140,7 +140,7 @@ def test_files(run, text, scored):
     ]
 
 
-def test_a_file_of_something_else_is_left_alone(run, text, scored):
+def test_a_file_without_cells_is_not_overwritten(run, text, scored):
     path = run.workdir / "probe" / "needle-passkey.json"
     path.parent.mkdir(parents=True)
     for content in ("{", "[]", '{"cells": [{"step": 3}]}'):
@@ -151,7 +151,7 @@ def test_a_file_of_something_else_is_left_alone(run, text, scored):
     assert not scored
 
 
-def test_a_tokenizer_that_the_model_does_not_know(run, text):
+def test_a_tokenizer_with_too_many_tokens_is_refused(run, text):
     small = run.config.copy_and_resolve_references()
     small.model.vocab_size = 100
     with pytest.raises(ConfigError, match=r"--tokenizer byte: has token 256; .* knows 100 tokens; expected the"):
@@ -159,7 +159,7 @@ def test_a_tokenizer_that_the_model_does_not_know(run, text):
 
 
 def test_scores_that_are_not_finite_show(run, text, monkeypatch):
-    """None of the shares is known where one of the answers is not; the file stays JSON."""
+    """Expect no share to be known if one of the answers is not, and valid JSON."""
     scores = np.array([[-5.0, -6.0], [np.nan, -6.0], [-5.0, -np.inf]], np.float32)
     monkeypatch.setattr(Scorer, "score", lambda *args: Scores(scores, np.array([True, False, True])))
     [cell] = needle_probe.probe(run, "passkey", text, contexts=[500], depths=[0.0], samples=3, candidates=2)
@@ -171,7 +171,7 @@ def test_scores_that_are_not_finite_show(run, text, monkeypatch):
     assert json.loads(stored, parse_constant=pytest.fail)["cells"] == [cell]
 
 
-def test_prompts_of_another_beginning_are_other_cells(run, text, scored):
+def test_cells_depend_on_the_bos_of_prompts(run, text, scored):
     options = {"contexts": [500], "depths": [0.0], "samples": 2, "candidates": 2}
     [with_bos] = needle_probe.probe(run, "passkey", text, **options)
     [without] = needle_probe.probe(run, "passkey", text._replace(bos=None), **options)

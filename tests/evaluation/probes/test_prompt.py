@@ -1,4 +1,4 @@
-"""Prompts of needle probes: their length, where the needle lies, that the answer can be found, what they depend on."""
+"""Check the prompts of needle probes: length, depth of the needle, answers, and what they depend on."""
 
 import re
 
@@ -28,7 +28,7 @@ def byte_source(text):
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A byte-level BPE as ``ttt tokenize --train-bpe`` makes them; merges join spaces with words."""
+    """Return a byte-level BPE as ``ttt tokenize --train-bpe`` makes it; merges join spaces with words."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def bpe():
 
 @pytest.fixture(scope="module")
 def prefixing():
-    """A tokenizer that puts a space before the first word of every text, as SentencePiece models do."""
+    """Return a tokenizer that puts a space before the first word of every text, as SentencePiece models do."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -89,14 +89,14 @@ def test_length_depth_and_answer(byte, name, context, depth, index, bos):
     assert (example.tokens == BOS).sum() == (bos is not None)
     text = text_of(byte, example)
     hidden = example.needle
-    # A search that knows the words of a needle finds the answer, once, and the question asks for it.
+    # The answer to the question is in the text, once.
     kind, key = re.search(r"What is the special magic (\w+) for (\S+) mentioned", text).groups()
     (answer,) = re.findall(rf"One of the special magic {kind}s for {key} is: (\S+)\.", text)
     assert text.endswith(f"The special magic {kind} for {key} mentioned in the provided text is {answer}")
     assert (key, answer) == (hidden.key, hidden.values[0])
     np.testing.assert_array_equal(example.tokens[-len(answer) :], list(answer.encode()))
     np.testing.assert_array_equal(example.candidates[0], list(answer.encode()))
-    # The depth is that of the needle in the bytes of the haystack, to half of the longest unit.
+    # The depth is the needle's position in the bytes of the haystack, to half of the longest unit.
     before, after = text.encode().split(hidden.sentence.encode())
     before = before.split(hidden.introduction.encode())[1]
     after = after.split(b"\nWhat is the special magic")[0]
@@ -119,7 +119,7 @@ def test_the_forms_of_answers(byte):
     assert len({made(byte, index=index)[0].needle for index in range(30)}) == 30
 
 
-def test_noise_is_the_same_five_sentences(byte):
+def test_noise_repeats_five_sentences(byte):
     text = text_of(byte, made(byte, "passkey", depths=[30])[0])
     _, *lines, last, _ = text.split("\n")
     assert needle.NOISE.startswith(last)
@@ -147,7 +147,7 @@ def test_depth_and_context_move_the_same_needle_in_the_same_text(byte):
 
 
 def test_answers_of_a_tokenizer_that_joins_spaces_with_words(bpe):
-    """Each candidate behind the question is what the tokenizer makes of the whole, and differs from its first token."""
+    """Expect question and candidate together to have the tokens of the whole text."""
     joined = 0
     for index in range(10):
         (example,) = made(bpe, index=index, context=600, depths=[40], bos=0)
@@ -163,16 +163,16 @@ def test_answers_of_a_tokenizer_that_joins_spaces_with_words(bpe):
     assert joined  # " 1" is one token here
 
 
-def test_a_tokenizer_that_begins_texts_with_a_space(prefixing):
+def test_answers_of_a_tokenizer_that_begins_texts_with_a_space(prefixing):
     (example,) = made(prefixing, context=700, depths=[50], bos=None)
     text = prefixing.decoder()(example.tokens)
-    assert " \n" not in text  # as there would be, were its parts tokenized for themselves
+    assert " \n" not in text  # as if its parts had been tokenized separately
     assert text.startswith(f"{example.needle.introduction}\n")
     assert example.needle.sentence in text
     assert text.endswith(f"\n{example.needle.question} {example.needle.values[0]}")
 
 
-def test_haystack_of_a_file_and_across_the_end_of_the_text(byte, tmp_path):
+def test_haystacks_of_files_repeat_after_their_end(byte, tmp_path):
     path = tmp_path / "book.txt"
     path.write_text(TEXT[:3000])
     found = needle.haystack_of_file(str(path))
@@ -200,7 +200,7 @@ def test_units_are_the_whole_text(text):
         (None, "notes.txt: no such file"),
     ],
 )
-def test_what_is_no_haystack(byte, tmp_path, content, message):
+def test_files_that_are_not_text_are_refused(byte, tmp_path, content, message):
     path = tmp_path / "notes.txt"
     if content is not None:
         path.write_bytes(content)
@@ -209,18 +209,18 @@ def test_what_is_no_haystack(byte, tmp_path, content, message):
     assert message in str(error.value)
 
 
-def test_a_source_without_text(byte):
+def test_a_source_without_text_is_refused(byte):
     source = TokenSource("empty/test", np.full(5000, BOS, np.uint16), 257, BOS)
     with pytest.raises(ConfigError, match=r"^empty/test: no text in it; expected --haystack FILE"):
         made(byte, haystack=needle.haystack_of_source(source, byte.decoder()))
 
 
-def test_a_split_without_tokens(byte):
+def test_a_split_without_tokens_is_refused(byte):
     with pytest.raises(ConfigError, match=r"^books/validation: no text in it; expected --haystack FILE"):
         needle.haystack_of_source(byte_source(""), byte.decoder())
 
 
-def test_a_short_text_is_read_once_however_long_the_haystack_is(byte):
+def test_a_short_text_is_read_once_for_a_long_haystack(byte):
     reads, decode = [], byte.decoder()
     found = needle.haystack_of_source(byte_source("Ab c. "), lambda tokens: reads.append(len(tokens)) or decode(tokens))
     units = found.units(0.5, 100_000)
@@ -229,7 +229,7 @@ def test_a_short_text_is_read_once_however_long_the_haystack_is(byte):
     assert len("".join(units)) > 99_000
 
 
-def test_a_context_that_is_too_short(byte):
+def test_a_context_that_is_too_short_is_refused(byte):
     with pytest.raises(ConfigError) as error:
         made(byte, context=300)
     least = int(

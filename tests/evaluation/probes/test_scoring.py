@@ -1,4 +1,4 @@
-"""Scores of answers against plain logits of whole sequences, computed without pieces and without a state."""
+"""Compare scores of answers with logits of whole sequences, computed without pieces and without a state."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from ttt_jax.evaluation.probes.scoring import Scorer
 
 RNG = np.random.default_rng(0)
 MIXERS = ("ttt_linear", "attention")
-T = 61  # one length for all, to compile little
+T = 61  # one length for all examples, so that little is compiled
 HIDDEN = needle.draw(RNG, needle.TASKS["passkey"], 2)
 
 
 def example(tokens, candidates):
-    """One whose answer has these tokens, whatever they mean."""
+    """Return an example whose candidates have these tokens."""
     candidates = [np.asarray(candidate, np.int32) for candidate in candidates]
     whole = np.concatenate([tokens[: len(tokens) - len(candidates[0])], candidates[0]]).astype(np.int32)
     return prompt.Example(HIDDEN, whole, candidates, 50.0)
@@ -21,7 +21,7 @@ def example(tokens, candidates):
 
 @pytest.fixture(scope="module")
 def scorers(loaded):
-    """``scorers(mixer)``: a run and its scorer, whose pieces end within mini-batches, and within examples."""
+    """Return ``scorers(mixer)``: a run and its scorer, whose pieces end within mini-batches and within examples."""
     found = {}
 
     def get(mixer):
@@ -39,7 +39,7 @@ def log_softmax(logits):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_scores_are_those_of_plain_logits(mixer, scorers, plain_logits):
-    """Candidates of several lengths, prompts that therefore end at several places, and a batch that is not full."""
+    """Score candidates of several lengths, so that prompts end at several positions, and a batch that is not full."""
     run, scorer = scorers(mixer)
     examples = [
         example(RNG.integers(0, 257, T), [RNG.integers(0, 257, n) for n in lengths])
@@ -51,7 +51,7 @@ def test_scores_are_those_of_plain_logits(mixer, scorers, plain_logits):
         question = one.tokens[: T - len(one.candidates[0])]
         for j, candidate in enumerate(one.candidates):
             whole = np.concatenate([question, candidate])[None]
-            padded = np.pad(whole, ((0, 0), (0, 70 - whole.shape[1])))  # causal: what follows does not matter
+            padded = np.pad(whole, ((0, 0), (0, 70 - whole.shape[1])))  # causal: padding does not matter
             found = log_softmax(plain_logits(run, padded))[0, len(question) - 1 : whole.shape[1] - 1]
             expected = np.take_along_axis(found, candidate[:, None], 1).sum()
             assert scores.log_likelihood[i, j] == pytest.approx(expected, rel=1e-4)
@@ -74,18 +74,18 @@ def test_an_answer_matches_if_greedy_decoding_gives_it(mixer, scorers, plain_log
         assert scorer.score(examples).matched.tolist() == expected
 
 
-def test_no_more_is_read_at_a_time_than_a_piece(scorers, monkeypatch):
+def test_prompts_are_read_in_pieces(scorers, monkeypatch):
     _, scorer = scorers("ttt_linear")
     seen, read = [], scorer._read
     monkeypatch.setattr(scorer, "_read", lambda *args: seen.append(args[2].shape) or read(*args))
     calls = []
     scorer.score([example(RNG.integers(0, 257, T), [[1, 2], [3, 4]])] * 3, calls.append)
-    assert seen == [(2, 23), (2, 23), (2, 6)] * 2  # 61 tokens, but those where an answer may begin
+    assert seen == [(2, 23), (2, 23), (2, 6)] * 2  # 61 tokens, without those at which an answer may begin
     assert calls == [2, 3]
 
 
-def test_what_stands_behind_an_answer_is_not_scored():
-    """NaN behind an answer leaves its score as it is; NaN within it shows."""
+def test_tokens_after_an_answer_are_not_scored():
+    """Expect NaN after an answer to leave its score unchanged, and NaN within it to show."""
     import jax.numpy as jnp
 
     logits = jnp.zeros((1, 4, 3)).at[0, 2:].set(jnp.nan)

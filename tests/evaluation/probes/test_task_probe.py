@@ -1,4 +1,4 @@
-"""Probes of synthetic tasks: accuracies against plain logits, by distance against loops, and of models that know it."""
+"""Compare probes of synthetic tasks with logits, with loops over distances, and with known answers."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def run(made_run):
     return trained.load(made_run("ttt_linear", vocab_size=12, source="associative_recall:2", sequence_length=20))
 
 
-def test_accuracies_are_of_the_logits(run, plain_logits):
+def test_accuracies_match_logits(run, plain_logits):
     (cell,) = task_probe.probe(run, **OPTIONS, batch_size=4)
     source = synthetic.task_source("associative_recall:2", "validation", 12, 20)
     right, losses, whole, by_distance = [], [], 0, {}
@@ -45,7 +45,7 @@ def test_accuracies_are_of_the_logits(run, plain_logits):
 
 
 def test_a_model_that_knows_all_and_one_that_knows_nothing(run, monkeypatch, tmp_path):
-    """A stand-in for the model that predicts by lookup, and one that always says the same."""
+    """Replace the predictions of the model by the right answers, and by a constant."""
     run = run._replace(workdir=tmp_path / "r")
 
     def by_lookup(trained, read, examples, batch_size):
@@ -62,7 +62,7 @@ def test_a_model_that_knows_all_and_one_that_knows_nothing(run, monkeypatch, tmp
     assert [(cell["items"], cell["context"]) for cell in cells] == [(2, 16), (2, 40), (4, 16), (4, 40)]
     assert {(cell["accuracy"], cell["whole"], cell["loss"]) for cell in cells} == {(1, 1, 0)}
     monkeypatch.setattr(task_probe, "_predictions", always)
-    assert task_probe.probe(run, **options) == cells  # which are known
+    assert task_probe.probe(run, **options) == cells  # cells that are known are not computed again
     for cell in task_probe.probe(run, **options, split="test"):
         assert cell["accuracy"] == pytest.approx(1 / 6, abs=0.06)  # of six values
         assert cell["loss"] == 3
@@ -83,7 +83,7 @@ def test_answers_that_are_not_finite_show(run, monkeypatch, tmp_path):
     assert json.loads(stored, parse_constant=pytest.fail)["cells"] == [cell]
 
 
-def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
+def test_longer_contexts_have_longer_distances(run, monkeypatch, tmp_path):
     monkeypatch.setattr(
         task_probe, "_predictions", lambda trained, read, examples, size: (np.zeros((50, 299)), np.zeros((50, 299)))
     )
@@ -101,7 +101,7 @@ def test_longer_contexts_are_longer_distances(run, monkeypatch, tmp_path):
         assert [row["context"] for row in csv.DictReader(file)] == ["30", "300"]
 
 
-def test_what_cannot_be_probed(run, loaded):
+def test_runs_and_items_that_cannot_be_probed(run, loaded):
     with pytest.raises(ConfigError, match=r"data.source='embedded': is not a task to probe; expected a run on"):
         task_probe.task_of(loaded("ttt_linear").config)
     with pytest.raises(ConfigError, match=r"data.sequence_length=20: associative_recall of 8 pairs needs 32 or"):
