@@ -1,4 +1,4 @@
-"""Runs as they look after ``ttt train``, ``ttt eval`` and ``ttt inspect``, made up; and what a picture says."""
+"""Write the files of ``ttt train``, ``ttt eval`` and ``ttt inspect`` with made-up numbers, and read figures."""
 
 import json
 import math
@@ -26,14 +26,14 @@ def run(
     about=None,
     **keys,
 ):
-    """The workdir of a run whose evaluation has exactly this perplexity.
+    """Write a run whose evaluation has exactly this perplexity; return its workdir.
 
     Args:
-      flops, parameters: of training and model, as they are written down.
-      noise: seed of what makes documents hard; equal ones are equally hard for two runs.
-      seconds: per step, a record of metrics.jsonl each.
+      flops, parameters: of training and model, as the evaluation has them.
+      noise: the seed of the losses; with equal seeds, documents are equally hard for two runs.
+      seconds: per step, one for each record of metrics.jsonl.
       bad: pairs of window and position whose losses are NaN.
-      about: what else the evaluation says.
+      about: more keys of the evaluation.
       keys: of the config, with __ for a dot.
     """
     config = config_lib.default()
@@ -95,7 +95,7 @@ def save_evaluation(workdir, about, *, loss, noise=0, bad=()):
 
 
 def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
-    """What ``ttt inspect`` writes; ``losses`` are [L, T] each, by name."""
+    """Write the files of ``ttt inspect``; ``losses`` are [L, T] each, by name."""
     layers, context = losses["loss_at_w0"].shape
     by_position = {"target_spread": np.ones((layers, context)), "weight_change": np.ones((layers, 1)), **losses}
     by_position["eta"] = np.ones((layers, 2, context))
@@ -122,11 +122,11 @@ def save_inspection(workdir, losses, *, split="validation", mini_batch=1):
 
 
 def words(path) -> list[str]:
-    """The texts of a drawing, which Matplotlib leaves as comments beside the outlines of their letters."""
+    """Return the texts of an SVG figure, which Matplotlib writes as comments beside the outlines of letters."""
     return re.findall(r"<!-- (.*?) -->", path.read_text())
 
 
 def lines(axes) -> dict[str, list[tuple[float, float]]]:
-    """What is drawn, by label: pairs of x and y."""
+    """Return the drawn lines by label, as pairs of x and y."""
     found = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     return {label: [tuple(pair) for pair in pairs] for label, pairs in found.items() if not label.startswith("_")}

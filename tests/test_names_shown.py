@@ -1,4 +1,4 @@
-"""Names and values are shown as they are, in tables and pictures, whatever characters they hold."""
+"""Check that tables and figures show names and values unchanged, with any characters."""
 
 import argparse
 import html
@@ -39,12 +39,12 @@ def rendered(table) -> str:
 
 
 def drawn(path) -> list[str]:
-    """The texts of a drawing, as a person reads them."""
+    """Return the texts of an SVG figure as they are displayed."""
     return [html.unescape(word).replace("\u200b", "") for word in words(path)]
 
 
 def swept(folder):
-    """A sweep over data.source, a point of each value, which are done."""
+    """Return a finished sweep over data.source with a point for each value."""
     found = []
     for i, value in enumerate(VALUES):
         (folder / f"p{i}").mkdir(parents=True)
@@ -68,7 +68,7 @@ def test_tables_of_sweeps(tmp_path):
         assert any(f" {value} " in line and f"because of {value}" in line for line in states.splitlines())
 
 
-def test_pictures_of_sweeps(tmp_path):
+def test_figures_of_sweeps(tmp_path):
     found = swept(tmp_path)
     sweep_metric.against(found, "the_pile[$a$]-loss", tmp_path / "ticks.svg", x="data.source")
     assert set(VALUES) < set(drawn(tmp_path / "ticks.svg"))
@@ -85,7 +85,7 @@ def test_pictures_of_sweeps(tmp_path):
 
 @pytest.fixture
 def named(tmp_path):
-    """Evaluated runs whose folders have these names, and whose text is called like them."""
+    """Return evaluated runs whose folders have these names."""
     return [run(tmp_path / "runs" / name, noise=i, perplexity=9.0 + i / 10) for i, name in enumerate(NAMES)]
 
 
@@ -99,7 +99,7 @@ def test_comparisons(named, capsys):
 
 
 @pytest.mark.slow
-def test_pictures_of_runs(named, tmp_path):
+def test_figures_of_runs(named, tmp_path):
     loss_by_position(named, [tmp_path / "a.svg"], against=named[0])
     said = drawn(tmp_path / "a.svg")
     for name in NAMES:

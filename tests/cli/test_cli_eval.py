@@ -1,4 +1,4 @@
-"""What ``ttt eval compare`` prints, of evaluations that were made up."""
+"""Check the output of ``ttt eval compare`` on made-up evaluations."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from ttt_jax.figures import style
 
 @pytest.fixture
 def compared(capsys):
-    """``compared(*runs)``: the lines that ``ttt eval compare`` prints."""
+    """Return ``compared(*runs)``: the lines that ``ttt eval compare`` prints."""
 
     def compare(*runs):
         parser = argparse.ArgumentParser()
@@ -28,7 +28,7 @@ def compared(capsys):
 
 
 def cells(lines, first):
-    """The cells of the row that begins with a text."""
+    """Return the cells of the row that begins with a text."""
     [row] = [line for line in lines if line.split("│")[1:2] and line.split("│")[1].strip() == first]
     return [cell.strip() for cell in row.split("│")[1:-1]]
 
@@ -59,7 +59,7 @@ def test_runs_of_one_name_in_different_folders_are_told_apart(tmp_path, compared
     assert cells(lines, "all")[2].startswith("+0.0953 +- ")
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path):
+def test_errors_of_a_full_disk_name_the_file(tmp_path):
     tables = [tmp_path / name for name in ("a.csv", "a.svg", "run.csv")]
     for path in tables:
         path.symlink_to("/dev/full")

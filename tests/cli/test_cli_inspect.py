@@ -1,4 +1,4 @@
-"""``ttt inspect``, as a person types it."""
+"""Run ``ttt inspect``."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_help_and_refusals_do_not_load_jax(in_one_process):
         assert message in found[command][2]
 
 
-def test_runs_that_cannot_be_inspected_are_refused_before_any_is_read(runs, capsys, tmp_path):
+def test_all_runs_are_checked_before_any_is_read(runs, capsys, tmp_path):
     learns, attends = runs / "learns", runs / "attends"
     for arguments, message in (
         (

@@ -1,4 +1,4 @@
-"""``ttt plot`` as a person types it: help, refusals, and a file of each kind."""
+"""Run ``ttt plot``: help, wrong options, and a file of each kind."""
 
 import numpy as np
 import pytest

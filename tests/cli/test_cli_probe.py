@@ -1,4 +1,4 @@
-"""``ttt probe`` as a person types it: help, refusals, tables, pictures, and that a second command computes nothing."""
+"""Run ``ttt probe``: help, wrong options, tables, heat maps, and that a second command computes nothing."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ def test_refused_in_one_line(printed, command):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The workdir of a tiny run on a task, of two steps."""
+    """Return the workdir of a tiny run on a task, of two steps."""
     folder = tmp_path_factory.mktemp("cli")
     config = folder / "tiny.py"
     config.write_text(
@@ -101,7 +101,7 @@ def test_a_task(run, tmp_path, capsys):
 
 
 def test_needles(run, tmp_path, capsys):
-    """The model has never seen text; whatever has a vocabulary of bytes can be probed."""
+    """Probe a model that was not trained on text; a vocabulary of bytes is sufficient."""
     book, picture = tmp_path / "book.txt", tmp_path / "map.svg"
     book.write_text("It was a dark night. Nobody knew why! " * 40)
     command = ("probe", "needle", "--workdir", run, "--tokenizer", "byte", "--haystack", book, "--samples", "2")
@@ -122,13 +122,13 @@ def test_needles(run, tmp_path, capsys):
     assert "to read" not in capsys.readouterr().err
 
 
-def test_a_run_whose_tokenizer_is_not_known(run, capsys):
+def test_a_run_without_tokenizer_is_refused(run, capsys):
     assert ttt("probe", "needle", "--workdir", run) == 2
     said = "data.source='associative_recall:2': no tokenizer is kept with it; expected --tokenizer FILE, or byte\n"
     assert capsys.readouterr().err == f"ttt probe needle: {said}"
 
 
-def test_a_run_whose_data_is_gone(run, tmp_path, capsys):
+def test_a_run_whose_data_is_gone_is_refused(run, tmp_path, capsys):
     config = json_files.read_object(run / "config.json")
     config["data"]["source"] = "data/books"
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -145,7 +145,7 @@ def test_a_run_without_text_needs_a_haystack(run, capsys):
     assert capsys.readouterr().err == f"ttt probe needle: {said}"
 
 
-def test_a_picture_that_cannot_be_drawn_is_refused_first(run, tmp_path, capsys):
+def test_an_unknown_kind_of_file_is_refused_first(run, tmp_path, capsys):
     for kind in ("needle", "task"):
         assert ttt("probe", kind, "--workdir", run, "--plot", tmp_path / "map.txt") == 2
         assert "map.txt: expected a name that ends in .png, .pdf or .svg" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_a_run_on_text_has_no_task(tmp_path, capsys):
     assert "data.source='embedded': is not a task to probe" in capsys.readouterr().err
 
 
-def test_the_time_left_is_in_proportion_to_the_tokens(monkeypatch, capsys):
+def test_the_time_left_is_proportional_to_the_tokens_left(monkeypatch, capsys):
     now, shown = [0.0], []
     monkeypatch.setattr(probe, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     line = types.SimpleNamespace(show=lambda done, text: shown.append((done, text)))

@@ -1,4 +1,4 @@
-"""Heat maps: which number stands where, and what a picture says."""
+"""Check heat maps: the place of each number, and texts."""
 
 import re
 
@@ -11,7 +11,7 @@ from ttt_jax.figures import heat_map
 
 
 def cells(contexts=(512, 1024, 4096), depths=(0.0, 50.0, 100.0)):
-    """All but one."""
+    """Return all cells but one."""
     return [
         {"context": context, "depth": depth, "accuracy": i / 10 + j / 100}
         for i, context in enumerate(contexts)
@@ -33,7 +33,7 @@ def test_a_panel_is_a_table(panel):
     assert panel.title == "a run: passkey\ntrained on 1,024 tokens"
 
 
-def test_what_a_picture_says(panel, tmp_path):
+def test_texts_of_a_heat_map(panel, tmp_path):
     path = tmp_path / "new" / "map.svg"
     heat_map.save([[panel, panel], [panel]], path, "share right")
     words = re.findall(r"<!-- (.*?) -->", path.read_text())
@@ -48,7 +48,7 @@ def test_what_a_picture_says(panel, tmp_path):
     assert np.ptp(pixels[..., :3]) > 0.9
 
 
-def test_a_share_that_is_not_known_is_said(tmp_path):
+def test_a_share_that_is_not_known_is_not_finite(tmp_path):
     unknown = [{"context": 512, "depth": 0.0, "accuracy": None}, {"context": 512, "depth": 50.0, "accuracy": 0.5}]
     found = heat_map.panel(unknown, "a run", "depth", "{:g} %".format, "accuracy", 100)
     heat_map.save([[found]], tmp_path / "map.svg", "share right")
@@ -56,6 +56,6 @@ def test_a_share_that_is_not_known_is_said(tmp_path):
     assert words.count("not finite") == 1
 
 
-def test_a_kind_of_file_that_is_not_drawn(panel, tmp_path):
+def test_other_kinds_of_files_are_refused(panel, tmp_path):
     with pytest.raises(ConfigError, match=r"--plot .*map.txt: expected a name that ends in .png, .pdf or .svg"):
         heat_map.save([[panel]], tmp_path / "map.txt", "share right")

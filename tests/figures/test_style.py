@@ -1,4 +1,4 @@
-"""Check how pictures look: models are told apart, axes are labelled, files are whole or absent."""
+"""Check the look of figures: models are told apart, axes are labelled, files are whole or absent."""
 
 import itertools
 
@@ -15,7 +15,7 @@ from ttt_jax.models import pattern
 
 
 def every_model():
-    named = [mixer for mixer in MIXERS if mixer != "ttt"]  # which stands for many, told apart within a picture
+    named = [mixer for mixer in MIXERS if mixer != "ttt"]  # many inner loops, told apart within a figure
     for mixer, backbone in itertools.product(named, ("mamba", "transformer")):
         c = config_lib.default()
         c.model.mixer, c.model.ttt.backbone = mixer, backbone
@@ -32,7 +32,7 @@ def test_each_model_has_a_colour_a_line_and_a_marker_of_its_own():
         assert len(set(part)) == len(style.SERIES)
 
 
-def test_an_inner_loop_is_called_by_its_choices():
+def test_an_inner_loop_is_named_by_its_choices():
     c = config_lib.default()
     c.model.update({"mixer": "ttt"})
     assert pattern.describe(c.model) == "TTT (linear, Mamba backbone)"
@@ -69,7 +69,7 @@ def test_lines_of_one_model_are_told_apart():
         (style.millions, 1_310_000_000, "1.3 B"),
     ],
 )
-def test_numbers_as_people_read_them(function, number, text):
+def test_formats_of_numbers(function, number, text):
     assert function(number) == text
 
 
@@ -114,7 +114,7 @@ def test_a_legend_lies_within_the_picture_and_has_each_label_once():
     plt.close(figure)
 
 
-def test_labels_too_long_for_a_line_go_on_in_further_lines_for_which_the_picture_grows():
+def test_long_labels_are_wrapped_and_the_figure_grows():
     figure, (axes,) = style.panels(1)
     height = figure.get_figheight()
     for label in (f"TTT ({', '.join(['one choice'] * 14)})", "Transformer"):
@@ -132,7 +132,7 @@ def test_labels_too_long_for_a_line_go_on_in_further_lines_for_which_the_picture
     plt.close(figure)
 
 
-def test_files(tmp_path):
+def test_figures_are_saved_in_all_formats(tmp_path):
     figure, axes = plt.subplots()
     axes.set_title("what it is")
     outputs = [tmp_path / "new" / f"a{suffix}" for suffix in style.SUFFIXES]
@@ -145,17 +145,17 @@ def test_files(tmp_path):
     assert np.ptp(plt.imread(png)) > 0.5
 
 
-def test_a_picture_that_cannot_be_drawn_leaves_the_one_before_it(tmp_path):
+def test_a_figure_that_cannot_be_rendered_leaves_the_earlier_file(tmp_path):
     output = tmp_path / "a.png"
-    output.write_text("the one before")
+    output.write_text("the earlier file")
     figure, axes = plt.subplots()
     axes.set_title(r"$\unknown{$")
     with pytest.raises(ValueError, match="unknown"):
         style.save(figure, output)
     plt.close(figure)
-    assert output.read_text() == "the one before"
+    assert output.read_text() == "the earlier file"
 
 
-def test_other_kinds_of_files(tmp_path):
+def test_other_kinds_of_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--output .*/x.jpg: expected a name that ends in .png, .pdf or .svg"):
         style.check_output(tmp_path / "x.png", tmp_path / "x.jpg")

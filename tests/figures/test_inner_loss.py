@@ -1,12 +1,10 @@
-"""``ttt plot inner-loss``: three curves for each layer, from what ``ttt inspect`` has written."""
+"""Check ``ttt plot inner-loss``: three curves for each layer, from the files of ``ttt inspect``."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from saved_runs import lines, save_inspection, words
 
 from ttt_jax.config import ConfigError
-from ttt_jax.figures import style
 from ttt_jax.figures.by_position import inner_loss
 
 NAMES = ("loss_at_w0", "loss_before", "loss_after")
@@ -20,15 +18,12 @@ def losses():
 
 
 @pytest.mark.parametrize(("layers", "window", "mini_batch"), [(None, 10, 1), ([2, 0], 1, 16)])
-def test_curves_are_sliding_means(tmp_path, losses, monkeypatch, layers, window, mini_batch):
+def test_curves_are_sliding_means(tmp_path, losses, drawn, layers, window, mini_batch):
     save_inspection(tmp_path, losses, mini_batch=mini_batch)
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
-    inner_loss(tmp_path, [tmp_path / "x.png"], layers=layers, window=window)
-    plt.close(figures[0])
+    inner_loss(tmp_path, [], layers=layers, window=window)
     chosen = layers or range(4)
-    assert [axes.get_title() for axes in figures[0].axes] == [f"layer {layer}" for layer in chosen]
-    for axes, layer in zip(figures[0].axes, chosen, strict=True):
+    assert [axes.get_title() for axes in drawn[0].axes] == [f"layer {layer}" for layer in chosen]
+    for axes, layer in zip(drawn[0].axes, chosen, strict=True):
         found = lines(axes)
         assert tuple(found) == LABELS if mini_batch == 1 else [label[-10:] for label in found][1:] == ["mini-batch"] * 2
         for name, pairs in zip(NAMES, found.values(), strict=True):
@@ -39,7 +34,7 @@ def test_curves_are_sliding_means(tmp_path, losses, monkeypatch, layers, window,
             np.testing.assert_allclose(pairs, expected, rtol=1e-9)
 
 
-def test_what_is_written(tmp_path, losses):
+def test_texts_and_files(tmp_path, losses):
     save_inspection(tmp_path, losses)
     inner_loss(tmp_path, [tmp_path / "a.svg", tmp_path / "a.png"])
     said = words(tmp_path / "a.svg")
@@ -51,16 +46,12 @@ def test_what_is_written(tmp_path, losses):
     assert (tmp_path / "a.png").exists()
 
 
-def test_the_longest_context_is_drawn(tmp_path, losses, monkeypatch):
+def test_the_longest_context_is_drawn(tmp_path, losses, drawn):
     for context in (40, 20):
         save_inspection(tmp_path, {name: values[:, :context] for name, values in losses.items()})
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
     for context in (None, 20):
-        inner_loss(tmp_path, [tmp_path / "x.png"], context=context, window=1)
-    assert [len(lines(figure.axes[0])[LABELS[0]]) for figure in figures] == [40, 20]
-    for figure in figures:
-        plt.close(figure)
+        inner_loss(tmp_path, [], context=context, window=1)
+    assert [len(lines(figure.axes[0])[LABELS[0]]) for figure in drawn] == [40, 20]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +69,7 @@ def test_the_longest_context_is_drawn(tmp_path, losses, monkeypatch):
         ),
     ],
 )
-def test_refused(tmp_path, losses, options, said):
+def test_missing_inspections_and_wrong_options_are_refused(tmp_path, losses, options, said):
     save_inspection(tmp_path, losses)
     with pytest.raises(ConfigError, match=said):
         inner_loss(tmp_path, [tmp_path / "x.png"], **options)
@@ -94,14 +85,11 @@ def test_damaged_files_are_named(tmp_path, losses):
         inner_loss(tmp_path, [tmp_path / "x.png"])
 
 
-def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, losses, monkeypatch):
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, losses, drawn):
     losses["loss_before"][1, 20], losses["loss_before"][1, 30] = np.nan, np.inf
     save_inspection(tmp_path, losses)
-    figures = []
-    monkeypatch.setattr(style, "save", lambda figure, *outputs: figures.append(figure))
-    inner_loss(tmp_path, [tmp_path / "x.png"], window=3)
-    plt.close(figures[0])
-    assert [axes.get_title() for axes in figures[0].axes][:3] == ["layer 0", "layer 1: 2 losses not finite", "layer 2"]
-    curve = figures[0].axes[1].lines[1].get_ydata()
+    inner_loss(tmp_path, [], window=3)
+    assert [axes.get_title() for axes in drawn[0].axes][:3] == ["layer 0", "layer 1: 2 losses not finite", "layer 2"]
+    curve = drawn[0].axes[1].lines[1].get_ydata()
     assert np.flatnonzero(np.isnan(curve)).tolist() == [18, 19, 20, 28, 29, 30]
     assert curve[21] == pytest.approx(losses["loss_before"][1, 21:24].mean(), rel=1e-12)

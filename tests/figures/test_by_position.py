@@ -1,8 +1,7 @@
-"""``ttt plot loss-by-position``: what is smoothed, what a figure says, and differences."""
+"""Check ``ttt plot loss-by-position``: smoothing, curves, texts, and differences."""
 
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib import colors, image
@@ -19,7 +18,7 @@ MIXERS = {LINEAR: "ttt_linear", MLP: "ttt_mlp", TRANSFORMER: "attention"}
 
 @pytest.fixture
 def evaluated(tmp_path):
-    """``evaluated(name, model, ...)``: the workdir of a run that was trained at 64 tokens, and evaluated."""
+    """Return ``evaluated(name, model, ...)``: the workdir of an evaluated run that was trained at 64 tokens."""
 
     def make(name, model=LINEAR, *, context=64, loss=1.5, **about):
         more = {"context": context, **about}
@@ -30,16 +29,6 @@ def evaluated(tmp_path):
         return workdir
 
     return make
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn without a file to go to."""
-    figures, save = [], style.save
-    monkeypatch.setattr(style, "save", lambda figure, *to: save(figure, *to) if to else figures.append(figure))
-    yield figures
-    for figure in figures:
-        plt.close(figure)
 
 
 # ---- Smoothing
@@ -133,7 +122,7 @@ def test_runs_of_one_name_in_different_folders_are_told_apart(evaluated, tmp_pat
     ]
 
 
-def test_the_end_of_the_training_context_is_marked_where_it_is_passed(evaluated, tmp_path):
+def test_the_training_context_is_marked_in_longer_ones(evaluated, tmp_path):
     for context, marked in ((64, False), (128, True)):
         loss_by_position([evaluated("a"), evaluated("a", context=128)], [tmp_path / "x.svg"], context=context)
         assert ("trained on 64" in words(tmp_path / "x.svg")) == marked
@@ -165,7 +154,7 @@ def test_the_context_is_the_longest_that_all_have(evaluated, tmp_path):
     )
 
 
-def test_evaluations_with_a_carried_state_are_said_to_be(tmp_path):
+def test_the_title_names_a_carried_state(tmp_path):
     workdir = run(tmp_path / "a", about={"of": "documents", "carried": True})
     loss_by_position([workdir], [tmp_path / "x.svg"], by_document=True, carried=True)
     title = "Loss by token index, books/validation, 6 documents of up to 64 tokens, the state carried"
@@ -220,7 +209,7 @@ def test_differences_are_paired(evaluated, drawn, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.jpeg"])
-def test_other_kinds_of_pictures(evaluated, tmp_path, name):
+def test_other_kinds_of_files_are_refused(evaluated, tmp_path, name):
     with pytest.raises(ConfigError) as caught:
         loss_by_position([evaluated("a")], [tmp_path / name])
     assert str(caught.value) == f"--output {tmp_path / name}: expected a name that ends in .png, .pdf or .svg"

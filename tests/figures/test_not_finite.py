@@ -1,15 +1,14 @@
-"""What pictures and tables say of runs whose losses are NaN, infinite or too large for their exponential."""
+"""Check figures and tables of runs whose losses are NaN, infinite, or too large for their exponential."""
 
 import json
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
 from saved_runs import run
 
 from ttt_jax.evaluation import result_files
-from ttt_jax.figures import ablation, style
+from ttt_jax.figures import ablation
 from ttt_jax.figures.by_position import loss_by_position
 from ttt_jax.figures.perplexity import by_mini_batch, perplexity_by_context, perplexity_by_flops
 
@@ -22,22 +21,15 @@ KINDS = {
 
 
 @pytest.fixture
-def figure(monkeypatch):
-    """``figure(draw, places, ...)``: the picture, which could be written to a file."""
-    figures = []
-
-    def save(figure, *outputs):
-        figure.canvas.draw()
-        figures.append(figure)
-
-    monkeypatch.setattr(style, "save", save)
+def figure(drawn):
+    """Return ``figure(draw, places, ...)``: the figure, rendered as for a file."""
 
     def draw(function, places, **options):
         function([str(place) for place in places], [], **options)
-        return figures[-1]
+        drawn[-1].canvas.draw()
+        return drawn[-1]
 
-    yield draw
-    plt.close("all")
+    return draw
 
 
 def texts(axes):
@@ -45,7 +37,7 @@ def texts(axes):
 
 
 def overflowing(workdir):
-    """Let the loss of an evaluation be 800, and its perplexity null; the .npz may be another one than it was."""
+    """Set the loss of an evaluation to 800 and its perplexity to null, without the hash of its arrays."""
     [path] = (workdir / "eval").glob("*.json")
     path.write_text(json.dumps({**result_files.about(path), "loss": 800.0, "perplexity": None}))
 
@@ -110,8 +102,7 @@ def test_a_table(tmp_path):
     assert (rows[3].perplexity, rows[3].difference, rows[3].standard_error) == (np.inf, np.inf, None)
 
 
-def test_a_table_of_one_document(tmp_path):
-    """Its error is not known."""
+def test_a_table_of_one_document_has_no_error(tmp_path):
     places = [run(tmp_path / f"r{i}", noise=i, seed=i) for i in range(2)]
     for place in places:
         path = place / "eval" / "validation-64.json"

@@ -1,4 +1,4 @@
-"""Which runs a picture is of, and what it says about them: read from what they have written, not from names."""
+"""Check which runs a figure finds, and that their models and settings are read from files, not from names."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from ttt_jax.sweep.points import Point
 
 
 def sweep(folder, names):
-    """A sweep.json with points of these names."""
+    """Write a sweep.json with points of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = [Point(name, "x.py", {"seed": i}, 10) for i, name in enumerate(names)]
     files.write_sweep(folder, files.Sweep({}, [axes.Axis(("seed",), (("0",),))], listed))
@@ -33,7 +33,7 @@ def test_runs_are_found_in_workdirs_sweeps_and_folders(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty"])
-def test_a_place_without_runs(tmp_path, place):
+def test_a_place_without_runs_is_refused(tmp_path, place):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=f"{place}: holds no run; expected a workdir of ttt train, or of ttt sweep"):
         points.runs([str(tmp_path / place)])
@@ -52,7 +52,7 @@ def test_each_run_is_taken_at_its_own_context(tmp_path):
         points.of_places([str(tmp_path)], "validation", [64, 128])
 
 
-def test_a_run_that_was_not_evaluated_says_what_to_do(tmp_path):
+def test_a_run_that_was_not_evaluated_names_the_command(tmp_path):
     workdir = run(tmp_path / "a", context=32)
     with pytest.raises(ConfigError) as caught:
         points.of_places([str(workdir)], "test")
@@ -73,7 +73,7 @@ def test_a_line_passes_through_the_mean_loss_of_seeds(tmp_path):
     np.testing.assert_allclose(line, [(1e12, math.sqrt(8.0 * 12.0)), (4e12, 5.0)], rtol=1e-12)
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_no_point(tmp_path):
+def test_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path):
     run(tmp_path / "a", optimizer__peak_lr=1e-3)
     run(tmp_path / "b", optimizer__peak_lr=2e-3, model__norm_epsilon=1e-5)
     found = points.of_places([str(tmp_path)], "validation")
@@ -85,7 +85,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_point(tmp_path):
     )
 
 
-def test_points_of_other_text_are_not_drawn_together(tmp_path):
+def test_points_of_other_text_are_refused(tmp_path):
     run(tmp_path / "a")
     run(tmp_path / "b", about={"fingerprint": "f2", "source": "pile/validation"})
     with pytest.raises(ConfigError) as caught:
@@ -96,7 +96,7 @@ def test_points_of_other_text_are_not_drawn_together(tmp_path):
     )
 
 
-def test_what_models_and_sizes_are_called(tmp_path):
+def test_names_of_models_and_sizes(tmp_path):
     run(tmp_path / "a", model__mixer="attention", parameters=124_600_000)
     run(tmp_path / "b", model__mixer="attention", training__start_from="runs/a", parameters=131_000_000)
     found = points.of_places([str(tmp_path)], "validation")
@@ -117,7 +117,7 @@ def test_what_models_and_sizes_are_called(tmp_path):
         ("training_flops", "has no training_flops; expected the keys that ttt eval or ttt inspect writes"),
     ],
 )
-def test_an_evaluation_that_says_something_else_is_named(tmp_path, change, said):
+def test_an_evaluation_with_wrong_content_is_named(tmp_path, change, said):
     workdir = run(tmp_path / "a")
     path = workdir / "eval/validation-64.json"
     about = json.loads(path.read_text())

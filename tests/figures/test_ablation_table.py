@@ -1,4 +1,4 @@
-"""``ttt plot table``: rows, differences with their errors, and what they look like in files."""
+"""Check ``ttt plot table``: rows, differences with their errors, and files."""
 
 import csv
 import io
@@ -61,8 +61,8 @@ def test_rows(ladder):
     assert [row.published for row in rows] == [15.23, 15.23, 15.27, 14.05, 12.35, 11.99, 11.09]
 
 
-def test_errors_are_those_of_the_jackknife(tmp_path):
-    """An independent way to the error of a difference of exponentials of two means over the same documents."""
+def test_errors_match_the_jackknife(tmp_path):
+    """Compare with the jackknife error of a difference of exponentials of two means over the same documents."""
     pair = [run(tmp_path / name, perplexity=p, noise=i) for i, (name, p) in enumerate({"a": 9.0, "b": 8.0}.items())]
     row = ablation.rows([str(workdir) for workdir in pair])[1]
     sums, counts = [], []
@@ -89,7 +89,7 @@ def test_rows_that_cannot_be_paired_have_no_error(tmp_path):
     assert row.difference == pytest.approx(-1.0)
 
 
-def test_what_else_may_change(tmp_path):
+def test_names_of_other_changes(tmp_path):
     run(tmp_path / "a")
     run(tmp_path / "b", model__num_layers=3, optimizer__warmup="5%")
     run(tmp_path / "c", model__num_layers=3, optimizer__warmup="5%", seed=2)
