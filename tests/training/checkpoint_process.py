@@ -1,4 +1,4 @@
-"""One of the processes of test_checkpoint_processes.py: ``checkpoint_process.py INDEX COUNT PORT SCENARIO WORKDIR``."""
+"""Run one process of test_checkpoint_processes.py: ``checkpoint_process.py INDEX COUNT PORT SCENARIO WORKDIR``."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def abstract(specs=ROWS):
 
 
 def check(restored, specs=ROWS):
-    """That every shard here holds the numbers; returns the step."""
+    """Check that every shard of this process holds its numbers; return the step."""
 
     def shards(x, expected):
         assert x.addressable_shards
@@ -78,7 +78,7 @@ def restore_none(workdir):
 
 
 def storage_fails_for_process_1(workdir):
-    """To it, the folder is mounted in a way that it alone may make read-only."""
+    """Make the folder read-only for process 1, which has a mount of its own."""
 
     def mount(how):
         if jax.process_index() == 1:

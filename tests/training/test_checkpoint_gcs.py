@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket, where nothing can be renamed at once: a file written last says that one is complete."""
+"""Test checkpoints in a bucket, where no folder can be renamed: a file that is written last marks complete ones."""
 
 import importlib.util
 import json
@@ -14,7 +14,8 @@ import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 sys.path[:0] = sys.argv[1:3]
-from test_checkpoint import Checkpoints, abstract, check_restored, meta, names, state
+from small_checkpoints import abstract, check_restored, meta, state
+from ttt_jax.training.checkpoint import Checkpoints
 
 def restored():
     checkpoints = Checkpoints("gs://bucket/run", keep_last=2)
@@ -44,7 +45,7 @@ print(json.dumps([steps, checkpoints.all_steps()]))
 
 
 @pytest.mark.slow
-def test_save_restore_and_damage():
+def test_checkpoints_in_a_bucket_are_saved_restored_and_passed_over():
     here = Path(__file__).resolve().parent
     with FakeGCS() as gcs:
         steps, there = json.loads(printed(gcs.start("-c", SCRIPT, here, here.parents[1])))

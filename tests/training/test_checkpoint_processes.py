@@ -1,4 +1,4 @@
-"""Checkpoints of two real processes, which always agree on what happened."""
+"""Test checkpoints of two real processes, which must agree on what happened."""
 
 import json
 import os
@@ -23,9 +23,9 @@ SCRIPT = Path(__file__).with_name("checkpoint_process.py")
 
 
 def run(scenario, workdir, before=((), ())):
-    """What the scenario returned in each of two processes, and what each wrote to standard error.
+    """Return what the scenario returned in each of two processes, and the lines on the standard error of each.
 
-    ``before``: for each process, the start of the command that starts it.
+    ``before`` holds, for each process, the first words of its command.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -48,8 +48,8 @@ def run(scenario, workdir, before=((), ())):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(err for _, err in ended)
     ours = ("cannot save", str(workdir))
-    told = [[line for line in err.splitlines() if line.startswith(ours)] for _, err in ended]
-    return [json.loads(out.splitlines()[-1]) for out, _ in ended], told
+    errors = [[line for line in err.splitlines() if line.startswith(ours)] for _, err in ended]
+    return [json.loads(out.splitlines()[-1]) for out, _ in ended], errors
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def names(workdir):
 
 
 def arrays_of_process_1(workdir):
-    """The file with what process 1 has written: the rows that lie on its devices."""
+    """Return the file that process 1 has written: the rows that lie on its devices."""
     files = (workdir / "checkpoints" / "3" / "state" / "ocdbt.process_1" / "d").iterdir()
     return max(files, key=lambda path: path.stat().st_size)
 
@@ -84,7 +84,7 @@ def test_one_process_restores_what_two_saved(workdir):
     jax.tree.map(np.testing.assert_array_equal, restored.state, numbers)
 
 
-def test_two_processes_restore_what_two_saved_also_in_another_layout(workdir):
+def test_two_processes_restore_what_two_saved_in_any_layout(workdir):
     assert run("restore", workdir) == ([[3, 3, 3]] * 2, [[], []])
 
 
@@ -96,8 +96,8 @@ def test_two_processes_restore_what_one_saved(tmp_path):
 
 
 @pytest.mark.parametrize("with_checksums", [True, False])
-def test_damage_that_one_process_finds(workdir, with_checksums):
-    """Without checksums, process 1 alone reads the file, and fails while the other one does not."""
+def test_damage_found_by_one_process_is_damage_for_both(workdir, with_checksums):
+    """Check it without checksums too, where process 1 alone reads the file and fails."""
     path = arrays_of_process_1(workdir)
     if with_checksums:
         content = bytearray(path.read_bytes())
@@ -106,17 +106,17 @@ def test_damage_that_one_process_finds(workdir, with_checksums):
     else:
         (workdir / "checkpoints" / "3" / checksums.NAME).unlink()
         path.unlink()
-    steps, told = run("restore", workdir)
+    steps, errors = run("restore", workdir)
     assert steps == [[2, 2, 3]] * 2
     assert names(workdir) == ["2", "3", "damaged-3"]
-    (line,) = told[0]
+    (line,) = errors[0]
     assert line.startswith(f"{workdir}/checkpoints/3 is damaged (")
     assert line.endswith(f"kept as damaged-3; going on with {workdir}/checkpoints/2")
     assert ("(process 1)" in line) or with_checksums
-    assert told[1] == []
+    assert errors[1] == []
 
 
-def test_all_damaged_is_the_same_error_on_both(workdir):
+def test_all_checkpoints_damaged_is_the_same_error_on_both(workdir):
     arrays_of_process_1(workdir).unlink()
     (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
     messages, _ = run("restore_none", workdir)
@@ -126,11 +126,11 @@ def test_all_damaged_is_the_same_error_on_both(workdir):
     assert names(workdir) == ["2", "3"]
 
 
-def test_a_save_that_fails_on_one_process(tmp_path, mount_namespace):
+def test_a_save_that_fails_on_one_process_fails_on_both(tmp_path, mount_namespace):
     workdir = tmp_path / "run"
     workdir.mkdir()
     mounted = [*mount_namespace, "sh", "-c", f'mount --bind "{workdir}" "{workdir}" && exec "$@"', "sh"]
-    outcomes, told = run("storage_fails_for_process_1", workdir, before=((), mounted))
+    outcomes, errors = run("storage_fails_for_process_1", workdir, before=((), mounted))
     assert outcomes[0] == outcomes[1]
     (wanted,), steps, restored, message = outcomes[0]
     assert steps == [wanted]
@@ -141,6 +141,6 @@ def test_a_save_that_fails_on_one_process(tmp_path, mount_namespace):
         in message
     )
     assert "Read-only file system" in message
-    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in told[0]] == ["2"] + 2 * [str(10 * wanted)]
-    assert told[1] == []
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in errors[0]] == ["2"] + 2 * [str(10 * wanted)]
+    assert errors[1] == []
     assert names(workdir) == [str(wanted)]
