@@ -1,10 +1,11 @@
-"""Kills processes of a run at random moments, restarts it, and compares what comes out with an undisturbed run.
+"""Kill processes of a run at random moments, restart it, and compare its result with an undisturbed run.
 
     python scripts/kill_test.py                                   # 2 processes, 10 kills: a few minutes
     python scripts/kill_test.py --processes 4 --kills 100 --steps 3000
 
-On CPU devices of this machine. A random process gets SIGKILL or SIGTERM; after SIGKILL the others are killed too, as
-launchers do. Parameters, optimizer state and every recorded loss must equal those of the undisturbed run, bit for bit.
+The processes run on CPU devices of this machine. A random process gets SIGKILL or SIGTERM; after SIGKILL the others
+are killed too, as launchers do. Parameters, optimizer state and all recorded losses must equal those of the undisturbed
+run, bit for bit.
 """
 
 import argparse
@@ -28,19 +29,19 @@ from ttt_jax.training import compiled_step, metrics
 from ttt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 300  # seconds for anything to happen
+PATIENCE = 300  # seconds that any wait may take
 
 
 def main() -> None:
-    """Runs the test; exits with a message where the runs differ."""
+    """Run the test, and exit with a message where the runs differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--devices", type=int, default=1, help="devices of each process")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--checkpoint-every", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--ttt", default="-m ttt_jax", metavar="PROGRAM", help="what Python runs for ttt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--ttt", default="-m ttt_jax", metavar="PROGRAM", help="the program that Python runs for ttt")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
-    """The processes of a run."""
+    """Start the processes of a run."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
@@ -75,7 +76,7 @@ def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # With little optimisation, for most of the time is compiling: each start compiles.
+        # Every start compiles, which takes most of the time: use little optimisation.
         "XLA_FLAGS": " ".join(
             [
                 os.environ.get("XLA_FLAGS", ""),
@@ -94,7 +95,7 @@ def start(workdir: Path, options: argparse.Namespace) -> list[subprocess.Popen]:
 
 
 def disturb(workdir: Path, options: argparse.Namespace, moments: random.Random, kill: int) -> None:
-    """Starts the run, and kills it somewhere: at start-up, or after some steps."""
+    """Start the run, and kill it at start-up or after some steps."""
     processes = start(workdir, options)
     victim = moments.randrange(options.processes)
     number = moments.choice([signal.SIGKILL, signal.SIGTERM])
@@ -108,7 +109,7 @@ def disturb(workdir: Path, options: argparse.Namespace, moments: random.Random, 
         time.sleep(moments.uniform(0, 0.1))
     processes[victim].send_signal(number)
     if number == signal.SIGTERM:
-        # Before training has begun nothing is there to be saved, and SIGTERM ends the process as any other.
+        # Before training has begun there is nothing to save, and SIGTERM ends the process at once.
         time.sleep(2)
         while any(p.poll() is None for p in processes) and not any(p.poll() == -signal.SIGTERM for p in processes):
             time.sleep(0.1)
@@ -117,39 +118,39 @@ def disturb(workdir: Path, options: argparse.Namespace, moments: random.Random, 
             process.kill()
     statuses = []
     for process in processes:
-        _, said = process.communicate()
+        _, err = process.communicate()
         statuses.append(process.returncode)
         if process.returncode not in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT, RESTART):
-            sys.exit(f"process {len(statuses) - 1} ended with status {process.returncode}:\n{said}")
+            sys.exit(f"process {len(statuses) - 1} ended with status {process.returncode}:\n{err}")
     step = recorded(workdir)
     print(f"{kill + 1}: {number.name} to process {victim} at step {step}; statuses {statuses}", flush=True)
 
 
 def recorded(workdir: Path) -> int:
-    """The last step in the metrics."""
+    """Return the last step in the metrics; 0 without metrics."""
     records = metrics.read(workdir)
     return int(records[-1]["step"]) if records else 0
 
 
 def wait(condition) -> None:
-    """Until it holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit("nothing happens any more")
+            sys.exit(f"nothing has happened for {PATIENCE} s")
         time.sleep(0.002)
 
 
 def finish(processes: list[subprocess.Popen]) -> None:
-    """Until all have ended well."""
+    """Wait until all processes have ended with status 0."""
     for process in processes:
-        _, said = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=PATIENCE)
         if process.returncode != DONE:
-            sys.exit(f"ended with status {process.returncode}:\n{said}")
+            sys.exit(f"ended with status {process.returncode}:\n{err}")
 
 
 def compare(workdir: Path, undisturbed: Path) -> None:
-    """Exits where two runs differ in a bit of their last checkpoint, or in a recorded loss."""
+    """Check that two runs have the same bits in their last checkpoint and in their recorded losses."""
     (step, state), (expected_step, expected) = final_state(workdir), final_state(undisturbed)
     assert step == expected_step, (step, expected_step)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -159,7 +160,7 @@ def compare(workdir: Path, undisturbed: Path) -> None:
 
 
 def final_state(workdir: Path):
-    """The last checkpoint."""
+    """Return step and state of the last checkpoint."""
     config = config_lib.from_json(workdir / "config.json")
     run = compiled_step.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)

@@ -1,4 +1,4 @@
-"""A local server with as much of the JSON API of Google Cloud Storage as TensorStore and gcsfs ask for.
+"""Serve the part of the JSON API of Google Cloud Storage that TensorStore and gcsfs use, on this machine.
 
 Objects are in memory, named ``bucket/name``. Every request is recorded, and any may be answered with an error instead.
 """
@@ -20,15 +20,15 @@ _ERRORS = {403: "Permission denied", 404: "Not Found", 412: "Precondition Failed
 
 
 class Request(NamedTuple):
-    """What was asked.
+    """A request to the server.
 
     Attributes:
       verb: get, stat (metadata alone), list, upload, move, delete; bucket (its metadata); begin and batch (see
-        :class:`_Handler`); other for what is no part of the API.
-      target: bucket/name; the bucket alone of a list; the path of others.
-      query: without the random parameter by which TensorStore keeps proxies from caching.
-      byte_range: [start, stop) of a get that asked for one; a start below 0 counts from the end, None has no bound.
-      size: of the content of an upload.
+        :class:`_Handler`); other for requests that are no part of the API.
+      target: bucket/name; for a list, the bucket; for others, the path.
+      query: the query, without the random parameter by which TensorStore keeps proxies from caching.
+      byte_range: [start, stop) of a get with a range; a negative start counts from the end, None is no bound.
+      size: bytes of the content of an upload.
     """
 
     verb: str
@@ -39,14 +39,14 @@ class Request(NamedTuple):
 
 
 class FakeGCS:
-    """The server; a context manager.
+    """A context manager that runs the server.
 
     Attributes:
-      objects: content by ``bucket/name``.
-      requests: all of them, in the order in which they arrived.
-      fault: is given each request before anything is done; returns the status of an error, or None.
-      lost: is given each request; whether it is done and then answered with 503 nevertheless.
-      page: most names in one answer to a list.
+      objects: contents by ``bucket/name``.
+      requests: all requests, in the order in which they arrived.
+      fault: a function that is called with each request first, and returns the status of an error or None.
+      lost: a function of a request that returns whether it is carried out but answered with 503.
+      page: the largest number of names in one answer to a list.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class FakeGCS:
         self._server.server_close()
 
     def environment(self) -> Mapping[str, str]:
-        """Of a process whose gs:// is here, without credentials: it asks nobody else."""
+        """Return the environment of a process whose gs:// is this server, and that needs no credentials."""
         place = f"127.0.0.1:{self._server.server_port}"
         kept = {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")}
         for name in ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_AUTH_TOKEN_FOR_TESTING"):
@@ -79,31 +79,31 @@ class FakeGCS:
             **kept,
             "TENSORSTORE_GCS_HTTP_URL": f"http://{place}",
             "STORAGE_EMULATOR_HOST": f"http://{place}",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks by gRPC what kind of bucket this is
-            "GCE_METADATA_ROOT": place,  # asked whether this is a machine of Google's; answers 404
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks by gRPC for the kind of bucket
+            "GCE_METADATA_ROOT": place,  # asked whether this machine is Google's; answers 404
             "CLOUDSDK_CONFIG": "/nonexistent",  # instead of ~/.config/gcloud
         }
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """A Python process whose gs:// is here."""
+        """Start a Python process whose gs:// is this server."""
         command, pipe = [sys.executable, *map(str, arguments)], subprocess.PIPE
         return subprocess.Popen(command, env=self.environment(), stdout=pipe, stderr=pipe, text=True, cwd="/")
 
     def of(self, verb: str, folder: str = "") -> list[Request]:
-        """The requests of a kind for what is under ``bucket/folder``."""
+        """Return the requests of a kind for objects in ``bucket/folder``."""
         return [each for each in self.requests if each.verb == verb and each.target.startswith(folder)]
 
     def put(self, folder: Path, place: str) -> None:
-        """Copies the files of a local folder to ``bucket/folder``."""
+        """Copy the files of a local folder to ``bucket/folder``."""
         self.objects |= {f"{place}/{name}": content for name, content in files_in(folder).items()}
 
     def files(self, place: str) -> dict[str, bytes]:
-        """All that lies under ``bucket/folder``, by its name there."""
+        """Return the objects in ``bucket/folder``, by their names there."""
         prefix = f"{place}/"
         return {name.removeprefix(prefix): x for name, x in self.objects.items() if name.startswith(prefix)}
 
     def answer(self, request: Request, content: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body."""
+        """Carry out a request; return status, headers and body of the answer."""
         with self._lock:
             self.requests.append(request)
         status = self.fault(request)
@@ -155,7 +155,7 @@ class FakeGCS:
         names = [name for name in names if name.startswith(wanted.get("prefix", ""))]
         names = [name for name in names if name > bytes.fromhex(wanted.get("pageToken", "")).decode()]
         answer: dict[str, object] = {"kind": "storage#objects"}
-        if "delimiter" in wanted:  # names of what is in this folder, and of its folders
+        if "delimiter" in wanted:  # the names of files and folders in this folder alone
             start = len(wanted.get("prefix", ""))
             folders = {name[: name.index("/", start) + 1] for name in names if "/" in name[start:]}
             answer["prefixes"] = sorted(folders)
@@ -172,14 +172,14 @@ class FakeGCS:
 
 
 def printed(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What a process wrote to its standard output; it must end with this status."""
+    """Wait for a process, check its status, and return its standard output."""
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     return out
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """The files of a local folder, by their names in it."""
+    """Return the files of a local folder, by their names in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -193,7 +193,7 @@ def _error(status: int) -> tuple[int, dict[str, str], bytes]:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # connections that come at once; of one that is dropped, seconds pass until it is retried
+    request_queue_size = 128  # connections at once; a client takes seconds to try a dropped one again
 
     def handle_error(self, *request: object) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
@@ -201,18 +201,21 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Of gcsfs, an upload is two requests, one that begins it and one with the content; and many deletes are one."""
+    """The handler of requests.
+
+    An upload by gcsfs is two requests, one that begins it and one with the content; several deletes are one request.
+    """
 
     gcs: FakeGCS
-    begun: list[str]  # targets of uploads
-    protocol_version = "HTTP/1.1"  # connections are kept
+    begun: list[str]  # targets of uploads that have begun
+    protocol_version = "HTTP/1.1"  # keeps connections open
     disable_nagle_algorithm = True  # no wait between headers and body
     timeout = 20
 
     def _answer(self) -> None:
         size = int(self.headers.get("Content-Length", 0))
         content = self.rfile.read(size)
-        if len(content) != size:  # whoever sends it was killed; what came is nothing
+        if len(content) != size:  # the client was killed
             self.close_connection = True
             return
         request = self._request(size)

@@ -1,4 +1,4 @@
-"""Damage to files, as disks, networks and people do it."""
+"""Damage files as disks, networks and people do."""
 
 import contextlib
 import json
@@ -20,18 +20,19 @@ def files(folder: Path) -> list[Path]:
 
 
 def damaged(content: bytes, kind: str, seed: int, suffix: str = "") -> bytes | None:
-    """Return what is left of a file's content; None where the file is gone.
+    """Return the content of a file after damage; None where the file is gone.
 
     Args:
-      kind: ``flip`` one bit, ``cut`` the end off, ``empty``, ``delete``, ``foreign`` (the content of another kind of
-        program's file), or ``duplicate`` (the content, or one of its lines, twice).
-      suffix: of the file's name.
+      kind: ``flip`` one bit, ``cut`` the end off, ``empty``, ``delete``, ``foreign`` (put the file of another program
+        in its place), or ``duplicate`` (repeat the content or one of its lines).
+      seed: of the place of the damage.
+      suffix: the suffix of the file's name.
     """
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     if kind == "flip" and content:
-        found = bytearray(content)
-        found[rng.integers(len(found))] ^= 1 << rng.integers(8)
-        return bytes(found)
+        flipped = bytearray(content)
+        flipped[rng.integers(len(flipped))] ^= 1 << rng.integers(8)
+        return bytes(flipped)
     if kind == "cut" and content:
         return content[: rng.integers(len(content))]
     if kind == "delete":
@@ -49,7 +50,7 @@ def damaged(content: bytes, kind: str, seed: int, suffix: str = "") -> bytes | N
 
 @contextlib.contextmanager
 def damage(path: Path, kind: str, seed: int):
-    """Damage a file, and bring it back in the end."""
+    """Damage a file, and restore it in the end."""
     whole = path.read_bytes()
     left = damaged(whole, kind, seed, path.suffix)
     try:

@@ -1,4 +1,4 @@
-"""Files of every kind that the package writes, small and real: of a run, a dataset, an evaluation and a sweep."""
+"""Write small files of every kind that the package writes: of a run, a dataset, an evaluation and a sweep."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ UNFINISHED = "sweep/a/eval/.validation-32.unfinished"
 
 
 def make(root: Path) -> None:
-    """Make a run that is a point of a sweep, with results, a dataset, and one that is not finished."""
+    """Write a run that is a point of a sweep, with its results, a finished and an unfinished dataset."""
     texts = inputs(root)
     trained = train_bpe.train(texts[:1], 300, BYTES)
     (root / "bpe.json").write_bytes(trained)
@@ -76,7 +76,7 @@ def tokenize_job(root: Path) -> job.Job:
 
 
 def stopped(root: Path, name: str, **sizes: Any) -> None:
-    """Tokenize one half of the texts."""
+    """Tokenize half of the texts, and stop."""
     units = iter(range(100))
     store = Store(root / name)
     tokenize(inputs(root), tokenize_job(root), store, engines.processes(1), stop=lambda: next(units) > 3, **sizes)

@@ -1,4 +1,4 @@
-"""Hints for packages that are missing: what works in a checkout, and before anything is written."""
+"""Test that missing packages are named with the command that installs them, before anything is written."""
 
 import importlib.metadata
 import importlib.util
@@ -20,7 +20,7 @@ TINY = [
 
 @pytest.fixture
 def without(monkeypatch):
-    """``without(module)``: it is as if it were not installed."""
+    """Return ``without(module)``, which hides an installed module."""
     find = importlib.util.find_spec
 
     def hide(module):
@@ -32,7 +32,7 @@ def without(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "command"),
     [
         ("wandb", "pip install 'wandb>=0.19'"),
         ("tensorboard", "pip install 'tensorboardX>=2.6'"),
@@ -40,11 +40,11 @@ def without(monkeypatch):
         ("gcs", "pip install 'gcsfs>=2026.4'"),
     ],
 )
-def test_hint(extra, said):
-    assert extras.install_command(extra) == said
+def test_the_install_command_names_packages(extra, command):
+    assert extras.install_command(extra) == command
 
 
-def test_hint_where_nothing_is_installed(monkeypatch):
+def test_the_install_command_in_a_source_tree_names_the_extra(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -52,7 +52,7 @@ def test_hint_where_nothing_is_installed(monkeypatch):
     assert extras.install_command("wandb") == "pip install -e '.[wandb]' in the source tree of ttt_jax"
 
 
-def test_check(without):
+def test_a_missing_module_is_refused(without):
     extras.check("wandb", "json", "x")
     without("wandb")
     with pytest.raises(ConfigError, match=r"^log.wandb_project: needs wandb; pip install 'wandb>=0\.19'$"):
@@ -82,13 +82,13 @@ def test_tokenizing_without_the_package_writes_nothing(capsys, without, tmp_path
     assert not (tmp_path / "data").exists()
 
 
-def test_a_sweep_on_ray_without_it_writes_nothing(capsys, without, tmp_path):
+def test_a_sweep_without_ray_writes_nothing(capsys, without, tmp_path):
     without("ray")
     assert cli.main(["sweep", *TINY, "--grid", "seed=0", "--engine", "ray", "--workdir", str(tmp_path / "s")]) == 2
     assert capsys.readouterr().err == "ttt sweep: --engine ray: needs ray; pip install 'ray[tune]>=2.40'\n"
     assert not (tmp_path / "s").exists()
 
 
-def test_no_hint_names_a_package_that_does_not_exist():
+def test_no_message_installs_ttt_jax_from_a_registry():
     for path in (ROOT / "ttt_jax").rglob("*.py"):
         assert "pip install 'ttt_jax[" not in path.read_text(), path

@@ -1,7 +1,7 @@
-"""Damage to every file of a run, a dataset, an evaluation and a sweep: what is read is right, or one line names it.
+"""Damage every file of a run, a dataset, an evaluation and a sweep, and check what its readers return or raise.
 
-Each reader returns what it makes of its files. After damage it returns the same; or what it says that it went back to
-(an older checkpoint, fewer records, a point to be run again); or it raises one line that names a file or its folder.
+After damage a reader must return the same value as before; or an older or smaller one, with one line on standard error
+that names the file (an older checkpoint, fewer records, a point to run again); or raise one line that names it.
 """
 
 import contextlib
@@ -35,22 +35,23 @@ from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.report import Goodput
 
 SEEDS = {"flip": 6, "cut": 4, "empty": 1, "delete": 1, "foreign": 1, "duplicate": 2}
-SAID = (ConfigError, DataError, CheckpointError, OSError)  # what a command tells of in one line
+REPORTED = (ConfigError, DataError, CheckpointError, OSError)  # errors that commands report in one line
 
 
 class Reader(NamedTuple):
-    """What reads files.
+    """A reader of files.
 
     Attributes:
-      files: under the folder of :func:`made`.
-      read: from a folder like it.
-      fewer: whether something that was found may be what is left of what there was.
+      files: a pattern of the files, in the folder of :func:`made`.
+      read: a function that reads the files in such a folder.
+      fewer: a function of the value after and before the damage: whether the first may be what is left of the second.
+      seeds: a factor to the numbers in ``SEEDS``.
     """
 
     files: str
     read: Callable[[Path], Any]
     fewer: Callable[[Any, Any], bool] = lambda found, whole: False
-    seeds: float = 1  # times those of SEEDS
+    seeds: float = 1
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +61,16 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
-# ---- What reads them
+# ---- Readers
 
 
-def _restored(root: Path) -> list[np.ndarray]:
-    """Restore a copy, for what is damaged is removed."""
+def _partial_results(root: Path) -> list[np.ndarray]:
+    """Restore partial results from a copy, as the reader removes damaged files."""
     with _copy(root, UNFINISHED) as copy:
         return PartialResults(copy, IDENTITY, LENGTHS).restore()
 
 
-def _newest(root: Path) -> Any:
+def _newest_checkpoint(root: Path) -> Any:
     checkpoints = Checkpoints(root / "sweep" / "a", read_only=True)
     try:
         return checkpoints.restore_newest(_abstract(root))
@@ -77,15 +78,15 @@ def _newest(root: Path) -> Any:
         checkpoints.close()
 
 
-_made: dict[Path, Any] = {}
+_abstract_states: dict[Path, Any] = {}
 
 
 def _abstract(root: Path) -> Any:
-    if root not in _made:
+    if root not in _abstract_states:
         config = config_of(root)
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
-        _made[root] = compiled_step.make(config, mesh).abstract_state
-    return _made[root]
+        _abstract_states[root] = compiled_step.make(config, mesh).abstract_state
+    return _abstract_states[root]
 
 
 def _data(folder: Path) -> Any:
@@ -107,28 +108,28 @@ def _kept_tokenizer(root: Path) -> bytes:
         return train_bpe.load_or_train(Store(copy), inputs(root), 300, BYTES).content
 
 
-def _gone_on_with(root: Path) -> Any:
-    """Finish a copy of the dataset that is not finished."""
+def _finished_dataset(root: Path) -> Any:
+    """Finish a copy of the unfinished dataset, and read it."""
     with _copy(root, "unfinished") as copy:
         tokenize(inputs(root), tokenize_job(root), Store(copy), engines.processes(1), **SMALL)
         return _data(copy)
 
 
-def _records_gone_on_with(root: Path) -> Any:
+def _records_of_resumed_run(root: Path) -> Any:
     with _copy(root, "sweep/a/metrics.jsonl") as copy:
         writer = metrics.MetricsWriter(copy.parent, 3)
         writer.close()
         return metrics.read(copy.parent)
 
 
-def _started(root: Path) -> float:
+def _first_start(root: Path) -> float:
     with _copy(root, "sweep/a/started.json") as copy:
         return Goodput(copy.parent, 1.0)._started
 
 
 @contextlib.contextmanager
 def _copy(root: Path, name: str):
-    """Copy a file or folder, if it is there, to the same name under another folder."""
+    """Copy a file or folder, if it exists, to the same name in another folder."""
     folder = root.parent / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     path, copy = root / name, folder / name
@@ -144,6 +145,7 @@ def _copy(root: Path, name: str):
 
 
 def _some_in_order(found: list, whole: list) -> bool:
+    """Return whether the elements of one list are elements of another, in the same order."""
     rest = iter(whole)
     return all(any(_equal(one, other) for other in rest) for one in found)
 
@@ -153,26 +155,26 @@ READERS = {
     "config of checkpoints": Reader(
         "sweep/a/checkpoints/*/*", lambda root: run_config.load(root / "sweep" / "a").to_dict()
     ),
-    "checkpoints": Reader("sweep/a/checkpoints", _newest, lambda found, whole: found.step == 2, 0.34),
+    "checkpoints": Reader("sweep/a/checkpoints", _newest_checkpoint, lambda found, whole: found.step == 2, 0.34),
     "metrics": Reader("sweep/a/metrics.jsonl", lambda root: metrics.read(root / "sweep" / "a"), _some_in_order, 8),
-    "metrics that are gone on with": Reader("sweep/a/metrics.jsonl", _records_gone_on_with, _some_in_order, 4),
+    "metrics of a resumed run": Reader("sweep/a/metrics.jsonl", _records_of_resumed_run, _some_in_order, 4),
     "losses": Reader(
         "sweep/a/metrics.jsonl",
         lambda root: validation.read_losses(root / "sweep" / "a"),
         lambda found, whole: found.items() <= whole.items(),
         4,
     ),
-    "start": Reader("sweep/a/started.json", _started, lambda found, whole: found > whole, 4),
+    "start": Reader("sweep/a/started.json", _first_start, lambda found, whole: found > whole, 4),
     "dataset": Reader("dataset", lambda root: _data(root / "dataset")),
-    "dataset that is not finished": Reader("unfinished", _gone_on_with),
-    "tokenizer of a dataset that is begun": Reader("begun", _kept_tokenizer),
+    "unfinished dataset": Reader("unfinished", _finished_dataset),
+    "tokenizer of an unfinished dataset": Reader("begun", _kept_tokenizer),
     "evaluation": Reader("sweep/a/eval/*", lambda root: evaluations.read(root / "sweep" / "a", "validation"), seeds=2),
     "evaluations": Reader(
         "sweep/a/eval/*", lambda root: evaluations.listed(root / "sweep" / "a"), lambda found, _: found == []
     ),
-    "evaluation that is not finished": Reader(
+    "unfinished evaluation": Reader(
         f"{UNFINISHED}/*",
-        _restored,
+        _partial_results,
         lambda found, whole: _equal(found, whole[: len(found)]),
         2,
     ),
@@ -192,7 +194,7 @@ READERS = {
         4,
     ),
 }
-_QUIETLY = ("cut", "empty", "delete")  # a file that ends early may be one that was being written
+_SILENT = ("cut", "empty", "delete")  # a file that ends early may have been cut short while it was written
 
 
 def _faults(root: Path, reader: Reader) -> list[tuple[Path, str, int]]:
@@ -207,16 +209,16 @@ def _faults(root: Path, reader: Reader) -> list[tuple[Path, str, int]]:
     ]
 
 
-def test_there_are_a_thousand_faults(made):
+def test_at_least_a_thousand_faults_are_tried(made):
     count = sum(len(_faults(made, reader)) for reader in READERS.values())
     assert count >= 1000
 
 
-_SLOW = ("checkpoints", "dataset that is not finished")
+_SLOW = ("checkpoints", "unfinished dataset")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in READERS])
-def test_what_is_read_is_right_or_named(made, name, capfd):
+def test_a_reader_returns_the_right_value_or_names_the_file(made, name, capfd):
     reader = READERS[name]
     whole = reader.read(made)
     wrong = []
@@ -226,38 +228,38 @@ def test_what_is_read_is_right_or_named(made, name, capfd):
         with damage(path, kind, seed):
             try:
                 found = reader.read(made)
-            except SAID as error:
+            except REPORTED as error:
                 problem = _unclear(str(error), path, made)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
-                said = capfd.readouterr().err
-                problem = _difference(found, whole, reader, kind, said, path, made)
+                printed = capfd.readouterr().err
+                problem = _difference(found, whole, reader, kind, printed, path, made)
         if problem:
             wrong.append(f"{path.relative_to(made)} {kind} {seed}: {problem}")
     assert not wrong, f"{len(wrong)} of {len(_faults(made, reader))}:\n" + "\n".join(wrong[:40])
-    assert _equal(reader.read(made), whole)  # nothing was left behind
+    assert _equal(reader.read(made), whole)  # the damage was undone
 
 
-def _difference(found: Any, whole: Any, reader: Reader, kind: str, said: str, path: Path, root: Path) -> str:
+def _difference(found: Any, whole: Any, reader: Reader, kind: str, printed: str, path: Path, root: Path) -> str:
     if _equal(found, whole):
         return ""
     if not reader.fewer(found, whole):
         return f"another value: {found} instead of {whole}"[:300]
-    return "" if kind in _QUIETLY else _unclear(said, path, root)
+    return "" if kind in _SILENT else _unclear(printed, path, root)
 
 
-def _unclear(said: str, path: Path, root: Path) -> str:
-    """Return what is wrong with a message; empty where it is one line and names the file or a folder it is in."""
-    if "\n" in said.strip():
-        return f"more than one line: {said!r}"
+def _unclear(message: str, path: Path, root: Path) -> str:
+    """Return what is wrong with a message that should be one line and name the file or a folder around it."""
+    if "\n" in message.strip():
+        return f"more than one line: {message!r}"
     relative = path.relative_to(root)  # the reader may have read a copy
     places = [relative, *list(relative.parents)[:-1]]
-    return "" if any(f"/{place}" in said for place in places) else f"names no file: {said!r}"
+    return "" if any(f"/{place}" in message for place in places) else f"names no file: {message!r}"
 
 
 def _equal(found: Any, whole: Any) -> bool:
-    """Whether two values are the same, bit for bit; of objects, the keys that were there before."""
+    """Return whether two values are the same, bit for bit. A dict may have new keys."""
     if dataclasses.is_dataclass(whole):
         return type(found) is type(whole) and _equal(vars(found), vars(whole))
     if isinstance(whole, dict):

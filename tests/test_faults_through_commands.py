@@ -1,4 +1,4 @@
-"""Damage to files of every kind, and the commands that read them: each goes on rightly, or one line names the file."""
+"""Damage files of every kind, and check that commands give the right result or name the file in one line."""
 
 import shutil
 from collections.abc import Callable
@@ -53,7 +53,7 @@ FAULTS = [
     *(("half/_unfinished/state.json", kind, "tokenize the rest") for kind in ("flip", "cut", "foreign")),
 ]
 pytestmark = pytest.mark.slow
-QUIETLY = ("cut", "empty", "delete")  # a file that is not there, or ends early, may be one that was being written
+SILENT = ("cut", "empty", "delete")  # a file that is missing, or ends early, may be one that was being written
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(whole, monkeypatch, capfd) -> Callable[[str], tuple[int, str, str]]:
-    """Run a command in the folder, after the files were damaged; return its status, stdout and stderr."""
+    """Return ``run(name, damage)``: it runs a command after damage to files, and returns status, stdout and stderr."""
 
     def run(name: str, damage: Callable[[], None] = lambda: None) -> tuple[int, str, str]:
         shutil.rmtree(whole)
@@ -91,25 +91,25 @@ def run(whole, monkeypatch, capfd) -> Callable[[str], tuple[int, str, str]]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
-    """What comes out of commands whose files are whole, by their names."""
+    """Return a dict for the outcomes of commands whose files are whole, by the names of the commands."""
     return {}
 
 
-def test_there_are_forty():
+def test_forty_faults_reach_all_commands():
     assert len(FAULTS) >= 40
     assert {command for _, _, command in FAULTS} == COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nothing_is_said_of_files_that_are_whole(run, name):
-    status, _, said = run(name)
-    assert status == DONE, said
-    assert "damaged" not in said
-    assert ".json" not in said
+def test_commands_report_nothing_about_whole_files(run, name):
+    status, _, err = run(name)
+    assert status == DONE, err
+    assert "damaged" not in err
+    assert ".json" not in err
 
 
 @pytest.mark.parametrize(("name", "kind", "command"), FAULTS)
-def test_it_goes_on_or_one_line_names_the_file(run, whole, expected, name, kind, command):
+def test_a_command_gives_the_right_result_or_names_the_file(run, whole, expected, name, kind, command):
     def damage() -> None:
         path = whole / name
         left = damaged(path.read_bytes(), kind, 0, path.suffix)
@@ -118,21 +118,21 @@ def test_it_goes_on_or_one_line_names_the_file(run, whole, expected, name, kind,
     if command not in expected:
         status, _, expected[command] = _outcome(whole, run, command)
         assert status == DONE
-    status, said, found = _outcome(whole, run, command, damage)
+    status, lines, found = _outcome(whole, run, command, damage)
     places = [name, *(f"{folder}" for folder in list(Path(name).parents)[:-1])]
-    named = [line for line in said if any(place in line for place in places)]
+    named = [line for line in lines if any(place in line for place in places)]
     if status == DONE:
-        assert found == expected[command] or named or kind in QUIETLY
+        assert found == expected[command] or named or kind in SILENT
     else:
         assert status in (FAILED, REFUSED)
-        assert said == named[-1:]
+        assert lines == named[-1:]
 
 
 def _outcome(root: Path, run: Callable, command: str, *damage: Callable[[], None]) -> tuple[int, list[str], Any]:
-    """Run a command; return its status, the lines of stderr, and what came out of it."""
-    status, out, said = run(command, *damage)
+    """Run a command; return its status, the lines of its stderr, and its result."""
+    status, out, err = run(command, *damage)
     if status == DONE and command == "train":
         out = [(record["step"], record["loss"]) for record in metrics.read(root / RUN)]
     elif status == DONE and command.startswith("tokenize"):
         out = json_files.read_object(Path(COMMANDS[command][-1]) / "dataset.json")["splits"]
-    return status, said.splitlines(), out
+    return status, err.splitlines(), out

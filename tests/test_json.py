@@ -1,4 +1,4 @@
-"""JSON files and JSON that commands print hold no bare NaN or Infinity."""
+"""Test that JSON files, and JSON that commands print, hold no bare NaN or Infinity."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ WRITERS = (
 )
 
 
-def test_a_cell_beside_one_of_an_earlier_version_that_holds_nan(tmp_path):
+def test_nan_in_the_cells_of_an_earlier_version_becomes_null(tmp_path):
     path = tmp_path / "probe" / "needle.json"
     path.parent.mkdir()
     path.write_text('{"cells": [{"step": 1, "share": NaN}]}')
@@ -29,13 +29,13 @@ def test_a_cell_beside_one_of_an_earlier_version_that_holds_nan(tmp_path):
     assert json_files.read_object(path) == {"model": "m", "cells": cells}
 
 
-def test_a_plan():
+def test_infinite_numbers_of_a_plan_become_null():
     printed = plan._json({"hours": math.inf, "memory": {"total": 3}, "tried": [math.nan]})
     assert json.loads(printed, parse_constant=pytest.fail) == {"hours": None, "memory": {"total": 3}, "tried": [None]}
 
 
 def test_writers_of_indented_json_refuse_nan():
-    """What is read by people and other programs is indented; hashes and messages between processes are not."""
+    """Check every call that writes indented JSON: files for people and other programs are indented, hashes are not."""
     found = []
     for place in WRITERS:
         for path in sorted((PACKAGE / place).rglob("*.py")) if (PACKAGE / place).is_dir() else [PACKAGE / place]:

@@ -1,4 +1,4 @@
-"""JSON files that show when they are damaged."""
+"""Test JSON files that show when they are damaged."""
 
 import json
 import math
@@ -14,18 +14,18 @@ RECORDS = [{"step": step, "loss": 1 / step, "tokens": 128 * step} for step in ra
 LINES = "".join(map(json_files.line_with_checksum, RECORDS)).encode()
 
 
-def test_an_object_comes_back_without_its_hash(tmp_path):
+def test_objects_are_read_without_their_hash(tmp_path):
     path = tmp_path / "x.json"
     writing.write_atomically(path, json.dumps(json_files.with_hash(CONTENT), indent=2) + "\n")
     assert list(json.loads(path.read_text())) == [*CONTENT, "sha256"]
     assert json_files.read_object(path) == CONTENT
-    path.write_text(json.dumps(CONTENT))  # of before there were hashes
+    path.write_text(json.dumps(CONTENT))  # of a version without hashes
     assert json_files.read_object(path) == CONTENT
     assert json_files.with_hash(json_files.with_hash(CONTENT)) == json_files.with_hash(CONTENT)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "problem"),
     [
         (b"", "damaged: it is empty"),
         (b"\0\0", "damaged: it is not JSON: "),
@@ -39,12 +39,12 @@ def test_an_object_comes_back_without_its_hash(tmp_path):
         ),
     ],
 )
-def test_damaged_objects_are_named(tmp_path, content, said):
+def test_damaged_objects_are_named(tmp_path, content, problem):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(json_files.DamagedFile) as caught:
         json_files.read_object(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).startswith(f"{path}: {problem}")
     assert "\n" not in str(caught.value)
 
 
@@ -61,21 +61,21 @@ def test_numbers_that_are_not_finite_are_null_in_lines():
     assert math.isnan(record["loss"])
 
 
-def test_lines_come_back_without_checksums():
+def test_lines_are_read_without_their_checksum():
     assert json_files.parse_lines(LINES) == json_files.Lines([*LINES.decode().splitlines()], RECORDS, {})
-    of_before = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
-    assert [record["loss"] for record in json_files.parse_lines(of_before + LINES).records[:2]] == [2.0, 1.0]
+    without_checksums = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    assert [record["loss"] for record in json_files.parse_lines(without_checksums + LINES).records[:2]] == [2.0, 1.0]
 
 
 @given(st.integers(0, len(LINES) * 8 - 1))
-def test_a_flipped_bit_costs_the_lines_that_it_is_in(bit):
+def test_a_flipped_bit_loses_only_the_lines_it_is_in(bit):
     damaged = bytearray(LINES)
     damaged[bit // 8] ^= 1 << bit % 8
-    found = json_files.parse_lines(bytes(damaged))
+    lines = json_files.parse_lines(bytes(damaged))
     hit = LINES[: bit // 8].count(b"\n")
     lost = {hit, hit + 1} if LINES[bit // 8 : bit // 8 + 1] == b"\n" else {hit}
-    assert found.records == [record for index, record in enumerate(RECORDS) if index not in lost]
-    assert found.problems or bit // 8 == len(LINES) - 1  # a last line without its end is one that is being written
+    assert lines.records == [record for index, record in enumerate(RECORDS) if index not in lost]
+    assert lines.problems or bit // 8 == len(LINES) - 1  # without its end, the last line may still be being written
 
 
 @given(st.integers(0, len(LINES)))
@@ -99,16 +99,13 @@ def test_lines_that_are_left_out_are_named(tmp_path, capsys):
         7: "is no record: it has no step",
     }
     json_files.read_lines(path)
-    said = f"{path}, line 2: is empty, and 4 more lines; left out, all other records are used\n"
-    assert capsys.readouterr().err == said  # once
+    warning = f"{path}, line 2: is empty, and 4 more lines; left out, all other records are used\n"
+    assert capsys.readouterr().err == warning  # printed once
     assert json_files.read_lines(tmp_path / "none").records == []
 
 
-def test_files_set_aside_keep_their_content(tmp_path):
-    for content in ("first", "second"):
-        (tmp_path / "x.json").write_text(content)
-        writing.set_aside(tmp_path / "x.json")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "x.json.damaged": "first",
-        "x.json.damaged-2": "second",
-    }
+def test_a_folder_in_the_place_of_lines_is_a_problem_of_the_whole_file(tmp_path):
+    lines = json_files.read_lines(tmp_path, warn=False)
+    assert lines == json_files.Lines([], [], {}, "is a folder")
+    assert lines.describe_damage(tmp_path) == f"{tmp_path}: is a folder; passed over"
+    assert json_files.parse_lines(LINES).describe_damage(tmp_path) == ""

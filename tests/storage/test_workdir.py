@@ -1,16 +1,20 @@
-"""Places where a run may live, and what is told of those where it cannot."""
+"""Test the folders of runs and of the cache, and the messages where they cannot be used."""
 
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 from fake_gcs import FakeGCS, printed
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
+from ttt_jax.distributed import startup
 from ttt_jax.storage import workdir
+from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.training import metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs")
 
 
@@ -43,7 +47,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, below):
         workdir.make(workdir.at(f"{tmp_path}/file{below}"))
 
 
-def test_names_are_as_long_as_they_have_to_be():
+def test_names_are_the_shortest_that_differ():
     folders = [Path(path) for path in ("/a/x/run", "/a/y/run", "/b/y/run", "/c/other", "/a/x/run", "run")]
     here = f"{Path.cwd().name}/run"
     assert workdir.names(folders) == ["x/run", "a/y/run", "b/y/run", "other", "x/run", here]
@@ -52,7 +56,7 @@ def test_names_are_as_long_as_they_have_to_be():
 
 
 @needs_gcsfs
-def test_buckets_keep_their_names():
+def test_urls_of_buckets_are_kept():
     for location in ("gs://bucket/a/run", "gs://bucket/a/run/", workdir.at("gs://bucket/a/run")):
         place = workdir.at(location)
         assert str(place / "metrics.jsonl") == "gs://bucket/a/run/metrics.jsonl"
@@ -66,7 +70,7 @@ def test_other_urls_are_refused(url):
         workdir.at(url)
 
 
-def test_a_missing_extra_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else real(name, *rest))
     with pytest.raises(ConfigError, match=r"--workdir gs://b/r: needs gcsfs; pip install 'gcsfs>="):
@@ -88,7 +92,7 @@ for bucket in sys.argv[1:]:
 
 
 @needs_gcsfs
-def test_a_bucket_is_tried_before_anything_else():
+def test_a_bucket_that_cannot_be_written_is_refused_first():
     status = {"there": None, "missing": 404, "not-mine": 403, "nobody": 401}
     with FakeGCS() as gcs:
         gcs.fault = lambda request: status.get(request.target.split("/")[0])
@@ -123,8 +127,43 @@ def test_tensorboard_needs_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "verb", [["train", "--config", "a.py", "--workdir"], ["eval", "--workdir"], ["plot", "loss-by-position"]]
 )
-def test_commands_refuse_in_one_line(capsys, verb):
+def test_commands_refuse_other_urls_in_one_line(capsys, verb):
     assert cli.main([*verb, "s3://bucket/run"]) == 2
     assert (
         capsys.readouterr().err == f"ttt {verb[0]}: --workdir s3://bucket/run: expected a folder, or gs://bucket/name\n"
     )
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_folder() == Path("/elsewhere/ttt_jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache/ttt_jax"
+
+
+def test_a_user_without_a_home_is_asked_for_a_cache_folder(no_home, monkeypatch, capsys):
+    with pytest.raises(ConfigError, match=r"^no home folder to keep files in; expected XDG_CACHE_HOME"):
+        cache_folder()
+    monkeypatch.chdir(ROOT)
+    line = "launch sky --cpus 2+ --dry-run -- train --config configs/quickstart.py --workdir gs://b/r"
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err.startswith("ttt launch: no home folder to keep files in;")
+
+
+def test_compiling_needs_no_home_folder(no_home):
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        startup.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

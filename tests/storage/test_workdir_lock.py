@@ -1,4 +1,4 @@
-"""One command at a time works in a folder: who is refused, who takes over, who notices."""
+"""Test the lock of a workdir: which commands are refused, which take over, and that the last holder notices."""
 
 import errno
 import fcntl
@@ -21,14 +21,14 @@ import os, sys, time
 from ttt_jax.storage.workdir_lock import WorkdirLock
 lock = WorkdirLock(sys.argv[1], "ttt train").acquire()
 {then}
-print(f"held {{os.getpid()}}\\n", end="", flush=True)  # as one, whether or not output is buffered
+print(f"held {{os.getpid()}}\\n", end="", flush=True)  # in one write, with or without buffers
 time.sleep(60)
 """
 
 
 @pytest.fixture
 def start():
-    """``start(folder, then)``: a process that holds the lock of a folder, after it has run a line of Python."""
+    """Return ``start(folder, then)``: it starts a process that takes the lock of a folder and runs a line of Python."""
     started = []
 
     def run(folder, then="", environment=None):
@@ -59,12 +59,12 @@ def quick(monkeypatch):
 
 
 def elsewhere(**changes):
-    """A record of a process on another machine."""
+    """Return the record of a process on another machine."""
     about = {"command": "ttt train", "host": "elsewhere", "pid": 7, "machine": "another", "id": "x", "every": 0.1}
     return json.dumps({**about, "since": "2026-01-01 00:00:00 UTC", "time": time.time(), **changes})
 
 
-def test_the_second_is_refused_by_name_and_the_next_one_is_let_in(tmp_path, quick):
+def test_a_second_command_is_refused_until_the_first_has_ended(tmp_path, quick):
     folder = tmp_path / "run"
     with WorkdirLock(folder, "ttt train"):
         record = json.loads((folder / "running.json").read_text())
@@ -78,17 +78,17 @@ def test_the_second_is_refused_by_name_and_the_next_one_is_let_in(tmp_path, quic
         )
         with WorkdirLock(folder, "ttt eval", name=".other.running"):
             pass
-    assert not folder.exists()  # nothing was written in it
+    assert not folder.exists()  # it was made for the lock, and is empty
 
 
-def test_one_that_was_killed_is_replaced_at_once_although_its_children_live(tmp_path, start):
+def test_a_killed_holder_is_replaced_at_once_although_its_child_lives(tmp_path, start):
     then = "child = os.fork()\nif child == 0: lock.release(); "
     then += "print('child\\n', end='', flush=True); time.sleep(30); os._exit(0)"
     line = [sys.executable, "-W", "ignore", "-c", HOLD.format(then=then), str(tmp_path)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert {process.stdout.readline().split()[0], process.stdout.readline().split()[0]} == {"held", "child"}
-        assert str(process.pid) in (tmp_path / "running.json").read_text()  # the child's end did not release it
+        assert str(process.pid) in (tmp_path / "running.json").read_text()  # the child did not release it
         process.kill()
         process.wait()
         began = time.monotonic()
@@ -98,7 +98,7 @@ def test_one_that_was_killed_is_replaced_at_once_although_its_children_live(tmp_
         os.killpg(process.pid, 9)
 
 
-def test_a_process_of_another_machine_is_refused_while_it_gives_signs_of_life(tmp_path, quick, capsys):
+def test_a_holder_on_another_machine_is_respected_while_it_gives_signs_of_life(tmp_path, quick, capsys):
     file, end = tmp_path / "running.json", threading.Event()
 
     def live():
@@ -127,7 +127,7 @@ def test_a_process_of_another_machine_is_refused_while_it_gives_signs_of_life(tm
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[1]", elsewhere(time=time.time() - 1000), elsewhere(time=0)])
-def test_what_is_left_of_long_ago_and_damaged_records_do_not_keep_anybody_waiting(tmp_path, content):
+def test_old_and_damaged_records_are_replaced_at_once(tmp_path, content):
     (tmp_path / "running.json").write_text(content)
     began = time.monotonic()
     with WorkdirLock(tmp_path, "ttt train"):
@@ -135,7 +135,7 @@ def test_what_is_left_of_long_ago_and_damaged_records_do_not_keep_anybody_waitin
 
 
 @pytest.mark.parametrize("damage", ["replaced", "deleted"])
-def test_a_holder_that_was_replaced_notices_and_leaves_the_lock_to_the_other(tmp_path, quick, damage):
+def test_a_replaced_holder_notices_and_does_not_release_the_lock_of_the_other(tmp_path, quick, damage):
     file = tmp_path / "running.json"
     lock = WorkdirLock(tmp_path, "ttt train").acquire()
     lock.check()
@@ -155,7 +155,7 @@ def test_a_holder_that_was_replaced_notices_and_leaves_the_lock_to_the_other(tmp
     assert file.exists() == (damage == "replaced")
 
 
-def test_without_locks_of_the_file_system_the_record_alone_counts(tmp_path, quick, no_locks, start, capsys):
+def test_on_a_file_system_without_locks_the_record_alone_counts(tmp_path, quick, no_locks, start, capsys):
     process = start(tmp_path)
     with pytest.raises(ConfigError, match=rf"ttt train \(process {process.pid} on "):
         WorkdirLock(tmp_path, "ttt train").acquire()
@@ -173,7 +173,7 @@ def test_without_locks_of_the_file_system_the_record_alone_counts(tmp_path, quic
     )
 
 
-def test_of_two_that_come_at_once_without_locks_one_gets_it(tmp_path, quick, no_locks):
+def test_one_of_two_commands_at_once_gets_a_lock_without_kernel_locks(tmp_path, quick, no_locks):
     locks = [WorkdirLock(tmp_path, f"ttt {i}") for i in range(2)]
     outcomes, gate = [], threading.Barrier(2)
 
@@ -195,7 +195,7 @@ def test_of_two_that_come_at_once_without_locks_one_gets_it(tmp_path, quick, no_
     held[0].release()
 
 
-def test_where_nothing_can_be_written_there_is_no_lock(tmp_path, monkeypatch, capsys):
+def test_a_read_only_folder_is_used_without_a_lock(tmp_path, monkeypatch, capsys):
     def open_file(*arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -206,7 +206,7 @@ def test_where_nothing_can_be_written_there_is_no_lock(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err == said
 
 
-def test_storage_that_fails_for_a_while_loses_no_lock(tmp_path, monkeypatch):
+def test_a_lock_outlives_storage_that_fails_for_a_while(tmp_path, monkeypatch):
     with WorkdirLock(tmp_path, "ttt train") as lock:
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -233,7 +233,7 @@ def test_a_bucket_is_locked_by_the_generation_of_an_object():
         first = gcs.start("-c", held)
         assert first.stdout.readline() == "held\n"
         uploads = gcs.of("upload")
-        assert uploads[0].query["ifGenerationMatch"] == "0"  # it is created only where there is none
+        assert uploads[0].query["ifGenerationMatch"] == "0"  # created only if it does not exist
         assert uploads[1].query["ifGenerationMatch"] == "1001"
         second = gcs.start("-c", IN_A_BUCKET + "try: lock.acquire()\nexcept ConfigError as error: print(error)")
         assert f"--workdir gs://bucket/run: ttt train (process {first.pid} on " in printed(second)
@@ -241,7 +241,7 @@ def test_a_bucket_is_locked_by_the_generation_of_an_object():
         first.communicate()
         record = json.loads(gcs.objects["bucket/run/running.json"])
 
-        # One of this machine that died is replaced at once; a record of another is watched, and then replaced.
+        # A dead holder on this machine is replaced at once; a record of another machine is watched first.
         took = "began = time.monotonic(); lock.acquire(); lock.release(); print(time.monotonic() - began)"
         assert float(printed(gcs.start("-c", IN_A_BUCKET + took))) < 0.5
         assert not gcs.files("bucket/run")
@@ -251,10 +251,12 @@ def test_a_bucket_is_locked_by_the_generation_of_an_object():
 
 
 @pytest.mark.slow
-def test_in_a_bucket_a_holder_that_was_replaced_notices_and_a_lost_answer_is_no_loss():
+def test_in_a_bucket_a_replaced_holder_notices_and_a_lost_answer_does_no_harm():
     with FakeGCS() as gcs:
         lost = [True]
-        gcs.lost = lambda request: request.verb == "upload" and bool(lost) and lost.pop()  # done, and answered with 503
+        gcs.lost = lambda request: (
+            request.verb == "upload" and bool(lost) and lost.pop()
+        )  # written, but answered with 503
         wait = "\nwhile not lock.lost: time.sleep(0.02)\n"
         check = "try: lock.check()\nexcept LockLostError as error: print(error)\nlock.release()"
         process = gcs.start(

@@ -1,4 +1,4 @@
-"""A run small enough to start, kill and resume many times."""
+"""Provide a run that is small enough to start, kill and resume many times."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """``tiny_config(**{key: value})``: the config of a tiny run, with changes."""
+    """Return ``tiny_config({key: value})``, which makes the config of a tiny run with changes."""
     from ttt_jax import config as config_lib
 
     def make(changes=None):
@@ -39,7 +39,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def start_training():
-    """``start_training(workdir, {key: value})``: a real ``ttt train`` process of the tiny run."""
+    """Return ``start_training(workdir, {key: value})``, which starts a ``ttt train`` process of the tiny run."""
 
     def start(workdir, changes=None, *, devices=1, options=(), environment=os.environ, ttt=("-m", "ttt_jax")):
         values = {**TINY, **(changes or {})}
@@ -60,9 +60,9 @@ def start_training():
 
 @pytest.fixture(scope="session")
 def start_processes(start_training):
-    """``start_processes(workdir, n, {key: value}, devices=d)``: n processes of one run, of d devices each.
+    """Return ``start_processes(workdir, n, {key: value}, devices=d)``: n processes of one run, with d devices each.
 
-    ``of_process`` gives one of them other changes: ``{1: {key: value}}``; ``ttt`` is the program in ``tests``.
+    ``of_process`` holds other changes of single processes: ``{1: {key: value}}``. ``ttt`` is the program in ``tests``.
     """
 
     def start(
@@ -97,7 +97,7 @@ def start_processes(start_training):
 
 @pytest.fixture(scope="session")
 def finish():
-    """``finish(*processes)``: waits until they have ended well; what they wrote to standard output, all together."""
+    """Return ``finish(*processes)``: it waits until they end with a status, and returns all that they printed."""
 
     def wait(*processes, status=0, seconds=240):
         outputs = []
@@ -117,7 +117,7 @@ def finish():
 
 @pytest.fixture(scope="session")
 def final_state():
-    """``final_state(workdir)``: step and state of the newest checkpoint, on the host."""
+    """Return ``final_state(workdir)``: it returns step and state of the newest checkpoint, on the host."""
     import jax
 
     from ttt_jax import config as config_lib

@@ -1,4 +1,4 @@
-"""The loss-spike guard, against NumPy, and inside a step."""
+"""Test the guard against loss spikes, against NumPy and inside a step."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,7 +18,7 @@ norms = st.lists(st.one_of(st.floats(0.125, 30, width=32), bad), min_size=1, max
 
 
 def numpy_guard(sequence, factor):
-    """Which updates are allowed, by the words of the docstring."""
+    """Return for each gradient norm whether its update is allowed, as the docstring of the guard says."""
     remembered, allowed = [], []
     for norm in sequence:
         ok = np.isfinite(norm)
@@ -32,7 +32,7 @@ def numpy_guard(sequence, factor):
 
 @hypothesis.given(tail=norms, before=st.integers(WINDOW - 3, WINDOW + 30), factor=st.sampled_from([1.5, 4.0]))
 @hypothesis.settings(max_examples=30)
-def test_like_numpy(tail, before, factor):
+def test_the_guard_judges_as_numpy(tail, before, factor):
     sequence = [*np.random.default_rng(before).uniform(0.5, 2, before).astype(np.float32), *tail]
     state, found = optimizer_lib.initial_guard(), []
     for norm in sequence:

@@ -1,5 +1,4 @@
-"""Check what becomes of a run whose fused kernel is wrong on its devices: CPUs that count as accelerators, with kernels
-made of the scan."""
+"""Test runs whose fused kernel is wrong: CPUs take the place of accelerators, and scans that of kernels."""
 
 from types import SimpleNamespace
 
@@ -23,7 +22,7 @@ WRONG = "WARNING: the fused kernel of the inner loop is wrong on cpu: it differs
 
 @pytest.fixture
 def use_kernel(monkeypatch):
-    """``use_kernel(function)``: it is the fused kernel from now on, of CPUs too; returns a list of its calls."""
+    """Return ``use_kernel(function)``: it makes a function the fused kernel and returns a list of its calls."""
     self_check.of_family.cache_clear()
 
     def use(kernel):
@@ -56,7 +55,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def by_scan(tmp_path_factory, tiny_config):
-    """The losses of the run by the scan."""
+    """Return the losses of the run by the scan."""
     workdir = tmp_path_factory.mktemp("scan")
     loop.train(tiny_config({**RUN, "model.ttt.kernel": "scan"}), workdir)
     return losses(workdir)
@@ -83,14 +82,14 @@ def test_a_benchmark_checks_too(capsys, tiny_config, use_kernel):
 
 
 @pytest.mark.slow
-def test_without_the_check_it_goes_on(tmp_path, capsys, tiny_config, use_kernel, by_scan):
-    """In the same workdir, too: the check does not change which numbers are wanted."""
+def test_without_the_check_a_wrong_kernel_is_used(tmp_path, capsys, tiny_config, use_kernel, by_scan):
+    """Continue in the same workdir: the key of the check may change within a run."""
     use_kernel(kernel_by_scan.outputs_shifted)
     loop.train(tiny_config({**RUN, "training.duration": "1 step"}), tmp_path)
     loop.train(tiny_config({**RUN, "model.ttt.kernel_check": False}), tmp_path)
     first, second = losses(tmp_path)
     assert first == by_scan[0]
-    assert second != by_scan[1]  # by the scan, it would have the same bits, as the first has
+    assert second != by_scan[1]  # by the scan it would have the same bits, as the first step has
     assert capsys.readouterr().err.count("WARNING") == 1
 
 
@@ -99,26 +98,26 @@ def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kerne
     calls = use_kernel(kernel_by_scan.right)
     made = make()
     assert kernel_check.checked(made) is made
-    checked = len(calls)
-    assert checked > 0
+    calls_of_check = len(calls)
+    assert calls_of_check > 0
     assert "fused kernel checked against the scan in " in capsys.readouterr().err
     assert kernel_check.checked(made) is made
-    assert len(calls) == checked
+    assert len(calls) == calls_of_check
     assert not capsys.readouterr().err
     made.compiled_step()
-    assert len(calls) > checked
+    assert len(calls) > calls_of_check
 
 
-def test_a_kernel_that_does_not_compile(capsys, make, use_kernel):
+def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, use_kernel):
     def refused(*arguments, **options):
         raise NotImplementedError("no such operation")
 
     use_kernel(refused)
     made = make()
-    settled = kernel_check.checked(made)
+    checked = kernel_check.checked(made)
     assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
-    assert settled.config is made.config
-    settled.compiled_step()  # without it
+    assert checked.config is made.config
+    checked.compiled_step()  # with the scan
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_a_kernel_that_does_not_compile(capsys, make, use_kernel):
         ({"model.mixer": "attention"}, "TPU v5 lite", []),
     ],
 )
-def test_what_is_checked(tiny_config, changes, device, expected):
+def test_kernels_that_a_run_would_use_are_checked(tiny_config, changes, device, expected):
     config = tiny_config(changes)
     devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=device)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": config.mesh.tensor})
@@ -149,7 +148,7 @@ def test_what_is_checked(tiny_config, changes, device, expected):
 
 
 @pytest.mark.slow
-def test_where_one_process_finds_it_wrong_all_use_the_scan(tmp_path, start_processes, finish, by_scan):
+def test_all_processes_use_the_scan_where_one_finds_the_kernel_wrong(tmp_path, start_processes, finish, by_scan):
     changes = {**RUN, "mesh.data": 2}
     processes = start_processes(tmp_path, 2, changes, ttt="kernel_by_scan.py")
     printed = finish(*processes, status=DONE)

@@ -1,4 +1,4 @@
-"""The loop in this process: what it writes, what it refuses, and that models learn."""
+"""Test the train loop in one process: what it writes, what it refuses, and that models learn."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ def finished(tmp_path_factory, tiny_config):
 
 
 @pytest.mark.slow
-def test_outcome_and_records(finished):
+def test_outcome_and_records_of_a_finished_run(finished):
     workdir, config, outcome = finished
     records = metrics.read(workdir)
     assert (outcome.step, outcome.total, outcome.signal) == (24, 24, None)
@@ -42,10 +42,10 @@ def test_outcome_and_records(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_kept_checkpoints_and_their_meta(finished):
+def test_milestones_are_kept_and_meta_holds_position_config_and_versions(finished):
     workdir, config, _ = finished
     checkpoints = Checkpoints(workdir, read_only=True)
-    assert checkpoints.all_steps() == [12, 24]  # a milestone, and the last one
+    assert checkpoints.all_steps() == [12, 24]  # a milestone and the last step
     meta = checkpoints.meta(24)
     checkpoints.close()
     assert meta["data"]["next_batch"] == 24
@@ -65,7 +65,7 @@ def test_saved_arrays_are_float32(finished, tmp_path, tiny_config):
 
 
 @pytest.mark.slow
-def test_longer_run_goes_on_from_a_finished_one(finished, tmp_path, tiny_config):
+def test_a_longer_run_continues_a_finished_one(finished, tmp_path, tiny_config):
     workdir = shutil.copytree(finished[0], tmp_path / "longer")
     assert loop.train(tiny_config(LONGER), workdir).step == 40
     assert [r["step"] for r in metrics.read(workdir)] == list(range(1, 41))
@@ -80,7 +80,7 @@ def test_longer_run_goes_on_from_a_finished_one(finished, tmp_path, tiny_config)
         ({"optimizer.peak_lr": 0.5}, "optimizer.peak_lr"),
     ],
 )
-def test_another_config_is_refused(finished, tiny_config, changes, key):
+def test_a_workdir_of_another_config_is_refused(finished, tiny_config, changes, key):
     workdir, _, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=key):
@@ -88,7 +88,7 @@ def test_another_config_is_refused(finished, tiny_config, changes, key):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_data_is_refused(finished, monkeypatch, tiny_config):
+def test_a_run_is_not_continued_on_other_data(finished, monkeypatch, tiny_config):
     workdir, config, _ = finished
     monkeypatch.setattr(token_source.TokenSource, "fingerprint", lambda self: "another")
     longer = config.copy_and_resolve_references()
@@ -102,7 +102,7 @@ SIX = {"training.duration": "6 steps"}
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory, tiny_config):
-    """A good source, one with a bad token in its fourth batch, its place, and the losses of a run on the good one."""
+    """Return a good source, one with a bad token in its fourth batch, its place, and the losses of a good run."""
     config = tiny_config(SIX)
     tokens = np.random.default_rng(0).integers(0, 256, 64 * 40 + 1).astype(np.uint16)
     good = token_source.TokenSource("some/train", tokens, vocab_size=257, bos=256)
@@ -121,10 +121,8 @@ def bad_data(tmp_path_factory, tiny_config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("worker_processes", [0, 1])
-def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
-    tmp_path, monkeypatch, tiny_config, bad_data, worker_processes
-):
-    """And once it can be read, the run ends with the bits of one that met nothing bad."""
+def test_a_bad_batch_stops_the_run_after_saving(tmp_path, monkeypatch, tiny_config, bad_data, worker_processes):
+    """Check also that the run ends with the bits of an undisturbed one once the batch can be read."""
     good, bad, place, losses = bad_data
     config = tiny_config({**SIX, "data.worker_processes": worker_processes})
     monkeypatch.setattr(named_sources, "from_config", lambda config, split: bad)
@@ -142,7 +140,7 @@ def test_data_that_turns_out_bad_stops_with_what_was_learned_saved(
 
 
 @pytest.mark.slow
-def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path, tiny_config):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(finished, tmp_path, tiny_config):
     workdir, poisoned = shutil.copytree(finished[0], tmp_path / "poisoned"), tiny_config(LONGER)
     checkpoints = Checkpoints(workdir, keep_last=5)
     run = compiled_step.make(poisoned, compiled_step.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
@@ -155,14 +153,14 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(finished, tmp_path,
     assert metrics.read(workdir)[-1]["step"] == 26
     assert math.isnan(metrics.read(workdir)[-1]["loss"])
     checkpoints = Checkpoints(workdir, read_only=True)
-    assert checkpoints.latest_step() == 25  # nothing was saved after the loss went bad
+    assert checkpoints.latest_step() == 25  # nothing was saved after that
     checkpoints.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_mlp", "attention"])
 def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_config):
-    """The loss falls below the unigram entropy of the corpus: what a model without context could reach at best."""
+    """Check that the loss falls below the unigram entropy of the corpus, the limit of a model without context."""
     tokens = named_sources.load("embedded", "train").tokens
     frequencies = np.bincount(tokens) / len(tokens)
     frequencies = frequencies[frequencies > 0]
@@ -179,3 +177,19 @@ def test_a_short_run_learns_more_than_byte_frequencies(mixer, tmp_path, tiny_con
     loop.train(config, tmp_path)
     last = [r["loss"] for r in metrics.read(tmp_path)[-10:]]
     assert np.mean(last) < entropy - 0.15
+
+
+@pytest.mark.slow
+def test_a_trace_has_spans_named_after_layers(tmp_path, tiny_config):
+    loop.train(tiny_config({"training.duration": "6 steps", "profile.steps": "3:4"}), tmp_path)
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    content = trace.read_bytes()
+    for name in (b"layers/mixer", b"layers/mlp", b"train"):
+        assert name in content
+    assert content.count(b"step_num") > 0
+
+
+@pytest.mark.slow
+def test_no_trace_is_written_unless_asked_for(tmp_path, tiny_config):
+    loop.train(tiny_config({"training.duration": "2 steps"}), tmp_path)
+    assert not (tmp_path / "profile").exists()

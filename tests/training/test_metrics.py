@@ -1,4 +1,4 @@
-"""Records survive what runs go through."""
+"""Test that records of metrics survive kills, damage and missing packages."""
 
 import builtins
 import json
@@ -9,7 +9,6 @@ import types
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.storage import writing
 from ttt_jax.training import metrics
 
 
@@ -36,14 +35,6 @@ def test_a_line_cut_short_is_dropped(tmp_path, torn):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "file"
-    writing.write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        writing.write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
-
-
 @pytest.mark.parametrize(
     ("options", "extra"),
     [
@@ -51,7 +42,7 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path):
         ({"wandb": {"project": "p"}}, "pip install 'wandb>=0.19'"),
     ],
 )
-def test_a_missing_extra_is_named(tmp_path, monkeypatch, options, extra):
+def test_a_missing_package_is_named(tmp_path, monkeypatch, options, extra):
     real_import = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -66,7 +57,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, options, extra):
         metrics.MetricsWriter(tmp_path, 0, **options)
 
 
-def test_wandb_that_refuses_is_told_in_one_line_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_refusal_by_wandb_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
     def refuse(**options):
         raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
 
@@ -79,7 +70,7 @@ def test_wandb_that_refuses_is_told_in_one_line_before_anything_is_written(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_the_place_of_the_records_is_kept_aside(tmp_path, capsys):
+def test_a_folder_in_the_place_of_the_records_is_set_aside(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
     assert metrics.read(tmp_path) == []
     assert capsys.readouterr().err == f"{tmp_path}/metrics.jsonl: is a folder; passed over\n"
@@ -91,7 +82,7 @@ def test_a_folder_in_the_place_of_the_records_is_kept_aside(tmp_path, capsys):
 
 
 def test_wandb_gets_every_record(tmp_path, monkeypatch):
-    """The real library, which writes what it would send into a folder of its own."""
+    """Run the real library offline, where it writes what it would send into a folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     writer = metrics.MetricsWriter(tmp_path, 0, wandb={"project": "a project", "config": {"seed": 7}})
@@ -101,6 +92,6 @@ def test_wandb_gets_every_record(tmp_path, monkeypatch):
     (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     deadline = time.monotonic() + 60
     while b"1.5" not in (content := log.read_bytes()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # another process writes it, and may still do so
+        time.sleep(0.05)  # another process writes it, and may not have finished
     for text in (b"a project", b"loss", b"2.5", b"1.5", b"seed"):
         assert text in content

@@ -1,4 +1,4 @@
-"""Runs that an earlier version has written: they load, evaluate to the same losses, and go on as they would have.
+"""Test that runs of an earlier version load, evaluate to the same losses, and continue as they would have.
 
 ``tests/old_runs/NAME.tar.gz`` are workdirs of commit 748715c, which had ``model.ttt.norm_residual``. Its commands were,
 with ``--config.model.vocab_size=17 --config.model.width=16 --config.model.num_layers=1 --config.model.num_heads=2
@@ -9,8 +9,8 @@ with ``--config.model.vocab_size=17 --config.model.width=16 --config.model.num_l
     ttt train --config configs/quickstart.py:ttt_linear --workdir ttt_linear --config.model.ttt.norm_residual=false
     ttt train --config configs/quickstart.py:ttt_mlp --workdir ttt_mlp --config.model.ttt.mlp_width_factor=2
 
-Then the checkpoint of step 6 and the records of steps 4 to 6 were removed, which are in ``continued.json``, and at
-step 3 came ``ttt eval --workdir NAME --context 30 --max-windows 4``.
+Then the checkpoint of step 6 was removed, the records of steps 4 to 6 were moved to ``continued.json``, and
+``ttt eval --workdir NAME --context 30 --max-windows 4`` evaluated step 3.
 """
 
 import json
@@ -34,29 +34,29 @@ MEANING = {"ttt_linear": ("none", False), "ttt_mlp": ("residual_norm", True)}
 
 @pytest.fixture(scope="module", params=sorted(CONTINUED))
 def workdir(request, tmp_path_factory):
-    """The workdir of an old run, which tests leave as it is."""
+    """Return the workdir of an old run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(OLD_RUNS / f"{request.param}.tar.gz") as tar:
         tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / request.param
 
 
-def test_evaluation_gives_the_losses_of_then(workdir):
-    """In pieces of 14 tokens, so that the state is carried on from the middle of a mini-batch."""
+def test_evaluation_gives_the_losses_of_the_earlier_version(workdir):
+    """Evaluate in pieces of 14 tokens, so that the state is carried on from the middle of a mini-batch."""
     assert "norm_residual" in (workdir / "config.json").read_text()
     run = trained.load(workdir)
     assert (run.config.model.ttt.output, run.config.model.ttt.bias) == MEANING[workdir.name]
-    then = evaluations.read(workdir, "validation", 30)
-    now = evaluate.evaluate(run, evaluate.What(30, most=4))
-    assert now.about["checkpoint"] == then.about["checkpoint"]
-    assert now.about["parameters"] == then.about["parameters"]
-    assert now.about["config"] == then.about["config"] == run.config.to_dict()
-    np.testing.assert_array_equal(now.document_counts, then.document_counts)
-    np.testing.assert_allclose(now.document_sums, then.document_sums, rtol=3e-6)
-    np.testing.assert_allclose(now.loss, then.loss, rtol=3e-6)
+    old = evaluations.read(workdir, "validation", 30)
+    new = evaluate.evaluate(run, evaluate.What(30, most=4))
+    assert new.about["checkpoint"] == old.about["checkpoint"]
+    assert new.about["parameters"] == old.about["parameters"]
+    assert new.about["config"] == old.about["config"] == run.config.to_dict()
+    np.testing.assert_array_equal(new.document_counts, old.document_counts)
+    np.testing.assert_allclose(new.document_sums, old.document_sums, rtol=3e-6)
+    np.testing.assert_allclose(new.loss, old.loss, rtol=3e-6)
 
 
-def test_training_goes_on_as_it_would_have_then(workdir, tmp_path):
+def test_training_continues_as_with_the_earlier_version(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
     assert loop.train(config_lib.from_json(copy / "config.json"), copy).step == 6
     records = metrics.read(copy)

@@ -1,4 +1,4 @@
-"""Runs of several real processes, on CPU devices that talk through gloo: their numbers, and how they end."""
+"""Test the numbers of runs of several real processes, which communicate by gloo on CPUs, and the ways they end."""
 
 import functools
 import signal
@@ -21,7 +21,7 @@ RUN = {
     "model.vocab_size": 264,
     "training.duration": "20 steps",
     "checkpoint.every": "100%",
-    # A learning rate that is felt, and does not depend on the duration.
+    # A learning rate that is large enough to show, and does not depend on the duration.
     "optimizer.peak_lr": 0.005,
     "optimizer.end_lr": 0.005,
     "optimizer.warmup": "4 steps",
@@ -34,14 +34,14 @@ def mesh(data, fsdp, tensor):
 
 
 def assert_same_curves(actual, desired, steps=20):
-    """Of two workdirs, up to what float32 sums in another order make of a loss."""
+    """Check that two runs have the same losses, up to the order of sums in float32."""
 
     def curve(workdir, name):
         return np.array([record[name] for record in metrics.read(workdir)])
 
     assert list(curve(actual, "step")) == list(curve(desired, "step")) == list(range(1, steps + 1))
     loss = curve(desired, "loss")
-    assert loss[0] - loss[-1] > 0.5  # the steps are felt
+    assert loss[0] - loss[-1] > 0.5  # the run has learned
     np.testing.assert_allclose(curve(actual, "loss"), loss, rtol=1e-5)
     np.testing.assert_allclose(curve(actual, "grad_norm"), curve(desired, "grad_norm"), rtol=2e-5)
 
@@ -50,7 +50,7 @@ def wait_for_steps(workdir, steps, *processes, seconds=120):
     deadline = time.monotonic() + seconds
     while not (workdir / "metrics.jsonl").exists() or len(metrics.read(workdir)) < steps:
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        assert time.monotonic() < deadline, "the run never got there"
+        assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.01)
 
 
@@ -59,7 +59,7 @@ def wait_for_steps(workdir, steps, *processes, seconds=120):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory, tiny_config):
-    """``one_device(mixer)``: the workdir of 20 steps on one device, in this process."""
+    """Return ``one_device(mixer)``: the workdir of 20 steps on one device, in this process."""
 
     @functools.cache
     def train(mixer):
@@ -71,14 +71,14 @@ def one_device(tmp_path_factory, tiny_config):
 
 
 def test_two_processes_of_four_devices_give_the_losses_of_one_device(tmp_path, one_device, start_processes, finish):
-    """Of TTT-MLP, of which every mesh axis splits something. The other mixers are in test_sharding.py."""
+    """Train TTT-MLP, of which every mesh axis splits something. The other mixers are in test_sharding.py."""
     changes = {**RUN, "model.mixer": "ttt_mlp", **mesh(2, 2, 2)}
     finish(*start_processes(tmp_path / "two", 2, changes, devices=4))
     assert_same_curves(tmp_path / "two", one_device("ttt_mlp"))
 
 
 def test_resuming_on_any_mesh_and_number_of_processes(tmp_path, one_device, start_training, start_processes, finish):
-    """8 devices, then 2 processes of 2, then 4 devices: the same batches; losses differ by the order of sums."""
+    """Continue on 8 devices, 2 processes of 2 devices, and 4 devices: losses differ by the order of sums alone."""
     workdir = tmp_path / "moving"
     parts = [
         (6, lambda c: [start_training(workdir, {**c, **mesh(4, 2, 1)}, devices=8)]),
@@ -101,36 +101,36 @@ def test_sigterm_to_any_process_saves_at_a_step_that_all_agree_on(
     processes = start_processes(workdir, 2, FOREVER)
     wait_for_steps(workdir, 10, *processes)
     processes[1].send_signal(signal.SIGTERM)
-    said = finish(*processes, status=RESTART, seconds=60)
+    printed = finish(*processes, status=RESTART, seconds=60)
     step, _ = final_state(workdir)
-    assert f"stopped by SIGTERM; saved at step {step} of 100000" in said
+    assert f"stopped by SIGTERM; saved at step {step} of 100000" in printed
     assert metrics.read(workdir)[-1]["step"] == step
 
-    # And goes on there, on one device.
+    # The run continues there, on one device.
     loop.train(tiny_config({**FOREVER, "training.duration": f"{step + 5} steps"}), workdir)
     assert [record["step"] for record in metrics.read(workdir)] == list(range(1, step + 6))
 
 
-def test_processes_that_are_not_the_same_are_refused(tmp_path, start_processes, finish):
+def test_processes_with_other_configs_are_refused(tmp_path, start_processes, finish):
     of_process = {0: {"seed": 7}, 1: {"optimizer.peak_lr": 0.5}}
     processes = start_processes(tmp_path / "run", 2, RUN, of_process=of_process)
-    said = finish(*processes, status=REFUSED, seconds=60)
+    printed = finish(*processes, status=REFUSED, seconds=60)
     listed = "config.optimizer.peak_lr 0.005 there, 0.5 here, config.seed 7 there, 0 here"
-    assert said.count(f"differs from process 0 on {socket.gethostname()}: {listed}; expected the same") == 2
+    assert printed.count(f"differs from process 0 on {socket.gethostname()}: {listed}; expected the same") == 2
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("there", [0, 1])
-def test_a_process_whose_peer_does_not_come_says_so_and_ends(tmp_path, start_processes, finish, there):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_peer_does_not_come_reports_it_and_ends(tmp_path, start_processes, finish, index):
     processes = start_processes(tmp_path / "run", 2, RUN, options=["--start-limit", "3"])
-    processes[1 - there].kill()
-    processes[1 - there].communicate()
+    processes[1 - index].kill()
+    processes[1 - index].communicate()
     began = time.monotonic()
-    said = finish(processes[there], status=RESTART, seconds=60)
+    printed = finish(processes[index], status=RESTART, seconds=60)
     assert time.monotonic() - began < 30
-    assert f"ttt: process {there} of 2 on " in said
-    assert "not all processes came to localhost:" in said
-    assert "within 3 s" in said
+    assert f"ttt: process {index} of 2 on " in printed
+    assert "not all processes came to localhost:" in printed
+    assert "within 3 s" in printed
 
 
 def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
@@ -146,11 +146,11 @@ def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
     last = metrics.read(workdir)[-1]["step"]
     assert f"has been in step {last + 1} for 4 s" in err
     assert "s without an end; stopped, to be started again (training.stall_limit sets the limit)" in err
-    assert "loop.py" in err  # where it stood
+    assert "loop.py" in err  # the traceback shows where it hung
 
 
-def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start_processes, finish, final_state):
-    """The bad token lies in a row that process 1 alone reads."""
+def test_a_batch_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start_processes, finish, final_state):
+    """Put a bad token into a row that process 1 alone reads."""
     tokens = np.random.default_rng(0).integers(1, 256, 32 * 400 + 1).astype(np.uint16)
     folder = tmp_path / "data"
     folder.mkdir()
@@ -164,7 +164,7 @@ def test_data_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, start
     np.save(folder / "train.npy", tokens)
 
     processes = start_processes(tmp_path / "run", 2, {**FOREVER, "data.source": folder})
-    said = finish(*processes, status=FAILED, seconds=120)
-    assert said.count("the run stands at step 6, saved, and goes on once that can be read") == 2
-    assert f"token 999 at offset {place}" in said
+    printed = finish(*processes, status=FAILED, seconds=120)
+    assert printed.count("the run stands at step 6, saved, and goes on once that can be read") == 2
+    assert f"token 999 at offset {place}" in printed
     assert final_state(tmp_path / "run")[0] == 6

@@ -12,7 +12,7 @@ from ttt_jax.training import report
 
 
 class Clock:
-    """Stands where the module time stood."""
+    """A clock in the place of the module time."""
 
     def __init__(self):
         self.now = 1000.0
@@ -49,8 +49,8 @@ def numbers(loss=2.0, norm=1.0, **more):
     return {"loss": np.float32(loss), "grad_norm": np.float32(norm), **more}
 
 
-def test_times_of_a_step_that_waited(tmp_path, clock):
-    """A run of 4 chips of 100 FLOP/s; a step of 1200 FLOPs and 600 tokens that takes 6 s, 2 of them for data."""
+def test_times_of_a_step_that_waited_for_data(tmp_path, clock):
+    """Report a step of 1200 FLOPs and 600 tokens on 4 chips of 100 FLOP/s that takes 6 s, 2 of them for data."""
     lines = Records()
     output = report.Output(lines, lines, report.Goodput(tmp_path, useful=16.0), log_every=1)
     reporter = report.Reporter(output, tokens=600, flops=1200.0, chips=4, peak=100.0)
@@ -78,7 +78,7 @@ def test_times_of_a_step_that_waited(tmp_path, clock):
 
 
 def test_goodput_over_restarts(tmp_path, clock):
-    """Started at 1000; 30 useful seconds up to the checkpoint, then 10 that were lost; restarted after 100."""
+    """Start at 1000 s, lose 10 of 40 useful seconds, and restart 100 s later."""
     first = report.Goodput(tmp_path)
     first.add(30.0)
     saved = first.useful
@@ -113,7 +113,7 @@ def test_utilisation_is_left_out_where_the_peak_is_not_known(tmp_path, clock):
         (numbers(skipped_in_a_row=np.int32(0)), None),
     ],
 )
-def test_what_ends_a_run(clock, values, fatal):
+def test_a_loss_or_gradient_that_is_not_finite_ends_a_run(clock, values, fatal):
     reporter = report.Reporter(None, tokens=1, flops=1.0, chips=1, peak=None)
     reporter.start()
     reporter.add_step(7, values)
@@ -125,7 +125,7 @@ def test_what_ends_a_run(clock, values, fatal):
             reporter.flush()
 
 
-def test_a_feed_is_one_batch_ahead():
+def test_a_feed_reads_one_batch_ahead():
     def batches():
         yield {"x": 1}
         yield {"x": 2}
@@ -135,7 +135,7 @@ def test_a_feed_is_one_batch_ahead():
     assert feed.problem is None
     assert feed.take() == {"x": 1}
     assert feed.problem is None
-    assert feed.take() == {"x": 2}  # and now it is known that there is no third
+    assert feed.take() == {"x": 2}  # it knows that there is no third batch
     assert str(feed.problem) == "the third cannot be read"
     with pytest.raises(AssertionError):
         feed.take()

@@ -1,99 +1,189 @@
-"""Real runs, really killed: what comes out is what an undisturbed run gives, bit for bit."""
+"""Test what is refused when a run is continued: a damaged config, and a changed or strange learner."""
 
-import signal
-import time
+import importlib
+import re
+import shutil
+import sys
 
-import jax
-import numpy as np
 import pytest
 
-from ttt_jax.training import loop, metrics
+from ttt_jax import cli, import_path
+from ttt_jax import config as config_lib
+from ttt_jax.config import ConfigError
+from ttt_jax.evaluation import trained
+from ttt_jax.models import language_model
+from ttt_jax.storage import json_files
+from ttt_jax.storage.json_files import DamagedFile
+from ttt_jax.training import loop, resume, run_config
+from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.resume import LEARNER
 
-pytestmark = pytest.mark.slow
-
-# Large enough that a save takes a while, so that it can be hit.
-BIG_STATE = {"model.vocab_size": 40000}
-
-
-def _curves(workdir):
-    """All that was recorded but the times."""
-    names = ("step", "loss", "grad_norm", "learning_rate", "inner_lr_warmup", "tokens")
-    return [[record[name] for name in names] for record in metrics.read(workdir)]
-
-
-def _wait_for(process, condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run never got there"
-        time.sleep(0.0005)
+NAME = "ttt_learner_of_a_test:gated"
+SOURCE = "def gated(dense, x):\n    return dense(x, x.shape[-1])\n"
+CHANGES = {
+    "model.mixer": "ttt",
+    "model.ttt.learner": NAME,
+    "training.duration": "2 steps",
+    "checkpoint.every": "1 step",
+}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_config):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    loop.train(tiny_config(BIG_STATE), workdir)
+def lab(tmp_path_factory):
+    """Return the source file of the learner, in a folder on the path of modules."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        file = folder / "ttt_learner_of_a_test.py"
+        file.write_text(SOURCE)
+        yield file
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return dens(x, 2)", "fails: {file}, line 3: NameError: name 'dens' is not defined"),
+        ("return dense(x, 2)[0] @ x.reshape(3, -1)", "fails: {file}, line 3: TypeError: "),
+        ("dense(x, 2)", "broken returns None; expected an array [..., tokens, features], one row per token"),
+        ("return x", "broken does not call dense; expected a call for each of its weight matrices"),
+    ],
+)
+def test_a_learner_that_fails_is_refused_in_one_line(lab, body, message, tiny_config):
+    file = lab.with_name("ttt_broken_learner.py")
+    file.write_text(f"def broken(dense, x):\n    # comment\n    {body}\n")
+    importlib.invalidate_caches()
+    sys.modules.pop("ttt_broken_learner", None)
+    sys.path_importer_cache.clear()
+    name = "ttt_broken_learner:broken"
+    config = tiny_config({"model.mixer": "ttt", "model.ttt.learner": name})
+    with pytest.raises(ConfigError) as caught:
+        language_model.build_model(config.model)
+    assert str(caught.value).startswith(f"model.ttt.learner={name!r}: {message.format(file=file)}")
+
+
+@pytest.fixture
+def changed(lab):
+    """Return the source file after a change that makes its import fail."""
+    lab.write_text(SOURCE + "raise AssertionError('this has been run')\n")
+    sys.modules.pop("ttt_learner_of_a_test", None)
+    yield lab
+    lab.write_text(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def finished(lab, tmp_path_factory, tiny_config):
+    """Return the workdir of a run of two steps. Tests must not change it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert loop.train(tiny_config(CHANGES), workdir).step == 2
     return workdir
 
 
-def _half_written(workdir):
-    """Whether a checkpoint is being written at this moment."""
-    folder = workdir / "checkpoints"
-    return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
-    tmp_path, start_training, tiny_config, undisturbed, final_state
-):
-    workdir = tmp_path / "run"
-    lines = workdir / "metrics.jsonl"
-
-    def recorded(steps):
-        return lambda: lines.exists() and lines.read_text().count("\n") >= steps
-
-    def stop(moment, number):
-        process = start_training(workdir, BIG_STATE)
-        _wait_for(process, moment)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        return out, err, process.returncode
-
-    # Killed before the first checkpoint, and while one is written.
-    *_, status = stop(recorded(2), signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    *_, status = stop(lambda: (workdir / "checkpoints" / "6").exists() and _half_written(workdir), signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    assert _half_written(workdir), "the second kill was meant to hit a save"
-
-    # Ctrl-C saves, and says how to go on.
-    there = lines.read_text().count("\n")
-    out, err, status = stop(recorded(there + 1), signal.SIGINT)
-    assert status == 130, err
-    stopped, _ = final_state(workdir)
-    assert there < stopped < 24
-    assert f"saved at step {stopped} of 24" in out
-    assert "python -m ttt_jax train --config" in out
-    assert f"--workdir {workdir}" in out
-    assert "Traceback" not in err
-
-    # Killed between two checkpoints.
-    *_, status = stop(recorded(21), signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    loop.train(tiny_config(BIG_STATE), workdir)
-
-    step, state = final_state(workdir)
-    expected_step, expected = final_state(undisturbed)
-    assert step == expected_step == 24
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
-    assert _curves(workdir) == _curves(undisturbed)
-    assert [record["step"] for record in metrics.read(workdir)] == list(range(1, 25))
-    assert not _half_written(workdir)
+def _source_of(workdir):
+    return json_files.read_object(workdir / "config.json")["model"]["ttt"]["learner_source"]
 
 
-def test_finished_run_is_left_alone(start_training, undisturbed):
-    before = (undisturbed / "metrics.jsonl").read_bytes()
-    process = start_training(undisturbed, BIG_STATE)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert "all 24 steps are done already" in out
-    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+def test_the_hash_of_the_source_is_kept_in_config_and_checkpoints(finished):
+    expected = import_path.source_hash(NAME, LEARNER)
+    assert _source_of(finished) == expected
+    checkpoints = Checkpoints(finished, read_only=True)
+    assert checkpoints.meta(2)["config"]["model"]["ttt"]["learner_source"] == expected
+    checkpoints.close()
+    assert trained.load(finished).config.model.ttt.learner_source == expected
+
+
+def test_training_and_evaluation_refuse_a_changed_source_without_importing_it(copy, changed, tiny_config):
+    expected = f"^model.ttt.learner='{NAME}': {changed} has changed since .* ttt train --accept-changed-learner [^\n]*$"
+    with pytest.raises(ConfigError, match=expected):
+        loop.train(tiny_config({**CHANGES, "training.duration": "3 steps"}), copy)
+    with pytest.raises(ConfigError, match=expected):
+        trained.load(copy)
+    (copy / "config.json").unlink()  # the copy in the checkpoint says the same
+    with pytest.raises(ConfigError, match=expected):
+        trained.load(copy)
+
+
+def test_an_accepted_change_of_the_source_is_recorded(copy, lab, tiny_config, capsys):
+    before = _source_of(copy)
+    try:
+        lab.write_text(SOURCE + "# another comment\n")
+        assert loop.train(tiny_config(CHANGES), copy, accept_changed_learner=True).step == 2
+        assert "has changed since the run began; accepted" in capsys.readouterr().err
+        assert _source_of(copy) == import_path.source_hash(NAME, LEARNER) != before
+        trained.load(copy)  # although the checkpoint has the old hash
+        assert loop.train(tiny_config(CHANGES), copy).step == 2
+    finally:
+        lab.write_text(SOURCE)
+    with pytest.raises(ConfigError, match="has changed since the run began"):
+        trained.load(copy)
+
+
+def test_accept_changed_learner_reaches_the_loop(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(config_lib, "from_arguments", lambda rest: None)
+    monkeypatch.setattr(
+        loop, "train", lambda config, workdir, **options: asked.append(options) or loop.Outcome(0, 0, None, None)
+    )
+    for flag in ([], ["--accept-changed-learner"]):
+        assert cli.main(["train", "--config", "x.py", "--workdir", str(tmp_path), *flag]) == 0
+    assert asked == [{"accept_changed_learner": False}, {"accept_changed_learner": True}]
+
+
+def test_a_missing_learner_is_refused(copy, lab, tiny_config):
+    lab.unlink()
+    try:
+        for use in (lambda: trained.load(copy), lambda: loop.train(tiny_config(CHANGES), copy)):
+            with pytest.raises(ConfigError, match=r"^model\.ttt\.learner=.*: no module ttt_learner_of_a_test here"):
+                use()
+    finally:
+        lab.write_text(SOURCE)
+
+
+def test_a_config_with_the_hash_of_another_source_is_refused(lab, tmp_path, tiny_config):
+    config = tiny_config({**CHANGES, "model.ttt.learner_source": "0" * 64})
+    with pytest.raises(ConfigError, match=r"has changed since the run began \(its SHA-256 was 000000000000\.\.\."):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learner_in_the_workdir_is_refused(copy, monkeypatch, tiny_config):
+    (copy / "ttt_learner_of_a_stranger.py").write_text("raise AssertionError('this has been run')\n")
+    monkeypatch.syspath_prepend(copy)
+    config = tiny_config({**CHANGES, "model.ttt.learner": "ttt_learner_of_a_stranger:gated"})
+    with pytest.raises(ConfigError, match=f"^model.ttt.learner=.* is inside the workdir {re.escape(str(copy))}, from"):
+        loop.train(config, copy)
+    run_config.write(copy, config)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ConfigError, match="is inside the workdir"):
+        run_config.load(copy)
+
+
+def test_registered_learners_get_no_hash(tiny_config):
+    config = tiny_config({"model.ttt.learner": "linear"})
+    assert resume.with_learner_source(config) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "damaged: it is empty"), ("[]", "damaged: it holds no JSON object")]
+)
+def test_a_damaged_config_of_a_run_without_checkpoints_is_written_anew(tmp_path, capsys, content, said):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    resume.check_same_run(config_lib.default(), tmp_path)
+    assert capsys.readouterr().err == f"{path}: {said}; no checkpoint has been saved, so the run begins anew\n"
+    run_config.write(tmp_path, config_lib.default())
+    assert (tmp_path / "config.json.damaged").read_text() == content
+    assert run_config.load(tmp_path).to_dict() == config_lib.default().to_dict()
+
+
+def test_a_damaged_config_of_a_run_whose_checkpoints_do_not_hold_it_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("")
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    assert run_config.saved_steps(tmp_path) == [10]
+    with pytest.raises(DamagedFile, match=f"^{re.escape(str(tmp_path))}/config.json: damaged: it is empty$"):
+        resume.check_same_run(config_lib.default(), tmp_path)

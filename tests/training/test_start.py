@@ -1,4 +1,4 @@
-"""Runs that start with the parameters of another run."""
+"""Test runs that start with the parameters of another run."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ RUN = {  # compiled once
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, tiny_config):
-    """A run of 4 steps, with a checkpoint after each."""
+    """Return the workdir of a run of 4 steps with a checkpoint after each."""
     workdir = tmp_path_factory.mktemp("first")
     loop.train(tiny_config(RUN), workdir)
     return workdir
@@ -42,18 +42,18 @@ def saved(workdir, step, abstract_state):
 
 
 @pytest.mark.slow
-def test_a_run_starts_there_with_everything_else_new(first, abstract_state, tmp_path, tiny_config, capsys):
-    """The first update has rate 0, so after it the parameters are still those that the run began with."""
+def test_a_run_starts_with_the_parameters_alone(first, abstract_state, tmp_path, tiny_config, capsys):
+    """Compare parameters after the first update, which has rate 0 and so leaves them as they were loaded."""
     loop.train(tiny_config({**RUN, "training.start_from": str(first), "seed": 7}), tmp_path)
     assert f"; with the parameters of {first}, step 4" in capsys.readouterr().err
-    there, here = saved(first, 4, abstract_state), saved(tmp_path, 1, abstract_state)
-    jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
-    assert (int(there.step), int(here.step)) == (4, 1)
-    assert {int(x) for x in jax.tree.leaves(here.opt_state) if x.dtype == np.int32} == {1}  # the optimizer's own count
+    old, new = saved(first, 4, abstract_state), saved(tmp_path, 1, abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, new.params, old.params)
+    assert (int(old.step), int(new.step)) == (4, 1)
+    assert {int(x) for x in jax.tree.leaves(new.opt_state) if x.dtype == np.int32} == {1}  # the optimizer's own count
 
 
 @pytest.mark.slow
-def test_one_of_its_checkpoints(first, abstract_state, tiny_config):
+def test_a_run_starts_from_a_chosen_checkpoint(first, abstract_state, tiny_config):
     config = tiny_config({"training.start_from": f"{first}/checkpoints/2/"})
     params, origin = start.load_parameters(config, abstract_state.params)
     assert origin == f"{first}, step 2"
@@ -61,7 +61,7 @@ def test_one_of_its_checkpoints(first, abstract_state, tiny_config):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_begun_no_longer_needs_it(first, tmp_path, tiny_config):
+def test_a_run_that_has_begun_no_longer_needs_the_other_run(first, tmp_path, tiny_config):
     copy = tmp_path / "copy"
     shutil.copytree(first, copy)
     config = tiny_config({**RUN, "training.start_from": str(copy)})
@@ -82,13 +82,13 @@ def test_a_run_that_has_begun_no_longer_needs_it(first, tmp_path, tiny_config):
         ("/nowhere", {}, "training.start_from: .*/nowhere/config.json: not found; expected the workdir of a run"),
     ],
 )
-def test_what_cannot_be_started_from(first, tmp_path, tiny_config, place, changes, message):
+def test_a_run_that_cannot_be_started_from_is_refused(first, tmp_path, tiny_config, place, changes, message):
     config = tiny_config({**changes, "training.start_from": f"{first}{place}"})
     with pytest.raises(ConfigError, match=message):
         loop.train(config, tmp_path)
 
 
-def test_a_run_without_checkpoints(tmp_path, abstract_state, tiny_config):
+def test_a_run_without_checkpoints_cannot_be_started_from(tmp_path, abstract_state, tiny_config):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config().to_dict()))
     config = tiny_config({"training.start_from": str(tmp_path)})
     with pytest.raises(ConfigError, match="no such checkpoint; expected a run that has saved a checkpoint"):
@@ -96,7 +96,7 @@ def test_a_run_without_checkpoints(tmp_path, abstract_state, tiny_config):
 
 
 @pytest.mark.slow
-def test_two_processes_start_from_it_together(first, tmp_path, tiny_config, start_processes, finish):
+def test_two_processes_start_from_the_same_parameters(first, tmp_path, tiny_config, start_processes, finish):
     loop.train(tiny_config({"training.start_from": str(first)}), tmp_path / "one")
     processes = start_processes(tmp_path / "two", 2, {"training.start_from": first})
     assert f"; with the parameters of {first}, step 4" in finish(*processes)

@@ -1,4 +1,4 @@
-"""Loss, schedules and the optimizer step, against NumPy and against one another."""
+"""Test the loss, the schedules and the optimizer step against NumPy and against one another."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_loss_is_the_mean_over_rows_of_masked_means():
     np.testing.assert_allclose(loss_lib.mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
 
 
-def test_learning_rate_schedule():
+def test_learning_rate_schedule_follows_its_formula():
     schedule = optimizer_lib.learning_rate(peak=3e-3, end=1e-5, warmup_steps=10, total_steps=100)
 
     def formula(k):
@@ -63,7 +63,7 @@ def run_and_batch(tiny_config):
 
 
 @pytest.mark.slow
-def test_accumulation_is_the_whole_batch_at_once(run_and_batch):
+def test_accumulation_equals_the_whole_batch_at_once(run_and_batch):
     run, batch = run_and_batch
     whole, whole_metrics = _one_step(run, 1, batch)
     parts, parts_metrics = _one_step(run, 2, batch)
@@ -75,7 +75,7 @@ def test_accumulation_is_the_whole_batch_at_once(run_and_batch):
 
 @pytest.mark.slow
 def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
-    """AdamW's first step, written out: decay on all, the gradient clipped to norm 1 first."""
+    """Compare with the first step of AdamW, written out: the gradient is clipped to norm 1, all parameters decay."""
     run, batch = run_and_batch
     params = jax.tree.map(lambda p: 4 * p, run.initial_state().params)  # for a gradient above 1
 
@@ -85,7 +85,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
 
     gradient = jax.device_get(jax.jit(jax.grad(loss_fn))(params))
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(gradient)))
-    assert norm > 1, "clipping would not be seen"
+    assert norm > 1, "clipping would change nothing"
     state, metrics = _one_step(run, 1, batch, params)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
         return p - 1e-3 * (g / (np.abs(g) + 1e-8) + 0.1 * p)
 
     for p, g, new in zip(*(jax.tree.leaves(x) for x in (params, gradient, state.params)), strict=True):
-        certain = np.abs(g) > 1e-6  # smaller ones are rounding noise, whose sign Adam would blow up
+        certain = np.abs(g) > 1e-6  # smaller ones are rounding noise, and Adam scales them to steps of full size
         np.testing.assert_allclose(np.asarray(new)[certain], expected(np.asarray(p), g)[certain], atol=2e-6)
 
 

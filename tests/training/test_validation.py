@@ -1,4 +1,4 @@
-"""The loss of held-out windows during training, and the checkpoint of the lowest."""
+"""Test the loss of held-out windows during training, and that the checkpoint with the lowest is kept."""
 
 import json
 import math
@@ -22,14 +22,14 @@ EVERY = {"evaluation.every": "6 steps", "evaluation.windows": 5, "checkpoint.kee
 
 @pytest.fixture(scope="module")
 def run(tiny_config, tmp_path_factory):
-    """The workdir of a run of 24 steps with four evaluations."""
+    """Return the workdir of a run of 24 steps with four evaluations."""
     workdir = tmp_path_factory.mktemp("validated") / "run"
     loop.train(tiny_config(EVERY), workdir)
     return workdir
 
 
 @pytest.mark.slow
-def test_losses_are_those_that_ttt_eval_finds(run):
+def test_losses_equal_those_of_ttt_eval(run):
     found = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
     assert list(found) == [6, 12, 18, 24]
     for step in (6, 24):
@@ -39,8 +39,8 @@ def test_losses_are_those_that_ttt_eval_finds(run):
     assert found[24][validation.LOSS] < found[6][validation.LOSS] - 0.05
 
 
-def test_they_stand_in_the_record_of_their_step(run):
-    """Also where that is no multiple of log.every; the other records are as they were."""
+def test_each_loss_is_in_the_record_of_its_step(run):
+    """Check also steps that are no multiple of log.every; the other records have no losses."""
     records = metrics.read(run)
     assert [record["step"] for record in records] == [4, 6, 8, 12, 16, 18, 20, 24]
     for record in records:
@@ -50,17 +50,17 @@ def test_they_stand_in_the_record_of_their_step(run):
 
 
 @pytest.mark.slow
-def test_training_is_not_changed_by_it(run, tiny_config, tmp_path):
+def test_validation_does_not_change_training(run, tiny_config, tmp_path):
     loop.train(tiny_config({**EVERY, "evaluation.every": ""}), tmp_path)
-    with_it = {r["step"]: r["loss"] for r in metrics.read(run)}
+    with_validation = {r["step"]: r["loss"] for r in metrics.read(run)}
     without = {r["step"]: r["loss"] for r in metrics.read(tmp_path)}
-    assert without.keys() < with_it.keys()
-    assert all(with_it[step] == loss for step, loss in without.items())
+    assert without.keys() < with_validation.keys()
+    assert all(with_validation[step] == loss for step, loss in without.items())
 
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """``scripted({step: loss})``: what evaluations say, whatever the parameters."""
+    """Return ``scripted({step: loss})``, which sets the losses that validations return."""
 
     def script(losses, seconds=0.0):
         steps = iter(sorted(losses))
@@ -83,27 +83,27 @@ def kept(workdir):
 
 @pytest.mark.slow
 def test_the_best_checkpoint_is_kept(scripted, tiny_config, tmp_path, capsys):
-    """Evaluated at steps 4, 8, ... 24, saved at 10 and 20 beside; the newest alone is kept of the others."""
+    """Validate at steps 4, 8, ... 24 and save also at 10 and 20; besides the best, the newest alone is kept."""
     changes = {"evaluation.every": "4 steps", "checkpoint.every": "10 steps", "checkpoint.keep_last": 1}
     scripted({4: 5.0, 8: 2.0, 12: 3.0, 16: float("nan"), 20: 2.0, 24: 4.0})
     loop.train(tiny_config(changes), tmp_path)
-    said = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
-    assert said == ["validation loss is nan at step 16: the checkpoint of this step is never the best one"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "validation" in line]
+    assert warnings == ["validation loss is nan at step 16: the checkpoint of this step is never the best one"]
     assert kept(tmp_path) == [8, 24]
     assert trained.steps(tmp_path, "best") == [8]
 
 
 @pytest.mark.slow
-def test_its_time_is_not_that_of_steps(scripted, tiny_config, tmp_path):
+def test_the_time_of_validation_is_not_counted_as_steps(scripted, tiny_config, tmp_path):
     scripted({12: 1.0, 24: 1.0}, seconds=1.0)
     loop.train(tiny_config({"evaluation.every": "12 steps"}), tmp_path)
     records = metrics.read(tmp_path)
     assert [record["evaluation_seconds"] >= 1 for record in records if "evaluation_seconds" in record] == [True, True]
-    assert sum(record["seconds_per_step"] for record in records) < 2  # which the evaluations take alone
+    assert sum(record["seconds_per_step"] for record in records) < 2  # the validations alone take 2 s
 
 
 @pytest.mark.slow
-def test_a_resumed_run_remembers_the_best(scripted, tiny_config, tmp_path):
+def test_a_resumed_run_remembers_the_best_checkpoint(scripted, tiny_config, tmp_path):
     changes = {"evaluation.every": "4 steps", "checkpoint.every": "4 steps", "checkpoint.keep_last": 1}
     scripted({4: 2.0, 8: 3.0, 12: 4.0})
     loop.train(tiny_config({**changes, "training.duration": "12 steps"}), tmp_path)
@@ -115,8 +115,8 @@ def test_a_resumed_run_remembers_the_best(scripted, tiny_config, tmp_path):
     assert validation.read_losses(tmp_path) == {4: 2.0, 8: 3.0, 12: 4.0, 16: 3.0, 20: 1.0, 24: 1.5}
 
 
-def test_what_cannot_be_evaluated_is_said_before_the_run(tiny_config, tmp_path):
-    """A dataset with a train split alone."""
+def test_a_split_that_does_not_exist_is_refused_before_the_run(tiny_config, tmp_path):
+    """Train on a dataset with a train split alone."""
     np.save(tmp_path / "train.npy", np.arange(5000, dtype=np.uint16) % 250)
     config = tiny_config({"evaluation.every": "6 steps", "data.source": str(tmp_path)})
     with pytest.raises(ConfigError, match="no validation tokens there"):
@@ -126,14 +126,14 @@ def test_what_cannot_be_evaluated_is_said_before_the_run(tiny_config, tmp_path):
         tiny_config({"evaluation.split": "valid"})
 
 
-def test_the_best_of_some_steps():
+def test_the_best_step_has_the_lowest_finite_loss():
     losses = {1: 2.0, 2: float("nan"), 3: 1.0, 4: 1.0}
     assert validation.best_step(losses, [1, 2, 3, 4]) == 3
     assert validation.best_step(losses, [1, 2]) == 1
     assert validation.best_step(losses, [2, 7]) is None
 
 
-def test_losses_of_other_tokens_are_said_to_be(tiny_config):
+def test_a_change_of_the_validation_windows_is_reported(tiny_config):
     config = tiny_config({"evaluation.windows": 5})
     saved = config.to_dict()
     assert validation.other_tokens(saved, config) == validation.other_tokens(None, config) == ""
@@ -144,7 +144,7 @@ def test_losses_of_other_tokens_are_said_to_be(tiny_config):
     )
 
 
-def test_losses_up_to_a_step(tmp_path):
+def test_losses_are_read_up_to_a_step(tmp_path):
     records = [{"step": 1, "loss": 1.0}, {"step": 2, validation.LOSS: 3.0}, {"step": 4, validation.LOSS: 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert validation.read_losses(tmp_path) == {2: 3.0, 4: 2.0}

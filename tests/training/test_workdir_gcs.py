@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket, which knows no appending and no renaming: trained, killed, resumed, evaluated."""
+"""Test a run in a bucket, where files cannot be appended to or renamed: train, kill, resume and evaluate it."""
 
 import importlib.util
 import json
@@ -24,13 +24,13 @@ def records(gcs):
 
 
 def curves(records):
-    """All that was recorded but the times."""
+    """Return the recorded values, without times."""
     return [[record[name] for name in ("step", "loss", "grad_norm", "learning_rate", "tokens")] for record in records]
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, tiny_config):
-    """The workdir of the same run in a folder, never stopped."""
+    """Return the workdir of the same run in a local folder, never stopped."""
     workdir = tmp_path_factory.mktemp("local") / "a"
     loop.train(tiny_config(), workdir)
     return workdir
@@ -38,7 +38,7 @@ def local(tmp_path_factory, tiny_config):
 
 @pytest.fixture
 def ttt(monkeypatch, capsys):
-    """``ttt(gcs, *arguments)``: what a command prints, run by this process, whose gs:// is that server."""
+    """Return ``ttt(gcs, *arguments)``: it runs a command with gs:// on that server, and returns its output."""
     import gcsfs
 
     def run(gcs, *arguments):
@@ -53,12 +53,12 @@ def ttt(monkeypatch, capsys):
     return run
 
 
-def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, ttt, start_training, finish):
+def test_a_run_in_a_bucket_can_be_killed_resumed_and_evaluated(tmp_path, local, ttt, start_training, finish):
     url = f"gs://{PLACE}"
     expected = curves(metrics.read(local))
 
     with FakeGCS() as gcs:
-        # Killed by the first file of the checkpoint at step 18: all records up to there are in the bucket before it.
+        # Killed when it writes the first file of the checkpoint at step 18: all earlier records are in the bucket.
         def kill(request):
             if request.verb == "upload" and request.target.startswith(f"{PLACE}/checkpoints/18"):
                 process.kill()
@@ -71,7 +71,7 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, ttt,
         assert f"{PLACE}/checkpoints/12/commit_success.txt" in gcs.objects
         assert curves(records(gcs)) == expected[:18]
 
-        # Resumed, though the first writes of the records fail; some steps are traced.
+        # Resumed; the first writes of records fail, and some steps are traced.
         failures = [503, 503]
 
         def fail(request):
@@ -79,11 +79,11 @@ def test_a_run_in_a_bucket_is_killed_resumed_and_evaluated(tmp_path, local, ttt,
             return failures.pop() if wanted and failures else None
 
         gcs.fault = fail
-        said = finish(start_training(url, {"profile.steps": "20:21"}, environment=gcs.environment()))
+        printed = finish(start_training(url, {"profile.steps": "20:21"}, environment=gcs.environment()))
         assert failures == []
-        assert "going on at step 12" in said
-        assert "24 steps done" in said
-        assert "Traceback" not in said
+        assert "going on at step 12" in printed
+        assert "24 steps done" in printed
+        assert "Traceback" not in printed
         assert curves(records(gcs)) == expected
         assert {name.split("/")[0] for name in gcs.files(PLACE)} == {
             "checkpoints",

@@ -1,9 +1,9 @@
-"""Words of messages."""
+"""Test the words for numbers and lists in messages."""
 
 from ttt_jax.terminal.console import counted, first_few
 
 
-def test_one_is_not_many():
+def test_nouns_have_a_plural_except_after_one():
     assert [counted(n, "file") for n in (0, 1, 2, 1234)] == ["0 files", "1 file", "2 files", "1,234 files"]
 
 

@@ -1,4 +1,4 @@
-"""A second Ctrl-C ends a command whatever hangs in it."""
+"""Test that a second Ctrl-C ends a command, whatever hangs in it."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import hashlib, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from ttt_jax.terminal.stopping import SecondCtrlC, StopSignals
 
-def hang():  # as a compiler does, which does not come back to Python
+def hang():  # as a compiler that does not return to Python
     hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 29)
 
 with SecondCtrlC(lambda: "ttt train: interrupted; all is well"):
@@ -28,7 +28,7 @@ with SecondCtrlC(lambda: "ttt train: interrupted; all is well"):
 
 @pytest.fixture
 def start():
-    """``start(run)``: a process that runs a line of Python."""
+    """Return ``start(run)``, which starts a process that runs a line of Python."""
     started = []
 
     def start_one(run, **options):
@@ -46,11 +46,11 @@ def start():
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_what_does_not_come_back_to_python(start):
+def test_a_second_ctrl_c_ends_code_that_does_not_return_to_python(start):
     process = start("hang()")
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
-    assert process.poll() is None  # the first one may wait
+    assert process.poll() is None  # the first one is not handled yet
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
@@ -60,7 +60,7 @@ def test_a_second_ctrl_c_ends_what_does_not_come_back_to_python(start):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_counts_where_a_script_had_it_ignored(start):
+def test_a_second_ctrl_c_counts_in_a_command_that_ignores_the_first(start):
     process = start("with StopSignals(): hang()", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
@@ -68,7 +68,7 @@ def test_a_second_ctrl_c_counts_where_a_script_had_it_ignored(start):
     assert process.wait(timeout=10) == 130
 
 
-def test_threads_that_an_exit_waits_for_do_not_keep_it(start):
+def test_a_second_ctrl_c_does_not_wait_for_threads(start):
     process = start("ThreadPoolExecutor(1).submit(hang).result()")
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
@@ -77,7 +77,7 @@ def test_threads_that_an_exit_waits_for_do_not_keep_it(start):
     assert process.wait(timeout=10) == 130
 
 
-def test_what_ends_by_itself_after_a_second_one_is_let_end(start):
+def test_a_command_that_ends_by_itself_keeps_its_status(start):
     process = start("signal.signal(2, lambda *which: None); time.sleep(0.4); sys.exit(7)")
     for _ in range(2):
         process.send_signal(signal.SIGINT)
@@ -85,7 +85,7 @@ def test_what_ends_by_itself_after_a_second_one_is_let_end(start):
     assert process.wait(timeout=10) == 7
 
 
-def test_without_a_signal_all_is_as_before():
+def test_the_wakeup_descriptor_is_restored():
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
     with SecondCtrlC(str):

@@ -1,4 +1,4 @@
-"""A file that grows here and is copied as a whole, to a place that fails and takes its time."""
+"""Test atomic writes, files that are set aside, and growing files in buckets, which may fail or be slow."""
 
 import contextlib
 import io
@@ -6,11 +6,12 @@ import time
 
 import pytest
 
+from ttt_jax.storage import writing
 from ttt_jax.storage.writing import BucketFile
 
 
-class Place:
-    """An object in a bucket: it has a content once all of it was written."""
+class SlowObject:
+    """An object in a bucket, which has a new content once all of it was written."""
 
     def __init__(self):
         self.contents, self.failures, self.seconds = [], 0, 0.0
@@ -32,22 +33,22 @@ class Place:
 
 @pytest.fixture
 def place():
-    return Place()
+    return SlowObject()
 
 
 def test_flush_and_close_copy_all(place):
     file = BucketFile(place, "1\n")
     file.write("2\n")
-    assert place.contents == []  # nothing is due yet
+    assert place.contents == []  # no copy is due yet
     assert file.flush()
     assert file.flush()
-    assert place.contents == ["1\n2\n"]  # and nothing copied twice
+    assert place.contents == ["1\n2\n"]  # copied once
     file.write("3 ü\n")
     file.close()
     assert place.contents[1:] == ["1\n2\n3 ü\n"]
 
 
-def test_more_than_a_block(place):
+def test_a_file_longer_than_a_block_is_copied(place):
     text = "0123456789abcde\n" * 150_000  # 2.4 MB
     file = BucketFile(place)
     file.write(text)
@@ -55,7 +56,7 @@ def test_more_than_a_block(place):
     assert place.contents == [text]
 
 
-def test_copies_are_made_now_and_then_while_the_run_goes_on(place):
+def test_copies_are_made_from_time_to_time_in_the_background(place):
     place.seconds = 0.02
     file = BucketFile(place, every=0.1)
     began, slowest = time.monotonic(), 0.0
@@ -72,23 +73,23 @@ def test_copies_are_made_now_and_then_while_the_run_goes_on(place):
     assert place.contents[-1].count("\n") == 100
 
 
-def test_failures_are_told_once_and_tried_again(place, capsys):
+def test_failed_copies_are_reported_once_and_tried_again(place, capsys):
     place.failures = 2
     file = BucketFile(place, "1\n", every=0)
     file.write("2\n")  # fails
     file.write("3\n")
     assert file.flush(limit=2)
     assert place.contents == ["1\n2\n3\n"]
-    told = "cannot write gs://bucket/records: RuntimeError: out of order; trying again from time to time\n"
-    assert capsys.readouterr().err == told
+    message = "cannot write gs://bucket/records: RuntimeError: out of order; trying again from time to time\n"
+    assert capsys.readouterr().err == message
     place.failures = 1
     file.write("4\n")
     file.close(limit=2)
     assert place.contents[-1] == "1\n2\n3\n4\n"
-    assert capsys.readouterr().err == told  # it had worked in between
+    assert capsys.readouterr().err == message  # again, as a copy was made in between
 
 
-def test_a_run_does_not_wait_for_long(place, capsys):
+def test_waiting_for_a_bucket_is_limited(place, capsys):
     place.failures = 1000
     file = BucketFile(place, "12345\n")
     began = time.monotonic()
@@ -96,3 +97,21 @@ def test_a_run_does_not_wait_for_long(place, capsys):
     file.close(limit=0.3)
     assert 0.5 < time.monotonic() - began < 5
     assert capsys.readouterr().err.splitlines()[1:] == ["gs://bucket/records: the last 6 bytes could not be written"]
+
+
+def test_a_failed_atomic_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    writing.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        writing.write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_files_set_aside_keep_their_content(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "x.json").write_text(content)
+        writing.set_aside(tmp_path / "x.json")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "x.json.damaged": "first",
+        "x.json.damaged-2": "second",
+    }
