@@ -98,7 +98,7 @@ def test_operations_are_the_sum_over_blocks():
         ("attention + mamba9", "model.mixer='attention + mamba9': 'mamba9': expected one of "),
         ("", "model.mixer='': expected one of "),
         ("attention +", "model.mixer='attention +': ends with +; expected a pattern"),
-        ("attention*0", "model.mixer='attention*0': attention*0: expected 1 or more"),
+        ("attention*0", "model.mixer='attention*0': attention*0: expected a count of 1 or more"),
         ("attention**2", "expected one of "),
         (
             "attention*4 + ttt_linear*4",
@@ -108,7 +108,7 @@ def test_operations_are_the_sum_over_blocks():
         ("ttt_linear(mini_batch=x)", "ttt_linear(mini_batch=x): expected an integer"),
         ("ttt_linear(mini=4)", "ttt_linear(mini=4): unknown key; expected one of backbone, mini_batch, "),
         ("ttt_linear(kernel=scan)", "ttt_linear(kernel=scan): unknown key; expected one of backbone, mini_batch, "),
-        ("ttt(learner=a:b)", "expected a function of this package; model.ttt.learner takes yours"),
+        ("ttt(learner=a:b)", "expected the name of a function of this package; yours is set by model.ttt.learner"),
         ("ttt_linear(update=muon)", "model.ttt.update='muon': is fixed for model.mixer=ttt_linear"),
         ("attention(window=3)", "attention(window=3): unknown key; expected one of channel, norms, "),
         ("attention(channel=relu)", "model.channel='relu': expected none, or one or more of swiglu joined by +"),
