@@ -1,4 +1,4 @@
-"""Functions by import path: what is found, hashed and imported, and what is refused before anything of it runs."""
+"""Check how functions are found, hashed and imported by import path, and what is refused before any of it runs."""
 
 import hashlib
 import re
@@ -17,8 +17,10 @@ GATED = "def gated(dense, x):\n    return dense(x, 4)\n\n\nwidth = 3\n"
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-    """``lab({name: text})``: the folder, on ``PYTHONPATH``, of a package ``lab`` with these modules; the package itself
-    leaves a file behind when it is imported, and so does each module ``loud``."""
+    """Return a function that makes a package ``lab`` on ``PYTHONPATH`` from {module: text} and returns its folder.
+
+    Each module, and the package itself, leaves a mark in a file when it is imported.
+    """
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.chdir(tmp_path.parent)
 
@@ -60,7 +62,7 @@ def refused(function, *arguments):
         ("mylab: f", False),
     ],
 )
-def test_import_paths_are_told_from_other_texts(text, is_one):
+def test_import_paths_are_recognised(text, is_one):
     assert import_path.is_import_path(text) == is_one
     if not is_one:
         for function in (import_path.load, import_path.source_hash):
@@ -126,7 +128,7 @@ def test_modules_in_packages_without_init_and_in_the_current_folder_are_found(tm
         ("lab.needs:f", "importing lab.needs fails: {lab}/needs.py, line 2: ModuleNotFoundError: No module named 'nob"),
     ],
 )
-def test_what_cannot_be_imported_is_one_line(lab, text, said):
+def test_a_failed_import_is_described_in_one_line(lab, text, said):
     folder = lab(
         {
             "learners": GATED,
@@ -145,7 +147,7 @@ def test_a_module_without_source_has_no_hash():
     assert message == f"{KEY}='math:sin': module math has no source file; expected a module in a .py file"
 
 
-def test_nothing_in_a_workdir_is_imported_not_even_the_package(lab):
+def test_a_module_in_a_workdir_is_refused_without_importing_its_package(lab):
     folder = lab({"learners": GATED})
     root = folder.parent
     for workdir in (root, folder):
@@ -159,7 +161,7 @@ def test_nothing_in_a_workdir_is_imported_not_even_the_package(lab):
     import_path.check_outside("nowhere:gated", KEY, root)
 
 
-def test_other_machines_have_a_module_at_its_own_place_in_what_is_sent(lab):
+def test_a_module_must_be_among_the_files_sent_to_other_machines(lab):
     folder = lab({"learners": GATED})
     root = folder.parent
     there = [Path("lab/__init__.py"), Path("lab/learners.py")]

@@ -25,7 +25,7 @@ class Section:
 FOUND = {each.name: each for each in settings.of(Section)}
 
 
-def test_settings_of_a_section():
+def test_fields_of_a_section_are_settings():
     assert [(each.name, each.default, each.kind) for each in settings.of(Section)] == [
         ("count", 3, int),
         ("share", 0.5, float),
@@ -58,7 +58,7 @@ def test_settings_of_a_section():
         ("every", "3 steps"),
     ],
 )
-def test_accepted(name, value):
+def test_values_within_bounds_are_accepted(name, value):
     FOUND[name].check(f"a.{name}", value)
 
 
@@ -83,7 +83,7 @@ def test_accepted(name, value):
         ("every", 3, "a.every=3: expected a text"),
     ],
 )
-def test_refused(name, value, message):
+def test_other_values_are_refused(name, value, message):
     with pytest.raises(ConfigError) as caught:
         FOUND[name].check(f"a.{name}", value)
     assert str(caught.value) == message
@@ -104,7 +104,7 @@ def test_refused(name, value, message):
         (Duration, "10%", "10%"),
     ],
 )
-def test_parsed(kind, text, value):
+def test_texts_are_parsed_by_type(kind, text, value):
     found = settings.parse(f"k={text}", kind, text)
     assert (found, type(found)) == (value, type(value))
 
@@ -120,11 +120,11 @@ def test_parsed(kind, text, value):
         (int, "1\n2 + 3", "an integer"),
     ],
 )
-def test_no_value_of_its_kind(kind, text, accepted):
+def test_texts_of_another_type_are_refused(kind, text, accepted):
     with pytest.raises(ConfigError) as caught:
         settings.parse(f"k={text}", kind, text)
     assert str(caught.value) == f"k={' '.join(text.split())}: expected {accepted}"
 
 
-def test_flat():
+def test_flat_returns_dotted_keys():
     assert settings.flat({"a": 1, "b": {"c": 2, "d": {"e": None}}, "f": {}}) == {"a": 1, "b.c": 2, "b.d.e": None}

@@ -1,4 +1,4 @@
-"""Configs from overrides of the quickstart, and the one line that refuses one."""
+"""Make configs from overrides of the quickstart, and return the line of an error."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The tree of all keys, which values are refused and in which words, and what a run may go on with."""
+"""Check the tree of all keys, the values that are refused with their messages, and the keys that may change."""
 
 import importlib.util
 import math
@@ -29,7 +29,7 @@ def flat(tree, prefix=""):
 # ---- The tree of defaults
 
 
-def test_defaults_are_those_of_the_table_and_valid():
+def test_defaults_are_valid_and_those_of_the_settings():
     config = config_lib.default()
     assert dict(flat(config.to_dict())) == {key: each.default for key, each in config_lib.settings().items()}
     assert len(set(NAMES)) == len(NAMES)
@@ -55,14 +55,14 @@ def test_configs_of_the_repository_are_valid_with_every_mixer(name, mixer):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.py")), ids=lambda path: path.stem)
-def test_configs_of_the_repository_say_what_to_type(path):
+def test_configs_of_the_repository_show_a_command(path):
     assert "ttt " in importlib.util.spec_from_file_location("c", path).loader.get_source("c")
 
 
 # ---- What may change
 
 
-def test_a_run_may_go_on_with_other_values_of_what_changes_no_results_and_of_a_few_more_keys():
+def test_keys_that_may_change_are_those_without_effect_on_results_and_a_few_more():
     names = {key for key in NAMES if key.count(".") < 2 or key.startswith("model.ttt.")}
     no_results = {key for key in names if key.startswith(("checkpoint.", "evaluation.", "log.", "mesh.", "profile."))}
     no_results |= {"training.accumulation", "training.stall_limit", "data.worker_processes", "model.remat"}
@@ -157,7 +157,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("override", "beginning", "accepted"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_refused(override, beginning, accepted):
+def test_refused_values_are_named_with_what_is_accepted(override, beginning, accepted):
     message = error_of(parse, override)
     assert message.startswith(beginning)
     assert accepted in message[len(beginning) :]
@@ -195,7 +195,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize(("override", "beginning"), EDGES, ids=[r[0].replace("\n", "-") for r in EDGES])
-def test_refused_at_the_edges(override, beginning):
+def test_extreme_values_are_refused(override, beginning):
     assert error_of(parse, "model.mixer=ttt_mlp", override).startswith(beginning)
 
 
@@ -203,7 +203,7 @@ def test_a_divisor_is_suggested_without_trying_every_number():
     assert "a divisor, such as " in error_of(parse, "model.width=1000000000000001")
 
 
-def test_learner_without_a_hidden_layer_is_refused():
+def test_an_empty_hidden_layer_is_refused():
     message = error_of(parse, "model.mixer=ttt_mlp", "model.ttt.mlp_width_factor=0.03")
     assert message == "model.ttt.mlp_width_factor=0.03: expected at least 1 / 32"
     assert parse("model.ttt.mlp_width_factor=0.03").model.mixer == "ttt_linear"  # which has no hidden layer
@@ -215,8 +215,8 @@ def test_an_mlp_cannot_start_at_zero():
     assert not parse("model.ttt.learned_w0=false").model.ttt.learned_w0
 
 
-def test_rooms_below_do_not_know_the_config():
-    """It imports the registry of mixers, so these import the error and the settings instead."""
+def test_lower_packages_do_not_import_the_config():
+    """Check that packages import errors and settings alone, since the config imports the registry of mixers."""
     package = CONFIGS.parent / "ttt_jax"
     for room in ("ttt", "kernels", "layers", "mixers", "models", "distributed", "data"):
         for path in (package / room).rglob("*.py"):
@@ -242,7 +242,7 @@ def test_differing_keys():
         ("model.ttt.reading", READINGS),
     ],
 )
-def test_the_help_of_a_choice_names_all_that_is_registered(key, names):
+def test_the_meaning_of_a_choice_names_all_registered_values(key, names):
     said = re.split(r"[\s,:;()]+", config_lib.settings()[key].meaning)
     assert [name for name in names if name not in said] == []
 
@@ -257,7 +257,7 @@ def mesh_shape(devices, batch_size=8, accumulation=1, **sizes):
     return config_lib.mesh_shape(config, devices)
 
 
-def test_mesh_shapes():
+def test_mesh_shape_resolves_the_rest():
     assert mesh_shape(1) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert mesh_shape(8) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert mesh_shape(8, fsdp=2, tensor=2) == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -289,6 +289,6 @@ def test_mesh_shapes():
     ],
     ids=str,
 )
-def test_meshes_that_do_not_fit(devices, sizes, essentials):
+def test_meshes_that_do_not_fit_are_refused(devices, sizes, essentials):
     message = error_of(mesh_shape, devices, **sizes)
     assert all(text in message for text in essentials), message

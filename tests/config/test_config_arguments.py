@@ -1,4 +1,4 @@
-"""The arguments that make a config: forms, what is refused, and that nothing in a value is run."""
+"""Check the arguments that make a config: their forms, their errors, and that no value is run as code."""
 
 import json
 import unicodedata
@@ -48,7 +48,7 @@ def test_the_last_value_of_a_key_counts():
     ],
     ids=str,
 )
-def test_forms_of_arguments(arguments, key, value):
+def test_all_forms_of_arguments_are_read(arguments, key, value):
     found = config_lib.value_of(config_lib.from_arguments(["--config", str(QUICKSTART), *arguments]), key)
     assert (found, type(found)) == (value, type(value))
 
@@ -67,32 +67,32 @@ def test_forms_of_arguments(arguments, key, value):
     ],
     ids=str,
 )
-def test_arguments_that_are_refused(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     assert error_of(config_lib.from_arguments, ["--config", str(QUICKSTART), *arguments]).startswith(message)
 
 
 def test_a_key_that_a_method_hides_is_set_like_others():
-    """ConfigDict has a method ``update``."""
+    """Check ``update``, which is also a method of ConfigDict."""
     assert (
         parse("model.mixer=ttt", "model.ttt.update=momentum", "model.ttt.update=decay").model.ttt["update"] == "decay"
     )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config"], ["--config.model.width=32"]], ids=str)
-def test_missing_config_argument(arguments):
+def test_a_missing_config_file_argument_is_named(arguments):
     message = error_of(config_lib.from_arguments, arguments)
     assert message.startswith("--config: missing")
     assert "--config configs/quickstart.py" in message
 
 
 @pytest.mark.parametrize("arguments", [["--config=nowhere/x.py"], ["--config", "nowhere/x.py:ttt_mlp"]], ids=str)
-def test_config_file_that_is_not_there(arguments):
+def test_a_config_file_that_does_not_exist_is_named(arguments):
     message = error_of(config_lib.from_arguments, arguments)
     assert message == "--config nowhere/x.py: no such file; expected a Python file with get_config()"
 
 
 @pytest.mark.parametrize("argument", ["stray", "--foo=3", "--flagfile=/etc/passwd", "--undefok=x", "-foo"])
-def test_unexpected_argument(argument):
+def test_other_arguments_are_unexpected(argument):
     assert argument.lstrip("-").split("=")[0] in error_of(
         config_lib.from_arguments, ["--config", str(QUICKSTART), argument]
     )
@@ -148,7 +148,7 @@ def test_any_text_gives_a_config_or_one_line(key, value):
 COMMAND = ["--jobs", "2", "--config", "a.py:x", "--noconfig.log.tensorboard", "--config=b.py", "--config.seed", "3"]
 
 
-def test_the_arguments_about_the_config_are_told_from_others():
+def test_arguments_about_the_config_are_found_among_others():
     assert arguments.about_config(COMMAND) == COMMAND[2:]
     assert arguments.count_files(COMMAND) == 2
     assert arguments.split_arguments(COMMAND[2:]) == (

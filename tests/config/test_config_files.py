@@ -1,4 +1,4 @@
-"""Config files, which are Python and may import each other, and ``config.json``."""
+"""Check config files, which are Python and may import each other, and ``config.json``."""
 
 import json
 import re
@@ -25,7 +25,7 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize("name", BROKEN_FILES)
-def test_error_in_a_config_file_names_file_and_line(tmp_path, name):
+def test_an_error_in_a_config_file_names_file_and_line(tmp_path, name):
     body, line, essentials = BROKEN_FILES[name]
     path = tmp_path / f"{name}.py"
     path.write_text(GET_CONFIG + body + "    return c\n")
@@ -35,7 +35,7 @@ def test_error_in_a_config_file_names_file_and_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["x = 3\n", "def get_config(arg=''):\n    return 3\n", "def get_config(): pass\n"])
-def test_config_file_without_a_config(tmp_path, text):
+def test_a_file_without_a_config_is_refused(tmp_path, text):
     path = tmp_path / "empty.py"
     path.write_text(text)
     message = error_of(parse, file=path)
@@ -43,8 +43,8 @@ def test_config_file_without_a_config(tmp_path, text):
     assert "get_config" in message
 
 
-def test_config_files_import_their_neighbours(tmp_path, monkeypatch):
-    """Also those of a folder beside them, from any working directory, under names that other modules have."""
+def test_config_files_import_others_of_their_folder(tmp_path, monkeypatch):
+    """Check also files in a subfolder, from any working directory, with names that other modules have."""
     for folder, seed in (("a", 5), ("b", 6)):
         (tmp_path / folder / "inner").mkdir(parents=True)
         (tmp_path / folder / "json.py").write_text(GET_CONFIG + f"    c.seed = {seed}\n    return c\n")
@@ -61,7 +61,7 @@ def test_config_files_import_their_neighbours(tmp_path, monkeypatch):
     assert not [name for name in sys.modules if name.startswith("config_files")]
 
 
-def test_a_file_of_ones_own_starts_from_a_recipe_as_the_docs_say(tmp_path, monkeypatch):
+def test_the_config_file_of_the_docs_starts_from_a_recipe(tmp_path, monkeypatch):
     (code,) = re.findall(
         r"```python\n(from .configs import .*?)```", (CONFIGS.parent / "docs/recipes.md").read_text(), re.S
     )
@@ -83,7 +83,7 @@ def test_a_file_of_ones_own_starts_from_a_recipe_as_the_docs_say(tmp_path, monke
         (GET_CONFIG + "    c.model.widht = 3\n", "base.py, line 6", "did you mean model.width?"),
     ],
 )
-def test_error_in_a_neighbour_of_a_config_file_names_file_and_line(tmp_path, text, place, essential):
+def test_an_error_in_an_imported_config_file_names_file_and_line(tmp_path, text, place, essential):
     for folder, name in ((tmp_path, "base"), (tmp_path / "inner", "inner.base")):
         folder.mkdir(exist_ok=True)
         (folder / "base.py").write_text(text)
@@ -93,7 +93,7 @@ def test_error_in_a_neighbour_of_a_config_file_names_file_and_line(tmp_path, tex
         assert essential in message
 
 
-def test_a_neighbour_that_is_missing_is_named_with_the_folder(tmp_path):
+def test_an_imported_file_that_is_missing_is_named_with_the_folder(tmp_path):
     (tmp_path / "mine.py").write_text("from . import papr\n")
     message = error_of(parse, file=tmp_path / "mine.py")
     assert message.startswith(f"{tmp_path}/mine.py, line 1: ImportError: cannot import name 'papr' from ")
@@ -110,7 +110,7 @@ def test_a_neighbour_that_is_missing_is_named_with_the_folder(tmp_path):
         ("c.model.width = None", "model.width=None: expected an integer"),
     ],
 )
-def test_a_tree_that_a_config_file_bends(tmp_path, line, message):
+def test_a_config_with_other_keys_or_types_is_refused(tmp_path, line, message):
     file = tmp_path / "mine.py"
     file.write_text(GET_CONFIG + f"    with c.unlocked():\n        {line}\n    return c\n")
     assert error_of(config_lib.from_arguments, ["--config", str(file)]).startswith(message.format(file=file))
@@ -146,7 +146,7 @@ def test_json_of_an_older_version_has_defaults_for_newer_keys(tmp_path):
     assert changed == {"model.width": (64, 768), "model.num_heads": (2, 12)}
 
 
-def test_json_that_is_not_there(tmp_path):
+def test_a_missing_config_json_is_named(tmp_path):
     message = error_of(config_lib.from_json, tmp_path / "config.json")
     assert message == f"{tmp_path / 'config.json'}: not found; expected the workdir of a run, with its config.json"
 
@@ -167,7 +167,7 @@ def test_json_that_is_not_there(tmp_path):
         ('{"optimizer": {"peak_lr": NaN}}', "optimizer.peak_lr=nan"),
     ],
 )
-def test_json_that_is_no_config(tmp_path, text, essential):
+def test_json_that_holds_no_config_is_refused(tmp_path, text, essential):
     path = tmp_path / "config.json"
     path.write_text(text)
     assert essential in error_of(config_lib.from_json, path)

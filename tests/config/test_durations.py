@@ -1,4 +1,4 @@
-"""Durations in steps, in tokens and in percent of the run."""
+"""Check durations in steps, in tokens and in percent of the run."""
 
 import pytest
 from parsing import error_of
@@ -8,7 +8,7 @@ from ttt_jax import config as config_lib
 
 @pytest.fixture
 def config():
-    """2000 steps of 10 x 100 tokens."""
+    """Return a config of 2000 steps of 10 x 100 tokens."""
     config = config_lib.default()
     config.data.update(batch_size=10, sequence_length=100)
     config.training.duration = "2000 steps"
@@ -44,7 +44,7 @@ DURATIONS = {
 
 
 @pytest.mark.parametrize("text", DURATIONS)
-def test_durations(config, text):
+def test_durations_in_steps(config, text):
     config.checkpoint.every = text
     assert config_lib.steps(config, "checkpoint.every") == DURATIONS[text]
     if "%" not in text:
@@ -52,13 +52,13 @@ def test_durations(config, text):
         assert config_lib.steps(config, "training.duration") == DURATIONS[text]
 
 
-def test_percent_is_of_the_run_however_its_length_is_given(config):
+def test_percentages_are_of_the_run_in_any_unit(config):
     config.training.duration, config.checkpoint.every = "500k tokens", "10%"
     assert config_lib.steps(config, "training.duration") == 500
     assert config_lib.steps(config, "checkpoint.every") == 50
 
 
-def test_only_milestones_may_be_empty(config):
+def test_only_durations_with_an_empty_default_may_be_empty(config):
     assert config_lib.steps(config, "checkpoint.milestone_every") == 0
     config.checkpoint.every = ""
     assert "checkpoint.every=''" in error_of(config_lib.steps, config, "checkpoint.every")
@@ -67,7 +67,7 @@ def test_only_milestones_may_be_empty(config):
 @pytest.mark.parametrize(
     "text", ["0", "-5", "5 epochs", "ten", "10%%", "100.1%", "1e400", "nan", "inf", "1.2.3", "1,000", "1K", "0 tokens"]
 )
-def test_bad_durations(config, text):
+def test_bad_durations_are_refused(config, text):
     for key in ("checkpoint.every", "training.duration"):
         with config.unlocked():
             config_lib.set_value(config, key, text)

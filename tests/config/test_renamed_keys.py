@@ -1,4 +1,4 @@
-"""Configs that earlier versions have written: read by the keys of today, wherever they are kept."""
+"""Check that configs of earlier versions are read by the keys of this one, wherever they are kept."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ _SINCE = ("output", "bias", "learner", "learner_source")
 
 
 def as_before(norm_residual, config=None):
-    """A config as it was written when it had the key ``model.ttt.norm_residual``."""
+    """Return a config as it was written when it had the key ``model.ttt.norm_residual``."""
     found = copy.deepcopy((config or config_lib.default()).to_dict())
     for name in _SINCE:
         del found["model"]["ttt"][name]
@@ -42,7 +42,7 @@ def expected(norm_residual):
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_config_with_old_keys_means_what_it_meant(value, tmp_path):
+def test_a_config_with_old_keys_keeps_its_meaning(value, tmp_path):
     before = as_before(value)
     unchanged = copy.deepcopy(before)
     assert renamed.current(before) == expected(value).to_dict()
@@ -52,21 +52,21 @@ def test_a_config_with_old_keys_means_what_it_meant(value, tmp_path):
     assert renamed.current(expected(value).to_dict()) == expected(value).to_dict()
 
 
-def test_keys_that_did_not_exist_have_their_defaults(tmp_path):
+def test_keys_that_did_not_exist_get_their_defaults(tmp_path):
     before = as_before(True)
     del before["model"]["ttt"]["norm_residual"], before["optimizer"]["spike_factor"], before["log"]
     assert renamed.current(before) == config_lib.default().to_dict()
 
 
 @pytest.mark.parametrize("content", [{}, [], None, {"model": 3}, {"model": {"ttt": 3}}, {"model": {"ttt": {"a": 1}}}])
-def test_what_is_no_config_is_left_to_those_who_read_it(content):
+def test_json_that_is_no_config_is_returned_as_it_is(content):
     before = copy.deepcopy(content)
     found = renamed.current(content)
     assert content == before
     assert found == content if not content else found["model"] != config_lib.default().model.to_dict()
 
 
-def test_every_meaning_is_of_keys_that_exist_and_the_old_ones_do_not():
+def test_old_keys_are_gone_and_new_ones_exist():
     known = config_lib.settings().keys()
     for key, meaning in renamed.RENAMED.items():
         assert key not in known
@@ -74,7 +74,7 @@ def test_every_meaning_is_of_keys_that_exist_and_the_old_ones_do_not():
             assert meaning(value).keys() <= known
 
 
-def test_config_json_and_the_copy_in_the_checkpoint_may_be_of_different_versions(tmp_path):
+def test_config_json_and_its_copy_in_the_checkpoint_may_have_different_versions(tmp_path):
     meta = tmp_path / "checkpoints" / "3" / "meta" / "metadata"
     meta.parent.mkdir(parents=True)
     meta.write_text(json.dumps({"config": as_before(False)}))
@@ -105,7 +105,7 @@ def test_old_evaluations_are_compared_with_new_ones(tmp_path):
     assert [row.published for row in table] == [15.27, 14.05]
 
 
-def test_biases_alone_are_no_step_of_the_paper(tmp_path):
+def test_biases_alone_are_not_a_step_of_the_paper(tmp_path):
     steps = [("residual_norm", True), ("residual_norm", False), ("none", False), ("residual_norm", False)]
     runs = [
         saved_runs.run(tmp_path / f"{i}", noise=i, model__ttt__output=output, model__ttt__bias=bias)
@@ -115,7 +115,7 @@ def test_biases_alone_are_no_step_of_the_paper(tmp_path):
     assert names[1:] == ["+ bias=false", "+ output=none", "+ LN and residual in f"]
 
 
-def test_a_sweep_over_an_old_key_goes_on_by_the_new_ones(tmp_path):
+def test_a_sweep_over_an_old_key_continues_with_the_new_keys(tmp_path):
     points = [{"name": f"norm_residual={v}", "recipe": "r.py", "values": {KEY: v}, "steps": 3} for v in (True, False)]
     content = {"version": 1, "base": {KEY: True, "seed": 1}, "axes": [], "points": points}
     json_files.write_object(tmp_path / "sweep.json", content)
@@ -133,7 +133,7 @@ def test_a_sweep_over_an_old_key_goes_on_by_the_new_ones(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["false", "true", "False"])
-def test_an_old_key_on_the_command_line_is_told_its_new_names(value):
+def test_an_old_key_on_the_command_line_is_refused_with_its_new_names(value):
     with pytest.raises(ConfigError) as caught:
         config_lib.from_arguments(["--config", QUICKSTART, f"--config.{KEY}={value}"])
     new = {"false": "none --config.model.ttt.bias=false", "true": "residual_norm --config.model.ttt.bias=true"}
@@ -142,7 +142,7 @@ def test_an_old_key_on_the_command_line_is_told_its_new_names(value):
     )
 
 
-def test_an_old_key_in_a_config_file_is_told_its_new_names(tmp_path):
+def test_an_old_key_in_a_config_file_is_refused_with_its_new_names(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from ttt_jax import config\n\n\ndef get_config(arg=''):\n    c = config.default()\n"

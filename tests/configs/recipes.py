@@ -1,6 +1,6 @@
-"""All recipes of ``configs/``, and the file that remembers them: what each sets beside the defaults.
+"""Read all recipes of ``configs/``, and write the file that remembers what each sets beside the defaults.
 
-python tests/configs/recipes.py      # writes tests/configs/recipes.json anew; the difference is what to review
+python tests/configs/recipes.py      # writes tests/configs/recipes.json; review the difference
 """
 
 import json
@@ -17,7 +17,7 @@ PAPER, ABLATION, TASKS = (names_of(CONFIGS / name) for name in ("paper.py", "abl
 
 
 def get(name, *overrides):
-    """The config of ``FILE:ARG``, with overrides as on the command line, validated."""
+    """Return the validated config of ``FILE:ARG``, with overrides as on the command line."""
     return config_lib.from_arguments(["--config", str(CONFIGS / name), *overrides])
 
 
@@ -47,7 +47,7 @@ def all_recipes(mixers: Collection[str] = MIXERS) -> list[str]:
 
 
 def dump(mixers: Collection[str] = MIXERS) -> dict:
-    """The defaults, and of each recipe the keys in which it differs from them; without what only other mixers have."""
+    """Return the defaults, and the keys in which each recipe differs, without those of mixers that it does not use."""
     known = {name: MIXERS[name].section for name in mixers}
     others = {mixer.section for mixer in MIXERS.values() if mixer.section} - set(known.values())
 
@@ -68,7 +68,7 @@ def dump(mixers: Collection[str] = MIXERS) -> dict:
 
 
 def text(found: dict) -> str:
-    """A line for each default and for each recipe."""
+    """Return the file's text: a line for each default and for each recipe."""
     sections = []
     for section, entries in found.items():
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())

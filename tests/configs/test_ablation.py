@@ -1,4 +1,4 @@
-"""``configs/ablation.py``: a step per rung, the same numbers on the first two, and TTT-Linear at the end."""
+"""Check ``configs/ablation.py``: one step per rung, equal numbers on the first two, and TTT-Linear at the end."""
 
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ RUNGS = {  # what each changes, and to what
 
 
 @pytest.mark.parametrize("variant", ["", ":smoke"])
-def test_each_rung_differs_from_its_neighbour_by_one_step(variant):
+def test_each_rung_differs_from_the_previous_by_one_step(variant):
     assert ABLATION["RUNGS"] == ("linear_attention", *RUNGS)
     for lower, upper in pairwise(ABLATION["RUNGS"]):
         a, b = (get(f"ablation.py:{rung}{variant}").to_dict() for rung in (lower, upper))
@@ -34,20 +34,20 @@ def test_the_last_rung_is_the_papers_ttt_linear():
     assert get("ablation.py:mamba_backbone:smoke") == get("paper.py:ttt_linear-125m-pile-2k:smoke")
 
 
-def test_before_mini_batches_there_is_one_for_the_whole_sequence():
+def test_rungs_before_mini_batches_have_one_for_the_whole_sequence():
     assert get("ablation.py:norm_residual").model.ttt.mini_batch == 2048
     assert get("ablation.py:norm_residual:smoke").model.ttt.mini_batch == 64
 
 
 @pytest.mark.parametrize("argument", ["mini-batch", "mini_batch:tiny", ""])
-def test_what_there_is_not(argument):
+def test_unknown_rungs_are_refused(argument):
     with pytest.raises(ConfigError, match=r"^ablation.py:.*expected one of linear_attention, equivalence, "):
         get(f"ablation.py:{argument}")
 
 
 @pytest.mark.slow
-def test_a_run_of_each_rung(tmp_path):
-    """The first two rungs are the same run to rounding, the others are others; all of them learn."""
+def test_all_rungs_learn_and_only_the_first_two_are_equal(tmp_path):
+    """Check that the first two rungs are the same run up to rounding, and that all others differ."""
     losses = {}
     for rung in ABLATION["RUNGS"]:
         loop.train(get(f"ablation.py:{rung}:smoke"), tmp_path / rung)

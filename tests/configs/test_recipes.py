@@ -1,4 +1,4 @@
-"""The recipes of ``configs/``: what they set, their parameter counts, their meshes, and tiny runs of them."""
+"""Check the recipes of ``configs/``: their values, parameter counts and meshes, and tiny runs of them."""
 
 import difflib
 import json
@@ -34,8 +34,10 @@ def chips(recipe):
 
 
 def test_all_recipes_are_as_remembered():
-    """A default or a recipe that has changed: look at the difference, and if it is meant, run
-    ``python tests/configs/recipes.py``. It also remembers mixers that have been added since."""
+    """Check that no default and no recipe has changed since they were written down.
+
+    If a change is meant, run ``python tests/configs/recipes.py`` and review the difference. This also adds new mixers.
+    """
     before = GOLDEN.read_text()
     now = text(dump(json.loads(before)["mixers"]))
     difference = difflib.unified_diff(before.splitlines(), now.splitlines(), "remembered", "now", lineterm="", n=0)
@@ -44,7 +46,7 @@ def test_all_recipes_are_as_remembered():
 
 
 @pytest.mark.parametrize("size", TABLE_3)
-def test_numbers_are_those_of_table_3(size):
+def test_sizes_are_those_of_table_3(size):
     for recipe in (r for r in paper_recipes() if f"-{size}-" in r and "finetune" not in r):
         c = get(f"paper.py:{recipe}")
         steps = config_lib.steps(c, "training.duration")
@@ -77,7 +79,7 @@ def test_contexts_data_and_backbones(mixer):
 
 
 def test_inner_rates_are_the_papers():
-    """1.0 for Linear; for MLP 0.1, warmed up from 0.01 over the outer warm-up."""
+    """Check 1.0 for Linear, and 0.1 for MLP, warmed up from 0.01 over the outer warm-up."""
     for mixer, start, peak in (("ttt_linear", 1.0, 1.0), ("ttt_mlp", 0.01, 0.1)):
         config = get(f"paper.py:{mixer}-125m-pile-2k")
         assert ttt_loop.base_lr_start(config.model) == pytest.approx(start)
@@ -86,7 +88,7 @@ def test_inner_rates_are_the_papers():
         np.testing.assert_allclose([float(warmup(step)) for step in (0, 240, 480, 4800)], [0, 0.5, 1, 1], rtol=1e-6)
 
 
-def test_finetuning_has_a_fifth_of_the_steps():
+def test_finetuning_takes_a_fifth_of_the_steps():
     steps, rates = zip(
         *(
             (config_lib.steps(c, "training.duration"), c.optimizer.peak_lr)
@@ -99,7 +101,7 @@ def test_finetuning_has_a_fifth_of_the_steps():
     assert get("paper.py:transformer_finetune-350m-books-8k").training.start_from == "runs/transformer-350m-books-2k"
 
 
-def test_the_m_of_the_mamba_backbone_may_be_written():
+def test_the_suffix_m_of_the_mamba_backbone_is_accepted():
     assert get("paper.py:ttt_mlp_m-350m-books-4k") == get("paper.py:ttt_mlp-350m-books-4k")
 
 
@@ -126,7 +128,7 @@ def count(c):
 
 
 def count_by_hand(c):
-    """Embedding, final norm, and per block: two norms, SwiGLU, and a mixer."""
+    """Return the sum of embedding, final norm, and for each block two norms, SwiGLU and a mixer."""
     d, heads, kind, ttt = c.model.width, c.model.num_heads, c.model.mixer, c.model.ttt
     head_dim = d // heads
     block = 2 * d + 3 * d * c.model.mlp_width + 4 * d * d  # q, k (or, with convolutions, the gate), v, o
@@ -169,8 +171,8 @@ def test_parameter_counts_of_every_recipe():
     assert len(models) >= 4 * 5 + 7 + 7 + 4 * 4 - 2
 
 
-def test_every_mini_batch_of_figure_7():
-    """b from 1 to 2048 changes tau, of length b, and nothing else."""
+def test_mini_batches_of_figure_7_change_only_tau():
+    """Check that b from 1 to 2048 changes tau, of length b, and no other parameter."""
     for b in (2**i for i in range(12)):
         c = get("paper.py:ttt_linear-125m-pile-2k", f"--config.model.ttt.mini_batch={b}")
         assert count_by_hand(c) == 110_424_144 + 12 * (b - 16)
@@ -179,7 +181,7 @@ def test_every_mini_batch_of_figure_7():
 
 
 @pytest.mark.parametrize("recipe", ["ttt_linear-1.3b-pile-2k", "ttt_mlp-125m-books-32k", "transformer-760m-books-16k"])
-def test_parameters_can_lie_on_the_mesh(recipe):
+def test_parameters_divide_over_the_mesh(recipe):
     c = get(f"paper.py:{recipe}")
     shape = config_lib.mesh_shape(c, chips(recipe))
     mesh = AbstractMesh(tuple(shape.values()), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -202,7 +204,7 @@ def test_parameters_can_lie_on_the_mesh(recipe):
         ("transformer_finetune-125m-books-2k", "goes on from a model of 2k; expected a context of 4k, 8k, 16k or 32k"),
     ],
 )
-def test_what_there_is_not(argument, message):
+def test_unknown_recipes_are_refused(argument, message):
     with pytest.raises(ConfigError) as error:
         get(f"paper.py:{argument}")
     assert str(error.value).startswith("paper.py:")
@@ -210,7 +212,7 @@ def test_what_there_is_not(argument, message):
 
 
 def run(argument, workdir, *overrides):
-    """Trains a recipe; the losses of its steps."""
+    """Train a recipe and return the losses of its steps."""
     config = get(argument, *overrides)
     outcome = loop.train(config, workdir)
     losses = [record["loss"] for record in metrics.read(workdir)]
@@ -220,15 +222,15 @@ def run(argument, workdir, *overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_linear_t", "ttt_mlp", "ttt_mlp_t"])
-def test_smoke(mixer, tmp_path):
-    """A few steps of every mixer in each of its backbones; of the transformer below."""
+def test_smoke_variants_of_ttt_learn(mixer, tmp_path):
+    """Train a few steps of each TTT mixer in each of its backbones."""
     losses = run(f"paper.py:{mixer}-1.3b-books-2k:smoke", tmp_path)
     assert losses[0] == pytest.approx(np.log(258), abs=0.15)
     assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
-def test_smoke_of_the_transformer_and_of_finetuning_it(tmp_path):
+def test_smoke_variants_of_the_transformer_and_its_finetuning_learn(tmp_path):
     first = run("paper.py:transformer-125m-books-2k:smoke", tmp_path / "first")
     start = f"--config.training.start_from={tmp_path / 'first'}"
     second = run("paper.py:transformer_finetune-125m-books-8k:smoke", tmp_path / "second", start)

@@ -1,4 +1,4 @@
-"""The recipes of synthetic tasks: that small models learn them, in a shortened run."""
+"""Check that small models learn the recipes of synthetic tasks, in a shortened run."""
 
 import pytest
 from recipes import get
@@ -10,7 +10,7 @@ from ttt_jax.training import loop
 
 
 @pytest.mark.parametrize("argument", ["sorting", "associative_recall,lstm", "ttt_linear", "associative_recall:4"])
-def test_what_there_is_not(argument):
+def test_unknown_tasks_are_refused(argument):
     with pytest.raises(ConfigError) as error:
         get(f"tasks.py:{argument}")
     mixers = "ttt_linear, ttt_mlp, attention"
@@ -23,7 +23,7 @@ def test_what_there_is_not(argument):
     ("mixer", "pairs", "length", "width", "steps"), [("ttt_linear", 2, 16, 32, 180), ("attention", 4, 32, 64, 100)]
 )
 def test_recall_is_learned(mixer, pairs, length, width, steps, tmp_path):
-    """Recall pairs in sequences that were never seen, shorter than the recipe's; no guess among the values does."""
+    """Check recall of pairs in unseen sequences, shorter than the recipe's, against guessing among the values."""
     short = {
         "data.source": f"associative_recall:{pairs}",
         "data.sequence_length": length,

@@ -1,4 +1,4 @@
-"""``configs/tiny.py``: recipes that differ from each other as those of paper.py and ablation.py do."""
+"""Check that the recipes of ``configs/tiny.py`` differ from each other as those of paper.py and ablation.py do."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ KEPT = ("model.mixer", "model.ttt.", "model.rope_theta", "optimizer.warmup", "op
 
 
 @pytest.mark.parametrize("mixer", PAPER["MIXERS"])
-def test_contexts_are_a_16th_and_batches_as_large_as_ever(mixer):
+def test_contexts_are_a_16th_and_batches_have_one_size(mixer):
     for recipe in paper_recipes():
         if recipe.startswith(f"{mixer}-350m"):
             tiny, full = get(f"tiny.py:{recipe}"), get(f"paper.py:{recipe}")
@@ -40,7 +40,7 @@ def test_finetuning_is_a_fifth_at_a_tenth_of_the_rate():
     assert not whole.training.start_from
 
 
-def test_rungs_differ_by_a_step_each():
+def test_each_rung_differs_from_the_previous_by_one_step():
     for lower, upper in pairwise(ABLATION["RUNGS"]):
         a, b = (get(f"tiny.py:{rung}").to_dict() for rung in (lower, upper))
         assert len(config_lib.differing_keys(a, b)) == (2 if upper == "norm_residual" else 1)
@@ -49,7 +49,7 @@ def test_rungs_differ_by_a_step_each():
 
 
 def test_training_flops_of_figure_2_are_equal():
-    """The overrides of scripts/reproduce/figure_2.sh, at both scales; of the Transformer, before and in fine-tuning."""
+    """Check the overrides of scripts/reproduce/figure_2.sh at both scales, with fine-tuning of the Transformer."""
 
     def total(file, recipe, **settings):
         c = get(f"{file}.py:{recipe}")
@@ -78,6 +78,6 @@ def test_training_flops_of_figure_2_are_equal():
         ("tiny", "^ablation.py:tiny: expected one of linear_"),
     ],
 )
-def test_what_there_is_not(argument, said):
+def test_unknown_recipes_are_refused(argument, said):
     with pytest.raises(ConfigError, match=said):
         get(f"tiny.py:{argument}")

@@ -1,7 +1,7 @@
-"""Training steps of a tiny model on meshes of one and of eight CPU devices, in one process; prints JSON.
+"""Train a tiny model on meshes of one and of eight CPU devices, in one process, and print JSON.
 
-Needs eight devices, so it is a program that test_sharding.py starts, with a mixer, the meshes of eight devices, and
-``kernel`` for the inner loop by fused kernels, interpreted, on the mesh and by the scan without.
+This needs eight devices, so it is a program that test_sharding.py starts. Its arguments are a mixer, the meshes of
+eight devices, and ``kernel`` for fused kernels, interpreted, on the mesh and the scan without.
 """
 
 import json
@@ -45,7 +45,7 @@ def tiny(mixer, kernel=None):
 
 
 def train(mixer, shape, kernel=None):
-    """Loss and gradient norm of every step, where the arrays lie, and what the devices tell each other."""
+    """Return the loss and gradient norm of every step, the places of the arrays, and the collectives of the step."""
     config = tiny(mixer, kernel)
     devices = jax.devices() if shape != ONE else jax.devices()[:1]
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
@@ -78,7 +78,7 @@ def train(mixer, shape, kernel=None):
 
 
 def _statistics(run, params, tokens):
-    """Return what the inner loop of each layer did in a first and a second piece of the sequences, by name."""
+    """Return the inner-loop statistics of each layer in a first and a second piece of the sequences, by name."""
 
     @jax.jit
     def read(params, tokens):
@@ -92,7 +92,7 @@ def _statistics(run, params, tokens):
 
 
 def _pieces(run, params, tokens):
-    """Return logits of sequences with padding and documents anywhere, [B, T, V], read in two pieces; 0 at padding."""
+    """Return logits [B, T, V] of sequences with random padding and documents, read in two pieces; 0 at padding."""
     masks = np.random.default_rng(0).random((2, *tokens.shape)) < np.array([0.7, 0.3])[:, None, None]
 
     @jax.jit

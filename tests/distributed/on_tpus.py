@@ -1,4 +1,4 @@
-"""The collectives of training steps, as compiled for eight TPU chips; prints JSON. No TPU is needed."""
+"""Print the collectives of training steps, compiled for eight TPU chips, as JSON. No TPU is needed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What one process makes of it; with two it is tested in tests/training/test_checkpoint_processes.py."""
+"""Check exchanges of a single process; those of two are in tests/training/test_checkpoint_processes.py."""
 
 import pytest
 
@@ -9,7 +9,7 @@ class OurError(RuntimeError):
     pass
 
 
-def test_alone():
+def test_a_single_process_exchanges_with_itself():
     exchange = Exchange("test", OurError)
     assert exchange("hello") == ["hello"]
     assert exchange.first_problem("") is None
@@ -19,7 +19,7 @@ def test_alone():
     barrier_that_fails_together("test")(key="here", timeout_ms=1)
 
 
-def test_errors_become_ours():
+def test_errors_have_the_type_of_the_exchange():
     def fail(error):
         raise error
 
@@ -31,7 +31,7 @@ def test_errors_become_ours():
         exchange.on_first(lambda: fail(OurError("as it is")))
 
 
-def test_describe_tells_what_went_wrong_first_in_one_line():
+def test_describe_returns_the_root_cause_in_one_line():
     def fail_twice():
         try:
             raise OSError(28, "No space\nleft")

@@ -1,4 +1,4 @@
-"""The table of chips: found by what JAX calls devices."""
+"""Check the table of chips and the look-up by JAX's names of devices."""
 
 from types import SimpleNamespace
 
@@ -20,23 +20,23 @@ from ttt_jax.distributed import chips
         ("NVIDIA H200", "H200", 989e12),
     ],
 )
-def test_known_devices(kind, name, peak):
+def test_known_devices_are_found(kind, name, peak):
     chip = chips.of_device(SimpleNamespace(device_kind=kind))
     assert (chip.name, chip.peak_flops) == (name, peak)
 
 
-def test_devices_that_are_not_in_the_table():
+def test_other_devices_have_no_chip():
     assert chips.of_device(jax.devices("cpu")[0]) is None
     assert chips.of_device(SimpleNamespace(device_kind="TPU v5 lite pod")) is None
 
 
-def test_no_kind_is_of_two_chips():
+def test_device_kinds_are_unique():
     kinds = [kind for chip in chips.CHIPS for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))
 
 
-def test_units():
-    """FLOP/s, bytes and bytes per second: a mistaken power of ten or bits for bytes shows in the ratios."""
+def test_ratios_of_chips_are_plausible():
+    """Check ratios, in which a wrong power of ten, or bits for bytes, would show."""
     for chip in chips.CHIPS:
         assert 100 < chip.peak_flops / chip.hbm_bandwidth < 700  # operations per byte
         assert 4 < chip.hbm_bandwidth / chip.ici_bandwidth < 12

@@ -1,6 +1,6 @@
-"""Check where arrays are placed, what devices send to each other, and that the mesh changes no number.
+"""Check where arrays are placed, what devices send to each other, and that the mesh does not change results.
 
-On eight CPU devices, and for eight TPU chips that are not there, in processes of their own.
+The programs run on eight CPU devices, or are compiled for eight TPU chips, in processes of their own.
 """
 
 import functools
@@ -37,7 +37,7 @@ def boxed(shape, names):
 
 @functools.cache
 def run(program, *arguments):
-    """Return what a program beside this file prints."""
+    """Run a program beside this file and return the JSON that it prints."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     command = [sys.executable, str(HERE / program), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -47,12 +47,12 @@ def run(program, *arguments):
 
 @pytest.fixture(scope="module")
 def on_meshes():
-    """``on_meshes(mixer)[mesh]``: 20 steps of a tiny model, where its arrays lay, and its collectives."""
+    """Return a function of a mixer: 20 steps of a tiny model, the places of its arrays and its collectives, by mesh."""
     return lambda mixer: run("on_meshes.py", mixer, ",".join(meshes_of(mixer)))
 
 
 def meshes_of(mixer):
-    """All meshes for TTT-Linear and TTT-MLP; of others, whose arrays are laid out alike, the one that splits all."""
+    """Return all meshes for TTT-Linear and TTT-MLP, and for other mixers the one that splits every axis."""
     return MESHES if mixer in ("ttt_linear", "ttt_mlp") else ["2x2x2"]
 
 
@@ -62,7 +62,7 @@ def meshes_of(mixer):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", [*MIXERS, "ttt_linear + attention"])
 def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
-    """20 steps: the losses differ by what sums in another order make of float32."""
+    """Compare 20 steps, whose losses differ only by the order of float32 sums."""
     one = on_meshes(mixer)["1x1x1"]
     assert len(one["loss"]) == 20
     assert one["loss"][0] - one["loss"][-1] > 0.2  # the steps are felt
@@ -74,7 +74,7 @@ def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_padding_documents_and_states_are_the_same_on_a_mesh(on_meshes, mixer):
-    """Logits of two pieces, the state of the first one split over batch and heads; after the 20 steps."""
+    """Compare logits of two pieces after 20 steps; the state between them is split over batch and heads."""
     one, split = (np.array(on_meshes(mixer)[mesh]["pieces"]) for mesh in ("1x1x1", "2x2x2"))
     assert one.shape == (8, 8, 16)
     assert 0.2 < np.mean(one == 0) < 0.4  # padding
@@ -82,8 +82,8 @@ def test_padding_documents_and_states_are_the_same_on_a_mesh(on_meshes, mixer):
 
 
 @pytest.mark.slow
-def test_fused_kernels_compute_on_a_mesh_what_the_scan_does_without():
-    """Each device its own sequences and heads."""
+def test_fused_kernels_on_a_mesh_match_the_scan_without():
+    """Check kernels that compute on each device for its own sequences and heads."""
     found = run("on_meshes.py", "ttt_linear", "2x2x2", "kernel")
     one, split = found["1x1x1"], found["2x2x2"]
     assert one["loss"][0] - one["loss"][-1] > 0.2
@@ -94,8 +94,10 @@ def test_fused_kernels_compute_on_a_mesh_what_the_scan_does_without():
 @pytest.mark.slow
 @pytest.mark.parametrize(("mixer", "quantities"), [("ttt_mlp", 8), ("ttt", 7)])
 def test_inner_loop_statistics_are_the_same_on_a_mesh(on_meshes, mixer, quantities):
-    """Batch, heads and the hidden width of the learner are split; each sequence and head keeps its own. The second
-    piece reads the state, of mixer ttt with its gates and momentum, that the first one left."""
+    """Compare statistics with batch, heads and the hidden width of the learner split.
+
+    The second piece reads the state of the first, for mixer ttt with gates and momentum.
+    """
     one, split = (on_meshes(mixer)[mesh]["statistics"] for mesh in ("1x1x1", "2x2x2"))
     assert one.keys() == split.keys()
     assert np.shape(one["0/statistics/layers/mixer/weight_distance"]) == (2, 8, 5, 4)
@@ -131,8 +133,8 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
         ("attention", "1x8x1", "auto"),
     ],
 )
-def test_what_tpus_send(mixer, mesh, kernel):
-    """Nothing in the inner loop; gradients of matrices are scattered as they are summed, and none is sent whole."""
+def test_tpus_send_nothing_in_the_inner_loop_and_scatter_gradients(mixer, mesh, kernel):
+    """Check that gradients of matrices are scattered as they are summed, and that none is sent whole."""
     found = run("on_tpus.py", mixer, mesh, kernel)
     kinds, sizes, times, loops, _ = zip(*found["collectives"], strict=True)
     # Forwards, again for remat, and backwards.
@@ -160,8 +162,8 @@ def test_what_tpus_send(mixer, mesh, kernel):
 
 
 @pytest.mark.slow
-def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(on_meshes):
-    """Width 32, four heads of 8, feed-forward width 64, vocabulary 16, two layers, over fsdp=2 x tensor=2."""
+def test_parameters_and_their_moments_are_split_by_the_rules(on_meshes):
+    """Check width 32, four heads of 8, feed-forward width 64, vocabulary 16, two layers, over fsdp=2 x tensor=2."""
     run = on_meshes("ttt_linear")["2x2x2"]
     expected = {  # shape of the part that one device holds, the first axis being that of layers
         "embedding": [16 // 2, 32 // 2],
@@ -186,15 +188,15 @@ def test_parameters_and_their_moments_lie_in_parts_where_the_rules_say(on_meshes
 
 
 @pytest.mark.slow
-def test_hidden_layers_of_learners_are_split_too(on_meshes):
-    """Learners 8 -> 32 -> 8: their hidden width over fsdp."""
+def test_hidden_layers_of_learners_are_split_over_fsdp(on_meshes):
+    """Check learners 8 -> 32 -> 8."""
     parts = on_meshes("ttt_mlp")["2x2x2"]["parts"]
     assert parts["params/layers/mixer/inner_kernel_0"] == [2, 4 // 2, 8, 32 // 2]
     assert parts["params/layers/mixer/inner_kernel_1"] == [2, 4 // 2, 32 // 2, 8]
 
 
 @pytest.mark.slow
-def test_on_the_data_axis_alone_everything_is_replicated(on_meshes):
+def test_the_data_axis_alone_replicates_parameters(on_meshes):
     run = on_meshes("ttt_linear")["8x1x1"]
     assert run["parts"]["params/embedding"] == [16, 32]
     assert run["parts"]["params/layers/mlp/gate/kernel"] == [2, 32, 64]
@@ -202,13 +204,13 @@ def test_on_the_data_axis_alone_everything_is_replicated(on_meshes):
 
 
 @pytest.mark.slow
-def test_training_leaves_parameters_where_they_were(on_meshes):
+def test_a_training_step_keeps_the_placement_of_parameters(on_meshes):
     for mixer in ("ttt_linear", "ttt_mlp"):
         for run in on_meshes(mixer).values():
             assert run["parts_after"] == run["parts"]
 
 
-def test_rules():
+def test_rules_map_logical_axes_to_mesh_axes():
     mesh = abstract_mesh(2, 2, 2)
     tree = {
         "a": boxed((4, 6), ("embed", "heads")),
@@ -226,7 +228,7 @@ def test_rules():
     assert sharding.batch_sharding(mesh, RULES).spec == PartitionSpec(("data", "fsdp"))
 
 
-def test_a_dimension_that_does_not_divide():
+def test_a_dimension_that_does_not_divide_is_refused():
     tree = {"layers": {"wq": boxed((8, 6), ("embed", "heads"))}}
     with pytest.raises(ConfigError) as caught:
         sharding.state_sharding(tree, abstract_mesh(1, 1, 4), RULES)
@@ -235,7 +237,7 @@ def test_a_dimension_that_does_not_divide():
     sharding.state_sharding(tree, abstract_mesh(1, 8, 3), RULES)
 
 
-def test_two_dimensions_on_one_mesh_axis():
+def test_two_dimensions_on_one_mesh_axis_are_refused():
     tree = {"wo": boxed((8, 8), ("heads", "mlp"))}
     with pytest.raises(ConfigError) as caught:
         sharding.state_sharding(tree, abstract_mesh(1, 2, 2), RULES)
@@ -245,8 +247,7 @@ def test_two_dimensions_on_one_mesh_axis():
     assert message.endswith("mesh axis tensor")
 
 
-def test_a_mesh_axis_of_one_device_can_be_asked_for_twice():
-    """It splits nothing."""
+def test_two_dimensions_may_share_a_mesh_axis_of_one_device():
     placed = sharding.state_sharding({"wo": boxed((8, 8), ("heads", "mlp"))}, abstract_mesh(2, 2, 1), RULES)
     assert placed["wo"].shard_shape((8, 8)) == (8, 8)
 
@@ -260,8 +261,8 @@ def test_meshes_have_the_size_of_each_axis():
 # ---- Batches
 
 
-def test_rows_that_a_process_holds_make_up_its_part_of_the_batch():
-    """One process here; the mesh turns the order of devices round, as that of a pod may."""
+def test_a_single_process_holds_all_rows_of_the_batch():
+    """Check a mesh that may order devices in another way than JAX."""
     devices = np.array(jax.devices()).reshape(1, 1, 1)
     where = sharding.batch_sharding(Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3), RULES)
     assert sharding.rows_here(where, 4) == [0, 1, 2, 3]
@@ -271,7 +272,7 @@ def test_rows_that_a_process_holds_make_up_its_part_of_the_batch():
 
 
 class PartOfAPod:
-    """A sharding as a process sees it that has some devices of a mesh; their parts of the batch are given."""
+    """A sharding as seen by a process that has some devices of a mesh, with given parts of the batch."""
 
     def __init__(self, *parts):
         self.parts = parts

@@ -1,4 +1,7 @@
-"""Who is asked to come, and who is not; how waiting ends. Real runs of several processes are in tests/training."""
+"""Check how the other processes are found, and how waiting for them ends.
+
+Runs of several processes are tested in tests/training.
+"""
 
 import json
 import os
@@ -23,7 +26,7 @@ VARIABLES = (
 
 @pytest.fixture
 def bare(monkeypatch):
-    """An environment that speaks of no other processes, on a machine without TPUs."""
+    """Return a patched environment that names no other processes, on a machine without TPUs."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(startup.glob, "glob", lambda pattern: [])
@@ -46,7 +49,7 @@ def bare(monkeypatch):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "surely"),
     ],
 )
-def test_where_there_are_others(bare, environment, expected):
+def test_other_processes_are_found_by_the_environment(bare, environment, expected):
     for name, value in environment.items():
         bare.setenv(name, value)
     assert startup._cluster() == expected
@@ -54,7 +57,7 @@ def test_where_there_are_others(bare, environment, expected):
 
 @pytest.fixture
 def on_tpu_host(bare):
-    """Its environment need not tell whether it is one of several; JAX asks its metadata."""
+    """Return an environment of a TPU host, which may not tell whether it is one of several: JAX asks its metadata."""
     bare.setattr(startup.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     bare.setattr(startup.importlib.util, "find_spec", lambda name: object())
     return bare
@@ -64,7 +67,7 @@ def fails(*arguments, **options):
     raise RuntimeError("no metadata\nhere")
 
 
-def test_a_tpu_host_without_metadata_goes_on_alone(on_tpu_host, capsys):
+def test_a_tpu_host_without_metadata_continues_alone(on_tpu_host, capsys):
     assert startup._cluster() == "perhaps"
     on_tpu_host.setattr(startup.jax.distributed, "initialize", fails)
     startup.start()
@@ -73,7 +76,7 @@ def test_a_tpu_host_without_metadata_goes_on_alone(on_tpu_host, capsys):
     assert startup._cluster() is None
 
 
-def test_others_that_cannot_be_joined(bare):
+def test_processes_that_cannot_be_joined_are_an_error(bare):
     bare.setattr(startup.jax.distributed, "initialize", fails)
     with pytest.raises(ConfigError) as caught:
         startup.start("host:1", 2, 1)
@@ -93,26 +96,26 @@ def test_others_that_cannot_be_joined(bare):
         (("host:1", 2, 2), "--process 2: expected a number from 0 to below --processes, 2"),
     ],
 )
-def test_arguments_that_make_no_sense(bare, arguments, message):
+def test_bad_arguments_are_refused(bare, arguments, message):
     with pytest.raises(ConfigError) as caught:
         startup.start(*arguments)
     assert str(caught.value).startswith(message)
 
 
-def test_variables_that_make_no_sense(bare):
+def test_bad_environment_variables_are_refused(bare):
     bare.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES='two': expected a whole number"):
         startup.start()
 
 
-def test_alone_nothing_is_started(bare):
+def test_a_single_process_does_not_wait(bare):
     bare.setattr(startup.jax.distributed, "initialize", lambda *_, **__: pytest.fail("waited for others"))
     startup.start()
 
 
 @pytest.mark.slow
 def test_the_compilation_cache_is_where_the_user_says_or_in_the_cache_folder(tmp_path):
-    """In processes of their own, for JAX reads its environment once."""
+    """Run processes of their own, because JAX reads its environment once."""
     program = "from ttt_jax.distributed import startup; import jax; startup.use_compilation_cache(); " + (
         "print(jax.config.jax_compilation_cache_dir)"
     )
@@ -140,8 +143,8 @@ print(json.dumps([jax.process_index(), jax.process_count()]))
 
 
 @pytest.mark.slow
-def test_steps_of_slurm_find_each_other():
-    """Two processes with the variables that srun sets; JAX reads them."""
+def test_processes_of_a_slurm_step_find_each_other():
+    """Start two processes with the variables that srun sets and JAX reads."""
     environment = {
         **os.environ,
         "SLURM_JOB_ID": str(int(time.time())),  # of which JAX makes the port
@@ -189,7 +192,7 @@ print("ended by itself")
         (0.0, "armed", 0, 0.0, 1, 0),  # never watches
     ],
 )
-def test_watchdog(limit, armed, heard, took, silence, status):
+def test_the_watchdog_ends_a_silent_process(limit, armed, heard, took, silence, status):
     arguments = [str(x) for x in (limit, armed, heard, took, silence)]
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", WATCHED, *arguments], capture_output=True, text=True)
@@ -203,7 +206,7 @@ def test_watchdog(limit, armed, heard, took, silence, status):
         assert done.stdout == "ended by itself\n"
 
 
-def test_huge_pages_of_the_user_are_left_as_they_are(bare):
+def test_allocator_is_left_alone_with_huge_pages(bare):
     calls = []
     bare.setattr(startup.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *setting: calls.append(setting)))
     bare.setattr(startup.sys, "platform", "linux")
@@ -218,8 +221,7 @@ def test_huge_pages_of_the_user_are_left_as_they_are(bare):
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again():
-    """In a process of its own, whose allocator it changes: 10 buffers of 64 MiB, one after the other;
-    glibc by itself keeps smaller ones."""
+    """Allocate 10 buffers of 64 MiB in turn, in a process of its own; glibc keeps smaller ones by default."""
     program = """
 import resource
 from ttt_jax.distributed import startup
