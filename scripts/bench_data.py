@@ -30,7 +30,7 @@ from backports import zstd
 
 from ttt_jax.data import embedded, named_sources, pipeline
 from ttt_jax.data.prepare import listing, records, tokenizer, train_bpe
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize_units import Job
 
 _BATCH_TOKENS = 1 << 18
 

@@ -8,7 +8,7 @@ import numpy as np
 import saved_runs
 
 from ttt_jax import config as config_lib
-from ttt_jax.data.prepare import engines, job, listing, tokenizer, train_bpe
+from ttt_jax.data.prepare import listing, tokenize_units, tokenizer, train_bpe
 from ttt_jax.data.prepare.files import InputFile
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.evaluation.partial_results import PartialResults
@@ -18,7 +18,7 @@ from ttt_jax.sweep import axes, points
 from ttt_jax.sweep import files as sweep_files
 from ttt_jax.training import loop
 
-BYTES = job.Job(tokenizer.byte(), None, None)
+BYTES = tokenize_units.Job(tokenizer.byte(), None, None)
 SMALL = {"shard": 1024, "chunk": 256, "unit_bytes": 1500, "save_seconds": -1}
 IDENTITY = {"of": "windows", "windows": 6}
 LENGTHS = [8] * 6
@@ -30,7 +30,7 @@ def make(root: Path) -> None:
     texts = inputs(root)
     trained = train_bpe.train(texts[:1], 300, BYTES)
     (root / "bpe.json").write_bytes(trained)
-    tokenize(texts, tokenize_job(root), Store(root / "dataset"), engines.processes(1), **SMALL)
+    tokenize(texts, tokenize_job(root), Store(root / "dataset"), tokenize_units.processes(1), **SMALL)
     stopped(root, "unfinished", **SMALL)
     train_bpe.load_or_train(Store(root / "begun"), texts, 300, BYTES)
 
@@ -70,16 +70,18 @@ def inputs(root: Path) -> list[InputFile]:
     return [found for split in ("train", "validation") for found in listing.find(split, [str(root / f"{split}.jsonl")])]
 
 
-def tokenize_job(root: Path) -> job.Job:
+def tokenize_job(root: Path) -> tokenize_units.Job:
     kept = tokenizer.load(str(root / "bpe.json"), bos_token="<s>", eos_token="</s>")
-    return job.Job(kept, kept.bos, kept.eos)
+    return tokenize_units.Job(kept, kept.bos, kept.eos)
 
 
 def stopped(root: Path, name: str, **sizes: Any) -> None:
     """Tokenize half of the texts, and stop."""
     units = iter(range(100))
     store = Store(root / name)
-    tokenize(inputs(root), tokenize_job(root), store, engines.processes(1), stop=lambda: next(units) > 3, **sizes)
+    tokenize(
+        inputs(root), tokenize_job(root), store, tokenize_units.processes(1), stop=lambda: next(units) > 3, **sizes
+    )
 
 
 SETTINGS = {

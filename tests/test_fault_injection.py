@@ -20,7 +20,7 @@ from files_of_all_kinds import BYTES, IDENTITY, LENGTHS, SMALL, UNFINISHED, conf
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import named_sources
-from ttt_jax.data.prepare import engines, train_bpe
+from ttt_jax.data.prepare import tokenize_units, train_bpe
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import CheckpointError, DataError
@@ -111,7 +111,7 @@ def _kept_tokenizer(root: Path) -> bytes:
 def _finished_dataset(root: Path) -> Any:
     """Finish a copy of the unfinished dataset, and read it."""
     with _copy(root, "unfinished") as copy:
-        tokenize(inputs(root), tokenize_job(root), Store(copy), engines.processes(1), **SMALL)
+        tokenize(inputs(root), tokenize_job(root), Store(copy), tokenize_units.processes(1), **SMALL)
         return _data(copy)
 
 

@@ -10,7 +10,7 @@ import pytest
 from faults import damaged
 
 from ttt_jax import cli
-from ttt_jax.data.prepare import engines
+from ttt_jax.data.prepare import tokenize_units
 from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
@@ -66,7 +66,7 @@ def whole(tmp_path_factory) -> Path:
     program = "from ttt_jax import config as lib\n\n\ndef get_config(_=None):\n    config = lib.default()\n"
     (root / "config.py").write_text(program + "".join(lines) + "    return config\n")
     inputs, job = files_of_all_kinds.inputs(root), files_of_all_kinds.tokenize_job(root)
-    tokenize(inputs, job, Store(root / "tokenized"), engines.processes(1))
+    tokenize(inputs, job, Store(root / "tokenized"), tokenize_units.processes(1))
     files_of_all_kinds.stopped(root, "half", unit_bytes=1500, save_seconds=-1)
     shutil.copytree(root, root.with_name("kept"))
     return root

@@ -19,8 +19,7 @@ import tokenizers
 from tokenizers import models
 
 from ttt_jax import cli
-from ttt_jax.data.prepare import engines
-from ttt_jax.data.prepare import job as job_lib
+from ttt_jax.data.prepare import tokenize_units
 
 TEXTS = ["It was a bright cold day in April.", "", "straße 🦉\r\n", *(f"document {i}" for i in range(200))]
 SIZE = sum(len(text.encode()) for text in TEXTS)
@@ -138,9 +137,9 @@ def in_this_process(monkeypatch):
 
     def run(job, units):
         for split, unit in units:
-            yield unit, job_lib.tokenize(job, split, unit)
+            yield unit, tokenize_units.tokenize_unit(job, split, unit)
 
-    monkeypatch.setattr(engines, "processes", lambda workers: run)
+    monkeypatch.setattr(tokenize_units, "processes", lambda workers: run)
 
 
 @pytest.mark.usefixtures("in_this_process")

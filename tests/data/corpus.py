@@ -12,7 +12,7 @@ import tensorstore as ts
 from backports import zstd
 from pyarrow import parquet
 
-from ttt_jax.data.prepare import job as job_lib
+from ttt_jax.data.prepare import tokenize_units
 from ttt_jax.data.prepare.files import InputFile
 
 
@@ -68,4 +68,4 @@ def stored(folder: Path) -> np.ndarray:
 def in_this_process(job, units):
     """Tokenize one unit after another in this process; this is the simplest engine."""
     for split, unit in units:
-        yield unit, job_lib.tokenize(job, split, unit)
+        yield unit, tokenize_units.tokenize_unit(job, split, unit)

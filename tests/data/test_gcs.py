@@ -24,13 +24,13 @@ METADATA = "/computeMetadata/v1/instance/service-accounts/default/"  # asked on 
 
 TOKENIZE = """
 import sys
-from ttt_jax.data.prepare import job, listing, tokenize, tokenizer
+from ttt_jax.data.prepare import listing, tokenize, tokenize_units, tokenizer
 from ttt_jax.storage.store import Store
 def here(work, units):
     for split, unit in units:
-        yield unit, job.tokenize(work, split, unit)
+        yield unit, tokenize_units.tokenize_unit(work, split, unit)
 source, output, fraction, unit, shard, chunk = sys.argv[1:]
-work = job.Job(tokenizer.byte(), 256, 257, validation_fraction=float(fraction))
+work = tokenize_units.Job(tokenizer.byte(), 256, 257, validation_fraction=float(fraction))
 tokenize.tokenize(listing.find("train", [source]), work, Store(output), here, skip_problems=True,
                   unit_bytes=int(unit), shard=int(shard), chunk=int(chunk), save_seconds=0)
 """

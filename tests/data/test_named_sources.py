@@ -14,8 +14,8 @@ import tokenizers
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import embedded, named_sources
-from ttt_jax.data.prepare import engines, listing, tokenize, tokenizer
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare import listing, tokenize, tokenize_units, tokenizer
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     job = Job(tokenizer.byte(), 256, 257)
     found = listing.find("train", [str(path)])
-    tokenize.tokenize(found, job, Store(folder / "dataset"), engines.processes(1), shard=16, chunk=4)
+    tokenize.tokenize(found, job, Store(folder / "dataset"), tokenize_units.processes(1), shard=16, chunk=4)
     tokens = [token for text in TEXTS for token in (256, *text.encode(), 257)]
     return folder / "dataset", np.array(tokens)
 

@@ -125,8 +125,8 @@ def _tokenize(
     options: argparse.Namespace, inputs: "list[InputFile]", output: "Store", lock: WorkdirLock
 ) -> tuple[dict[str, Any] | None, signal.Signals | None]:
     """Return the description of the dataset, None if a signal stopped the run before its end, and the signal."""
-    from ttt_jax.data.prepare import engines, text_fidelity, tokenize, tokenizer, train_bpe
-    from ttt_jax.data.prepare.job import Job
+    from ttt_jax.data.prepare import text_fidelity, tokenize, tokenize_units, tokenizer, train_bpe
+    from ttt_jax.data.prepare.tokenize_units import Job
 
     skip = options.on_error == "skip"
     fractions = {"validation_fraction": options.validation_fraction, "test_fraction": options.test_fraction}
@@ -143,9 +143,9 @@ def _tokenize(
     bos, eos = None if options.no_bos else chosen.bos, None if options.no_eos else chosen.eos
     job = dataclasses.replace(job, tokenizer=chosen, bos=bos, eos=eos)
     if options.engine == "ray":
-        engine = engines.ray(options.ray_address)
+        engine = tokenize_units.ray(options.ray_address)
     else:
-        engine = engines.processes(options.workers or engines.cores())
+        engine = tokenize_units.processes(options.workers or tokenize_units.cores())
     bar = _Bar(sum(file.size for file in inputs))
     with StopSignals() as signals:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.data.array import Array, check_layout
+from ttt_jax.data.dataset import Array, check_layout
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage.store import Store

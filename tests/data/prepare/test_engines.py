@@ -12,9 +12,9 @@ import corpus
 import numpy as np
 import pytest
 
-from ttt_jax.data.prepare import engines, records, tokenizer
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare import records, tokenize_units, tokenizer
 from ttt_jax.data.prepare.tokenize import tokenize
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 
@@ -72,7 +72,7 @@ def test_parts_come_back_in_the_order_of_the_units_however_long_each_takes(file)
         return ("part of", unit)
 
     given = units(file)
-    found = list(engines._in_order(iter(given), submit, result, 2))
+    found = list(tokenize_units._in_order(iter(given), submit, result, 2))
     assert found == [(unit, ("part of", unit)) for _, unit in given]
     assert max(most) <= 5  # two for each of two workers, and the one that is being submitted
 
@@ -81,7 +81,7 @@ def test_processes_give_what_this_process_gives(tmp_path, file):
     files = [file, corpus.input_file(tmp_path / "b.parquet", corpus.parquet_file(TEXTS[:20]))]
     options = {"shard": 512, "chunk": 64, "unit_bytes": 300}
     tokenize(files, JOB, Store(tmp_path / "here"), corpus.in_this_process, **options)
-    tokenize(files, JOB, Store(tmp_path / "two"), engines.processes(2), **options)
+    tokenize(files, JOB, Store(tmp_path / "two"), tokenize_units.processes(2), **options)
     expected = corpus.contents(tmp_path / "here")
     assert corpus.contents(tmp_path / "two") == expected
     assert len(expected) > 10
@@ -91,7 +91,7 @@ def test_processes_give_what_this_process_gives(tmp_path, file):
 
 def test_workers_end_with_the_work(file):
     before = set(children(os.getpid()))
-    parts = [part for _, part in engines.processes(2)(JOB, units(file))]
+    parts = [part for _, part in tokenize_units.processes(2)(JOB, units(file))]
     assert sum(len(piece.lengths) for part in parts for piece in part.pieces.values()) == len(TEXTS)
     # The resource tracker of multiprocessing lives as long as this process.
     assert len(set(children(os.getpid())) - before) <= 1
@@ -99,7 +99,7 @@ def test_workers_end_with_the_work(file):
 
 def test_a_consumer_that_stops_early_stops_the_workers(file):
     before = set(children(os.getpid()))
-    running = engines.processes(1)(JOB, units(file))
+    running = tokenize_units.processes(1)(JOB, units(file))
     first, part = next(running)
     assert first == units(file)[0][1]
     np.testing.assert_array_equal(part.pieces["train"].tokens[:1], [256])
@@ -110,7 +110,7 @@ def test_a_consumer_that_stops_early_stops_the_workers(file):
 def test_a_killed_worker_is_one_clear_line(file):
     """Kill a worker as the kernel does when memory runs out."""
     before = set(children(os.getpid()))
-    running = engines.processes(1)(JOB, [*units(file)] * 50)
+    running = tokenize_units.processes(1)(JOB, [*units(file)] * 50)
     next(running)
     spawned = [pid for pid in set(children(os.getpid())) - before if b"spawn_main" in _command(pid)]
     killer = threading.Timer(0.0, lambda: [os.kill(pid, signal.SIGKILL) for pid in spawned])
@@ -133,10 +133,10 @@ PARENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import itertools
-from ttt_jax.data.prepare import engines, tokenizer, records
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare import records, tokenize_units, tokenizer
+from ttt_jax.data.prepare.tokenize_units import Job
 unit = records.Unit("values", ["a"], 1, None, records.Position(1))
-for _ in engines.processes(2)(Job(tokenizer.byte(), 256, 257), itertools.repeat(("train", unit))):
+for _ in tokenize_units.processes(2)(Job(tokenizer.byte(), 256, 257), itertools.repeat(("train", unit))):
     print("working", flush=True)
 """
 

@@ -8,7 +8,7 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import files, listing, tokenize, tokenizer
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.storage.store import Store
 
 BYTES = Job(tokenizer.byte(), 256, 257)

@@ -9,9 +9,9 @@ import corpus
 import pytest
 
 from ttt_jax import cli
-from ttt_jax.data.prepare import engines, tokenizer
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare import tokenize_units, tokenizer
 from ttt_jax.data.prepare.tokenize import tokenize
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 
@@ -48,7 +48,7 @@ def test_a_cluster_tokenizes(tmp_path, cluster, file, capsys):
 def check_the_dataset_equals_that_of_this_process(tmp_path, cluster, file):
     job = Job(tokenizer.byte(), 256, 257, validation_fraction=0.3)
     options = {"shard": 512, "chunk": 64, "unit_bytes": 500, "skip_problems": True}
-    tokenize([file], job, Store(tmp_path / "ray"), engines.ray(cluster), **options)
+    tokenize([file], job, Store(tmp_path / "ray"), tokenize_units.ray(cluster), **options)
     tokenize([file], job, Store(tmp_path / "here"), corpus.in_this_process, **options)
     assert corpus.contents(tmp_path / "ray") == corpus.contents(tmp_path / "here")
     assert not ray.is_initialized()
@@ -66,9 +66,9 @@ def check_a_command_continues_without_the_cluster(tmp_path, cluster, file, capsy
 
 def check_a_tokenizer_that_cannot_be_loaded_is_one_clear_line(cluster):
     broken = tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None)
-    unit = engines.Unit("values", ["a"], 1, None, None)
+    unit = tokenize_units.Unit("values", ["a"], 1, None, None)
     with pytest.raises(DataError) as caught:
-        list(engines.ray(cluster)(Job(broken, None, None), [("train", unit)]))
+        list(tokenize_units.ray(cluster)(Job(broken, None, None), [("train", unit)]))
     message = str(caught.value)
     assert message.startswith("--engine ray: ")
     assert "tokenizer.json: not a Hugging Face tokenizer" in message

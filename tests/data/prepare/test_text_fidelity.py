@@ -12,8 +12,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from ttt_jax.data.prepare import job as job_lib
-from ttt_jax.data.prepare import records, text_fidelity
+from ttt_jax.data.prepare import records, text_fidelity, tokenize_units
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 
 LETTERS = "pqrs<>/\u2581"
@@ -182,17 +181,21 @@ def test_no_text_spells_tokens_that_the_config_sets_to_null(tmp_path, make):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "</s>", "eos_token": {"content": "</s>"}}')
     ours = encoder_of(tmp_path, made)
     assert (ours.bos, ours.eos) == (2, 2)
-    job = job_lib.Job(ours, ours.bos, ours.eos)
+    job = tokenize_units.Job(ours, ours.bos, ours.eos)
     unit = records.Unit("values", ["pq </s>", "pq"], 1, None, records.Position(1))
-    tokens = job_lib.tokenize(job, "train", unit).pieces["train"].tokens.tolist()
+    tokens = tokenize_units.tokenize_unit(job, "train", unit).pieces["train"].tokens.tolist()
     assert [i for i, token in enumerate(tokens) if token == 2] == [len(ours.encoder()("pq </s>")), len(tokens) - 1]
 
 
 def test_bytes_never_spell_a_special_token():
     text = "<s></s><|endoftext|>"
-    job = job_lib.Job(tokenizer_lib.byte(), 256, 257)
+    job = tokenize_units.Job(tokenizer_lib.byte(), 256, 257)
     unit = records.Unit("values", [text], 1, None, records.Position(1))
-    assert job_lib.tokenize(job, "train", unit).pieces["train"].tokens.tolist() == [256, *text.encode(), 257]
+    assert tokenize_units.tokenize_unit(job, "train", unit).pieces["train"].tokens.tolist() == [
+        256,
+        *text.encode(),
+        257,
+    ]
 
 
 def test_a_special_tokens_map_may_set_a_token_to_null(tmp_path):

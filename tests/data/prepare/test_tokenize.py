@@ -12,8 +12,8 @@ from tokenizers import models, pre_tokenizers
 from ttt_jax.config import ConfigError
 from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records, tokenizer
-from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.tokenize import tokenize
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store

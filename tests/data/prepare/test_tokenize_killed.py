@@ -16,9 +16,9 @@ ROOT = Path(corpus.__file__).parents[2]
 # Tokenize as ``ttt tokenize`` does, with units so small that a few kB are hundreds of them, and a save after each.
 PROGRAM = """
 import sys
-from ttt_jax.data.prepare import engines, listing, tokenizer
+from ttt_jax.data.prepare import listing, tokenize_units, tokenizer
 from ttt_jax.errors import DataError
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.storage.store import Store
 from ttt_jax.data.prepare.tokenize import tokenize
 
@@ -26,7 +26,7 @@ output, fraction, *patterns = sys.argv[1:]
 job = Job(tokenizer.byte(), 256, 257, validation_fraction=float(fraction), split_seed=1)
 options = dict(skip_problems=True, unit_bytes=400, save_seconds=-1.0, shard=2048, chunk=256)
 try:
-    tokenize(listing.find("train", patterns), job, Store(output), engines.processes(2), **options)
+    tokenize(listing.find("train", patterns), job, Store(output), tokenize_units.processes(2), **options)
 except DataError as error:
     sys.exit(f"ttt tokenize: {error}")
 """

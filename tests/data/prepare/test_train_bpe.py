@@ -17,10 +17,10 @@ import tokenizers
 from hypothesis import strategies as st
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data.prepare import engines, tokenizer, train_bpe
+from ttt_jax.data.prepare import tokenize_units, tokenizer, train_bpe
 from ttt_jax.data.prepare.files import InputFile
-from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.tokenize import tokenize
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
@@ -67,9 +67,9 @@ def test_common_words_become_tokens(trained):
 
 def test_two_processes_train_the_same_tokenizer(trained, file):
     program = (
-        "import sys; from ttt_jax.data.prepare import job, listing, tokenizer, train_bpe\n"
+        "import sys; from ttt_jax.data.prepare import listing, tokenize_units, tokenizer, train_bpe\n"
         "found = listing.find('train', sys.argv[1:])\n"
-        "sys.stdout.buffer.write(train_bpe.train(found, 300, job.Job(tokenizer.byte(), None, None)))\n"
+        "sys.stdout.buffer.write(train_bpe.train(found, 300, tokenize_units.Job(tokenizer.byte(), None, None)))\n"
     )
     root = Path(corpus.__file__).parents[2]
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkey
 def test_worker_processes_load_the_tokenizer(tmp_path, file):
     chosen = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
-    tokenize([file], job, Store(tmp_path / "out"), engines.processes(1), **options)
+    tokenize([file], job, Store(tmp_path / "out"), tokenize_units.processes(1), **options)
     library = tokenizers.Tokenizer.from_buffer(chosen.content)
     library.encode_special_tokens = True
     expected = [token for text in TEXTS for token in (0, *library.encode(text, add_special_tokens=False).ids, 1)]

@@ -11,8 +11,8 @@ from ttt_jax import __version__
 from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records
 from ttt_jax.data.prepare.files import InputFile
-from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.records import Position, Unit
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 from ttt_jax.terminal.console import counted

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.data import array, dataset
+from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records, request
-from ttt_jax.data.prepare.engines import Engine
 from ttt_jax.data.prepare.files import InputFile, check_unchanged, with_digests
-from ttt_jax.data.prepare.job import Job, Piece
 from ttt_jax.data.prepare.records import Position
+from ttt_jax.data.prepare.tokenize_units import Engine, Job, Piece
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import json_files, workdir_lock
 from ttt_jax.storage.store import Store
@@ -65,8 +64,8 @@ def tokenize(
     stop: Callable[[], object] = lambda: False,
     check: Callable[[], None] = lambda: None,
     unit_bytes: int = 1 << 20,
-    shard: int = array.SHARD,
-    chunk: int = array.CHUNK,
+    shard: int = dataset.SHARD,
+    chunk: int = dataset.CHUNK,
     save_seconds: float = 30.0,
 ) -> dict[str, Any] | None:
     """Make a dataset, or continue making it; return its ``dataset.json``, or None if it was stopped.
@@ -193,7 +192,7 @@ class _Split:
         for kind, dtype, entries in (("tokens", job.dtype, shard), ("documents", "int64", _DOCUMENTS_SHARD)):
             target = name if kind == "tokens" else dataset.documents_of(name)
             rest = _read_hashed(output, f"{UNFINISHED}/{state['generation']}/{target}", state) if earlier else b""
-            arrays[kind] = array.ArrayWriter(
+            arrays[kind] = dataset.ArrayWriter(
                 output, target, dtype, shard=entries, chunk=chunk, rest=rest, **earlier.get(kind, {})
             )
         self.name, self.tokens, self.documents = name, arrays["tokens"], arrays["documents"]

@@ -12,8 +12,8 @@ from typing import Any
 from ttt_jax.data import dataset
 from ttt_jax.data.prepare import records, request
 from ttt_jax.data.prepare.files import InputFile, with_digests
-from ttt_jax.data.prepare.job import Job
 from ttt_jax.data.prepare.tokenize import UNFINISHED, check_empty
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.data.prepare.tokenizer import Tokenizer, from_huggingface
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import json_files

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data.prepare import job as job_lib
-from ttt_jax.data.prepare import tokenizer
-from ttt_jax.data.prepare.job import Job
+from ttt_jax.data.prepare import tokenize_units, tokenizer
 from ttt_jax.data.prepare.records import Position, Problem, Unit
+from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.data.token_source import TokenSource
 
 BYTE = tokenizer.byte()
@@ -39,7 +38,7 @@ def split_by_hand(text, seed, validation, test):
 @pytest.mark.parametrize(("bos", "eos"), [(256, 257), (None, 257), (256, None), (None, None)])
 def test_a_document_is_bos_its_tokens_and_eos(bos, eos):
     texts = ["abc", "", "é\n"]
-    part = job_lib.tokenize(Job(BYTE, bos, eos), "validation", unit(texts))
+    part = tokenize_units.tokenize_unit(Job(BYTE, bos, eos), "validation", unit(texts))
     rows = [[bos] * (bos is not None) + list(text.encode()) + [eos] * (eos is not None) for text in texts]
     (name, piece), *others = part.pieces.items()
     assert (name, others, part.problems) == ("validation", [], [])
@@ -52,7 +51,7 @@ def test_a_document_is_bos_its_tokens_and_eos(bos, eos):
 def test_one_token_that_is_bos_and_eos_is_put_after_documents_alone():
     job = Job(BYTE, 7, 7)
     assert (job.bos, job.eos) == (None, 7)
-    piece = job_lib.tokenize(job, "train", unit(["ab", "c"])).pieces["train"]
+    piece = tokenize_units.tokenize_unit(job, "train", unit(["ab", "c"])).pieces["train"]
     assert piece.tokens.tolist() == [97, 98, 7, 99, 7]
     assert piece.lengths.tolist() == [3, 2]
     source = TokenSource("two", piece.tokens, 258, job.bos)
@@ -62,7 +61,7 @@ def test_one_token_that_is_bos_and_eos_is_put_after_documents_alone():
 def test_unknown_tokens_are_counted_by_split():
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, None)
-    part = job_lib.tokenize(job, "train", unit(["a", "b", "a", "c"]))
+    part = tokenize_units.tokenize_unit(job, "train", unit(["a", "b", "a", "c"]))
     assert (part.pieces["train"].tokens.tolist(), part.pieces["train"].unknown) == ([0, 1, 0, 1], 2)
     assert part.problems == []
 
@@ -72,24 +71,24 @@ def test_documents_without_tokens_are_counted_by_split():
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, 2)
-    piece = job_lib.tokenize(job, "train", unit(["a", "", " \n", "a"])).pieces["train"]
+    piece = tokenize_units.tokenize_unit(job, "train", unit(["a", "", " \n", "a"])).pieces["train"]
     assert (piece.tokens.tolist(), piece.lengths.tolist(), piece.empty) == ([0, 2, 2, 2, 0, 2], [2, 1, 1, 2], 2)
-    piece = job_lib.tokenize(Job(BYTE, None, None), "train", unit(["", "", " "])).pieces["train"]
+    piece = tokenize_units.tokenize_unit(Job(BYTE, None, None), "train", unit(["", "", " "])).pieces["train"]
     assert (piece.tokens.tolist(), piece.lengths.tolist(), piece.empty) == ([32], [0, 0, 1], 2)
 
 
 def test_problems_come_in_order_beside_the_readable_records():
-    part = job_lib.tokenize(Job(BYTE, None, None), "train", unit(["a", None, "b", 5], Problem(5, "broken")))
+    part = tokenize_units.tokenize_unit(Job(BYTE, None, None), "train", unit(["a", None, "b", 5], Problem(5, "broken")))
     assert part.pieces["train"].tokens.tolist() == [97, 98]
     assert [problem.record for problem in part.problems] == [2, 4, 5]
-    assert job_lib.tokenize(Job(BYTE, None, None), "train", unit([None])).pieces == {}
-    assert job_lib.tokenize(Job(BYTE, None, None), "train", unit([])) == ({}, [])
+    assert tokenize_units.tokenize_unit(Job(BYTE, None, None), "train", unit([None])).pieces == {}
+    assert tokenize_units.tokenize_unit(Job(BYTE, None, None), "train", unit([])) == ({}, [])
 
 
 def test_a_text_that_the_tokenizer_refuses_is_a_bad_record():
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}))  # without a token for unknown words
     job = Job(tokenizer.from_huggingface(words.to_str().encode(), "tokenizer.json", None, None), None, None)
-    part = job_lib.tokenize(job, "train", unit(["a", "b", "a"]))
+    part = tokenize_units.tokenize_unit(job, "train", unit(["a", "b", "a"]))
     assert part.pieces["train"].tokens.tolist() == [0, 0]
     (problem,) = part.problems
     assert problem == Problem(2, "the tokenizer failed: word 'b' has no token")
@@ -99,7 +98,7 @@ def test_a_tokenizer_that_cannot_be_loaded_is_an_error():
     """Raise for a missing library: skipping records would skip all that come to the machine without it."""
     job = Job(tokenizer.Tokenizer("huggingface", "tokenizer.json", b"{}", 300, None, None), None, None)
     with pytest.raises(ConfigError, match=r"^tokenizer.json: not a Hugging Face tokenizer"):
-        job_lib.tokenize(job, "train", unit(["a", "b"]))
+        tokenize_units.tokenize_unit(job, "train", unit(["a", "b"]))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(258, "uint16"), (65536, "uint16"), (65537, "uint32")])
@@ -107,7 +106,7 @@ def test_tokens_take_two_bytes_as_long_as_all_fit(vocab_size, dtype):
     job = of_size(vocab_size)
     assert job.dtype == dtype
     assert np.iinfo(dtype).max >= vocab_size - 1
-    assert job_lib.tokenize(job, "train", unit(["a"])).pieces["train"].tokens.dtype == dtype
+    assert tokenize_units.tokenize_unit(job, "train", unit(["a"])).pieces["train"].tokens.dtype == dtype
 
 
 @hypothesis.given(
@@ -123,7 +122,7 @@ def test_the_split_of_a_document_depends_on_its_hash_alone(texts, seed, validati
         expected.setdefault(split_by_hand(text, seed, validation, test), []).append(text)
     for order in (1, -1):
         found = {}
-        for name, piece in job_lib.tokenize(job, "train", unit(texts[::order])).pieces.items():
+        for name, piece in tokenize_units.tokenize_unit(job, "train", unit(texts[::order])).pieces.items():
             rows = np.split(piece.tokens, np.cumsum(piece.lengths)[:-1])
             found[name] = [bytes(row[1:].astype(np.uint8)).decode() for row in rows][::order]
         assert found == expected
@@ -132,7 +131,7 @@ def test_the_split_of_a_document_depends_on_its_hash_alone(texts, seed, validati
 def test_splits_have_about_the_given_fractions():
     texts = [f"document {i}" for i in range(20_000)]
     job = Job(BYTE, None, None, validation_fraction=0.1, test_fraction=0.05, split_seed=1)
-    part = job_lib.tokenize(job, "train", unit(texts))
+    part = tokenize_units.tokenize_unit(job, "train", unit(texts))
     counts = {name: len(piece.lengths) for name, piece in part.pieces.items()}
     assert sum(counts.values()) == 20_000
     assert counts["validation"] == pytest.approx(2000, abs=200)  # 4.7 standard deviations
@@ -164,11 +163,11 @@ def test_only_train_files_are_split():
 def test_a_pickled_job_lacks_its_loaded_tokenizer_and_does_the_same():
     job = Job(BYTE, 256, 257, validation_fraction=0.25, split_seed=3)
     before = len(pickle.dumps(job))
-    expected = job_lib.tokenize(job, "train", unit(corpus.documents(30)))
+    expected = tokenize_units.tokenize_unit(job, "train", unit(corpus.documents(30)))
     assert len(pickle.dumps(job)) == before
     copy = pickle.loads(pickle.dumps(job))
     assert copy == job
-    actual = job_lib.tokenize(copy, "train", unit(corpus.documents(30)))
+    actual = tokenize_units.tokenize_unit(copy, "train", unit(corpus.documents(30)))
     assert actual.pieces.keys() == expected.pieces.keys() == {"train", "validation"}
     for name, piece in actual.pieces.items():
         np.testing.assert_array_equal(piece.tokens, expected.pieces[name].tokens)

@@ -9,7 +9,7 @@ import pytest
 import tensorstore as ts
 from hypothesis import strategies as st
 
-from ttt_jax.data.array import Array, ArrayWriter, check_layout
+from ttt_jax.data.dataset import Array, ArrayWriter, check_layout
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 
