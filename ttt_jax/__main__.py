@@ -1,4 +1,4 @@
-"""``python -m ttt_jax`` is ``ttt``."""
+"""Run ``ttt`` as ``python -m ttt_jax``."""
 
 import sys
 

@@ -11,7 +11,7 @@ CONFIG = f"--config {Path(__file__).resolve().parents[2] / 'configs' / 'quicksta
 BUILD = "--function ttt_jax.benchmark.inner_loop:build"
 REFUSED = {
     "": "--config, --function: missing; expected --config FILE or --function MODULE:NAME",
-    f"{CONFIG} --set heads=3": "--set: is of functions; a config has --config.KEY=VALUE",
+    f"{CONFIG} --set heads=3": "--set: expected --function too; keys of a config are set by --config.KEY=VALUE",
     f"{CONFIG} --compare seed=1 model.heads=2": "model.heads: unknown key; did you mean model.num_heads?",
     f"{BUILD} {CONFIG}": "'--config': unexpected argument; --function has no config, its settings are --set KEY=VALUE",
     "--function inner_loop": "--function inner_loop: expected MODULE:NAME or FILE.py:NAME",

@@ -1,4 +1,4 @@
-"""``ttt <verb>``: each verb is a thin main around an importable function."""
+"""Parse the command line of ``ttt`` and run the verb that it names; each verb is in a file of its own."""
 
 import argparse
 import errno
@@ -35,26 +35,26 @@ _DESCRIPTION = """\
 Trains, evaluates and compares language models that learn at test time.
 
 data:
-  tokenize  text to a dataset
+  tokenize  turn text into a dataset
 
 training:
   train     train a model, or continue a run
   config    print the config of a command, and run nothing
-  sweep     many runs at once, where they stand, how they compare
+  sweep     run many configs at once, follow them, compare them
 
 trained models:
-  eval      loss and perplexity by token index, and how models differ
-  plot      pictures and tables of evaluations
-  inspect   what the inner loop does, layer by layer
-  probe     what a model remembers: needles in haystacks, synthetic tasks
-  harness   tasks of EleutherAI's lm-evaluation-harness
+  eval      measure loss and perplexity by token index, and differences between models
+  plot      draw pictures and tables of evaluations
+  inspect   show what the inner loop does, layer by layer
+  probe     test what a model remembers: needles in haystacks, synthetic tasks
+  harness   run tasks of EleutherAI's lm-evaluation-harness
 
 machines:
-  plan      whether a run fits a TPU pod, its time and price, without one
-  launch    a command on other machines: a TPU pod, a cluster
-  bench     how fast a training step is; what it takes on a TPU, without one
+  plan      estimate memory, time and price of a run on a TPU pod, without one
+  launch    run a command on other machines: a TPU pod, a cluster
+  bench     time a training step; count its cycles on a TPU, without one
 
-Each verb tells more: ttt train --help
+Each verb has its own help: ttt train --help
 """
 _EPILOG = """\
 examples:
@@ -65,13 +65,13 @@ examples:
   ttt plot loss-by-position runs/a runs/b --output a-and-b.png
 
 exit status:
-  0 done, 1 the run failed, 2 the command or the config cannot be run, 75 start it again and it goes on (after SIGTERM,
-  a lost process or a stall), 130 stopped by Ctrl-C
+  0 done, 1 the run failed, 2 the command or the config cannot be run, 75 stopped by SIGTERM, a lost process or a stall
+  (the same command continues), 130 stopped by Ctrl-C
 """
 
 
-# What a command names wrongly. All other errors of the system, such as a full disk, are failures.
-_OF_THE_COMMAND = (
+# Errors of the system that mean a wrong path in the command. All others, such as a full disk, are failures.
+_WRONG_PATH = (
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -86,28 +86,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     garbage.collect_rarely()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):  # escape names that the encoding of the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     options, rest = parse(sys.argv[1:] if arguments is None else arguments)
     if options.verb in _WAIT_FOR_OTHERS:
         return _run(options, rest)
-    with SecondCtrlC(lambda: f"ttt {options.verb}: interrupted{_what_is_left(options)}"):
+    with SecondCtrlC(lambda: f"ttt {options.verb}: interrupted{_how_to_continue(options)}"):
         return _run(options, rest)
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
     try:
         status = options.run(options, rest)
-        sys.stdout.flush()  # where it fails, it is told below
+        sys.stdout.flush()  # here, so that an error is reported below
         return status
     except ConfigError as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return REFUSED
     except OSError as error:
-        if error.errno == errno.EPIPE and _nobody_reads():
+        if error.errno == errno.EPIPE and _reader_is_gone():
             return FAILED
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
-        return REFUSED if error.errno in _OF_THE_COMMAND else FAILED
+        return REFUSED if error.errno in _WRONG_PATH else FAILED
     except (DataError, CheckpointError, LaunchError, LockLostError, NonFiniteLossError) as error:
         print(f"ttt {options.verb}: {error}", file=sys.stderr)
         return FAILED
@@ -116,28 +116,31 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         return INTERRUPTED
 
 
-def _nobody_reads() -> bool:
-    """Return whether standard output is a pipe that has been closed, as by ``| head``; what is left goes nowhere."""
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe whose reader has closed it, as ``head`` does; discard further output."""
     out = sys.stdout.fileno()
-    waiting = select.poll()
-    waiting.register(out, 0)  # errors are always told
-    if not any(event & select.POLLERR for _, event in waiting.poll(0)):
+    poll = select.poll()
+    poll.register(out, 0)  # POLLERR is always reported
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), out)  # or Python complains of what is left when it ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)  # or Python complains at exit about output that it cannot write
     return True
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a command, and what of its arguments is left for the config. ``options.command`` is what follows
-    ``--``, the command that a verb such as ``ttt launch`` is about.
+    """Parse a command line.
+
+    Returns:
+      The options of the command, and the arguments that describe its config. ``options.command`` is what follows
+      ``--``: the command that ``ttt launch`` runs elsewhere, or the launcher of ``ttt sweep``.
 
     Raises:
-      SystemExit: as argparse does, for bad options and for ``--help``.
+      SystemExit: as argparse does, for wrong options and for ``--help``.
     """
     parser, verbs = parsers()
     arguments = list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words: sweep status
+    if len(arguments) > 1 and " ".join(arguments[:2]) in verbs:  # a verb of two words, such as sweep status
         arguments[:2], end = [" ".join(arguments[:2])], end - 1
     options, rest = parser.parse_known_args(arguments[:end])
     options.command = arguments[end + 1 :]
@@ -148,26 +151,27 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def _what_is_left(options: argparse.Namespace) -> str:
-    """Return what a command that did not wait leaves behind, in words."""
+def _how_to_continue(options: argparse.Namespace) -> str:
+    """Return in words what an interrupted command has saved, and how to continue it."""
     if options.verb == "train":
         from ttt_jax.training import checkpoint
 
-        return f"; {checkpoint.describe_newest(options.workdir)}, and the same command goes on there"
+        return f"; {checkpoint.describe_newest(options.workdir)}; the same command continues there"
     if options.verb == "tokenize":
-        return "; the same command goes on at what was saved last"
+        return "; the same command continues from what was saved"
     return ""
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:
-    parser = _manual(Parser, _DESCRIPTION, _EPILOG, prog="ttt", usage="ttt [-h] [--version] VERB ...")
+    """Return the parser of ``ttt``, and the parser of each verb by its name."""
+    parser = _with_manual(Parser, _DESCRIPTION, _EPILOG, prog="ttt", usage="ttt [-h] [--version] VERB ...")
     parser.add_argument("--version", action="version", version=f"ttt_jax {ttt_jax.__version__}")
     group = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="ttt")
     verbs: dict[str, Parser] = {}
 
     def verb(name: str, run: Callable, description: str, usage: str | None = None, takes_command: bool = False):
         takes_config = usage is not None
-        verbs[name] = _manual(group.add_parser, description, name=name, usage=usage)
+        verbs[name] = _with_manual(group.add_parser, description, name=name, usage=usage)
         verbs[name].takes_config = takes_config
         verbs[name].set_defaults(run=run, takes_config=takes_config, takes_command=takes_command, parser=verbs[name])
         return verbs[name]
@@ -175,7 +179,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     p = verb("tokenize", lambda options, rest: tokenize.run(options), tokenize.DESCRIPTION)
     p.epilog = tokenize.EPILOG
     tokenize.add_arguments(p)
-
     train.add_arguments(verb("train", train.run, train.DESCRIPTION, train.USAGE))
     config.add_arguments(verb("config", config.run, config.DESCRIPTION, config.USAGE))
 
@@ -211,10 +214,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, verbs
 
 
-def _manual(make: Callable, description: str, epilog: str = "", **names) -> Parser:
+def _with_manual(make: Callable, description: str, epilog: str = "", **names) -> Parser:
     style = argparse.RawDescriptionHelpFormatter
     return make(description=description, epilog=epilog, formatter_class=style, allow_abbrev=False, **names)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

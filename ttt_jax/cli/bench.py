@@ -1,4 +1,4 @@
-"""``ttt bench``: how fast a training step is, and what the TPU compiler's schedule says of it without a TPU."""
+"""Run ``ttt bench step``, which times a training step, and ``ttt bench tpu-schedule``, which counts its cycles."""
 
 import argparse
 import json
@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING
 
 from ttt_jax import config as config_lib
 from ttt_jax import finite
-from ttt_jax.cli.options import not_negative, positive
+from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
+from ttt_jax.terminal.numbers import not_negative, positive
 
 if TYPE_CHECKING:
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
 
-_CONFIG = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
 DESCRIPTION = """\
 Compiles the training step of a config and times it on random tokens: step time, tokens/s, model FLOP/s, peak memory,
-and the ratio to plain matrix products of as many FLOPs, measured in between.
+and the ratio to plain matrix products of as many FLOPs, timed between the steps.
 
-ttt bench tpu-schedule counts cycles on TPUs, without one: ttt bench tpu-schedule --help
+To count cycles on a TPU without one: ttt bench tpu-schedule --help
 """
-USAGE = f"ttt bench step {_CONFIG} [--repeats N] [--warmup N] [--json]"
+USAGE = f"ttt bench step {CONFIG_USAGE} [--repeats N] [--warmup N] [--json]"
 TPU_SCHEDULE = """\
-Compiles a function or a whole training step for TPUs that need not be there, reads the schedule that their compiler
-makes, and counts: cycles and time per operation and in all, how busy the units of a chip are, bytes to and from HBM.
-Waits for memory and collectives between chips are not modelled: docs/tpu-schedule.md says what the numbers mean.
+Compiles a function or a whole training step for TPUs that need not be present, reads the schedule that their compiler
+makes, and counts cycles and time per operation and in total, the use of each unit of a chip, and bytes to and from HBM.
+Waits for memory and collectives between chips are not modelled: docs/tpu-schedule.md explains the numbers.
 """
 TPU_SCHEDULE_USAGE = f"""\
-ttt bench tpu-schedule {_CONFIG}
+ttt bench tpu-schedule {CONFIG_USAGE}
                               [--topology TOPOLOGY] [--compare KEY=VALUE[,...] ...] [--top N] [--json] [--keep DIR]
        ttt bench tpu-schedule --function MODULE:NAME [--set KEY=VALUE ...]
                               [--topology TOPOLOGY] [--compare KEY=VALUE[,...] ...] [--top N] [--json] [--keep DIR]"""
@@ -45,15 +45,17 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt bench step``."""
+    """Add the options of ``ttt bench step``."""
     parser.add_argument("kind", choices=["step"], metavar="step")
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed steps (default: 7)")
-    parser.add_argument("--warmup", type=not_negative, default=2, metavar="N", help="steps before them (default: 2)")
+    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="number of timed steps (default: 7)")
+    parser.add_argument(
+        "--warmup", type=not_negative, default=2, metavar="N", help="number of steps before them (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def step(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt bench step``"""
+    """Run ``ttt bench step`` and return its exit status."""
     config = config_lib.from_arguments(rest)
     from ttt_jax.benchmark import step
 
@@ -63,36 +65,36 @@ def step(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def add_tpu_schedule_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt bench tpu-schedule``."""
+    """Add the options of ``ttt bench tpu-schedule``."""
     add = parser.add_argument
     add(
         "--function",
         metavar="MODULE:NAME",
-        help="instead of --config: NAME(**settings) of an importable module, or of FILE.py, returns a function and a "
-        "tuple of its arguments as jax.ShapeDtypeStruct",
+        help="compile a function instead of a training step: NAME(**settings), of an importable module or of FILE.py, "
+        "returns it and a tuple of its arguments as jax.ShapeDtypeStruct",
     )
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the function: int, float, bool or str")
     add(
         "--topology",
         default="v5e:1x1",
         metavar="TOPOLOGY",
-        help="v5e:2x2, v6e:1x1, v5p:1x1x1, ... (default: v5e:1x1); a step is split over all its chips, a function runs "
+        help="v5e:2x2, v6e:1x1, v5p:1x1x1, ... (default: v5e:1x1); a step is split over all chips, a function runs "
         "on one",
     )
     add(
         "--compare",
         nargs="+",
         metavar="KEY=VALUE[,...]",
-        help="once for each of these, which are settings of the function or keys of the config, and print ratios to "
-        "the first",
+        help="measure several variants, each with these settings of the function or keys of the config, and print "
+        "ratios to the first",
     )
-    add("--top", type=not_negative, default=15, metavar="N", help="operations to list (default: 15)")
+    add("--top", type=not_negative, default=15, metavar="N", help="number of operations to list (default: 15)")
     add("--json", action="store_true", help="print JSON")
-    add("--keep", type=Path, metavar="DIR", help="a new folder for the program and the compiler's files")
+    add("--keep", type=Path, metavar="DIR", help="keep the program and the compiler's files in a new folder")
 
 
 def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt bench tpu-schedule``"""
+    """Run ``ttt bench tpu-schedule`` and return its exit status."""
     variants = options.compare or [""]
     if options.compare and len(options.compare) < 2:
         raise ConfigError("--compare: expected two or more of KEY=VALUE[,KEY=VALUE...]")
@@ -103,32 +105,32 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
     from ttt_jax.benchmark.tpu_schedule.schedule import measure
 
-    found, failed = {}, {}
+    measured, failed = {}, {}
     for number, (variant, target) in enumerate(zip(variants, targets, strict=True)):
         keep = options.keep / str(number) if options.keep and options.compare else options.keep
         try:
-            found[variant] = measure(target, options.topology, keep)
-        except ScheduleError as error:  # the other variants are worth their time
+            measured[variant] = measure(target, options.topology, keep)
+        except ScheduleError as error:  # go on with the other variants
             failed[variant] = str(error)
             print(f"ttt bench tpu-schedule: {target}: {error}", file=sys.stderr)
     if options.json:
-        shown = {v: report.as_dict(found[v]) if v in found else {"error": failed[v]} for v in variants}
+        shown = {v: report.as_dict(measured[v]) if v in measured else {"error": failed[v]} for v in variants}
         print(json.dumps(shown if options.compare else shown[""], indent=2))
-    elif options.compare and found:
-        print(report.comparison(found))
-    elif found:
-        print(report.text(found[""], options.top))
+    elif options.compare and measured:
+        print(report.comparison(measured))
+    elif measured:
+        print(report.text(measured[""], options.top))
     return 1 if failed else 0
 
 
 def target_of(options: argparse.Namespace, rest: list[str], variant: str) -> "Function | Step":
-    """What is to be compiled, with the settings of a variant."""
+    """Return what to compile, with the settings of a variant of ``--compare``."""
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
 
     pairs = variant.split(",") if variant else []
     if options.function is None:
         if options.set:
-            raise ConfigError("--set: is of functions; a config has --config.KEY=VALUE")
+            raise ConfigError("--set: expected --function too; keys of a config are set by --config.KEY=VALUE")
         if not rest:
             raise ConfigError("--config, --function: missing; expected --config FILE or --function MODULE:NAME")
         _settings("--compare", pairs)
@@ -155,7 +157,7 @@ def _settings(option: str, pairs: Sequence[str]) -> dict[str, int | float | bool
 
 
 def _typed(text: str) -> int | float | bool | str:
-    """An integer, a number, true or false, or else the text itself."""
+    """Return text as a bool, an int or a float where it is one, else as it stands."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""``ttt config``, and the config in the help of verbs that take one."""
+"""Run ``ttt config``, and show the keys of the config in the help of verbs that take one."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from ttt_jax import config as config_lib
+from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import Duration
 from ttt_jax.terminal.stopping import DONE, REFUSED
@@ -20,7 +21,7 @@ DESCRIPTION = """\
 Prints the config that a command with the same arguments would use, and runs nothing: a line of TOML for each key, with
 its meaning, and its default where it differs. With --json, the same as the config.json of a run.
 """
-USAGE = "ttt config --config FILE[:ARG] [--config.KEY=VALUE ...] [--changed | --json]"
+USAGE = f"ttt config {CONFIG_USAGE} [--changed | --json]"
 _HEADER = """\
 config:
   --config FILE[:ARG]   a Python file with get_config(ARG), which starts from ttt_jax.config.default()
@@ -34,12 +35,12 @@ class Parser(argparse.ArgumentParser):
     _arguments: Sequence[str] = ()
 
     def parse_known_args(self, args=None, namespace=None):
-        """Parse, remembering the arguments for the help and for what is missing."""
+        """Parse arguments, and keep them for the help and for messages about missing ones."""
         self._arguments = () if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
-        """Return the help; the keys of the config have the values of the file that the command names."""
+        """Return the help, in which keys have the values that the command gives them."""
         if not self.takes_config:
             return super().format_help()
         arguments = config_lib.about_config(self._arguments)
@@ -50,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\n{manual(config)}\n"
 
     def error(self, message: str):
-        """End with a message of what is wrong; --config is named with whatever else is missing."""
+        """End with a message; where arguments are missing, name --config among them."""
         start = "the following arguments are required: "
         if self.takes_config and message.startswith(start) and not config_lib.count_files(self._arguments):
             message = f"{start}--config, {message.removeprefix(start)}"
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """``ttt config``"""
+    """Run ``ttt config`` and return its exit status."""
     config = config_lib.from_arguments(rest)
     if options.json:
         print(json.dumps(config.to_dict(), indent=2))
@@ -77,33 +78,33 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def as_toml(config: ml_collections.ConfigDict, *, changed: bool = False, width: int | None = None) -> Iterator[str]:
     """Yield lines ``key = value  # meaning``, with ``#*`` and the default where the value is not the default.
 
-    Keys that are unset are comments, and durations in other units are also told in steps.
+    Keys that are unset are comments, and durations in other units are also given in steps.
 
     Args:
-      changed: leave out what is the default.
-      width: of lines, in characters; longer comments are continued on lines of their own. None: any.
+      changed: leave out keys that have their default.
+      width: longest line, in characters; longer comments are continued on lines of their own. None is no limit.
     """
     settings = config_lib.settings()
     values = {key: config_lib.value_of(config, key) for key in settings}
-    others = [key for key, each in settings.items() if values[key] != each.default]
+    altered = [key for key, each in settings.items() if values[key] != each.default]
     if not changed:
-        yield f"# {len(others)} of {len(settings)} keys are not the defaults, marked #*; --changed prints these alone"
+        yield f"# {len(altered)} of {len(settings)} keys are not the defaults, marked #*; --changed prints these alone"
     section = None
-    for key in others if changed else settings:
+    for key in altered if changed else settings:
         if key.rpartition(".")[0] != section and not changed:
             yield ""
         section = key.rpartition(".")[0]
         value, each = values[key], settings[key]
         line = f"# {key} is unset" if value is None else f"{key} = {_shown(value)}"
-        notes = [f"default: {_shown(each.default)}"] if key in others else []
+        notes = [f"default: {_shown(each.default)}"] if key in altered else []
         if value and each.kind is Duration and not re.fullmatch(r"\s*\d+( steps?)?\s*", value):
             notes.insert(0, f"{config_lib.steps(config, key):,} steps")
-        mark = "*" if key in others else " "
+        mark = "*" if key in altered else " "
         yield from _aligned(f"{line:<44}  #{mark} ", f"{'':<44}  #  ", "; ".join([*notes, each.meaning]), width)
 
 
 def manual(config: ml_collections.ConfigDict | None) -> str:
-    """Return what the help of a verb says of the config: all keys, with the values of ``config``, or the defaults."""
+    """Return the part of a verb's help about the config: all keys, with the values of ``config`` or the defaults."""
     lines = [_HEADER + "the keys, with their defaults:", ""]
     if config is not None:
         lines = [_HEADER + "the keys, with the values of this command; * marks what is not the default:", ""]
@@ -112,17 +113,17 @@ def manual(config: ml_collections.ConfigDict | None) -> str:
         value = default if config is None else config_lib.value_of(config, key)
         changed = config is not None and value != default
         setting = f"{'*' if changed else ' '} --config.{key}={_shown(value)}"
-        was = f" (default: {_shown(default)})" if changed else ""
-        lines += _aligned(f"{setting:<46} ", " " * 47, f"{each.meaning}{was}", _width())
+        usual = f" (default: {_shown(default)})" if changed else ""
+        lines += _aligned(f"{setting:<46} ", " " * 47, f"{each.meaning}{usual}", _width())
     return "\n".join(lines)
 
 
-def _aligned(start: str, again: str, comment: str, width: int | None) -> Iterator[str]:
-    """Yield a line with a comment, and where it is wider than ``width`` the rest of the comment in lines of its own."""
+def _aligned(start: str, indent: str, comment: str, width: int | None) -> Iterator[str]:
+    """Yield a line with a comment, wrapped where it is wider than ``width``; further lines begin with ``indent``."""
     lines = [start + comment]
     if width is not None:
         lines = textwrap.wrap(
-            comment, max(width, len(start) + 30), initial_indent=start, subsequent_indent=again, break_on_hyphens=False
+            comment, max(width, len(start) + 30), initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
         )
     return (line.rstrip() for line in lines)
 

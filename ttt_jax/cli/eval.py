@@ -16,15 +16,12 @@ from ttt_jax.cli.options import (
     add_processes,
     add_which_evaluation,
     check_file,
-    count,
-    counts,
     evaluation_kind,
-    not_negative,
-    positive,
 )
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.numbers import count, counts, not_negative, positive
 from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config

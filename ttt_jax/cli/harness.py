@@ -1,4 +1,4 @@
-"""``ttt harness``: tasks of EleutherAI's lm-evaluation-harness."""
+"""Run ``ttt harness``: evaluate a trained model on tasks of EleutherAI's lm-evaluation-harness."""
 
 import argparse
 import hashlib
@@ -8,41 +8,43 @@ import logging
 from pathlib import Path
 
 from ttt_jax import finite
-from ttt_jax.cli.options import check_file, not_negative, positive
+from ttt_jax.cli.options import check_file
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import WorkdirLock
+from ttt_jax.terminal.numbers import not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\
-Tasks of EleutherAI's lm-evaluation-harness that ask for likelihoods, by a trained model with the tokenizer of its data.
-Writes DIR/harness/TASK.json of each task and prints the harness's table. Needs: pip install 'lm-eval>=0.4.13'
+Runs tasks of EleutherAI's lm-evaluation-harness that ask for likelihoods, on a trained model with the tokenizer of its
+data. Writes DIR/harness/TASK.json for each task and prints a table. Needs: pip install 'lm-eval>=0.4.13'
 
-A file of other options than the usual ones is named by them: TASK-at-500-first-100-5-shot-windows-2048.json.
+Options other than the defaults are part of the name of the file: TASK-at-500-first-100-5-shot-windows-2048.json.
 
-Texts of any length are read whole, each token with all that comes before it; --max-length gives the harness's windows.
+Texts of any length are read whole, each token with everything before it; --max-length N reads windows, as the harness
+does for other models.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``ttt harness``."""
+    """Add the options of ``ttt harness``."""
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of a run")
+    add("--workdir", required=True, metavar="DIR", help="workdir of a run")
     add("--tasks", required=True, type=lambda text: text.split(","), metavar="A,B", help="tasks, groups or tags")
-    add("--include-path", type=Path, metavar="DIR", help="more tasks, as YAML files")
-    add("--num-fewshot", type=not_negative, metavar="N", help="examples in the context (default: as the task says)")
-    add("--limit", type=positive, metavar="N", help="only the first N documents of each task, to try it")
-    add("--step", default="newest", metavar="STEP", help="which checkpoint: newest (the default), best or a number")
-    add("--tokenizer", metavar="FILE", help="byte, .model or .json, where the data does not hold its own")
-    add("--max-length", type=positive, metavar="N", help="read windows of so many tokens (default: whole texts)")
-    prefix = "before the first token of a text (default: what begins, or else ends, documents of the training data)"
+    add("--include-path", type=Path, metavar="DIR", help="folder with more tasks, as YAML files")
+    add("--num-fewshot", type=not_negative, metavar="N", help="examples in the context (default: set by the task)")
+    add("--limit", type=positive, metavar="N", help="only the first N documents of each task, for a trial")
+    add("--step", default="newest", metavar="STEP", help="checkpoint: newest (the default), best or a number")
+    add("--tokenizer", metavar="FILE", help="byte, .model or .json; needed where the data has none")
+    add("--max-length", type=positive, metavar="N", help="read windows of N tokens (default: whole texts)")
+    prefix = "token before each text (default: the one that begins, or else ends, documents of the training data)"
     add("--prefix-token", type=not_negative, metavar="ID", help=prefix)
-    add("--batch-size", type=positive, metavar="B", help="texts of the training context at a time")
-    add("--output", type=Path, metavar="FILE", help="also all that the harness tells, with each answer, as JSON")
+    add("--batch-size", type=positive, metavar="B", help="texts to read at a time, each of the training context")
+    add("--output", type=Path, metavar="FILE", help="also write all results of the harness, with each answer, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``ttt harness``."""
+    """Run ``ttt harness`` and return its exit status."""
     workdir = workdir_lib.at(options.workdir)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'")
@@ -56,30 +58,31 @@ def run(options: argparse.Namespace) -> int:
     startup.use_compilation_cache()
     startup.keep_freed_memory()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    read = {name: getattr(options, name) for name in ("tokenizer", "max_length", "prefix_token")}
-    model = harness.TTTModel(str(workdir), options.step, batch_size=options.batch_size, **read)
+    reading = {name: getattr(options, name) for name in ("tokenizer", "max_length", "prefix_token")}
+    model = harness.TTTModel(str(workdir), options.step, batch_size=options.batch_size, **reading)
     asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
-    named_by = {**read, **asked, "step": None if options.step == "newest" else model.trained.step}
+    named_by = {**reading, **asked, "step": None if options.step == "newest" else model.trained.step}
     named_by["tokenizer"] = model.tokenizer_of_run.sha256 if options.tokenizer else None
     same = hashlib.blake2b(repr((options.tasks, named_by)).encode(), digest_size=8).hexdigest()
     with WorkdirLock(workdir / "harness", "ttt harness", name=f".{same}.running") as lock:
         results = harness_tasks.evaluate(
             model, options.tasks, include_path=options.include_path, log_samples=options.output is not None, **asked
         )
-        found = harness_tasks.by_task(results, model)
+        by_task = harness_tasks.by_task(results, model)
         lock.check()
-        for task, about in found.items():
+        for task, about in by_task.items():
             print(harness_tasks.save(workdir / "harness", harness_tasks.file_name(task, **named_by), about))
     if options.output:
-        told, missing = finite.for_json(results)
+        content, missing = finite.for_json(results)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps(told, indent=2, default=str, allow_nan=False) + "\n")
+        write_atomically(options.output, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
         print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))
-    console.output().print(_table(found))
+    console.output().print(_table(by_task))
     return DONE
 
 
-def _table(found):
+def _table(by_task):
+    """Return a table of metrics, from :func:`ttt_jax.interop.harness_tasks.by_task`."""
     from rich import box
     from rich.table import Table
 
@@ -88,7 +91,7 @@ def _table(found):
     table.add_column("metric")
     for column in ("value", "error", "shots", "documents"):
         table.add_column(column, justify="right")
-    for task, about in found.items():
+    for task, about in by_task.items():
         documents = (about["documents"] or {}).get("effective", "")
         for name, metric in about["metrics"].items():
             known = (metric.get("not_finite", metric["value"]), metric["standard_error"])

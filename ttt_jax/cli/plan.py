@@ -1,4 +1,4 @@
-"""``ttt plan``: whether a run fits its machines, how long it takes and what it costs, before they are paid for."""
+"""Run ``ttt plan``: predict whether a run fits its machines, how long it takes and what it costs."""
 
 import argparse
 import json
@@ -8,11 +8,13 @@ from typing import Any
 
 from ttt_jax import config as config_lib
 from ttt_jax import finite
+from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
+from ttt_jax.terminal.numbers import positive
 
 DESCRIPTION = """\
-Compiles the training step of a config for chips that need not be there, with their own compiler, and prints what a chip
-will hold, what the chips will send to each other, and an estimate of time and price with its assumptions.
+Compiles the training step of a config for chips that need not be present, with their own compiler. Prints the memory
+that each chip needs, what the chips send to each other, and an estimate of time and price with its assumptions.
 
 Exit status 1 means that the run does not fit.
 """
@@ -21,32 +23,31 @@ examples:
   ttt plan --config configs/paper.py:ttt_linear-1.3b-pile-2k --topology v5e:16x16 --price 1.20
   ttt plan --config configs/paper.py:ttt_mlp-350m-pile-8k --topology v5p:4x4x4 --search
 """
-USAGE = """\
-ttt plan --config FILE[:ARG] [--config.KEY=VALUE ...] --topology TOPOLOGY [--slices N]
+USAGE = f"""\
+ttt plan {CONFIG_USAGE} --topology TOPOLOGY [--slices N]
                 [--price USD] [--search [--most N]] [--json]"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of ``ttt plan``."""
     add = parser.add_argument
     add(
         "--topology",
         required=True,
         metavar="TOPOLOGY",
-        help="v5e:16x16, v6e:8x8, v5p:4x4x4, ...; cpu:N for CPU devices",
+        help="chips of a slice: v5e:16x16, v6e:8x8, v5p:4x4x4, ...; cpu:N for CPU devices",
     )
-    add("--slices", type=int, default=1, metavar="N", help="so many of these, joined by a data center network")
-    add("--price", type=float, metavar="USD", help="of a chip for an hour")
+    slices = "number of slices, joined by a data center network (default: 1)"
+    add("--slices", type=positive, default=1, metavar="N", help=slices)
+    add("--price", type=float, metavar="USD", help="price of a chip for an hour")
     add("--search", action="store_true", help="try meshes, model.remat and training.accumulation; print the best")
-    add("--most", type=int, default=6, metavar="N", help="programs that fit which a search compiles (default: 6)")
+    most = "end a search after N programs that fit (default: 6)"
+    add("--most", type=positive, default=6, metavar="N", help=most)
     add("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Runs the verb; returns its exit status."""
-    for name, value in (("slices", options.slices), ("most", options.most)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: expected 1 or more")
+    """Run ``ttt plan`` and return its exit status."""
     if options.price is not None and not 0 <= options.price < 1e6:
         raise ConfigError(f"--price {options.price}: expected USD per chip-hour")
     from ttt_jax.planning import topology as topology_lib
@@ -85,11 +86,11 @@ def _search(options: argparse.Namespace, config, topology: str, devices: list) -
         raise ConfigError(f"--search: no mesh of {len(devices)} devices splits this model and batch")
     best = search.best(tried)
     if options.json:
-        found = [
+        results = [
             {**one.choice._asdict(), "plan": None if one.plan is None else report.as_dict(one.plan, options.price)}
             for one in tried
         ]
-        print(_json({"best": None if best is None else best[0].overrides(), "tried": found}))
+        print(_json({"best": None if best is None else best[0].overrides(), "tried": results}))
     elif best is None:
         print("none of these fits")
     else:

@@ -4,17 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ttt_jax.cli.options import (
-    SPLITS,
-    add_evaluation_kind,
-    add_which_evaluation,
-    count,
-    counts,
-    evaluation_kind,
-    not_negative,
-    positive,
-)
+from ttt_jax.cli.options import SPLITS, add_evaluation_kind, add_which_evaluation, evaluation_kind
 from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.terminal.numbers import count, counts, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ttt_jax import config as config_lib
-from ttt_jax.cli.options import add_processes
+from ttt_jax.cli.options import CONFIG_USAGE, add_processes
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
@@ -19,7 +19,7 @@ The workdir holds config.json, metrics.jsonl and checkpoints/. Running the same 
 checkpoint, with the same batches and, on the same machine, the same bits as a run that was never stopped. Ctrl-C saves
 first; a second Ctrl-C does not wait.
 """
-USAGE = "ttt train --config FILE[:ARG] [--config.KEY=VALUE ...] --workdir DIR"
+USAGE = f"ttt train {CONFIG_USAGE} --workdir DIR"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if jax.process_index():
         return status
     if outcome.signal is not None:
-        print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To go on:")
+        print(f"stopped by {outcome.signal.name}; saved at step {outcome.step} of {outcome.total}. To continue:")
         print(f"  {_same_command()}")
     elif outcome.loss is None:
         done = f"all {outcome.step} steps are done already"
