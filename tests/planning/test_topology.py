@@ -38,7 +38,7 @@ def test_names_that_mean_nothing(text):
 
 
 def test_there_are_no_slices_of_cpus():
-    with pytest.raises(ConfigError, match="--slices is of TPUs"):
+    with pytest.raises(ConfigError, match="--slices is for TPUs"):
         topology.parse("cpu:8", 2)
 
 

@@ -1,1 +1,1 @@
-"""What a run will need of the machines it is meant for, without them."""
+"""Plan runs: predict memory, communication, time and price on machines that need not be present."""

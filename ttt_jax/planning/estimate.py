@@ -1,4 +1,4 @@
-"""How long a step will take, by a simple model whose assumptions are in the open.
+"""Estimate the time of a training step by a simple model, and list its assumptions.
 
 step = max(compute, memory) + communication
 """
@@ -13,15 +13,15 @@ from ttt_jax.kernels.layout import GROUP_TOKENS
 from ttt_jax.models import counts, pattern
 from ttt_jax.ttt.learner import Learner
 
-EFFICIENCY = 0.5  # of the peak, where a matrix unit is filled
-MATRIX_UNIT = 128  # rows and columns of it, on TPUs
-TURN = 5e-6  # seconds that one turn of the scan over mini-batches takes at least
-COLLECTIVE = 10e-6  # seconds that a collective takes besides sending
+EFFICIENCY = 0.5  # share of the peak that products reach where they fill a matrix unit
+MATRIX_UNIT = 128  # rows and columns of a matrix unit of a TPU
+TURN = 5e-6  # least seconds of one turn of the scan over mini-batches
+COLLECTIVE = 10e-6  # seconds of a collective, in addition to sending
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a training step; ``assumptions`` say how they were found."""
+    """The estimated seconds of a training step, and the assumptions behind them."""
 
     compute: float
     memory: float
@@ -30,7 +30,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Return the seconds of the whole step."""
         return max(self.compute, self.memory) + self.communication
 
 
@@ -44,38 +44,40 @@ def step_time(
     sent_between_slices: float = 0.0,
     collectives: float,
 ) -> StepTime:
-    """Estimates a step of a config.
+    """Estimate the time of a step of a config.
 
     Args:
-      memory_per_chip: bytes that lie in the memory of a chip at the peak of a step.
-      sent_per_chip: bytes that a chip sends to others of its slice.
-      sent_between_slices: bytes that it sends to other slices.
-      collectives: how many it takes part in.
+      memory_per_chip: bytes in the memory of a chip at the peak of a step.
+      sent_per_chip: bytes that a chip sends to other chips of its slice.
+      sent_between_slices: bytes that a chip sends to other slices.
+      collectives: number of collectives that a chip takes part in.
     """
     model, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length
     inner = counts.inner_flops_per_token(model, data.sequence_length)
     dense = counts.flops_per_token(model, data.sequence_length) - inner
-    again = 1 if model.remat == "block" else 0
+    recomputed = 1 if model.remat == "block" else 0  # forward passes that are computed again
     rate = chips * chip.peak_flops * EFFICIENCY
-    compute = (3 + again) * dense * tokens / rate
+    compute = (3 + recomputed) * dense * tokens / rate
     assumptions = [
         f"matrix products at {EFFICIENCY:.0%} of the peak of {chip.peak_flops / 1e12:.0f} TFLOP/s"
-        + ("; the forward pass of every block twice (model.remat=block)" if again else ""),
+        + ("; the forward pass of every block twice (model.remat=block)" if recomputed else ""),
     ]
     for kind in pattern.learning_kinds(model):
         seconds, assumption = _inner_loop(kind, config, chip, rate)
         compute += seconds
         assumptions += [assumption] if assumption not in assumptions else []
     assumptions += [
-        f"memory: all that lies in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
-        f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s, over all links at once, and "
-        f"{COLLECTIVE * 1e6:.0f} us for each collective, while nothing is computed",
+        f"memory: everything in it is read and written once, at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
+        f"communication: at {chip.ici_bandwidth / 1e9:,.0f} GB/s over all links, and {COLLECTIVE * 1e6:.0f} us per "
+        "collective, while nothing is computed",
     ]
     communication = sent_per_chip / chip.ici_bandwidth + collectives * COLLECTIVE
     if sent_between_slices and chip.dcn_bandwidth:
         communication += sent_between_slices / chip.dcn_bandwidth
-        assumptions.append(f"between slices: at {chip.dcn_bandwidth / 1e9:.3g} GB/s a chip, while nothing else is done")
+        assumptions.append(
+            f"between slices: at {chip.dcn_bandwidth / 1e9:.3g} GB/s per chip, while nothing else is done"
+        )
     assumptions.append("waiting for data, checkpoints and restarts not counted")
     return StepTime(
         compute,
@@ -86,10 +88,10 @@ def step_time(
 
 
 def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip, rate: float) -> tuple[float, str]:
-    """Return the seconds of the inner loops of all blocks of a kind, and what is assumed for them.
+    """Return the seconds of the inner loops of all blocks of a kind, and the assumption behind them.
 
     Args:
-      rate: operations a second of all chips, of products that fill their matrix units.
+      rate: operations per second of all chips together, for products that fill their matrix units.
     """
     model, length, device = kind.model, config.data.sequence_length, chip.device_kinds[0]
     loop, tokens = pattern.inner_loop(model), config.data.batch_size * length
@@ -98,10 +100,10 @@ def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip
     b = min(model.ttt.mini_batch, length)
     fill = _part(max(b, GROUP_TOKENS) if fused else b) * _fill_of_widths(loop.learner)
     kept = kernels.keeps_blocks(b, model.ttt.remat_group) if fused else scan["remat_group"] > 0
-    again = 1 if model.remat == "block" else 0
+    recomputed = 1 if model.remat == "block" else 0
     operations = kind.blocks * counts.inner_flops_of_block(model, length) * tokens
-    by_work = (3 + again + kept) * operations / (rate * fill)
-    turns = length / b * kind.blocks * config.training.accumulation * (2 + again)
+    by_work = (3 + recomputed + kept) * operations / (rate * fill)
+    turns = length / b * kind.blocks * config.training.accumulation * (2 + recomputed)
     by_turns = turns / scan["unroll"] * TURN
     assumption = (
         f"inner loop, {'fused' if fused else 'scan'}: its products fill {fill:.1%} of a matrix unit "
@@ -111,12 +113,12 @@ def _inner_loop(kind: pattern.Run, config: ml_collections.ConfigDict, chip: Chip
 
 
 def _part(size: int) -> float:
-    """Return how much of a side of a matrix unit so many rows or columns fill."""
+    """Return the share of a side of a matrix unit that ``size`` rows or columns fill."""
     return min(1.0, size / MATRIX_UNIT)
 
 
 def _fill_of_widths(learner: Learner) -> float:
-    """Return how much of a matrix unit the weight matrices of a learner fill: the mean over their work, in time."""
+    """Return the share of a matrix unit that the products of a learner fill, averaged over the time that they take."""
     matrices = learner.structure.matrices
     work = [m.features_in * m.features_out for m in matrices]
     time = [w / (_part(m.features_in) * _part(m.features_out)) for w, m in zip(work, matrices, strict=True)]

@@ -1,4 +1,4 @@
-"""Read optimized HLO text: computations, instructions, trips of loops, sizes of arrays, and the collectives that run.
+"""Read optimized HLO text: instructions, trip counts of loops, sizes of arrays, and the collectives that run.
 
 XLA's own counts take the body of a loop once; here it counts as often as it runs.
 """
@@ -20,18 +20,18 @@ class Instruction:
     root: bool
 
     def attribute(self, pattern: str) -> str:
-        """The first group of a pattern in the operands and attributes; empty where it is not found."""
+        """Return the first group of a pattern in the operands and attributes, or "" where it does not match."""
         match = re.search(pattern, self.rest)
         return match[1] if match else ""
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from."""
+        """Return the place in the traced program that the instruction comes from."""
         return self.attribute(r'op_name="([^"]*)"')
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Return the names of the instructions whose results this one takes."""
         depth = 1
         for index, character in enumerate(self.rest):
             depth += {"(": 1, ")": -1}.get(character, 0)
@@ -41,7 +41,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it calls, but those of loops."""
+        """Return the names of the computations that the instruction calls, without those of loops."""
         return [name for match in _CALLED.finditer(self.rest) for name in re.findall(r"[\w.$-]+", match[1])]
 
 
@@ -54,7 +54,7 @@ _CALLED = re.compile(
 
 
 def parse(text: str) -> tuple[Computations, str]:
-    """The instructions of each computation, and the name of the computation that the program starts with.
+    """Return the instructions of each computation, and the name of the computation that the program starts with.
 
     Args:
       text: ``compiled.as_text()``.
@@ -73,8 +73,10 @@ def parse(text: str) -> tuple[Computations, str]:
 
 
 def trip_count(loop: Instruction, computations: Computations) -> int | None:
-    """As the compiler states it, or the constant that the counter, from 0, is compared with; None where neither is
-    there."""
+    """Return the trip count of a loop, or None.
+
+    It is what the compiler states, or else the constant that the loop's counter, which begins at 0, is compared with.
+    """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
     condition = computations.get(loop.attribute(r"condition=%?([\w.$-]+)"), [])
@@ -85,7 +87,7 @@ def trip_count(loop: Instruction, computations: Computations) -> int | None:
 
 
 def array_bytes(shape: str) -> int:
-    """Of an array ``bf16[8,256]{1,0}`` or of all arrays of a tuple, without the padding of layouts."""
+    """Return the bytes of an array ``bf16[8,256]{1,0}``, or of all arrays of a tuple, without padding."""
     bits = 0
     for dtype, size, dimensions in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
         bits += (8 if dtype == "pred" else int(size)) * math.prod(int(n) for n in dimensions.split(",") if n)
@@ -93,17 +95,17 @@ def array_bytes(shape: str) -> int:
 
 
 def hbm_bytes(shape: str) -> int:
-    """Of those arrays of a shape that lie in a TPU's HBM, with the padding of their tiles.
+    """Return the bytes of those arrays of a shape that are in a TPU's HBM, with the padding of their tiles.
 
     A layout ``{1,0:T(8,128)(2,1)S(1)}`` lists dimensions from the fastest, then the tile of the fastest of them, then
-    the memory, which is HBM where it lists none. Scalars count nothing: they are in scalar memory.
+    the memory, which is HBM where none is listed. Scalars do not count: they are in scalar memory.
     """
     in_hbm = [bool(match[2]) and not re.search(r"S\([1-9]", match[3] or "") for match in _ARRAY.finditer(shape)]
     return sum(size for size, counts in zip(padded_bytes(shape), in_hbm, strict=True) if counts)
 
 
 def padded_bytes(shape: str) -> list[int]:
-    """Of each array of a shape, wherever it lies, with the padding of its tiles."""
+    """Return the bytes of each array of a shape, in any memory, with the padding of its tiles."""
     return [_padded_bytes(match[1], match[2], match[3] or "") for match in _ARRAY.finditer(shape)]
 
 
@@ -122,7 +124,7 @@ def _padded_bytes(dtype: str, dimensions: str, layout: str) -> int:
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """A shape, of which tuples have spaces in them, and what follows it."""
+    """Split a text into the shape at its beginning, in which tuples have spaces, and the rest."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
@@ -135,19 +137,19 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def elements(shape: str) -> list[str]:
-    """The elements of a tuple shape."""
-    elements, depth = [""], 0
+    """Return the elements of a tuple shape."""
+    found, depth = [""], 0
     for character in shape[1:-1]:
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
         if character == "," and not depth:
-            elements.append("")
+            found.append("")
         else:
-            elements[-1] += character
-    return elements
+            found[-1] += character
+    return found
 
 
 _ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BETWEEN_SLICES = "between slices"  # how TPUs write what goes over the data center network, whatever the collective
+BETWEEN_SLICES = "between slices"  # any collective over the data center network: TPU programs do not tell which
 KINDS = (*_ON_DEVICE, BETWEEN_SLICES)
 
 
@@ -157,12 +159,12 @@ class Collective:
 
     Attributes:
       kind: one of :data:`KINDS`.
-      bytes: of the whole array, which an all-gather ends with and a reduce-scatter starts from; each time.
-      group: devices that take part, this one included; 2 where it goes between slices.
-      times: executions per run of the program: the trip counts of all loops around it, multiplied.
+      bytes: size of the whole array, the result of an all-gather or the operand of a reduce-scatter; per execution.
+      group: number of devices that take part, this one included; 2 between slices.
+      times: executions per run of the program: the product of the trip counts of all loops around it.
       loops: ``op_name`` of the loops around it, the outermost first.
-      computation: the HLO computation it stands in.
-      op_name: where in the traced program it comes from: ``jit(step)/.../layers/mixer/wq/dot_general``.
+      computation: name of the HLO computation that contains it.
+      op_name: its place in the traced program, such as ``jit(step)/.../layers/mixer/wq/dot_general``.
     """
 
     kind: str
@@ -175,16 +177,16 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends to others each time, by the ring algorithm."""
+        """Return the bytes that a device sends to others per execution, by the ring algorithm."""
         if self.kind in ("collective-permute", BETWEEN_SLICES):
             return self.bytes
         return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives that the program runs, in the order of its text.
+    """Return all collectives that a program runs, in the order of its text.
 
-    A loop whose trip count the text does not tell counts as one iteration; those of scans are told.
+    A loop whose trip count is not in the text counts as one iteration; for scans it is in the text.
 
     Args:
       text: ``compiled.as_text()``.
@@ -204,10 +206,10 @@ def _walk(
     started: set[str],
     caller: str,
 ) -> Iterator[Collective]:
-    """The collectives of a computation and of all that it calls.
+    """Yield the collectives of a computation and of all computations that it calls.
 
-    TPUs spread one asynchronous collective over a chain of fusions, which all hold a copy of it with the same channel;
-    ``started`` has the channels of the chains that are under way, also where a loop runs beside them.
+    TPU programs spread an asynchronous collective over a chain of fusions, which all contain a copy of it with the same
+    channel. ``started`` holds the channels of chains that have begun, and is passed into loops that run beside them.
     """
     for instruction in computations[name]:
         op_name = instruction.op_name or caller
@@ -222,7 +224,7 @@ def _walk(
                     continue
                 started.add(channel)
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a fusion of TPUs: the sum, of which each device keeps a part
+                kind = "reduce-scatter"  # a fusion of TPU programs: a sum of which each device keeps a part
                 size = array_bytes(instruction.shape)
                 group = _group(instruction, devices)
             else:
@@ -241,7 +243,7 @@ def _walk(
 
 
 def _group(instruction: Instruction, devices: int) -> int:
-    """Devices that take part in a collective, from any of the ways in which HLO writes its groups."""
+    """Return the number of devices in the group of a collective, from any of the notations of HLO."""
     if listed := instruction.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return listed.count(",") + 1
     if iota := instruction.attribute(r"replica_groups=\[\d+,(\d+)\]"):
@@ -254,7 +256,7 @@ def _group(instruction: Instruction, devices: int) -> int:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Of what a collective ends with; the shape of an asynchronous start has the operands before it."""
+    """Return the bytes of a collective's result; the shape of an asynchronous start has the operands before it."""
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return array_bytes(elements(instruction.shape)[1])
     return array_bytes(instruction.shape)

@@ -20,13 +20,13 @@ from ttt_jax.training import compiled_step
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip, the peak of a step.
+    """Bytes of one chip at the peak of a step.
 
     Attributes:
-      parameters, moments, batch: arrays that a step is given, without the padding of their layouts.
-      padding: of these; also counters of a few bytes.
-      temporaries: activations, gradients and all else that lives within a step.
-      outputs: that take no argument's place.
+      parameters, moments, batch: arguments of a step, without the padding of their layouts.
+      padding: padding of the arguments, and counters of a few bytes.
+      temporaries: activations, gradients and everything else that exists within a step only.
+      outputs: outputs that do not reuse the memory of an argument.
       code: the program itself.
     """
 
@@ -40,21 +40,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """What the compiler said of a program that it gave up on, in bytes."""
+    """The memory of a program that the compiler gave up on, in bytes."""
 
     needed: int
     available: int
 
 
 def memory_of_compiled(run: compiled_step.Program, compiled: jax.stages.Compiled) -> Memory:
-    """As the compiler laid it out."""
-    parameters, moments, batch = _given(run)
+    """Return the memory of a compiled step, from the compiler's analysis."""
+    parameters, moments, batch = _argument_bytes(run)
     analysis = compiled.memory_analysis()
     assert analysis is not None  # CPUs and TPUs have one
     return Memory(
@@ -69,14 +69,14 @@ def memory_of_compiled(run: compiled_step.Program, compiled: jax.stages.Compiled
 
 
 def memory_of_too_large(run: compiled_step.Program, too_large: TooLarge) -> Memory:
-    """Of a step for which there is no room: what it is given is known, the rest is not told apart."""
-    parameters, moments, batch = _given(run)
+    """Return the memory of a step that does not fit; only its arguments are told apart, the rest is ``temporaries``."""
+    parameters, moments, batch = _argument_bytes(run)
     rest = max(0, too_large.needed - parameters - moments - batch)
     return Memory(parameters, moments, batch, padding=0, temporaries=rest, outputs=0, code=0)
 
 
-def _given(run: compiled_step.Program) -> tuple[int, int, int]:
-    """Parameters, moments and batch."""
+def _argument_bytes(run: compiled_step.Program) -> tuple[int, int, int]:
+    """Return the bytes per chip of parameters, moments and batch."""
     data = run.config.data
     rows = run.batch_sharding.shard_shape((data.batch_size, data.sequence_length))
     batch = 3 * 4 * math.prod(rows)  # inputs, targets and mask
@@ -84,12 +84,12 @@ def _given(run: compiled_step.Program) -> tuple[int, int, int]:
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Of the parts that one device holds of arrays with shardings, without padding."""
+    """Return the bytes that one device holds of a tree of sharded arrays, without padding."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def read_too_large(message: str) -> TooLarge | None:
-    """From the message of a compiler that ran out of memory for a chip; None from any other."""
+    """Read the message of a compiler for which a program is too large; return None for any other message."""
     size = r"([\d.]+)([KMGT]?)i?B?"
     for form in (rf"Used {size} of {size} hbm", rf"required for [\w ]+ \({size}\) exceeds available HBM \({size}\)"):
         if match := re.search(form, message):
@@ -99,23 +99,23 @@ def read_too_large(message: str) -> TooLarge | None:
 
 
 class CompilerError(RuntimeError):
-    """The compiler failed, for another reason than memory; one line."""
+    """The compiler failed for another reason than memory. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of a kind in one step, of one chip."""
+    """All collectives of one kind that a chip takes part in during a step."""
 
     count: int
-    bytes: int  # of the whole arrays
-    sent: float  # bytes, to other chips
+    bytes: int  # sizes of the whole arrays
+    sent: float  # bytes that the chip sends to others
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The report on one config and topology; per step unless said otherwise.
+    """The plan of a config on a topology; numbers are per step where not said otherwise.
 
-    Of a step that does not fit, there are no collectives and no time.
+    A step that does not fit has no collectives and no time.
     """
 
     model: str
@@ -127,47 +127,47 @@ class Plan:
     sequences: int
     sequence_length: int
     accumulation: int
-    steps: int  # of the whole run
+    steps: int  # in the whole run
     operations: float
     compile_seconds: float
-    memory: Memory  # of a chip
-    available: int | None  # bytes of a chip that a program may use; None where that is not known
+    memory: Memory  # per chip
+    available: int | None  # bytes of a chip that a program may use; None where unknown
     fits: bool | None
     collectives: dict[str, Traffic]
     step_time: estimate.StepTime | None
 
     @property
     def tokens(self) -> int:
-        """Per step."""
+        """Return the tokens of a step."""
         return self.sequences * self.sequence_length
 
     @property
     def utilization(self) -> float | None:
-        """Model FLOPs of the estimated step over the peak of the chips (MFU)."""
+        """Return the model FLOPs of the estimated step over the peak of the chips (MFU)."""
         if self.step_time is None or self.chip is None:
             return None
         return self.operations / (self.step_time.total * self.chips * self.chip.peak_flops)
 
     @property
     def hours(self) -> float | None:
-        """Estimated, of the whole run."""
+        """Return the estimated hours of the whole run."""
         return None if self.step_time is None else self.step_time.total * self.steps / 3600
 
     def price(self, per_chip_hour: float) -> float | None:
-        """Of the whole run."""
+        """Return the price of the whole run."""
         return None if self.hours is None else self.hours * self.chips * per_chip_hour
 
 
 def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any]) -> Plan:
-    """Compiles the training step of a validated config for devices, and reads what came out.
+    """Compile the training step of a validated config for devices, and read memory and collectives from it.
 
     Args:
-      topology: how the devices are called.
-      devices: of :func:`ttt_jax.planning.topology.devices`.
+      topology: name of the devices, for reports.
+      devices: from :func:`ttt_jax.planning.topology.devices`.
 
     Raises:
-      ConfigError: where the config does not fit the devices; too little memory is no error.
-      CompilerError: where the compiler fails at it.
+      ConfigError: where the mesh of the config does not fit the devices. Too little memory is not an error.
+      CompilerError: where the compiler fails.
     """
     shape = config_lib.mesh_shape(config, len(devices))
     run = compiled_step.make(config, sharding.make_mesh(shape, devices))
@@ -213,7 +213,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
 
 
 def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
-    """Sums over collectives of a kind, each as often as it is executed."""
+    """Sum the collectives of each kind, each as often as it is executed."""
     kinds = {}
     for kind in hlo.KINDS:
         some = [c for c in collectives if c.kind == kind]
@@ -225,7 +225,7 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
 
 
 def _compile(run: compiled_step.Program) -> jax.stages.Compiled | TooLarge:
-    """The compiled step, or how much memory it would have taken."""
+    """Return the compiled step, or the memory that it would have needed."""
     try:
         return run.compiled_step()
     except jax.errors.JaxRuntimeError as error:

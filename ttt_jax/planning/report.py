@@ -1,4 +1,4 @@
-"""A plan for people, and as JSON."""
+"""Print a plan as text or as JSON."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from ttt_jax.planning.search import Tried
 
 
 def text(plan: Plan, price: float | None = None) -> str:
-    """The whole report; ``price`` in USD per chip-hour."""
+    """Return the whole report; ``price`` is in USD per chip-hour."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     parts = f", in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     plural = "" if plan.chips == 1 else "s"
@@ -28,9 +28,9 @@ def text(plan: Plan, price: float | None = None) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and by how much or how much not."""
+    """Return in words whether a plan fits, with the memory that is left or missing."""
     if plan.available is None:
-        return f"{_size(plan.memory.total)}; how much there is is not known"
+        return f"{_size(plan.memory.total)}; the memory of a chip is not known"
     room = plan.available - plan.memory.total
     if plan.fits:
         return f"{_size(plan.memory.total)} of {_size(plan.available)}: fits, {_size(max(room, 0))} to spare"
@@ -38,12 +38,12 @@ def verdict(plan: Plan) -> str:
 
 
 def search_header() -> str:
-    """Above the lines of :func:`search_line`."""
+    """Return the header of the lines of :func:`search_line`."""
     return "  data  fsdp tensor  remat accumulation   compile       memory      step time"
 
 
 def search_line(tried: Tried) -> str:
-    """One choice of a search and what came of it."""
+    """Return a line about one choice of a search and its plan."""
     c, p = tried.choice, tried.plan
     choice = f"{c.data:6} {c.fsdp:5} {c.tensor:6} {c.remat:>6} {c.accumulation:12}"
     if p is None:
@@ -53,7 +53,7 @@ def search_line(tried: Tried) -> str:
 
 
 def as_dict(plan: Plan, price: float | None = None) -> dict[str, Any]:
-    """For JSON; sizes in bytes, times in seconds."""
+    """Return a plan for JSON; sizes in bytes, times in seconds."""
     t, hours = plan.step_time, plan.hours
     numbers = {
         **dataclasses.asdict(plan),
@@ -116,14 +116,14 @@ def _step(plan: Plan, price: float | None) -> list[str]:
 
 
 def _count(count: float, digits: int, units: str) -> str:
-    """A count in the largest of some units that leaves one of it or more, so that nothing is 0.0 M."""
+    """Format a count in the largest of ``units`` of which it has at least one, so that nothing reads 0.0 M."""
     sizes = {"G": 1e9, "M": 1e6, "k": 1e3}
     unit = next((unit for unit in units if count >= sizes[unit]), None)
     return f"{count:,.0f}" if unit is None else f"{count / sizes[unit]:,.{digits}f} {unit}"
 
 
 def _time(seconds: float) -> str:
-    """A time in seconds, or in the smaller unit that does not round it to nothing."""
+    """Format a time in seconds, or in a smaller unit where it would round to nothing."""
     if seconds >= 1e-3 or not seconds:
         return f"{seconds:.4f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-5 else f"{seconds * 1e6:.3g} us"
@@ -137,7 +137,7 @@ def _duration(hours: float) -> str:
 
 
 def _amount(amount: float, digits: int = 0) -> str:
-    """A number with so many decimals where that leaves two digits of it or more, else its first two digits."""
+    """Format a number with ``digits`` decimals, or with two significant digits where that would leave fewer."""
     if 0 < amount < 1e-3:
         return "under 0.001"
     if amount == 0 or amount >= 10 ** (1 - digits):

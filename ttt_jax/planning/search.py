@@ -1,4 +1,4 @@
-"""Which mesh, rematerialisation and accumulation a run is fastest with, of those that fit."""
+"""Search for the mesh, rematerialisation and accumulation with which a run fits and is fastest."""
 
 import collections
 import math
@@ -19,7 +19,7 @@ MOST_FAILURES = 24
 
 
 class Choice(NamedTuple):
-    """What a search varies; the global batch stays."""
+    """The settings that a search varies; the global batch stays the same."""
 
     data: int
     fsdp: int
@@ -28,14 +28,14 @@ class Choice(NamedTuple):
     accumulation: int
 
     def overrides(self) -> str:
-        """As arguments of a command."""
+        """Return the choice as arguments of a command."""
         values = {f"mesh.{axis}": getattr(self, axis) for axis in ("data", "fsdp", "tensor")}
         values |= {"model.remat": self.remat, "training.accumulation": self.accumulation}
         return " ".join(f"--config.{key}={value}" for key, value in values.items())
 
 
 class Guess(NamedTuple):
-    """What is known of a choice before it is compiled: bytes of a chip, and seconds; good for an order only."""
+    """A guess at the bytes per chip and the seconds of a choice, before it is compiled; good for an order only."""
 
     choice: Choice
     memory: float
@@ -43,7 +43,7 @@ class Guess(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """A choice and what came of it; None where the compiler failed at it."""
+    """A choice and its plan; None where the compiler failed."""
 
     choice: Choice
     plan: Plan | None
@@ -56,14 +56,14 @@ def search(
     most: int,
     progress: Callable[[Tried], None] = lambda tried: None,
 ) -> list[Tried]:
-    """Compiles choices, the most promising first, until so many were found that fit, or :data:`MOST_FAILURES` that do
-    not, for which the compiler takes seconds. Choices that no mesh splits cost nothing.
+    """Compile choices, the most promising first.
 
-    What a choice turned out to need corrects the guesses of those with the same remat and fsdp; a choice is passed over
-    that would then not fit.
+    The search ends when ``most`` choices fit, or when :data:`MOST_FAILURES` do not, each of which the compiler refuses
+    within seconds. Choices whose mesh does not divide the model are not compiled. The memory that a choice needs corrects
+    the guesses for others with the same remat and fsdp; choices that would then not fit are skipped.
 
     Returns:
-      What was compiled; the fastest that fits is :func:`best` of it.
+      The choices that were compiled. :func:`best` picks the fastest of them that fits.
     """
     tried: list[Tried] = []
     corrections: dict[tuple[str, int], float] = {}
@@ -72,26 +72,26 @@ def search(
         failed = len(tried) - sum(one.fits is not False for one in plans)
         if len(tried) - failed == most or failed == MOST_FAILURES:
             break
-        alike = (guess.choice.remat, guess.choice.fsdp)
+        family = (guess.choice.remat, guess.choice.fsdp)
         limit = next((one.available for one in plans if one.available), math.inf)
-        if guess.memory * corrections.get(alike, 0) > limit:
+        if guess.memory * corrections.get(family, 0) > limit:
             continue
         result: Plan | None
         try:
             result = plan(with_choice(config, guess.choice), topology, devices)
-        except ConfigError:  # a parameter does not divide
+        except ConfigError:  # the mesh does not divide a parameter
             continue
         except CompilerError:
             result = None
         tried.append(Tried(guess.choice, result))
         progress(tried[-1])
         if result is not None:
-            corrections[alike] = max(corrections.get(alike, 0), result.memory.total / guess.memory)
+            corrections[family] = max(corrections.get(family, 0), result.memory.total / guess.memory)
     return tried
 
 
 def best(tried: Sequence[Tried]) -> tuple[Choice, Plan] | None:
-    """The fastest by estimate of those that fit; where there is no estimate, the one that takes the least memory."""
+    """Return the choice that fits and is fastest by estimate; without estimates, the one with the least memory."""
 
     def rank(one: tuple[Choice, Plan]):
         plan = one[1]
@@ -102,7 +102,7 @@ def best(tried: Sequence[Tried]) -> tuple[Choice, Plan] | None:
 
 
 def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collections.ConfigDict:
-    """The config with the choice for its own."""
+    """Return a copy of a config with the settings of a choice."""
     config = config.copy_and_resolve_references()
     config.mesh.update(data=choice.data, fsdp=choice.fsdp, tensor=choice.tensor)
     config.model.remat = choice.remat
@@ -111,22 +111,22 @@ def with_choice(config: ml_collections.ConfigDict, choice: Choice) -> ml_collect
 
 
 def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[Guess]:
-    """All choices whose rows can be split, those that seem to fit first, and of those the fastest first.
+    """Return guesses at all choices that divide the rows: those that seem to fit first, the fastest of them first.
 
-    Choices that differ only in how data and fsdp share the rows are about as fast; that not all of them come in a row,
-    each counts as 5% slower than the one before.
+    Choices that differ only in how data and fsdp share the rows are about equally fast. So that they do not all come in
+    a row, each counts as 5% slower than the one before it.
     """
     chip = of_device(devices[0])
     room = math.inf if chip is None else chip.hbm
-    found = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
-    found.sort(key=lambda guess: (guess.seconds, guess.memory))
+    every = [_guess(config, choice, chip) for choice in _choices(config, len(devices))]
+    every.sort(key=lambda guess: (guess.seconds, guess.memory))
     alike: collections.Counter[tuple] = collections.Counter()
     keys = {}
-    for guess in found:
+    for guess in every:
         family = guess.choice[2:]
         keys[guess] = (guess.memory > room, guess.seconds * 1.05 ** alike[family], guess.memory)
         alike[family] += guess.memory <= room
-    return sorted(found, key=keys.__getitem__)
+    return sorted(every, key=keys.__getitem__)
 
 
 def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice]:
@@ -141,17 +141,19 @@ def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice
 
 
 def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
-    """What a choice would take, from the sizes of the model alone.
+    """Guess memory and time of a choice from the sizes of the model alone.
 
-    Memory: sharded parameters, gradients and moments, and the activations of a micro-batch. Collectives of each
-    micro-batch: weights gathered over fsdp, once for the forward and once for the backward pass; float32 gradients
+    Memory is that of sharded parameters, gradients and moments, and of the activations of a micro-batch. Collectives of
+    each micro-batch: weights gathered over fsdp, once for the forward and once for the backward pass; float32 gradients
     scattered over fsdp and summed over data; activations summed over tensor.
     """
     m, data, length = config.model, config.data, config.data.sequence_length
     shards, d = choice.fsdp * choice.tensor, m.width
     kinds = pattern.kinds(m)
     parameters = m.vocab_size * d + sum(kind.blocks * _parameters(kind.model, length) for kind in kinds)
-    tokens = data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length  # of a micro-batch, on a chip
+    tokens = (
+        data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length
+    )  # of a micro-batch on one chip
     itemsize = 2 if m.dtype == "bfloat16" else 4
     inside = [(kind.blocks, _inside_block(kind.model, length, itemsize, choice.tensor)) for kind in kinds]
     kept = d * itemsize
@@ -165,8 +167,8 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     if chip is None:
         return Guess(choice, memory, 0.0)
     others = {axis: (size - 1) / size for axis, size in choice._asdict().items() if axis in ("data", "fsdp", "tensor")}
-    sums = 5 if choice.remat == "block" else 4  # of activations, per block: 2 forwards, 1 of them again, 2 backwards
-    # Over all devices at once, the TPU compiler neither gathers nor scatters: it sums whole arrays.
+    sums = 5 if choice.remat == "block" else 4  # of activations per block: 2 forward, one of them again, 2 backward
+    # Over all devices at once, the TPU compiler sums whole arrays in place of gathering and scattering.
     whole = 2 if choice.fsdp == choice.data * shards else 1
     sent = whole * (2 * itemsize + 4) * parameters / choice.tensor * others["fsdp"]
     sent += 2 * 4 * parameters / shards * others["data"]
@@ -184,20 +186,26 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
 
 
 def _parameters(model: ml_collections.ConfigDict, length: int) -> float:
-    """Return the parameters of a block, but for vectors."""
+    """Return the number of parameters of a block, without vectors."""
     channel = len(channel_parts(model.channel)) * 3 * model.mlp_width
     return (channel + 4 * model.width) * model.width + MIXERS[model.mixer].memory(model, length).parameters
 
 
 def _inside_block(model: ml_collections.ConfigDict, length: int, itemsize: int, tensor: int) -> float:
-    """Return what the backward pass of a block reads, bytes a token: as many arrays as the TPU compiler keeps, by the
-    plans in docs/benchmarks.md. Those that are split between heads or over the feed-forward width lie in parts."""
+    """Return the bytes per token that a block keeps for its backward pass.
+
+    The number of arrays is what the TPU compiler keeps in the plans of docs/benchmarks.md. Arrays with heads or the
+    feed-forward width are split over tensor.
+    """
     mixer, channel = MIXERS[model.mixer].memory(model, length), len(channel_parts(model.channel)) * 3 * model.mlp_width
     arrays = mixer.arrays * model.width
     return itemsize * ((channel + arrays) / tensor + arrays) + mixer.bytes_per_head * model.num_heads / tensor
 
 
 def _turns(collectives: int, devices: int) -> float:
-    """So many collectives over so many devices, which cost more the longer the ring is: the TPU compiler makes loops of
-    some, of which each turn counts. A twentieth for each device is what plans of 1.3 G parameters come to."""
+    """Return the number of collectives, increased by a twentieth for each further device of the ring.
+
+    The TPU compiler turns some collectives into loops over the ring, in which each turn counts. The factor is fitted to
+    plans of models with 1.3 G parameters.
+    """
     return collectives * (1 + (devices - 1) / 20) if devices > 1 else 0

@@ -1,4 +1,4 @@
-"""Devices that need not be there: of a TPU topology, for its compiler alone, or as many CPU devices as wanted.
+"""Describe devices that need not be present: a TPU topology, for its compiler alone, or any number of CPU devices.
 
 The compiler of TPUs is the library ``libtpu``, which runs on any Linux machine.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 
-# The slices that Google offers. Those of v5p are boxes of many sizes; its compiler knows them.
+# The slices of v5e and v6e that Google offers. Those of v5p are boxes of many sizes, which its compiler checks.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _ACCEPTED = (
     f"v5e:AxB or v6e:AxB with AxB one of {', '.join(_FLAT)}; v5p:AxBxC, such as v5p:4x4x4; or cpu:N, such as cpu:8"
@@ -21,7 +21,7 @@ _ACCEPTED = (
 
 
 class Topology(NamedTuple):
-    """What ``--topology`` and ``--slices`` say."""
+    """The chips that ``--topology`` and ``--slices`` describe."""
 
     chip: str  # "v5e", "v6e", "v5p" or "cpu"
     shape: tuple[int, ...]  # of a slice
@@ -32,12 +32,12 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """In all slices together."""
+        """Return the number of chips in all slices together."""
         return math.prod(self.shape) * self.slices
 
 
 def parse(text: str, slices: int = 1) -> Topology:
-    """Reads ``v5e:16x16`` and its like; raises :class:`ConfigError` for all else."""
+    """Parse a topology such as ``v5e:16x16``; raise ConfigError for anything else."""
     match = re.fullmatch(r"(v5e|v6e|v5p|cpu):(\d+(?:x\d+)*)", text)
     shape = tuple(int(n) for n in match[2].split("x")) if match else ()
     known = match is not None and {
@@ -45,15 +45,15 @@ def parse(text: str, slices: int = 1) -> Topology:
         "v5p": len(shape) == 3,
     }.get(match[1], match[2] in _FLAT)
     if match is None or not known or min(shape) < 1:
-        raise ConfigError(f"--topology {text}: expected {_ACCEPTED}" + ("; --slices is of TPUs" if slices > 1 else ""))
+        raise ConfigError(f"--topology {text}: expected {_ACCEPTED}" + ("; --slices is for TPUs" if slices > 1 else ""))
     return Topology(match[1], shape, slices)
 
 
 def prepare(topology: Topology) -> None:
-    """Sets the environment that the TPU compiler needs; JAX and libtpu must not have been loaded before.
+    """Set the environment variables that the TPU compiler needs, before JAX and libtpu are loaded.
 
     Raises:
-      ConfigError: without libtpu.
+      ConfigError: where libtpu is not installed.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     if topology.chip == "cpu":
@@ -70,20 +70,20 @@ def prepare(topology: Topology) -> None:
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # errors; they come as exceptions too
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # fatal messages only; errors come as exceptions
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 
 def devices(topology: Topology) -> list:
-    """The devices, for meshes of programs that are compiled and, on TPUs, never run.
+    """Return the devices of a topology, for meshes of programs that are compiled and, for TPUs, never run.
 
     Raises:
-      ConfigError: where the compiler does not know the topology, or this process has other CPU devices already.
+      ConfigError: where the compiler does not know the topology, or this process has another number of CPU devices.
     """
     import jax
     from jax.experimental import topologies
 
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be read from it
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for absent devices
     if topology.chip == "cpu":
         jax.config.update("jax_platforms", "cpu")
         with contextlib.suppress(RuntimeError):  # where JAX has started already
