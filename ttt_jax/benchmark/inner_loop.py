@@ -1,6 +1,6 @@
-"""The inner loop alone, for benchmarks: in this package's ways and in the structure of the authors' code.
+"""Build the inner loop alone, for benchmarks: by this package, and in the structure of the TTT authors' code.
 
-Shapes: B batch, T tokens, H heads, d head width, b tokens per mini-batch.
+Shapes: B batch, T tokens, H heads, d head width, b tokens per mini-batch, n mini-batches.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens, ttt_linear, tt
 from ttt_jax.ttt.learner import Affine, Constants, Learner, Weights
 
 PATHS = ("official", "scan", "pallas")
-OFFICIAL = ("linear", "mlp")  # learners of the authors' code
+OFFICIAL = ("linear", "mlp")  # the learners of the authors' code
 _DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -37,20 +37,24 @@ def build(
     unroll: int = 1,
     restarts: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of q, k, v [B, T, H d], token_eta [B, T, H], position_eta [b], W0 and LN, and the shapes of these. Its
-    outputs are [B, T, H d] too: as projections leave what goes into the inner loop, and take what comes out of it.
+    """Return a function that runs the inner loop, and the shapes of its arguments.
+
+    The function takes q, k, v [B, T, H d], token_eta [B, T, H], position_eta [b], W0 and the LN of the learner, and
+    returns outputs [B, T, H d]: the layout between the projections of a layer.
 
     Args:
-      kind: the learner, a name in :data:`ttt_jax.ttt.learners.LEARNERS`, within the residual and norm of the paper.
-      dtype: of q, k, v and the outputs, ``bf16`` or ``f32``.
-      backward: also the gradients of all of these, for a first argument that is the gradient of the outputs.
+      kind: the learner, a name in :data:`ttt_jax.ttt.learners.LEARNERS`, with the residual and norm of the paper.
+      dtype: dtype of q, k, v and the outputs, ``bf16`` or ``f32``.
+      backward: whether the function also returns gradients of all arguments; it then takes the gradient of the outputs
+        as a further, first argument.
       path: ``official``, the structure of the authors' code (see :func:`official`); ``scan``,
         :func:`ttt_jax.ttt.scan.run`; ``pallas``, the fused kernel.
       remat_group, unroll: see :func:`ttt_jax.ttt.scan.run`; ``official`` and ``pallas`` have no unrolling.
-      restarts: for ``pallas``: a last argument, bool [B, n], says which mini-batches begin at W0.
+      restarts: whether the function takes a further, last argument, bool [B, n], which marks mini-batches that begin
+        at W0; ``pallas`` only.
 
     Raises:
-      ConfigError: for names that are not among these.
+      ConfigError: where a setting is not one of the above.
     """
     for name, value, known in (("kind", kind, learners.LEARNERS), ("dtype", dtype, _DTYPES), ("path", path, PATHS)):
         if value not in known:
@@ -112,11 +116,11 @@ def official(
     *,
     remat_group: int = 4,
 ) -> jax.Array:
-    """Outputs [B, T, H, d], computed as the authors' JAX code does: a function of one head of one sequence, scanned
-    over mini-batches in groups that are computed again backwards, under ``vmap`` over heads and over the batch; in the
-    dtype of q with W in float32, eta formed for every pair of tokens, the gradient of LN by autodiff.
+    """Compute outputs [B, T, H, d] as the authors' JAX code does, as a baseline for speed.
 
-    A baseline for speed. T is a multiple of b times ``remat_group``.
+    A function of one head of one sequence is scanned over mini-batches, in groups that the backward pass computes
+    again, under ``vmap`` over heads and over the batch. It computes in the dtype of q with W in float32, forms eta for
+    every pair of tokens, and takes the gradient of LN by autodiff. T is a multiple of b times ``remat_group``.
     """
     batch, tokens, heads, d = q.shape
     b = len(position_eta)
@@ -140,7 +144,7 @@ def official(
 
 
 def _official_mini_batch(norm, weights, q, k, v, eta):
-    """The dual form of one mini-batch of one head, q, k, v [b, d], eta [b, b]."""
+    """Compute the dual form of one mini-batch of one head from q, k, v [b, d] and eta [b, b]."""
 
     def layer_norm(z):
         mean = z.mean(-1, keepdims=True)
@@ -184,17 +188,17 @@ def build_self_check(
     remat_group: int = 4,
     device: str = "TPU v5 lite",
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return one of the functions that :mod:`ttt_jax.kernels.self_check` compiles, and the shapes of its arguments.
+    """Return a function that the self-check of a fused kernel compiles, and the shapes of its arguments.
 
     Args:
-      kind, dtype: as of :func:`build`.
-      heads: of one device; the check takes fewer where they would take long to compile.
+      kind, dtype: see :func:`build`.
+      heads: heads of one device; the check takes fewer where they would take long to compile.
       part: ``scan`` and ``kernel``, each with gradients, or ``inference``, the kernel without.
       remat_group: see :func:`ttt_jax.kernels.run.run`.
-      device: the kind of device, as JAX names it.
+      device: kind of device, as JAX names it.
 
     Raises:
-      ConfigError: for names that are not among these.
+      ConfigError: where a setting is not one of the above.
     """
     for name, value, known in (("kind", kind, ("linear", "mlp")), ("dtype", dtype, _DTYPES), ("part", part, PARTS)):
         if value not in known:

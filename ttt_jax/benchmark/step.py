@@ -1,4 +1,4 @@
-"""How long a training step takes, beside a plain matrix product of as many operations in the same run."""
+"""Time a training step, and plain matrix products of as many operations in the same run."""
 
 import resource
 import statistics
@@ -21,29 +21,29 @@ _MATMUL_SIZE = 2048
 
 
 class Measurement(NamedTuple):
-    """One benchmark; times in seconds."""
+    """The result of a benchmark of a training step; times in seconds."""
 
     model: str
     parameters: int
     compile_time: float
     step_times: list[float]
-    matmul_times: list[float]  # of a matrix product, in between the steps, scaled to the operations of a step
+    matmul_times: list[float]  # of matrix products between the steps, scaled to the operations of a step
     tokens: int  # per step
     operations: float  # model FLOPs per step
-    memory: int  # bytes: peak of the device where it tells, else of the process
+    memory: int  # peak bytes of the device where it reports them, else of the process
 
     @property
     def step_time(self) -> float:
-        """Median."""
+        """Return the median step time."""
         return statistics.median(self.step_times)
 
     @property
     def matmul_ratio(self) -> float:
-        """Median step time over the median time of as many operations in plain matrix products."""
+        """Return the median step time over the median time of as many operations in plain matrix products."""
         return self.step_time / statistics.median(self.matmul_times)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the measurement for JSON."""
         return {
             "model": self.model,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -77,7 +77,7 @@ class Measurement(NamedTuple):
 
 
 def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int = 2) -> Measurement:
-    """Compiles the training step of a config and times it on random tokens.
+    """Compile the training step of a config and time it on random tokens.
 
     Raises:
       ConfigError: where the config does not fit the devices.
@@ -125,7 +125,7 @@ def _random_batch(config: ml_collections.ConfigDict, run: compiled_step.Program)
 
 
 def _matmul(dtype: jnp.dtype, operations: float) -> Callable[[], float]:
-    """Times enough square matrix products for a tenth of the operations on each device; gives seconds for all."""
+    """Return a function that times matrix products of a tenth of the operations and returns seconds for all of them."""
     n, devices = _MATMUL_SIZE, jax.devices()
     operands = [jax.device_put(jnp.ones((n, n), dtype), device) for device in devices]
     product = jax.jit(lambda x: x @ x)

@@ -59,8 +59,8 @@ def search(
     """Compile choices, the most promising first.
 
     The search ends when ``most`` choices fit, or when :data:`MOST_FAILURES` do not, each of which the compiler refuses
-    within seconds. Choices whose mesh does not divide the model are not compiled. The memory that a choice needs corrects
-    the guesses for others with the same remat and fsdp; choices that would then not fit are skipped.
+    within seconds. Choices whose mesh does not divide the model are not compiled. The memory that a choice needs
+    corrects the guesses for others with the same remat and fsdp; choices that would then not fit are skipped.
 
     Returns:
       The choices that were compiled. :func:`best` picks the fastest of them that fits.

@@ -1,1 +1,1 @@
-"""Cycles of a program on a TPU, counted in the schedule that its compiler makes; no TPU is needed."""
+"""Count the cycles of a program on a TPU, without one, in the schedule that the TPU compiler makes."""

@@ -1,11 +1,11 @@
-"""One operation as the TPU compiler scheduled it: the bundles that run, how often, and what the units do in them.
+"""Count the cycles of one operation, and the use of each unit, from the bundles that the TPU compiler scheduled.
 
-A TPU core issues one bundle of instructions per cycle, waits included as empty bundles, so the bundles that run are the
-cycles that pass. Which of them run how often is found by running the program's scalar instructions, as far as its
-branches depend on them: loops over blocks, their pipelined first and last turns, what a kernel does in its first turn
-only. What cannot be known that way (a value read from memory) is counted as if no branch were taken, and told.
+A TPU core issues one bundle of instructions per cycle, and waits are empty bundles, so the bundles that run are the
+cycles that pass. To find how often each bundle runs, the scalar instructions on which branches depend are executed:
+loops over blocks with their pipelined first and last turns, and what a kernel does in its first turn only. Where a
+branch depends on an unknown value, such as one read from memory, it counts as not taken, and is reported.
 
-The listing is ``packed-bundles-post-ra``: after register allocation, in static single assignment, its addresses in
+The listing is ``packed-bundles-post-ra``: after register allocation, in static single assignment, with addresses in
 order. Later listings leave out the waits.
 """
 
@@ -20,17 +20,17 @@ from ttt_jax.benchmark.tpu_schedule.listing import DELAY_SLOTS, ScheduleError, b
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """One run of an operation.
+    """The counts of one run of an operation.
 
     Attributes:
-      cycles: bundles that run.
-      empty: of these, the bundles without an instruction: waiting for results or for a unit.
-      slots: how much of each kind of unit is used, in cycles of one: ``MATMUL`` counts the cycles for which a matrix
-        unit takes rows. ``VLOAD:FILL`` and ``VSTORE:SPILL`` are the part of ``VLOAD`` and ``VSTORE`` that moves
-        registers from and to memory for want of registers.
-      capacity: how many units there are of a kind.
-      uncertain: cycles that may be skipped by a branch that is not known.
-      unknown_loops: loops whose trip count is not known; they count as one turn.
+      cycles: number of bundles that run.
+      empty: number of these bundles without an instruction, which wait for results or for a unit.
+      slots: use of each kind of unit, in cycles of one unit: ``MATMUL`` counts the cycles in which a matrix unit takes
+        rows. ``VLOAD:FILL`` and ``VSTORE:SPILL`` are the parts of ``VLOAD`` and ``VSTORE`` that only move registers
+        from and to memory.
+      capacity: number of units of each kind.
+      uncertain: cycles that a branch on an unknown value may skip.
+      unknown_loops: number of loops with an unknown trip count, which count as one turn.
     """
 
     cycles: int
@@ -42,14 +42,14 @@ class Counts:
 
 
 def counts(listing: str, utilization: str) -> Counts:
-    """Counts one run of an operation.
+    """Count one run of an operation.
 
     Args:
-      listing: its ``packed-bundles-post-ra``.
+      listing: the ``packed-bundles-post-ra`` of the operation.
       utilization: its ``hlo-static-per-bundle-utilization``.
 
     Raises:
-      ScheduleError: where these are not in the form known here.
+      ScheduleError: where one of them is not in a known form.
     """
     bundles = parse(listing)
     names, capacity, rows = _utilization(utilization)
@@ -74,7 +74,7 @@ def counts(listing: str, utilization: str) -> Counts:
 
 
 def _utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
-    """Names of slots, how many of each there are, and how many are used in each bundle."""
+    """Return the names of slots, the number of each, and how many each bundle uses."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     rows = [[int(n) for n in line.split()] for line in lines if re.fullmatch(r"[\d ]+", line)]
     names = next((line.split(", ") for line in lines if line.startswith("MATMUL, ")), [])
@@ -94,17 +94,17 @@ class _Instruction:
     result: str
     opcode: str
     predicate: str
-    otherwise: str  # what the result is where the predicate does not hold: of moves
+    otherwise: str  # the result of a move where the predicate does not hold
     operands: tuple[str, ...]
 
 
 class Run:
-    """One run of the bundles of a schedule.
+    """A run of the bundles of a schedule, in which scalar instructions are executed as far as branches depend on them.
 
     Attributes:
       times: how often each bundle ran.
-      uncertain: bundles, as often as they ran, that a branch which is not known may skip.
-      unknown_loops: bundles that end a loop whose trips are not known.
+      uncertain: executions of bundles that a branch on an unknown value may skip.
+      unknown_loops: bundles that end a loop with an unknown trip count.
 
     Raises:
       ScheduleError: for a branch of an unknown form, and where the run does not end.
@@ -163,7 +163,7 @@ class Run:
             self.uncertain += running if doubts > 0 else 0
 
     def _evaluate(self, start: int, end: int, jumped_back: bool) -> None:
-        """Runs the instructions of some bundles; those that merge values come first in each."""
+        """Execute the instructions of bundles; in each bundle, those that merge values come first."""
         for place in self._places[bisect.bisect_left(self._places, start) : bisect.bisect_left(self._places, end)]:
             instructions = self._instructions[place]
             turn = jumped_back and place == start
@@ -174,7 +174,7 @@ class Run:
                     self._values[instruction.result] = self._result(instruction)
 
     def _merge(self, phi: _Instruction, place: int, turn: bool) -> int | None:
-        """Its operand from inside the loop after a jump back to it, else the one from before."""
+        """Return the operand from inside the loop after a jump back to its start, else the one from before the loop."""
         for operand in phi.operands:
             if (self._defined.get(operand, -1) >= place) == turn:
                 return self._value(operand)
@@ -257,7 +257,7 @@ _SPILLED = re.compile(r"\[smem:\[(#allocation\d+_spill)\]\]")
 
 
 def _instruction(text: str) -> _Instruction | None:
-    """A scalar instruction; None for others. A register that is spilled is the name of its place in memory."""
+    """Parse a scalar instruction; return None for others. A spilled register gets the name of its place in memory."""
     match = _RESULT.fullmatch(text.strip())
     if match is None:
         return None
@@ -276,13 +276,13 @@ def _instruction(text: str) -> _Instruction | None:
 
 
 def _needed(bundles: list[str], predicates: list[str]) -> tuple[dict[int, list[_Instruction]], dict[str, int]]:
-    """The instructions that predicates depend on, by bundle, and the bundle that each name is defined in."""
+    """Return the instructions that predicates depend on, by bundle, and the bundle in which each name is defined."""
     by_result: dict[str, list[tuple[int, _Instruction]]] = {}
     for place, bundle in enumerate(bundles):
         for text in bundle.split(";;"):
             if instruction := _instruction(text):
                 by_result.setdefault(instruction.result, []).append((place, instruction))
-    found: dict[int, list[_Instruction]] = {}
+    needed: dict[int, list[_Instruction]] = {}
     left, seen = [p.lstrip("!") for p in predicates], set[str]()
     while left:
         name = left.pop()
@@ -290,7 +290,7 @@ def _needed(bundles: list[str], predicates: list[str]) -> tuple[dict[int, list[_
             continue
         seen.add(name)
         for place, instruction in by_result.get(name, []):
-            found.setdefault(place, []).append(instruction)
+            needed.setdefault(place, []).append(instruction)
             operands = (*instruction.operands, instruction.predicate, instruction.otherwise)
             left += [operand.lstrip("!") for operand in operands]
-    return found, {name: some[0][0] for name, some in by_result.items()}
+    return needed, {name: uses[0][0] for name, uses in by_result.items()}

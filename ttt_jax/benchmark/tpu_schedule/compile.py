@@ -1,6 +1,6 @@
-"""Compiles a program for TPUs in a process of its own, which leaves the program and its schedule in a folder.
+"""Compile a program for TPUs in a process of its own, which writes the program and its schedule to a folder.
 
-A process of its own, because the compiler reads its flags once, when it is loaded.
+The compiler reads its flags once, when it is loaded, so it needs a new process:
 
     python -m ttt_jax.benchmark.tpu_schedule.compile FOLDER        with FOLDER/request.json
 """
@@ -26,19 +26,19 @@ from ttt_jax import garbage
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.errors import ConfigError
 
-LISTING = "packed-bundles-post-ra"  # never the final bundles, in which waits for results are left out
+LISTING = "packed-bundles-post-ra"  # the final bundles leave out waits for results
 UTILIZATION = "pre-delay_hlo-static-per-bundle-utilization"
 _REQUEST, _COMPILED, _PROGRAM, DUMP = "request.json", "compiled.json", "program.hlo.txt", "schedule"
 
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A function by name.
+    """A function to compile, by name.
 
     Attributes:
-      name: ``MODULE:NAME``, of an importable module or a Python file. ``NAME(**settings)`` returns a function and a
-        tuple of its arguments, trees of ``jax.ShapeDtypeStruct``.
-      settings: the keyword arguments of NAME: int, float, bool, str.
+      name: ``MODULE:NAME``, where MODULE is an importable module or a Python file. ``NAME(**settings)`` returns the
+        function and a tuple of its arguments, trees of ``jax.ShapeDtypeStruct``.
+      settings: keyword arguments of NAME: int, float, bool or str.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The training step of a validated config, over all chips of the topology; ``name`` is what it is called."""
+    """The training step of a validated config, over all chips of the topology; ``name`` is for reports."""
 
     config: ml_collections.ConfigDict
     name: str = "training step"
@@ -61,12 +61,12 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says.
+    """A compiled program.
 
     Attributes:
-      text: the optimized HLO.
-      seconds: that it took.
-      arguments, outputs, temporaries: bytes of HBM on one chip; outputs that take no argument's place.
+      text: optimized HLO.
+      seconds: time of the compilation.
+      arguments, outputs, temporaries: bytes of HBM on one chip; outputs without those that reuse an argument's memory.
     """
 
     text: str
@@ -77,10 +77,10 @@ class Compiled:
 
 
 def run(target: Function | Step, topology: str, folder: Path) -> Compiled:
-    """Compiles a target; the schedule is in ``folder / DUMP`` then.
+    """Compile a target, and leave its schedule in ``folder / DUMP``.
 
     Raises:
-      ConfigError: where target and topology do not exist or do not fit together.
+      ConfigError: where the target or the topology does not exist, or they do not fit together.
       ScheduleError: where the compiler fails.
     """
     request: dict[str, Any] = {"topology": topology}
@@ -95,8 +95,8 @@ def run(target: Function | Step, topology: str, folder: Path) -> Compiled:
     try:
         answer = json.loads((folder / _COMPILED).read_text())
     except FileNotFoundError:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        last = " ".join(said[-1].split())[:300] if said else "it said nothing"
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = " ".join(lines[-1].split())[:300] if lines else "without a message"
         raise ScheduleError(f"the compiler ended with status {done.returncode}: {last}") from None
     if "refused" in answer:
         raise ConfigError(answer["refused"])
@@ -123,7 +123,7 @@ def _environment(dump: Path) -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """The process: writes what became of the request."""
+    """Compile what the request in a folder asks for, and write the answer beside it."""
     request = json.loads((folder / _REQUEST).read_text())
     from ttt_jax.planning import topology as topology_lib
 
@@ -164,7 +164,7 @@ def _step(values: dict[str, Any], devices: list):
 
 
 def _function(name: str, settings: dict[str, Any], devices: list):
-    """The function, compiled for the first of the devices."""
+    """Compile the function for the first of the devices."""
     import jax
 
     build = _named(name)
@@ -174,20 +174,20 @@ def _function(name: str, settings: dict[str, Any], devices: list):
         known = f"{name.rpartition(':')[2]}{inspect.signature(build)}"
         raise ConfigError(f"--function {name}: {error}; expected settings of {known}") from error
     function, arguments = build(**settings)
-    here = jax.sharding.SingleDeviceSharding(devices[0])
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+    on_device = jax.sharding.SingleDeviceSharding(devices[0])
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
     return jax.jit(function).lower(*arguments).compile()
 
 
 def _named(name: str):
-    """What ``MODULE:NAME`` names."""
+    """Return the function that ``MODULE:NAME`` names."""
     module_name, _, attribute = name.rpartition(":")
     if module_name.endswith(".py"):
         path = Path(module_name)
         if not path.is_file():
             raise ConfigError(f"--function {name}: no such file; expected MODULE:NAME or FILE.py:NAME")
         spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None  # of a .py file there is one
+        assert spec is not None  # every .py file has one
         assert spec.loader is not None
         sys.path.insert(0, str(path.resolve().parent))
         module = importlib.util.module_from_spec(spec)
@@ -197,11 +197,11 @@ def _named(name: str):
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise ConfigError(f"--function {name}: {error}; expected MODULE:NAME or FILE.py:NAME") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    function = getattr(module, attribute, None)
+    if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise ConfigError(f"--function {name}: no such function; {module_name} has {', '.join(known) or 'none'}")
-    return found
+    return function
 
 
 def _first_line(error: Exception) -> str:

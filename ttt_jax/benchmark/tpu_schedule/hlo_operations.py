@@ -1,4 +1,4 @@
-"""The operations of a compiled program: how often each runs, what it moves to and from HBM, where it comes from."""
+"""List the operations of a compiled program: how often each runs, its bytes to and from HBM, and its origin."""
 
 import dataclasses
 import re
@@ -17,19 +17,19 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An instruction that runs: an operation on its own or a fusion of several.
+    """An instruction that runs: a single operation or a fusion of several.
 
     Attributes:
-      name: in the program, and of its schedule.
+      name: name in the program, and of its schedule.
       times: executions per run of the program.
-      hbm_bytes: that one execution reads from and writes to HBM, padding included; an operand counts once, of one
-        that is only sliced the slice, of one that is updated in place the update. Of a collective, 0.
+      hbm_bytes: bytes that one execution reads from and writes to HBM, padding included. An operand counts once; where
+        it is only sliced, the slice counts, and where it is updated in place, the update. 0 for collectives.
       asynchronous: whether it runs beside others, such as a copy between HBM and VMEM, or waits for other chips.
-      op_name: where in the traced program it comes from: ``jit(step)/.../layers/mixer/wq/dot_general``; of what the
-        compiler added, where its result goes.
-      signature: what it computes, of which shapes and layouts. The compiler makes one schedule for operations that
-        share it and names that after one of them.
-      vmem_bytes: of vector memory that it has for itself while it runs.
+      op_name: its place in the traced program, such as ``jit(step)/.../layers/mixer/wq/dot_general``; for operations
+        that the compiler added, the place that uses the result.
+      signature: what it computes, with shapes and layouts. The compiler makes one schedule for operations with equal
+        signatures and names it after one of them.
+      vmem_bytes: vector memory that it reserves while it runs.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a program runs.
+    """The operations of a program.
 
     Attributes:
-      loops: ``op_name`` and trips of each loop; None where the trips are not known: they count as one.
-      conditionals: how many there are; all of their branches count.
+      loops: ``op_name`` and trip count of each loop; a trip count of None is unknown and counts as one.
+      conditionals: number of conditionals; all of their branches count.
     """
 
     operations: list[Operation]
@@ -57,7 +57,7 @@ class Program:
 
 
 def read(text: str) -> Program:
-    """The operations of a program, in order.
+    """Return the operations of a program, in order.
 
     Args:
       text: ``compiled.as_text()``.
@@ -101,7 +101,7 @@ def read(text: str) -> Program:
 
 
 class _Names:
-    """The ``op_name`` of instructions around others, in one computation."""
+    """Names of places in the traced program, for instructions of one computation that have none of their own."""
 
     def __init__(self, instructions: list[Instruction]):
         self._by_name = {i.name: i for i in instructions}
@@ -111,7 +111,7 @@ class _Names:
                 self._users.setdefault(operand, []).append(i.name)
 
     def near(self, name: str) -> str:
-        """Of the nearest instruction that has one: of those that take the result, else of those that give operands."""
+        """Return the ``op_name`` of the nearest instruction that uses the result, else of one that makes an operand."""
         users = self._search(name, lambda at: self._users.get(at, []))
         return users or self._search(name, lambda at: self._by_name[at].operands)
 
@@ -127,7 +127,7 @@ class _Names:
 
 
 def _moved(computations: Computations, shapes: dict[str, str], instruction: Instruction) -> tuple[int, bool]:
-    """Bytes of HBM that one execution reads and writes, and whether it runs beside others."""
+    """Return the bytes of HBM that one execution reads and writes, and whether it runs beside others."""
     opcode = instruction.opcode
     if _is_collective(opcode):
         return 0, True
@@ -152,22 +152,25 @@ def _is_collective(opcode: str) -> bool:
 
 
 def _allocates(instruction: Instruction) -> bool:
-    """Whether it only makes room for a result."""
+    """Return whether an instruction only allocates memory for a result."""
     return 'custom_call_target="AllocateBuffer"' in instruction.rest
 
 
 def _asynchronous(shape: str) -> int:
-    """Of a copy: the result is ``(destination, source, ...)``, of other operations ``((operands), result, ...)``; what
-    moves is the smaller one, on the sides of it that are HBM."""
+    """Return the bytes that an asynchronous operation moves, from the shape of its start.
+
+    The shape is ``(destination, source, ...)`` for copies and ``((operands), result, ...)`` for others. The smaller of
+    the two moves, and counts once for each side that is in HBM.
+    """
     parts = hlo.elements(shape)[:2]
     padded = [sum(hlo.padded_bytes(part)) for part in parts]
     return sum(min(padded) for part in parts if hlo.hbm_bytes(part)) if len(parts) == 2 else 0
 
 
 def _signature(computations: Computations, shapes: dict[str, str], instruction: Instruction) -> str:
-    """Of two instructions equal where they compute the same of the same shapes, whatever anything is called."""
+    """Return a text that is equal for instructions that compute the same with the same shapes, under any names."""
     if _allocates(instruction):
-        return "AllocateBuffer"  # of any shape: it does nothing
+        return "AllocateBuffer"  # for every shape, as it computes nothing
     inside = "".join(_canonical(computations, name) for name in instruction.called if name in computations)
     kernel = instruction.attribute(r'"body": ?"([^"]*)"')
     operands = " ".join(shapes.get(name, "") for name in instruction.operands)
@@ -175,7 +178,7 @@ def _signature(computations: Computations, shapes: dict[str, str], instruction: 
 
 
 def _canonical(computations: Computations, name: str) -> str:
-    """A computation with numbers for names, in the order in which its result needs them."""
+    """Return the text of a computation with numbers in place of names, in the order in which its result needs them."""
     by_name = {i.name: i for i in computations[name]}
     numbers: dict[str, int] = {}
     lines = []
@@ -196,7 +199,7 @@ def _canonical(computations: Computations, name: str) -> str:
 
 
 def _attributes(instruction: Instruction) -> str:
-    """Those that say what is computed."""
+    """Return the attributes of an instruction that determine what it computes."""
     named = r"(dimensions|dim_labels|window|slice|index|direction|iota_dimension|kind|padding|custom_call_target"
     sizes = r"|\w+_dims|slice_sizes|dynamic_slice_sizes|feature_group_count|batch_group_count)=(\{.*?\}|\S+)"
     rest = re.sub(r"/\*.*?\*/", "", instruction.rest)  # such as /*index=5*/
@@ -212,7 +215,7 @@ class _Line(NamedTuple):
 
 
 def _flat(computations: Computations, shapes: dict[str, str], outer: Instruction) -> dict[str, _Line]:
-    """What an instruction computes, fusions in fusions opened; its operands are parameters, its result the last."""
+    """Return the lines of an instruction with nested fusions inlined, its operands as parameters, its result last."""
     lines = {name: _Line(shapes.get(name, ""), "parameter", []) for name in outer.operands}
 
     def open_(instruction: Instruction, operands: list[str]) -> None:
@@ -234,7 +237,7 @@ def _flat(computations: Computations, shapes: dict[str, str], outer: Instruction
 
 
 def _read_and_written(lines: dict[str, _Line], outer: Instruction) -> int:
-    """Bytes of HBM."""
+    """Return the bytes of HBM that an instruction reads and writes."""
     moved = 0
     for name in set(outer.operands):
         if whole := hlo.hbm_bytes(lines[name].shape):
@@ -251,7 +254,7 @@ def _read_and_written(lines: dict[str, _Line], outer: Instruction) -> int:
 
 
 def _read(lines: dict[str, _Line], array: str) -> int:
-    """Bytes that are read of an array: parts of it where it is only sliced, none where it is only updated in place."""
+    """Return the bytes that are read of an array: its slices if it is only sliced, 0 if it is only updated in place."""
     read = 0
     for name, use in lines.items():
         places = [index for index, operand in enumerate(use.operands) if operand == array]
@@ -267,8 +270,11 @@ def _read(lines: dict[str, _Line], array: str) -> int:
 
 
 def _written(lines: dict[str, _Line], result: str, whole: int) -> int:
-    """Bytes that are written of a result: the update, where it updates an array in place; none of an operand that only
-    passes through, nor of what a collective, which some fusions carry on beside their work, makes of it."""
+    """Return the bytes that are written of a result.
+
+    Where an array is updated in place, only the update counts. An operand that only passes through counts 0, as does
+    the result of a collective, which some fusions run beside their own work.
+    """
     passed = lines[_through_views(lines, result, ("bitcast",))].opcode
     if passed == "parameter" or _is_collective(passed):
         return 0
@@ -280,7 +286,7 @@ def _written(lines: dict[str, _Line], result: str, whole: int) -> int:
 
 
 def _through_views(lines: dict[str, _Line], name: str, views: tuple[str, ...]) -> str:
-    """What an array is a view of."""
+    """Return the array of which another is a view."""
     while lines[name].opcode in views and lines[name].operands and lines[name].operands[0] in lines:
         name = lines[name].operands[0]
     return name

@@ -1,19 +1,19 @@
-"""A schedule as the TPU compiler lists it: bundles with their instructions, comments and branches."""
+"""Read schedules as the TPU compiler lists them: bundles with their instructions, comments, branches and calls."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-DELAY_SLOTS = 4  # bundles after a branch that run in any case
+DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})? *:[> ]*\{(.*)\}")
 
 
 class ScheduleError(RuntimeError):
-    """A schedule that is not there or not in the form known here; one line."""
+    """A schedule that is missing or in an unknown form. The message is one line."""
 
 
 def parse(listing: str) -> list[str]:
-    """The instructions of each bundle, without comments; empty where there are none.
+    """Return the instructions of each bundle, without comments; "" for an empty bundle.
 
     Raises:
       ScheduleError: where there are no bundles, or some are missing.
@@ -22,7 +22,7 @@ def parse(listing: str) -> list[str]:
 
 
 def with_comments(listing: str) -> list[tuple[str, str]]:
-    """The instructions of each bundle, and its comments; raises as :func:`parse`."""
+    """Return the instructions and the comments of each bundle, with the errors of :func:`parse`."""
     bundles: list[tuple[str, str]] = []
     for text, comments in _lines(listing):
         if match := _BUNDLE.match(text):
@@ -35,7 +35,7 @@ def with_comments(listing: str) -> list[tuple[str, str]]:
 
 
 def _lines(listing: str) -> Iterator[tuple[str, str]]:
-    """Lines without comments, and their comments. Comments have lines in them, and comments."""
+    """Yield lines without comments, and their comments, which may contain line breaks and further comments."""
     text: list[str] = []
     comments: list[str] = []
     depth = 0
@@ -55,30 +55,31 @@ def _lines(listing: str) -> Iterator[tuple[str, str]]:
 
 
 def branches(bundles: list[str]) -> dict[int, tuple[str, int]]:
-    """Bundles that branch: the predicate, empty where there is none and ``!`` before it where it is negated, and the
-    bundle that is next where it holds.
+    """Return the predicate and the target of each bundle that branches.
+
+    The predicate is "" for an unconditional branch, and begins with ``!`` where it is negated.
 
     Raises:
       ScheduleError: for a branch of another form.
     """
-    found = {}
+    targets = {}
     for index, bundle in enumerate(bundles):
         if "sbr." not in bundle:
             continue
         match = re.search(r"= sbr\.rel (?:\((!?%\w+)\) )?target bundleno = (\d+)", bundle)
         if match is None:
             raise ScheduleError(f"bundle {index:x}: a branch of an unknown form: {bundle[:80]}")
-        found[index] = (match[1] or "", int(match[2]))
-    return found
+        targets[index] = (match[1] or "", int(match[2]))
+    return targets
 
 
 def called(listing: str) -> list[str]:
-    """The operations that it calls, in order."""
+    """Return the operations that the listing of a whole program calls, in order."""
     return [name for name in _calls(with_comments(listing)) if name]
 
 
 def _calls(lines: Sequence[tuple[str, str]]) -> list[str]:
-    """For each bundle, the operation that it calls, which a comment names: ``%fusion.1 = fusion(%x, %y)``."""
+    """Return the operation that each bundle calls, from a comment such as ``%fusion.1 = fusion(%x, %y)``, else ""."""
     return [
         match[1] if "inlined_call" in text and (match := re.search(r"%([\w.$-]+) = ", comments)) else ""
         for text, comments in lines
@@ -86,12 +87,13 @@ def _calls(lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
-    """Bundles of the top-level program that run, by the operation that they call or have called; of none, ``""``.
+    """Count the cycles between operations, by the operation that is called next in the same loop, else before.
 
-    Each runs as often as the operations that are called around it, in the same loop.
+    The top-level program calls operations one after the other, in loops. Its own bundles run as often as the operations
+    around them. Bundles without an operation in their loop count for the name "".
 
     Args:
-      listing: its ``packed-bundles-post-ra``.
+      listing: the ``packed-bundles-post-ra`` of the top-level program.
       times: executions of the operations that it calls, by name.
 
     Raises:
@@ -101,7 +103,7 @@ def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
     jumps = branches([text for text, _ in lines])
     loops = sorted((target - at, target, at) for at, (_, target) in jumps.items() if target <= at)
     loop_of: list[int | None] = [None] * len(lines)
-    for number, (_, first, last) in enumerate(loops):  # those around others first
+    for number, (_, first, last) in enumerate(loops):  # outer loops first: inner ones overwrite them
         end = min(len(lines), last + 1 + DELAY_SLOTS)
         loop_of[first:end] = [number] * (end - first)
     calls = _calls(lines)
@@ -117,7 +119,7 @@ def cycles(listing: str, times: Mapping[str, int]) -> dict[str, int]:
 
 
 def _nearest(order: Iterable[int], calls: Sequence[str], loop_of: Sequence[int | None]) -> dict[int, str]:
-    """For each bundle the operation that was called last in its own loop, in this order."""
+    """Return for each bundle the operation that was called last in its own loop, in the given order."""
     last: dict[int | None, str] = {}
     nearest = {}
     for index in order:

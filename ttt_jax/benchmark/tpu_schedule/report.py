@@ -1,4 +1,4 @@
-"""Schedules as text and as JSON."""
+"""Print schedules as text and as JSON, with the time of each part of a training step."""
 
 import io
 import re
@@ -26,7 +26,7 @@ _NOT_MODELLED = (
 
 
 def text(schedule: Schedule, top: int = 15) -> str:
-    """For people; with the ``top`` operations that take longest."""
+    """Return a report with the ``top`` operations that take longest."""
     s, chip = schedule, schedule.chip
     console = _console()
     memory = " + ".join(
@@ -61,7 +61,7 @@ def text(schedule: Schedule, top: int = 15) -> str:
 
 
 def as_dict(schedule: Schedule) -> dict[str, Any]:
-    """For programs; times in seconds, memory in bytes, cycles and bytes of all executions."""
+    """Return a schedule for JSON; times in seconds, memory in bytes, cycles and bytes of all executions."""
     s = schedule
     return {
         "target": s.target,
@@ -93,7 +93,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
 
 
 def comparison(schedules: Mapping[str, Schedule]) -> str:
-    """A line per schedule, by its name, with its ratio to the first: how many times as fast."""
+    """Return a table with a line per schedule, and its speed as a ratio to the first."""
     first = next(iter(schedules.values()))
     of_step = bool(seconds_of_parts(first.operations))
     table = Table(box=None, pad_edge=False)
@@ -160,7 +160,7 @@ def _operations(operations: Sequence[Scheduled], top: int, total: float) -> Tabl
 
 
 def _remarks(s: Schedule) -> list[str]:
-    """What is left out of the count of this schedule, or uncertain."""
+    """Return lines about what the counts of a schedule leave out, or leave uncertain."""
     lines = []
     if s.unknown_loops:
         lines.append(f"counted as one turn, their trips are not known: {s.unknown_loops} loops")
@@ -179,7 +179,7 @@ def _remarks(s: Schedule) -> list[str]:
 
 
 def _collectives(s: Schedule) -> dict[str, dict[str, float]]:
-    """Executions, bytes of the whole arrays, and bytes that a chip sends, by kind."""
+    """Return by kind of collective: executions, bytes of the whole arrays, and bytes that a chip sends."""
     kinds: dict[str, dict[str, float]] = {}
     for c in s.collectives:
         found = kinds.setdefault(c.kind, {"count": 0, "bytes": 0, "sent": 0.0})
@@ -239,7 +239,7 @@ PARTS = (INNER_LOOP, MIXER, FEED_FORWARD, BLOCK, ENDS, OPTIMIZER, UNKNOWN)
 
 
 def part_of(op_name: str) -> str:
-    """One of :data:`PARTS`."""
+    """Return the part of a training step, one of :data:`PARTS`, to which an operation belongs."""
     for pattern, part in (
         ("_inner_loop", INNER_LOOP),
         ("/mixer", MIXER),
@@ -256,7 +256,7 @@ def part_of(op_name: str) -> str:
 
 
 def seconds_of_parts(operations: Iterable[Scheduled]) -> dict[str, float]:
-    """Time of each part of a step, those that take any; empty of other programs."""
+    """Return the time of each part of a training step that takes any; nothing for other programs."""
     operations = list(operations)
     if not any("(LanguageModel)" in o.operation.op_name for o in operations):
         return {}

@@ -1,4 +1,8 @@
-"""A program's schedule: each operation with its cycles, its bytes of HBM and its time."""
+"""Compile a program for TPUs that need not be present, and count the cycles, bytes and time of each operation.
+
+Clocks are not published. They follow from the peak of the data sheet and the size of the matrix units, and come out at
+1.50 GHz (v5e) and 1.75 GHz (v6e, v5p). That is an assumption, so ratios of times are more reliable than times.
+"""
 
 import contextlib
 import dataclasses
@@ -21,14 +25,14 @@ from ttt_jax.planning import hlo, topology
 
 @dataclasses.dataclass(frozen=True)
 class Clocked:
-    """A chip.
+    """A chip with its clock.
 
     Attributes:
-      products: multiply-adds per cycle of all its matrix units: cloud.google.com/tpu/docs has 4 units of 128 x 128 per
-        core, v6e 2 of 256 x 256, to each of which its compiler gives 2 rows per cycle.
-      cores: that share the work on a chip; the schedule is that of one.
+      products: multiply-adds per cycle of all matrix units. By cloud.google.com/tpu/docs a core has 4 units of
+        128 x 128, on v6e 2 of 256 x 256, to each of which the compiler gives 2 rows per cycle.
+      cores: number of cores that share the work of a chip; the schedule is for one of them.
       clock: Hz.
-      hbm_bandwidth: bytes/s, of the data sheet.
+      hbm_bandwidth: bytes/s, from the data sheet.
     """
 
     name: str
@@ -52,12 +56,12 @@ CLOCKED = {
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """An operation as it is scheduled.
+    """An operation with its schedule.
 
     Attributes:
-      counts: of one execution; None where it has no schedule of its own, as it only starts a copy or handles scalars,
-        and where its cycles mean nothing, as it waits for other chips.
-      control_cycles: around it, of all executions.
+      counts: counts of one execution. None where the operation has no schedule of its own, because it only starts a
+        copy or handles scalars, and where its cycles mean nothing, because it waits for other chips.
+      control_cycles: cycles of the calling program around the operation, in all executions.
     """
 
     operation: Operation
@@ -67,31 +71,31 @@ class Scheduled:
 
     @property
     def cycles(self) -> int:
-        """Of all executions, with what is around them."""
+        """Return the cycles of all executions, with the control cycles around them."""
         return self.control_cycles + (self.operation.times * self.counts.cycles if self.counts else 0)
 
     @property
     def hbm_bytes(self) -> int:
-        """Of all executions."""
+        """Return the bytes of HBM of all executions."""
         return self.operation.times * self.operation.hbm_bytes
 
     @property
     def compute_seconds(self) -> float:
-        """Of its cycles."""
+        """Return the time of the cycles."""
         return self.cycles / self.chip.clock
 
     @property
     def memory_seconds(self) -> float:
-        """Of its bytes, at the bandwidth of the data sheet."""
+        """Return the time of the bytes, at the bandwidth of the data sheet."""
         return self.hbm_bytes / self.chip.hbm_bandwidth
 
     @property
     def seconds(self) -> float:
-        """The larger of both; the time of its bytes does not count where they move beside other operations."""
+        """Return the larger of both times; bytes that move beside other operations take no time of their own."""
         return self.compute_seconds if self.operation.asynchronous else max(self.compute_seconds, self.memory_seconds)
 
     def utilization(self, unit: str) -> float:
-        """The share of its cycles, times units, in which one of a kind is used."""
+        """Return the share of cycles, times units, in which a unit of a kind is used."""
         if self.counts is None or not self.counts.cycles or not self.counts.capacity.get(unit):
             return 0.0
         return self.counts.slots[unit] / (self.counts.cycles * self.counts.capacity[unit])
@@ -99,16 +103,16 @@ class Scheduled:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """One run of a program on one chip.
+    """The schedule of one run of a program on one chip.
 
     Attributes:
-      operations: in the order of the hlo_operations.
-      other_cycles: before the first operation and after the last.
-      loops: where each comes from, and its trips; None where these are not known: they count as one.
-      conditionals: of the program; all of their branches count.
-      collectives: between chips; they have bytes and no time.
-      without_schedule: operations that are called, but no schedule was found for; they count no cycles.
-      unmatched: schedules of no operation of the program; they do not count.
+      operations: operations in the order of the program.
+      other_cycles: cycles before the first operation and after the last.
+      loops: ``op_name`` and trip count of each loop; a trip count of None is unknown and counts as one.
+      conditionals: number of conditionals; all of their branches count.
+      collectives: collectives between chips; they have bytes and no time.
+      without_schedule: operations that are called but have no schedule; they count no cycles.
+      unmatched: schedules that belong to no operation of the program; they do not count.
     """
 
     target: str
@@ -125,38 +129,41 @@ class Schedule:
 
     @cached_property
     def cycles(self) -> int:
-        """Of all operations and what is between them."""
+        """Return the cycles of all operations and of the program between them."""
         return sum(o.cycles for o in self.operations) + self.other_cycles
 
     @property
     def control_cycles(self) -> int:
-        """Of these, between operations."""
+        """Return the cycles between operations."""
         return sum(o.control_cycles for o in self.operations) + self.other_cycles
 
     @cached_property
     def hbm_bytes(self) -> int:
-        """Read and written."""
+        """Return the bytes of HBM that are read and written."""
         return sum(o.hbm_bytes for o in self.operations)
 
     @property
     def compute_seconds(self) -> float:
-        """Of all cycles."""
+        """Return the time of all cycles."""
         return self.cycles / self.chip.clock
 
     @property
     def memory_seconds(self) -> float:
-        """Of all bytes, at the bandwidth of the data sheet."""
+        """Return the time of all bytes, at the bandwidth of the data sheet."""
         return self.hbm_bytes / self.chip.hbm_bandwidth
 
     @cached_property
     def seconds(self) -> float:
-        """The estimate: every operation as long as the longer of its cycles and its bytes take, one after the other;
-        at least as long as all bytes take."""
+        """Return the estimated time.
+
+        It is the sum over operations of the longer of the times of cycles and bytes, or the time of all bytes where
+        that is longer.
+        """
         one_by_one = sum(o.seconds for o in self.operations) + self.other_cycles / self.chip.clock
         return max(one_by_one, self.memory_seconds)
 
     def utilization(self, unit: str) -> float:
-        """The share of all cycles, times units, in which one of a kind is used: ``MATMUL``, ``XLU``, ``VALU``, ..."""
+        """Return the share of all cycles, times units, in which a unit of a kind (``MATMUL``, ``XLU``, ...) is used."""
         counted = [o for o in self.operations if o.counts]
         used = sum(o.operation.times * o.counts.slots.get(unit, 0) for o in counted if o.counts)
         capacity = next((o.counts.capacity.get(unit, 0) for o in counted if o.counts), 0)
@@ -164,41 +171,41 @@ class Schedule:
 
     @property
     def waiting(self) -> float:
-        """The share of all cycles in which operations issue nothing, as they wait for results or for a unit."""
+        """Return the share of all cycles in which operations issue nothing while they wait for results or a unit."""
         return sum(o.operation.times * o.counts.empty for o in self.operations if o.counts) / self.cycles
 
     @property
     def units(self) -> list[str]:
-        """Kinds of units, as the compiler calls them."""
+        """Return the kinds of units, as the compiler names them."""
         return next((list(o.counts.slots) for o in self.operations if o.counts), [])
 
     @property
     def vmem_bytes(self) -> int:
-        """The most that an operation takes of vector memory for itself; what stays there between operations, not."""
+        """Return the most vector memory that an operation reserves, without what stays there between operations."""
         return max((o.operation.vmem_bytes for o in self.operations), default=0)
 
     @property
     def uncertain_cycles(self) -> int:
-        """Cycles that may be skipped, by a branch that is not known."""
+        """Return the cycles that a branch on an unknown value may skip."""
         return sum(o.operation.times * o.counts.uncertain for o in self.operations if o.counts)
 
     @property
     def unknown_loops(self) -> int:
-        """Loops, of the program and inside operations, that count as one turn as their trips are not known."""
+        """Return the number of loops, of the program and inside operations, whose unknown trip count counts as one."""
         inside = sum(o.counts.unknown_loops for o in self.operations if o.counts)
         return inside + sum(trips is None for _, trips in self.loops)
 
 
 def measure(target: Function | Step, topology_name: str = "v5e:1x1", keep: Path | None = None) -> Schedule:
-    """Compiles a target for chips that need not be there, and counts.
+    """Compile a target for chips that need not be present, and count its schedule.
 
     Args:
-      topology_name: ``v5e:2x2`` and its like; a function runs on one chip of it.
-      keep: a folder that keeps the program and the compiler's files; without, they are removed.
+      topology_name: a topology such as ``v5e:2x2``; a function runs on one of its chips.
+      keep: a new folder for the program and the compiler's files, which are otherwise removed.
 
     Raises:
-      ConfigError: where the target or the topology cannot be.
-      ScheduleError: where the compiler fails, or leaves a schedule in a form not known here.
+      ConfigError: where the target or the topology does not exist.
+      ScheduleError: where the compiler fails, or leaves a schedule in an unknown form.
     """
     parsed = topology.parse(topology_name)
     if parsed.chip not in CLOCKED:
@@ -209,7 +216,7 @@ def measure(target: Function | Step, topology_name: str = "v5e:1x1", keep: Path 
 
 
 def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Schedule:
-    """Counts what a compilation left."""
+    """Count the schedule that a compilation has left in a folder."""
     chip = CLOCKED[topology.parse(topology_name).chip]
     files = _files(dump)
     if "TLP" not in files:
@@ -217,15 +224,15 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
             f"the compiler left {len(files)} schedules and none of the program that calls them; "
             "known to work: libtpu 0.0.52"
         )
-    found = hlo_operations.read(compiled.text)
+    program = hlo_operations.read(compiled.text)
     listing = files["TLP"][0].read_text(errors="replace")
     calls = set(listing_lib.called(listing))
     counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}
-    by_signature = {o.signature: counted[o.name] for o in found.operations if o.name in counted}
-    times = {o.name: o.times for o in found.operations}
+    by_signature = {o.signature: counted[o.name] for o in program.operations if o.name in counted}
+    times = {o.name: o.times for o in program.operations}
     around = listing_lib.cycles(listing, times)
     operations = []
-    for o in found.operations:
+    for o in program.operations:
         counts = None if o.asynchronous else counted.get(o.name, by_signature.get(o.signature))
         operations.append(Scheduled(o, counts, around.pop(o.name, 0), chip))
     ends = sum(counts.cycles for name, counts in counted.items() if name.startswith("<late-"))
@@ -236,8 +243,8 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
         compiled=compiled,
         operations=operations,
         other_cycles=ends + sum(around.values()),
-        loops=found.loops,
-        conditionals=found.conditionals,
+        loops=program.loops,
+        conditionals=program.conditionals,
         collectives=hlo.collectives(compiled.text),
         without_schedule=[
             o.operation.name
@@ -256,8 +263,8 @@ def _counts(name: str, listing: Path, utilization: Path) -> Counts:
 
 
 def _files(dump: Path) -> dict[str, tuple[Path, Path]]:
-    """Listing and utilization of each operation; of several tries of the compiler, the last."""
-    found: dict[str, tuple[Path, Path]] = {}
+    """Return the files with listing and utilization of each operation, from the last try of the compiler."""
+    files: dict[str, tuple[Path, Path]] = {}
     for listing in sorted(dump.glob(f"*-{compile.LISTING}.txt")):
         match = re.fullmatch(rf"(\d+-(.+))-\d+-{compile.LISTING}\.txt", listing.name)
         if match is None:
@@ -265,8 +272,8 @@ def _files(dump: Path) -> dict[str, tuple[Path, Path]]:
         others = sorted(dump.glob(f"{_escaped(match[1])}-[0-9]*-{compile.UTILIZATION}.txt"))
         if not others:
             raise ScheduleError(f"the schedule of {match[2]}: no utilization beside it")
-        found[match[2]] = (listing, others[0])
-    return found
+        files[match[2]] = (listing, others[0])
+    return files
 
 
 def _escaped(name: str) -> str:
