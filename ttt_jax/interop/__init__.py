@@ -1,1 +1,1 @@
-"""Other people's checkpoints and reference numbers."""
+"""Work with other people's code: checkpoints and reference numbers of the authors, and the evaluation harness."""

@@ -1,4 +1,4 @@
-"""Files with numbers computed by other code, and how far ours are from them."""
+"""Load numbers that other code computed, and measure how far ours are from them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ Oracle = Mapping[str, Any]  # name to array
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The largest error of each kind found in one file.
+    """The largest error of each kind of number in a file.
 
     Attributes:
-      errors: kind to error.
-      tolerance: kind to the largest error allowed.
+      errors: from kind to error.
+      tolerance: from kind to the largest error allowed.
     """
 
     errors: dict[str, float]
@@ -24,7 +24,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something was compared and every error is within tolerance (NaN is not)."""
+        """Return whether something was compared and every error is within tolerance; NaN is not."""
         return bool(self.errors) and all(error <= self.tolerance[kind] for kind, error in self.errors.items())
 
     def __str__(self) -> str:
@@ -46,13 +46,13 @@ def largest(ours: Any, theirs: Any) -> float:
 
 
 def relative(ours: Any, theirs: Any) -> float:
-    """Return the largest difference relative to their number."""
+    """Return the largest difference of two numbers, relative to theirs."""
     size = np.maximum(np.abs(np.asarray(theirs, np.float64)), 1e-30)
     return largest(ours / size, theirs / size)
 
 
 def relative_norm(ours: Any, theirs: Any) -> float:
-    """Return the norm of the difference relative to that of their array."""
+    """Return the norm of the difference, relative to the norm of their array."""
     size = float(np.linalg.norm(np.asarray(theirs, np.float64)))
     return float(np.linalg.norm(_difference(ours, theirs))) / max(size, 1e-30)
 

@@ -1,7 +1,7 @@
-"""Trained models for EleutherAI's lm-evaluation-harness (``pip install 'lm-eval>=0.4.13'``).
+"""Make trained models known to EleutherAI's lm-evaluation-harness (``pip install 'lm-eval>=0.4.13'``).
 
-Importing this module registers the model type ``ttt_jax`` with the harness. ``ttt harness`` runs tasks; the harness's
-own command, with this model type known to it, is
+Importing this module registers the model type ``ttt_jax`` with the harness. ``ttt harness`` runs tasks. To run the
+harness's own command with this model type:
 
     python -m ttt_jax.interop.harness run --model ttt_jax --model_args workdir=runs/a --tasks lambada_openai
 """
@@ -34,31 +34,33 @@ try:
 except ImportError as error:
     raise ConfigError(f"lm-evaluation-harness: {error}; pip install 'lm-eval>=0.4.13'") from error
 
-from tqdm import tqdm  # with the harness
+from tqdm import tqdm  # installed with the harness
 
-NO_GENERATION = "text is not generated yet; expected tasks that ask for likelihoods: multiple_choice, loglikelihood or "
-NO_GENERATION += "loglikelihood_rolling"
+NO_GENERATION = (
+    "generation of text is not supported; expected tasks that ask for likelihoods: multiple_choice, loglikelihood or "
+    "loglikelihood_rolling"
+)
 _LOG = logging.getLogger(__name__)
 
 
 @register_model("ttt_jax")
 class TTTModel(TemplateLM):
-    """A run of ttt_jax, with its own tokenizer.
+    """A run of ttt_jax as a model of the harness, with the tokenizer of its data.
 
-    A text of any length is read whole, each token with all that comes before it: the state is carried from piece to
-    piece. With models of a fixed context the harness reads windows instead; ``max_length`` gives that.
+    A text of any length is read whole, each token with everything before it: the state is carried from piece to piece.
+    For models of a fixed context the harness reads windows instead; ``max_length`` does that here.
 
     Args:
-      workdir: of the run.
-      step: which checkpoint: newest, best or a number.
-      tokenizer: ``byte``, or a ``.model`` or ``.json`` file, where the dataset does not hold its own.
-      prefix_token: the id of the token before the first one of a text; by default the one that begins (or else ends)
-        documents in the training data, see :func:`prefix_token_of`.
-      add_bos_token: whether it stands before a text that has a context, too, as it does in training.
-      max_length: reads windows of so many tokens: a context loses its beginning, and of a long document each window is
-        read for itself. An answer of more tokens is refused. None is no limit.
-      batch_size: texts of the training context at a time; by default, or with 'auto', as in training.
-      max_batch_size, device: as the harness passes them; not used.
+      workdir: workdir of the run.
+      step: checkpoint: newest, best or a number.
+      tokenizer: ``byte``, or a ``.model`` or ``.json`` file; needed where the dataset has none.
+      prefix_token: id of the token before the first one of a text. By default the one that begins, or else ends,
+        documents in the training data; see :func:`prefix_token_of`.
+      add_bos_token: whether the prefix token also stands before a text that has a context, as it does in training.
+      max_length: number of tokens of a window: a context loses its beginning, and each window of a long document is
+        read on its own. An answer of more tokens is refused. None is no limit.
+      batch_size: texts to read at a time, each of the training context. By default, or with 'auto', as in training.
+      max_batch_size, device: accepted because the harness passes them; not used.
 
     Raises:
       ConfigError: where there is no such run, checkpoint or tokenizer.
@@ -92,11 +94,11 @@ class TTTModel(TemplateLM):
         self._prefix = prefix_token_of(self.trained.config, self.tokenizer_of_run, chosen_prefix)
         self._add_bos_token = add_bos_token
         self._scorer = Scorer(self.trained, rows)
-        self._asked: dict[str, Any] = {}  # by task, the hash of the texts that it has asked for
+        self._asked: dict[str, Any] = {}  # hash of the requested texts, by task
 
     @property
     def eot_token_id(self) -> int:
-        """The token before the first one of a text, where there is no context."""
+        """Return the token before the first one of a text without a context."""
         return self._prefix
 
     @property
@@ -108,7 +110,7 @@ class TTTModel(TemplateLM):
         return self._max_length
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model."""
+        """Return what results record about the model."""
         trained = self.trained
         return {
             "model_workdir": trained.name,
@@ -120,10 +122,10 @@ class TTTModel(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Tokens of a text; none is added.
+        """Return the tokens of a text, without adding any.
 
         Raises:
-          ConfigError: for one that the model does not know.
+          ConfigError: where a token is not in the vocabulary of the model.
         """
         tokens, vocab_size = self._encode(string), self.trained.config.model.vocab_size
         if tokens.max(initial=0) >= vocab_size:
@@ -134,13 +136,13 @@ class TTTModel(TemplateLM):
         return tokens.tolist()
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each answer behind its context, and whether greedy decoding gives it.
+        """Return the log-likelihood of each answer after its context, and whether greedy decoding produces it.
 
         Raises:
-          ConfigError: for an answer that has no token of its own, or more of them than ``max_length``.
+          ConfigError: for an answer that has no token of its own, or more tokens than ``max_length``.
           NonFiniteLossError: where the model gives NaN or infinity.
         """
-        self._note(requests)
+        self._record(requests)
         encoded, joined = [], 0
         for context, continuation in (request.args for request in requests):
             before, answer, joins = self._encode_both(context, continuation)
@@ -148,8 +150,8 @@ class TTTModel(TemplateLM):
             joined += joins
         if joined:
             _LOG.warning(
-                f"{joined} of {len(requests)} answers share a token with their context; as with the harness's own "
-                "models, their tokens are those behind as many as the context has"
+                f"{joined} of {len(requests)} answers share a token with their context; as in the harness's own models, "
+                "an answer begins after as many tokens as its context has alone"
             )
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
@@ -158,10 +160,10 @@ class TTTModel(TemplateLM):
         return before, answer
 
     def _encode_both(self, context: str, continuation: str) -> tuple[list[int], list[int], bool]:
-        """Return tokens of context and answer as ``TemplateLM._encode_pair`` does, and whether the two share a token.
+        """Return the tokens of context and answer as ``TemplateLM._encode_pair`` does, and whether they share a token.
 
-        White space at the end of the context is part of the answer. The answer's tokens are those of the whole text
-        behind as many as the context has by itself.
+        White space at the end of the context belongs to the answer. The tokens of the answer are those of the whole
+        text after as many as the context has alone.
         """
         stripped = context.rstrip()
         before = self.tok_encode(stripped)
@@ -179,18 +181,18 @@ class TTTModel(TemplateLM):
                 tokens = tokens[-(self._max_length + 1) :]
             texts.append(Text(tokens, len(continuation)))
         names = [_shown(request) for request, *_ in requests]
-        found = [tuple(score) for score in self._score(texts, names, disable_tqdm)]
-        for (request, *_), answer in zip(requests, found, strict=True):
+        scores = [tuple(score) for score in self._score(texts, names, disable_tqdm)]
+        for (request, *_), score in zip(requests, scores, strict=True):
             if request is not None:
-                self.cache_hook.add_partial("loglikelihood", request, answer)
-        return found
+                self.cache_hook.add_partial("loglikelihood", request, score)
+        return scores
 
     def _check_answer(self, shown: str, continuation: list[int]) -> None:
-        """Raise ConfigError for an answer that would be scored without, or with only some, of its tokens."""
+        """Raise ConfigError for an answer that would be scored with none, or only some, of its tokens."""
         if not continuation:
             raise ConfigError(
                 f"tokenizer {self.tokenizer_of_run.name}: {shown} has no token of its own; expected answers that have "
-                "some, such as those that begin with a space"
+                "some, such as answers that begin with a space"
             )
         if self._max_length is not None and len(continuation) > self._max_length:
             raise ConfigError(
@@ -199,13 +201,13 @@ class TTTModel(TemplateLM):
             )
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each document, its first token given the prefix; 0 for an empty one.
+        """Return the log-likelihood of each document after the prefix token, 0 for an empty document.
 
         Raises:
-          ConfigError: for a document of characters that have no tokens, and for a task without any text.
+          ConfigError: for a document whose characters have no tokens, and for a task without any text.
           NonFiniteLossError: where the model gives NaN or infinity.
         """
-        self._note(requests)
+        self._record(requests)
         texts, owners, with_text = [], [], set()
         for i, request in enumerate(requests):
             (document,) = request.args
@@ -213,7 +215,7 @@ class TTTModel(TemplateLM):
             if document and not tokens:
                 raise ConfigError(
                     f"tokenizer {self.tokenizer_of_run.name}: the document {document[:40]!r} has no tokens; expected "
-                    "documents in characters that it knows"
+                    "documents whose characters it can encode"
                 )
             with_text |= {request.task_name} if tokens else set()
             for text in self._document(tokens):
@@ -232,7 +234,7 @@ class TTTModel(TemplateLM):
         raise NotImplementedError(f"ttt_jax: {NO_GENERATION}")
 
     def _document(self, tokens: list[int]) -> list[Text]:
-        """A whole document, or the harness's windows of it."""
+        """Return a document as one text, or as the harness's windows of it."""
         if not tokens:
             return []
         if self._max_length is None:
@@ -243,36 +245,36 @@ class TTTModel(TemplateLM):
 
     def _score(self, texts: Sequence[Text], names: Sequence[str], disable_tqdm: bool):
         with tqdm(total=len(texts), desc="Scoring texts", disable=disable_tqdm) as bar:
-            found = self._scorer.score(texts, bar.update)
-        for score, name in zip(found, names, strict=True):
+            scores = self._scorer.score(texts, bar.update)
+        for score, name in zip(scores, names, strict=True):
             if not math.isfinite(score.log_likelihood):
                 raise NonFiniteLossError(
                     f"{self.trained.workdir}, step {self.trained.step}: the log-likelihood of {name} is "
                     f"{score.log_likelihood}; expected a model that gives finite numbers"
                 )
-        return found
+        return scores
 
-    def _note(self, requests) -> None:
-        """Remember which texts each task has asked for."""
+    def _record(self, requests) -> None:
+        """Add the requested texts to the hash of each task."""
         for request in requests:
             digest = self._asked.setdefault(request.task_name, hashlib.blake2b(digest_size=8))
             digest.update(json.dumps([request.request_type, *request.args]).encode())
 
     def forget_requests(self) -> None:
-        """Forget what tasks have asked for: :meth:`identity` is of what they ask for from now on."""
+        """Forget the texts that tasks have requested, so that :meth:`identity` covers those requested from now on."""
         self._asked.clear()
 
     def identity(self, tasks: Sequence[str]) -> str:
-        """Return a short hash of all that the results of tasks depend on, but for the model's weights and metrics."""
+        """Return a short hash of everything that the results of tasks depend on, except the model and the metrics."""
         asked = [self._asked[task].hexdigest() for task in tasks if task in self._asked]
-        read = [self.tokenizer_of_run.sha256, self._prefix, bool(self._add_bos_token), self._max_length]
-        return hashlib.blake2b(json.dumps([asked, read]).encode(), digest_size=4).hexdigest()
+        reading = [self.tokenizer_of_run.sha256, self._prefix, bool(self._add_bos_token), self._max_length]
+        return hashlib.blake2b(json.dumps([asked, reading]).encode(), digest_size=4).hexdigest()
 
 
 def _shown(request: tuple[str | None, str | None] | None) -> str:
     """Return an answer and the end of its context, for messages."""
     context, answer = request or (None, None)
-    return "an answer" if answer is None else f"the answer {answer[:40]!r} behind {(context or '')[-40:]!r}"
+    return "an answer" if answer is None else f"the answer {answer[:40]!r} after {(context or '')[-40:]!r}"
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -290,19 +292,19 @@ if __name__ == "__main__":
     cli_evaluate()
 
 
-_READ = 1 << 20  # tokens of the training data that are looked through, where nothing describes it
+_READ = 1 << 20  # tokens of the training data to search, where it has no description
 
 
 def prefix_token_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, asked: int | None = None) -> int:
     """Return the token that begins documents in the training data of a run, or else the one that ends them.
 
     Args:
-      config: of the run.
-      tokenizer: of the texts. Its BOS and EOS are looked for in training data that does not say what it has.
-      asked: the token that the user wants instead.
+      config: config of the run.
+      tokenizer: tokenizer of the texts. Training data without a description is searched for its BOS and EOS.
+      asked: a token that the user has chosen instead.
 
     Raises:
-      ConfigError: where there is no such token in the data, or it is none of the model's.
+      ConfigError: where the data has no such token, or the token is not in the vocabulary of the model.
     """
     token = asked
     if token is None:

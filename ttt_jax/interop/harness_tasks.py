@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, run on a model of a run, and what they found by task."""
+"""Run tasks of EleutherAI's lm-evaluation-harness on a trained model, and write a file for each result."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from ttt_jax.interop.harness import NO_GENERATION, TTTModel
 from ttt_jax.storage.json_files import DamagedFile, read_object, write_object
 from ttt_jax.storage.workdir import Workdir, explained, is_local
 
-_RESAMPLES = 1000  # for the standard errors of metrics that are no means
+_RESAMPLES = 1000  # bootstrap resamples for the standard errors of metrics that are not means
 
 
 def evaluate(
@@ -26,11 +26,11 @@ def evaluate(
 
     Args:
       tasks: names of tasks, groups or tags.
-      include_path: a folder with more of them.
-      options: further ones of :func:`lm_eval.simple_evaluate`.
+      include_path: a folder with more tasks.
+      options: further options of :func:`lm_eval.simple_evaluate`.
 
     Raises:
-      ConfigError: where there is no such task, or it asks for generated text.
+      ConfigError: where a task does not exist, or asks for generated text.
       DataError: where a task or its data cannot be loaded.
       NonFiniteLossError: where the model gives NaN or infinity.
     """
@@ -41,38 +41,38 @@ def evaluate(
         raise ConfigError(f"--include-path {include_path}: no such folder; expected one with YAML files of tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # reads thousands of files
+        manager = TaskManager(include_path=include_path)  # slow: it reads thousands of files
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise ConfigError(f"--tasks {','.join(unknown)}: no such task; lm_eval ls tasks shows all of them")
     try:
         loaded = manager.load(list(tasks))
-    except Exception as error:  # of the harness, of datasets, of the Hub
+    except Exception as error:  # the harness, datasets and the Hub have errors of many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"--tasks {','.join(tasks)}: cannot be loaded: {reason}") from error
     generating = sorted(name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until")
     if generating:
         raise ConfigError(f"--tasks {','.join(generating)}: {NO_GENERATION}")
     within = set(itertools.chain(*loaded["group_map"].values()))
-    found = [x for kind in ("groups", "tasks") for name, x in loaded[kind].items() if name not in within]
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstraps would fork this process, which JAX may not survive
+    roots = [x for kind in ("groups", "tasks") for name, x in loaded[kind].items() if name not in within]
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # forks for bootstraps may deadlock with JAX
     model.forget_requests()
     with _overflow_is_infinite():
-        results = simple_evaluate(model, tasks=found, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
+        results = simple_evaluate(model, tasks=roots, task_manager=manager, bootstrap_iters=_RESAMPLES, **options)
     assert results is not None  # of the only process
     return results
 
 
 def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any]]:
-    """Return what :func:`evaluate` found, for each task and group.
+    """Return the results of :func:`evaluate` by task and group.
 
     Returns:
-      ``metrics``: of each, by its name, ``value`` and ``standard_error`` (None where the harness gives none, or NaN or
-      infinity; a value that is not finite is spelled out in ``not_finite``). Beside them what they are of:
-      ``num_fewshot``, ``version`` and ``documents`` of the task, ``identity``, ``model_step`` and the like.
+      For each task ``metrics``, and what they depend on: ``num_fewshot``, ``version`` and ``documents`` of the task,
+      ``identity``, ``model_step`` and others. A metric has ``value`` and ``standard_error``, which are None where the
+      harness gives none, or NaN or infinity; ``not_finite`` then spells the value out.
     """
     keys = {"num_fewshot": "n-shot", "version": "versions", "documents": "n-samples"}
-    found = {}
+    tasks = {}
     for task, values in results["results"].items():
         metrics = {}
         for key, value in values.items():
@@ -82,7 +82,7 @@ def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any
                 name += "" if kept == "none" else f",{kept}"
                 metrics[name] = _metric(value, error)
         within = results.get("group_subtasks", {}).get(task) or [task]
-        found[task] = {
+        tasks[task] = {
             "task": task,
             "metrics": metrics,
             **{key: results.get(theirs, {}).get(task) for key, theirs in keys.items()},
@@ -90,7 +90,7 @@ def by_task(results: dict[str, Any], model: TTTModel) -> dict[str, dict[str, Any
             "identity": model.identity(within),
             **model.get_model_info(),
         }
-    return found
+    return tasks
 
 
 def _metric(value: Any, error: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _metric(value: Any, error: Any) -> dict[str, Any]:
 
 @contextmanager
 def _overflow_is_infinite() -> Iterator[None]:
-    """Let the harness's perplexities be infinity where ``math.exp`` would end the run with an OverflowError."""
+    """Let perplexities of the harness be infinity where ``math.exp`` would raise an OverflowError."""
     from lm_eval.api import metrics as lm_eval_metrics
 
     theirs = lm_eval_metrics.math
@@ -113,28 +113,28 @@ def _overflow_is_infinite() -> Iterator[None]:
         lm_eval_metrics.math = theirs
 
 
-_OF_OLD_FILES = ("task", "max_length", "num_fewshot")  # what files without an identity say of their options
+_OF_OLD_FILES = ("task", "max_length", "num_fewshot")  # options in files of versions that had no identity
 
 
 def save(folder: Workdir, name: str, about: dict[str, Any]) -> str:
-    """Write the result of a task to ``NAME.json``, in the place of an earlier one of the same options.
+    """Write the result of a task to ``NAME.json``, in place of an earlier result with the same options.
 
-    Where that file is of other options, texts or another tokenizer, both are kept: the new one is
+    Where that file has other options, other texts or another tokenizer, both are kept: the new one is
     ``NAME-IDENTITY.json``.
 
     Returns:
-      The path, and in brackets what a reader of it should know.
+      The path, with a note in brackets where another file was kept or replaced.
     """
     if is_local(folder):
         folder.mkdir(parents=True, exist_ok=True)
     path, note = folder / f"{name}.json", ""
-    there = _read(path)
-    if there is not None and not _same(there, about):
-        note = f" (beside {path.name}, which is {'of other options or texts' if there else 'damaged'})"
+    earlier = _read(path)
+    if earlier is not None and not _same(earlier, about):
+        note = f" (beside {path.name}, which {'has other options or texts' if earlier else 'is damaged'})"
         path = folder / f"{name}-{about['identity']}.json"
-        there = _read(path)
-    if there and there.get("model_step", about["model_step"]) != about["model_step"]:
-        note += f" (in place of the result of step {there['model_step']})"
+        earlier = _read(path)
+    if earlier and earlier.get("model_step", about["model_step"]) != about["model_step"]:
+        note += f" (in place of the result of step {earlier['model_step']})"
     with explained(path):
         write_object(path, json.loads(json.dumps(about, default=str)))
     return f"{path}{note}"
@@ -150,10 +150,10 @@ def file_name(
     prefix_token: int | None = None,
     tokenizer: str | None = None,
 ) -> str:
-    """Return the name of the file of a task, without ``.json``: the task, and every option that was given.
+    """Return the name of a task's file, without ``.json``: the task and every option that was given.
 
     Args:
-      tokenizer: the hash of the one that was given.
+      tokenizer: the hash of a tokenizer that was given.
     """
     name = re.sub(r"[^\w.-]+", "_", task)
     name += "" if step is None else f"-at-{step}"
@@ -165,7 +165,7 @@ def file_name(
 
 
 def _read(path: Workdir) -> dict[str, Any] | None:
-    """Return what a file says; {} where it is no result of a task, None where there is none."""
+    """Return the content of a file; {} where it is damaged, None where it does not exist."""
     try:
         return read_object(path)
     except FileNotFoundError:
@@ -174,6 +174,7 @@ def _read(path: Workdir) -> dict[str, Any] | None:
         return {}
 
 
-def _same(there: dict[str, Any], about: dict[str, Any]) -> bool:
-    alike = all(key in there and there[key] == about[key] for key in _OF_OLD_FILES)
-    return alike and there.get("identity", about["identity"]) == about["identity"]
+def _same(earlier: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Return whether two results have the same options, texts and tokenizer."""
+    alike = all(key in earlier and earlier[key] == about[key] for key in _OF_OLD_FILES)
+    return alike and earlier.get("identity", about["identity"]) == about["identity"]

@@ -1,7 +1,7 @@
 """Check the inner loop against numbers of the LaCT authors' fast-weight operation.
 
-Files are ``op_*.npz`` in the format that ``tests/oracles/lact/README.md`` describes. The operation is a point among the
-inner loops, :func:`inner_loop`. Its weights are called w0 (gate), w2 (values) and w1 (output), [..., out, in]; ours are
+Files are ``op_*.npz`` in the format that ``tests/oracles/lact/README.md`` describes. :func:`inner_loop` expresses the
+operation as an inner loop. Its weights are called w0 (gate), w2 (values) and w1 (output), [..., out, in]; ours are
 [..., in, out], in the order in which the learner calls them. It adds steps that we subtract.
 
 Shapes: B batch, H heads, T tokens, b tokens per mini-batch, d_k and d_v widths of keys and values, n updates.
@@ -24,17 +24,17 @@ from ttt_jax.ttt.objective import dot_product
 from ttt_jax.ttt.rate import Rate
 from ttt_jax.ttt.update import Momentum, Muon, Renormalise
 
-# Largest error allowed in float32, per kind of number: absolute, but a relative norm for gradients.
+# Largest error allowed in float32, by kind of number. Errors are absolute, but relative norms for gradients.
 TOLERANCE = {"o": 5e-6, "weights": 3e-6, "momentum": 3e-6, "grad": 5e-6}
 TOLERANCE_WITH_MUON = {"o": 3e-5, "weights": 3e-5, "momentum": 3e-5, "grad": 3e-4}
 
-BEFORE_USE = {"post": False, "pre": True}  # variants of the renormalisation
-OTHER_VARIANTS = ("fusedpost",)  # another operation, which orthogonalises two matrices together
-MATRICES = ("0", "2", "1")  # their numbers, in our order
+BEFORE_USE = {"post": False, "pre": True}  # whether a variant renormalises weights before they are used
+OTHER_VARIANTS = ("fusedpost",)  # a different operation, which orthogonalises two matrices together
+MATRICES = ("0", "2", "1")  # the numbers of their matrices, in our order
 
 
 def is_operation(config: Any) -> bool:
-    """Return whether a file with this config is one of the operation."""
+    """Return whether a file with this config holds numbers of the operation."""
     return isinstance(config, dict) and {"chunk", "momentum", "muon"} <= config.keys()
 
 
@@ -42,10 +42,10 @@ def check(oracle: Oracle, config: Mapping[str, Any]) -> Report | None:
     """Compare outputs, weights and momenta after each update, and gradients of all inputs.
 
     Returns:
-      None for a variant that is another operation.
+      The errors, or None for a variant that is a different operation.
 
     Raises:
-      ValueError, KeyError: where the variant is unknown or an array is missing or has another shape.
+      ValueError, KeyError: where the variant is unknown, or an array is missing or has another shape.
     """
     variant = config.get("variant", "post")
     if variant in OTHER_VARIANTS:
@@ -83,7 +83,7 @@ def check(oracle: Oracle, config: Mapping[str, Any]) -> Report | None:
 def inner_loop(oracle: Oracle, config: Mapping[str, Any]) -> InnerLoop:
     """Return the operation of a file as an inner loop."""
     features, hidden = oracle["q"].shape[-1], oracle["w1"].shape[-1]
-    factor = (hidden + 0.5) / features  # times features, rounded down, this is hidden
+    factor = (hidden + 0.5) / features  # int(factor * features) is hidden
     f = SwiGLU(factor, bias=False, features_out=oracle["v"].shape[-1])
     chain = [
         *([Momentum()] if config["momentum"] else []),
@@ -94,13 +94,13 @@ def inner_loop(oracle: Oracle, config: Mapping[str, Any]) -> InnerLoop:
 
 
 def input_names(oracle: Oracle, config: Mapping[str, Any]) -> list[str]:
-    """Return the names of what the operation is a function of, and has gradients for."""
+    """Return the names of the inputs of the operation, for all of which a file has gradients."""
     weights = [name for i in "012" for name in ([f"w{i}"] if f"w{i}" in oracle else [f"w{i}_left", f"w{i}_right"])]
     return [*weights, "q", "k", "v", "lr0", "lr1", "lr2", *(["momentum"] if config["momentum"] else [])]
 
 
 def arguments(inputs: Mapping[str, jax.Array], b: int) -> tuple[Parameters, Tokens]:
-    """Return the inputs as our inner loop takes them."""
+    """Return the inputs as arguments of our inner loop."""
 
     def weight(i):
         if f"w{i}" in inputs:
@@ -118,9 +118,9 @@ def arguments(inputs: Mapping[str, jax.Array], b: int) -> tuple[Parameters, Toke
 
 
 def _errors_of_states(oracle: Oracle, loop: InnerLoop, parameters: Parameters, tokens: Tokens) -> dict[str, float]:
-    """Compare what is stored and what is used after each update, reading a mini-batch at a time."""
+    """Compare stored and used weights after each update, reading a mini-batch at a time."""
     b, length = len(parameters.position_eta), tokens.q.shape[1]
-    updates = -(-length // b) - 1  # the last mini-batch has no reader
+    updates = -(-length // b) - 1  # nothing reads after the last mini-batch
     stored = "w{}_main_after" if any(isinstance(m, Renormalise) and m.before_use for m in loop.update) else "w{}_after"
     momentum = [place for place, member in enumerate(loop.update) if isinstance(member, Momentum)]
     errors: dict[str, list[float]] = {"weights": [], **({"momentum": []} if momentum else {})}
@@ -144,9 +144,9 @@ def _errors_of_states(oracle: Oracle, loop: InnerLoop, parameters: Parameters, t
 
 
 def _shorter_lengths(oracle: Oracle, config: Mapping[str, Any], length: int) -> list[int]:
-    """Return the numbers of first tokens whose outputs alone are in the file."""
-    found = {int(name.removeprefix("o_T")) for name in oracle if name.startswith("o_T")}
-    lengths = sorted(found.union(config.get("lengths", ())))
+    """Return the lengths of prefixes of the tokens whose outputs are in the file."""
+    in_file = {int(name.removeprefix("o_T")) for name in oracle if name.startswith("o_T")}
+    lengths = sorted(in_file.union(config.get("lengths", ())))
     if lengths and not 1 <= lengths[0] <= lengths[-1] <= length:
         raise ValueError(f"outputs of the first {lengths} tokens; expected numbers from 1 to {length}")
     return lengths

@@ -1,4 +1,4 @@
-"""Names, shapes and config keys of the TTT authors' JAX code (test-time-training/ttt-lm-jax), to and from ours.
+"""Convert parameters and config keys of the TTT authors' JAX code (test-time-training/ttt-lm-jax) to and from ours.
 
 Their parameters are flat keys ``model/h/<layer>/...``; ours are a tree with layers stacked on the first axis.
 """
@@ -22,7 +22,7 @@ class _Entry(NamedTuple):
 
 
 def _axis(index: int) -> tuple[Callable, Callable]:
-    """They keep an axis of length 1 that we do not have."""
+    """Return the conversions that remove and add an axis of length 1, which only their arrays have."""
     return (lambda x: x.squeeze(index)), (lambda x: np.expand_dims(x, index))
 
 
@@ -36,7 +36,11 @@ _TOP = [
     _Entry("lm_head/kernel", "head"),
 ]
 _MIXER = "seq_modeling_block/"
-_MIXERS = {"self_attention": "attention", "ttt_linear": "ttt_linear", "ttt_mlp": "ttt_mlp"}  # theirs, without _base
+_MIXERS = {
+    "self_attention": "attention",
+    "ttt_linear": "ttt_linear",
+    "ttt_mlp": "ttt_mlp",
+}  # from their names, without _base
 _LAYER = [
     _Entry("seq_norm/kernel", "mixer_norm/scale"),
     _Entry("ffn_norm/kernel", "mlp_norm/scale"),
@@ -66,10 +70,10 @@ _LAYER = [
 
 
 def params_to_ours(theirs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Their flat parameters (or gradients), keys without a leading ``params/``, as our parameter tree.
+    """Convert their flat parameters (or gradients), whose keys have no leading ``params/``, to our parameter tree.
 
     Raises:
-      ValueError: for keys that are not theirs.
+      ValueError: for keys that are not parameters of their models.
     """
     theirs = dict(theirs)
     layers = 1 + max((int(key.split("/")[2]) for key in theirs if key.startswith("model/h/")), default=-1)
@@ -84,7 +88,7 @@ def params_to_ours(theirs: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def params_to_theirs(ours: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameter tree (or gradients) under their flat keys, one array per layer."""
+    """Convert our parameter tree (or gradients) to their flat keys, with one array per layer."""
     flat = {key: np.asarray(x) for key, x in flax.traverse_util.flatten_dict(dict(ours), sep="/").items()}
     theirs = {e.theirs: e.to_theirs(flat[e.ours]) for e in _TOP if e.ours in flat}
     for e in _LAYER:
@@ -94,7 +98,7 @@ def params_to_theirs(ours: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def model_config(theirs: Mapping[str, Any], dtype: str = "float32") -> ml_collections.ConfigDict:
-    """Our ``config.model`` for their ``ModelConfig`` keyword arguments.
+    """Convert keyword arguments of their ``ModelConfig`` to our ``config.model``.
 
     Raises:
       ValueError: for a ``seq_modeling_block`` that has no counterpart here.

@@ -1,8 +1,8 @@
-"""Checks this package against numbers computed with the TTT authors' own code.
+"""Check this package against numbers computed with the TTT authors' own code.
 
 Files are ``.npz`` in the format that ``tests/oracles/README.md`` describes: ``model_*`` (one forward and backward
-pass), ``traj_*`` (ten AdamW steps) and ``generation_*`` (prefill and decoding). What a file is, its keys tell.
-Files of the LaCT authors' operation go to :mod:`ttt_jax.interop.lact_oracles`.
+pass), ``traj_*`` (ten AdamW steps) and ``generation_*`` (prefill and decoding), told apart by their keys. Files of the
+LaCT authors' operation are checked by :mod:`ttt_jax.interop.lact_oracles`.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.loss import mean_over_rows, token_nll
 from ttt_jax.training.step import initial_state, train_step
 
-# Largest error allowed, per kind of number; what each error is relative to is said where it is computed.
+# Largest error allowed, by kind of number. The functions that compute an error say what it is relative to.
 TOLERANCE = {
     "logits": 5e-5,
     "nll": 5e-5,
@@ -50,10 +50,10 @@ _STATISTICS = {
 
 
 def check(path: Path) -> Report | None:
-    """Compares everything one file holds; None where the file is of another format.
+    """Compare everything in a file; return None where the file has another format.
 
     Raises:
-      ValueError: when parameters or config in the file have no counterpart here.
+      ValueError: where parameters or config in the file have no counterpart here.
     """
     oracle = load(path)
     if "config" not in oracle or oracle["config"].dtype.kind != "U":
@@ -71,13 +71,13 @@ def check(path: Path) -> Report | None:
 
 
 def params(oracle: Oracle, prefix: str = "params/") -> dict[str, Any]:
-    """The parameters (or gradients) under a prefix, as our tree."""
+    """Return the parameters (or gradients) under a prefix as our tree."""
     flat = {k.removeprefix(prefix): x for k, x in oracle.items() if k.startswith(prefix)}
     return jax.tree.map(jnp.asarray, official_jax.params_to_ours(flat))
 
 
 def model_config(oracle: Oracle, dtype: str | None = None) -> ConfigDict:
-    """Return ``config.model`` for the config in a file, with another dtype where one is given."""
+    """Return ``config.model`` for the config in a file, with another dtype if one is given."""
     config = json.loads(str(oracle["config"]))
     return official_jax.model_config(config, dtype or config["_run"]["dtype"])
 
@@ -88,10 +88,10 @@ def model(oracle: Oracle) -> LanguageModel:
 
 
 def check_model(oracle: Oracle) -> Report:
-    """Logits, losses, hidden states, statistics and gradients of one batch.
+    """Compare logits, losses, hidden states, statistics and gradients of one batch.
 
-    A bfloat16 file is held against the float32 logits of the same parameters: ours must be closer to them than the
-    authors' are (the error is the ratio of the two root mean squares).
+    For a bfloat16 file the reference is the float32 logits of the same parameters, and our logits must be closer to it
+    than the authors' are: the error is the ratio of the two root mean square distances.
     """
     if json.loads(str(oracle["config"]))["_run"]["dtype"] == "bfloat16":
         return _check_bf16(oracle)
@@ -132,7 +132,7 @@ def _check_bf16(oracle: Oracle) -> Report:
 
 
 def check_trajectory(oracle: Oracle) -> Report:
-    """Loss and gradient norm of ten AdamW steps, and the parameters after five and ten."""
+    """Compare loss and gradient norm of ten AdamW steps, and the parameters after five and ten."""
     config, options = json.loads(str(oracle["config"])), json.loads(str(oracle["optimizer"]))
     schedule = optimizer_lib.learning_rate(
         options["lr"], options["end_lr"], options["lr_warmup_steps"], options["lr_decay_steps"]
@@ -168,7 +168,7 @@ def check_trajectory(oracle: Oracle) -> Report:
 
 
 def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
-    """Prefill of a prompt that ends inside a mini-batch, decoding token by token, and both in one go."""
+    """Compare the prefill of a prompt that ends inside a mini-batch, decoding by token, and reading all at once."""
     lm, tree = model(oracle), {"params": params(params_oracle)}
     context = Context(inner_lr_warmup=json.loads(str(oracle["config"]))["_run"].get("ttt_lr_mult", 1.0))
     apply = functools.partial(jax.jit(lambda tree, tokens, state: lm.apply(tree, tokens, state, context)), tree)
@@ -193,7 +193,7 @@ def check_generation(oracle: Oracle, params_oracle: Oracle) -> Report:
 
 
 def _evaluate(oracle: Oracle, dtype: str | None = None) -> dict[str, Any]:
-    """Return everything a ``model_*`` file may hold, from our code, in one compilation."""
+    """Compute everything that a ``model_*`` file may hold, with our code, in one compilation."""
     tokens, targets, mask = oracle["input_tokens"], oracle["target_tokens"], oracle["loss_masks"]
     scale = np.asarray(oracle["ttt_lr_mult"], np.float32).reshape(-1)[0]
     run = _computation(FrozenConfigDict(model_config(oracle, dtype)))
@@ -203,7 +203,7 @@ def _evaluate(oracle: Oracle, dtype: str | None = None) -> dict[str, Any]:
 
 @functools.cache
 def _computation(config: FrozenConfigDict) -> Callable[..., dict[str, Any]]:
-    """Return the function that computes it, compiled once for all files of a model."""
+    """Return the function for :func:`_evaluate`, compiled once for all files of a model."""
     lm = build_model(config)
 
     def run(tree, tokens, targets, mask, scale):
@@ -222,8 +222,11 @@ def _computation(config: FrozenConfigDict) -> Callable[..., dict[str, Any]]:
 
 
 def _statistics_error(oracle: Oracle, ours: Mapping[str, np.ndarray]) -> float:
-    """Relative. Theirs are means of squares over d, without the half, of the last token of each mini-batch (of the
-    first for the spread of the targets), over batch and heads."""
+    """Return the largest relative error of the statistics of the inner loop.
+
+    Theirs are means over batch and heads, and of squares over d without the factor 1/2, at the last token of each
+    mini-batch; the spread of the targets is at the first token.
+    """
     config = json.loads(str(oracle["config"]))
     b = config["mini_batch_size"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
