@@ -150,7 +150,7 @@ class TTTModel(TemplateLM):
             joined += joins
         if joined:
             _LOG.warning(
-                f"{joined} of {len(requests)} answers share a token with their context; as in the harness's own models, "
+                f"{joined} of {len(requests)} answers share a token with their context; as in the harness's models, "
                 "an answer begins after as many tokens as its context has alone"
             )
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
