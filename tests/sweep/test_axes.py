@@ -21,18 +21,6 @@ def test_grids_are_multiplied_and_groups_advance_together():
     assert axes.product([]) == [{}]
 
 
-@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), max_size=4))
-def test_sizes_of_products(groups):
-    zips = [[f"k{i}.n{j}={','.join(map(str, range(size)))}" for j in range(n)] for i, (n, size) in enumerate(groups)]
-    points = axes.product(axes.from_options([], zips, {}))
-    assert len(points) == math.prod(size for _, size in groups)
-    assert len({tuple(point.values()) for point in points}) == len(points)
-    for point in points:
-        assert len(point) == sum(n for n, _ in groups)
-        for i, (n, _) in enumerate(groups):
-            assert len({point[f"k{i}.n{j}"] for j in range(n)}) == 1  # together
-
-
 @pytest.mark.parametrize(
     ("grids", "zips", "message"),
     [

@@ -4,7 +4,6 @@ import argparse
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -148,7 +147,7 @@ def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:
             if record is None or not record.is_final(point.steps, stopping_early=early)
         ]
         others = len(sweep.points) - len(wanted)
-        _tell(
+        runner.say(
             f"{directory}: {len(wanted)} points, {len(wanted) - len(left)} of them done already"
             + (f"; {others} of earlier commands are left as they are" if others else "")
             + f"; to watch: ttt sweep status {shlex.quote(str(directory))} --watch"
@@ -157,12 +156,11 @@ def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:
         if options.engine == "ray":
             received = _run_on_ray(options, directory, local, wanted, programs)
         else:
-            more = {"restarts": options.restarts, "tell": _tell}
-
-            def make(point, environment) -> runner.PointRun:
-                return runner.PointRun(point, directory, local, programs[point.name], environment=environment, **more)
-
-            received = runner.run(left, make, environments, _tell)
+            runs = [
+                runner.PointRun(point, directory, local, programs[point.name], restarts=options.restarts)
+                for point in left
+            ]
+            received = runner.run(runs, environments)
     return _summary(directory, wanted, received)
 
 
@@ -186,9 +184,7 @@ def _run_on_ray(options, directory: Workdir, local: Path, wanted, programs) -> s
         restarts=options.restarts,
     )
     resources = _resources(options.resources)
-    return ray_tune.run(
-        trials, address=options.ray_address, resources=resources, jobs=options.jobs, early=early, tell=_tell
-    )
+    return ray_tune.run(trials, address=options.ray_address, resources=resources, jobs=options.jobs, early=early)
 
 
 def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int:
@@ -280,7 +276,3 @@ def _local(directory: Workdir) -> Path:
 def _at_least(option: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise ConfigError(f"{option} {value}: expected {least} or more")
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

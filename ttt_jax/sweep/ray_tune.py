@@ -10,7 +10,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.sweep import files, metric
 from ttt_jax.sweep.points import Point
-from ttt_jax.sweep.runner import PointRun
+from ttt_jax.sweep.runner import PointRun, say
 from ttt_jax.terminal.stopping import StopSignals
 
 try:
@@ -79,7 +79,6 @@ def run(
     resources: Mapping[str, float],
     jobs: int | None,
     early: Early | None,
-    tell: Callable[[str], None],
 ) -> signal.Signals | None:
     """Run all trials; return the signal that stopped the sweep, if one did.
 
@@ -87,7 +86,6 @@ def run(
       address: of a cluster, ``auto`` for the one of this machine; None starts one here, for as long as this takes.
       resources: of a trial, such as ``{"CPU": 4, "GPU": 1}``.
       jobs: how many run at a time; None is as many as there are resources for.
-      tell: is given a line of text now and then.
 
     Raises:
       ConfigError, DataError: where there is no such cluster, or it is lost.
@@ -97,10 +95,10 @@ def run(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         ray_cluster.connect(address)
-        _check_resources(resources, tell)
+        _check_resources(resources)
         with StopSignals() as stop, tempfile.TemporaryDirectory(prefix="ttt-sweep-") as folder:
             requests = ray.remote(num_cpus=0)(_StopRequests).remote()
-            scheduler = _Scheduler(trials, early, requests, stop, tell)
+            scheduler = _Scheduler(trials, early, requests, stop)
             trainable = tune.with_parameters(_Trainable, trials=trials, requests=requests, early=early)
             tune.Tuner(
                 tune.with_resources(trainable, tune.PlacementGroupFactory([dict(resources)])),
@@ -191,9 +189,9 @@ class _Trainable(tune.Trainable):
 class _Scheduler(ASHAScheduler):
     """ASHA, if at all, which asks a trial to stop where Tune's own would end it."""
 
-    def __init__(self, trials: Trials, early: Early | None, requests, stop: StopSignals, tell: Callable[[str], None]):
+    def __init__(self, trials: Trials, early: Early | None, requests: Any, stop: StopSignals):
         self._steps = {name: point.steps for name, point in trials.points.items()}
-        self._early, self._requests, self._stop, self._tell_line = early, requests, stop, tell
+        self._early, self._requests, self._stop = early, requests, stop
         self._asked: set[str] = set()
         self.running: set[str] = set()  # trials that have reported, and have not ended
         longest = max(self._steps.values())
@@ -221,7 +219,7 @@ class _Scheduler(ASHAScheduler):
         elif comparable and super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
             self._ask(name, files.STOPPED_EARLY)
             value = f"{self._metric} {result[self._metric]:.6g}"
-            self._tell_line(f"{name}: to be stopped early, {value} at step {result['step']}")
+            say(f"{name}: to be stopped early, {value} at step {result['step']}")
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result) -> None:
@@ -236,7 +234,7 @@ class _Scheduler(ASHAScheduler):
     def _end(self, trial, how: str) -> None:
         self.running.discard(trial.config["point"])
         if how:
-            self._tell_line(f"{trial.config['point']}: {how}")
+            say(f"{trial.config['point']}: {how}")
 
     def _ask(self, name: str, state: str) -> None:
         if name not in self._asked:
@@ -257,8 +255,8 @@ class _Stopper(tune.Stopper):
         return self._scheduler.interrupted and not self._scheduler.running
 
 
-def _check_resources(resources: Mapping[str, float], tell: Callable[[str], None]) -> None:
+def _check_resources(resources: Mapping[str, float]) -> None:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(name, 0) >= need for name, need in resources.items()) for machine in machines):
         wanted = " ".join(f"{name}={need:g}" for name, need in resources.items())
-        tell(f"--resources {wanted}: no machine of the cluster has them; waits for one")
+        say(f"--resources {wanted}: no machine of the cluster has them; waits for one")

@@ -31,20 +31,10 @@ _POLL = 0.1  # seconds
 _LONGEST_PAUSE, _BUSY_PAUSE = 60.0, 1.0  # seconds before a point is started again
 
 
-def run(
-    points: Sequence[Point],
-    make: Callable[[Point, Mapping[str, str]], "PointRun"],
-    environments: Sequence[Mapping[str, str]],
-    tell: Callable[[str], None],
-) -> signal.Signals | None:
-    """Run all points; return the signal that stopped the sweep, if one did.
+def run(points: Sequence["PointRun"], environments: Sequence[Mapping[str, str]]) -> signal.Signals | None:
+    """Run points, as many at a time as there are ``environments``; return the signal that stopped them, if one did.
 
     The first SIGINT or SIGTERM is passed on to the points, which save; the second one ends all at once.
-
-    Args:
-      make: from a point, and what to add to its environment, to its run.
-      environments: of each of the points that run at a time.
-      tell: is given a line of text.
     """
     waiting = collections.deque(points)
     running: dict[int, PointRun] = {}  # by place in environments
@@ -54,18 +44,23 @@ def run(
             while running or (waiting and not stop.received):
                 if stop.received and not passed_on:
                     passed_on = True
-                    tell(f"{stop.received.name}: waits until {len(running)} points have saved; a second one does not")
+                    say(f"{stop.received.name}: waits until {len(running)} points have saved; a second one does not")
                     for each in running.values():
                         each.stop(stop.received)
                 for place, environment in enumerate(environments):
                     if place not in running and waiting and not stop.received:
-                        running[place] = make(waiting.popleft(), environment)
+                        running[place] = dataclasses.replace(waiting.popleft(), environment=environment)
                 running = {place: each for place, each in running.items() if each.poll() is None}
                 time.sleep(_POLL)
         finally:
             for each in running.values():
                 each.kill()
     return stop.received
+
+
+def say(line: str) -> None:
+    """Print a line about the course of a sweep."""
+    print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass
@@ -83,7 +78,6 @@ class PointRun:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # added to that of this process
     cwd: Path | None = None
     restarts: int = 10
-    tell: Callable[[str], None] = print  # is given a line of text now and then
     ended: Record | None = None  # the record of its end; None so far
 
     def __post_init__(self):
@@ -181,7 +175,7 @@ class PointRun:
         self._say(f"{state}, {why}")
 
     def _say(self, text: str) -> None:
-        self.tell(f"{self.point.name}: {text}")
+        say(f"{self.point.name}: {text}")
 
     def _write(self, record: Record) -> None:
         self._save(files.POINT, lambda path: files.write_record(path.parent, record))
@@ -191,7 +185,7 @@ class PointRun:
         try:
             write(self._workdir / name)
         except OSError as error:
-            print(f"{self._workdir / name}: cannot be written: {error}", file=sys.stderr)
+            say(f"{self._workdir / name}: cannot be written: {error}")
 
     def _copy_log(self, path: Workdir) -> None:
         with explained(path):

@@ -54,16 +54,12 @@ def main() -> None:
             watched.clear()
             if not asked:  # at a second one it would not save
                 pass_on(signal.SIGTERM)
-    _end_like(process.returncode)
-
-
-def _end_like(status: int) -> None:
-    if status >= 0:
-        os._exit(status)
+    if process.returncode >= 0:
+        sys.exit(process.returncode)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the core of the command is enough
     with contextlib.suppress(OSError):  # SIGKILL needs no preparation
-        signal.signal(-status, signal.SIG_DFL)
-    os.kill(os.getpid(), -status)
+        signal.signal(-process.returncode, signal.SIG_DFL)
+    os.kill(os.getpid(), -process.returncode)
 
 
 if __name__ == "__main__":
