@@ -1,4 +1,4 @@
-"""Check where tokens stand in their documents, against counts written out token by token."""
+"""Check the positions and documents of tokens against counts written out token by token."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ def masks(seed):
 
 
 def counted(valid, reset, start):
-    """Position and document of each token (of valid ones) and where the row ends."""
+    """Return the position and document of each valid token, and the position at the end of each row."""
     position, document, end = np.zeros(valid.shape, int), np.zeros(valid.shape, int), []
     for row in range(ROWS):
         p, d = start[row], 0
@@ -45,12 +45,12 @@ def test_positions_count_the_valid_tokens_of_the_document(seed, given):
         jax.tree.map(np.testing.assert_array_equal, found, zero)
 
 
-def test_whole_sequences_of_one_document_have_the_positions_of_all_rows():
+def test_whole_sequences_of_one_document_have_no_places():
     assert places(Context(), TOKENS, None) is None
 
 
 def test_valid_tokens_are_gathered_and_taken_back():
-    """In their order, with their resets; padding comes after them without any, and is 0 when it is back."""
+    """Check that tokens keep their order and resets; padding comes after them, without resets, and is 0 at the end."""
     valid, reset, _ = masks(1)
     x = 1.0 + np.arange(ROWS * TOKENS).reshape(ROWS, TOKENS, 1)
     gathered = gather_valid(valid, Context(valid, reset))

@@ -1,4 +1,4 @@
-"""The causal convolution against explicit loops, its written-out gradient against autodiff, pieces and documents."""
+"""Compare the causal convolution with explicit loops, and its gradient with autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def numpy_conv(params, x):
 
 
 @pytest.mark.parametrize("width", [1, 4])
-def test_is_the_explicit_loop(assert_close, width):
+def test_convolution_matches_the_explicit_loop(assert_close, width):
     params, x = random_conv(width, 3, 6)
     y, state = conv.CausalConv(width, jnp.float32).apply(params, x)
     assert state is None
@@ -35,7 +35,7 @@ def test_is_the_explicit_loop(assert_close, width):
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1, 2), (2, 4), (5, 1)])
-def test_pieces_are_one_go(assert_close, lengths):
+def test_pieces_match_the_whole_sequence(assert_close, lengths):
     params, x = random_conv(4, 3, 6)
     module = conv.CausalConv(4, jnp.float32)
     state, outputs = conv.initial_state(2, 4, 3, jnp.float32), []
@@ -47,8 +47,8 @@ def test_pieces_are_one_go(assert_close, lengths):
 
 
 @pytest.mark.parametrize("since", [None, np.array([[4, 5, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5]])])
-def test_gradient_is_that_of_autodiff(quick_jit, assert_close, since):
-    """Take gradients of all inputs, and of those that are of the same document."""
+def test_gradient_matches_autodiff(quick_jit, assert_close, since):
+    """Compare gradients with and without ``since``, which restricts the sum to the same document."""
     params, x = random_conv(4, 3, 9)
     cotangent = RNG.standard_normal((2, 6, 3)).astype(np.float32)
 
@@ -67,9 +67,11 @@ def test_gradient_is_that_of_autodiff(quick_jit, assert_close, since):
 
 @pytest.mark.parametrize(("width", "tokens"), [(4, 6), (4, 2), (1, 3)])
 @pytest.mark.parametrize("given", ["valid", "reset", "both"])
-def test_reads_the_last_valid_tokens_of_the_document(quick_jit, assert_close, width, tokens, given):
-    """In pieces, also of fewer tokens than the convolution reads, wherever padding lies. The state holds real inputs of
-    the document, zeros where it has fewer."""
+def test_convolution_reads_the_last_valid_tokens_of_the_document(quick_jit, assert_close, width, tokens, given):
+    """Check pieces, also of fewer tokens than the convolution reads, with padding anywhere.
+
+    The state holds the inputs of the document, and zeros where it has fewer.
+    """
     params, x = random_conv(width, 3, 3 * tokens)
     module = conv.CausalConv(width, jnp.float32)
     read = quick_jit(lambda x, state, context: module.apply(params, x, state, context))

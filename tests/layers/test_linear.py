@@ -1,4 +1,4 @@
-"""Projections and the lookup of embeddings, whose gradients are written out."""
+"""Compare projections and the lookup of embeddings, whose gradients are written out, with NumPy and autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ TABLE = RNG.standard_normal((7, 4)).astype(np.float32)
 
 
 def problem(tokens):
-    """Values that bfloat16 holds exactly, so that its gradients differ from float32 ones by sums alone."""
+    """Return values that bfloat16 holds exactly, so that its gradients differ from float32 ones only by sums."""
     x, kernel, g = (RNG.standard_normal(shape) for shape in ((2, tokens, 5), (5, 4), (2, tokens, 4)))
     return (jnp.asarray(jnp.asarray(a, jnp.bfloat16), jnp.float32) for a in (x, kernel, g))
 
@@ -30,7 +30,7 @@ def test_projection_gradient_matches_autodiff_in_float32(assert_close):
 
 
 def test_projection_sums_and_keeps_the_kernel_gradient_in_float32(assert_close):
-    """Of 1024 tokens; a sum in bfloat16, or rounded to it, is off by 4e-3."""
+    """Check a sum over 1024 tokens, of which a sum in bfloat16, or rounded to it, is off by 4e-3."""
     x, kernel, g = problem(512)
     assert project(x, kernel, AXES, jnp.bfloat16).dtype == jnp.bfloat16
     low_x, low_kernel = gradients(lambda x, kernel: project(x, kernel, AXES, jnp.bfloat16), x, kernel, g)
@@ -41,7 +41,7 @@ def test_projection_sums_and_keeps_the_kernel_gradient_in_float32(assert_close):
 
 
 def table_gradient(tokens, g, dtype=jnp.float32):
-    """Of the table, for a gradient ``g`` of the rows that were looked up."""
+    """Return the gradient of the table for a gradient ``g`` of the rows."""
     return jax.vjp(lambda table: lookup(table, jnp.asarray(tokens), dtype), TABLE)[1](g.astype(dtype))[0]
 
 
@@ -61,7 +61,7 @@ def test_lookup_gradient_matches_numpy():
 
 
 def test_lookup_sums_many_small_gradients_in_float32():
-    """4096 times 2^-6 is 64; a sum in bfloat16 stops growing at 4."""
+    """Check that 4096 times 2^-6 is 64; a sum in bfloat16 stops growing at 4."""
     tokens = np.zeros((1, 4096), np.int64)
     found = table_gradient(tokens, jnp.full((1, 4096, 4), 2.0**-6), jnp.bfloat16)
     assert found.dtype == jnp.float32

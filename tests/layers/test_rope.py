@@ -1,4 +1,4 @@
-"""Rotary positions against complex numbers in float64."""
+"""Compare rotary positions with complex numbers in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ def complex_rotation(x, positions, theta, xp=np):
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500.0])
-def test_pairs_turn_like_complex_numbers(theta):
-    """Float32 angles are 2e-3 off at position 32768, and exact to rounding at small ones."""
+def test_pairs_rotate_like_complex_numbers(theta):
+    """Compare angles that are 2e-3 off in float32 at position 32768, and exact to rounding at small positions."""
     actual = np.asarray(rope.rotate(jnp.asarray(X, jnp.float32), POSITIONS, theta))
     expected = complex_rotation(X, POSITIONS, theta)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2)
     np.testing.assert_allclose(actual[:, :3], expected[:, :3], rtol=0, atol=1e-5)
 
 
-def test_rows_may_have_positions_of_their_own(assert_close):
+def test_rows_may_have_different_positions(assert_close):
     positions = np.stack([POSITIONS, POSITIONS[::-1]])
     x = jnp.asarray(X, jnp.float32)
     rows = [rope.rotate(x[i : i + 1], positions[i]) for i in range(2)]
@@ -38,7 +38,7 @@ def test_rows_may_have_positions_of_their_own(assert_close):
 
 
 def test_angles_of_bfloat16_inputs_are_float32():
-    """Within the rounding of the output; bfloat16 angles are 0.06 off by position 32 and 2 off by 2048."""
+    """Compare within the rounding of the output; bfloat16 angles are 0.06 off at position 32 and 2 off at 2048."""
     low = jnp.asarray(X, jnp.bfloat16)
     actual = rope.rotate(low, POSITIONS)
     assert actual.dtype == jnp.bfloat16
@@ -46,8 +46,7 @@ def test_angles_of_bfloat16_inputs_are_float32():
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-8, atol=1e-2)
 
 
-def test_the_gradient_turns_back():
-    """Agree with what autodiff of the complex one finds."""
+def test_gradient_matches_autodiff_of_complex_rotation():
     x, g = (jnp.asarray(np.random.default_rng(i).standard_normal(X.shape), jnp.float32) for i in range(2))
     _, pull = jax.vjp(lambda x: rope.rotate(x, POSITIONS[:4], 500.0), x[:, :4])
     _, expected = jax.vjp(lambda x: complex_rotation(x, POSITIONS[:4], 500.0, jnp), x[:, :4])

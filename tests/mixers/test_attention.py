@@ -1,4 +1,4 @@
-"""Attention in blocks, in documents and by a ring, against a softmax in float64; and the layer's positions."""
+"""Compare attention in blocks, in documents and with a ring with a softmax in float64, and check its positions."""
 
 import functools
 
@@ -24,7 +24,7 @@ from ttt_jax.ttt import operations
 
 
 def numpy_attention(q, k, v, visible):
-    """The rows of what is seen, [B, T, S], where nothing is are zero."""
+    """Return softmax attention to what is visible, [B, T, S]; rows that see nothing are zero."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max()) * visible[:, None]
@@ -38,8 +38,8 @@ def seen(tokens, window=None):
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize(("tokens", "block"), [(11, 4), (8, 4), (3, 4), (17, 1)])
-def test_blocks_are_the_softmax(quick_jit, assert_close, tokens, block, window):
-    """Tokens that are no multiple of the block, that are, that are fewer; and a block too small for 16 of them."""
+def test_attention_in_blocks_matches_the_softmax(quick_jit, assert_close, tokens, block, window):
+    """Check numbers of tokens that are no multiple of the block, a multiple, and fewer; and more than 16 blocks."""
     q, k, v = np.random.default_rng(0).standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
     actual = quick_jit(causal_attention, static_argnames=("window", "block"))(q, k, v, window=window, block=block)
     assert_close(actual, numpy_attention(q, k, v, seen(tokens, window)), 1e-6)
@@ -51,16 +51,16 @@ def test_a_window_includes_the_token_itself():
     np.testing.assert_allclose(weights[[0, 1, 4]], [[1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [0, 0, 0, 0.5, 0.5]])
 
 
-def test_only_the_blocks_of_keys_within_the_window_are_computed():
-    """32 tokens in 16 blocks of 2 queries: each against the 3 + 2 - 1 keys that one of them sees."""
+def test_only_keys_within_the_window_are_computed():
+    """Count 32 tokens in 16 blocks of 2 queries: each against the 3 + 2 - 1 keys that one of them sees."""
     x = jax.ShapeDtypeStruct((1, 32, 1, 8), jnp.float32)
     program = jax.make_jaxpr(functools.partial(causal_attention, window=3, block=2))(x, x, x)
     assert operations.products(program.jaxpr) == 2 * (2 * 8) * (2 * 2 + 15 * 2 * 4)
 
 
 @pytest.mark.parametrize(("window", "block"), [(None, 256), (None, 3), (2, 256), (2, 3)])
-def test_documents_and_what_is_kept_are_one_softmax(quick_jit, assert_close, window, block):
-    """Queries see the keys of their document at positions up to theirs; padding sees nothing, and gives 0."""
+def test_kept_and_new_keys_share_one_softmax(quick_jit, assert_close, window, block):
+    """Check that queries see the keys of their document up to their own position; padding sees nothing and gives 0."""
     rng = np.random.default_rng(0)
     tokens, slots = 7, 5
     q, k, v = rng.standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
@@ -84,7 +84,7 @@ def test_documents_and_what_is_kept_are_one_softmax(quick_jit, assert_close, win
 
 
 def test_padding_gives_finite_gradients_of_zero(quick_jit):
-    """Rows without a key that they see, whatever comes back to them."""
+    """Check rows that see no key, for any gradient of the output."""
     q, k, v, g = np.random.default_rng(0).standard_normal((4, 1, 4, 1, 2)).astype(np.float32)
     document = np.array([[0, 0, -1, -1]])
 
@@ -108,7 +108,7 @@ def test_layer_attends_with_absolute_positions(random_params, assert_close):
 
 @pytest.fixture(scope="module")
 def window_of_four(random_params, quick_jit):
-    """A layer with a window of 4, its parameters, sequences of 16, and what a whole sequence gives."""
+    """Return a layer with a window of 4, a function that applies it, sequences of 16, and their outputs."""
     module = Attention(num_heads=2, dtype=jnp.float32, window=4)
     x = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
     params = {"params": random_params(module, x)}
@@ -117,8 +117,8 @@ def window_of_four(random_params, quick_jit):
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 5, 9])
-def test_a_ring_is_exact_before_at_and_behind_the_window(window_of_four, assert_close, prompt):
-    """A prompt, six tokens one by one, and what is left in one piece."""
+def test_decode_matches_prefill_around_the_window(window_of_four, assert_close, prompt):
+    """Read a prompt, six tokens one by one, and the rest in one piece."""
     module, apply, x, whole = window_of_four
     state, found = module.initial_state(2, 8, 16), []
     assert state.keys.shape == (2, 4, 2, 4)
@@ -129,8 +129,10 @@ def test_a_ring_is_exact_before_at_and_behind_the_window(window_of_four, assert_
 
 
 def test_no_slot_of_a_ring_is_written_twice():
-    """Else what it holds would depend on the order of writing: of documents that begin, tokens that are out of a window
-    already, and padding, none is written."""
+    """Check that the content of the ring does not depend on the order of writing.
+
+    Tokens of earlier documents, tokens out of the window and padding are not written.
+    """
     rng = np.random.default_rng(0)
     valid, reset = rng.random((2, 32, 9)) < np.array([0.8, 0.2])[:, None, None]
     placed = places(Context(valid, reset), 9, rng.integers(0, 6, 32).astype(np.int32))
@@ -153,8 +155,8 @@ def test_a_ring_is_no_longer_than_the_sequence(window_of_four, assert_close):
     assert_close(np.concatenate([y, apply(x[:, 2:3], state)[0]], 1), whole[:, :3], 1e-5)
 
 
-def test_a_document_that_begins_has_the_whole_cache(random_params, quick_jit, assert_close):
-    """Earlier documents leave no room taken: each of many may be as long as the state."""
+def test_each_document_may_be_as_long_as_the_cache(random_params, quick_jit, assert_close):
+    """Check that earlier documents take no room in the state."""
     module = Attention(num_heads=2, dtype=jnp.float32)
     x = np.random.default_rng(0).standard_normal((1, 24, 8)).astype(np.float32)
     apply = functools.partial(quick_jit(module.apply), {"params": random_params(module, x)})
@@ -168,7 +170,7 @@ def test_a_document_that_begins_has_the_whole_cache(random_params, quick_jit, as
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, 4), (4, 4), (5, 4), (11, 4)])
-def test_operations_count_what_a_token_sees(length, window):
+def test_operations_count_the_keys_that_a_token_sees(length, window):
     c = config_lib.default().model
     c.sliding.window = window
     products = MIXERS["sliding"].operations(c, length) - 8 * c.width**2

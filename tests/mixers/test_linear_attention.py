@@ -1,4 +1,4 @@
-"""Linear attention, against sums written out in NumPy and against the TTT layer that it equals."""
+"""Compare linear attention with sums written out in NumPy, and with the TTT layer that equals it."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def numpy_linear_attention(q, k, v, sums, begins=()):
 
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (4, 4), (9, 4), (7, 16)])
-def test_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
+def test_linear_attention_matches_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
     rng = np.random.default_rng(tokens)
     q, k, v = rng.standard_normal((3, BATCH, tokens, HEADS, D)).astype(np.float32)
     sums = rng.standard_normal((BATCH, HEADS, D, D)).astype(np.float32)
@@ -34,8 +34,8 @@ def test_sums_of_outer_products(quick_jit, assert_close, tokens, chunk):
 
 
 @pytest.mark.parametrize("begins", [(0,), (4,), (5, 6), (3, 8), (2, 10)])
-def test_documents_have_sums_of_their_own(quick_jit, assert_close, begins):
-    """Read documents that begin with a chunk, within one, two in one, and with the last token."""
+def test_each_document_has_its_own_sums(quick_jit, assert_close, begins):
+    """Check documents that begin at a chunk, within one, twice in one, and at the last token."""
     q, k, v = RNG.standard_normal((3, BATCH, 11, HEADS, D)).astype(np.float32)
     sums = RNG.standard_normal((BATCH, HEADS, D, D)).astype(np.float32)
     document = np.tile(np.isin(np.arange(11), begins).cumsum(), (BATCH, 1))
@@ -45,8 +45,10 @@ def test_documents_have_sums_of_their_own(quick_jit, assert_close, begins):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtype):
-    """The same parameters, outputs and gradients as TTT-Linear in the Transformer backbone with b = T, W0 = 0, the bare
-    learner and a rate that is not learned."""
+    """Compare with TTT-Linear in the Transformer backbone: the same parameters, outputs and gradients.
+
+    It has b = T, W0 = 0, no output wrap or biases, and a rate that is not learned.
+    """
     tokens = np.random.default_rng(0).integers(0, 11, (BATCH, 10))
 
     def model(mixer):

@@ -1,4 +1,4 @@
-"""Nothing outside of mixers' files knows one by its name."""
+"""Check that no code outside of a mixer's file compares names of mixers."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ PACKAGE = Path(ttt_jax.__file__).parent
 
 
 def comparisons_with_mixers(source):
-    """The lines of a program that compare ``mixer``, by whatever path, or a registered name."""
+    """Yield the lines that compare something called ``mixer``, or compare with a registered name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq | ast.In | ast.NotIn):
             operands = [node.left, *node.comparators]
@@ -57,11 +57,11 @@ def test_no_mixer_is_compared_by_name():
         "match model.mixer:\n  case 'a': pass",
     ],
 )
-def test_comparisons_are_found(source):
+def test_comparisons_are_reported(source):
     assert list(comparisons_with_mixers(source)) == [1]
 
 
-def test_what_is_no_comparison_with_a_name_is_not_found():
+def test_other_uses_of_names_are_not_reported():
     source = (
         "x = MIXERS[model.mixer].learns == y\nz = name in MIXERS\nw = {'model.mixer': 'ttt_linear'}\nv = mixer is None"
     )

@@ -1,4 +1,4 @@
-"""The TTT layer around its inner loop: rates, positions, convolutions, gate and norm against NumPy."""
+"""Compare the parts of the TTT layer around its inner loop with NumPy: rates, positions, convolutions, gate, norm."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ from ttt_jax.ttt.update import Decay, Momentum
 BATCH, TOKENS, WIDTH, HEADS, B = 2, 7, 8, 2, 3
 HEAD_DIM = WIDTH // HEADS
 LINEAR = ttt_linear(HEAD_DIM)
-GATES = {"log_decay": np.log(99), "momentum": 0.0}  # what is added to the logits, so that a decay starts at 0.99
+GATES = {"log_decay": np.log(99), "momentum": 0.0}  # added to the logits, so that a decay starts at 0.99
 X = np.random.default_rng(5).standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32)
 
 
@@ -48,7 +48,7 @@ def numpy_rope_modulo_b(x):
 
 
 def numpy_inputs(p, backbone, base_lr=1.0, scale=1.0):
-    """q, k, v, token_eta and position_eta that the specification asks for, in float64."""
+    """Return q, k, v, token_eta and position_eta by their definitions, in float64."""
     if backbone == "mamba":
         shared = X @ p["wq"]["kernel"]
         q, k = numpy_conv(p["conv_q"], shared), numpy_conv(p["conv_k"], shared)
@@ -65,7 +65,7 @@ def float64(tree):
 
 
 class Recorder:
-    """Stands where scan.run stood, keeps what the layer gave it, and answers with q."""
+    """A stand-in for ``scan.run`` that keeps its inputs and returns q."""
 
     def __init__(self, monkeypatch):
         monkeypatch.setattr(scan, "run", self)
@@ -76,8 +76,8 @@ class Recorder:
 
 
 @pytest.mark.parametrize("backbone", ["mamba", "transformer"])
-def test_inputs_of_the_inner_loop(random_params, assert_close, monkeypatch, backbone):
-    """Positions modulo b; eta = base_lr * scale * max(0, 1/t + tau) * sigmoid(w.x + c) / d."""
+def test_inputs_of_the_inner_loop_match_numpy(random_params, assert_close, monkeypatch, backbone):
+    """Check positions modulo b, and eta = base_lr * scale * max(0, 1/t + tau) * sigmoid(w.x + c) / d."""
     module = layer(backbone, base_lr=0.3)
     params = random_params(module, X)
     params["tau"] = np.array([0.25, -2.0, -0.1], np.float32)  # the second one is clipped: 1/2 - 2 < 0
@@ -96,8 +96,8 @@ def test_inner_rate_is_linear_in_base_lr_and_its_scale(random_params, assert_clo
     assert_close(recorder.inputs[3] * HEAD_DIM, base_lr * scale * gate, 1e-6)
 
 
-def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
-    """eta = base_lr * scale / (2 t d), and no parameters for it."""
+def test_a_rate_that_is_not_learned_keeps_its_initial_value(random_params, assert_close, monkeypatch):
+    """Check eta = base_lr * scale / (2 t d), without parameters."""
     module = layer(base_lr=0.3, learned_eta=False)
     params = random_params(module, X)
     assert not {"eta_kernel", "eta_bias", "tau"} & params.keys()
@@ -108,8 +108,8 @@ def test_a_rate_that_is_not_learned(random_params, assert_close, monkeypatch):
     np.testing.assert_allclose(position_eta, [1, 1 / 2, 1 / 3], rtol=1e-6)
 
 
-def test_a_rate_for_each_weight_matrix(random_params, assert_close, monkeypatch):
-    """eta = scale * softplus(w.x + c + softplus^-1(base_lr)), with nothing that depends on the position."""
+def test_softplus_rates_per_matrix_match_numpy(random_params, assert_close, monkeypatch):
+    """Check eta = scale * softplus(w.x + c + softplus^-1(base_lr)), which does not depend on the position."""
     loop = dataclasses.replace(ttt_mlp(HEAD_DIM), rate=Rate("softplus", "1", per_matrix=True))
     module = layer(loop=loop, base_lr=0.3)
     params = random_params(module, X)
@@ -123,8 +123,8 @@ def test_a_rate_for_each_weight_matrix(random_params, assert_close, monkeypatch)
     np.testing.assert_array_equal(position_eta, np.ones(B))
 
 
-def test_gates_of_the_update(random_params, assert_close, monkeypatch):
-    """Each is a function of w.x + c; a decay that is the same for all tokens has no parameters."""
+def test_gates_of_the_update_match_numpy(random_params, assert_close, monkeypatch):
+    """Check functions of w.x + c; a decay that is the same for all tokens has no parameters."""
     module = layer(loop=dataclasses.replace(LINEAR, update=(Decay(), Momentum())))
     params = random_params(module, X)
     recorder = Recorder(monkeypatch)
@@ -136,8 +136,8 @@ def test_gates_of_the_update(random_params, assert_close, monkeypatch):
     assert random_params(fixed, X).keys() == random_params(layer(), X).keys()
 
 
-def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):
-    """The same as with a learned W0 of zeros."""
+def test_w0_that_is_not_learned_is_zero(random_params, quick_jit, assert_close):
+    """Compare with a learned W0 of zeros."""
     module = layer(learned_w0=False)
     params = random_params(module, X)
     zeros = {"inner_kernel_0": np.zeros((HEADS, HEAD_DIM, HEAD_DIM)), "inner_bias_0": np.zeros((HEADS, 1, HEAD_DIM))}
@@ -146,8 +146,8 @@ def test_a_start_that_is_not_learned_is_zero(random_params, quick_jit, assert_cl
     assert_close(quick_jit(module.apply)({"params": params}, X)[0], expected, 1e-6)
 
 
-def test_a_promise_of_whole_mini_batches_is_passed_on(random_params, quick_jit, assert_close):
-    """The same numbers where it is kept, and NaN in rows where it is broken."""
+def test_aligned_is_passed_to_the_scan(random_params, quick_jit, assert_close):
+    """Check equal results where the promise is kept, and NaN in rows where it is broken."""
     module, x = layer(), np.concatenate([X, X], 1)[:, : 4 * B]
     params = random_params(module, x)
 
@@ -186,7 +186,7 @@ def test_layer_is_norm_gate_and_projection_of_the_inner_loop(random_params, quic
 
 
 def test_post_norm_epsilon_is_1e_6(random_params, monkeypatch):
-    """At a variance of 1e-6 the epsilon halves the square: 1e-5 would give 0.30 instead of 0.71."""
+    """Check a variance of 1e-6, where this epsilon halves the square: 1e-5 would give 0.30 instead of 0.71."""
     module = layer("transformer")
     params = random_params(module, X)
     params["wo"]["kernel"] = np.eye(WIDTH, dtype=np.float32)
@@ -207,7 +207,7 @@ def test_target_spread_is_the_loss_of_the_mean_target(random_params, quick_jit, 
 
 
 def test_target_spread_without_a_residual_is_that_of_the_values(random_params, quick_jit, assert_close):
-    """And there is none where the loss is no distance from a target."""
+    """Check also that an objective without a target has no spread."""
 
     def statistics(**choices):
         module = layer("transformer", InnerLoop(Learner(Linear(), HEAD_DIM), **choices))
@@ -222,8 +222,8 @@ def test_target_spread_without_a_residual_is_that_of_the_values(random_params, q
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_rates_and_the_norm_of_w0_are_statistics(random_params, quick_jit, assert_close, learned):
-    """Read from the start, and from the state of a first piece that ends within a mini-batch."""
+def test_rates_and_the_norm_of_w0_are_recorded(random_params, quick_jit, assert_close, learned):
+    """Compare a read from the start with two pieces, of which the first ends within a mini-batch."""
     module = layer(base_lr=0.3, learned_eta=learned, learned_w0=learned)
     params = random_params(module, X)
 

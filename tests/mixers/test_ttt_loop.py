@@ -1,4 +1,4 @@
-"""Check which inner loop a config describes."""
+"""Check the inner loop that a config describes."""
 
 import pytest
 
@@ -17,18 +17,18 @@ def config(**ttt):
 
 
 @pytest.mark.parametrize(
-    ("settled", "loop", "base_lr", "first"),
+    ("mixer", "loop", "base_lr", "first"),
     [("ttt_linear", ttt_linear(64), 1.0, 1.0), ("ttt_mlp", ttt_mlp(64), 0.1, 0.1)],
 )
-def test_settled_mixers_are_points_of_the_open_one(settled, loop, base_lr, first):
-    """The same inner loop, rate and warm-up as those of model.mixer=ttt with their learner."""
-    for c in (config(mixer=settled), config(learner=settled.removeprefix("ttt_"))):
+def test_ttt_linear_and_ttt_mlp_are_choices_of_ttt(mixer, loop, base_lr, first):
+    """Compare inner loop, rate and warm-up with those of model.mixer=ttt with their learner."""
+    for c in (config(mixer=mixer), config(learner=mixer.removeprefix("ttt_"))):
         assert ttt_loop.loop(c.model) == loop
         assert ttt_loop.base_lr(c.model) == base_lr
         assert ttt_loop.base_lr_start(c.model) == pytest.approx(first * base_lr)
 
 
-def test_a_rate_by_softplus_starts_at_that_of_lact():
+def test_the_softplus_rate_has_the_base_rate_of_lact():
     assert ttt_loop.base_lr(config(rate="softplus", learner="mlp").model) == 0.001
     assert ttt_loop.base_lr(config(rate="softplus", base_lr=0.5).model) == 0.5
 

@@ -1,4 +1,4 @@
-"""Counted operations, against three other counts: by hand, of the traced program, and by XLA."""
+"""Compare counted operations with counts by hand, of the traced program and by XLA, and count parameters."""
 
 import math
 
@@ -34,7 +34,7 @@ def model_config(name, **options):
 
 
 def forward(model):
-    """The forward pass, and shapes of its arguments for one sequence of T tokens."""
+    """Return the forward pass, and the shapes of its arguments for one sequence of T tokens."""
     module = build_model(model)
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
@@ -42,7 +42,7 @@ def forward(model):
 
 
 def products(jaxpr) -> int:
-    """Operations of every matrix product that a traced program runs, loops counted as often as they turn."""
+    """Count the operations of all matrix products that a traced program runs, with repetitions of loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -56,10 +56,10 @@ def products(jaxpr) -> int:
 
 
 def not_needed(model):
-    """Operations of a layer, forward, that a traced program has and the model does not need.
+    """Count the operations of a layer, forward, that a traced program has and the model does not need.
 
-    A block of queries computes all its logits; causality hides some. With the dot product, gradients do not depend on
-    f(k), whose last product XLA leaves out.
+    A block of queries computes all its logits, of which causality hides some. With the dot product, gradients do not
+    depend on f(k), whose last product XLA leaves out.
     """
     if model.mixer == "attention":
         hidden = T - (T + 1) / 2
@@ -93,11 +93,13 @@ def test_a_step_is_three_forward_passes(name):
 
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba", "ttt-transformer-decay"])
-def test_most_of_what_xla_counts(name):
-    """XLA counts elementwise operations too, at this width 1 to 5 percent, and leaves out the last step of the inner
-    loop, whose weights nobody reads here. It counts the body of a loop once, whatever its length, so the loop over
-    mini-batches is unrolled here, and that over layers has one turn. It may not fuse: then it would compute RoPE again
-    for each of those mini-batches."""
+def test_xla_counts_little_more(name):
+    """Compare with XLA's count, which is 1 to 5 percent larger at this width.
+
+    XLA also counts elementwise operations, and leaves out the last step of the inner loop, whose weights are not read.
+    It counts the body of a loop once, whatever its length, so the loop over mini-batches is unrolled here, and the loop
+    over layers has length one. Fusion is disabled, because it would compute RoPE again for each mini-batch.
+    """
     model = model_config(name, width=128, num_heads=2, mlp_width=256, vocab_size=257)
     model.ttt.unroll = T // B
     function, params, tokens = forward(model)
@@ -107,8 +109,8 @@ def test_most_of_what_xla_counts(name):
     assert 0.98 * ours < counted < 1.05 * ours
 
 
-def test_by_hand():
-    """Width 4, two heads of 2, feed-forward width 3, 5 tokens, mini-batches of 2; sequences of 6."""
+def test_operations_match_counts_by_hand():
+    """Count width 4, two heads of 2, feed-forward width 3, vocabulary 5, mini-batches of 2, sequences of 6."""
     sizes = {"vocab_size": 5, "width": 4, "num_heads": 2, "mlp_width": 3}
     around = 2 * 3 * 4 * 3 + 2 * 4 * 5  # gate, up, down; head
 
@@ -134,8 +136,8 @@ def test_by_hand():
     assert counts.flops_per_token(mlp, 6) == around + 4 * 2 * 16 + 2 * 4 * 2 + 2 * head
 
 
-def test_what_grows_with_the_context():
-    """Attention by 4 D per layer and half a token; a TTT layer not at all, once a mini-batch is full."""
+def test_attention_grows_with_the_context_and_ttt_does_not():
+    """Check that attention grows by 4 D per layer and half a token, and a TTT layer not beyond a full mini-batch."""
     attention = model_config("attention", num_layers=2)
     assert counts.flops_per_token(attention, 2001) - counts.flops_per_token(attention, 1001) == 2 * 4 * WIDTH * 500
     ttt = model_config("ttt_mlp-mamba")

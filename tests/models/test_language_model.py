@@ -1,4 +1,4 @@
-"""Whole models, tiny: reading in pieces, numerics, learners of other shapes, and compile time."""
+"""Check whole tiny models: reading in pieces, numerics, learners of other shapes, and compile time."""
 
 import functools
 
@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
 
 
 def build(name="ttt_linear-mamba", ttt=(), **options):
-    """A model of two layers; ``ttt`` and ``options`` as in ``config.model``."""
+    """Return a model of two layers; ``ttt`` and ``options`` are keys of ``config.model``."""
     config = config_lib.default()
     mixer, backbone, point, *_ = *name.split("-"), "", ""
     sizes = {"vocab_size": VOCAB, "width": WIDTH, "num_layers": 2, "num_heads": HEADS, "mlp_width": 12}
@@ -31,7 +31,7 @@ def build(name="ttt_linear-mamba", ttt=(), **options):
 
 @pytest.fixture(scope="module")
 def draw(random_params):
-    """Parameters for a model; with every norm near 1 and every inner rate large enough to matter."""
+    """Return a function that draws parameters with every norm near 1, and inner rates large enough to matter."""
     return functools.partial(random_params, stddev=0.3)
 
 
@@ -44,8 +44,8 @@ def flat(tree):
 
 
 @pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba"])
-def test_pieces_cut_inside_mini_batches_are_one_go(draw, quick_jit, assert_close, name):
-    """Cut the pieces of one mixer; tests/mixers does so with all."""
+def test_pieces_cut_inside_mini_batches_match_the_whole_sequence(draw, quick_jit, assert_close, name):
+    """Check two mixers; tests/mixers checks all."""
     model = build(name)
     params = draw(model, TOKENS)
     apply = applied(quick_jit, model)
@@ -62,8 +62,10 @@ def test_pieces_cut_inside_mini_batches_are_one_go(draw, quick_jit, assert_close
 
 
 def test_padding_and_documents_reach_all_parts_of_a_block(draw, quick_jit, assert_close):
-    """Two documents in a row, and one behind padding, in two pieces: each as if it were alone. The convolutions before
-    the mixers read back over what is cut, and over nothing else."""
+    """Compare two documents in a row, and one behind padding, in two pieces, with each document alone.
+
+    The convolutions before the mixers read back over the cut, but not over other documents or padding.
+    """
     model = build("ttt_linear-mamba")
     params = draw(model, TOKENS)
     valid, reset = np.ones(TOKENS.shape, bool), np.zeros(TOKENS.shape, bool)
@@ -86,8 +88,8 @@ def test_padding_and_documents_reach_all_parts_of_a_block(draw, quick_jit, asser
         assert_close(actual, row[: len(document)], 1e-5)
 
 
-def test_inner_steps_reach_the_logits(draw, quick_jit):
-    """The comparisons of this file would say little if the hidden state hardly mattered."""
+def test_inner_steps_change_the_logits(draw, quick_jit):
+    """Check that the hidden state matters, without which the comparisons of this file would prove little."""
     model = build(ttt={"base_lr_start": 0.0})
     params = draw(model, TOKENS)
     read = quick_jit(lambda scale: model.apply({"params": params}, TOKENS, None, Context(inner_lr_warmup=scale))[0])
@@ -112,8 +114,8 @@ def test_bfloat16_compute_keeps_parameters_inner_state_and_logits_in_float32(dra
         assert all(np.isfinite(x).all() for x in inner)
 
 
-def test_learner_of_another_depth_and_width(draw, quick_jit):
-    """Three dense layers with a hidden width of twice the head width; every one of them is felt."""
+def test_all_layers_of_a_deeper_learner_change_the_logits(draw, quick_jit):
+    """Check three dense layers with a hidden width of twice the head width."""
     model = build("ttt_mlp", ttt={"mlp_depth": 3, "mlp_width_factor": 2.0})
     params = draw(model, TOKENS)
     shapes = {k.removeprefix("layers/mixer/"): x.shape for k, x in flat(params).items() if "/inner_" in k}
@@ -146,7 +148,7 @@ def test_learner_of_another_depth_and_width(draw, quick_jit):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "ttt_mlp-mamba"])
 def test_size_of_the_program_does_not_grow_with_depth(name):
-    """Forward and backward pass as handed to the compiler; the layers are one loop."""
+    """Compare forward and backward passes as given to the compiler, in which the layers are one loop."""
 
     def program_size(layers):
         model = build(name, num_layers=layers)
@@ -157,7 +159,7 @@ def test_size_of_the_program_does_not_grow_with_depth(name):
     assert program_size(8) <= 1.05 * program_size(2)
 
 
-def test_remat_of_blocks_changes_nothing(draw, quick_jit, assert_close):
+def test_remat_of_blocks_does_not_change_gradients(draw, quick_jit, assert_close):
     params = draw(build("attention"), TOKENS)
 
     def gradient(remat):
@@ -168,7 +170,7 @@ def test_remat_of_blocks_changes_nothing(draw, quick_jit, assert_close):
 
 
 def test_initial_parameters_are_those_of_the_paper(quick_jit):
-    """Normal 0.02, but convolutions 1 / sqrt(width); biases and tau 0, scales 1. Every kernel is another draw."""
+    """Check normal 0.02, and 1 / sqrt(width) for convolutions; biases and tau 0, scales 1; all draws different."""
     model = build("ttt_mlp-mamba", width=64, vocab_size=512, mlp_width=64, tie_embeddings=False)
     params = flat(quick_jit(model.init)(jax.random.key(0, impl="rbg"), TOKENS)["params"])
     for key, x in params.items():

@@ -1,4 +1,4 @@
-"""Check which mixer a pattern puts into which block, what blocks have of their own, and what is refused."""
+"""Check which mixer a pattern puts into which block, the keys of an entry, and patterns that are refused."""
 
 import pytest
 
@@ -15,14 +15,8 @@ def model(mixer, blocks=6, **options):
 
 
 def names(model):
-    """The entry of each block, in order."""
-    return [
-        run.text
-        for segment in pattern.segments(model)
-        for _ in range(segment.repeats)
-        for run in segment.runs
-        for _ in range(run.blocks)
-    ]
+    """Return the entry of each block, in order."""
+    return [run.text for run in pattern.blocks(model)]
 
 
 @pytest.mark.parametrize(
@@ -38,19 +32,19 @@ def names(model):
         (" attention*3 +ttt_linear * 2 ", 5, "aaatt", [(2, 1)]),
     ],
 )
-def test_the_pattern_is_repeated_and_its_beginning_fills_up(mixer, blocks, expected, segments):
+def test_the_pattern_is_repeated_and_its_last_repetition_cut(mixer, blocks, expected, segments):
     found = model(mixer, blocks)
     assert "".join(name[0] for name in names(found)) == expected
     assert [(len(segment.runs), segment.repeats) for segment in pattern.segments(found)] == segments
     assert sum(kind.blocks for kind in pattern.kinds(found)) == blocks
 
 
-def test_the_runs_do_not_grow_with_depth():
+def test_the_number_of_runs_does_not_grow_with_depth():
     shallow, deep = (list(pattern.each_run(model("ttt_linear*5 + attention", blocks))) for blocks in (12, 96))
     assert len(shallow) == len(deep) == 2
 
 
-def test_entries_have_keys_of_their_own():
+def test_entries_may_have_their_own_keys():
     found = model(
         "ttt_linear(mini_batch=4, backbone=transformer)*2 + ttt_mlp(channel=swiglu + swiglu, mlp_width=8, "
         "pre_conv=false) + attention(norms=pre_post,rope_theta=5e5)"
@@ -73,7 +67,7 @@ def test_entries_have_keys_of_their_own():
     assert found.ttt.mini_batch == 16
 
 
-def test_labels():
+def test_labels_name_the_mixer_or_the_hybrid():
     assert pattern.describe(model("attention*2")) == "Transformer"
     assert pattern.describe(model("ttt_linear*5 + attention")) == "Hybrid 5 ttt_linear : 1 attention"
     text = "attention + attention(channel=none)*2"
@@ -116,7 +110,7 @@ def test_operations_are_the_sum_over_blocks():
         ("attention(pre_conv=3)", "attention(pre_conv=3): expected true or false"),
     ],
 )
-def test_refused(mixer, message):
+def test_bad_patterns_are_refused(mixer, message):
     with pytest.raises(ConfigError) as refusal:
         model(mixer)
     assert message in str(refusal.value)

@@ -11,7 +11,7 @@ from ttt_jax.models import language_model, pattern, stack
 from ttt_jax.training.loss import token_nll
 
 VOCAB, TOKENS = 11, np.random.default_rng(0).integers(0, 11, (2, 10))
-# Seven blocks: the pattern twice, and one that is left over.
+# Seven blocks: the pattern twice, and one block of a third repetition.
 HYBRID = "attention(channel=none)*2 + ttt_linear(channel=swiglu + swiglu, norms=pre_post, mini_batch=4)"
 
 
@@ -25,20 +25,20 @@ def config(mixer, blocks, **options):
 
 @pytest.fixture(scope="module")
 def hybrid(random_params):
-    """A config, its model and parameters for it."""
+    """Return a config, its model and parameters for it."""
     c = config(HYBRID, 7)
     model = language_model.build_model(c.model)
     return c, model, random_params(model, TOKENS, stddev=0.3)
 
 
 def blocks_of(c):
-    """The module of each block, in order, and the mixer of each."""
+    """Return the module of each block, in order, and the mixer of each."""
     kinds = [run.model for run in pattern.blocks(c.model)]
     return [language_model._block(kind)() for kind in kinds], [kind.mixer for kind in kinds]
 
 
-def test_a_model_is_its_blocks_one_after_the_other(hybrid, quick_jit, assert_close):
-    """Outputs of every block, and what the inner loops of those that learn did."""
+def test_a_model_matches_its_blocks_one_after_the_other(hybrid, quick_jit, assert_close):
+    """Compare the outputs of all blocks, and the statistics of inner loops."""
     c, model, params = hybrid
     blocks, mixers = blocks_of(c)
 
@@ -63,7 +63,7 @@ def test_a_model_is_its_blocks_one_after_the_other(hybrid, quick_jit, assert_clo
         assert_close(found, own, 1e-4)
 
 
-def test_pieces_are_one_go(hybrid, quick_jit, assert_close):
+def test_pieces_match_the_whole_sequence(hybrid, quick_jit, assert_close):
     _, model, params = hybrid
     apply = quick_jit(lambda params, tokens, state=None: model.apply({"params": params}, tokens, state))
     state, logits = model.initial_state(2, TOKENS.shape[1]), []
@@ -76,7 +76,7 @@ def test_pieces_are_one_go(hybrid, quick_jit, assert_close):
 
 
 @pytest.mark.slow
-def test_rematerialisation_changes_no_number(hybrid, quick_jit, assert_close):
+def test_remat_does_not_change_gradients(hybrid, quick_jit, assert_close):
     _, model, params = hybrid
     other = language_model.build_model(config(HYBRID, 7, remat="block").model)
     loss = lambda model: lambda params: token_nll(model.apply({"params": params}, TOKENS)[0], TOKENS).mean()  # noqa: E731
@@ -84,8 +84,8 @@ def test_rematerialisation_changes_no_number(hybrid, quick_jit, assert_close):
     assert_close(found, expected, 1e-5)
 
 
-def test_kinds_that_are_alike_are_the_uniform_model(random_params, quick_jit, assert_close):
-    """Entries that are spelled differently but mean the same: the parameters of the uniform model, rearranged."""
+def test_equal_kinds_spelled_differently_match_the_uniform_model(random_params, quick_jit, assert_close):
+    """Compare with the parameters of the uniform model, rearranged."""
     uniform = language_model.build_model(config("attention", 5).model)
     apart = language_model.build_model(config("attention + attention(norms=pre)", 5).model)
     params = random_params(uniform, TOKENS, stddev=0.3)
@@ -108,8 +108,8 @@ def test_the_program_does_not_grow_with_depth():
     assert lines(8) == lines(48)
 
 
-def test_padding_leaves_the_stream_as_it_is(hybrid):
-    """What a block would add at padding is left out, so that nothing there can become infinite."""
+def test_padding_does_not_change_the_residual_stream(hybrid):
+    """Check that nothing is added at padding, so that nothing there can become infinite."""
     _, model, params = hybrid
     valid = np.ones(TOKENS.shape, bool)
     valid[:, -3:] = False
@@ -120,7 +120,7 @@ def test_padding_leaves_the_stream_as_it_is(hybrid):
         np.testing.assert_array_equal(found["h"][:, -3:], filled["hidden_states"]["embedding"][:, -3:])
 
 
-def test_the_layout_of_a_uniform_model_is_its_own():
+def test_a_uniform_model_stacks_its_layers_without_segments():
     model = language_model.build_model(config("attention*2", 3).model)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     assert set(params) == {"embedding", stack.ONE, "final_norm"}
