@@ -3,13 +3,13 @@
 
     python scripts/bench_data.py [FILES ...]
 
-FILES are as for ``ttt tokenize --train``; without them, the Python standard library as JSON lines. Each number is the
-median of several, taken in turns.
+FILES are as for ``ttt tokenize --train``; without them, the Python standard library as JSON lines is used. Each number
+is the median of several runs, taken in turns.
 
 - BPE: ``ttt tokenize`` with a tokenizer of 8192 tokens trained on the text, from compressed text to dataset, against
   the tokenizer library alone: ``encode_batch`` and ``encode_batch_fast`` of all texts in memory, on all its threads.
 - bytes: ``ttt tokenize`` with the byte tokenizer.
-- batches: windows of 2048 and 32768 tokens of that dataset, shuffled; and how long the first batch takes at step 10^6.
+- batches: shuffled windows of 2048 and 32768 tokens of that dataset, and the time to the first batch at step 10^6.
 """
 
 import argparse
@@ -40,19 +40,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILES")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--most-mb", type=float, default=100.0, help="of text for the BPE comparison (default: 100)")
+    parser.add_argument("--most-mb", type=float, default=100.0, help="MB of text for the BPE comparison (default: 100)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        named = options.files or [_standard_library(Path(folder))]
-        _bpe(named, options, Path(folder))
-        dataset = _bytes(named, options, Path(folder))
+        patterns = options.files or [_standard_library(Path(folder))]
+        _bpe(patterns, options, Path(folder))
+        dataset = _bytes(patterns, options, Path(folder))
         _batches(dataset, options)
 
 
-def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
+def _bpe(patterns: list[str], options: argparse.Namespace, folder: Path) -> None:
     texts: list[str] = []
     size = 0
-    for text in _texts(named):
+    for text in _texts(patterns):
         texts.append(text)
         size += len(text.encode())
         if size > options.most_mb * 1e6:
@@ -71,7 +71,7 @@ def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
     times = _in_turns(runs, options.repeats)
     best = min(wall for name, (wall, _) in times.items() if name.startswith("library"))
     least = min(cpu for name, (_, cpu) in times.items() if name.startswith("library"))
-    print(f"BPE, {size / 1e6:.0f} MB of text in {len(texts)} documents; in brackets against the library's best")
+    print(f"BPE, {size / 1e6:.0f} MB of text in {len(texts)} documents; in brackets: relative to the library's best")
     for name, (wall, cpu) in times.items():
         print(
             f"  {name:<28} {size / 1e6 / wall:5.2f} MB/s ({best / wall:.2f})  "
@@ -79,8 +79,8 @@ def _bpe(named: list[str], options: argparse.Namespace, folder: Path) -> None:
         )
 
 
-def _bytes(named: list[str], options: argparse.Namespace, folder: Path) -> Path:
-    times = _in_turns({"bytes": lambda: _tokenize(named, "byte", folder / "bytes")}, options.repeats)
+def _bytes(patterns: list[str], options: argparse.Namespace, folder: Path) -> Path:
+    times = _in_turns({"bytes": lambda: _tokenize(patterns, "byte", folder / "bytes")}, options.repeats)
     made = json.loads((folder / "bytes" / "dataset.json").read_text())["splits"]["train"]
     print(f"bytes, {made['text_bytes'] / 1e6:.0f} MB of text: {made['text_bytes'] / 1e6 / times['bytes'][0]:.1f} MB/s")
     return folder / "bytes"
@@ -106,10 +106,10 @@ def _batches(dataset: Path, options: argparse.Namespace) -> None:
     print(f"  first batch at step 10^6: {time.perf_counter() - start:.3f} s")
 
 
-def _tokenize(named: list[str], tokenizer: str, output: Path) -> None:
+def _tokenize(patterns: list[str], tokenizer: str, output: Path) -> None:
     """Run the command as a user types it, including the start of Python."""
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", *named, "--tokenizer", tokenizer]
+    command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", *patterns, "--tokenizer", tokenizer]
     subprocess.run([*command, "--output", str(output)], check=True, capture_output=True)
 
 
@@ -130,8 +130,8 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def _texts(named: list[str]) -> Iterator[str]:
-    for _, unit, _ in records.units(listing.find("train", named), records.Position(), 1 << 20, "text"):
+def _texts(patterns: list[str]) -> Iterator[str]:
+    for _, unit, _ in records.units(listing.find("train", patterns), records.Position(), 1 << 20, "text"):
         for record in records.texts(unit, "text"):
             if isinstance(record, tuple):
                 yield record[1]

@@ -157,7 +157,7 @@ def _tokenize(
                 skip_problems=skip,
                 trained=trained,
                 progress=bar,
-                tell=functools.partial(print, file=sys.stderr, flush=True),
+                warn=functools.partial(print, file=sys.stderr, flush=True),
                 stop=lambda: signals.received,
                 check=lock.check,
             )

@@ -196,8 +196,8 @@ class Array:
         """Return the type of the values."""
         return self._array.dtype.numpy_dtype
 
-    def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, _ = where.indices(len(self))
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, _ = index.indices(len(self))
         with explained(f"cannot read {self._name} at offset {start}"):
             return self._array[start : max(start, stop)].read().result()
 

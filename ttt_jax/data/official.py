@@ -51,8 +51,8 @@ class NpyTokens:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, where: slice, /) -> np.ndarray:
-        start, stop, _ = where.indices(self._length)
+    def __getitem__(self, index: slice, /) -> np.ndarray:
+        start, stop, _ = index.indices(self._length)
         if start >= stop:
             return np.empty(0, self.dtype)
         first, last = (self._start + place * self.dtype.itemsize for place in (start, stop))

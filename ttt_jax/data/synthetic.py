@@ -33,8 +33,8 @@ class _RandomTokens:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, where: slice, /) -> np.ndarray:
-        start, stop, _ = where.indices(self._length)
+    def __getitem__(self, index: slice, /) -> np.ndarray:
+        start, stop, _ = index.indices(self._length)
         indices = np.arange(start, stop, dtype=np.uint64)
         x = indices + np.uint64(self._salt << 48)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -53,8 +53,8 @@ class _RandomDocuments:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, where: slice, /) -> np.ndarray:
-        part = self._starts[where]
+    def __getitem__(self, index: slice, /) -> np.ndarray:
+        part = self._starts[index]
         return np.arange(part.start, part.stop, part.step)
 
 
@@ -162,8 +162,8 @@ class _Row:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, where: slice, /) -> np.ndarray:
-        start, stop, _ = where.indices(self._length)
+    def __getitem__(self, index: slice, /) -> np.ndarray:
+        start, stop, _ = index.indices(self._length)
         return self.read(start, stop)[0]
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,29 +60,29 @@ def values(stream: Any) -> Iterator[Any]:
     while mark := text.mark():
         if is_array and mark == "]":
             if expected == "value":
-                yield Malformed(f"not JSON: no value before ']': {text.where(text.place)}")
+                yield Malformed(f"not JSON: no value before ']': {text.location(text.place)}")
             text.place += 1
             if mark := text.mark():
-                raise RestError(f"expected the end of the file, found {mark!r}: {text.where(text.place)}")
+                raise RestError(f"expected the end of the file, found {mark!r}: {text.location(text.place)}")
             return
         if expected == "next" and mark == ",":
             text.place += 1
             expected = "value"
         elif expected == "next":
-            what = f"expected ',' or ']', found {mark!r}: {text.where(text.place)}"
+            what = f"expected ',' or ']', found {mark!r}: {text.location(text.place)}"
             if mark != "{":
                 raise RestError(what)
             yield Malformed(f"not JSON: {what}")
             expected = "value"
         elif is_array and mark == ",":
-            yield Malformed(f"not JSON: no value before ',': {text.where(text.place)}")
+            yield Malformed(f"not JSON: no value before ',': {text.location(text.place)}")
             text.place += 1
             expected = "value"
         else:
             yield text.value(is_array)
             expected = "next" if is_array else "value"
     if is_array:
-        raise RestError(f"the array does not end: {text.where(text.place)}")
+        raise RestError(f"the array does not end: {text.location(text.place)}")
 
 
 class _Text:
@@ -97,9 +97,9 @@ class _Text:
         self._text, self.place, self._ended, self._size = "", 0, False, _BLOCK
         self._known, self._line, self._column = 0, 1, 1  # an index in this part, and its line and column in the file
 
-    def where(self, place: int) -> str:
+    def location(self, place: int) -> str:
         """Return the line and column of a character of this part."""
-        line, column = self._where(place)
+        line, column = self._line_and_column(place)
         return f"line {line} column {column}"
 
     def mark(self) -> str:
@@ -133,13 +133,13 @@ class _Text:
         if error:
             what = self._what(error)
             self._remember(end)
-            return Malformed(f"not JSON: {what}; left out up to {self.where(end)}")
+            return Malformed(f"not JSON: {what}; left out up to {self.location(end)}")
         return found if source.isascii() or not _ESCAPED.search(source) else Malformed("not valid UTF-8")
 
     def _what(self, error: ValueError | RecursionError) -> str:
         if isinstance(error, json.JSONDecodeError):
-            return f"{error.msg}: {self.where(error.pos)}"
-        return f"{error}: {self.where(self.place)}"
+            return f"{error.msg}: {self.location(error.pos)}"
+        return f"{error}: {self.location(self.place)}"
 
     def _end(self, is_array: bool, error: ValueError | RecursionError) -> int:
         """Return where a bad value ends, judged by its brackets; the end of this part if that is not known yet."""
@@ -174,10 +174,10 @@ class _Text:
         self._known = 0
 
     def _remember(self, place: int) -> None:
-        self._line, self._column = self._where(place)
+        self._line, self._column = self._line_and_column(place)
         self._known = place
 
-    def _where(self, place: int) -> tuple[int, int]:
+    def _line_and_column(self, place: int) -> tuple[int, int]:
         lines = self._text.count("\n", self._known, place)
         if lines:
             return self._line + lines, place - self._text.rfind("\n", self._known, place)

@@ -60,7 +60,7 @@ def tokenize(
     skip_problems: bool = False,
     trained: dict[str, int] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
-    tell: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
     stop: Callable[[], object] = lambda: False,
     check: Callable[[], None] = lambda: None,
     unit_bytes: int = 1 << 20,
@@ -73,7 +73,7 @@ def tokenize(
     Args:
       skip_problems: leave out, count and list records that cannot be read, rather than stop at the first.
       trained: how the tokenizer was trained; None if it was not.
-      tell: called with a line for each file whose rest cannot be read.
+      warn: called with a line for each file whose rest cannot be read.
       stop: called at every unit; if it returns true, the run saves its state and returns None.
       check: called before the state is saved; raises if this process must not write any more.
       unit_bytes: of text, given to one process at a time. Does not change what is written.
@@ -148,7 +148,7 @@ def tokenize(
                 problems.append(json.dumps({"file": file, "record": problem.record, "problem": problem.what}) + "\n")
             if unit.problem and unit.problem.what != records.NOTHING:
                 rest = f"record {unit.problem.record}: {unit.problem.what}"
-                tell(f"{files[position.file].location}, {rest}; the rest of this file is left out")
+                warn(f"{files[position.file].location}, {rest}; the rest of this file is left out")
             now.skipped += len(part.problems)
             for name, piece in part.pieces.items():
                 splits[name].append(piece)
