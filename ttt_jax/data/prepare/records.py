@@ -6,7 +6,6 @@ process cuts files into units, in order, which is cheap; many processes parse an
 """
 
 import dataclasses
-import itertools
 import json
 import numbers
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ttt_jax.errors import ConfigError
 
 _LONGEST_RECORD = 1 << 30  # bytes; a longer line is no JSON line
 _PARQUET_ROWS = 256  # that are decoded at a time
+_END = object()
 NOTHING = "no records"  # the problem of an empty file
 
 
@@ -216,12 +216,12 @@ def _values(values: Iterator[Any], begin: Position, unit_bytes: int) -> Iterator
         size, problem = 0, ""
         try:
             while size < unit_bytes and not ended:
-                for value in itertools.islice(values, 1):
+                value = next(values, _END)
+                if value is _END:
+                    ended = True
+                else:
                     content.append(value)
                     size += len(value) if isinstance(value, str) else 1
-                    break
-                else:
-                    ended = True
         except _BrokenFileError as error:
             ended, problem = True, str(error)
         first, records = records + 1, records + len(content)

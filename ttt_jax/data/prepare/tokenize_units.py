@@ -77,10 +77,10 @@ class Job:
         if split != "train" or not self.validation_fraction + self.test_fraction:
             return split
         seeded = hashlib.blake2b(text, digest_size=8, salt=self.split_seed.to_bytes(16))
-        place = int.from_bytes(seeded.digest()) / 2**64
-        if place < self.validation_fraction:
+        hashed = int.from_bytes(seeded.digest()) / 2**64  # in [0, 1)
+        if hashed < self.validation_fraction:
             return "validation"
-        return "test" if place < self.validation_fraction + self.test_fraction else "train"
+        return "test" if hashed < self.validation_fraction + self.test_fraction else "train"
 
 
 class Piece(NamedTuple):
