@@ -24,31 +24,17 @@ source_tree="$(cd "$(dirname "$0")/.." && pwd)"
 job="$HOME/ttt-launch/$name"
 mkdir -p "$job/runs"
 
-# TPU images have Python 3.10; uv brings another one, and installs quickly. --target needs no permission of the system.
-find_uv() {
-    if command -v uv; then
-        return
-    fi
-    [ -x "$job/uv/bin/uv" ] || python3 -m pip install --quiet --disable-pip-version-check --target "$job/uv" uv >&2
-    echo "$job/uv/bin/uv"
-}
-
 install() {
-    local python="$1" extras="$2" wanted uv
+    local wanted="$source_tree $*"
     if [ -f "$HOME/$name.env" ]; then
         chmod 600 "$HOME/$name.env"
         mv -f "$HOME/$name.env" "$job/env"
     fi
-    wanted="$source_tree $python $extras"
-    if [ "$(cat "$job/installed" 2>/dev/null)" = "$wanted" ]; then
-        return
+    if [ "$(cat "$job/installed" 2>/dev/null)" != "$wanted" ]; then
+        rm -f "$job/installed"
+        bash "$source_tree/launch/install.sh" "$job/venv" "$@"
+        echo "$wanted" >"$job/installed"
     fi
-    rm -f "$job/installed"
-    uv="$(find_uv)"
-    "$uv" venv --quiet --allow-existing --python "$python" "$job/venv"
-    "$uv" pip install --quiet --python "$job/venv/bin/python" --constraint "$source_tree/launch-constraints.txt" \
-        --editable "${source_tree}[$extras]"
-    echo "$wanted" >"$job/installed"
 }
 
 start() {
@@ -64,7 +50,6 @@ start() {
     echo "$run" >"$job/run"
     # The lock goes on to the new process, and ends with it. A session of its own outlives this ssh connection.
     setsid nohup bash "$0" supervise "$name" "$folder" "$@" </dev/null >>"$folder/log" 2>&1 &
-    echo $! >"$folder/supervisor"
     for _ in $(seq 200); do # until it has left this session, whose end could take it along
         [ ! -s "$folder/pid" ] || return 0
         sleep 0.05
@@ -120,9 +105,10 @@ status() {
 }
 
 follow() {
-    local log="$job/runs/$1/log" supervisor
-    supervisor="$(cat "$job/runs/$1/supervisor")"
-    tail --bytes="+$(($2 + 1))" --follow --sleep-interval=0.2 --pid="$supervisor" "$log"
+    tail --bytes="+$(($2 + 1))" --follow --sleep-interval=0.2 "$job/runs/$1/log" &
+    trap "kill $!" EXIT
+    flock --shared "$job/lock" true # until the command has ended
+    sleep 0.5
 }
 
 stop() {

@@ -105,9 +105,9 @@ def test_the_install_finds_the_code_that_is_copied_after_it(tmp_path):
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, tree / path)
     environment = {"PATH": f"{venv / 'bin'}:/usr/bin:/bin", "HOME": str(tmp_path)}
-    program = "import ttt_jax.launch.image, sys; print(ttt_jax.launch.image.__file__)"
+    program = "import ttt_jax.launch.versions, sys; print(ttt_jax.launch.versions.__file__)"
     found = subprocess.check_output([venv / "bin/python", "-c", program], env=environment, cwd="/", text=True)
-    assert found.strip() == str(tree / "ttt_jax/launch/image.py")
+    assert found.strip() == str(tree / "ttt_jax/launch/versions.py")
     (entrypoint,) = (rest for word, rest in INSTRUCTIONS if word == "ENTRYPOINT")
     done = subprocess.run(
         [*json.loads(entrypoint), "train", "--config", "configs/quickstart.py:nothing", "--workdir", "/runs/a"],

@@ -1,82 +1,91 @@
-"""A real run of two processes that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
+"""Real runs and sweeps that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
 
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from stand_ins import ROOT, StandIns
+from conftest import ROOT
 
 from ttt_jax.terminal.stopping import INTERRUPTED
 from ttt_jax.training import metrics
 
-TINY = {
-    "model.width": 16,
-    "model.num_layers": 1,
-    "model.num_heads": 2,
-    "model.mlp_width": 16,
-    "model.vocab_size": 258,
-    "data.sequence_length": 32,
-    "data.batch_size": 2,
-    "mesh.data": 2,
-    "training.duration": "1000000 steps",
-    "checkpoint.every": "1000000 steps",
-    "log.every": "1 step",
-}
+pytestmark = pytest.mark.slow
+TINY = """model.width=16 model.num_layers=1 model.num_heads=2 model.mlp_width=16 model.vocab_size=258 data.batch_size=2
+    data.sequence_length=32 mesh.data=2 training.duration=1000000steps checkpoint.every=1000000steps log.every=1step"""
 
 
-@pytest.fixture(autouse=True)
-def no_jobs_left(tmp_path):
-    """End the jobs that a failed test leaves behind."""
-    yield
-    for job in (json.loads(path.read_text()) for path in (tmp_path / "jobs").glob("*.json")):
+@pytest.fixture
+def cluster(stand_ins):
+    cluster = stand_ins("slurm")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    cluster.environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    cluster.executable = ""  # the real one
+    yield cluster
+    for job in (cluster.kept("jobs") or {}).values():  # that a failed test has left behind
         if job["state"] == "RUNNING":
-            os.killpg(job["batch"], signal.SIGKILL)
+            os.killpg(job["batch"][0], signal.SIGKILL)
 
 
-@pytest.mark.slow
-def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(tmp_path):
-    cluster = StandIns(tmp_path, "stand_in_slurm.py", "sbatch slurmd squeue scontrol sacct scancel srun limit".split())
-    cluster.environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
-    }
-    values = [f"--config.{key}={value}" for key, value in TINY.items()]
+def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(cluster):
+    run = cluster.folder / "run"
+    values = [f"--config.{value}".replace("step", " step") for value in TINY.split()]
     command = ["train", "--config", ROOT / "configs/quickstart.py", "--workdir", "run", *values]
-    launch = cluster.start(
-        "launch", "slurm", "--gpus-per-node", "2", "--", *command, cwd=tmp_path, set={"slurm._POLL": 0.2}
-    )
+    launch = cluster.start("launch", "slurm", "--gpus-per-node", "2", "--", *command, cwd=cluster.folder)
+
+    def log(pattern):
+        text = "".join(path.read_text() for path in (run / "slurm").glob("*.log"))
+        return re.findall(pattern, text, re.DOTALL)
 
     def until(ready):
-        """What ``ready()`` returns, once that is true."""
+        """Return what ``ready()`` returns, once that is true."""
         deadline = time.monotonic() + 240
         while not (found := ready()):
             assert launch.poll() is None, launch.communicate()
-            assert time.monotonic() < deadline, text()
+            assert time.monotonic() < deadline, log(".*")
             time.sleep(0.05)
         return found
 
-    def text():
-        return "".join(path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.log"))
-
-    def log(pattern):
-        return re.findall(pattern, text(), re.DOTALL)
-
     def recorded_after(step):
-        return any(record["step"] > step for record in metrics.read(tmp_path / "run"))
+        return any(record["step"] > step for record in metrics.read(run))
 
     until(lambda: recorded_after(0))
-    subprocess.run([tmp_path / "bin" / "limit", "101"], env=cluster.environment, check=True)
+    subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
     (going_on,) = map(int, until(lambda: log("going on at step ([0-9]+)")))
     until(lambda: recorded_after(going_on))
     launch.send_signal(signal.SIGINT)
     _, err = launch.communicate(timeout=240)
     assert launch.returncode == INTERRUPTED, err
-    (first, second) = map(int, log("saved at step ([0-9]+) of"))
+    first, second = map(int, log("saved at step ([0-9]+) of"))
     assert 0 < first < second
     assert going_on == first
-    assert (tmp_path / "run" / "checkpoints" / str(second)).is_dir()
+    assert (run / "checkpoints" / str(second)).is_dir()
     assert log("on 2 x cpu of 2 processes")
+
+
+def test_points_of_a_sweep_are_jobs_that_are_found_done_again(cluster):
+    recipe = str(ROOT / "configs/paper.py") + ":transformer-125m-pile-2k:smoke"
+    sweep = ["--config", recipe, "--grid", "seed=0,1", "--config.training.duration=4 steps", "--workdir", "sweep"]
+    command = [sys.executable, "-m", "ttt_jax", "sweep", *sweep, "--", "launch", "slurm", "--gpus-per-node", "1"]
+
+    def run(command):
+        pipes = {"capture_output": True, "text": True, "timeout": 240}
+        done = subprocess.run(command, cwd=cluster.folder, env=cluster.environment, **pipes)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(command) == "sweep: 2 points: 2 done\n"
+    jobs = sorted(re.search("--job-name=(ttt-seed-[01])-", " ".join(call))[1] for call in cluster.calls("sbatch"))
+    assert jobs == ["ttt-seed-0", "ttt-seed-1"]
+    losses = [[record["loss"] for record in metrics.read(cluster.folder / "sweep" / f"seed={i}")] for i in (0, 1)]
+    assert [len(each) for each in losses] == [4, 4]
+    assert losses[0] != losses[1]
+    ranked = json.loads(run([*command[:4], "results", "sweep", "--json"]))
+    by_loss = sorted((last, f"seed={seed}") for seed, (*_, last) in enumerate(losses))
+    assert [(point["loss"], point["point"]) for point in ranked] == by_loss
+    run(command)
+    assert len(cluster.calls("sbatch")) == 2  # nothing was left to do

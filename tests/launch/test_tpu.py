@@ -1,387 +1,291 @@
-"""``ttt launch tpu`` against a stand-in of gcloud whose ssh runs the real worker.sh in folders of this machine."""
+"""What is special about Cloud TPU: a queue of machines, and a command that only ttt launch restarts."""
 
 import importlib.metadata
-import json
 import re
-import subprocess
-import sys
-import tarfile
 
 import pytest
-from clouds import JOB, TRAIN
 
-from ttt_jax import cli
-from ttt_jax.launch import tpu_run
+from ttt_jax.config import ConfigError
+from ttt_jax.launch import cloud_tpu, tpu, versions
+from ttt_jax.launch.tpu_hosts import Host, verdict
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+FRESH = ["create", "scp", "install", "start", "delete"]
+COMMAND = [
+    "train",
+    "--config",
+    "configs/quickstart.py",
+    "--workdir",
+    "gs://bucket/runs/a",
+    "--config.data.batch_size=8",
+]
 
-THERE = ("train", "--config", "configs/quickstart.py", *TRAIN[3:])  # the config by its path in the tree that is sent
+
+@pytest.fixture
+def cloud(stand_ins):
+    return stand_ins("tpu")
 
 
-def after(call: list[str], *words: str) -> list[str]:
-    assert call[: len(words) + 2] == ["compute", "tpus", *words]
-    return call[len(words) + 2 :]
+def verbs(cloud) -> list[str]:
+    """Return what was done, in a word each; what only looks is left out."""
+    words = []
+    for call in cloud.calls():
+        verb = call[call.index("tpus") + 2]
+        if verb == "ssh":
+            script = next(argument for argument in call if argument.startswith("--command="))
+            verb = re.search(r"worker\.sh (install|start|status|follow|tail|stop|end) ", script)[1]
+        if verb not in ("describe", "status", "follow"):
+            words.append(verb)
+    return words
 
 
-def test_a_run_that_succeeds(cloud, launch, capfd, tmp_path):
-    cloud.write(hosts=2)
-    assert launch("--spot", "--project", "p") == 0
-    out, err = capfd.readouterr()
-    assert out == "start 0 on host 0 in source-\nline of host 0: leaves with 0\n"
-    assert f"{JOB}: ACCEPTED\n" in err
-    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
-    assert cloud.resource is None
+def home(cloud, life=1, node="mine", host=0):
+    return cloud.folder / "machines" / str(life) / node / str(host)
 
-    calls = [c for c in cloud.calls() if "describe" not in c and not any("status" in a or " follow " in a for a in c)]
-    create, scp, install, start, delete = calls
+
+def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
+    cloud.kept("cloud", hosts=2)
+    status, out, err = cloud.launch("--spot", "--project", "p")
+    assert status == 0, err
+    assert out == "start 0 of host 0: 0\n"
+    assert "mine: ACCEPTED\n" in err
+    assert verbs(cloud) == FRESH
+    looks = ("describe", "status", "follow")
+    done = [call[3:] for call in cloud.calls() if not any(re.search(rf"\b{w}\b", a) for w in looks for a in call)]
+    create, scp, install, start, delete = done
     where = ["--zone=us-west4-a", "--project=p"]
-    request = ["--node-id=" + JOB, "--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
-    label = next(a for a in create if a.startswith("--labels="))
-    assert re.fullmatch(rf"--labels=ttt-launch={JOB},ttt-command=[0-9a-f]{{12}}-1-v5litepod-8", label)
-    assert after(create, "queued-resources", "create") == [JOB, *where, *request, label, "--async", "--quiet"]
-    archive = tmp_path / "cache" / "ttt_jax" / "launch" / f"{JOB}.tar.gz"
-    assert after(scp, "tpu-vm", "scp") == [str(archive), f"{JOB}:", "--worker=all", *where, "--quiet"]
+    label = next(argument for argument in create if argument.startswith("--labels="))
+    assert re.fullmatch("--labels=ttt-launch=mine,ttt-command=[0-9a-f]{12}-1-v5litepod-8", label)
+    request = ["--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
+    expected = ["create", "mine", *where, "--node-id=mine", *request, label, "--async", "--quiet"]
+    assert create == ["queued-resources", *expected]
+    archive = cloud.folder / "cache/ttt_jax/launch/mine.tar.gz"
+    assert scp == ["tpu-vm", "scp", str(archive), "mine:", "--worker=all", *where, "--quiet"]
     for ssh in (install, start):
-        assert after(ssh, "tpu-vm", "ssh")[:-1] == [JOB, "--worker=all", *where, "--quiet"]
-    assert after(delete, "queued-resources", "delete") == [JOB, *where, "--force", "--quiet"]
+        assert ssh[:-1] == ["tpu-vm", "ssh", "mine", "--worker=all", *where, "--quiet"]
+    assert delete == ["queued-resources", "delete", "mine", *where, "--force", "--quiet"]
+    assert [(each["host"], each["argv"]) for each in cloud.started()] == [("mine/0", COMMAND), ("mine/1", COMMAND)]
+    (source,) = (home(cloud) / "ttt-launch/mine").glob("source-*")
+    venv, packages = cloud.uv()[:2]
+    assert venv[:-1] == ["venv", "--quiet", "--allow-existing", "--python", versions.PYTHON]
+    assert packages[-1] == f"{source}[tpu,gcs]"
+    sent = dict(line.split("==") for line in (source / "launch-constraints.txt").read_text().splitlines())
+    for name in "jax jaxlib flax optax orbax-checkpoint grain tensorstore ml-collections numpy gcsfs".split():
+        assert sent[name] == importlib.metadata.version(name)
 
-    python = ".".join(map(str, sys.version_info[:2]))
-    for host in range(2):
-        home = cloud.home(host)
-        assert cloud.argv(host=host) == list(THERE)
-        venv, packages = map(json.loads, (home / "uv.jsonl").read_text().splitlines())
-        job = f"{home}/ttt-launch/{JOB}"
-        assert venv == ["venv", "--quiet", "--allow-existing", "--python", python, f"{job}/venv"]
-        (source,) = (home / "ttt-launch" / JOB).glob("source-*")
-        assert packages[-1] == f"{source}[tpu,gcs]"
-        assert packages[packages.index("--constraint") + 1] == f"{source}/launch-constraints.txt"
-        sent = dict(line.split("==") for line in (source / "launch-constraints.txt").read_text().splitlines())
-        for name in "jax jaxlib flax optax orbax-checkpoint grain tensorstore ml-collections numpy gcsfs".split():
-            assert sent[name] == importlib.metadata.version(name)
-        with tarfile.open(archive) as tar:
-            assert set(tar.getnames()) == {
-                "configs/quickstart.py",
-                "launch/worker.sh",
-                "launch-constraints.txt",
-                "setup.py",
-            }
+
+def test_values_of_env_are_on_the_machines_alone(cloud):
+    assert cloud.launch("--env", "WANDB_API_KEY=s3cret")[0] == 0
+    assert cloud.started()[0]["environment"]["WANDB_API_KEY"] == "s3cret"
+    files = [path for path in cloud.folder.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    (kept,) = [path for path in files if path.name != "started.json"]
+    assert (kept.name, kept.stat().st_mode & 0o777) == ("env", 0o600)
+
+
+def test_several_slices(cloud):
+    status, _, err = cloud.launch("--slices", "2", machines=("--accelerator", "v5litepod-4", "--zone", "z"))
+    assert status == 0, err
+    (create,) = cloud.calls("create")
+    assert {"--node-count=2", "--node-prefix=mine"} <= set(create)
+    assert not any(argument.startswith("--node-id") for argument in create)
+    assert sorted((each["host"], each["argv"]) for each in cloud.started()) == [
+        ("mine-0/0", COMMAND),
+        ("mine-1/0", COMMAND),
+    ]
+    assert sorted(verbs(cloud)[1:-1]) == sorted(["scp", "install", "start"] * 2)
 
 
 # ---- The queue
 
-
-def test_waits_through_all_states(cloud, launch, capfd):
-    states = ["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    cloud.write(lives=[states])
-    assert launch() == 0
-    said = [line.removeprefix(f"{JOB}: ") for line in capfd.readouterr().err.splitlines()]
-    assert [line for line in said if line.isupper()] == [*states[:3], "PROVISIONING"]
-    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
-
-
-def test_gives_up_waiting(cloud, launch, capfd):
-    cloud.write(lives=[["WAITING_FOR_RESOURCES"]])
-    assert launch("--timeout", "0.3s") == 75
-    assert re.search("WAITING_FOR_RESOURCES after 0:0., which is the --timeout", capfd.readouterr().err)
-    assert cloud.verbs() == ["create", "delete"]
-    assert cloud.resource is None
-
-
-def test_a_request_that_fails(cloud, launch, capfd):
-    cloud.write(lives=[["ACCEPTED", "FAILED:Quota limit 'TPUV5sLitepod' has been exceeded."]])
-    assert launch() == 1
-    assert "cannot be had: Quota limit 'TPUV5sLitepod' has been exceeded." in capfd.readouterr().err
-    assert cloud.verbs() == ["create", "delete"]
-
-
-def test_no_capacity_is_no_failure(cloud, launch):
-    full = ["ACCEPTED", 'FAILED:There is no more capacity in the zone "us-west4-a"']
-    cloud.write(lives=[full, full, ["ACTIVE"]])
-    assert launch() == 0
-    assert cloud.verbs() == [*["create", "delete"] * 2, "create", "scp", "install", "start", "delete"]
-
-
-# ---- Faults that pass, and faults that do not
-
-
-def test_transient_faults_are_tried_again(cloud, launch, capfd):
-    refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
-    failures = {
-        "create": ["ERROR: (gcloud) HTTPError 503: The service is currently unavailable.", ""],
-        "describe": ["ERROR: (gcloud) UNAVAILABLE: try later", "ERROR: (gcloud) INTERNAL: oops"],
-        "scp": [
-            "",
-            f"{refused}\nERROR: (gcloud.compute.tpus.tpu-vm.scp) [/usr/bin/scp] exited with return code [255].",
-        ],
-        "ssh": [refused],
-        "delete": ["ERROR: FAILED_PRECONDITION: DeleteQueuedResource is not supported when state is PROVISIONING"],
-    }
-    cloud.write(failures=failures)
-    assert launch() == 0
-    assert cloud.verbs() == ["create", "create", "scp", "install", "install", "start", "delete", "delete"]
-    assert "HTTPError 503: The service is currently unavailable.; again in 0 s (1 of 5)" in capfd.readouterr().err
+FULL = ["ACCEPTED", 'FAILED:There is no more capacity in the zone "us-west4-a"']
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("lives", "options", "status", "said", "done"),
     [
-        "ERROR: (gcloud.compute.tpus.queued-resources.create) PERMISSION_DENIED: Permission 'tpu.nodes.create' denied",
-        "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0",
-        "ERROR: (gcloud) INVALID_ARGUMENT: Cloud TPU received a bad request.",
+        ([["CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]], (), 0, "PROVISIONING\n", FRESH),
+        ([["WAITING_FOR_RESOURCES"]], ("--timeout", "0.3s"), 75, "after 0:0., which is the --timeout", FRESH[::4]),
+        ([["ACCEPTED", "FAILED:Quota limit 'T' exceeded"]], (), 1, "cannot be had: Quota limit 'T' exc", FRESH[::4]),
+        ([FULL, FULL, ["ACTIVE"]], (), 0, "no more capacity .*; asks anew", FRESH[::4] * 2 + FRESH),
+        ([["ACTIVE", "SUSPENDED"], ["ACTIVE"]], (), 0, "restart 1", ["create", "scp", "delete", *FRESH]),
     ],
 )
-def test_others_are_not(cloud, launch, capfd, fault):
-    cloud.write(failures={"create": [fault] * 9})
-    assert launch() == 1
-    assert cloud.verbs() == ["create"]
-    assert fault in capfd.readouterr().err.splitlines()[-1]
+def test_the_queue(cloud, lives, options, status, said, done):
+    cloud.kept("cloud", lives=lives)
+    found, _, err = cloud.launch(*options)
+    assert (found, verbs(cloud)) == (status, done)
+    assert re.search(said, err)
+    assert cloud.calls("delete")
+    assert not (cloud.folder / "resource.json").exists()
 
 
-def test_a_fault_that_does_not_pass(cloud, launch, capfd):
-    cloud.write(failures={"scp": ["ERROR: Connection reset by peer"] * 99})
-    assert launch() == 1
-    assert cloud.verbs() == ["create", *["scp"] * 6, "delete"]
+@slow
+def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(cloud):
+    refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
+    cloud.fail("gcloud scp", ("before", ""), ("before", f"{refused}\nERROR: (gcloud) exited with return code [255]."))
+    cloud.fail("gcloud ssh", ("before", refused))
+    cloud.fail("gcloud delete", ("before", "FAILED_PRECONDITION: is not supported when state is PROVISIONING"))
+    status, _, err = cloud.launch()
+    assert status == 0
+    assert verbs(cloud) == ["create", "scp", "install", "install", "start", "delete", "delete"]
+    assert "Connection refused; again in 0 s (1 of 5)" in err
 
 
-def test_created_though_gcloud_lost_the_answer(cloud, launch):
-    """The second attempt is told that it exists already."""
-    assert launch("--keep") == 0
-    made = cloud.resource
-    (cloud.folder / "calls.jsonl").unlink()
-    cloud.write(failures={"describe": ["ERROR: NOT_FOUND: not there yet"], "create": ["HTTPError 504: deadline"]})
-    assert launch() == 0
-    assert cloud.verbs() == ["create", "create", "scp", "install", "start", "delete"]
-    assert made is not None
+@pytest.mark.parametrize(
+    ("call", "fault", "done"),
+    [
+        ("create", "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied", ["create"]),
+        ("create", "RESOURCE_EXHAUSTED: Quota limit 'T' has been exceeded.", ["create"]),
+        ("create", "INVALID_ARGUMENT: Cloud TPU received a bad request.", ["create"]),
+        ("scp", "ERROR: Connection reset by peer", ["create", *["scp"] * 6, "delete"]),
+    ],
+)
+def test_faults_that_do_not_pass(cloud, call, fault, done):
+    cloud.fail(f"gcloud {call}", *[("before", fault)] * 9)
+    status, _, err = cloud.launch()
+    assert (status, verbs(cloud)) == (1, done)
+    assert fault in err.splitlines()[-1]
 
 
 # ---- Ends
 
 
-def test_status_75_starts_again_on_the_same_machines(cloud, launch, capfd):
-    cloud.write(runs=[75, {"0": 134, "1": 75}, 0], hosts=2)
-    assert launch() == 0
-    assert cloud.verbs() == ["create", "scp", "install", "start", "start", "start", "delete"]
-    for start in range(3):
-        for host in range(2):
-            assert cloud.argv(start, host=host) == list(THERE)
-    out, err = capfd.readouterr()
-    assert re.findall("start . on host .", out) == [f"start {i} on host 0" for i in range(3)]
+def test_a_restart_is_on_the_same_machines(cloud):
+    cloud.plan(75, {"0": 134, "1": 75}, 0)
+    cloud.kept("cloud", hosts=2)
+    status, out, err = cloud.launch()
+    assert (status, verbs(cloud)) == (0, ["create", "scp", "install", "start", "start", "start", "delete"])
+    assert re.findall("start . of host .", out) == [f"start {i} of host 0" for i in range(3)]
     assert "ended with status 75; restart 1 of 100" in err
 
 
-@pytest.mark.parametrize("how", ["suspend", "preempt"])
-def test_lost_machines_are_replaced(cloud, launch, capfd, how):
-    cloud.write(runs=[{"0": "wait", "1": how}, 0], hosts=2)
-    assert launch("--spot") == 0
-    fresh = ["create", "scp", "install", "start", "delete"]
-    assert cloud.verbs() == fresh * 2
-    assert cloud.argv(0, life=1) == cloud.argv(1, life=2) == list(THERE)
-    creations = [call for call in cloud.calls() if "create" in call]
-    assert creations[0] == creations[1]
-    said = {"suspend": "the machines are SUSPENDING", "preempt": f"{JOB} is PREEMPTED"}[how]
-    assert f"{JOB}: {said}; restart 1 of 100" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("how", "said"), [("suspend", "the machines are SUSPENDING"), ("preempt", "mine is PREEMPTED")]
+)
+def test_lost_machines_are_replaced(cloud, how, said):
+    cloud.plan({"0": "wait", "1": how}, 0)
+    cloud.kept("cloud", hosts=2)
+    status, _, err = cloud.launch("--spot")
+    assert (status, verbs(cloud)) == (0, FRESH * 2)
+    first, second = cloud.calls("create")
+    assert first == second
+    said = {"suspend": "the machines are SUSPENDING", "preempt": "mine is PREEMPTED"}[how]
+    assert f"mine: {said}; restart 1 of 100" in err
 
 
-def test_lost_while_installing(cloud, launch):
-    cloud.write(lives=[["ACTIVE", "SUSPENDED"], ["ACTIVE"]])
-    assert launch() == 0
-    assert cloud.verbs() == ["create", "scp", "delete", "create", "scp", "install", "start", "delete"]
+@slow
+def test_a_run_that_dies_at_once_again_and_again(cloud, monkeypatch):
+    monkeypatch.setattr(tpu, "MOST_SHORT_RUNS", 3)
+    cloud.plan(137)
+    status, _, err = cloud.launch()
+    assert (status, verbs(cloud).count("start")) == (75, 3)
+    assert "was ended by SIGKILL; so it ended 3 times in a row in less than 180 s each" in err
 
 
-def test_restarts_are_limited(cloud, launch, capfd):
-    cloud.write(runs=[75])
-    assert launch("--restarts", "1") == 75
-    assert cloud.verbs() == ["create", "scp", "install", "start", "start", "delete"]
-    assert "no more restarts" in capfd.readouterr().err
+def test_a_failure_is_shown_with_the_log_of_its_host(cloud):
+    cloud.plan({"0": 134, "1": 2})
+    cloud.kept("cloud", hosts=2)
+    status, out, err = cloud.launch()
+    assert (status, verbs(cloud)) == (2, ["create", "scp", "install", "start", "tail", "delete"])
+    assert "host 1" not in out
+    assert err.endswith("mine: worker 1 of mine ended with status 2\nstart 0 of host 1: 2\n")
 
 
-def test_a_run_that_dies_at_once_again_and_again(cloud, launch, capfd, monkeypatch):
-    monkeypatch.setattr(tpu_run, "MOST_SHORT_RUNS", 3)
-    cloud.write(runs=[137])
-    assert launch() == 75
-    assert cloud.verbs().count("start") == 3
-    assert "was ended by SIGKILL; so it ended 3 times in a row in less than 180 s each" in capfd.readouterr().err
+@slow
+def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
+    monkeypatch.setattr(tpu, "OTHERS_LIMIT", 0.2)
+    cloud.plan({"0": 1, "1": "wait"})
+    cloud.kept("cloud", hosts=2)
+    assert cloud.launch()[0] == 1
+    assert verbs(cloud) == ["create", "scp", "install", "start", "end", "delete"]
 
 
-@pytest.mark.parametrize("status", [1, 2])
-def test_a_failure_is_passed_on_with_its_log(cloud, launch, capfd, status):
-    cloud.write(runs=[{"0": 134, "1": status}], hosts=2)
-    assert launch() == status
-    out, err = capfd.readouterr()
-    assert f"line of host 1: leaves with {status}" not in out
-    assert err.endswith(
-        f"{JOB}: worker 1 of {JOB} ended with status {status}\n"
-        f"start 0 on host 1 in source-\nline of host 1: leaves with {status}\n"
-    )
-    assert cloud.verbs() == ["create", "scp", "install", "start", "tail", "delete"]
-    assert cloud.resource is None
+@slow
+def test_a_host_that_was_started_anew(cloud):
+    """Check that a command without a status, whose supervisor is gone too, is started again."""
+    cloud.plan("lost", 0)
+    status, _, err = cloud.launch()
+    assert (status, verbs(cloud).count("start")) == (0, 2)
+    assert "was started anew; restart 1" in err
 
 
-def test_hosts_that_do_not_end_are_ended(cloud, launch, monkeypatch):
-    monkeypatch.setattr(tpu_run, "OTHERS_LIMIT", 0.2)
-    cloud.write(runs=[{"0": 1, "1": "wait"}], hosts=2)
-    assert launch() == 1
-    assert cloud.verbs() == ["create", "scp", "install", "start", "end", "delete"]
+@slow
+def test_the_command_goes_on_while_this_machine_has_no_network(cloud, monkeypatch):
+    monkeypatch.setattr(tpu, "UNREACHABLE_LIMIT", 0)
+    cloud.plan("offline")
+    status, _, err = cloud.launch()
+    assert (status, verbs(cloud)) == (0, FRESH)
+    assert "cannot be reached, and will be tried again" in err
 
 
-def test_a_host_that_was_started_anew(cloud, launch, capfd):
-    """The command and what watches over it are gone, without a status."""
-    cloud.write(runs=["lost", 0])
-    assert launch() == 0
-    assert cloud.verbs().count("start") == 2
-    assert "was started anew; restart 1" in capfd.readouterr().err
+def test_machines_that_are_kept_are_used_again(cloud):
+    status, _, err = cloud.launch("--keep")
+    assert (status, verbs(cloud)) == (0, FRESH[:-1])
+    assert "gcloud compute tpus queued-resources delete mine --zone=us-west4-a --force --quiet" in err
+    cloud.fail("gcloud describe", ("before", "ERROR: NOT_FOUND: not there yet"), ("before", "ERROR: NOT_FOUND"))
+    cloud.fail("gcloud create", ("before", "HTTPError 504: deadline"))  # it was created, though gcloud lost the answer
+    assert cloud.launch()[0] == 0
+    assert verbs(cloud) == [*FRESH[:-1], "create", *FRESH]
+    assert len(cloud.uv()) == 2  # of the first time: nothing has changed
 
 
-def test_without_a_network_for_a_while(cloud, launch, capfd, monkeypatch):
-    """However long that is: the command goes on."""
-    monkeypatch.setattr(tpu_run, "UNREACHABLE_LIMIT", 0)
-    cloud.write(runs=["offline"])
-    assert launch() == 0
-    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
-    assert "cannot be reached, and will be tried again" in capfd.readouterr().err
+def test_a_job_on_other_machines_is_left_alone(cloud):
+    cloud.plan("wait")
+    assert cloud.launch("--detach")[0] == 0
+    status, _, err = cloud.launch(machines=("--accelerator", "v5litepod-4", "--zone", "us-west4-a"))
+    assert (status, verbs(cloud)) == (2, FRESH[:-1])
+    assert "runs another command" in err
 
 
-def test_keeps_the_machines(cloud, launch, capfd):
-    assert launch("--keep") == 0
-    assert cloud.verbs() == ["create", "scp", "install", "start"]
-    assert (
-        f"gcloud compute tpus queued-resources delete {JOB} --zone=us-west4-a --force --quiet" in capfd.readouterr().err
-    )
-    assert launch("--keep") == 0
-    assert cloud.verbs().count("create") == 1
-    assert cloud.verbs().count("start") == 2
-    assert (
-        len((cloud.home() / "uv.jsonl").read_text().splitlines()) == 2
-    )  # those of the first time: nothing has changed
+def test_a_job_that_somebody_else_deletes(cloud):
+    cloud.plan("delete")
+    status, _, err = cloud.launch()
+    assert (status, verbs(cloud)) == (130, FRESH[:-1])
+    assert "was deleted by somebody else" in err
 
 
-# ---- Whose it is
+# ---- Hosts together, and accelerator types
 
 
-@pytest.mark.parametrize("options", [(), ("--stop",)])
-@pytest.mark.parametrize("state", ["ACTIVE", "SUSPENDED"])
-def test_what_it_did_not_create_is_left_alone(cloud, launch, capfd, state, options):
-    foreign = {"labels": {"team": "other"}, "nodes": [JOB], "states": [state], "life": 0}
-    (cloud.folder / "resource.json").write_text(json.dumps(foreign))
-    command = ["launch", "tpu", "--zone", "z", "--name", JOB, *options]
-    assert (cli.main(command) if options else launch()) == 1
-    assert "did not create" in capfd.readouterr().err
-    assert cloud.verbs() == []
-    assert cloud.resource == foreign
+def host(status, when=0, state="exited"):
+    return Host("node", str(when), "run", state, status, when)
 
 
-def test_another_command_of_the_same_name(cloud, launch, capfd):
-    assert launch("--name", "a", "--detach") == 0
-    before = cloud.resource
-    assert launch("--name", "a", command=(*TRAIN, "--config.seed=1")) == 1
-    assert "a: runs another command, or on other machines" in capfd.readouterr().err
-    assert launch("--name", "a", accelerator="v5litepod-4") == 1
-    assert (cloud.verbs().count("create"), cloud.verbs().count("delete"), cloud.resource) == (1, 0, before)
+@pytest.mark.parametrize(
+    ("statuses", "together", "decides"),
+    [
+        ([0, 0], 0, None),
+        ([0, 75], 75, 1),
+        ([75, 134], 75, 0),
+        ([137, 0], 75, 0),  # killed
+        ([75, 1, 134], 1, 1),  # the failure of one ends the others
+        ([2, 1], 2, 0),
+        ([75, 130], 130, 1),
+        ([127, 75], 127, 0),
+        ([0, None], 75, 1),  # started anew
+    ],
+)
+def test_verdict(statuses, together, decides):
+    hosts = [host(status, when) for when, status in enumerate(statuses)]
+    assert verdict(hosts[::-1]) == (together, None if decides is None else hosts[decides])
 
 
-def test_deleted_by_somebody_else(cloud, launch, capfd):
-    cloud.write(runs=["delete"])
-    assert launch() == 130
-    assert "was deleted by somebody else" in capfd.readouterr().err
-    assert cloud.verbs() == ["create", "scp", "install", "start"]
+@pytest.mark.parametrize(
+    ("name", "devices", "several", "image"),
+    [
+        ("v5litepod-256", 256, True, "v2-alpha-tpuv5-lite"),
+        ("v5litepod-8", 8, False, "v2-alpha-tpuv5-lite"),
+        ("v4-32", 16, True, "tpu-ubuntu2204-base"),
+        ("v5p-128", 64, True, "v2-alpha-tpuv5"),
+        ("v6e-8", 8, False, "v2-alpha-tpuv6e"),
+        ("v3-8", 8, False, "tpu-ubuntu2204-base"),  # a device of JAX is a core there
+    ],
+)
+def test_accelerators(name, devices, several, image):
+    assert cloud_tpu.parse(name) == (name, devices, several, image)
 
 
-# ---- Leaving, coming back, stopping
-
-
-def test_detached_and_followed_again(cloud, launch, capfd):
-    cloud.write(seconds=3)
-    assert launch("--detach") == 0
-    assert "runs by itself" in capfd.readouterr().err
-    assert cloud.verbs() == ["create", "scp", "install", "start"]
-    assert launch() == 0
-    out, err = capfd.readouterr()
-    assert out == "start 0 on host 0 in source-\nline of host 0: leaves with 0\n"
-    assert "runs already" in err
-    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
-
-
-def test_status_and_stop(cloud, launch, capfd):
-    cloud.write(runs=["wait"], hosts=2)
-    assert launch("--detach") == 0
-    act = ["launch", "tpu", "--zone", "z", "--name", JOB]
-    capfd.readouterr()
-    assert cli.main([*act, "--status"]) == 0
-    lines = [f"{JOB}: ACTIVE", *(f"  worker {i} of {JOB}: running" for i in range(2)), "start 0 on host 0 in source-"]
-    assert capfd.readouterr().out.splitlines() == lines
-    homes = [cloud.home(host) for host in range(2)]
-    assert cli.main([*act, "--stop"]) == 0
-    for home in homes:
-        (log,) = home.glob("ttt-launch/*/runs/*/log")
-        assert log.read_text().endswith("saved\n")
-    assert cloud.verbs()[-2:] == ["stop", "delete"]
-    assert cloud.resource is None
-    capfd.readouterr()
-    assert cli.main([*act, "--status"]) == 0
-    assert capfd.readouterr().out.startswith(f"{JOB}: no such job")
-
-
-# ---- What arrives
-
-
-NASTY = """a 'b' "c" $(touch BAD) `touch BAD`; touch BAD & \\ * ~ {x,y} $HOME !!  ü\ttab
-line two"""
-
-
-def test_every_value_arrives_as_it_is(cloud, launch):
-    command = (*TRAIN[:3], "--workdir", f"gs://bucket/{NASTY}", *TRAIN[5:], f"--config.data.tokenizer={NASTY}")
-    assert launch("--env", f"A={NASTY}", "--env", "CLOUD", "--name", "nasty", command=command) == 0
-    assert cloud.argv() == ["train", "--config", "configs/quickstart.py", *command[3:]]
-    environment = json.loads((cloud.home() / "environment-0.json").read_text())
-    assert (environment["A"], environment["CLOUD"]) == (NASTY, str(cloud.folder))
-    assert not list(cloud.folder.rglob("BAD"))
-
-
-def test_secrets_are_not_shown(cloud, launch, capfd, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
-    assert launch("--env", "WANDB_API_KEY", "--dry-run") == 0
-    assert launch("--env", "WANDB_API_KEY") == 0
-    assert "s3cret" not in "".join(capfd.readouterr())
-    assert "s3cret" not in json.dumps(cloud.calls())
-    assert not list((tmp_path / "cache").rglob("*.env"))
-    home = cloud.home()
-    assert json.loads((home / "environment-0.json").read_text())["WANDB_API_KEY"] == "s3cret"
-    (kept,) = [
-        path
-        for path in home.rglob("*")
-        if path.is_file() and b"s3cret" in path.read_bytes() and path.name != "environment-0.json"
-    ]
-    assert kept.stat().st_mode & 0o777 == 0o600
-
-
-def test_several_slices(cloud, launch):
-    assert launch("--slices", "2", accelerator="v5litepod-4") == 0
-    create = next(call for call in cloud.calls() if "create" in call)
-    assert {"--node-count=2", f"--node-prefix={JOB}", "--accelerator-type=v5litepod-4"} <= set(create)
-    assert not any(argument.startswith("--node-id") for argument in create)
-    for node in (f"{JOB}-0", f"{JOB}-1"):
-        assert cloud.argv(node=node) == list(THERE)
-    assert sorted(cloud.verbs()[1:-1]) == sorted(["scp", "install", "start"] * 2)
-
-
-def test_dry_run_prints_what_can_be_run_by_hand(cloud, launch, capfd):
-    command = (*TRAIN, "--config.data.tokenizer=it's $HOME")
-    cloud.write(lives=[["ACTIVE"]])
-    assert launch("--dry-run", command=command) == 0
-    printed = capfd.readouterr().out
-    assert cloud.calls() == []
-    done = subprocess.run(["bash", "-euo", "pipefail"], input=printed, text=True, capture_output=True, check=True)
-    assert "line of host 0: leaves with 0" in done.stdout
-    assert cloud.verbs() == ["create", "scp", "install", "start", "delete"]
-    assert cloud.argv() == [*THERE, command[-1]]
-    by_hand = cloud.calls()
-    assert launch(command=command) == 0
-
-    def comparable(calls):
-        return [
-            re.sub(r"\d{8}T\d{6}-\w{4}", "RUN", " ".join(c))
-            for c in calls
-            if "describe" not in c and "status" not in c[-1]
-        ]
-
-    assert comparable(by_hand) == comparable(cloud.calls()[len(by_hand) :])
+@pytest.mark.parametrize("name", ["", "v5e-256", "v4-7", "v5litepod", "v5litepod-0", "v9-8", "V4-8", "v4-8 --spot"])
+def test_unknown_accelerators(name):
+    with pytest.raises(ConfigError, match="--accelerator"):
+        cloud_tpu.parse(name)

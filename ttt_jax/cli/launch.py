@@ -1,18 +1,15 @@
-"""``ttt launch TARGET [options] -- VERB ...``: runs ``ttt VERB ...`` on other machines, to its end."""
+"""Run ``ttt launch TARGET [options] -- VERB ...``: a command of ttt on other machines, to its end."""
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
-from ttt_jax.launch import gke, sky, slurm, tpu
+from ttt_jax.cli.options import not_negative
+from ttt_jax.launch import gke, lifecycle, sky, slurm, tpu
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch.commands import Commands
 
-# Each has DESCRIPTION, add_arguments(parser), check(options, job) before a job is run, and run(options, job, commands)
-# -> exit status; and ACTIONS where it can do more with a job than run it: options.action is then one of them, or None.
-# SENDS_SOURCES is False where the job uses the files that are here.
-TARGETS: dict[str, ModuleType] = {"tpu": tpu, "gke": gke, "slurm": slurm, "sky": sky}
+TARGETS: dict[str, type[lifecycle.Target]] = {"tpu": tpu.Tpu, "gke": gke.Gke, "slurm": slurm.Slurm, "sky": sky.Sky}
 
 DESCRIPTION = """\
 Runs a command of ttt on other machines: makes them, installs there what is here, runs the command, shows its log,
@@ -36,14 +33,10 @@ exit status:
   that of the command: 0 done, 1 it failed, 2 it cannot be run; 75 preempted more often than --restarts allows;
   130 stopped by Ctrl-C
 """
-_ACTIONS = {
-    "status": "tell how the job is, and do nothing",
-    "stop": "end the job: it saves, and its machines are deleted",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The targets, each with its options."""
+    """Declare the targets, each with its options."""
     parser.usage = f"{parser.prog} [-h] TARGET [options] -- VERB ..."
     said_above = argparse.SUPPRESS
     group = parser.add_subparsers(dest="target", required=True, metavar="TARGET", help=said_above, prog=parser.prog)
@@ -59,25 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = p.add_argument_group("of every target").add_argument
         add("--name", help="of the job (default: made of the workdir, so that the same command finds its job again)")
         add("--env", action="append", default=[], metavar="KEY[=VALUE]", help="set there; KEY alone: as it is here")
-        add("--restarts", type=_not_negative, default=100, metavar="N", help="after preemptions (default: 100)")
+        add("--restarts", type=not_negative, default=100, metavar="N", help="after preemptions (default: 100)")
         add("--detach", action="store_true", help="return as soon as the command runs there")
         add("--dry-run", action="store_true", help="print the commands, and run none")
         p.set_defaults(action=None)
-        actions = p.add_mutually_exclusive_group()
-        for action in getattr(target, "ACTIONS", ()):
-            actions.add_argument(
-                f"--{action}", dest="action", action="store_const", const=action, help=_ACTIONS[action]
-            )
+        add = p.add_mutually_exclusive_group().add_argument
+        status, stop = "tell how the job is, and do nothing", "end the job: it saves, and its machines are deleted"
+        add("--status", dest="action", action="store_const", const="status", help=status)
+        add("--stop", dest="action", action="store_const", const="stop", help=stop)
 
 
 def run(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) -> int:
-    """Runs the verb; returns its exit status.
+    """Run the verb, and return its exit status.
 
     Args:
       options: of the verb; ``options.command`` is what is to be run.
       parse: the parser of ttt, for that command.
     """
-    return TARGETS[options.target].run(options, checked_job(options, parse), Commands(options.dry_run))
+    target = TARGETS[options.target]
+    return lifecycle.run(target(options, checked_job(options, parse), Commands(options.dry_run)))
 
 
 def checked_job(options: argparse.Namespace, parse: Callable[[Sequence[str]], tuple]) -> job_lib.Job:
@@ -89,14 +82,7 @@ def checked_job(options: argparse.Namespace, parse: Callable[[Sequence[str]], tu
     target, asks_only = TARGETS[options.target], options.action is not None
     if not options.command and not asks_only:
         target.check(options, job_lib.Job("", (), Path()))  # names all that is missing, the command among it
-    sends_sources = getattr(target, "SENDS_SOURCES", True)
-    job = job_lib.make(options.command, parse, options.name, options.env, sends_sources)
+    job = job_lib.make(options.command, parse, options.name, options.env, target.SENDS_SOURCES)
     if not asks_only:
         target.check(options, job)
     return job
-
-
-def _not_negative(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 or more")
-    return int(text)

@@ -1,21 +1,23 @@
-"""Runs the tools of others (gcloud, kubectl, sbatch): printed instead when dry, repeated when the fault may pass."""
+"""Run the programs of other projects (gcloud, kubectl, sbatch): print them in a dry run, repeat them after faults."""
 
+import codecs
 import contextlib
 import dataclasses
 import os
 import re
+import selectors
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ttt_jax.errors import ConfigError, LaunchError
 
-FIRST_WAIT = 5.0  # seconds before the second attempt; each further wait is twice as long
-LONGEST_WAIT = 120.0
+FIRST_WAIT, LONGEST_WAIT = 5.0, 120.0  # seconds before the second attempt; each further wait is twice as long
+LAST_WORDS = 5.0  # seconds in which a log may show what is left when its job has ended
 _HOW_TO_INSTALL = {
     "gcloud": "https://cloud.google.com/sdk/docs/install",
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
@@ -29,17 +31,11 @@ _HOW_TO_INSTALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Retry:
-    """When a command that failed is run again.
-
-    Attributes:
-      on: a regular expression for what it printed when the fault may pass.
-      but_not: one for what is final all the same.
-      attempts: in all.
-    """
+    """When to run a failed command again: ``on`` and ``but_not`` are regular expressions for what it printed."""
 
     on: str
     but_not: str = r"(?!)"
-    attempts: int = 6
+    attempts: int = 6  # in all
 
     def wants(self, printed: str) -> bool:
         return bool(re.search(self.on, printed)) and not re.search(self.but_not, printed)
@@ -49,23 +45,23 @@ NEVER = Retry(on=r"(?!)", attempts=1)
 
 
 class CommandError(LaunchError):
-    """A command failed. ``status`` is its exit status, ``printed`` what it printed, the errors last."""
+    """A command failed; ``printed`` is what it printed, the errors last."""
 
     def __init__(self, argv: Sequence[str], status: int, printed: str):
         lines = [line.strip() for line in printed.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "")
-        super().__init__(f"{short(argv)}: exit status {status}" + (f": {said}" if said else ""))
-        self.status = status
+        reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "")
+        words = [word for i, word in enumerate(argv[:7]) if not any(w.startswith("-") for w in argv[: i + 1])]
+        super().__init__(f"{shlex.join(words)}: exit status {status}" + (f": {reason}" if reason else ""))
         self.printed = printed
 
 
 class Commands:
-    """Runs commands, or only prints them.
+    """Run commands, or only print them.
 
-    Each command is in a session of its own, so that Ctrl-C reaches this process alone, which then decides what to end.
+    Each command has a session of its own, so that Ctrl-C reaches this process alone, which then decides what to end.
 
     Args:
-      dry_run: print the commands to standard output, in a form that a shell takes, and run none.
+      dry_run: print the commands to standard output, as bash takes them, and run none.
     """
 
     def __init__(self, dry_run: bool = False):
@@ -74,61 +70,39 @@ class Commands:
         self._lock = threading.Lock()
 
     def note(self, text: str) -> None:
-        """A line for people: a comment among the commands when dry, else on standard error."""
+        """Print a line for people: to standard error, or as a comment among the commands of a dry run."""
         if self.dry_run:
             print(f"# {text}", flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def run(self, argv: Sequence[str], *, input: str | None = None, retry: Retry = NEVER, finish: bool = False) -> str:
-        """Runs a command that changes something; returns what it printed on standard output ("" when dry).
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        retry: Retry = NEVER,
+        finish: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
+        """Run a command that changes something, and return its standard output ("" in a dry run).
 
         Args:
           argv: the program and its arguments; no shell is involved.
-          input: for its standard input.
           retry: when to run it again.
-          finish: Ctrl-C waits for its end, because half of it would leave nobody knows what.
+          finish: let it end before Ctrl-C is raised, because what it does must not be left half done.
+          environment: variables beside those of this process.
 
         Raises:
           CommandError: when it fails for good.
           ConfigError: where the program is not installed.
         """
         if self.dry_run:
-            print(shlex.join(argv) + (f" <<'END'\n{input}\nEND" if input is not None else ""), flush=True)
-            return ""
-        return self._run(argv, input, retry, finish)
-
-    def output(self, argv: Sequence[str], *, retry: Retry = NEVER) -> str:
-        """What a command prints that changes nothing; when dry it becomes a comment, and the answer is ""."""
-        if self.dry_run:
-            print(f"# {shlex.join(argv)}", flush=True)
-            return ""
-        return self._run(argv, None, retry, False)
-
-    @contextlib.contextmanager
-    def follow(self, argv: Sequence[str]) -> Iterator[subprocess.Popen | None]:
-        """A command that is read while it runs: its standard output is a pipe, and it is ended with the ``with``.
-        None when dry."""
-        if self.dry_run:
             print(shlex.join(argv), flush=True)
-            yield None
-            return
-        process = self._start(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        try:
-            yield process
-        finally:
-            self._end(process)
-
-    def wait(self, seconds: float) -> None:
-        """Sleeps; not when dry."""
-        if not self.dry_run:
-            time.sleep(seconds)
-
-    def _run(self, argv, input, retry, finish) -> str:
+            return ""
         wait = FIRST_WAIT
         for attempt in range(1, retry.attempts + 1):
             try:
-                return self._once(argv, input, finish)
+                return self._once(argv, finish, environment)
             except CommandError as error:
                 if attempt == retry.attempts or not retry.wants(error.printed):
                     raise
@@ -137,12 +111,45 @@ class Commands:
             wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError
 
-    def _once(self, argv, input, finish) -> str:
-        stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
-        process = self._start(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def output(self, argv: Sequence[str], *, retry: Retry = NEVER) -> str:
+        """Run a command that changes nothing, and return its standard output; a dry run prints it as a comment."""
+        if self.dry_run:
+            print(f"# {shlex.join(argv)}", flush=True)
+            return ""
+        return self.run(argv, retry=retry)
+
+    @contextlib.contextmanager
+    def follow(self, argv: Sequence[str]) -> Iterator[subprocess.Popen | None]:
+        """Start a command whose standard output is a pipe, and end it with the ``with``; None in a dry run."""
+        if self.dry_run:
+            print(shlex.join(argv), flush=True)
+            yield None
+            return
+        process = self._start(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            self._end(process)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not in a dry run."""
+        if not self.dry_run:
+            time.sleep(seconds)
+
+    def end_all(self) -> None:
+        """End the commands of other threads."""
+        with self._lock:
+            running = list(self._running)
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def _once(self, argv: Sequence[str], finish: bool, environment: Mapping[str, str] | None) -> str:
+        variables = {**os.environ, **environment} if environment else None
+        process = self._start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
         try:
             try:
-                out, err = process.communicate(None if input is None else input.encode())
+                out, err = process.communicate()
             except KeyboardInterrupt:
                 if finish:
                     process.communicate()
@@ -153,9 +160,9 @@ class Commands:
             raise CommandError(argv, process.returncode, (out + err).decode(errors="replace"))
         return out.decode(errors="replace")
 
-    def _start(self, argv, **pipes) -> subprocess.Popen:
+    def _start(self, argv: Sequence[str], **options) -> subprocess.Popen:
         try:
-            process = subprocess.Popen(list(argv), start_new_session=True, **pipes)
+            process = subprocess.Popen(list(argv), start_new_session=True, stdin=subprocess.DEVNULL, **options)
         except FileNotFoundError as error:
             how = _HOW_TO_INSTALL.get(argv[0])
             raise ConfigError(f"{argv[0]}: is not installed" + (f"; {how}" if how else "")) from error
@@ -164,7 +171,7 @@ class Commands:
         return process
 
     def _end(self, process: subprocess.Popen) -> None:
-        """Ends a command, with all that it has started, if it runs still."""
+        """End a command, with all that it has started, if it still runs."""
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -173,26 +180,51 @@ class Commands:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
         with self._lock:
             self._running.discard(process)
 
-    def end_all(self) -> None:
-        """Ends the commands of other threads."""
-        with self._lock:
-            running = list(self._running)
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+
+def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll: float) -> tuple[int, float]:
+    """Copy the standard output of a command to that of this process until the command ends.
+
+    Args:
+      over: asked every ``poll`` seconds; once it is true the command has ``LAST_WORDS`` seconds and is then ended, for
+        a command that reads the log of a dead machine may never end by itself.
+
+    Returns:
+      How many bytes came, and when the last did (time.monotonic).
+    """
+    decoder, size = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    with commands.follow(argv) as process, selectors.DefaultSelector() as selector:
+        assert process is not None
+        assert process.stdout is not None
+        selector.register(process.stdout, selectors.EVENT_READ)
+        heard = asked = time.monotonic()
+        until = None
+        while until is None or time.monotonic() < until:
+            if selector.select(min(poll, LAST_WORDS)):
+                new = os.read(process.stdout.fileno(), 65536)
+                if not new:
+                    break
+                heard, size = time.monotonic(), size + len(new)
+                sys.stdout.write(decoder.decode(new))
+                sys.stdout.flush()
+            if until is None and time.monotonic() - asked >= poll:
+                if over():
+                    until = time.monotonic() + LAST_WORDS
+                asked = time.monotonic()
+        return size, heard
 
 
-def short(argv: Sequence[str]) -> str:
-    """The words of a command up to its first option, to name it in a message."""
-    words: list[str] = []
-    for word in argv:
-        if word.startswith("-"):
-            break
-        words.append(word)
-    return shlex.join(words[:7])
+def quoted(word: str) -> str:
+    """Quote a word for a bash command that goes through YAML and Kubernetes, which replaces ``$(NAME)`` and ``$$``.
+
+    The result is one line of printable ASCII without a dollar sign that Kubernetes could take for a variable.
+    """
+    if re.fullmatch(r"[ -#%-~]*", word):
+        return shlex.quote(word)
+    plain = (chr(byte) if 32 <= byte < 127 and chr(byte) not in "$'\\" else f"\\x{byte:02x}" for byte in word.encode())
+    return "$'" + "".join(plain) + "'"

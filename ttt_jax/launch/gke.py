@@ -1,82 +1,218 @@
-"""Google Kubernetes Engine: TPU slices of a cluster, through xpk."""
+"""Google Kubernetes Engine: TPU slices of a cluster, through xpk, which makes a JobSet of each workload."""
 
 import argparse
 import contextlib
 import functools
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch import checks, image, lifecycle
-from ttt_jax.launch.commands import CommandError, Commands
-from ttt_jax.launch.job import Job
-from ttt_jax.launch.jobset import PASSES, Cluster
-from ttt_jax.launch.shell_word import plain
-from ttt_jax.terminal.stopping import RESTART
+from ttt_jax.launch import versions
+from ttt_jax.launch.commands import Commands, Retry, quoted
+from ttt_jax.launch.job import Job, check_files, extras
+from ttt_jax.launch.lifecycle import Begin, State, Target, exit_status, positive, required, the_command
+from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 
-DESCRIPTION = """\
+_GRACE = 120  # seconds that pods have for saving when they are deleted
+_MARK = "TTT_JAX_COMMAND"  # variable of the container whose value is the identity of the command
+_CONTAINER = "jax-tpu"  # the name that xpk gives
+_DOCKER_PASSES = Retry(
+    on="i/o timeout|TLS handshake timeout|connection (refused|reset)|unexpected EOF|net/http: request canceled|"
+    "503 Service Unavailable|500 Internal Server Error|502 Bad Gateway|429 Too Many Requests"
+)
+
+
+class Gke(Target):
+    """A cluster, seen by one workload, which it knows by its name."""
+
+    DESCRIPTION = """\
 Runs a command of ttt as a workload of a GKE cluster that xpk has made: on all hosts of a TPU slice, or of several, in
 an image of this source tree.
 
 The workload is started again after a preemption. Ctrl-C deletes it, after it has saved. The same command while the
 workload waits or runs follows that one.
 """
-ACTIONS = ("status", "stop")
-
-_POLL = 10.0  # seconds between two questions to the cluster
-_GRACE = 120  # seconds for which pods that are deleted may save
-_MARK = "TTT_JAX_COMMAND"  # variable of the container whose value is the identity of the command
-_CONTAINER = "jax-tpu"  # the name that xpk gives
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the target."""
-    add = parser.add_argument_group("machines").add_argument
-    add("--cluster", help="made by xpk cluster create")
-    add("--tpu-type", metavar="TYPE", help="of each slice: v5litepod-256, v6e-64, v5p-128, ...")
-    add("--slices", type=_positive, default=1, metavar="N", help="so many, joined by the data center network")
-    add("--zone", help="where (default: compute/zone of gcloud config)")
-    add("--project", help="whose (default: core/project of gcloud config)")
-    add("--priority", choices=["very-low", "low", "medium", "high", "very-high"], help="(default: medium)")
-    tier = parser.add_mutually_exclusive_group()  # of clusters with autoprovisioning
-    tier.add_argument("--spot", action="store_true", help="cheaper, where the cluster makes nodes as they are needed")
-    tier.add_argument("--on-demand", action="store_true", help="the same, not cheaper")
-    tier.add_argument("--reservation", metavar="NAME", help="the same, of a reservation")
-    made = parser.add_mutually_exclusive_group()
-    made.add_argument("--image", help="that was built from launch/Dockerfile, and is used as it is")
-    made.add_argument("--build", metavar="REPOSITORY", help="build an image of this source tree and push it there")
-
-
-def run(options: argparse.Namespace, job: Job, commands: Commands) -> int:
-    """Runs the job to its end; returns its exit status."""
-    checks.required(_cluster(options))
-    _check_names(options)
-    return lifecycle.run(options, job, commands, Workload(options, job, commands))
-
-
-def check(options: argparse.Namespace, job: Job) -> None:
-    """Raise ConfigError for whatever would fail there and can be seen from here."""
-    _check_names(options)
-    no_image = options.image is None and options.build is None
-    checks.required(
-        _cluster(options),
-        (options.tpu_type is None, "--tpu-type", "one such as v5litepod-256"),
-        (no_image, "--image", "an image, or --build and where to put one"),
-        checks.command(job),
+    PASSES = Retry(
+        on="Unable to connect to the server|TLS handshake timeout|connection (refused|reset)|i/o timeout|unexpected EOF"
+        "|etcdserver: (request timed out|leader changed)|the server is currently unable|context deadline exceeded|Too ?"
+        "Many ?Requests|net/http: request canceled|HttpError.* 50[0-9]|ServiceUnavailable|Internal error",
+        but_not="Unauthorized|[Ff]orbidden|PERMISSION_DENIED",
+        attempts=20,
     )
-    if options.image is not None:
-        image.checked(options.image, "--image")
-    checks.bucket(job, "the machines are deleted in the end")
-    checks.no_local_files(job)
+
+    def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
+        super().__init__(options, job, commands)
+        required(_cluster(options))
+        _check_names(options)
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument_group("machines").add_argument
+        add("--cluster", help="made by xpk cluster create")
+        add("--tpu-type", metavar="TYPE", help="of each slice: v5litepod-256, v6e-64, v5p-128, ...")
+        add("--slices", type=positive, default=1, metavar="N", help="so many, joined by the data center network")
+        add("--zone", help="where (default: compute/zone of gcloud config)")
+        add("--project", help="whose (default: core/project of gcloud config)")
+        add("--priority", choices=["very-low", "low", "medium", "high", "very-high"], help="(default: medium)")
+        tier = parser.add_mutually_exclusive_group()  # of clusters with autoprovisioning
+        tier.add_argument("--spot", action="store_true", help="cheaper, where the cluster makes nodes on demand")
+        tier.add_argument("--on-demand", action="store_true", help="the same, not cheaper")
+        tier.add_argument("--reservation", metavar="NAME", help="the same, of a reservation")
+        made = parser.add_mutually_exclusive_group()
+        made.add_argument("--image", help="that was built from launch/Dockerfile, and is used as it is")
+        made.add_argument("--build", metavar="REPOSITORY", help="build an image of this source tree and push it there")
+
+    @staticmethod
+    def check(options: argparse.Namespace, job: Job) -> None:
+        _check_names(options)
+        required(
+            _cluster(options),
+            (options.tpu_type, "--tpu-type", "one such as v5litepod-256"),
+            (options.image or options.build, "--image", "an image, or --build and where to put one"),
+            the_command(job),
+        )
+        for option in ("image", "build"):
+            image = getattr(options, option)
+            if image is not None and not re.fullmatch(r"[a-z0-9][A-Za-z0-9_.:/@-]*", image):
+                example = "us-docker.pkg.dev/PROJECT/REPOSITORY/ttt_jax"
+                raise ConfigError(f"--{option} {image}: expected an image, such as {example}")
+        if ":" in (options.build or "").rpartition("/")[2]:
+            raise ConfigError(f"--build {options.build}: expected no tag; it is made of what is in the image")
+        check_files(job, "the machines are deleted in the end")
+
+    def find(self) -> str | None:
+        jobset, name = self._jobset(), self.job.name
+        if jobset is None:
+            return None
+        conditions = _conditions(jobset)
+        mark = _variable(jobset, _MARK)
+        if mark is None or not conditions.keys() & {"Completed", "Failed"}:
+            self.check_ours(f"the workload {name}", mark)
+            return name
+        return None
+
+    def submit(self) -> str:
+        """Create the workload, in the place of one of the same name that has ended."""
+        options, job = self.options, self.job
+        if self._jobset() is not None:
+            self._delete()
+        image = options.image or self._build()
+        arguments = [
+            *("xpk", "workload", "create", f"--workload={job.name}", *self.where),
+            *(f"--tpu-type={options.tpu_type}", f"--num-slices={options.slices}", f"--docker-image={image}"),
+            # xpk starts all pods again for statuses from 127, which are kills, and for these.
+            *(f"--max-restarts={options.restarts}", f"--restart-on-exit-codes={RESTART}"),
+            f"--termination-grace-period-seconds={_GRACE}",
+        ]
+        arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
+        arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
+        with self._variables() as file:
+            command = f"--command=exec ttt {' '.join(map(quoted, job.command))}"
+            self.run_submission([*arguments, f"--env-file={file}", command])
+        return job.name
+
+    def state(self, key: str) -> State:
+        jobset = self._jobset()
+        if jobset is None:
+            raise LaunchError(f"{key}: the workload was deleted by somebody else")
+        items = self._get("pods", f"--selector=jobset.sigs.k8s.io/jobset-name={key}")["items"]
+        pods = sorted(items, key=lambda pod: pod["metadata"]["creationTimestamp"], reverse=True)
+        log, growing = "", True
+        for pod in pods:  # the newest of the first host that has a log
+            name, phase = pod["metadata"]["name"], pod["status"].get("phase")
+            if name.startswith(f"{key}-slice-job-0-0-") and phase in ("Running", "Succeeded", "Failed"):
+                log, growing = name, phase == "Running"
+                break
+        conditions = _conditions(jobset)
+        for kind in conditions.keys() & {"Completed", "Failed"}:
+            text = f"{kind}: {conditions[kind].get('message', '')}"
+            return State(text, _status(kind, conditions[kind].get("reason"), pods), log, growing)
+        attempt = f"runs, attempt {jobset.get('status', {}).get('restarts', 0) + 1}"
+        return State("waits in the queue" if "Suspended" in conditions else attempt, None, log, growing)
+
+    def log_command(self, log: str, begin: Begin) -> list[str]:
+        """Return the command that follows the log of a pod; what may have been missed is shown again."""
+        limit = {"start": "--tail=-1", "end": "--tail=50"}.get(str(begin)) or f"--since={round(float(begin)) + 1}s"
+        return [*self._kubectl, "logs", "--follow", f"--container={_CONTAINER}", limit, log]
+
+    def stop(self, key: str) -> None:
+        """Delete the workload; its pods save first."""
+        jobset = self._jobset()
+        if jobset is not None and _variable(jobset, _MARK) is not None:
+            self._delete()
+
+    @functools.cached_property
+    def _kubectl(self) -> list[str]:
+        """Have xpk make the cluster known to kubectl, and return the command that asks it, whatever the context is."""
+        output, cluster = self.commands.output, self.options.cluster
+        output(["xpk", "workload", "list", *self.where, f"--filter-by-job={self.job.name}"], retry=self.PASSES)
+        context = output(["kubectl", "config", "current-context"]).strip()
+        if self.commands.dry_run:
+            context = f"CONTEXT-OF-{cluster}"
+        elif not context.endswith(f"_{cluster}"):
+            raise LaunchError(f"kubectl: its context is {context!r} after xpk has connected it to {cluster}; try again")
+        return ["kubectl", f"--context={context}", "--namespace=default"]
+
+    def _jobset(self) -> dict[str, Any] | None:
+        return self._get("jobset", self.job.name, "--ignore-not-found")
+
+    def _get(self, *what: str) -> Any:
+        answer = self.commands.output([*self._kubectl, "get", *what, "--output=json"], retry=self.PASSES)
+        return json.loads(answer) if answer.strip() else None
+
+    def _delete(self) -> None:
+        # Never without --workload: xpk would delete all workloads of the cluster.
+        arguments = ["xpk", "workload", "delete", f"--workload={self.job.name}", *self.where, "--force"]
+        self.commands.run(arguments, retry=self.PASSES, finish=True)
+
+    @contextlib.contextmanager
+    def _variables(self) -> Iterator[str]:
+        """Write the variables of the container, which may be secrets, to a file for xpk."""
+        variables = {_MARK: self.job.identity, **self.job.environment}
+        if self.commands.dry_run:
+            self.commands.note(f"the file of --env-file has {', '.join(variables)}")
+            yield f"{self.job.name}.env"
+            return
+        descriptor, path = tempfile.mkstemp(prefix="ttt-launch-", suffix=".env")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                for key, value in variables.items():
+                    # It goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
+                    text = yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
+                    file.write(f"{key}={text[1:-1].replace('$', '$$')}\n")
+            yield path
+        finally:
+            Path(path).unlink()
+
+    def _build(self) -> str:
+        """Build the image of launch/Dockerfile and push it; return its name, whose tag differs between contents."""
+        job, wanted = self.job, extras(self.job, "tpu")
+        with tempfile.TemporaryDirectory(prefix="ttt-launch-") as folder:
+            packed, context = Path(folder) / "source.tar.gz", Path(folder) / "context"
+            # The constraints of this machine come last in the archive, and replace those of the source tree.
+            content = versions.archive(job.checkout, {"constraints.txt": versions.constraints(wanted)}, packed)
+            versions.unpack(packed, context)
+            image = f"{self.options.build}:tpu-{content}"
+            self.commands.note(f"{image}: the source tree {job.checkout}, with the versions of this machine")
+            build = [
+                *("docker", "build", f"--file={context / 'launch' / 'Dockerfile'}", "--target=tpu"),
+                *("--platform=linux/amd64", f"--build-arg=PYTHON={versions.PYTHON}"),
+                *(f"--build-arg=EXTRAS={','.join(wanted[1:])}", f"--tag={image}", str(context)),
+            ]
+            self.commands.run(build, retry=_DOCKER_PASSES)
+        self.commands.run(["docker", "push", image], retry=_DOCKER_PASSES)
+        return image
 
 
-def _cluster(options: argparse.Namespace) -> tuple[bool, str, str]:
-    return options.cluster is None, "--cluster", "the name of a cluster that xpk has made"
+def _cluster(options: argparse.Namespace) -> tuple[object, str, str]:
+    return options.cluster, "--cluster", "the name of a cluster that xpk has made"
 
 
 def _check_names(options: argparse.Namespace) -> None:
@@ -86,119 +222,29 @@ def _check_names(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected letters, digits and hyphens")
 
 
-class Workload:
-    """A cluster, seen by one workload (a JobSet of Kubernetes), which it knows by its name."""
-
-    def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
-        self._options, self._job, self._commands = options, job, commands
-        self._where = [f"--cluster={options.cluster}"]
-        self._where += [f"--{name}={value}" for name in ("project", "zone") if (value := getattr(options, name))]
-
-    @functools.cached_property
-    def _cluster(self) -> Cluster:
-        """Has xpk make the cluster known to kubectl. Questions name it, whatever else kubectl is used for meanwhile."""
-        output, cluster = self._commands.output, self._options.cluster
-        output(["xpk", "workload", "list", *self._where, f"--filter-by-job={self._job.name}"], retry=PASSES)
-        context = output(["kubectl", "config", "current-context"]).strip()
-        if self._commands.dry_run:
-            context = f"CONTEXT-OF-{cluster}"
-        elif not context.endswith(f"_{cluster}"):
-            raise LaunchError(f"kubectl: its context is {context!r} after xpk has connected it to {cluster}; try again")
-        kubectl = ["kubectl", f"--context={context}", "--namespace=default"]
-        return Cluster(self._commands, kubectl, self._job.name, _CONTAINER)
-
-    def find(self) -> str | None:
-        """The name of the workload, if it waits or runs."""
-        jobset, name = self._cluster.jobset(), self._job.name
-        if jobset is None:
-            return None
-        mark = jobset.variable(_MARK)
-        if mark is None:
-            raise ConfigError(f"a workload {name} is there already, and not of ttt launch; expected another --name")
-        if jobset.ended:
-            return None
-        if self._job.command and mark != self._job.identity:
-            raise ConfigError(
-                f"the workload {name} runs another command; expected another --name, or first: ttt launch gke "
-                f"--cluster {self._options.cluster} --name {name} --stop"
-            )
-        return name
-
-    def submit(self) -> str:
-        """Creates the workload, in the place of one of the same name that has ended."""
-        options, job = self._options, self._job
-        if self._cluster.jobset() is not None:
-            self._delete()
-        used = options.image or image.build(self._commands, job, "tpu", options.build)
-        arguments = [
-            *("xpk", "workload", "create", f"--workload={job.name}", *self._where),
-            *(f"--tpu-type={options.tpu_type}", f"--num-slices={options.slices}", f"--docker-image={used}"),
-            # All pods are started again, for statuses from 127, which are kills, as xpk has it, and for these.
-            *(f"--max-restarts={options.restarts}", f"--restart-on-exit-codes={RESTART}"),
-            f"--termination-grace-period-seconds={_GRACE}",
-        ]
-        arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
-        arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
-        with self._variables() as file:
-            arguments += [f"--env-file={file}", f"--command=exec ttt {' '.join(map(plain, job.command))}"]
-            try:
-                lifecycle.submit(self._commands, arguments, PASSES, self.find, _POLL)
-            except CommandError as error:
-                self._commands.note(error.printed.rstrip())
-                raise LaunchError(f"{error}; all that it said is above") from error
-        return job.name
-
-    def describe(self, name: str) -> str:
-        """How the workload is."""
-        return str(self._cluster.jobset() or "is deleted")
-
-    def follow(self, name: str, from_start: bool) -> int:
-        """Shows the log of the first host until the workload has ended; returns its exit status."""
-        log, said = self._cluster.log(from_start, _POLL), ""
-        while True:
-            jobset = self._cluster.jobset()
-            if jobset is None:
-                raise LaunchError(f"{name}: the workload was deleted by somebody else")
-            if str(jobset) != said:
-                said = str(jobset)
-                self._commands.note(f"{name}: {said}")
-            log.show()
-            if jobset.ended:
-                return self._cluster.status(jobset)
-            self._commands.wait(_POLL)
-
-    def stop(self, name: str) -> None:
-        """Deletes the workload; its pods save first."""
-        jobset = self._cluster.jobset()
-        if jobset is not None and jobset.variable(_MARK) is not None:
-            self._delete()
-
-    def _delete(self) -> None:
-        # Never without --workload: xpk would delete all of the cluster.
-        arguments = ["xpk", "workload", "delete", f"--workload={self._job.name}", *self._where, "--force"]
-        self._commands.run(arguments, retry=PASSES, finish=True)
-
-    @contextlib.contextmanager
-    def _variables(self) -> Iterator[str]:
-        """A file with the variables of the container, which may be secrets, as xpk reads it."""
-        variables = {_MARK: self._job.identity, **self._job.environment}
-        if self._commands.dry_run:
-            self._commands.note(f"the file of --env-file has {', '.join(variables)}")
-            yield f"{self._job.name}.env"
-            return
-        descriptor, path = tempfile.mkstemp(prefix="ttt-launch-", suffix=".env")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                for key, value in variables.items():
-                    # It goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
-                    quoted = yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
-                    file.write(f"{key}={quoted[1:-1].replace('$', '$$')}\n")
-            yield path
-        finally:
-            Path(path).unlink()
+def _conditions(jobset: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the conditions of a JobSet that hold, by type."""
+    return {each["type"]: each for each in jobset.get("status", {}).get("conditions", []) if each["status"] == "True"}
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
-    return int(text)
+def _variable(jobset: dict[str, Any], name: str) -> str | None:
+    """Return the value of a variable of the containers."""
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        for container in replicated["template"]["spec"]["template"]["spec"]["containers"]:
+            for variable in container.get("env", []):
+                if variable["name"] == name:
+                    return variable.get("value")
+    return None
+
+
+def _status(kind: str, reason: str | None, pods: list[dict[str, Any]]) -> int:
+    """Return the exit status of a workload that has ended."""
+    if kind == "Completed" or reason == "ReachedMaxRestarts":
+        return DONE if kind == "Completed" else RESTART
+    codes = [
+        container["state"]["terminated"]["exitCode"]
+        for pod in pods
+        for container in pod["status"].get("containerStatuses", [])
+        if container["name"] == _CONTAINER and "terminated" in container["state"]
+    ]
+    return REFUSED if exit_status(codes) == REFUSED else FAILED

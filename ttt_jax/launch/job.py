@@ -1,4 +1,4 @@
-"""What is to be run elsewhere, with a name, checked before anything is paid for."""
+"""Describe a command that is to run elsewhere, and check it before it costs anything."""
 
 import argparse
 import dataclasses
@@ -12,9 +12,10 @@ import ml_collections
 
 import ttt_jax
 from ttt_jax import config as config_lib
+from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.launch import places, versions
-from ttt_jax.launch.places import Place
+from ttt_jax.launch import local_files, versions
+from ttt_jax.launch.local_files import Place
 
 LONGEST_NAME = 40  # of workloads on GKE; Cloud TPU and Slurm take longer ones
 _HERE_ONLY = ("launch", "sweep", "plot", "config")  # first words of verbs
@@ -26,13 +27,13 @@ class Job:
 
     Attributes:
       name: of the job and whatever is created for it: small letters, digits and hyphens.
-      command: ``("train", "--config", ...)``, what follows ``ttt``; files of the checkout by their path in it. Empty
-        where a job that runs already is only asked for, or stopped.
-      checkout: the source tree that is shipped.
+      command: what follows ``ttt``, such as ``("train", "--config", ...)``; the config by its path in the checkout.
+        Empty where a job that runs already is only asked for, or stopped.
+      checkout: the source tree that is sent.
       workdir: ``--workdir`` of the command, or ``--output``, if it has one.
       config: what ``--config`` and its overrides make, for commands that have one.
       environment: variables that the command needs there. Values may be secrets: print none.
-      copied: those of them whose values are taken from here.
+      copied: names of the variables whose values are taken from here.
       places: files and folders that the command and its config name.
     """
 
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """Twelve letters and digits that differ between commands."""
+        """Return twelve letters and digits that differ between commands."""
         return hashlib.sha256("\0".join(self.command).encode()).hexdigest()[:12]
 
 
@@ -58,17 +59,17 @@ def make(
     environment: Sequence[str] = (),
     sends_sources: bool = True,
 ) -> Job:
-    """A job, after all checks that can be made here.
+    """Return a job, after all checks that can be made here.
 
     Args:
       command: what follows ``ttt``.
-      parse: the parser of ttt itself, to options and the arguments of the config; ends the process on bad options.
+      parse: the parser of ttt, to options and the arguments of the config; ends the process on bad options.
       name: of the job; by default made from the workdir, so that the same command finds its job again.
       environment: ``KEY=VALUE``, or ``KEY`` for the value it has here.
-      sends_sources: the config has to be a file of the source tree; where nothing is sent it may be any.
+      sends_sources: whether the config has to be a file of the source tree, which is sent.
 
     Raises:
-      ConfigError: for whatever could not run there, in one line.
+      ConfigError: for whatever could not run there.
     """
     root = checkout()
     if not command:
@@ -83,22 +84,23 @@ def make(
         name, workdir = name or default_name(None, command), workdir[0]
     needs_config = options.takes_config and not getattr(options, "function", None)  # ttt bench tpu-schedule
     config = config_lib.from_arguments(rest) if needs_config else None
-    named = places.of_options(options.parser, options) + ([] if config is None else places.of_config(config))
-    command = tuple(_config_in(root, command) if needs_config and sends_sources else command)
+    places = local_files.of_options(options.parser, options) + ([] if config is None else local_files.of_config(config))
+    if needs_config and sends_sources:
+        command = config_lib.replace_files(command, lambda path: _path_in(root, path))
     return Job(
         default_name(workdir, command) if name is None else _checked(name),
-        command,
+        tuple(command),
         root,
         workdir,
         config,
         _variables(environment),
         tuple(key for key in environment if "=" not in key),
-        tuple(named),
+        tuple(places),
     )
 
 
 def checkout() -> Path:
-    """The source tree that this package is part of.
+    """Return the source tree that this package is part of.
 
     Raises:
       ConfigError: where it was installed without its sources.
@@ -112,8 +114,47 @@ def checkout() -> Path:
     return root
 
 
+def check_functions(job: Job) -> dict[str, str]:
+    """Return the import paths of the user's own functions in the config, by key; their modules have to exist here."""
+    functions = {} if job.config is None else config_lib.own_functions(job.config)
+    for key, path in functions.items():
+        import_path.source_file(path, key)
+    return functions
+
+
+def check_files(job: Job, written: str | None) -> None:
+    """Raise ConfigError where the job reads files of this machine that are not sent.
+
+    Args:
+      written: why it may not write to the disks of the machines either; None where it may.
+    """
+    sent = versions.files(job.checkout)
+    if written is not None:
+        local_files.check_written(job.places, written)
+    local_files.check_variables(job.copied, job.environment)
+    local_files.check_readable(job.places, job.checkout, sent)
+    for key, path in check_functions(job).items():
+        import_path.check_sent(path, key, job.checkout, sent)
+    if job.config is not None and job.config.log.tensorboard and (job.workdir or "").startswith("gs://"):
+        raise ConfigError("log.tensorboard=true: needs a local workdir; expected false")
+
+
+def extras(job: Job, platform: str | None) -> tuple[str, ...]:
+    """Return the extras of setup.py that the job needs on ``platform``: tpu, cuda, or None for CPUs."""
+    log = None if job.config is None else job.config.log
+    wanted = {
+        platform or "": platform is not None,
+        "gcs": True,
+        "wandb": log is not None and bool(log.wandb_project),
+        "tensorboard": log is not None and log.tensorboard,
+        "sentencepiece": job.command[:1] == ("tokenize",),
+        "parquet": job.command[:1] == ("tokenize",),
+    }
+    return tuple(extra for extra, needed in wanted.items() if needed)
+
+
 def default_name(workdir: str | None, command: Sequence[str]) -> str:
-    """The end of the workdir, and a few letters that tell jobs apart whose workdirs end alike."""
+    """Return the end of the workdir with six letters that tell apart jobs whose workdirs end alike."""
     whole = (workdir or "\0".join(command)).rstrip("/")
     last = re.sub("[^a-z0-9]+", "-", (workdir or command[0]).rstrip("/").rpartition("/")[2].lower()).strip("-")
     readable = last[: LONGEST_NAME - len("ttt-") - 7].strip("-")
@@ -128,23 +169,13 @@ def _checked(name: str) -> str:
     return name
 
 
-def _config_in(root: Path, command: Sequence[str]) -> list[str]:
-    """The command with its config file by its path in the source tree, as it will lie there."""
-    changed = list(command)
-    for i, argument in enumerate(command):
-        flag, equals, value = argument.partition("=")
-        if flag not in ("--config", "-config"):
-            continue
-        at, prefix = (i, f"{flag}=") if equals else (i + 1, "")
-        path, colon, rest = (value if equals else command[i + 1]).partition(":")
-        try:
-            inside = Path(path).resolve().relative_to(root)
-        except ValueError:
-            inside = None
-        if inside is None or inside not in versions.files(root):
-            raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is what is sent")
-        changed[at] = f"{prefix}{inside}{colon}{rest}"
-    return changed
+def _path_in(root: Path, path: str) -> str:
+    """Return the path of a config file in the source tree, where it will lie there."""
+    resolved = Path(path).resolve()
+    inside = resolved.relative_to(root) if resolved.is_relative_to(root) else None
+    if inside not in versions.files(root):
+        raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is what is sent")
+    return str(inside)
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:

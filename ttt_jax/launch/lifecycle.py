@@ -1,108 +1,210 @@
-"""What ``ttt launch`` does with a job of any queue: follow the one that is there or submit it, and end it by Ctrl-C."""
+"""Take a job through its life on any target: follow the one that is there or submit it, and end it by Ctrl-C."""
 
 import argparse
+import functools
+import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import ClassVar, Literal, NamedTuple
 
-from ttt_jax.launch.commands import CommandError, Commands, Retry
+from ttt_jax.errors import ConfigError, LaunchError
+from ttt_jax.launch.commands import NEVER, CommandError, Commands, Retry, show
 from ttt_jax.launch.job import Job
-from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+
+# Where to begin a log: at its start, near its end, or with what may have been missed in so many seconds.
+Begin = Literal["start", "end"] | float
 
 
-class Queue(Protocol):
-    """Where jobs are submitted to, seen by one job. Its methods raise ConfigError and LaunchError."""
+class State(NamedTuple):
+    """The state of a job."""
+
+    text: str  # for people
+    status: int | None = None  # what ttt launch exits with, once the job has ended
+    log: str = ""  # names what Target.log_command prints; empty while there is no log
+    growing: bool = True  # whether the log may become longer
+    restarts: int = 0  # how often the job was started again, where ttt launch has to keep the limit
+
+
+class Target:
+    """A system that runs jobs, seen by one job, which it knows by a key.
+
+    Subclasses define the methods that raise NotImplementedError; these may raise ConfigError and LaunchError.
+
+    Attributes:
+      where: options that name the place, such as ``--zone=...``.
+    """
+
+    DESCRIPTION: ClassVar[str]
+    SENDS_SOURCES: ClassVar[bool] = True  # False where the job uses the files of this machine
+    POLL: ClassVar[float] = 10.0  # seconds between two questions
+    PASSES: ClassVar[Retry] = NEVER  # faults that pass
+
+    def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
+        self.options, self.job, self.commands, self._seen = options, job, commands, State("")
+        names = [name for name in ("cluster", "zone", "project") if getattr(options, name, None)]
+        self.where = [f"--{name}={getattr(options, name)}" for name in names]
+        self.identity = job.identity  # kept with the job, to tell commands apart
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Declare the options of the target."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check(options: argparse.Namespace, job: Job) -> None:
+        """Raise ConfigError for whatever would fail there and can be seen from here."""
+        raise NotImplementedError
 
     def find(self) -> str | None:
-        """By what the queue knows the job, if it waits or runs. Refuses one that ttt launch has not submitted, and one
-        of another command."""
+        """Return the key of the job if it waits or runs; refuse another one of its name by :meth:`check_ours`."""
+        raise NotImplementedError
 
     def submit(self) -> str:
-        """Submits the job; returns by what the queue knows it."""
+        """Submit the job and return its key; in a dry run, print the commands."""
+        raise NotImplementedError
 
-    def describe(self, known_as: str) -> str:
-        """How the job is, in a line."""
+    def state(self, key: str) -> State:
+        """Return the state of the job, also when it has ended."""
+        raise NotImplementedError
 
-    def follow(self, known_as: str, from_start: bool) -> int:
-        """Shows the log until the job has ended; returns its exit status."""
+    def log_command(self, log: str, begin: Begin) -> list[str]:
+        """Return the command that prints a log until it ends."""
+        raise NotImplementedError
 
-    def stop(self, known_as: str) -> None:
-        """Ends the job, which may save first; at once when it is interrupted."""
+    def stop(self, key: str) -> None:
+        """End the job, which may save first; at once when interrupted."""
+        raise NotImplementedError
 
+    def leave(self) -> None:
+        """Say what is left when a second Ctrl-C has interrupted :meth:`stop`."""
 
-def run(options: argparse.Namespace, job: Job, commands: Commands, queue: Queue) -> int:
-    """Runs the job to its end, or does what ``options.action`` says; returns the exit status: that of the job, or 130
-    after Ctrl-C and 75 after SIGTERM, both of which end the job."""
-    if options.action is not None:
-        return _act(options.action, job, commands, queue)
-    with sigterm_as_interrupt() as received:
-        known_as, ours = None, False
-        try:
-            known_as = queue.find()
-            ours = True
-            if from_start := known_as is None:
-                known_as = queue.submit()
-            if commands.dry_run:
-                return DONE
-            commands.note(
-                f"{job.name}: {'submitted as' if from_start else 'is there already and followed:'} {known_as}"
+    def follow(self, key: str, from_start: bool) -> int:
+        """Show the log until the job has ended, and return its exit status; 75 after more restarts than wanted."""
+        self.commands.note(
+            f"{self.job.name}: {'submitted as' if from_start else 'is there already and followed:'} {key}"
+        )
+        if self.options.detach:
+            return DONE
+        begin: Begin = "start" if from_start else "end"
+        complete = ""  # the log of which all was shown
+        while True:
+            state = self._look(key)
+            if state.log not in ("", complete):
+                over = functools.partial(self._is_complete, key, state.log)
+                _, heard = show(self.commands, self.log_command(state.log, begin), over, self.POLL)
+                begin = time.monotonic() - heard + self.POLL
+                if over():
+                    complete, begin = state.log, "start"
+                state = self._seen
+            if self._ended(state) and state.log in ("", complete):
+                break
+            self.commands.wait(self.POLL)
+        if state.status is not None:
+            return state.status
+        self.commands.note(f"{self.job.name}: started again {state.restarts} times, more than --restarts; is ended")
+        self.stop(key)
+        return RESTART
+
+    def _look(self, key: str) -> State:
+        state, before = self.state(key), self._seen.text
+        if state.text != before:
+            self.commands.note(f"{self.job.name}: {state.text}")
+        self._seen = state
+        return state
+
+    def _is_complete(self, key: str, log: str) -> bool:
+        state = self._look(key)
+        return state.log != log or not state.growing or self._ended(state)
+
+    def _ended(self, state: State) -> bool:
+        return state.status is not None or state.restarts > self.options.restarts
+
+    def run_submission(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str | None:
+        """Run a command that submits the job, again after faults that pass.
+
+        Before each repetition it looks for the job, because a command that timed out may have done its work.
+
+        Returns:
+          What the command printed; None where it failed but the job is there.
+        """
+        for attempt in range(1, self.PASSES.attempts + 1):
+            try:
+                return self.commands.run(argv, finish=True, environment=environment)
+            except CommandError as error:
+                if self.find() is not None:
+                    self.commands.note(f"{error}; but the job is there")
+                    return None
+                if attempt == self.PASSES.attempts or not self.PASSES.wants(error.printed):
+                    if len(error.printed.strip().splitlines()) < 2:
+                        raise
+                    self.commands.note(error.printed.rstrip())
+                    raise LaunchError(f"{error}; all that it said is above") from error
+                self.commands.note(f"{error}; again in {self.POLL:.0f} s")
+            self.commands.wait(self.POLL)
+        raise AssertionError
+
+    def check_ours(self, what: str, identity: str | None) -> None:
+        """Raise ConfigError if ``what`` was not submitted by ttt launch (None), or runs another command."""
+        name = self.job.name
+        if identity is None:
+            raise ConfigError(
+                f"{what} is there already, and not of ttt launch; it is left alone; expected another --name"
             )
-            return DONE if options.detach else queue.follow(known_as, from_start)
+        if self.job.command and identity != self.identity:
+            stop = shlex.join(["ttt", "launch", self.options.target, *self.where, "--name", name, "--stop"])
+            raise ConfigError(f"{what} runs another command; expected another --name, or first: {stop}")
+
+
+def run(target: Target) -> int:
+    """Run the job to its end, or do what ``options.action`` says.
+
+    Returns:
+      The exit status: that of the job, or 130 after Ctrl-C and 75 after SIGTERM, both of which end the job.
+    """
+    name, commands = target.job.name, target.commands
+    if target.options.action is not None:
+        return _act(target)
+    with _sigterm_as_interrupt() as received:
+        key, ours = None, False
+        try:
+            key = target.find()
+            ours = True
+            if from_start := key is None:
+                key = target.submit()
+            return DONE if commands.dry_run else target.follow(key, from_start)
         except KeyboardInterrupt:
             if ours:
-                # It may have come while the job was submitted.
-                if known_as is None:
-                    known_as = queue.find()
-                if known_as is not None:
-                    queue.stop(known_as)
-                    commands.note(f"{job.name}: is ended; the same command goes on with it")
+                try:
+                    key = key or target.find()  # the interrupt may have come while the job was submitted
+                    if key is not None:
+                        target.stop(key)
+                        commands.note(f"{name}: is ended; the same command goes on with it")
+                except KeyboardInterrupt:
+                    target.leave()
             return RESTART if received else INTERRUPTED
 
 
-def submit(
-    commands: Commands, argv: Sequence[str], passes: Retry, find: Callable[[], str | None], pause: float
-) -> str | None:
-    """Runs a command that submits a job; returns what it printed, or None where ``find`` finds the job although the
-    command has failed. It is not repeated before that look: a command that timed out may have done its work.
-
-    Args:
-      passes: faults after which it is tried again, ``pause`` seconds later.
-
-    Raises:
-      CommandError: when it fails for good.
-    """
-    for attempt in range(1, passes.attempts + 1):
-        try:
-            return commands.run(argv, finish=True)
-        except CommandError as error:
-            if find() is not None:
-                commands.note(f"{error}; but the job is there")
-                return None
-            if attempt == passes.attempts or not passes.wants(error.printed):
-                raise
-            commands.note(f"{error}; again in {pause:.0f} s")
-        commands.wait(pause)
-    raise AssertionError
-
-
-def _act(action: str, job: Job, commands: Commands, queue: Queue) -> int:
-    known_as = queue.find()
-    if commands.dry_run:
+def _act(target: Target) -> int:
+    name, key = target.job.name, target.find()
+    if target.commands.dry_run:
         return DONE
-    if known_as is None:
-        print(f"{job.name}: no such job waits or runs")
-    elif action == "status":
-        print(f"{job.name}: {queue.describe(known_as)}")
+    if key is None:
+        place = f" ({shlex.join(target.where)})" if target.where else ""
+        print(f"{name}: no such job waits or runs{place}")
+    elif target.options.action == "status":
+        print(f"{name}: {target.state(key).text}")
     else:
-        queue.stop(known_as)
-        commands.note(f"{job.name}: is ended")
+        target.stop(key)
+        target.commands.note(f"{name}: is ended")
     return DONE
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[list[int]]:
-    """SIGTERM cleans up like Ctrl-C; the list that is given is not empty then."""
+def _sigterm_as_interrupt() -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt at SIGTERM; the list that is given is not empty then."""
     received: list[int] = []
 
     def receive(number, frame) -> None:
@@ -114,3 +216,45 @@ def sigterm_as_interrupt() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def exit_status(codes: Collection[int]) -> int:
+    """Return the exit status of a job whose processes ended with these codes.
+
+    A code that says that the run cannot go on counts more than 75 and signals, which the loss of a process does to the
+    others.
+    """
+    for final in (FAILED, REFUSED, INTERRUPTED):
+        if final in codes:
+            return final
+    if any(0 < code < 128 and code != RESTART for code in codes):
+        return FAILED
+    return RESTART if any(codes) else DONE
+
+
+def required(*wanted: tuple[object, str, str]) -> None:
+    """Raise ConfigError with all that is missing; each is a value, its name and what is expected."""
+    missing = [(name, expected) for value, name, expected in wanted if not value]
+    if missing:
+        names, expected = zip(*missing, strict=True)
+        raise ConfigError(f"{', '.join(names)}: missing; expected {'; '.join(expected)}")
+
+
+def the_command(job: Job) -> tuple[object, str, str]:
+    """Return what :func:`required` takes for the command of a job."""
+    return job.command, "a command", "one after --, such as -- train --config FILE --workdir DIR"
+
+
+def check_one_host(job: Job, several: bool) -> None:
+    """Raise ConfigError for a command that runs on one host, where there are several."""
+    if several and job.command[0] != "train":
+        raise ConfigError(
+            f"ttt {job.command[0]}: runs on one host; expected a smaller --accelerator, such as v5litepod-8"
+        )
+
+
+def positive(text: str) -> int:
+    """Parse an option that is an integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
+    return int(text)

@@ -1,14 +1,16 @@
-"""What makes the other side equal to this one: the source tree, and the versions of the packages."""
+"""Pack what makes another machine equal to this one: the source tree, and the versions of the packages."""
 
 import gzip
 import hashlib
 import importlib.metadata
 import io
 import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -18,15 +20,16 @@ from ttt_jax.errors import ConfigError
 
 _NOT_SENT = ("tests",)  # tens of megabytes that no run needs
 _MOST_BYTES = 200 * 2**20
-# The other side is Linux whatever this one is.
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # of the other machine, too
+# The other machine runs Linux, whatever this one does.
 _THERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 
 
 def installed(extras: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of what ttt_jax needs, of what that needs, and so on, as they are installed here.
+    """Return the installed versions of all packages that ttt_jax requires, directly or through others.
 
-    Packages that are not installed here, such as those of another platform, are not in it, and so are free there.
-    Neither is one that is installed here in a version that the others would not have (libtpu beside another jax).
+    Packages that are not installed here, such as those of another platform, are left out, and so are packages in a
+    version that another one does not allow (libtpu beside another jax): the other machine chooses their versions.
 
     Raises:
       ConfigError: where ttt_jax itself was not installed.
@@ -64,14 +67,16 @@ def installed(extras: Sequence[str] = ()) -> dict[str, str]:
 
 
 def constraints(extras: Sequence[str] = ()) -> str:
-    """A constraints file for pip or uv, with the versions of :func:`installed`."""
+    """Return a constraints file for pip or uv, with the versions of :func:`installed`."""
     return "".join(f"{name}=={version}\n" for name, version in installed(extras).items())
 
 
 @lru_cache
 def files(checkout: Path) -> tuple[Path, ...]:
-    """What is sent of a source tree, by paths in it: in a git clone all files that git knows or would add, changes and
-    all, else those of the package."""
+    """Return the paths, in a source tree, of the files to send.
+
+    In a git clone these are the files that git tracks or would add, with their changes; else those of the package.
+    """
     command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, capture_output=True, check=True)
@@ -86,12 +91,12 @@ def files(checkout: Path) -> tuple[Path, ...]:
 
 
 def archive(checkout: Path, extra: dict[str, str], path: Path) -> str:
-    """Writes ``path``, a .tar.gz of the source tree; the same bytes for the same files.
+    """Write a .tar.gz of the source tree; the same bytes for the same files.
 
     Args:
       checkout: the source tree.
-      extra: texts to put beside it, by file name, such as the constraints.
-      path: where to write; its folder is created.
+      extra: texts to add by file name, such as the constraints.
+      path: of the archive; its folder is created.
 
     Returns:
       Twelve letters and digits that differ between contents.
@@ -124,3 +129,11 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes, mode: int) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(content), mode
     tar.addfile(info, io.BytesIO(content))
+
+
+def unpack(archived: Path, folder: Path) -> None:
+    """Unpack an archive that :func:`archive` has written."""
+    # The first Python with filters is 3.11.4.
+    safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(archived) as tar:
+        tar.extractall(folder, **safely)

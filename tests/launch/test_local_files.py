@@ -7,7 +7,7 @@ import pytest
 
 from ttt_jax import cli
 from ttt_jax import config as config_lib
-from ttt_jax.launch import places
+from ttt_jax.launch import local_files
 from ttt_jax.launch.commands import Commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,13 +174,13 @@ def test_every_argument_of_every_verb_is_a_place_or_known_not_to_be():
             takes_text = action.nargs != 0 and action.choices is None and action.type in (None, Path)
             if takes_text and not isinstance(action, argparse._SubParsersAction):
                 kind = str(action.metavar)
-                assert kind in places._KINDS or kind in TEXTS, (name, action.dest, kind)
-                assert action.type is not Path or kind in places._KINDS, (name, action.dest)
+                assert kind in local_files._KINDS or kind in TEXTS, (name, action.dest, kind)
+                assert action.type is not Path or kind in local_files._KINDS, (name, action.dest)
 
 
 def test_options_that_are_written_exist():
     _, verbs = cli.parsers()
-    for verb, option in places._WRITTEN | places._WRITTEN_HERE:
+    for verb, option in local_files._WRITTEN | local_files._WRITTEN_HERE:
         assert option in {action.dest for action in verbs[verb]._actions}
 
 
@@ -191,7 +191,7 @@ def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
     others = """model.mixer model.channel model.norms model.dtype model.remat optimizer.warmup training.duration
         checkpoint.every checkpoint.milestone_every evaluation.every evaluation.split profile.steps log.every
         log.wandb_project""".split()
-    assert texts == {*places._CONFIG_KINDS, *others}
+    assert texts == {*local_files._CONFIG_KINDS, *others}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
     ],
 )  # fmt: skip
 def test_is_local(location, local):
-    assert places.is_local(location) == local
+    assert local_files.is_local(location) == local
 
 
 def test_points_of_a_sweep_are_refused_before_any_is_launched(capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Which arguments of a command name files and folders, and which of those another machine would not find.
+"""Find the files and folders that a command names, and refuse those that another machine would not have.
 
 The kind of an option is declared where the option is: its metavar is ``DIR``, ``FILE`` or ``FILES``. Nothing is guessed
 from values.
@@ -137,14 +137,14 @@ def check_written(places: Sequence[Place], why: str) -> None:
             raise ConfigError(f"{place.shown}: {why}; expected gs://bucket/name")
 
 
-def check_variables(given: Sequence[str], variables: Mapping[str, str]) -> None:
+def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None:
     """Check that the values of ``--env`` name no files of this machine. Values may be secrets: none is shown.
 
     Raises:
       ConfigError: for the first variable that does.
     """
     for key, value in variables.items():
-        if value and (_names_a_file(value) or (key in _FILE_VARIABLES and _is_here(key in given, value))):
+        if value and (_names_a_file(value) or (key in _FILE_VARIABLES and (key in copied or _exists(value)))):
             raise ConfigError(
                 f"--env {key}: names a file of this machine, which is not sent; expected a value that means the same "
                 "there (on Google Cloud, machines have the credentials of their service account)"
@@ -152,7 +152,7 @@ def check_variables(given: Sequence[str], variables: Mapping[str, str]) -> None:
 
 
 def _inside(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
-    """The path in the source tree of what is sent of it: a file, a folder with files, or a glob that some match."""
+    """Return the path of ``value`` in the source tree if it is sent: a file, a folder, or a glob that matches files."""
     if "://" in value or "::" in value:
         return None
     try:
@@ -165,7 +165,7 @@ def _inside(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
 
 
 def _names_a_file(value: str) -> bool:
-    """Whether a value is a URL of a local file, or the path of one in a place that no two machines share."""
+    """Return whether a value is the URL of a local file, or the path of one in a folder that no two machines share."""
     if re.match(r"(?i)(file|local)://", value):
         return True
     path = os.path.abspath(os.path.expanduser(value))
@@ -174,5 +174,5 @@ def _names_a_file(value: str) -> bool:
     return absolute and os.path.isfile(path) and any(path.startswith(f"{place.rstrip('/')}/") for place in own)
 
 
-def _is_here(as_it_is_here: bool, value: str) -> bool:
-    return as_it_is_here or any(os.path.exists(os.path.expanduser(part)) for part in value.split(os.pathsep))
+def _exists(value: str) -> bool:
+    return any(os.path.exists(os.path.expanduser(part)) for part in value.split(os.pathsep))

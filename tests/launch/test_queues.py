@@ -1,0 +1,263 @@
+"""What is special about Slurm, GKE and SkyPilot: what they are asked, and how they say that a job has ended."""
+
+import argparse
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import OPTIONS, ROOT
+
+from ttt_jax.launch import lifecycle, sky, slurm, versions
+from ttt_jax.launch.commands import Commands
+from ttt_jax.launch.job import Job
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+
+CONFIG = "configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        ([0, 0], DONE),
+        ([0, 137, 1], FAILED),
+        ([75, 137, 2], REFUSED),
+        ([75, 130], INTERRUPTED),
+        ([137, 75], RESTART),
+        ([127], FAILED),
+    ],
+)
+def test_exit_status_of_several_processes(codes, status):
+    assert lifecycle.exit_status(codes) == status
+
+
+# ---- Slurm
+
+
+def test_slurm_gets_all_options(stand_ins):
+    cluster = stand_ins("slurm")
+    workdir = cluster.folder / "100% mine" / "a'b"
+    options = (
+        "--nodes",
+        "2",
+        "--partition",
+        "gpu",
+        "--time",
+        "8:00:00",
+        "--cpus-per-task",
+        "7",
+        "--sbatch=--exclusive",
+    )
+    status, out, err = cluster.launch(*options, "--restarts", "3", workdir=workdir)
+    assert status == DONE, err
+    (sbatch,) = cluster.calls("sbatch")
+    prefix = str(workdir / "slurm" / "mine")
+    assert sbatch[3].startswith("--comment=ttt_jax:")
+    assert sbatch[:3] + sbatch[4:] == [
+        *("sbatch", "--parsable", "--job-name=mine", f"--output={prefix.replace('%', '%%')}-%j.log"),
+        *("--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"),
+        *("--partition=gpu", "--time=8:00:00", "--cpus-per-task=7", "--exclusive"),
+        *(str(ROOT / "launch/slurm.sbatch"), prefix, "3", "", cluster.executable, "-m", "ttt_jax", "train"),
+        *("--config", str(ROOT / CONFIG), "--workdir", str(workdir), "--config.data.batch_size=8"),
+    ]
+    assert out.count(": 0\n") == 4
+    submitted = cluster.kept("jobs")["101"]["options"]
+    # The warning goes to the steps; with B: only the shell would hear it.
+    assert {"requeue": "", "open-mode": "append", "signal": "TERM@120"}.items() <= submitted.items()
+
+
+def test_slurm_sources_a_setup_file(stand_ins):
+    cluster = stand_ins("slurm")
+    setup = cluster.folder / "my setup"
+    setup.write_text("SECRET=of-the-setup\nexport SECRET\n")
+    assert cluster.launch("--setup", setup)[0] == DONE
+    assert [each["environment"]["SECRET"] for each in cluster.started()] == ["of-the-setup"] * 2
+    setup.write_text("module load nothing\n")
+    status, out, _ = cluster.launch("--setup", setup)
+    assert status == REFUSED
+    assert "module: command not found" in out
+    assert len(cluster.started()) == 2
+
+
+def test_slurm_jobs_save_before_their_time_limit_and_go_on_later(stand_ins):
+    cluster = stand_ins("slurm")
+    cluster.plan("wait", 0)
+    launch = cluster.launch(wait=False)
+    cluster.wait_until(lambda: len(cluster.started()) == 2)
+    subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
+    out, err = launch.communicate(timeout=30)
+    assert launch.returncode == DONE, err
+    assert (out.count("saved"), len(cluster.started())) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("past", "code", "expected"),
+    [
+        ("COMPLETED", 0, DONE),
+        ("FAILED", 2, REFUSED),
+        ("FAILED", 1, FAILED),
+        ("FAILED", 127, FAILED),
+        ("TIMEOUT", 0, RESTART),
+        ("CANCELLED by 1000", 0, INTERRUPTED),
+        ("OUT_OF_MEMORY", 0, FAILED),
+        ("NODE_FAIL", 1, RESTART),
+    ],
+)
+def test_slurm_accounting_knows_how_a_job_ended(stand_ins, monkeypatch, past, code, expected):
+    cluster = stand_ins("slurm")
+    cluster.kept("jobs", **{"7": {"state": "FORGOTTEN", "past": past, "code": code}})
+    for name in ("PATH", "STAND_IN"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    assert slurm.Slurm(argparse.Namespace(), Job("a", (), ROOT), Commands()).state("7").status == expected
+
+
+# ---- GKE
+
+
+def test_gke_gets_all_options(stand_ins):
+    cluster = stand_ins("gke")
+    where = ("--project", "p", "--zone", "us-west4-a")
+    status, out, err = cluster.launch("--slices", "2", *where, "--spot", "--priority", "high", "--restarts", "3")
+    assert status == DONE, err
+    (create,) = cluster.calls("create")
+    assert create[:-2] == [
+        *("xpk", "workload", "create", "--workload=mine", "--cluster=c", "--zone=us-west4-a", "--project=p"),
+        *("--tpu-type=v5litepod-8", "--num-slices=2", "--docker-image=us-docker.pkg.dev/p/r/ttt_jax:1"),
+        *("--max-restarts=3", "--restart-on-exit-codes=75", "--termination-grace-period-seconds=120"),
+        *("--spot", "--priority=high"),
+    ]
+    assert not Path(create[-2].removeprefix("--env-file=")).exists()
+    assert (out.count("of host 0: 0"), "host 1" in out) == (1, False)
+    assert "Completed" in err
+
+
+@pytest.mark.slow
+def test_gke_starts_a_workload_anew_that_has_ended(stand_ins):
+    cluster = stand_ins("gke")
+    cluster.plan(1)
+    assert cluster.launch()[0] == FAILED
+    cluster.plan(0)
+    assert cluster.launch()[0] == DONE
+    assert [call[2] for call in cluster.calls("xpk")] == ["list", "create", "list", "delete", "create"]
+
+
+@pytest.mark.slow
+def test_gke_takes_up_a_log_that_breaks_off_and_leaves_one_without_an_end(stand_ins):
+    cluster = stand_ins("gke")
+    cluster.plan("wait")
+    cluster.has("break-log", "endless-log")
+    launch = cluster.launch(wait=False)
+    cluster.wait_until(lambda: any("--since=" in argument for call in cluster.calls("logs") for argument in call))
+    cluster.has("finish")
+    out, err = launch.communicate(timeout=30)
+    assert launch.returncode == DONE, err
+    assert (out.count("start 0"), out.count("finished")) == (1, 1)
+
+
+@pytest.mark.slow
+def test_gke_builds_an_image_of_the_source_tree_with_the_versions_of_this_machine(stand_ins):
+    cluster = stand_ins("gke")
+    machines = (*OPTIONS["gke"][:4], "--build", "us-docker.pkg.dev/p/r/ttt_jax")
+    status, _, err = cluster.launch(machines=machines, command=["--config.log.wandb_project=x"])
+    assert status == DONE, err
+    build, push = cluster.calls("docker")
+    image, context = push[2], build[-1]
+    assert push == ["docker", "push", image]
+    assert image.startswith("us-docker.pkg.dev/p/r/ttt_jax:tpu-")
+    assert build == [
+        *("docker", "build", f"--file={context}/launch/Dockerfile", "--target=tpu", "--platform=linux/amd64"),
+        *(f"--build-arg=PYTHON={versions.PYTHON}", "--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
+    ]
+    assert f"--docker-image={image}" in cluster.calls("create")[0]
+    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
+    files = set((cluster.folder / "context-files").read_text().splitlines())
+    assert {"launch/Dockerfile", "setup.py", "configs/quickstart.py"} <= files
+    assert not Path(context).exists()
+
+
+# ---- SkyPilot
+
+
+def test_sky_gets_all_options_and_installs_the_versions_of_this_machine(stand_ins):
+    cluster = stand_ins("sky")
+    options = ("--spot", "--infra", "gcp/us-west4", "--disk-size", "200", "--env", "SECRET=s")
+    status, _, err = cluster.launch(*options)
+    assert status == DONE, err
+    ((*launch, file),) = cluster.calls("launch")
+    name = Path(file).stem
+    assert launch == ["sky", "jobs", "launch", f"--name={name}", "--yes", "--detach-run", "--secret=SECRET"]
+    task = yaml.safe_load(Path(file).read_text())
+    assert task["resources"] == {
+        "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75, 134, 143]},
+        "infra": "gcp/us-west4",
+        "disk_size": 200,
+        "accelerators": "tpu-v5litepod-8",
+        "use_spot": True,
+        "accelerator_args": {"runtime_version": "v2-alpha-tpuv5-lite"},
+    }
+    assert (task["name"], task["num_nodes"]) == (name, 1)
+    source = cluster.folder / "home/ttt-launch/source"
+    (started,) = cluster.started()
+    assert started["cwd"] == str(source)
+    assert (source / "launch/sky.sh").read_text() == (ROOT / "launch/sky.sh").read_text()
+    venv, install = cluster.uv()
+    assert venv == ["venv", "--quiet", "--allow-existing", "--python", versions.PYTHON, f"{source.parent}/venv"]
+    assert install[-2:] == ["--editable", f"{source}[tpu,gcs]"]
+    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs"))
+
+
+def test_sky_nodes_with_gpus_find_each_other(stand_ins):
+    cluster = stand_ins("sky")
+    assert cluster.launch("--nodes", "2", machines=("--accelerator", "H100:8"))[0] == DONE
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    found = sorted([each["environment"][name] for name in names] for each in cluster.started())
+    assert found == [["10.0.0.1:8476", "2", "0"], ["10.0.0.1:8476", "2", "1"]]
+    resources = cluster.kept("jobs")["1"]["task"]["resources"]
+    assert resources["accelerators"] == "H100:8"
+    assert "accelerator_args" not in resources
+    assert cluster.uv()[1][-1].endswith("[cuda,gcs]")
+
+
+def test_sky_takes_machines_without_accelerators(stand_ins):
+    cluster = stand_ins("sky")
+    assert cluster.launch(machines=("--cpus", "32+"))[0] == DONE
+    resources = cluster.kept("jobs")["1"]["task"]["resources"]
+    assert (resources["cpus"], "accelerators" in resources) == ("32+", False)
+
+
+@pytest.mark.slow
+def test_sky_shows_the_log_of_a_job_that_ends_at_once(stand_ins):
+    cluster = stand_ins("sky")
+    cluster.has("quick")
+    cluster.plan(3)
+    status, out, _ = cluster.launch()
+    assert (status, out.count("of host 0: 3")) == (FAILED, 1)
+
+
+def test_sky_says_that_an_installation_has_failed(stand_ins):
+    cluster = stand_ins("sky")
+    cluster.has("no-packages")
+    status, _, err = cluster.launch()
+    assert (status, "FAILED_SETUP" in err, cluster.started()) == (FAILED, True, [])
+
+
+def test_sky_that_has_never_had_a_job(stand_ins):
+    cluster = stand_ins("sky")
+    cluster.has("never")
+    assert cluster.act("--status")[:2] == (DONE, "mine: no such job waits or runs\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "expected"),
+    [
+        ("FAILED", "Job exited with exit codes [0, 137, 1] (user program failure). See 2", FAILED),
+        ("FAILED", "Job exited with exit code 137", RESTART),
+        ("FAILED", "Job failed (FAILED). To see the details, run: sky jobs logs --controller 75", FAILED),
+        ("FAILED_PRECHECKS", "no such accelerator", REFUSED),
+        ("FAILED_NO_RESOURCE", "", RESTART),
+        ("CANCELLED", "", INTERRUPTED),
+        ("RECOVERING", "", None),
+    ],
+)
+def test_sky_statuses(state, reason, expected):
+    assert sky._status(state, reason) == expected

@@ -1,0 +1,281 @@
+"""What all targets have in common: they run the same command, with stand-ins for the programs that they call."""
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import NASTY, OPTIONS, PROGRAMS, ROOT
+
+from ttt_jax.launch import versions
+from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+
+SUBMIT = {"slurm": "sbatch", "gke": "create", "sky": "launch", "tpu": "create"}  # a word of the call that submits
+END = {"slurm": "scancel", "gke": "delete", "sky": "cancel", "tpu": "delete"}  # and of the call that ends the job
+PROCESSES = {"slurm": 2, "gke": 2, "sky": 1, "tpu": 1}
+slow = pytest.mark.slow
+each_signal = pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, INTERRUPTED), pytest.param(signal.SIGTERM, RESTART, marks=slow)]
+)
+
+
+@pytest.fixture(params=["slurm", "gke", "sky", "tpu"])
+def target(request, stand_ins):
+    return stand_ins(request.param)
+
+
+def finished(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def logs(target) -> str:
+    return "".join(path.read_text() for path in target.folder.rglob("*log") if path.is_file())
+
+
+def test_a_job_is_submitted_and_followed_and_its_arguments_arrive_as_they_are(target):
+    status, out, err = target.launch("--env", f"SECRET={NASTY}", command=[f"--config.data.tokenizer={NASTY}"])
+    assert status == DONE, err
+    config = str(ROOT / "configs/quickstart.py") if target.target == "slurm" else "configs/quickstart.py"
+    command = ["train", "--config", config, "--workdir", target.workdir, "--config.data.batch_size=8"]
+    started = target.started()
+    assert len(started) == PROCESSES[target.target]
+    for each in started:
+        assert each["argv"][-7:] == [*command, f"--config.data.tokenizer={NASTY}"]
+        assert each["environment"]["SECRET"] == NASTY
+    assert "start 0 of host 0" in out
+    assert len(target.calls(SUBMIT[target.target])) == 1
+    assert not list(target.folder.rglob("pwned"))
+
+
+def test_secrets_are_in_no_call_and_no_file_of_this_machine(target):
+    assert target.launch("--env", "SECRET=s3cret")[0] == DONE
+    assert "s3cret" not in json.dumps(target.calls())
+    assert not [path for path in target.folder.glob("cache/**/*") if path.is_file() and b"s3cret" in path.read_bytes()]
+
+
+def test_a_preempted_run_is_started_again_and_ends_well(target):
+    target.plan(75, 143, 0)
+    status, out, err = target.launch("--restarts", "2")
+    assert status == DONE, err
+    shown = re.findall("start . of host 0: (.*)", out)
+    assert shown == ["75", "143", "0"] or (target.target == "gke" and shown[-1] == "0")  # the newest pod
+    assert len(target.started()) == 3 * PROCESSES[target.target]
+    assert len(target.calls(SUBMIT[target.target])) == 1
+
+
+def test_more_preemptions_than_restarts_end_with_75(target):
+    target.plan(75, "wait")
+    status, out, err = target.launch("--restarts", "0")
+    assert status == RESTART, err
+    said = {"slurm": "was started again 0 times", "gke": "reached max number of", "tpu": "no more restarts"}
+    assert said.get(target.target, "more than --restarts") in out + err
+
+
+@pytest.mark.parametrize("code", [FAILED, pytest.param(REFUSED, marks=slow)])
+def test_a_failure_is_not_started_again(target, code):
+    target.plan(code)
+    assert target.launch()[0] == code
+    assert len(target.started()) == PROCESSES[target.target]
+
+
+@each_signal
+def test_an_interrupt_ends_the_job_which_saves(target, number, status):
+    target.plan("wait")
+    launch = target.launch(wait=False)
+    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
+    launch.send_signal(number)
+    found, _, err = finished(launch)
+    assert found == status, err
+    assert logs(target).count("saved") == (0 if target.target == "sky" else PROCESSES[target.target])
+    assert len(target.calls(END[target.target])) == 1
+    assert target.act("--status")[1].startswith("mine: no such job waits or runs")
+    assert len(target.started()) == PROCESSES[target.target]  # not started again
+
+
+def test_an_interrupt_takes_a_job_that_waits_out_of_the_queue(target):
+    target.has("hold")
+    target.kept("cloud", lives=[["WAITING_FOR_RESOURCES"]])
+    target.has("slow")  # the interrupt comes while xpk creates the workload
+    launch = target.launch(wait=False)
+    target.wait_until(lambda: target.calls(SUBMIT[target.target]) and target.kept("jobs", target.kept("resource")))
+    launch.send_signal(signal.SIGINT)
+    assert finished(launch)[0] == INTERRUPTED
+    assert len(target.calls(END[target.target])) == 1
+    assert target.started() == []
+    assert target.act("--status")[1].startswith("mine: no such job waits or runs")
+
+
+@pytest.mark.parametrize("target", ["slurm", "tpu"], indirect=True)
+def test_a_second_interrupt_does_not_wait_for_a_command_that_does_not_end(target):
+    target.plan("hang")
+    launch = target.launch(wait=False)
+    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
+    launch.send_signal(signal.SIGINT)
+    stop = ("scancel",) if target.target == "slurm" else ("ssh",)
+    target.wait_until(lambda: any("--signal" in w or " stop " in w for call in target.calls(*stop) for w in call))
+    launch.send_signal(signal.SIGINT)
+    status, _, err = finished(launch)
+    assert status == INTERRUPTED
+    if target.target == "slurm":
+        assert [call[1] for call in target.calls("scancel")] == ["--signal=TERM", "101"]
+        assert target.kept("jobs")["101"]["state"] == "CANCELLED"
+    else:
+        *_, said, command = err.splitlines()
+        assert said == "mine: may still exist, and cost; to delete it:"
+        deletion = "gcloud compute tpus queued-resources delete mine --zone=us-west4-a --force --quiet"
+        assert (command.strip(), target.calls("delete")) == (deletion, [])
+
+
+@slow
+def test_the_same_command_follows_the_job_that_runs(target):
+    target.plan("wait")
+    assert target.launch("--detach")[0] == DONE
+    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
+    again = target.launch(wait=False)
+    shows = {"slurm": "show", "gke": "logs", "sky": "logs", "tpu": "ssh"}[target.target]
+    before = len(target.calls(shows))
+    target.wait_until(lambda: len(target.calls(shows)) > before + 1)
+    target.has("finish")
+    status, out, err = finished(again)
+    assert status == DONE, err
+    assert "is there already and followed" in err or "runs already" in err
+    assert "finished" in out
+    assert len(target.calls(SUBMIT[target.target])) == 1
+
+
+def test_another_command_of_the_same_name_is_refused_and_left_alone(target):
+    target.plan("wait")
+    target.launch("--detach")
+    status, _, err = target.launch(command=["--config.seed=1"])
+    assert status == REFUSED
+    assert "runs another command; expected another --name" in err
+    assert target.calls(END[target.target]) == []
+    assert len(target.calls(SUBMIT[target.target])) == 1
+
+
+def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(target):
+    target.plan("wait")
+    target.launch("--detach")
+    marks = [("ttt_jax:", "theirs:"), ("TTT_JAX_COMMAND", "SOMETHING"), ('"mine-', '"theirs-'), ("ttt-launch", "x")]
+    for path in (target.folder / "jobs.json", target.folder / "resource.json"):
+        if path.exists():
+            for ours, theirs in marks:
+                path.write_text(path.read_text().replace(ours, theirs))
+    status, out, err = target.act("--stop")
+    if target.target == "sky":  # its names are not unique
+        assert (status, out) == (DONE, "mine: no such job waits or runs\n")
+    else:
+        assert status == REFUSED
+        assert "is there already, and not of ttt launch; it is left alone; expected another --name" in err
+        assert target.launch()[0] == REFUSED
+    assert target.calls(END[target.target]) == []
+
+
+def test_status_and_stop_by_name(target):
+    target.plan("wait")
+    target.launch("--detach")
+    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
+    shown = {"slurm": "job 101, RUNNING, its log is .*/runs/a/slurm/mine-101.log", "gke": "runs, attempt 1"}
+    shown |= {"sky": "managed job 1, RUNNING", "tpu": "ACTIVE\n  worker 0 of mine: running\nstart 0 of host 0: wait"}
+    status, out, _ = target.act("--status")
+    assert status == DONE
+    assert re.fullmatch(f"mine: {shown[target.target]}\n", out)
+    assert target.act("--stop")[0] == DONE
+    assert logs(target).count("saved") == (0 if target.target == "sky" else PROCESSES[target.target])
+    assert target.act("--status")[:2][1].startswith("mine: no such job waits or runs")
+
+
+@slow
+def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(target):
+    submit, ask, passes = {
+        "slurm": ("sbatch", ("squeue", "scontrol"), "sbatch: error: Socket timed out on send/recv operation"),
+        "gke": ("xpk create", ("kubectl get", "xpk list"), "terminated with ERROR `1`: dial tcp: i/o timeout"),
+        "sky": ("sky launch", ("sky queue",), "requests.exceptions.ReadTimeout: Read timed out."),
+        "tpu": ("gcloud create", ("gcloud describe", "gcloud scp"), "ERROR: (gcloud) HTTPError 503: try later"),
+    }[target.target]
+    target.has("hold")  # until it was looked for in the queue
+    target.fail(submit, ("before", passes), ("after", passes))
+    for call in ask:
+        target.fail(call, ("before", passes))
+    launch = target.launch(wait=False)
+    target.wait_until(lambda: len(target.calls(SUBMIT[target.target])) > 1)
+    target.wait_until(lambda: len(target.kept("jobs", target.kept("resource", {}))))
+    target.wait_until(lambda: target.target not in ("slurm", "sky") or target.calls("show") or target.calls("logs"))
+    (target.folder / "hold").unlink()
+    status, _, err = finished(launch)
+    assert status == DONE, err
+    assert len(target.calls(SUBMIT[target.target])) == (3 if target.target == "tpu" else 2)
+    assert len(target.started()) == PROCESSES[target.target]
+
+
+def test_a_fault_that_stays_is_told_with_all_that_was_said(target):
+    call = {"slurm": "sbatch", "gke": "xpk create", "sky": "sky launch", "tpu": "gcloud create"}[target.target]
+    target.fail(call, ("before", "Permission denied by me.\nERROR: nothing goes"))
+    status, _, err = target.launch()
+    assert status == FAILED
+    assert "ERROR: nothing goes" in err.splitlines()[-1]
+    assert target.target == "tpu" or "Permission denied by me." in err
+    assert len(target.calls(SUBMIT[target.target])) == 1
+
+
+def test_dry_run_prints_what_bash_takes_and_does_nothing(target):
+    target.has("hold")
+    target.kept("cloud", lives=[["ACTIVE"]])
+    status, out, _ = target.launch("--dry-run", "--env", "SECRET=s3cret", command=[f"--config.data.tokenizer={NASTY}"])
+    assert status == DONE
+    assert (target.calls(), target.started(), "s3cret" in out) == ([], [], False)
+    assert not (target.folder / "cache").exists() or target.target == "tpu"
+    cache = target.folder / "cache/ttt_jax/launch"
+    for folder in (cache, target.folder / "runs/a/slurm"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (cache, target.folder):
+        (folder / "mine.env").touch(0o600)
+    for packed in re.findall(r"# (\S+\.tar\.gz): the source tree", out):
+        versions.archive(ROOT, {"launch-constraints.txt": ""}, Path(packed))
+    environment = {**target.environment, "SECRET": "s3cret"}
+    done = subprocess.run(["bash", "-c", out], env=environment, cwd=target.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(target.calls(SUBMIT[target.target])) == 1
+    (target.folder / "hold").unlink()
+    target.wait_until(target.started)
+    assert target.started()[0]["argv"][-1] == f"--config.data.tokenizer={NASTY}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("slurm", (), "--gpus-per-node: missing; expected how many GPUs each node has"),
+        ("slurm", ("--gpus-per-node=1", "--setup=no"), "--setup no: no such file"),
+        ("gke", (), "--cluster, --tpu-type, --image: missing"),
+        ("gke", ("--cluster=c",), "--tpu-type, --image: missing"),
+        ("gke", (*OPTIONS["gke"][:4],), "--image: missing"),
+        ("gke", (*OPTIONS["gke"][:4], "--image=a;id"), "--image a;id: expected an image"),
+        ("gke", (*OPTIONS["gke"], "--zone=$(id)"), "--zone $(id): expected letters"),
+        ("gke", (*OPTIONS["gke"][:4], "--build=gcr.io/a:b"), "--build gcr.io/a:b: expected no tag"),
+        ("sky", (), "--accelerator: missing; expected one"),
+        ("sky", ("--accelerator=H100:8", "--cpus=2"), "--accelerator: expected one"),
+        ("sky", ("--accelerator=tpu-v99-1",), "expected an accelerator type"),
+        ("sky", ("--accelerator=tpu-v5litepod-8", "--nodes=2"), "--nodes: of GPUs only"),
+    ],
+)
+def test_refusals(stand_ins, name, options, message):
+    target = stand_ins(name)
+    status, out, err = target.launch(machines=options)
+    assert (status, out) == (REFUSED, "")
+    assert message in err.splitlines()[-1]
+    assert target.calls(SUBMIT[name]) == []
+
+
+def test_a_program_that_is_not_installed(target):
+    for path in (target.folder / "bin").iterdir():
+        path.unlink()
+    target.environment["PATH"] = str(target.folder / "bin")
+    status, _, err = target.launch()
+    assert status == REFUSED
+    program = {"slurm": "squeue"}.get(target.target, PROGRAMS[target.target][0].split()[0])
+    assert err.splitlines()[-1].startswith(f"ttt launch: {program}: is not installed; ")
+    assert not (target.folder / "runs").exists()

@@ -1,0 +1,250 @@
+"""Ask Cloud TPU for slices through a queued resource, and know its accelerator types.
+
+A queued resource carries two labels, the name of its job and the identity of what runs there. Nothing without them is
+used or deleted.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from ttt_jax.errors import ConfigError, LaunchError
+from ttt_jax.launch.commands import CommandError, Commands, Retry
+from ttt_jax.terminal import console
+from ttt_jax.terminal.status_line import duration
+
+# What gcloud prints of faults that pass: of the API (google.rpc.Code UNAVAILABLE, INTERNAL, DEADLINE_EXCEEDED, ABORTED,
+# rates of requests), of the network, and of machines whose ssh daemon is not up yet.
+TRANSIENT = Retry(
+    on=(
+        r"UNAVAILABLE|INTERNAL\b|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|rateLimitExceeded|Rate Limit Exceeded|"
+        r"[Qq]uota exceeded for quota metric|HTTPError (?:429|500|502|503|504)|"
+        r"[Ii]nternal error|[Ss]ervice (?:is currently )?unavailable|[Bb]ackend [Ee]rror|"
+        r"[Cc]onnection (?:refused|reset|timed out|closed)|[Oo]peration timed out|[Tt]imed out|Broken pipe|"
+        r"Temporary failure|Max retries exceeded|Unable to find the server|Name or service not known|"
+        r"No route to host|Network is unreachable|kex_exchange_identification|\[255\]|exit status 255"
+    ),
+    # Limits of a project in chips come with the code of rates that are too high, but waiting does not raise them.
+    but_not=r"Quota limit '|PERMISSION_DENIED|INVALID_ARGUMENT|does not have permission",
+)
+_DELETING = Retry(TRANSIENT.on + r"|FAILED_PRECONDITION|is not supported when state is", TRANSIENT.but_not, attempts=10)
+_NOT_FOUND = r"NOT_FOUND|was not found|HTTPError 404"
+_ALREADY_EXISTS = r"ALREADY_EXISTS|already exists|HTTPError 409"
+_NO_CAPACITY = r"no more capacity|out of capacity|[Ss]tockout|insufficient capacity|not enough capacity"
+_QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+_LOST = ("SUSPENDING", "SUSPENDED", "FAILED")
+_LOST_NODES = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDDEN", "UNKNOWN")
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds between two attempts to have machines
+
+
+class Accelerator(NamedTuple):
+    """What a name such as ``v5litepod-256`` means."""
+
+    name: str
+    devices: int  # as JAX counts: chips, but cores of v2 and v3
+    several_hosts: bool
+    runtime_version: str
+
+
+# cloud.google.com/tpu/docs/supported-tpu-configurations and runtimes; of each generation: what the number in the name
+# counts for a chip (2 cores, or 1), the most chips of a host, and the runtime version.
+_GENERATIONS = {
+    "v2": (2, 4, "tpu-ubuntu2204-base"),
+    "v3": (2, 4, "tpu-ubuntu2204-base"),
+    "v4": (2, 4, "tpu-ubuntu2204-base"),
+    "v5litepod": (1, 8, "v2-alpha-tpuv5-lite"),
+    "v5p": (2, 4, "v2-alpha-tpuv5"),
+    "v6e": (1, 8, "v2-alpha-tpuv6e"),
+}
+
+
+def parse(name: str) -> Accelerator:
+    """Read an accelerator type, such as ``v5litepod-256`` or ``v4-32`` (32 cores, 16 chips).
+
+    Raises:
+      ConfigError: for a name that is no accelerator type.
+    """
+    generation, _, digits = name.partition("-")
+    per_chip, most, runtime_version = _GENERATIONS.get(generation, (1, 0, ""))
+    number = int(digits) if re.fullmatch(r"\d+", digits) else 0
+    if not runtime_version or number < 1 or number % per_chip:
+        example = "v5litepod-256, v6e-64, v5p-128 or v4-32 (these two count cores, two a chip)"
+        known = ", ".join(_GENERATIONS)
+        raise ConfigError(f"--accelerator {name}: expected an accelerator type, such as {example}; known are {known}")
+    chips = number // per_chip
+    return Accelerator(name, number if generation in ("v2", "v3") else chips, chips > most, runtime_version)
+
+
+class DeletedError(LaunchError):
+    """Somebody else has ended the job."""
+
+
+class LateError(LaunchError):
+    """The machines did not come in time."""
+
+
+class Found(NamedTuple):
+    """What is known of a queued resource that exists."""
+
+    state: str  # ACCEPTED, ACTIVE, SUSPENDED, ...
+    error: str  # why it failed, if it has
+    nodes: tuple[str, ...]  # slices
+    labels: dict[str, str]
+
+
+class QueuedResource:
+    """The queued resource of a job in a zone, which may not exist.
+
+    Args:
+      name: of the job.
+      identity: of what it runs.
+      where: ``--zone`` and ``--project``, as gcloud wants them.
+      check: called with the identity of what exists, None where it has no label of ttt launch; raises for what may
+        not be used.
+    """
+
+    def __init__(
+        self,
+        commands: Commands,
+        name: str,
+        identity: str,
+        where: Sequence[str],
+        slices: int,
+        check: Callable[[str | None], None],
+    ):
+        self.name, self.slices, self._commands, self._where, self._check = name, slices, commands, where, check
+        self._labels = f"--labels=ttt-launch={name},ttt-command={identity}"
+        self._gcloud = ("gcloud", "compute", "tpus", "queued-resources")
+
+    @property
+    def deletion(self) -> list[str]:
+        """Return the command that deletes it, with its slices."""
+        return [*self._gcloud, "delete", self.name, *self._where, "--force", "--quiet"]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Return the names of the slices that are asked for."""
+        return (self.name,) if self.slices == 1 else tuple(f"{self.name}-{i}" for i in range(self.slices))
+
+    def create(self, options: Sequence[str], alpha: bool) -> None:
+        """Put the request into the queue, unless an earlier attempt has done so.
+
+        Raises:
+          CommandError: when it is refused.
+        """
+        program = [self._gcloud[0], *["alpha"] * alpha, *self._gcloud[1:]]
+        several = [f"--node-count={self.slices}", f"--node-prefix={self.name}"]
+        nodes = [f"--node-id={self.name}"] if self.slices == 1 else several
+        argv = [*program, "create", self.name, *self._where, *nodes, *options, self._labels, "--async", "--quiet"]
+        try:
+            self._commands.run(argv, retry=TRANSIENT, finish=True)
+        except CommandError as error:
+            if not re.search(_ALREADY_EXISTS, error.printed) or self.find() is None:
+                raise
+
+    def find(self) -> Found | None:
+        """Return what is known of it; None where it does not exist. ``check`` may raise."""
+        described = self._describe("queued-resources", self.name)
+        if described is None:
+            return None
+        about = described.get("state", {})
+        specs = described.get("tpu", {}).get("nodeSpec", [])
+        nodes = tuple(spec["nodeId"] for spec in specs if spec.get("nodeId")) or self.nodes
+        labels = specs[0].get("node", {}).get("labels", {}) if specs else {}
+        state = about.get("state", "STATE_UNSPECIFIED")
+        if not labels and state == "ACTIVE":
+            labels = (self._describe("tpu-vm", nodes[0]) or {}).get("labels", {})
+        self._check(labels.get("ttt-command", "") if labels.get("ttt-launch") == self.name else None)
+        return Found(state, about.get("failedData", {}).get("error", {}).get("message", ""), nodes, labels)
+
+    def get(
+        self, options: Sequence[str], alpha: bool, about: str, timeout: float | None, poll: float
+    ) -> tuple[tuple[str, ...], bool]:
+        """Wait for the slices. Those of this job that exist are used; lost ones are deleted and asked for anew.
+
+        Returns:
+          The names of the slices, and whether they are new.
+
+        Raises:
+          LateError: when they do not come within ``timeout`` seconds.
+          DeletedError: when somebody deletes them meanwhile.
+          LaunchError: when they cannot be had.
+        """
+        name, note = self.name, self._commands.note
+        began, pause, shown, new = time.monotonic(), FIRST_PAUSE, "", False
+        with console.literal(stderr=True).status("") as line:
+            while True:
+                found = self.find()
+                if found is None:
+                    if new:
+                        raise DeletedError(f"{name}: was deleted by somebody else")
+                    note(f"{name}: asks for {about}")
+                    self.create(options, alpha)
+                    new = True
+                    continue
+                if found.state == "ACTIVE":
+                    return found.nodes, new
+                waited = time.monotonic() - began
+                line.update(Text(f"{name}: {found.state}, {duration(waited)}"))
+                if found.state != shown:
+                    note(f"{name}: {found.state}")
+                    shown = found.state
+                if found.state in _QUEUED:
+                    if waited > (timeout or math.inf):
+                        raise LateError(f"{name}: is {found.state} after {duration(waited)}, which is the --timeout")
+                    time.sleep(poll)
+                    continue
+                self.delete()
+                if new:
+                    if found.error and not re.search(_NO_CAPACITY, found.error):
+                        raise LaunchError(f"{name}: cannot be had: {found.error}")
+                    note(f"{name}: {found.error or 'was lost at once'}; asks anew in {pause:.0f} s")
+                    time.sleep(pause)
+                    pause, new = min(2 * pause, LONGEST_PAUSE), False
+
+    def lost(self, nodes: Sequence[str]) -> str | None:
+        """Return why the slices cannot be used any more; None where they exist as far as Google knows.
+
+        Raises:
+          DeletedError: when somebody has deleted them.
+          CommandError: when nobody can tell, such as without a network.
+        """
+        found = self.find()
+        if found is None or found.state == "DELETING":
+            raise DeletedError(f"{self.name}: was deleted by somebody else")
+        if found.state in _LOST:
+            return f"the machines are {found.state}"
+        for node in nodes:  # the queued resource may not know it yet
+            described = self._describe("tpu-vm", node)
+            if described is None or described.get("state") in _LOST_NODES:
+                return f"{node} is {described['state'] if described else 'gone'}"
+        return None
+
+    def delete(self) -> None:
+        """Delete it with its slices, if it exists and is of this job.
+
+        Raises:
+          LaunchError: where it cannot be deleted.
+        """
+        if not self._commands.dry_run and self.find() is None:
+            return
+        try:
+            self._commands.run(self.deletion, retry=_DELETING)
+        except CommandError as error:
+            if not re.search(_NOT_FOUND, error.printed):
+                raise
+
+    def _describe(self, kind: str, name: str) -> dict[str, Any] | None:
+        argv = ["gcloud", "compute", "tpus", kind, "describe", name, *self._where, "--format=json"]
+        try:
+            printed = self._commands.output(argv, retry=TRANSIENT)
+        except CommandError as error:
+            if re.search(_NOT_FOUND, error.printed):
+                return None
+            raise
+        return json.loads(printed) if printed else None

@@ -1,0 +1,175 @@
+"""Do on all hosts of slices, over ssh, what ``launch/worker.sh`` can: install, start, ask, follow and stop."""
+
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from ttt_jax.launch import versions
+from ttt_jax.launch.cloud_tpu import TRANSIENT
+from ttt_jax.launch.commands import NEVER, Commands, Retry
+from ttt_jax.launch.job import Job
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
+
+_Result = TypeVar("_Result")
+
+
+class Host(NamedTuple):
+    """A host, and the state of the command there."""
+
+    node: str  # the slice
+    number: str  # within it
+    run: str
+    state: str  # none, running, exited; lost when the machine has been started anew
+    status: int | None = None  # with which the command exited
+    when: int = 0  # it exited, in seconds
+
+    def __str__(self) -> str:
+        return f"worker {self.number} of {self.node}"
+
+    @property
+    def ending(self) -> str:
+        """Return how the command ended here, for people."""
+        if self.status is None:
+            return "was started anew" if self.state == "lost" else "runs nothing"
+        if self.status > 128 and self.status != INTERRUPTED:
+            names = {number.value: number.name for number in signal.Signals}
+            return f"was ended by {names.get(self.status - 128) or self.status}"
+        return f"ended with status {self.status}"
+
+
+class Verdict(NamedTuple):
+    """How a run ended on all hosts together: the exit status, and the host that decides it; None when all do."""
+
+    status: int
+    host: Host | None = None
+
+
+def verdict(hosts: Sequence[Host]) -> Verdict:
+    """Return how a run ended on all hosts.
+
+    Statuses are those of ttt (docs/pods.md): one that says that the run cannot go on counts more than those that ask
+    for another start, which the loss of a process brings about on the other hosts.
+    """
+    if all(host.status == DONE for host in hosts):
+        return Verdict(DONE)
+    final = [h for h in hosts if h.status == INTERRUPTED or (0 < (h.status or 0) < 128 and h.status != RESTART)]
+    first = min(final or [host for host in hosts if host.status != DONE], key=lambda host: host.when)
+    return Verdict(first.status if final and first.status else RESTART, first)
+
+
+class Hosts:
+    """All hosts of the slices of a job.
+
+    Args:
+      nodes: the slices.
+      where: ``--zone`` and ``--project``, as gcloud wants them.
+      internal: reach them by their internal addresses.
+      folder: of this machine, for what is sent.
+    """
+
+    def __init__(
+        self, commands: Commands, job: Job, nodes: Sequence[str], where: Sequence[str], internal: bool, folder: Path
+    ):
+        self._commands, self._job, self.nodes, self._folder = commands, job, tuple(nodes), folder
+        self._options = [*where, *["--internal-ip"] * internal, "--quiet"]
+        self._tree = ""
+
+    def install(self, extras: Sequence[str]) -> None:
+        """Send the source tree and make the environment on all hosts, with the versions of this machine."""
+        name, archive = self._job.name, self._folder / f"{self._job.name}.tar.gz"
+        constraints = {"launch-constraints.txt": versions.constraints(extras)}
+        self._tree = f"ttt-launch/{name}/source-{versions.archive(self._job.checkout, constraints, archive)}"
+        sent = [str(archive), *([str(self._write_environment())] if self._job.environment else [])]
+        script = (
+            f"mkdir -p {self._tree} && tar -xzf {archive.name} -C {self._tree} && "
+            f"cp --remove-destination {self._tree}/launch/worker.sh ttt-launch/{name}/ && "
+        ) + self._script("install", versions.PYTHON, ",".join(extras))
+
+        def install_on(node: str) -> None:
+            copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", *sent, f"{node}:", "--worker=all", *self._options]
+            self._commands.run(copy, retry=TRANSIENT)
+            self._commands.run(self._ssh(node, script), retry=TRANSIENT)
+
+        try:
+            self._on_each(install_on)
+        finally:
+            if not self._commands.dry_run:
+                (self._folder / f"{name}.env").unlink(missing_ok=True)
+
+    def start(self, run: str) -> None:
+        """Start the command on all hosts; it goes on without this process."""
+        script = self._script("start", run, *self._job.command)
+        self._on_each(lambda node: self._commands.run(self._ssh(node, script), retry=TRANSIENT))
+
+    def ask(self, retry: Retry = NEVER) -> list[Host]:
+        """Return the state of the command on each host.
+
+        Raises:
+          CommandError: where a host cannot be reached.
+        """
+        script, line = self._installed_script("status"), r"^ttt-worker (\S+) (\S+) (\w+)(?: (\d+) (\d+))? *$"
+
+        def ask(node: str) -> list[Host]:
+            found = re.findall(line, self._commands.output(self._ssh(node, script), retry=retry), re.MULTILINE)
+            return [
+                Host(node, number, run, state, int(code) if code else None, int(when or 0))
+                for number, run, state, code, when in found
+            ]
+
+        return [host for hosts in self._on_each(ask) for host in hosts]
+
+    def stop(self, seconds: int, verb: str = "stop") -> None:
+        """End the command on all hosts: SIGTERM, upon which it saves, and SIGKILL after so many seconds."""
+        script = self._installed_script(verb, str(seconds))
+        self._on_each(lambda node: self._commands.run(self._ssh(node, script), retry=TRANSIENT))
+
+    def tail(self, host: Host, lines: int) -> str:
+        """Return the end of the log of one host."""
+        script = self._installed_script("tail", host.run, str(lines))
+        return self._commands.output(self._ssh(host.node, script, host.number), retry=TRANSIENT)
+
+    def log_command(self, run: str, offset: int) -> list[str]:
+        """Return the command that prints the log of the first host from a byte on, until the run ends."""
+        script = self._installed_script("follow", run, str(offset))
+        return [*self._ssh(self.nodes[0], script, "0"), "--ssh-flag=-oServerAliveInterval=30"]
+
+    def _ssh(self, node: str, script: str, worker: str = "all") -> list[str]:
+        program = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, f"--worker={worker}", *self._options]
+        return [*program, f"--command={script}"]
+
+    def _script(self, verb: str, *arguments: str) -> str:
+        return shlex.join(["bash", f"{self._tree}/launch/worker.sh", verb, self._job.name, *arguments])
+
+    def _installed_script(self, verb: str, *arguments: str) -> str:
+        """Return a script for machines on which another process may have installed, or none."""
+        script = f"ttt-launch/{self._job.name}/worker.sh"
+        none = 'echo "ttt-worker ? - none"' if verb == "status" else "true"
+        run = shlex.join(["bash", script, verb, self._job.name, *arguments])
+        return f"if [ -f {script} ]; then {run}; else {none}; fi"
+
+    def _on_each(self, action: Callable[[str], _Result]) -> list[_Result]:
+        if len(self.nodes) == 1 or self._commands.dry_run:
+            return [action(node) for node in self.nodes]
+        with ThreadPoolExecutor(len(self.nodes)) as pool:
+            try:
+                return list(pool.map(action, self.nodes))
+            except BaseException:
+                self._commands.end_all()
+                raise
+
+    def _write_environment(self) -> Path:
+        path = self._folder / f"{self._job.name}.env"
+        if self._commands.dry_run:
+            names = ", ".join(self._job.environment)
+            self._commands.note(f"{path} has a line export KEY=VALUE for each of {names}; it is not written now")
+            return path
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            for key, value in self._job.environment.items():
+                file.write(f"export {key}={shlex.quote(value)}\n")
+        return path
