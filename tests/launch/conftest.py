@@ -43,11 +43,8 @@ WAITS = {
 }
 FILES = (
     "configs/quickstart.py",
-    "launch/worker.sh",
-    "launch/sky.sh",
-    "launch/install.sh",
-    "launch/Dockerfile",
     "setup.py",
+    *(f"launch/{n}" for n in "Dockerfile install.sh sky.sh worker.sh".split()),
 )
 _constraints = functools.cache(versions.constraints)  # which takes a third of a second
 _CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {!r}); "

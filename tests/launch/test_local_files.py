@@ -18,39 +18,39 @@ TARGETS = {
 }
 TRAIN = ["train", "--config", "configs/quickstart.py", "--workdir", "gs://b/r"]
 TOKENIZE = ["tokenize", "--tokenizer", "byte", "--train", "gs://b/t.jsonl", "--output", "gs://b/x"]
-REFUSED = [  # a command, and the option or key that its message begins with
+HARNESS = ["harness", "--workdir", "gs://b/a", "--tasks", "x"]
+NEEDLE = ["probe", "needle", "--workdir", "gs://b/a"]
+REFUSED = [  # a command, and the last of its words that its message begins with
     *(
-        (
-            ["tokenize", f"--{split}", *values, "--tokenizer", "byte", "--output", "gs://b/x"],
-            f"--{split} {values[-1]}: ",
-        )
+        (["tokenize", "--tokenizer", "byte", "--output", "gs://b/x", f"--{split}", *values], f"--{split} {values[-1]}")
         for split in ("train", "validation", "test")
         for values in (["t.jsonl"], ["gs://b/t.jsonl", "/data/t.jsonl"], ["~/t*.jsonl"], ["file:///data/t.jsonl"])
     ),
-    (["tokenize", "--train=t.jsonl", "--tokenizer", "byte", "--output", "gs://b/x"], "--train t.jsonl: "),
-    ([*TOKENIZE, "--test", "simplecache::FILE:///data/t.jsonl"], "--test simplecache::FILE:///data/t.jsonl: "),
-    ([*TOKENIZE, "--test", "zip://t.jsonl::t.zip"], "--test zip://t.jsonl::t.zip: "),
-    ([*TOKENIZE, "--test", "http://localhost:8000/t.jsonl"], "--test http://localhost:8000/t.jsonl: "),
-    (["tokenize", "--tokenizer=m.model", "--train", "gs://b/t", "--output", "gs://b/x"], "--tokenizer m.model: "),
-    (["tokenize", "--tokenizer", "byte", "--train", "gs://b/t", "--output=file:///x"], "--output file:///x: "),
-    ([*TRAIN, "--config.data.source=data/books"], "data.source='data/books': "),
-    ([*TRAIN, "--config.data.source", "file:///data"], "data.source='file:///data': "),
-    ([*TRAIN, "--config.training.start_from=~/runs/a"], "training.start_from='~/runs/a': "),
-    ([*TRAIN, "--config.data.tokenizer=file:///t.json"], "data.tokenizer='file:///t.json': "),
-    ([*TRAIN[:3], "--workdir=runs/a"], "--workdir runs/a: "),
-    (["eval", "--workdir", "gs://b/a", "runs/b"], "--workdir runs/b: "),
-    (["eval", "--workdir", "gs://b/a", "--source", "data/books"], "--source data/books: "),
-    (["eval", "--workdir", "gs://b/a", "--csv", "all.csv"], "--csv all.csv: "),
-    (["eval", "compare", "gs://b/a", "runs/b"], "DIR runs/b: "),
-    (["inspect", "--workdir", "/runs/a"], "--workdir /runs/a: "),
-    (["probe", "needle", "--workdir", "gs://b/a", "--haystack=h.txt"], "--haystack h.txt: "),
-    (["probe", "needle", "--workdir", "gs://b/a", "--tokenizer", "t.json"], "--tokenizer t.json: "),
-    (["probe", "task", "--workdir", "gs://b/a", "--plot", "a.png"], "--plot a.png: "),
-    (["harness", "--workdir", "gs://b/a", "--tasks", "x", "--include-path", "tasks"], "--include-path tasks: "),
-    (["harness", "--workdir", "gs://b/a", "--tasks", "x", "--output", "a.json"], "--output a.json: "),
-    (["bench", "tpu-schedule", "--function", "/home/me/f.py:build"], "--function /home/me/f.py: "),
-    (["bench", "tpu-schedule", "--function", "a:b", "--keep", "files"], "--keep files: "),
-    (["sweep", "status", "gs://b/s"], "ttt sweep status: runs here"),
+    *(
+        ([*TOKENIZE, "--test", url], f"--test {url}")
+        for url in ("simplecache::FILE:///d/t.jsonl", "zip://t.jsonl::t.zip", "http://localhost:8000/t.jsonl")
+    ),
+    (["tokenize", "--train=t.jsonl", "--tokenizer", "byte", "--output", "gs://b/x"], "--train t.jsonl"),
+    (["tokenize", "--tokenizer=m.model", "--train", "gs://b/t", "--output", "gs://b/x"], "--tokenizer m.model"),
+    (["tokenize", "--tokenizer", "byte", "--train", "gs://b/t", "--output=file:///x"], "--output file:///x"),
+    ([*TRAIN, "--config.data.source=data/books"], "data.source='data/books'"),
+    ([*TRAIN, "--config.data.source", "file:///data"], "data.source='file:///data'"),
+    ([*TRAIN, "--config.training.start_from=~/runs/a"], "training.start_from='~/runs/a'"),
+    ([*TRAIN, "--config.data.tokenizer=file:///t.json"], "data.tokenizer='file:///t.json'"),
+    ([*TRAIN[:3], "--workdir=runs/a"], "--workdir runs/a"),
+    (["eval", "--workdir", "gs://b/a", "runs/b"], "--workdir runs/b"),
+    (["eval", "--workdir", "gs://b/a", "--source", "data/books"], "--source data/books"),
+    (["eval", "--workdir", "gs://b/a", "--csv", "all.csv"], "--csv all.csv"),
+    (["eval", "compare", "gs://b/a", "runs/b"], "DIR runs/b"),
+    (["inspect", "--workdir", "/runs/a"], "--workdir /runs/a"),
+    ([*NEEDLE, "--haystack=h.txt"], "--haystack h.txt"),
+    ([*NEEDLE, "--tokenizer", "t.json"], "--tokenizer t.json"),
+    (["probe", "task", "--workdir", "gs://b/a", "--plot", "a.png"], "--plot a.png"),
+    ([*HARNESS, "--include-path", "tasks"], "--include-path tasks"),
+    ([*HARNESS, "--output", "a.json"], "--output a.json"),
+    (["bench", "tpu-schedule", "--function", "/home/me/f.py:build"], "--function /home/me/f.py"),
+    (["bench", "tpu-schedule", "--function", "a:b", "--keep", "files"], "--keep files"),
+    (["sweep", "status", "gs://b/s"], "ttt sweep status"),
 ]
 
 
@@ -96,7 +96,7 @@ def test_local_files_are_refused(capsys, command, message):
         assert launch(target, *command) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
-        assert printed.err.startswith(f"ttt launch: {message}")
+        assert printed.err.startswith(f"ttt launch: {message}: ")
         assert "expected" in printed.err
         assert printed.err.count("\n") == 1
 

@@ -34,6 +34,7 @@ def test_exit_status_of_several_processes(codes, status):
 # ---- Slurm
 
 
+@pytest.mark.slow
 def test_slurm_gets_all_options(stand_ins):
     cluster = stand_ins("slurm")
     workdir = cluster.folder / "100% mine" / "a'b"
@@ -66,6 +67,7 @@ def test_slurm_gets_all_options(stand_ins):
     assert {"requeue": "", "open-mode": "append", "signal": "TERM@120"}.items() <= submitted.items()
 
 
+@pytest.mark.slow
 def test_slurm_sources_a_setup_file(stand_ins):
     cluster = stand_ins("slurm")
     setup = cluster.folder / "my setup"
@@ -79,6 +81,7 @@ def test_slurm_sources_a_setup_file(stand_ins):
     assert len(cluster.started()) == 2
 
 
+@pytest.mark.slow
 def test_slurm_jobs_save_before_their_time_limit_and_go_on_later(stand_ins):
     cluster = stand_ins("slurm")
     cluster.plan("wait", 0)
@@ -114,6 +117,7 @@ def test_slurm_accounting_knows_how_a_job_ended(stand_ins, monkeypatch, past, co
 # ---- GKE
 
 
+@pytest.mark.slow
 def test_gke_gets_all_options(stand_ins):
     cluster = stand_ins("gke")
     where = ("--project", "p", "--zone", "us-west4-a")

@@ -21,9 +21,9 @@ COMMAND = [
 ]
 
 
-@pytest.fixture
-def cloud(stand_ins):
-    return stand_ins("tpu")
+@pytest.fixture(params=[pytest.param("tpu", marks=slow)])
+def cloud(stand_ins, request):
+    return stand_ins(request.param)
 
 
 def verbs(cloud) -> list[str]:
@@ -119,7 +119,6 @@ def test_the_queue(cloud, lives, options, status, said, done):
     assert not (cloud.folder / "resource.json").exists()
 
 
-@slow
 def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(cloud):
     refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
     cloud.fail("gcloud scp", ("before", ""), ("before", f"{refused}\nERROR: (gcloud) exited with return code [255]."))
@@ -173,7 +172,6 @@ def test_lost_machines_are_replaced(cloud, how, said):
     assert f"mine: {said}; restart 1 of 100" in err
 
 
-@slow
 def test_a_run_that_dies_at_once_again_and_again(cloud, monkeypatch):
     monkeypatch.setattr(tpu, "MOST_SHORT_RUNS", 3)
     cloud.plan(137)
@@ -191,7 +189,6 @@ def test_a_failure_is_shown_with_the_log_of_its_host(cloud):
     assert err.endswith("mine: worker 1 of mine ended with status 2\nstart 0 of host 1: 2\n")
 
 
-@slow
 def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
     monkeypatch.setattr(tpu, "OTHERS_LIMIT", 0.2)
     cloud.plan({"0": 1, "1": "wait"})
@@ -200,7 +197,6 @@ def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
     assert verbs(cloud) == ["create", "scp", "install", "start", "end", "delete"]
 
 
-@slow
 def test_a_host_that_was_started_anew(cloud):
     """Check that a command without a status, whose supervisor is gone too, is started again."""
     cloud.plan("lost", 0)
@@ -209,7 +205,6 @@ def test_a_host_that_was_started_anew(cloud):
     assert "was started anew; restart 1" in err
 
 
-@slow
 def test_the_command_goes_on_while_this_machine_has_no_network(cloud, monkeypatch):
     monkeypatch.setattr(tpu, "UNREACHABLE_LIMIT", 0)
     cloud.plan("offline")
