@@ -41,11 +41,7 @@ WAITS = {
     "cloud_tpu.FIRST_PAUSE": 0.01,
     "tpu.FIRST_PAUSE": 0.01,
 }
-FILES = (
-    "configs/quickstart.py",
-    "setup.py",
-    *(f"launch/{n}" for n in "Dockerfile install.sh sky.sh worker.sh".split()),
-)
+FILES = "configs/quickstart.py setup.py launch/Dockerfile launch/install.sh launch/sky.sh launch/worker.sh".split()
 _constraints = functools.cache(versions.constraints)  # which takes a third of a second
 _CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {!r}); "
 _CHILD += "import conftest; sys.exit(conftest.main({!r}, sys.argv[1:]))"  # signals as in a terminal

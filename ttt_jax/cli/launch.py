@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ttt_jax.cli.options import not_negative
 from ttt_jax.launch import gke, lifecycle, sky, slurm, tpu
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch.commands import Commands
+from ttt_jax.terminal.numbers import not_negative
 
 TARGETS: dict[str, type[lifecycle.Target]] = {"tpu": tpu.Tpu, "gke": gke.Gke, "slurm": slurm.Slurm, "sky": sky.Sky}
 

@@ -16,7 +16,6 @@ from rich.text import Text
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch.commands import CommandError, Commands, Retry
 from ttt_jax.terminal import console
-from ttt_jax.terminal.status_line import duration
 
 # What gcloud prints of faults that pass: of the API (google.rpc.Code UNAVAILABLE, INTERNAL, DEADLINE_EXCEEDED, ABORTED,
 # rates of requests), of the network, and of machines whose ssh daemon is not up yet.
@@ -190,13 +189,15 @@ class QueuedResource:
                 if found.state == "ACTIVE":
                     return found.nodes, new
                 waited = time.monotonic() - began
-                line.update(Text(f"{name}: {found.state}, {duration(waited)}"))
+                line.update(Text(f"{name}: {found.state}, {console.duration(waited)}"))
                 if found.state != shown:
                     note(f"{name}: {found.state}")
                     shown = found.state
                 if found.state in _QUEUED:
                     if waited > (timeout or math.inf):
-                        raise LateError(f"{name}: is {found.state} after {duration(waited)}, which is the --timeout")
+                        raise LateError(
+                            f"{name}: is {found.state} after {console.duration(waited)}, which is the --timeout"
+                        )
                     time.sleep(poll)
                     continue
                 self.delete()

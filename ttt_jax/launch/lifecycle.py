@@ -251,10 +251,3 @@ def check_one_host(job: Job, several: bool) -> None:
         raise ConfigError(
             f"ttt {job.command[0]}: runs on one host; expected a smaller --accelerator, such as v5litepod-8"
         )
-
-
-def positive(text: str) -> int:
-    """Parse an option that is an integer from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
-    return int(text)

@@ -9,7 +9,8 @@ from pathlib import Path
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch.commands import CommandError, Retry
 from ttt_jax.launch.job import Job, check_functions
-from ttt_jax.launch.lifecycle import Begin, State, Target, positive, required, the_command
+from ttt_jax.launch.lifecycle import Begin, State, Target, required, the_command
+from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 _GRACE = 300.0  # seconds that a job has for saving when it is asked to end

@@ -16,9 +16,10 @@ from ttt_jax.launch import cloud_tpu
 from ttt_jax.launch.cloud_tpu import TRANSIENT, DeletedError, LateError, QueuedResource
 from ttt_jax.launch.commands import CommandError, Commands, show
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import State, Target, check_one_host, positive, required, the_command
+from ttt_jax.launch.lifecycle import State, Target, check_one_host, required, the_command
 from ttt_jax.launch.tpu_hosts import Host, Hosts, Verdict, verdict
 from ttt_jax.storage.workdir import cache_folder
+from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 SAVE_LIMIT = 600  # seconds that a command has for saving when it is asked to stop
