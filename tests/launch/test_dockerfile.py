@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from stand_ins import ROOT
 
 from ttt_jax.launch import versions
 

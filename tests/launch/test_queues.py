@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import OPTIONS, ROOT
+from stand_ins import OPTIONS, ROOT
 
 from ttt_jax.launch import lifecycle, sky, slurm, versions
 from ttt_jax.launch.commands import Commands

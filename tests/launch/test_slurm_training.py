@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from stand_ins import ROOT
 
 from ttt_jax.terminal.stopping import INTERRUPTED
 from ttt_jax.training import metrics

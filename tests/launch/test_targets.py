@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import NASTY, OPTIONS, PROGRAMS, ROOT
+from stand_ins import NASTY, OPTIONS, PROGRAMS, ROOT
 
 from ttt_jax.launch import versions
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
