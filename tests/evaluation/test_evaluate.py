@@ -13,7 +13,7 @@ from ttt_jax.cli import eval
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import evaluate as evaluate_lib
 from ttt_jax.evaluation import evaluations, losses, statistics
-from ttt_jax.evaluation.evaluate import What, evaluate
+from ttt_jax.evaluation.evaluate import Selection, evaluate
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.models import counts
 from ttt_jax.models.language_model import build_model
@@ -86,7 +86,7 @@ def test_losses_of_windows_are_those_of_logits_for_any_batch_and_piece(model, da
     calls = []
     found = evaluate(
         model,
-        What(22, most=5),
+        Selection(22, most=5),
         batch_size=batch_size,
         piece_length=piece_length,
         progress=lambda *done: calls.append(done),
@@ -97,7 +97,7 @@ def test_losses_of_windows_are_those_of_logits_for_any_batch_and_piece(model, da
 
 def test_about_holds_model_data_and_means(run, model, data):
     _, config, params = run
-    found = evaluate(model, What(22, most=5))
+    found = evaluate(model, Selection(22, most=5))
     about = dict(found.about)
     assert about.pop("config") == config.to_dict()
     assert len(about.pop("checkpoint")) == 16
@@ -135,7 +135,7 @@ def test_about_holds_model_data_and_means(run, model, data):
 
 
 def test_an_earlier_step(earlier_model, data, nll):
-    found = evaluate(earlier_model, What(22, most=5))
+    found = evaluate(earlier_model, Selection(22, most=5))
     assert found.about["step"] == 3
     check_equal(found, of_windows(nll, data, 22, 5, step=3), 22)
 
@@ -143,7 +143,7 @@ def test_an_earlier_step(earlier_model, data, nll):
 @pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
 def test_documents_are_read_whole(model, data, nll, context):
     """Expect the losses of one forward pass over each document from its BOS: the state is carried over the pieces."""
-    found = evaluate(model, What(context, by_document=True), batch_size=2)
+    found = evaluate(model, Selection(context, by_document=True), batch_size=2)
     segments = []
     for i, (start, n) in enumerate(zip(data.documents, lengths_of(data), strict=True)):
         segments.append(Segment(i, 0, nll(data.tokens[start : start + n])[:context]))
@@ -154,8 +154,8 @@ def test_documents_are_read_whole(model, data, nll, context):
 @pytest.mark.parametrize(("context", "batch_size"), [(200, 1), (200, 2), (30, 2)])
 def test_the_state_is_carried_from_document_to_document(model, data, nll, context, batch_size):
     """Expect the losses of one pass over a chain of documents (their first ``context`` tokens), from each BOS on."""
-    found = evaluate(model, What(context, chains=2), batch_size=batch_size)
-    alone = evaluate(model, What(context, by_document=True))
+    found = evaluate(model, Selection(context, chains=2), batch_size=batch_size)
+    alone = evaluate(model, Selection(context, by_document=True))
     segments = []
     lengths = lengths_of(data)
     for chain in (range(4), range(4, 8)):
@@ -183,7 +183,7 @@ def test_the_state_is_carried_from_document_to_document(model, data, nll, contex
 
 def test_without_documents_each_window_counts_as_one(model, books, nll, read_from):
     data = read_from(dataclasses.replace(books, bos=None, documents=None))
-    found = evaluate(model, What(22, most=5))
+    found = evaluate(model, Selection(22, most=5))
     starts = [22 * (i * 16 // 5) for i in range(5)]
     check_equal(found, [Segment(i, 0, nll(data.tokens[s : s + 23])) for i, s in enumerate(starts)], 22)
 
@@ -197,10 +197,10 @@ def test_another_dataset(model, data, monkeypatch):
         return other
 
     monkeypatch.setattr(evaluate_lib.named_sources, "load", load)
-    found = evaluate(model, What(22, "test", most=5, source="far/away"))
+    found = evaluate(model, Selection(22, "test", most=5, source="far/away"))
     assert asked == [(("far/away", "test"), {"vocab_size": 258, "named_by": "--source "})]
     assert (found.about["source"], found.about["fingerprint"]) == ("other/test", other.fingerprint())
-    assert What(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
+    assert Selection(22, "test", source="far/away.d/").stem(None) == "away.d-test-22"
 
 
 # ---- What cannot be evaluated
@@ -209,8 +209,8 @@ def test_another_dataset(model, data, monkeypatch):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (What(400), "--context 400: books/validation has 363 tokens, which is 0 windows"),
-        (What(8, source="nowhere"), "--source 'nowhere': no such folder"),
+        (Selection(400), "--context 400: books/validation has 363 tokens, which is 0 windows"),
+        (Selection(8, source="nowhere"), "--source 'nowhere': no such folder"),
     ],
 )
 def test_missing_data_is_refused(model, data, what, message):
@@ -222,13 +222,13 @@ def test_a_transformer_cannot_carry_its_state(model, data):
     config = model.config.copy_and_resolve_references()
     config.model.mixer = "attention"
     with pytest.raises(ConfigError, match=r"--carry-state: .*some-run is a Transformer, whose state grows"):
-        evaluate(model._replace(config=config, model=build_model(config.model)), What(22, chains=2))
+        evaluate(model._replace(config=config, model=build_model(config.model)), Selection(22, chains=2))
 
 
 def test_a_split_without_documents_is_refused(model, books, read_from):
     read_from(dataclasses.replace(books, tokens=np.full(50, 256, np.uint16), documents=None))
     with pytest.raises(ConfigError, match="books/validation: has no document of 2 tokens or more"):
-        evaluate(model, What(22, by_document=True))
+        evaluate(model, Selection(22, by_document=True))
 
 
 # ---- Losses that are not finite, and nothing to predict
@@ -240,14 +240,14 @@ def test_losses_that_are_not_finite_show(model, books, read_from, monkeypatch):
     tokens[tokens == 7] = 8
     tokens[[30, 31, 100]] = 7
     read_from(dataclasses.replace(books, tokens=tokens))
-    whole = evaluate(model, What(22, most=16))
+    whole = evaluate(model, Selection(22, most=16))
     nll = losses.token_nll
 
     def broken(logits, targets):
         return jnp.where((targets == 7) | (targets == 256), jnp.nan, nll(logits, targets))
 
     monkeypatch.setattr(losses, "token_nll", broken)
-    found = evaluate(model, What(22, most=16))
+    found = evaluate(model, Selection(22, most=16))
     assert (found.about["not_finite"], found.about["tokens"]) == (3, whole.about["tokens"])
     np.testing.assert_array_equal(found.count, whole.count)
     expected = whole.loss.copy()
@@ -270,21 +270,21 @@ def test_windows_with_nothing_to_predict_are_counted_or_refused(model, books, re
     tokens = books.tokens.copy()
     tokens[22:67] = 256  # the second and third window of 22 tokens
     read_from(dataclasses.replace(books, tokens=tokens, documents=None))
-    found = evaluate(model, What(22, most=4))  # windows 0, 4, 8 and 12
+    found = evaluate(model, Selection(22, most=4))  # windows 0, 4, 8 and 12
     assert (found.about["windows"], found.about["skipped"]) == (4, 0)
-    found = evaluate(model, What(22, most=16))
+    found = evaluate(model, Selection(22, most=16))
     assert (found.about["windows"], found.about["skipped"]) == (14, 2)
     assert found.about["tokens"] == found.count.sum()
     assert eval._words(found).endswith("; 2 windows with nothing to predict left out")
     # Documents: the 45 BOS in a row begin 44 documents of one token and a longer one.
     starts = np.flatnonzero(tokens == 256)
     alone = int((np.diff(starts, append=len(tokens)) == 1).sum())
-    found = evaluate(model, What(22, by_document=True))
+    found = evaluate(model, Selection(22, by_document=True))
     assert (found.about["skipped"], found.about["windows"]) == (alone, len(starts) - alone)
     read_from(dataclasses.replace(books, tokens=np.full(60, 256, np.uint16), documents=None))
     monkeypatch.setattr(evaluate_lib.losses, "of_sequences", None)  # nothing is read
     with pytest.raises(ConfigError, match="books/validation: nothing to predict in its 2 windows "):
-        evaluate(model, What(22))
+        evaluate(model, Selection(22))
 
 
 def test_a_perplexity_that_overflows_is_null(model, data, monkeypatch):
@@ -292,6 +292,6 @@ def test_a_perplexity_that_overflows_is_null(model, data, monkeypatch):
         return (np.full(sum(map(len, sequence)), 710.0, np.float32) for sequence in sequences)
 
     monkeypatch.setattr(evaluate_lib.losses, "of_sequences", of_sequences)
-    found = evaluate(model, What(22, most=2))
+    found = evaluate(model, Selection(22, most=2))
     assert (found.about["loss"], found.about["perplexity"], found.about["not_finite"]) == (710.0, None, 0)
     assert eval._words(found).endswith("loss 710.0000 +- 0.0000, perplexity too large for a number")

@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 
-from ttt_jax.evaluation.evaluate import What, evaluate
+from ttt_jax.evaluation.evaluate import Selection, evaluate
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
-WHAT = What(22, most=7)
+SELECTION = Selection(22, most=7)
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def parts(run):
 @pytest.fixture
 def whole(model, data):
     """Return the evaluation that was not stopped."""
-    return evaluate(model, WHAT, batch_size=1)
+    return evaluate(model, SELECTION, batch_size=1)
 
 
 def stop_at(tokens):
@@ -36,10 +36,10 @@ def stop_at(tokens):
 def test_a_stopped_evaluation_resumes_with_any_batch_size(model, parts, whole):
     for batch_size, tokens in ((1, 44), (2, 110)):
         with pytest.raises(KeyboardInterrupt):
-            evaluate(model, WHAT, batch_size=batch_size, progress=stop_at(tokens))
+            evaluate(model, SELECTION, batch_size=batch_size, progress=stop_at(tokens))
     assert {path.suffix for path in parts.iterdir()} == {".npy", ".json"}
     calls = []
-    found = evaluate(model, WHAT, batch_size=3, progress=lambda *done: calls.append(done))
+    found = evaluate(model, SELECTION, batch_size=3, progress=lambda *done: calls.append(done))
     assert 22 <= calls[0][0] < 154  # starts with some of the losses
     assert not parts.exists()
     np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
@@ -49,10 +49,10 @@ def test_a_stopped_evaluation_resumes_with_any_batch_size(model, parts, whole):
 @pytest.mark.parametrize("changed", ["windows", "checkpoint", "learner", "cut short"])
 def test_partial_results_of_another_evaluation_are_not_used(model, earlier_model, data, parts, changed):
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, WHAT, batch_size=2, progress=stop_at(66))
-    part, what = min(parts.glob("*.npy")), WHAT
+        evaluate(model, SELECTION, batch_size=2, progress=stop_at(66))
+    part, selection = min(parts.glob("*.npy")), SELECTION
     if changed == "windows":
-        what = What(22, most=6)
+        selection = Selection(22, most=6)
     elif changed == "checkpoint":
         model = earlier_model
     elif changed == "learner":
@@ -62,7 +62,7 @@ def test_partial_results_of_another_evaluation_are_not_used(model, earlier_model
     else:
         part.write_bytes(part.read_bytes()[:-4])
     calls = []
-    evaluate(model, what, progress=lambda done, total: calls.append(done))
+    evaluate(model, selection, progress=lambda done, total: calls.append(done))
     assert calls[0] == 0
     if changed == "windows":  # both evaluations keep their partial results
         assert part.exists()
@@ -73,7 +73,7 @@ def test_partial_results_of_another_evaluation_are_not_used(model, earlier_model
 def test_parts_of_earlier_versions_resume(model, data, parts, whole):
     """Resume from parts with NaN at targets that do not count, as earlier versions wrote them."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, WHAT, batch_size=1, progress=stop_at(44))
+        evaluate(model, SELECTION, batch_size=1, progress=stop_at(44))
     windows = [22 * (i * 16 // 7) for i in range(7)]
     place = 0
     for path in sorted(parts.glob("*.npy")):
@@ -84,6 +84,6 @@ def test_parts_of_earlier_versions_resume(model, data, parts, whole):
             place += 1
         np.save(path, part)
     assert place > 0
-    found = evaluate(model, WHAT)
+    found = evaluate(model, SELECTION)
     np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
     assert (found.about["not_finite"], found.about["tokens"]) == (0, whole.about["tokens"])

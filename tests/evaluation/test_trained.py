@@ -44,7 +44,7 @@ def reading(monkeypatch):
 def test_checkpoints_that_a_training_removes(reading, capsys, there, later, wanted, found, removed):
     reading(there, later)
     assert list(trained.loaded("a", wanted)) == found
-    said = [f"a: the checkpoint of step {step} has been removed meanwhile; left out" for step in removed]
+    said = [f"a: the checkpoint of step {step} was removed; left out" for step in removed]
     assert capsys.readouterr().err.splitlines() == said
 
 

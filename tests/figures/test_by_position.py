@@ -193,7 +193,8 @@ def test_differences_are_paired(evaluated, drawn, tmp_path):
     loss_by_position(runs, [], against=runs[2])
     _, below = drawn[0].axes
     differences = [line for line in below.get_lines() if len(line.get_xdata()) > 2]
-    assert [line.get_color() for line in differences] == [style.of(LINEAR).color, style.of(MLP).color]  # not to itself
+    colors_of_others = [style.of_model(name).color for name in (LINEAR, MLP)]
+    assert [line.get_color() for line in differences] == colors_of_others
     found = [evaluations.read(workdir, "validation") for workdir in runs]
     for each, line, band in zip(found, differences, below.collections, strict=False):
         expected = evaluations.paired_difference(each, found[2])

@@ -48,7 +48,7 @@ def test_flops_points_of_each_panel_and_line(kinds, drawn, tmp_path):
             np.testing.assert_allclose(found[name], expected, rtol=1e-12)
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
         for line in axes.get_lines():
-            look = style.of(line.get_label())
+            look = style.of_model(line.get_label())
             assert (line.get_color(), line.get_marker()) == (look.color, look.marker)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [LINEAR, MLP_T, TRANSFORMER]
@@ -196,7 +196,7 @@ def test_context_a_line_for_each_model(grid, drawn):
         assert list(found) == [LINEAR, FINETUNED]
         for kind, pairs in enumerate(found.values()):
             np.testing.assert_allclose(pairs, [(c, perplexity(kind, size, c)) for c in (64, 256)], rtol=1e-9)
-        assert {line.get_color() for line in axes.get_lines()} == {style.of(name).color for name in found}
+        assert {line.get_color() for line in axes.get_lines()} == {style.of_model(name).color for name in found}
 
 
 def test_context_texts(grid, tmp_path):

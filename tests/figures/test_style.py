@@ -25,9 +25,9 @@ def every_model():
 def test_each_model_has_a_colour_a_line_and_a_marker_of_its_own():
     models = {*every_model(), "Transformer, fine-tuned", "Mamba"}
     assert models == {*(label for mixer in MIXERS.values() for label in mixer.styles), "Mamba"}
-    for part in zip(*(style.of(model) for model in models), strict=True):
+    for part in zip(*(style.of_model(model) for model in models), strict=True):
         assert len(set(part)) == len(models)
-    assert style.of("something new") not in [style.of(model) for model in models]
+    assert style.of_model("something new") not in [style.of_model(model) for model in models]
     for part in zip(*style.SERIES, strict=True):
         assert len(set(part)) == len(style.SERIES)
 
@@ -48,8 +48,8 @@ def test_an_inner_loop_is_named_by_its_choices():
 def test_lines_of_one_model_are_told_apart():
     found = style.distinct(["Transformer", "Transformer", "new", "Mamba", "Transformer"])
     assert len(set(found)) == 5
-    assert found[0] == style.of("Transformer")
-    assert found[3] == style.of("Mamba")
+    assert found[0] == style.of_model("Transformer")
+    assert found[3] == style.of_model("Mamba")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_evaluation_gives_the_losses_of_the_earlier_version(workdir):
     run = trained.load(workdir)
     assert (run.config.model.ttt.output, run.config.model.ttt.bias) == MEANING[workdir.name]
     old = evaluations.read(workdir, "validation", 30)
-    new = evaluate.evaluate(run, evaluate.What(30, most=4))
+    new = evaluate.evaluate(run, evaluate.Selection(30, most=4))
     assert new.about["checkpoint"] == old.about["checkpoint"]
     assert new.about["parameters"] == old.about["parameters"]
     assert new.about["config"] == old.about["config"] == run.config.to_dict()

@@ -13,7 +13,7 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
-from ttt_jax.evaluation.evaluate import What, evaluate
+from ttt_jax.evaluation.evaluate import Selection, evaluate
 from ttt_jax.training import compiled_step, loop, metrics, validation
 from ttt_jax.training.checkpoint import Checkpoints
 
@@ -33,7 +33,7 @@ def test_losses_equal_those_of_ttt_eval(run):
     found = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
     assert list(found) == [6, 12, 18, 24]
     for step in (6, 24):
-        expected = evaluate(trained.load(run, step), What(64, most=5)).about
+        expected = evaluate(trained.load(run, step), Selection(64, most=5)).about
         assert found[step][validation.LOSS] == pytest.approx(expected["loss"], rel=1e-5)
         assert found[step]["validation_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
     assert found[24][validation.LOSS] < found[6][validation.LOSS] - 0.05

@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         for model in trained.loaded(workdir, options.step, fsdp=options.fsdp, tensor=options.tensor):
             named_step = None if options.step == "newest" else model.step
             for context in options.context:
-                what = evaluate.What(
+                selection = evaluate.Selection(
                     context,
                     options.split,
                     options.max_windows,
@@ -115,13 +115,13 @@ def run(options: argparse.Namespace) -> int:
                     (options.chains or _CHAINS) if options.carry_state else 0,
                     options.source,
                 )
-                stem = what.stem(named_step)
+                stem = selection.stem(named_step)
                 progress = _Progress(f"{workdir.name} {stem}", first_process)
                 with process_checks.locked(workdir / "eval", "ttt eval", name=f".{stem}.running") as lock:
                     try:
                         evaluation = evaluate.evaluate(
                             model,
-                            what,
+                            selection,
                             batch_size=options.batch_size,
                             piece_length=options.piece_length,
                             stem=stem,

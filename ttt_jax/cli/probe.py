@@ -75,7 +75,7 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=not_negative, default=0, metavar="N", help="of the examples (default: 0)")
     add("--haystack", metavar="FILE", help="prose: a text file (default: the data of the run)")
     add("--split", default="validation", choices=SPLITS, help="of the data, for its prose (default: validation)")
-    add("--tokenizer", metavar="FILE", help="byte, .model or tokenizer.json (default: that of the data)")
+    add("--tokenizer", metavar="FILE", help="byte, .model or tokenizer.json (default: the tokenizer of the data)")
     show = "what --plot shows (default: accuracy)"
     add("--show", default="accuracy", choices=["accuracy", "ranked_first"], help=show)
 

@@ -17,7 +17,6 @@ from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, losses, partial_results, statistics
-from ttt_jax.evaluation.catalogue import name
 from ttt_jax.evaluation.evaluations import Evaluation, from_summary
 from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.statistics import Segment
@@ -25,7 +24,7 @@ from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import counts, pattern
 
 
-class What(NamedTuple):
+class Selection(NamedTuple):
     """The tokens to evaluate a model on.
 
     Attributes:
@@ -44,15 +43,20 @@ class What(NamedTuple):
     chains: int = 0
     source: str | None = None
 
+    @property
+    def documents(self) -> bool:
+        """Return whether documents are read, rather than windows."""
+        return self.by_document or bool(self.chains)
+
     def stem(self, step: int | None) -> str:
         """Return the name of the files of the evaluation (:func:`catalogue.name`)."""
-        by_document, carried = self.by_document or bool(self.chains), bool(self.chains)
-        return name(self.split, self.context, by_document=by_document, carried=carried, source=self.source, step=step)
+        kind = {"by_document": self.documents, "carried": bool(self.chains)}
+        return catalogue.name(self.split, self.context, source=self.source, step=step, **kind)
 
 
 def evaluate(
     trained: Trained,
-    what: What,
+    selection: Selection,
     *,
     batch_size: int | None = None,
     piece_length: int | None = None,
@@ -75,8 +79,10 @@ def evaluate(
     Raises:
       ConfigError: if the data does not exist, has nothing to predict, or cannot be read by the model in this way.
     """
-    data = _data(trained, what)
-    sequences, counted, skipped = _with_targets(data, _sequences(trained, data, what), what)
+    data = _data(trained, selection)
+    sequences, counted, skipped = _with_targets(
+        data, _sequences(trained, data, selection), documents=selection.documents
+    )
     # Sequences of about the same length are read side by side.
     longest_first = sorted(range(len(sequences)), key=lambda i: -sequences_lib.length(sequences[i]))
     order = [sequences[i] for i in longest_first]
@@ -90,7 +96,9 @@ def evaluate(
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
     if source := trained.config.model.ttt.learner_source:  # may change without a new checkpoint
         identity["learner"] = source
-    folder = partial_results.folder(trained.workdir / "eval", stem or what.stem(None), identity, ("data", "sequences"))
+    folder = partial_results.folder(
+        trained.workdir / "eval", stem or selection.stem(None), identity, ("data", "sequences")
+    )
     partial = PartialResults(folder, identity, lengths, check)
     first = jax.process_index() == 0
     found: list[np.ndarray] = []
@@ -118,48 +126,49 @@ def evaluate(
     if not first:
         return None
     by_sequence = [found[place] for place in np.argsort(longest_first)]
-    summary = statistics.summarise(_segments(data, sequences, by_sequence, counted), what.context)
-    evaluation = from_summary(_about(trained, what, data, sequences, summary, skipped), summary)
+    summary = statistics.summarise(_segments(data, sequences, by_sequence, counted), selection.context)
+    evaluation = from_summary(_about(trained, selection, data, sequences, summary, skipped), summary)
     partial.remove()
     return evaluation
 
 
-def _data(trained: Trained, what: What) -> TokenSource:
+def _data(trained: Trained, selection: Selection) -> TokenSource:
     model = trained.config.model
-    if what.source is None:
-        data = named_sources.from_config(trained.config, what.split)
+    if selection.source is None:
+        data = named_sources.from_config(trained.config, selection.split)
     else:
-        data = named_sources.load(what.source, what.split, vocab_size=model.vocab_size, named_by="--source ")
-    length = 1 if what.by_document or what.chains else what.context
+        data = named_sources.load(selection.source, selection.split, vocab_size=model.vocab_size, named_by="--source ")
+    length = 1 if selection.documents else selection.context
     source_lib.check(data, model.vocab_size, length, length_key="--context ")
     return data
 
 
-def _sequences(trained: Trained, data: TokenSource, what: What) -> Sequences:
-    if what.chains:
+def _sequences(trained: Trained, data: TokenSource, selection: Selection) -> Sequences:
+    if selection.chains:
         if any("time" in axes for axes in jax.tree.leaves(trained.model.state_axes())):
             raise ConfigError(
                 f"--carry-state: {trained.workdir} is a {pattern.describe(trained.config.model)}, whose state grows "
                 "with the number of tokens read; expected a model with a state of fixed size, such as "
                 "model.mixer=ttt_linear"
             )
-        found = sequences_lib.chains(data, what.context, what.most, what.chains)
-    elif what.by_document:
-        found = sequences_lib.documents(data, what.context, what.most)
+        found = sequences_lib.chains(data, selection.context, selection.most, selection.chains)
+    elif selection.by_document:
+        found = sequences_lib.documents(data, selection.context, selection.most)
     else:
-        return sequences_lib.windows(data, what.context, what.most)
+        return sequences_lib.windows(data, selection.context, selection.most)
     if not found:
         raise ConfigError(f"{data.name}: has no document of {sequences_lib.LEAST_TOKENS} tokens or more")
     return found
 
 
-def _with_targets(data: TokenSource, sequences: Sequences, what: What) -> tuple[Sequences, list[np.ndarray], int]:
+def _with_targets(
+    data: TokenSource, sequences: Sequences, *, documents: bool
+) -> tuple[Sequences, list[np.ndarray], int]:
     """Return the sequences that have targets, the mask of targets of each, and the number of sequences left out.
 
     Raises:
       ConfigError: if no sequence has a target.
     """
-    documents = what.by_document or bool(what.chains)
     counted = [sequences_lib.counted(data, sequence) for sequence in sequences]
     kept = [place for place, of_sequence in enumerate(counted) if of_sequence.any()]
     if not kept:
@@ -200,7 +209,7 @@ def _segments(
 
 def _about(
     trained: Trained,
-    what: What,
+    selection: Selection,
     data: TokenSource,
     sequences: Sequences,
     found: statistics.Summary,
@@ -219,24 +228,21 @@ def _about(
         "perplexity_high": finite.exp(high),
     }
     return {
-        "workdir": trained.name,
-        "model": pattern.describe(c.model),
-        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        **trained.description,
         "step": trained.step,
         "checkpoint": trained.fingerprint,
         "training_tokens": trained.step * c.data.batch_size * c.data.sequence_length,
         "training_flops": trained.step * counts.flops_per_step(c.model, c.data.sequence_length, c.data.batch_size),
         "source": data.name,
-        "source_path": catalogue.absolute(what.source or c.data.source),
+        "source_path": catalogue.absolute(selection.source or c.data.source),
         "fingerprint": data.fingerprint(),
-        "split": what.split,
-        "of": "documents" if what.by_document or what.chains else "windows",
-        "carried": bool(what.chains),
-        "chains": what.chains,
-        "context": what.context,
-        "training_context": c.data.sequence_length,
+        "split": selection.split,
+        "of": "documents" if selection.documents else "windows",
+        "carried": bool(selection.chains),
+        "chains": selection.chains,
+        "context": selection.context,
         "windows": spans,
-        "max_windows": what.most,
+        "max_windows": selection.most,
         "documents": len(found.document_sums),
         "tokens": int(found.tokens.sum()),
         "not_finite": found.not_finite,  # of the tokens

@@ -216,16 +216,13 @@ def _about(
 ) -> dict[str, Any]:
     model = trained.config.model
     return {
-        "workdir": trained.name,
-        "model": pattern.describe(model),
-        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        **trained.description,
         "step": trained.step,
         "source": data.name,
         "fingerprint": data.fingerprint(),
         "split": split,
         "of": "documents" if by_document else "windows",
         "context": context,
-        "training_context": trained.config.data.sequence_length,
         "windows": windows,
         "tokens": windows * context,
         "mini_batch": min(_mini_batches(model)),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ttt_jax.distributed import process_checks, sharding
 from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.models import pattern
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.training import checksums, compiled_step, kernel_check, run_config, validation
@@ -44,6 +45,16 @@ class Trained(NamedTuple):
     def name(self) -> str:
         """Return the run's name: the name of its folder."""
         return self.workdir.resolve().name
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Return name, model, number of parameters and training context, as the files of results hold them."""
+        return {
+            "workdir": self.name,
+            "model": pattern.describe(self.config.model),
+            "parameters": sum(x.size for x in jax.tree.leaves(self.params)),
+            "training_context": self.config.data.sequence_length,
+        }
 
     @property
     def rows(self) -> int:
@@ -117,7 +128,7 @@ def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1,
             if wanted not in ("newest", "best", "all"):
                 raise
             if wanted == "all":
-                process_checks.say(f"{workdir}: the checkpoint of step {step} has been removed meanwhile; left out")
+                process_checks.say(f"{workdir}: the checkpoint of step {step} was removed; left out")
             if not waiting and not any_loaded:
                 waiting = steps(workdir, wanted)
             continue

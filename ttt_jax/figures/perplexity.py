@@ -120,7 +120,7 @@ def _stated(members: Sequence[Point]) -> list[tuple[str, published_lib.Stated]]:
 def _draw_stated(axes: Axes, x: float, name: str, stated: published_lib.Stated) -> None:
     """Draw a perplexity that the paper states as a hollow point."""
     label = f"paper: {name}, {published_lib.WHERE}"
-    axes.plot(x, stated.perplexity, label=label, **style.hollow_points(style.of(name)))
+    axes.plot(x, stated.perplexity, label=label, **style.hollow_points(style.of_model(name)))
 
 
 def perplexity_by_context(

@@ -74,7 +74,7 @@ def hollow_points(look: Style) -> dict[str, Any]:
     return {"color": look.color, "linestyle": "none", "marker": look.marker, "markersize": 9, "mfc": "white"}
 
 
-def of(model: str) -> Style:
+def of_model(model: str) -> Style:
     """Return the style of a model by its description (:func:`ttt_jax.models.pattern.describe`).
 
     Descriptions without a style of their own get the first style that no model has.

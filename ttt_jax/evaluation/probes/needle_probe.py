@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from ttt_jax.data.prepare.tokenizer import Tokenizer
@@ -14,7 +13,6 @@ from ttt_jax.evaluation.probes.needle import Haystack
 from ttt_jax.evaluation.probes.prompt import Texts
 from ttt_jax.evaluation.probes.scoring import Scorer
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.models import pattern
 from ttt_jax.storage.workdir import Workdir
 
 # Everything that the numbers of a cell depend on: a cell with the same values is not computed again.
@@ -189,17 +187,7 @@ def _about(trained: Trained, task: str, haystack: Haystack, tokenizer: Tokenizer
         "ruler_task": needle.TASKS[task].name,
         "haystacks": haystack.name,
         "tokenizers": f"{tokenizer.kind} {tokenizer.name}",
-        **describe_run(trained),
-    }
-
-
-def describe_run(trained: Trained) -> dict[str, Any]:
-    """Describe the run for the file of a probe."""
-    return {
-        "workdir": trained.name,
-        "model": pattern.describe(trained.config.model),
-        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
-        "training_context": trained.config.data.sequence_length,
+        **trained.description,
         "config": trained.config.to_dict(),
     }
 

@@ -16,7 +16,6 @@ from ttt_jax.data.synthetic import Example
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation.probes.cells import Cell, Cells, finite_or_none, share
-from ttt_jax.evaluation.probes.needle_probe import describe_run
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.storage.workdir import Workdir
 
@@ -76,7 +75,7 @@ def probe(
     task, _ = task_of(trained.config)
     kept = cells(trained.workdir, task)
     conditions = {"step": trained.step, "checkpoint": trained.fingerprint, "split": split, "samples": samples}
-    about = {"probe": "task", "task": task, **describe_run(trained)}
+    about = {"probe": "task", "task": task, **trained.description, "config": trained.config.to_dict()}
     wanted = [(number, context) for number in items for context in contexts]
     read = _reader(trained)
     vocab_size = trained.config.model.vocab_size
@@ -152,9 +151,9 @@ def _summary(examples: Sequence[Example], likeliest: np.ndarray, loss: np.ndarra
 def _by_distance(distance: np.ndarray, right: np.ndarray, finite: np.ndarray) -> list[dict[str, Any]]:
     found, last = [], 1
     while last // 2 < distance.max():
-        here = (distance > last // 2) & (distance <= last)
-        if here.any():
-            correct, n = int(right[here].sum()) if finite[here].all() else None, int(here.sum())
+        in_octave = (distance > last // 2) & (distance <= last)
+        if in_octave.any():
+            correct, n = int(right[in_octave].sum()) if finite[in_octave].all() else None, int(in_octave.sum())
             accuracy, low, high = share(correct, n)
             first = last // 2 + 1
             cell = {"first": first, "last": last, "answers": n, "correct": correct, "accuracy": accuracy}
