@@ -1,4 +1,4 @@
-"""An inner loop: the five choices that make one, and the arrays that it works on.
+"""Define an inner loop: its five choices, its arrays and its state.
 
     learner     f, and its output            :mod:`ttt_jax.ttt.learner`, :mod:`ttt_jax.ttt.learners`
     objective   loss of f(k) and v           :mod:`ttt_jax.ttt.objective`
@@ -27,15 +27,16 @@ READINGS = ("causal", "previous")
 
 @dataclasses.dataclass(frozen=True)
 class InnerLoop:
-    """One point among all inner loops. The rest of what computes it is equal for all of them.
+    """One inner loop, as five choices. All else that computes it is the same code for all inner loops.
 
     Attributes:
       learner: f with the width of its inputs.
-      objective: the self-supervised loss.
-      rate: how token_eta and position_eta are made; what computes the inner loop takes the arrays.
+      objective: the self-supervised loss of f(k) and v.
+      rate: how token_eta and position_eta are computed. The functions that run the inner loop take the results, as
+        :class:`Tokens` and :class:`Parameters`.
       update: how gradients change the weights; the empty chain is gradient descent.
-      reading: ``causal``, a token sees the steps of its mini-batch up to its own; or ``previous``, a mini-batch uses
-        the weights that it starts with, and its step follows.
+      reading: ``causal``: a token sees the steps of its mini-batch up to and including its own. ``previous``: all
+        tokens of a mini-batch see the weights that it starts with, and its step is taken after it.
     """
 
     learner: Learner
@@ -48,7 +49,7 @@ class InnerLoop:
         if self.reading not in READINGS:
             raise ValueError(f"reading {self.reading!r}: expected one of {', '.join(READINGS)}")
         if sum(isinstance(member, update.Decay) for member in self.update) > 1:
-            raise ValueError("update: weights decay twice; expected one decay at most")
+            raise ValueError("update: weights decay twice; expected at most one decay")
         if self.reading == "causal" and not update.is_linear(self.update):
             names = [type(member).__name__.lower() for member in self.update if not member.linear]
             raise ValueError(
@@ -68,32 +69,33 @@ def ttt_mlp(features: int, *, depth: int = 2, width_factor: float = 4.0) -> Inne
 
 
 class Parameters(NamedTuple):
-    """What the outer loop trains."""
+    """The arrays that the outer loop trains."""
 
-    w0: Weights  # weights before the first token, leaves [H, ...], or [B, H, ...] for sequences with their own
-    constants: Constants  # parameters inside f, [H, 1, n] each
-    position_eta: jax.Array  # [b], the part of the rate that depends on the position; its length sets b
+    w0: Weights  # weights before the first token, leaves [H, ...], or [B, H, ...] where each sequence has its own
+    constants: Constants  # parameters inside f that the inner loop does not change, [H, 1, n] each
+    position_eta: jax.Array  # [b], the part of the rate that depends on the position; its length is the mini-batch b
 
 
 class Tokens(NamedTuple):
-    """What is read, in any float dtype."""
+    """The tokens of a piece of a sequence, in any float dtype."""
 
     q: jax.Array  # [B, T, H, d_k]
     k: jax.Array  # [B, T, H, d_k]
     v: jax.Array  # [B, T, H, d_v]
     eta: jax.Array  # [B, T, H] or [B, T, H, M], the part of the rate that depends on the token
-    gates: dict[str, jax.Array] | None = None  # [B, T, H] each, by name: what members of the update read
+    gates: dict[str, jax.Array] | None = None  # [B, T, H] each, by the gate of the member that reads it
 
 
 class InnerState(NamedTuple):
-    """Where the inner loop stands in each sequence, at any token.
+    """The hidden state of a TTT layer between two pieces of a sequence, which may be cut at any token.
 
     Attributes:
       weights: W at the start of the current mini-batch, leaves [B, H, ...].
-      pending: the sum of token_eta[s] * gradient[s] over the tokens of the current mini-batch so far, each decayed by
-        those after it. Zero at the start of a mini-batch; None only inside :mod:`ttt_jax.ttt.scan`.
-      position: tokens of the present document read so far, int32 [B]; modulo b, the place in the current mini-batch.
-      slots: what each member of the update remembers, as of the start of the mini-batch.
+      pending: the gradient of the current mini-batch so far: the sum of token_eta[s] * gradient[s] over its tokens s,
+        each decayed by the tokens after s. Zero at the start of a mini-batch; None only inside
+        :mod:`ttt_jax.ttt.scan`.
+      position: tokens of the current document read so far, int32 [B]; modulo b, the place in the current mini-batch.
+      slots: the memory of each member of the update, at the start of the mini-batch.
       gates: the sum of each gate over the tokens of the current mini-batch so far, [B, H].
     """
 
@@ -123,7 +125,7 @@ def initial_state(w0: Weights, batch: int, chain: Chain = ()) -> InnerState:
 
 
 def where(rows: jax.Array, x: Any, y: Any) -> Any:
-    """Return the tree ``x`` for some of the rows, [B], and ``y`` for the others; leaves [B, ...]."""
+    """Return the tree ``x`` in the rows where ``rows`` [B] is true, and ``y`` in the others; leaves [B, ...]."""
 
     def leaf(x, y):
         return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)

@@ -1,19 +1,20 @@
-"""A learner: the inner model ``f``, a function that calls ``dense`` for each of its weight matrices.
+"""Define what a learner is: the inner model ``f``, a function that calls ``dense`` for each of its weight matrices.
 
     def gated(dense, x):                                  # x: [..., d], one row per token
         d = x.shape[-1]
         return dense(jax.nn.silu(dense(x, 4 * d)) * dense(x, 4 * d), d)
 
 ``dense(x, features, bias=True)`` applies the next weight matrix, ``x W + c``. Weights and biases are the hidden state
-of a TTT layer, which the inner loop changes. ``dense.param(name, shape, init)`` gives a parameter of the outer loop, of
-which each head has its own, constant in the inner loop. Everything else (initial weights, gradients, the dual form,
+of a TTT layer, which the inner loop changes. ``dense.param(name, shape, init)`` returns a parameter of the outer loop,
+one for each head, which is constant in the inner loop. Everything else (initial weights, gradients, the dual form,
 shapes, operation counts) is derived from the function.
 
-Rules: f acts on each token alone; it is deterministic; it calls ``dense`` equally often with the same shapes each time;
-and never inside ``scan``, ``vmap``, ``checkpoint`` or ``jit``. :mod:`ttt_jax.ttt.rules` checks them.
+Rules: f acts on each token alone; it is deterministic; each call of f calls ``dense`` equally often, with the same
+shapes; and it never calls ``dense`` inside ``scan``, ``vmap``, ``checkpoint`` or ``jit``. :mod:`ttt_jax.ttt.rules`
+checks them.
 
-Shapes: B batch, H heads, b tokens, d_in and d_out widths of a matrix. Leading axes broadcast, so ``...`` is [B, H] or
-[H].
+Shapes: B batch, H heads, b tokens, d_in and d_out widths of a matrix, n width of a parameter. Leading axes broadcast,
+so ``...`` is [B, H] or [H].
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Initializer = Callable[..., jax.Array]  # (key, shape) to an array, as in jax.nn.initializers
+Initializer = Callable[..., jax.Array]  # (key, shape) -> array, as in jax.nn.initializers
 
 
 class Affine(NamedTuple):
@@ -45,9 +46,9 @@ Constants = Mapping[str, jax.Array]  # parameters of the outer loop inside f, [H
 
 
 class Dense:
-    """What a learner is called with: applies given weights in the order of the calls.
+    """The first argument of a learner: applies given weights in the order of the calls.
 
-    Subclasses change what one matrix does (:meth:`apply`).
+    Subclasses change how one matrix is applied (:meth:`apply`).
     """
 
     def __init__(self, weights: Weights, constants: Constants):
@@ -59,15 +60,15 @@ class Dense:
         return self.apply(index, self._weights[index], x)
 
     def apply(self, index: int, affine: Affine, x: jax.Array) -> jax.Array:
-        """Return what matrix ``index`` makes of its inputs."""
+        """Return the outputs of matrix ``index`` for its inputs, [..., b, d_in] to [..., b, d_out]."""
         return affine(x)
 
     def param(self, name: str, shape: tuple[int, ...] = (), init: Initializer = jax.nn.initializers.ones) -> jax.Array:
         """Return a parameter of the outer loop, of shape [H, 1, n] (or [H, 1, 1]), which broadcasts against tokens.
 
         Args:
-          name: what it is called; a second call with the same name is the same parameter.
-          shape: of one head: ``()`` or ``(n,)``.
+          name: its name; a second call with the same name returns the same parameter.
+          shape: the shape for one head, ``()`` or ``(n,)``.
           init: draws the initial values.
         """
         return self._constants[name]
@@ -90,7 +91,7 @@ class Learner:
 
     @property
     def structure(self) -> "Structure":
-        """What f calls, in order."""
+        """Return the matrices and parameters that f asks for."""
         return _structure(self.f, self.features)
 
     def apply(self, weights: Weights, constants: Constants, x: jax.Array) -> jax.Array:
@@ -115,7 +116,7 @@ class Constant(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What a learner is made of.
+    """The matrices and parameters of a learner.
 
     Attributes:
       matrices: shape of each weight matrix, in the order of the calls.
@@ -129,7 +130,7 @@ class Structure(NamedTuple):
 
 
 def init(key: jax.Array, learner: Learner, heads: int, stddev: float = 0.02) -> Weights:
-    """Draw W0 for every head: normal weights, zero biases; leaves [H, ...]."""
+    """Draw W0 for each head, leaves [H, ...]: normal weights and zero biases."""
     matrices = learner.structure.matrices
     keys = jax.random.split(key, len(matrices))
     return tuple(
@@ -149,7 +150,7 @@ def init_constants(key: jax.Array, learner: Learner, heads: int) -> dict[str, ja
 
 
 def norm_per_head(weights: Weights) -> jax.Array:
-    """Return the Frobenius norm over all weights and biases of a head, [..., d_in, d_out] leaves to [...]."""
+    """Return the Frobenius norm over all weights and biases of each head, leaves [..., d_in, d_out] to [...]."""
     return jnp.sqrt(sum((w**2).sum((-2, -1)) for w in jax.tree.leaves(weights)))
 
 
@@ -166,7 +167,7 @@ def _structure(f: Function, features: int) -> Structure:
 
 
 class _Recorder(Dense):
-    """Keeps the shapes that f asks for; computes zeros."""
+    """Record the shapes that f asks for; return zeros."""
 
     def __init__(self):
         self.matrices: list[Matrix] = []

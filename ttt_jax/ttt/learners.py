@@ -1,10 +1,16 @@
-"""The learners that come with the package, and the wrap of their output.
+"""Define the learners that come with the package, and the wrap of their output (section 2.7 of the paper).
 
-    linear:  f(x) = x W + c                                            (TTT-Linear, within ``ResidualNorm``)
-    mlp:     f(x) = dense layers with GELU between them                (TTT-MLP: two, hidden width 4d)
-    swiglu:  f(x) = (silu(x W_gate) * (x W_up)) W_down                 (LaCT)
+    linear:  f_res(x) = x W + c                                        (TTT-Linear)
+    mlp:     f_res(x) = gelu(x W1 + c1) W2 + c2                        (TTT-MLP: two layers, hidden width 4 d; or more)
+    swiglu:  f_res(x) = (silu(x W_gate) * (x W_up)) W_down             (LaCT; biases are optional)
 
-The output is f itself, or ``x + LN(f(x))``, the paper's, whose LN has a scale and a bias per head in the outer loop.
+The output f is f_res itself or, as in the paper,
+
+    f(x) = x + LN(f_res(x))          LN(z) = (z - mean z) / sqrt(var z + 1e-6) * scale + bias
+
+with one scale and one bias [d] per head, which the outer loop trains and the inner loop does not change.
+
+Shapes: x is [..., d_in], one row per token, and f(x) is [..., d_out].
 """
 
 import dataclasses
@@ -27,7 +33,7 @@ class Linear:
 
     Attributes:
       bias: whether it has a bias.
-      features_out: width of the output; None is that of the input.
+      features_out: width of the output; None for the width of the input.
     """
 
     bias: bool = True
@@ -44,9 +50,9 @@ class MLP:
 
     Attributes:
       depth: number of dense layers.
-      width_factor: width of the hidden layers, in input widths.
+      width_factor: width of the hidden layers, as a multiple of the width of the input.
       bias: whether the layers have biases.
-      features_out: width of the output; None is that of the input.
+      features_out: width of the output; None for the width of the input.
     """
 
     depth: int = 2
@@ -64,9 +70,9 @@ class MLP:
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU:
-    """A gated layer: its matrices are, in order, those of the gate, of the values, and of the output.
+    """A gated layer, with three matrices in this order: gate, values, output.
 
-    Attributes: those of :class:`MLP`.
+    The attributes are those of :class:`MLP` without ``depth``.
     """
 
     width_factor: float = 4.0
@@ -83,7 +89,7 @@ class SwiGLU:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualNorm:
-    """The output of the paper: ``x + LN(f(x))``."""
+    """The paper's wrap of a learner: ``x + LN(f(x))``."""
 
     f: Function
 
@@ -97,7 +103,9 @@ class ResidualNorm:
             )
         d = (x.shape[-1],)
         scale = dense.param("norm_scale", d, jax.nn.initializers.ones)
-        shift = x + dense.param("norm_bias", d, jax.nn.initializers.zeros)  # which need not wait for y
+        shift = x + dense.param(
+            "norm_bias", d, jax.nn.initializers.zeros
+        )  # needs no y, so it can be computed meanwhile
         return normalise(y) * scale + shift
 
 
@@ -109,7 +117,11 @@ LEARNERS: dict[str, Function | type] = {
 
 
 def make(kind: Function | type, options: Mapping[str, Any]) -> Function:
-    """Return a learner's function: a function as it is, or a dataclass above made with those options that it has."""
+    """Return a learner's function: ``kind`` itself if it is a function, else an instance of the class ``kind``.
+
+    Args:
+      options: values of fields of the classes above; those that ``kind`` does not have are ignored.
+    """
     if not isinstance(kind, type):
         return kind
     return kind(**{field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options})
@@ -121,7 +133,7 @@ def linear(features: int) -> Learner:
 
 
 def mlp(features: int, *, depth: int = 2, width_factor: float = 4.0) -> Learner:
-    """Return the learner of TTT-MLP: ``depth`` dense layers, hidden widths ``width_factor * features``."""
+    """Return the learner of TTT-MLP: ``depth`` dense layers with hidden widths ``width_factor * features``."""
     return Learner(ResidualNorm(MLP(depth, width_factor)), features) if depth > 1 else linear(features)
 
 
@@ -133,13 +145,13 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
-    """Derive with the one tanh of the value, which autodiff of the formula would not reuse in the backward pass."""
+    """Differentiate with the tanh of the value, which autodiff of the formula would compute again."""
     value, derivative = gelu_and_derivative(*primals)
     return value, derivative * tangents[0]
 
 
 def gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return GELU in its tanh form and its derivative, sharing the one tanh."""
+    """Return GELU in its tanh form and its derivative, which share one tanh."""
     t = jnp.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3))
     derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x**2)
     return 0.5 * x * (1 + t), derivative
@@ -147,20 +159,20 @@ def gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_jvp
 def normalise(z: jax.Array) -> jax.Array:
-    """Return ``(z - mean) / std`` over the last axis."""
+    """Return LN without scale and bias: ``(z - mean) / sqrt(var + 1e-6)`` over the last axis."""
     return _normalised(z)[0]
 
 
 @normalise.defjvp
 def _normalise_jvp(primals, tangents):
-    """Derive with two means that do not wait for each other, where autodiff of the formula has one after the other."""
+    """Differentiate with two means that can be computed side by side; autodiff of the formula has one after another."""
     x, inverse_std = _normalised(*primals)
     (t,) = tangents
     return x, inverse_std * (t - t.mean(-1, keepdims=True) - x * (t * x).mean(-1, keepdims=True))
 
 
 def _normalised(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ``(z - mean) / std`` and ``1 / std``."""
+    """Return ``(z - mean) / std`` and ``1 / std``, with ``std = sqrt(var + 1e-6)``."""
     centred = z - z.mean(-1, keepdims=True)
     inverse_std = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + LAYER_NORM_EPSILON)
     return centred * inverse_std, inverse_std

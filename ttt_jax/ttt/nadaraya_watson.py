@@ -1,10 +1,10 @@
-"""A Nadaraya-Watson estimator: a learner that keeps its data instead of weights. With this kernel it is attention.
+"""Compute a Nadaraya-Watson estimator: a learner that stores its data instead of weights (Theorem 2 of the paper).
 
     f(q) = sum_s kernel(q, k_s) v_s / sum_s kernel(q, k_s)        kernel(q, k) = exp(q . k / sqrt(d_k))
 
-Writing a token and then reading it, token after token, is causal softmax attention exactly (Theorem 2 of the paper). It
-has no weights, so none of the five choices of :mod:`ttt_jax.ttt.inner_loop` applies: it is the second kind of learner,
-whose state is all that it has read and grows with the sequence. It says what attention is, not how to compute it fast.
+Writing each token and then reading its query is exactly causal softmax attention (section 2.6). The estimator has no
+weights, so none of the five choices of :mod:`ttt_jax.ttt.inner_loop` applies: its state is all tokens so far, and grows
+with the sequence. It shows what attention is, not how to compute it fast.
 
 Shapes: B batch, n tokens of this call, H heads, d_k and d_v widths of keys and values, capacity in tokens.
 """
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 
 
 class Data(NamedTuple):
-    """The state: every token written so far, and empty places after them."""
+    """The state: every token written so far, followed by empty places."""
 
     k: jax.Array  # [B, capacity, H, d_k]
     v: jax.Array  # [B, capacity, H, d_v]
-    written: jax.Array  # tokens, int32 scalar
+    written: jax.Array  # number of tokens written, int32 scalar
 
 
 def empty(batch: int, capacity: int, heads: int, d_k: int, d_v: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Data:
-    """Return the state before the first token, with places for ``capacity`` tokens."""
+    """Return the state before the first token, with room for ``capacity`` tokens."""
     k, v = (jnp.zeros((batch, capacity, heads, d), dtype) for d in (d_k, d_v))
     return Data(k, v, jnp.zeros((), jnp.int32))
 
@@ -33,8 +33,8 @@ def write(state: Data, k: jax.Array, v: jax.Array) -> Data:
     """Add tokens, k [B, n, H, d_k] and v [B, n, H, d_v].
 
     Raises:
-      ValueError: where they have another shape than the state or do not fit. In a traced program the number of tokens
-        written is not known; what is read after too many is NaN there.
+      ValueError: where the shapes are not those of the state, or the tokens do not fit. In a traced program the number
+        of tokens written is unknown; there, reading after too many returns NaN.
     """
     batch, capacity, heads, d_k = state.k.shape
     n, d_v = k.shape[1], state.v.shape[-1]
@@ -51,12 +51,13 @@ def write(state: Data, k: jax.Array, v: jax.Array) -> Data:
 
 
 def read(state: Data, q: jax.Array) -> jax.Array:
-    """Return f(q), [B, n, H, d_k] to [B, n, H, d_v]: the mean of the values written, weighed by the kernel.
+    """Return f(q), [B, n, H, d_k] to [B, n, H, d_v]: the mean of the values written, weighted by the kernel.
 
-    NaN where nothing has been written, or more than fits.
+    The result is NaN where nothing has been written, or more than fits.
     """
     capacity, d_k = state.k.shape[1], state.k.shape[-1]
-    log_kernel = jnp.einsum("bqhd,bshd->bhqs", q, state.k) / d_k**0.5
+    log_kernel = jnp.einsum("bqhd,bshd->bhqs", q, state.k) / d_k**0.5  # [B, H, n, capacity]
     log_kernel = jnp.where(jnp.arange(capacity) < state.written, log_kernel, -jnp.inf)
-    estimate = jnp.einsum("bhqs,bshd->bqhd", jax.nn.softmax(log_kernel, -1), state.v)  # less the largest: no overflow
+    weights = jax.nn.softmax(log_kernel, -1)  # subtracts the largest logarithm first, so that nothing overflows
+    estimate = jnp.einsum("bhqs,bshd->bqhd", weights, state.v)
     return jnp.where(state.written <= capacity, estimate, jnp.nan)

@@ -1,4 +1,7 @@
-"""The self-supervised loss of a learner's output ``f(k)`` and the value ``v``, per token: [..., b, d] to [..., b]."""
+"""Define the self-supervised loss of the inner loop: of a learner's output ``f(k)`` and the value ``v``, per token.
+
+Shapes: f(k) and v are [..., b, d], the loss is [..., b].
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Floating point operations of an inner loop: the matrix products of one mini-batch in the dual form, counted."""
+"""Count the floating point operations of an inner loop: the matrix products of one mini-batch in the dual form."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 
 @functools.lru_cache(maxsize=64)
 def per_token(loop: InnerLoop, mini_batch: int) -> float:
-    """Return the forward operations per token and head, two for each multiply-add of a matrix product."""
+    """Return the forward operations per token and head: two for each multiply-add of a matrix product."""
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -36,8 +36,7 @@ def per_token(loop: InnerLoop, mini_batch: int) -> float:
 
 
 def products(jaxpr: Any) -> int:
-    """Return the operations of the matrix products in a jaxpr whose results are used; those of a scan count for each
-    turn."""
+    """Return the operations of the matrix products in a jaxpr whose results are used; a scan counts once per turn."""
     total, used = 0, {variable for variable in jaxpr.outvars if not hasattr(variable, "val")}
     for equation in reversed(jaxpr.eqns):
         if used.isdisjoint(equation.outvars):

@@ -1,6 +1,12 @@
-"""The inner loop in primal form: one token after another, gradients by autodiff, every W_t formed.
+"""Compute the inner loop in the primal form: token after token, with gradients by autodiff and every W_t formed.
 
-The definition that the dual form must equal, for every learner, objective, rate, update and reading.
+This is the definition that the dual form must equal, for every learner, objective, rate, update and reading. With W the
+weights that the mini-batch of token t starts with, p_t the rate of its position, eta_s the rate of token s, and the
+sum over the tokens s of the mini-batch up to t (equation 6 of the paper; equation 2 for mini-batches of one token),
+
+    W_t = W - p_t sum_{s <= t} eta_s grad loss(W; k_s, v_s)          z_t = f(q_t; W_t)
+
+and the next mini-batch starts with W_b. :mod:`ttt_jax.ttt.update` has the equations with decay, momentum and so on.
 
 Shapes: B batch, T tokens, H heads, b tokens per mini-batch, d_k and d_v widths of keys and values.
 """
@@ -22,11 +28,12 @@ def run(
     valid: jax.Array | None = None,
     reset: jax.Array | None = None,
 ) -> tuple[jax.Array, InnerState]:
-    """Read a piece of a sequence, from any position in a mini-batch to any other.
+    """Read a piece of a sequence, which may begin and end anywhere in a mini-batch.
 
     Args:
-      valid: bool [B, T], which tokens are some; the others change nothing, and z is 0 there. None is all.
-      reset: bool [B, T], the tokens with which a document begins, at W0. None where none does.
+      state: the state after the tokens before the piece; :func:`~ttt_jax.ttt.inner_loop.initial_state` for none.
+      valid: bool [B, T], false at padding, which changes nothing and where z is 0; None for no padding.
+      reset: bool [B, T], true at the first token of a document, which starts at W0; None for no such token.
 
     Returns:
       z [B, T, H, d_v] and the state after the last token.
@@ -49,7 +56,7 @@ def run(
         count = place[:, None, None, None] + 1
         gates = {name: Gate(now.gates[name], total[..., None, None], count) for name, total in totals.items()}
 
-        def shrunk(by, weights):  # by the exponential of a gate
+        def shrunk(by, weights):  # the weights times exp(by(gate of the decay))
             return weights if decay is None else jax.tree.map(lambda w: jnp.exp(by(gates[decay.gate])) * w, weights)
 
         used = update.used_weights(chain, state.weights, start_of_sequence)

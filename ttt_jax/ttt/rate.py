@@ -1,9 +1,14 @@
-"""The inner learning rate: a part per token times a part per position.
+"""Compute the inner learning rate (section 2.7 of the paper): a part per token times a part per position.
 
     eta[t, s] = position_eta[t] * token_eta[s]
 
-The token is the one whose gradient is taken; the position, within its mini-batch, that of the token that uses it. A
-part per token may differ for each weight matrix of the learner.
+is the rate with which the gradient of token s is followed in the weights W_t that token t sees. For TTT-Linear and
+TTT-MLP, with t = 1 ... b the position of the token in its mini-batch, x_s the input of the layer and theta, tau trained
+by the outer loop,
+
+    token_eta[s] = eta_base sigmoid(theta . x_s) / d          position_eta[t] = max(0, 1 / t + tau[t])
+
+The part per token may differ for each weight matrix of the learner.
 
 Shapes: B batch, T tokens, H heads, M weight matrices, b tokens per mini-batch.
 """
@@ -15,12 +20,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# (logits, base, scale of the warm-up, width of keys) to the rate of each token.
+# (logits [B, T, H] or [B, T, H, M], base rate, scale of the warm-up, width of keys) -> token_eta of the logits' shape.
 TOKEN_RATES: dict[str, Callable[[jax.Array, float, jax.Array | float, int], jax.Array]] = {
     "sigmoid/d": lambda logits, base, scale, d: base * scale / d * jax.nn.sigmoid(logits),  # the paper's
     "sigmoid": lambda logits, base, scale, d: base * scale * jax.nn.sigmoid(logits),
     "softplus": lambda logits, base, scale, d: scale * jax.nn.softplus(logits + softplus_inverse(base)),  # LaCT's
 }
+# (t [b] from 1 to b, tau [b]) -> position_eta [b].
 POSITION_RATES: dict[str, Callable[[jax.Array, jax.Array | float], jax.Array]] = {
     "1/t": lambda t, tau: jnp.maximum(0.0, 1 / t + tau),  # the paper's
     "1": lambda t, tau: jnp.ones_like(t),
@@ -29,7 +35,7 @@ POSITION_RATES: dict[str, Callable[[jax.Array, jax.Array | float], jax.Array]] =
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How far a gradient is followed.
+    """The rate with which gradients are followed.
 
     Attributes:
       token: a name in :data:`TOKEN_RATES`.
@@ -42,20 +48,20 @@ class Rate:
     per_matrix: bool = False
 
     def token_eta(self, logits: jax.Array, base: float, scale: jax.Array | float, d: int) -> jax.Array:
-        """Return the part per token, [B, T, H] or [B, T, H, M], of logits of that shape.
+        """Return the part per token, of the shape of the logits: [B, T, H] or [B, T, H, M].
 
         Args:
-          base: what a sigmoid multiplies; for softplus, the rate at logits of 0.
+          base: the factor of the sigmoid; for softplus, the rate at logits of 0.
           scale: multiplies the rate (its warm-up).
           d: width of the keys.
         """
         return TOKEN_RATES[self.token](logits, base, scale, d)
 
     def position_eta(self, b: int, tau: jax.Array | float = 0.0) -> jax.Array:
-        """Return the part per position, [b]; ``tau`` [b] is learned where the part has one."""
+        """Return the part per position, [b]; ``tau`` [b] is added where the part has a trained offset."""
         return POSITION_RATES[self.position](jnp.arange(1.0, b + 1), tau)
 
 
 def softplus_inverse(y: float) -> float:
-    """Return the x of ``softplus(x) = y``."""
+    """Return x such that ``softplus(x) = y``."""
     return y + math.log(-math.expm1(-y))

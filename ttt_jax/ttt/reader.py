@@ -1,8 +1,9 @@
-"""One window of tokens through the inner loop: a mini-batch, a part of one, or several short documents.
+"""Read one window of tokens: a mini-batch, a part of one, or several short documents.
 
-Where it is known that all rows have the first tokens of a mini-batch, or all of them, token i has place i. Otherwise
-each token has a place of its own, and those of a row are in the first slots of the window: the mini-batch at hand, then
-documents that begin in the window, all of which end before they fill a mini-batch (:mod:`ttt_jax.ttt.windows`).
+The place of a token is its index in its mini-batch, from 0. Where all rows of a batch are known to begin a mini-batch
+with the window, token i has place i. Otherwise each token has its own place, and the tokens of a row fill the first
+slots of the window: first those of the current mini-batch, then documents that begin in the window, each of which ends
+before it fills a mini-batch (:mod:`ttt_jax.ttt.windows`).
 
 Shapes: B batch, H heads, b tokens per mini-batch, c slots of this window.
 """
@@ -19,16 +20,16 @@ from ttt_jax.ttt.update import Gate
 
 
 class Slots(NamedTuple):
-    """What is in the slots of a window."""
+    """The contents of the slots of a window."""
 
-    tokens: Tokens  # [B, H, c, ...]; in an empty slot, numbers at which the learner has a gradient
-    filled: jax.Array  # whether there is a token, bool [B, c]
-    place: jax.Array  # of the token in its mini-batch, int32 [B, c]
-    begins: jax.Array | None  # whether a document begins with it, bool [B, c]; None where none does in any window
+    tokens: Tokens  # [B, H, c, ...]; empty slots hold numbers at which the learner has a gradient
+    filled: jax.Array  # whether the slot holds a token, bool [B, c]
+    place: jax.Array  # the place of the token in its mini-batch, int32 [B, c]
+    begins: jax.Array | None  # whether a document begins with the token, bool [B, c]; None: in no slot of any window
 
 
 class Reader(NamedTuple):
-    """Read windows, with what stays the same for all of them."""
+    """A reader of windows: what is the same for all windows of a sequence."""
 
     loop: InnerLoop
     parameters: Parameters
@@ -43,12 +44,12 @@ class Reader(NamedTuple):
         return initial_state(self.parameters.w0, batch, self.loop.update)
 
     def window(self, state: InnerState, slots: Slots) -> tuple[InnerState, Any]:
-        """Return the state after a window (but for its position), and z and the statistics of its slots.
+        """Return the state after a window, with its position unchanged, and the outputs z and statistics of its slots.
 
-        Where the state has None for what is pending, nothing is before the window, and what it leaves is not kept.
+        Where ``state.pending`` is None, no gradient of earlier tokens is pending, and that of the window is dropped.
         """
         kept = state.pending is not None
-        document = jnp.zeros_like(slots.place)  # of each slot: how many begin after the first slot, up to it
+        document = jnp.zeros_like(slots.place)  # [B, c], documents that begin after the first slot, up to each slot
         if slots.begins is not None:
             fresh = self.fresh(len(slots.place))
             fresh = fresh if kept else fresh._replace(pending=None, gates=None)
@@ -60,7 +61,7 @@ class Reader(NamedTuple):
             zeros = jax.tree.map(jnp.zeros_like, (pending, totals))
             after = after._replace(pending=zeros[0], gates=zeros[1])
             state = state._replace(pending=pending, gates=totals)
-        if kept or self.loop.update:  # without, the step was of rate 0
+        if kept or self.loop.update:  # otherwise mini_batch took a step of rate 0 where the mini-batch is not full
             after = where(self._full(slots.place, mask), after, state)
         end = after, y
         if slots.begins is None:
@@ -83,15 +84,15 @@ class Reader(NamedTuple):
         """Read tokens of one mini-batch.
 
         Args:
-          start: the state before them; its gates may be None where there is nothing pending.
-          pending: what earlier tokens of the mini-batch left; None where it is known that there are none.
+          start: the state before the tokens; its gates may be None where nothing is pending.
+          pending: the gradient of earlier tokens of the mini-batch; None where there are no earlier tokens in any row.
           tokens: [B, H, c, ...].
-          place: of each token in the mini-batch, [B, c]; None where they are 0 to c - 1.
-          mask: which tokens are read, [B, c]; None is all.
+          place: the place of each token in the mini-batch, [B, c]; None for 0 to c - 1.
+          mask: the tokens to read, [B, c]; None for all.
 
         Returns:
-          the state as if the mini-batch ended here, what is pending if it does not, the sums of the gates, z and the
-          statistics.
+          the state if the mini-batch ends here, the pending gradient if it does not, the sums of the gates, and the
+          pair of z and the statistics.
         """
         loop, (w0, constants, position_eta) = self.loop, self.parameters
         tokens = self._only(tokens, mask)
@@ -114,7 +115,7 @@ class Reader(NamedTuple):
         used = update.used_weights(loop.update, start.weights, w0)
         z, keys = dual.mini_batch(loop, constants, dual.Start(used, pending, start.slots), tokens, rates, gates)
         if pending is None and not loop.update and c == self.b:
-            step = dual.gradient(loop, keys, rate)  # the rate goes to the small factor
+            step = dual.gradient(loop, keys, rate)
             weights, kept = jax.tree.map(lambda w, g: w - g, start.weights, step), ()
         else:
             left = dual.gradient(loop, keys, gates=gates)
@@ -125,8 +126,11 @@ class Reader(NamedTuple):
         return after, pending, totals, (z, self._statistics(used, keys, tokens, weights))
 
     def _documents(self, fresh: InnerState, slots: Slots, document: jax.Array, state: InnerState, y: Any):
-        """Read all documents that begin after the first slot at once: they start from the same weights, and take no
-        step. Return the state after the last one, and z; of rows without documents and of other tokens, those given."""
+        """Read at once all documents that begin after the first slot: all start from W0, and none takes a step.
+
+        Return the state after the last document of each row and z of the tokens of documents; in rows without such
+        documents and for other tokens, the ``state`` and ``y`` given.
+        """
         loop, (w0, constants, position_eta) = self.loop, self.parameters
         mask = slots.filled & (document > 0)
         tokens = self._only(slots.tokens, mask)
@@ -143,7 +147,7 @@ class Reader(NamedTuple):
         start = dual.Start(update.used_weights(loop.update, fresh.weights, w0), None, fresh.slots)
         rates = position_eta[slots.place][:, None]
         z, keys = dual.mini_batch(loop, constants, start, tokens, rates, gates, together)
-        y = _of_slots(mask, (z, ()), y)
+        y = _where_slots(mask, (z, ()), y)
         if state.pending is None:
             return state, y
 
@@ -158,11 +162,13 @@ class Reader(NamedTuple):
         return where(document[:, -1] > 0, end, state), y
 
     def _documents_in_turn(self, fresh: InnerState, slots: Slots, document: jax.Array, state: InnerState, y: Any):
-        """Do what :meth:`_documents` does, with statistics: each document has a step of its own for these."""
+        """Do the same as :meth:`_documents`, with statistics, which take the step of each document."""
 
         def read(mask, end):
             _, pending, totals, y = self.mini_batch(fresh, fresh.pending, slots.tokens, slots.place, mask)
-            return where(mask.any(1), fresh._replace(pending=pending, gates=totals), end[0]), _of_slots(mask, y, end[1])
+            return where(mask.any(1), fresh._replace(pending=pending, gates=totals), end[0]), _where_slots(
+                mask, y, end[1]
+            )
 
         def step(end, i):
             mask = slots.filled & (document == i)
@@ -171,11 +177,11 @@ class Reader(NamedTuple):
         return jax.lax.scan(step, (state, y), jnp.arange(1, document.shape[1]))[0]
 
     def _full(self, place: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return in which rows these tokens fill their mini-batch, [B]."""
+        """Return the rows in which the tokens fill their mini-batch, bool [B]."""
         return (mask & (place == self.b - 1)).any(1)
 
     def _only(self, tokens: Tokens, mask: jax.Array | None) -> Tokens:
-        """Return tokens in the dtype of the inner loop, with rates and gates of 0 where the mask is not."""
+        """Return tokens in the dtype of the inner loop, with rates and gates of 0 where the mask is false."""
         dtype = jnp.promote_types(self.parameters.w0[0].weight.dtype, jnp.float32)
         tokens = jax.tree.map(lambda x: x.astype(dtype), tokens)
         if mask is None:
@@ -184,7 +190,7 @@ class Reader(NamedTuple):
         return tokens._replace(eta=eta, gates=gates)
 
     def _shrunk(self, pending: Weights, gates: dict[str, Gate]) -> Weights:
-        """Return what earlier parts of a mini-batch left, decayed by these tokens."""
+        """Return the gradient of earlier parts of a mini-batch, decayed by the tokens of these gates."""
         decay = update.decay_of(self.loop.update)
         if decay is None:
             return pending
@@ -192,7 +198,7 @@ class Reader(NamedTuple):
         return jax.tree.map(lambda p: factor * p, pending)
 
     def _statistics(self, used: Weights, keys: dual.Pass, tokens: Tokens, weights: Weights) -> tuple[jax.Array, ...]:
-        """Return those of a mini-batch, [B, H, c] each; none when they were not asked for."""
+        """Return the fields of ``scan.Statistics`` for a mini-batch, [B, H, c] each; () where they are not wanted."""
         if not self.statistics:
             return ()
         loop, (w0, constants, _) = self.loop, self.parameters
@@ -208,7 +214,7 @@ class Reader(NamedTuple):
 
 
 def _at(gate: Gate, last: Any) -> Gate:
-    """Return a gate as of one slot: an integer, or of each row, [B, 1, 1, 1]."""
+    """Return a gate at one slot: an integer, or one slot per row, [B, 1, 1, 1]."""
 
     def at(x):
         return x[..., last : last + 1, :] if isinstance(last, int) else jnp.take_along_axis(x, last, -2)
@@ -216,6 +222,6 @@ def _at(gate: Gate, last: Any) -> Gate:
     return Gate(at(gate.value), at(gate.total), at(gate.tokens))
 
 
-def _of_slots(mask: jax.Array, x: Any, y: Any) -> Any:
-    """Return the tree ``x`` for some of the slots, [B, c], and ``y`` for the others; leaves [B, H, c, ...]."""
+def _where_slots(mask: jax.Array, x: Any, y: Any) -> Any:
+    """Return the tree ``x`` in the slots where ``mask`` [B, c] is true, else ``y``; leaves [B, H, c, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(mask.reshape(len(mask), 1, -1, *[1] * (x.ndim - 3)), x, y), x, y)

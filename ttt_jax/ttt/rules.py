@@ -1,7 +1,7 @@
-"""Whether a function may be a learner: the rules that :mod:`ttt_jax.ttt.learner` states, checked on numbers.
+"""Check on random numbers that a function keeps the rules of learners, which :mod:`ttt_jax.ttt.learner` states.
 
-A function that breaks them raises nothing by itself. One that mixes tokens lets a token see those after it; one that
-calls ``dense`` within ``vmap`` has gradients of something else.
+A function that breaks them would otherwise train silently: one that mixes tokens lets a token see later ones, and one
+that calls ``dense`` inside ``vmap`` has wrong gradients.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 from ttt_jax.ttt.learner import Affine, Dense, Learner, Weights
 
 _BATCH, _HEADS, _TOKENS = 2, 2, 17
-_SAME = 1e-4  # of the largest output: another order of sums
+_SAME = 1e-4  # relative to the largest output: sums in another order
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,16 +47,16 @@ def check(learner: Learner) -> None:
         y = learner.f(watching, x)
         watching.finish()
         if y.shape != (*x.shape[:-1], structure.features_out):
-            raise ValueError(f"makes {y.shape} of {x.shape}; expected one row of features for each token")
+            raise ValueError(f"returns shape {y.shape} for inputs {x.shape}; expected one row of features per token")
         if not jnp.array_equal(y, f(x), equal_nan=True):
             raise ValueError("two calls with the same inputs differ; expected a function that is deterministic")
         if not jnp.isfinite(y).all():
-            raise ValueError("its outputs are not finite for inputs and weights of ordinary size")
+            raise ValueError("outputs are not finite; expected finite outputs for inputs and weights of ordinary size")
         _check_tokens(f, x, y, normal)
 
 
 def _check_tokens(f, x: jax.Array, y: jax.Array, normal) -> None:
-    """Check that each token is read alone, of its sequence and head, wherever it is."""
+    """Check that the output of a token depends on that token alone, of the same sequence and head, at any index."""
     size = float(jnp.abs(y).max()) or 1.0
     for token in (0, _TOKENS // 2, _TOKENS - 1):
         other = jnp.zeros(x.shape[:-1], bool).at[0, 1, token].set(True)[..., None]
@@ -64,19 +64,19 @@ def _check_tokens(f, x: jax.Array, y: jax.Array, normal) -> None:
         moved, slope = jax.jvp(f, (large,), (jnp.where(other, normal(*x.shape), 0.0),))
         influence = jnp.where(other, 0.0, jnp.abs(moved - y) / size + jnp.abs(slope))
         if not float(influence.max()) < _SAME:
-            sequence, head, hears, _ = np.unravel_index(int(influence.argmax()), influence.shape)
-            whom = f"token {hears}" if (sequence, head) == (0, 1) else "another sequence or head"
+            sequence, head, changed, _ = np.unravel_index(int(influence.argmax()), influence.shape)
+            whom = f"token {changed}" if (sequence, head) == (0, 1) else "another sequence or head"
             raise ValueError(f"token {token} changes the output of {whom}; expected it to act on each token alone")
     part = f(x[:, :, 1:3])
     if not float(jnp.abs(part - y[:, :, 1:3]).max()) < _SAME * size:
         raise ValueError(
-            "what it makes of a token depends on where the token is, or on how many there are; expected it to act on "
-            "each token alone"
+            "the output of a token depends on where the token is, or on how many there are; expected it to act on each "
+            "token alone"
         )
 
 
 class _Watching(Dense):
-    """Applies weights, and refuses calls that are not those of the structure."""
+    """Apply weights; refuse calls that differ from the structure of the learner."""
 
     def __init__(self, learner: Learner, weights: Weights, constants, rows: tuple[int, ...]):
         super().__init__(weights, constants)
@@ -89,14 +89,17 @@ class _Watching(Dense):
         found, calls = (x.shape[-1], features, bool(bias)), self.calls
         if calls >= len(self._matrices) or found != tuple(self._matrices[calls]):
             raise ValueError(
-                f"call {calls + 1} of dense is another one than the time before; expected equally many calls with the "
-                "same shapes each time"
+                f"call {calls + 1} of dense differs from an earlier run of the learner; expected equally many calls "
+                "with the same shapes each time"
             )
         if x.shape[:-1] != self._rows:
-            raise ValueError(f"dense is called with rows {x.shape[:-1]} where there are tokens {self._rows}")
+            raise ValueError(f"dense is called with rows {x.shape[:-1]}; expected one row per token, {self._rows}")
         return super().__call__(x, features, bias)
 
     def finish(self) -> None:
-        """Refuse fewer calls."""
+        """Refuse a run with too few calls."""
         if self.calls != len(self._matrices):
-            raise ValueError(f"dense is called {self.calls} times here and {len(self._matrices)} times before")
+            raise ValueError(
+                f"dense is called {self.calls} times, and {len(self._matrices)} times in an earlier run; expected "
+                "equally many calls each time"
+            )

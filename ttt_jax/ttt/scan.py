@@ -1,9 +1,9 @@
-"""A sequence through the inner loop: a scan over mini-batches in the dual form.
+"""Run the inner loop over a sequence: a scan over mini-batches, each in the dual form.
 
-A sequence may be read in pieces cut anywhere, also inside a mini-batch: the state that one piece ends with is what
-the next one starts from, and the outputs are those of one go. When the sequence length is not a multiple of b, the
-last mini-batch has fewer tokens and is exact too. Rows of a batch may have padding anywhere, and documents that begin
-anywhere: each is read as if it were alone.
+A sequence may be read in pieces cut anywhere, also inside a mini-batch: the next piece starts from the state that the
+previous piece returns, and the outputs equal those of reading the sequence at once. Where T is not a multiple of b, the
+last mini-batch has fewer tokens and is exact too. Rows of a batch may have padding and beginnings of documents at any
+token: each document is read as if it were alone.
 
 Shapes: B batch, T tokens of this piece, H heads, b tokens per mini-batch, n mini-batches, d_v width of values.
 """
@@ -24,26 +24,25 @@ from ttt_jax.ttt.windows import Windows
 
 
 class Statistics(NamedTuple):
-    """What the inner loop did, for each token of each sequence and head, [B, T, H]: the self-supervised loss of the
-    token at three weights, and how far the last of them are from W0."""
+    """The self-supervised loss of each token at three weights, and the distance of the last from W0, [B, T, H] each."""
 
     loss_at_w0: jax.Array  # at the W0 of the sequence
     loss_before: jax.Array  # at the weights that the token's mini-batch starts with
-    loss_after: jax.Array  # after the step of the token's mini-batch (of its part in this piece)
-    weight_distance: jax.Array  # |W - W0| of those weights, over all weights and biases of the head (Frobenius)
+    loss_after: jax.Array  # after the step of the token's mini-batch, as far as this piece reads it
+    weight_distance: jax.Array  # |W - W0| after that step, the Frobenius norm over all weights and biases of the head
 
 
 class Result(NamedTuple):
-    """What :func:`run` returns."""
+    """The result of :func:`run`."""
 
     z: jax.Array  # [B, T, H, d_v], in the dtype of q
     state: InnerState  # after the last token
     statistics: Statistics | None
 
 
-_FEW = 3  # fewer windows than that are read in one way: fewer programs to compile
+_FEW = 3  # with fewer windows, a single scan reads them all: one program to compile instead of three
 
-# (loop, parameters, weights at the start, tokens) -> (z, weights at the end), both of whole mini-batches
+# (loop, parameters, weights at the start, tokens) -> (z, weights at the end), for whole mini-batches
 Kernel = Callable[..., tuple[jax.Array, Weights]]
 
 
@@ -61,30 +60,30 @@ def run(
     statistics: bool = False,
     kernel: Kernel | None = None,
 ) -> Result:
-    """Read T tokens, taking one step per mini-batch of b.
+    """Read T tokens and take one step per mini-batch of b tokens.
 
     Args:
       loop: the five choices.
-      parameters: W0, what is constant in the inner loop, and the rates of the positions, whose number is b.
-      tokens: q, k (after RoPE), v, rates and gates, any float dtype; the inner loop computes in float32 (in float64
-        where W0 is).
-      state: where an earlier piece of the same sequences ended; None starts them.
-      valid: bool [B, T], which tokens are some; the others are padding, which changes nothing: z is 0 there, and no
-        gradient comes back. None where there is no padding.
-      reset: bool [B, T], the tokens with which a document begins: the inner loop starts anew at W0, and a mini-batch
-        begins. None where none begins after the start of the sequence.
-      aligned: whether the caller promises that there is no padding, and that in each row the piece and all documents
-        begin a multiple of b tokens after the start of the document and of the piece. It is read faster then. In rows
-        that break the promise, z and the weights of the state are NaN.
-      remat_group: mini-batches between two stored W in the backward pass; what lies between is computed again.
-        0 stores everything.
+      parameters: W0, the constants of f, and the rates of the positions [b].
+      tokens: q, k (after RoPE), v, rates and gates, in any float dtype. The inner loop computes in float32, or in
+        float64 where W0 is.
+      state: the state after an earlier piece of the same sequences; None at their start.
+      valid: bool [B, T], false at padding, which changes nothing: z is 0 there, and its gradients are 0. None for no
+        padding.
+      reset: bool [B, T], true at the first token of a document: the weights are W0 again, and a mini-batch begins. None
+        where no document begins inside the piece.
+      aligned: the promise that there is no padding, that the piece begins at the start of a mini-batch, and that
+        documents begin at multiples of b tokens of the piece. This is faster. In rows that break the promise, z and the
+        weights of the state are NaN.
+      remat_group: mini-batches between two stored W of the backward pass, which computes the rest again; 0 stores
+        everything.
       unroll: mini-batches per iteration of the compiled loop.
-      statistics: also return :class:`Statistics`; always by the scan.
-      kernel: reads the mini-batches that are whole instead of the scan, such as
-        :func:`ttt_jax.kernels.run.run`; where documents begin in the piece, only if it is aligned.
+      statistics: whether to return :class:`Statistics`; no kernel is used then.
+      kernel: reads whole mini-batches in place of the scan, such as :func:`ttt_jax.kernels.run.run`. Where documents
+        begin inside the piece, it is used only if the piece is aligned.
 
     Returns:
-      Outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, statistics or None.
+      The outputs ``z[t] = f(q[t]; W_t)``, the state after the last token, and the statistics or None.
 
     Raises:
       ValueError: where a gate that the update reads is missing.
@@ -101,7 +100,7 @@ def run(
 
 
 class _Scan(NamedTuple):
-    """How mini-batches are read one after the other."""
+    """The means to read mini-batches one after another: by the scan or by a kernel."""
 
     reader: Reader
     remat_group: int
@@ -117,13 +116,13 @@ class _Scan(NamedTuple):
         return weights, z.astype(jnp.float32)
 
     def by_scan(self, step: Callable, state: InnerState, xs: Any):
-        """Read all windows by ``step``; return the state, and of each slot z and the statistics."""
+        """Read all windows with ``step``; return the state, and z and the statistics of each slot."""
         state, ys = _grouped_scan(step, state, xs, self.remat_group, self.unroll)
         return state, _join_outputs(ys)
 
 
 def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
-    """Read mini-batches of b from the first token on, then one of the T mod b tokens that are left."""
+    """Read whole mini-batches of b tokens from the first token on, then one of the T mod b tokens that are left."""
     reader, b = scan.reader, scan.reader.b
     batch, tokens = inputs.q.shape[:2]
     n, rest = divmod(tokens, b)
@@ -167,35 +166,37 @@ def _whole(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
 
 
 def _promise(b: int, state: InnerState | None, valid, reset) -> jax.Array | None:
-    """Return which rows are aligned as promised, [B]; None where nothing could be wrong."""
-    found = []
+    """Return the rows that keep the promise of ``aligned``, bool [B]; None where none can break it."""
+    conditions = []
     if state is not None:
         first = False if reset is None else reset[:, 0]
-        found.append((state.position % b == 0) | first)
+        conditions.append((state.position % b == 0) | first)
     if valid is not None:
-        found.append(valid.all(1))
+        conditions.append(valid.all(1))
     if reset is not None:
-        found.append(~(reset & (jnp.arange(reset.shape[1]) % b > 0)).any(1))
-    return functools.reduce(jnp.logical_and, found) if found else None
+        conditions.append(~(reset & (jnp.arange(reset.shape[1]) % b > 0)).any(1))
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
 
 def _in_windows(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, reset):
-    """Read tokens of any place in their sequences, with padding, in the windows of :mod:`ttt_jax.ttt.windows`."""
+    """Read tokens at any place in their mini-batches, and padding, by windows (:mod:`ttt_jax.ttt.windows`)."""
     reader = scan.reader
     batch, tokens = inputs.q.shape[:2]
     windows = windows_lib.lay(tokens, reader.b, None if given is None else given.position, valid, reset)
     n, c = windows.source.shape[1:]
     state = reader.fresh(batch) if given is None else given
-    in_slots = _filled_up(jax.tree.map(windows.put, inputs), windows.filled.reshape(batch, -1))  # [B, n * c, ...]
+    in_slots = _fill_empty_slots(
+        jax.tree.map(windows.put, inputs), windows.filled.reshape(batch, -1)
+    )  # [B, n * c, ...]
 
     def slots(first: int, last: int) -> Slots:
-        """Return windows as the scan takes them, [n, B, ...]."""
+        """Return the windows from ``first`` to before ``last``, in the order of the scan, [n, B, ...]."""
         tokens = jax.tree.map(lambda x: _split(x[:, first * c : last * c], c), in_slots)
         rest = windows.filled, windows.place, windows.begins
         return Slots(tokens, *jax.tree.map(lambda x: x[:, first:last].swapaxes(0, 1), rest))
 
-    carried = given is not None and reset is None and scan.kernel is None  # a plain piece: the scan alone is as fast
-    if reader.statistics or n < _FEW or carried:
+    plain_piece = given is not None and reset is None and scan.kernel is None  # a single scan is as fast
+    if reader.statistics or n < _FEW or plain_piece:
         state, y = scan.by_scan(_unless_empty(reader.window), state, slots(0, n))
     else:
         state, y = _in_three_parts(scan, state, in_slots, windows, slots, 0 if given is None else 1)
@@ -204,10 +205,11 @@ def _in_windows(scan: _Scan, inputs: Tokens, given: InnerState | None, valid, re
 
 
 def _in_three_parts(scan: _Scan, state: InnerState, in_slots: Tokens, windows: Windows, slots: Callable, first: int):
-    """Read windows as if nothing were pending between them, by a kernel where one is given and no document begins.
+    """Read windows as if each ended with a step, so that no gradient is pending between windows.
 
-    Something is pending before the ``first`` windows, 0 or 1, which are read on their own, and after the last one of
-    each row, which is read again where it leaves something.
+    A gradient may be pending in the first window of a piece, and after the last window of each row. So the ``first``
+    windows, 0 or 1, are read on their own, and the last window of each row is read again where it leaves a mini-batch
+    unfinished. The others are read by the kernel, where one is given and no document begins inside the piece.
     """
     n, c = windows.source.shape[1:]
     window, outputs = scan.reader.window, []
@@ -232,8 +234,9 @@ def _in_three_parts(scan: _Scan, state: InnerState, in_slots: Tokens, windows: W
         state, _ = scan.by_scan(window, state._replace(pending=pending, gates=gates), left)
     else:
         after = jax.tree.map(lambda x: x[:, first * c :], in_slots)
+        # [B, (n - first) c, 1, 1], the slots of the unfinished mini-batch of each row: rate 0, so no step.
         part = jnp.repeat(unfinished[:, None] & (jnp.arange(n - first) == last[:, None]), c, 1)[..., None, None]
-        weights, z = scan.by_kernel(state.weights, after._replace(eta=jnp.where(part, 0, after.eta)))  # no step there
+        weights, z = scan.by_kernel(state.weights, after._replace(eta=jnp.where(part, 0, after.eta)))
         state = state._replace(weights=weights, pending=pending, gates=gates)
         state, (tail, _) = scan.by_scan(window, state, left)
         z = jnp.where(part, jnp.tile(tail, (1, n - first, 1, 1)), z)
@@ -241,22 +244,25 @@ def _in_three_parts(scan: _Scan, state: InnerState, in_slots: Tokens, windows: W
 
 
 def _unless_empty(step: Callable) -> Callable:
-    """Return a step that costs nothing where no row has a token in the window."""
+    """Return ``step`` such that a window without a token in any row costs nothing."""
 
     def empty(state, slots):
         _, y = jax.eval_shape(step, state, slots)
         return state, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), y)
 
     def unless(state, slots):
-        if slots.begins is None:  # then all windows but the last ones have tokens
+        if slots.begins is None:  # only the last windows can be empty: not worth a condition
             return step(state, slots)
         return jax.lax.cond(slots.filled.any(), step, empty, state, slots)
 
     return unless
 
 
-def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
-    """Put a vector like any other into empty slots, [B, n * c]: a learner may have no gradient at zeros."""
+def _fill_empty_slots(tokens: Tokens, filled: jax.Array) -> Tokens:
+    """Put an ordinary vector into each empty slot, where ``filled`` [B, n * c] is false.
+
+    A learner may have no gradient at zeros, and NaN times the rate 0 would be NaN.
+    """
 
     def vector(x):
         return jnp.where(filled[..., None, None], x, jnp.cos(1.0 + jnp.arange(x.shape[-1])).astype(x.dtype))
@@ -265,7 +271,7 @@ def _filled_up(tokens: Tokens, filled: jax.Array) -> Tokens:
 
 
 def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
-    """Scan over n mini-batches like ``lax.scan``; store the carry every ``group`` of them for the backward pass."""
+    """Scan over n mini-batches like ``lax.scan``, and store only every ``group``-th carry for the backward pass."""
 
     def scan(carry, xs):
         return jax.lax.scan(step, carry, xs, unroll=unroll)
@@ -289,13 +295,13 @@ def _grouped_scan(step: Callable, carry: Any, xs: Any, group: int, unroll: int):
 
 
 def _split(x: jax.Array, b: int) -> jax.Array:
-    """Return tokens by mini-batch, [B, n * b, H, d] to [n, B, H, b, d]."""
+    """Split tokens into mini-batches of b, [B, n * b, H, d] to [n, B, H, b, d]."""
     batch, tokens, heads, d = x.shape
     return x.reshape(batch, tokens // b, b, heads, d).transpose(1, 0, 3, 2, 4)
 
 
 def _join_outputs(ys):
-    """Return what there is of each token, a tree, in their order, [n, B, H, b, ...] to [B, n * b, H, ...]."""
+    """Join the outputs of mini-batches in the order of the tokens; leaves [n, B, H, b, ...] to [B, n * b, H, ...]."""
 
     def join(y):
         n, batch, heads, b, *rest = y.shape

@@ -1,15 +1,15 @@
-"""Where the tokens of a piece are read, whatever is padding and wherever documents begin.
+"""Lay the tokens of a piece into windows, wherever there is padding and wherever documents begin.
 
-The tokens of a row are put into windows of c slots, in their order, those of a window into its first slots; padding has
-no slot. No mini-batch lies in two windows. To that end the row's tokens are counted from the first place of the
-mini-batch at hand, and the count is cut into cells of b. A mini-batch is then inside a cell or crosses into the next:
+The tokens of a row go into windows of c slots, in their order, and fill the first slots of each window; padding gets no
+slot. No mini-batch is split between two windows. To find the windows, count the tokens of the row from place 0 of its
+current mini-batch, and cut the count into cells of b tokens. Each row then has up to two windows per cell, in order:
 
-    what lies inside a cell       one mini-batch, or the last part of a document and documents after it that are shorter
-                                  than b
-    what crosses into the next    one mini-batch
+    the tokens inside the cell                 one mini-batch, or the end of a document and then documents of fewer than
+                                               b tokens
+    a mini-batch that reaches into the next    one mini-batch
 
-Each of these that a row has is its next window. Mini-batches cross only after a document has begun in the middle of a
-cell; where documents do not begin inside a piece, there are windows for whole cells only.
+Mini-batches reach into the next cell only after a document has begun inside a cell. Where no document begins inside the
+piece, there is one window per cell.
 
 Shapes: B batch, T tokens of this piece, b tokens per mini-batch, n windows of c slots.
 """
@@ -23,23 +23,23 @@ import jax.numpy as jnp
 class Windows(NamedTuple):
     """The tokens of a piece in windows."""
 
-    source: jax.Array  # the token in each slot, T or more where it is empty, int32 [B, n, c]
-    target: jax.Array  # the slot of each token among all n * c, n * c or more for padding, int32 [B, T]
-    place: jax.Array  # of the token of each slot in its mini-batch, 0 where it is empty, int32 [B, n, c]
-    begins: jax.Array | None  # whether a document begins with the slot, bool [B, n, c]; None where none begins
-    position: jax.Array  # tokens of the present document that each row has read after the piece, int32 [B]
+    source: jax.Array  # the token in each slot, T or more in an empty slot, int32 [B, n, c]
+    target: jax.Array  # the slot of each token among all n * c slots, n * c or more for padding, int32 [B, T]
+    place: jax.Array  # the place in its mini-batch of the token in each slot, 0 in an empty slot, int32 [B, n, c]
+    begins: jax.Array | None  # whether a document begins with the token in the slot, bool [B, n, c]; None: in no slot
+    position: jax.Array  # tokens of its current document that each row has read after the piece, int32 [B]
 
     @property
     def filled(self) -> jax.Array:
-        """Whether there is a token in the slot, [B, n, c]."""
+        """Return whether each slot holds a token, bool [B, n, c]."""
         return self.source < self.target.shape[1]
 
     def put(self, x: jax.Array) -> jax.Array:
-        """Put what there is of each token into the slots, [B, T, ...] to [B, n * c, ...]; zeros in empty ones."""
+        """Put an array of tokens into the slots, [B, T, ...] to [B, n * c, ...]; empty slots get zeros."""
         return _take(x, self.source.reshape(len(x), -1))
 
     def back(self, y: jax.Array) -> jax.Array:
-        """Return what there is of each slot to the tokens, [B, n * c, ...] to [B, T, ...]; zeros for padding."""
+        """Put an array of slots back in the order of the tokens, [B, n * c, ...] to [B, T, ...]; padding gets zeros."""
         return _take(y, self.target)
 
 
@@ -50,24 +50,25 @@ def lay(
 
     Args:
       tokens: T.
-      position: tokens of the present document that each row has read before the piece, [B]; None where all rows are at
-        the start of one.
-      valid: whether each token is one, and not padding, [B, T]; None where all are.
-      reset: whether a document begins with the token, [B, T]; None where none does.
+      position: tokens of its current document that each row has read before the piece, [B]; None where all rows are at
+        the start of a document.
+      valid: bool [B, T], false at padding; None for no padding.
+      reset: bool [B, T], true at the first token of a document; None for no such token.
     """
     rows = next(len(x) for x in (position, valid, reset) if x is not None)
     c, cells = min(b, tokens), -(-(tokens + (0 if position is None else b - 1)) // b)
     position = jnp.zeros(rows, jnp.int32) if position is None else position
     valid = jnp.ones((rows, tokens), bool) if valid is None else valid
     count = jnp.cumsum(valid, 1, dtype=jnp.int32)
-    line = position[:, None] % b + count - 1  # [B, T], of each token from the first place of the mini-batch at hand
+    line = position[:, None] % b + count - 1  # [B, T], tokens from place 0 of the current mini-batch to each token
     end = line[:, -1:] + 1
     if reset is None:
         n, place, window = cells, line % b, line // b
         read = position + count[:, -1]
     else:
         n, reset = 2 * cells - 1, reset & valid
-        first = jax.lax.cummax(jnp.where(reset, count, 0), axis=1)  # of the document, from 1; 0 before the piece
+        # [B, T], the count, from 1, of the first token of the document of each token; 0 if that is before the piece.
+        first = jax.lax.cummax(jnp.where(reset, count, 0), axis=1)
         place = jnp.where(first > 0, count - first, line) % b
         starts = jnp.where(valid & (place == 0), line, end)
         following = jax.lax.cummin(jnp.concatenate([starts[:, 1:], end], 1), axis=1, reverse=True)
@@ -76,7 +77,8 @@ def lay(
     before = jax.lax.cummax(jnp.where(valid, window, -1), axis=1)
     new = valid & (window != jnp.pad(before, ((0, 0), (1, 0)), constant_values=-1)[:, :-1])
     slot = line - jax.lax.cummax(jnp.where(new, line, 0), axis=1)
-    window = jnp.cumsum(new, 1, dtype=jnp.int32) - 1  # without those that are empty: rows have theirs at the same time
+    # [B, T], the window of each token without counting empty windows, so that rows have theirs at the same time.
+    window = jnp.cumsum(new, 1, dtype=jnp.int32) - 1
     now = jnp.arange(tokens, dtype=jnp.int32)
     target = jnp.where(valid, window * c + slot, n * c + now)
     slots = jnp.broadcast_to(tokens + jnp.arange(n * c, dtype=jnp.int32), (rows, n * c))
@@ -89,7 +91,7 @@ def lay(
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Return ``x[i, index[i, j]]``, zero where it is out of bounds; no index but those is there twice."""
+    """Return ``x[i, index[i, j]]``, zero where the index is out of bounds; indices within bounds must be unique."""
 
     def row(x, index):
         return x.at[index].get(mode="fill", fill_value=0, unique_indices=True)
