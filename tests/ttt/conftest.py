@@ -1,4 +1,4 @@
-"""Random problems for the inner loop, and its two ways to solve them, each compiled once per shape."""
+"""Provide random problems for the inner loop, and its dual and primal form, each compiled once per shape."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,8 +21,11 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
-    """``make_case(loop, tokens, b, seed)``: drawn by NumPy, with inner steps that move the outputs by O(1). An integer
-    for a loop is the depth of a TTT-MLP; 1 is TTT-Linear."""
+    """Return ``make_case(loop, tokens, b, seed)``, which draws a case with inner steps that move the outputs by O(1).
+
+    NumPy draws it, so that nothing is compiled. An integer in place of a loop is the depth of a TTT-MLP; 1 is
+    TTT-Linear.
+    """
 
     def make(loop: InnerLoop | int, tokens: int, b: int, seed: int = 0, rate: float = 0.5, dtype=np.float32) -> Case:
         rng = np.random.default_rng(seed)

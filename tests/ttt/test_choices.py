@@ -1,6 +1,6 @@
-"""Every registered learner, objective, rate and update, by its config name, against the primal form in float64.
+"""Test every registered learner, objective, rate and update, by its config name, against the primal form in float64.
 
-An entry that is added to a registry is tested here as it stands: ``pytest tests/ttt -k NAME``.
+An entry that is added to a registry is tested here without further changes: ``pytest tests/ttt -k NAME``.
 """
 
 import shlex
@@ -22,16 +22,25 @@ from ttt_jax.ttt.update import MEMBERS, Momentum, Muon, Renormalise
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.py"
 KEYS = ("learner", "objective", "rate", "position_rate", "update")
-NAMES = [list(names) for names in (LEARNERS, OBJECTIVES, TOKEN_RATES, POSITION_RATES, ["sgd", *MEMBERS, "decay=0.9"])]
-# Compiling takes most of the time, so a program tests a name of every registry, or the first where there are no more.
+
+
+def pairs(names):
+    """Return the names two by two as chains, the last alone where the number is odd."""
+    return [" + ".join(reversed(names[i : i + 2])) for i in range(0, len(names), 2)]
+
+
+LINEAR = [*(name for name, member in MEMBERS.items() if member.linear), "decay=0.9"]
+UPDATES = ["sgd", *pairs(LINEAR), *pairs([name for name in MEMBERS if name not in LINEAR])]
+NAMES = [list(names) for names in (LEARNERS, OBJECTIVES, TOKEN_RATES, POSITION_RATES, UPDATES)]
+# Compiling takes most of the time, so each program tests a name of every registry, or the first where no more are left.
 CHOICES = [[names[i if i < len(names) else 0] for names in NAMES] for i in range(max(map(len, NAMES)))]
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids="-".join)
-def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, choices):
-    """Outputs, final state, and gradients with respect to all parameters, tokens, logits of rates and gates.
+def test_registered_choices_equal_the_primal_form(make_case, quick_jit, choices):
+    """Compare outputs, final state, and gradients with respect to all parameters, tokens, logits of rates and gates.
 
-    Six tokens and mini-batches of three, read as a piece of a sequence, which ends with a mini-batch without tokens.
+    Read six tokens in mini-batches of three, as a piece of a sequence: its last mini-batch has no tokens.
     """
     reading = "causal" if update.is_linear(update.parse(choices[-1])) else "previous"
     small = {"model.width": 8, "model.num_heads": 2, "model.mixer": "ttt", "model.ttt.mlp_width_factor": 1.5}
@@ -63,11 +72,11 @@ def test_registered_choices_are_those_of_the_primal_form(make_case, quick_jit, c
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-8 * max(1, np.abs(y).max(initial=0)))
     (_, (z, _)), (of_parameters, _, of_logits, *_) = expected
-    assert np.abs(z - still).max() > 0.1  # inner steps that are seen
+    assert np.abs(z - still).max() > 0.1  # the inner steps change the outputs
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves((of_parameters.w0, of_logits)))
 
 
-def test_the_example_of_the_docs_is_an_inner_loop():
+def test_example_of_the_docs_is_the_inner_loop_of_lact():
     example = (
         (ROOT / "docs" / "inner-loop.md").read_text().split("ttt train ... ")[1].split("\n\n")[0].replace("\\\n", "")
     )

@@ -1,4 +1,6 @@
-"""The dual form against the primal form, which takes its gradients by autodiff and forms every W_t."""
+"""Test the dual form against the primal form, which takes its gradients by autodiff and forms every W_t."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,15 @@ from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm, SwiGLU
 from ttt_jax.ttt.rate import Rate
 from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise
 
-# depth, T, b: with a partial mini-batch at the end, online, one batch, and less than one mini-batch
-SHAPES = [(1, 7, 3), (1, 5, 1), (1, 4, 4), (1, 3, 8), (2, 7, 3), (2, 4, 4), (3, 7, 3), (3, 5, 1)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# depth, T, b: with a partial mini-batch at the end, mini-batches of one token, a single one, and less than one
+SHAPES = [(1, 7, 3), (1, 5, 1), (1, 3, 8), (2, 4, 4), (3, 7, 3)]
+SHAPES += [slow(*shape) for shape in [(1, 4, 4), (2, 7, 3), (3, 5, 1)]]
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 def gated(dense, x):
-    """Mix a parameter of the outer loop, a norm and a skip connection of its own between two matrices."""
+    """Compute a learner with parameters of the outer loop, a norm and a skip connection between two matrices."""
     d = x.shape[-1]
     hidden = learners.normalise(dense(x, d + 1, bias=False)) * dense.param("gain", (d + 1,))
     return x * dense.param("skip") + dense(jax.nn.silu(hidden), d)
@@ -60,12 +64,19 @@ LOOPS = {
     "a user's own": InnerLoop(Learner(ResidualNorm(gated), 6), rate=PER_MATRIX),
     "a user's own, momentum": InnerLoop(Learner(gated, 6), update=(Momentum(),)),
 }
+# Every name of a registry is compared in test_choices.py; these are combinations of several choices.
+QUICK = [
+    "linear without bias, decay",
+    "swiglu, dot product, rates per matrix, decay, two momenta",
+    "swiglu, previous, decay",
+    "a user's own, momentum",
+]
 
 
 @pytest.mark.parametrize(("depth", "tokens", "b"), SHAPES)
 @given(seed=SEEDS, rate=st.sampled_from([0.0, 0.05, 0.5]))
 @settings(max_examples=15)
-def test_outputs_and_state_are_those_of_the_primal_form(
+def test_outputs_and_state_equal_the_primal_form(
     make_case, run_scan, run_primal, assert_close, depth, tokens, b, seed, rate
 ):
     case = make_case(depth, tokens, b, seed, rate)
@@ -76,18 +87,18 @@ def test_outputs_and_state_are_those_of_the_primal_form(
     assert state.position.tolist() == [tokens, tokens]
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in LOOPS])
 @given(seed=SEEDS, first=st.sampled_from([0, 4]))
 @settings(max_examples=6)
-def test_every_choice_is_that_of_the_primal_form_in_float64(make_case, run_scan, run_primal, name, seed, first):
-    """In one go, or in two pieces cut inside a mini-batch; with a partial mini-batch at the end."""
+def test_every_choice_equals_the_primal_form_in_float64(make_case, run_scan, run_primal, name, seed, first):
+    """Read the tokens at once, or in two pieces cut inside a mini-batch, with a partial mini-batch at the end."""
     with jax.enable_x64(True):
         loop, parameters, tokens = case = make_case(LOOPS[name], 8, 3, seed, 0.2, np.float64)
         start = initial_state(parameters.w0, 2, loop.update)
         expected = run_primal(*case, start)
         if first:
             before, after = (jax.tree.map(lambda x, s=s: x[:, s], tokens) for s in (slice(first), slice(first, None)))
-            one = run_scan(loop, parameters, before)
+            one = run_scan(loop, parameters, before, start)
             two = run_scan(loop, parameters, after, one.state)
             actual = jnp.concatenate([one.z, two.z], axis=1), two.state
         else:
@@ -101,8 +112,8 @@ def test_every_choice_is_that_of_the_primal_form_in_float64(make_case, run_scan,
 @pytest.mark.parametrize(
     "name", ["swiglu, dot product, rates per matrix, decay, two momenta", "swiglu, previous, LaCT"]
 )
-def test_gradients_of_every_choice_are_those_of_the_primal_form(make_case, quick_jit, name):
-    """Of a scalar of z, with respect to all parameters, tokens, rates and gates; in float64."""
+def test_gradients_of_every_choice_equal_the_primal_form(make_case, quick_jit, name):
+    """Compare gradients of a scalar of z with respect to all parameters, tokens, rates and gates, in float64."""
     with jax.enable_x64(True):
         loop, parameters, tokens = make_case(LOOPS[name], 8, 3, 1, 0.2, np.float64)
         cotangent = np.random.default_rng(1).standard_normal(tokens.v.shape)
@@ -121,16 +132,16 @@ def test_gradients_of_every_choice_are_those_of_the_primal_form(make_case, quick
             assert np.abs(y).max() > 1e-4
 
 
-def test_the_inner_steps_of_these_cases_matter(make_case, run_scan):
-    """The comparison above would be empty if the learning rates were too small to be seen."""
+def test_inner_steps_of_these_cases_change_the_outputs(make_case, run_scan):
+    """Check that the comparisons above are not empty because learning rates are too small."""
     case = make_case(1, 7, 3)
     still = run_scan(*case[:2], case.tokens._replace(eta=0 * case.tokens.eta)).z
     assert np.abs(run_scan(*case).z - still).max() > 0.1
 
 
-@pytest.mark.parametrize(("depth", "tokens", "b"), [(1, 5, 2), (2, 4, 2), (3, 4, 2)])
-def test_gradients_are_those_of_the_primal_form(make_case, quick_jit, assert_close, depth, tokens, b):
-    """Of a scalar of z, with respect to w0, norm, q, k, v, token_eta and position_eta."""
+@pytest.mark.parametrize(("depth", "tokens", "b"), [slow(1, 5, 2), slow(2, 4, 2), (3, 4, 2)])
+def test_gradients_equal_the_primal_form(make_case, quick_jit, assert_close, depth, tokens, b):
+    """Compare gradients of a scalar of z with respect to w0, norm, q, k, v, token_eta and position_eta."""
     loop, *arguments = make_case(depth, tokens, b)
     cotangent = np.random.default_rng(1).standard_normal(arguments[1].q.shape).astype(np.float32)
 
@@ -146,8 +157,8 @@ def test_gradients_are_those_of_the_primal_form(make_case, quick_jit, assert_clo
 
 
 @pytest.mark.parametrize("name", ["mlp", "swiglu"])
-def test_gradients_of_one_pass_are_those_of_the_weights(make_case, quick_jit, assert_close, name):
-    """X^T (eta * G) of each matrix is the gradient of the losses, each weighed with its rate."""
+def test_gradient_of_a_pass_is_the_gradient_of_the_losses(make_case, quick_jit, assert_close, name):
+    """Compare X^T (eta * G) of each matrix with the gradient of the losses, each weighted by its rate."""
     loop = InnerLoop(Learner(ResidualNorm(MLP(3, 1.5) if name == "mlp" else SwiGLU(1.5)), 6))
     _, (w0, constants, _), tokens = make_case(loop, 4, 4)
     weights = initial_state(w0, 2).weights
@@ -164,7 +175,7 @@ def test_gradients_of_one_pass_are_those_of_the_weights(make_case, quick_jit, as
     assert_close(quick_jit(step)(weights), quick_jit(jax.grad(total_loss))(weights))
 
 
-def test_a_token_sees_neither_its_mini_batch_nor_what_follows_where_reading_is_previous(make_case, run_scan):
+def test_reading_previous_hides_the_mini_batch_of_a_token_and_later_ones(make_case, run_scan):
     loop, parameters, tokens = make_case(LOOPS["swiglu, previous, LaCT"], 8, 3)
     z = run_scan(loop, parameters, tokens).z
     moved = run_scan(loop, parameters, tokens._replace(k=tokens.k.copy(), v=1 * tokens.v))
@@ -176,7 +187,7 @@ def test_a_token_sees_neither_its_mini_batch_nor_what_follows_where_reading_is_p
     assert np.abs(other[:, 6:] - z[:, 6:]).min(axis=(0, 2, 3)).max() > 1e-4
 
 
-def test_updates_that_are_not_linear_are_refused_for_causal_reading():
+def test_reading_causal_refuses_updates_that_are_not_linear():
     for chain in ((Muon(),), (Momentum(), Renormalise())):
         with pytest.raises(ValueError, match=r"is not linear in the gradients.*expected the reading 'previous'"):
             InnerLoop(Learner(Linear(), 6), update=chain)
@@ -187,13 +198,13 @@ def test_updates_that_are_not_linear_are_refused_for_causal_reading():
         InnerLoop(Learner(Linear(), 6), reading="next")
 
 
-def test_a_gate_that_is_missing_is_named(make_case):
+def test_missing_gate_of_decay_is_an_error(make_case):
     loop, parameters, tokens = make_case(LOOPS["linear, decay"], 4, 2)
     with pytest.raises(ValueError, match="Decay reads the gate log_decay of each token; given are \\[\\]"):
         scan.run(loop, parameters, tokens._replace(gates=None))
 
 
-def test_chains_by_name():
+def test_parse_returns_the_chain_of_a_text():
     assert update.parse("sgd") == ()
     assert update.parse("momentum + muon+renormalise") == (Momentum(), Muon(), Renormalise())
     assert update.parse("decay=0.9 + momentum_per_token") == (Decay(0.9), Momentum(average=False))
@@ -203,8 +214,8 @@ def test_chains_by_name():
             update.parse(text)
 
 
-def test_weights_of_sequences_of_their_own(make_case, run_scan, assert_close):
-    """W0 may be [B, H, ...], one for each sequence."""
+def test_each_sequence_may_have_its_own_w0(make_case, run_scan, assert_close):
+    """Check that W0 may be [B, H, ...]."""
     loop, parameters, tokens = make_case(2, 7, 3)
     own = jax.tree.map(lambda w: np.stack([w, 2 * w]), parameters.w0)
     both = run_scan(loop, parameters._replace(w0=own), tokens)

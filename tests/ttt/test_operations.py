@@ -1,4 +1,4 @@
-"""Operations of an inner loop, against what they are by hand."""
+"""Test counts of operations of an inner loop against counts by hand."""
 
 import pytest
 
@@ -16,13 +16,13 @@ def test_dense_layers_in_the_dual_form(depth):
     d, b, total = 8, 16, 0
     for i in range(depth):
         n_in, n_out = d * (4 if i else 1), d * (1 if i == depth - 1 else 4)
-        products = 4 if i else 3  # k W, K^T G, q W; G W^T where there is a layer below
+        products = 4 if i else 3  # k W, K^T G, q W, and G W^T where there is a layer below
         total += products * 2 * n_in * n_out + 2 * b * (n_in + n_out)  # and q K^T, and its product with G
     assert operations.per_token(ttt_mlp(d, depth=depth), b) == total
 
 
-def test_lact_reads_without_its_own_chunk_and_orthogonalises_once_a_chunk():
-    """6 d h to apply, 12 to learn; Newton-Schulz of an m x n matrix, m <= n, takes 5 (4 m m n + 2 m m m)."""
+def test_lact_counts_newton_schulz_once_per_mini_batch():
+    """Count 6 d h to apply and 12 d h to learn; Newton-Schulz takes 5 (4 m m n + 2 m m m) for m x n, m <= n."""
     d, h, b = 8, 8, 32
     chain = (Momentum(), Muon(), Renormalise())
     loop = InnerLoop(Learner(SwiGLU(h / d, False), d), dot_product, Rate(per_matrix=True), chain, "previous")

@@ -1,4 +1,4 @@
-"""The rules of learners: functions that keep them pass, each way to break one is refused by name."""
+"""Test the check of learners: functions that keep the rules pass; each way to break a rule is refused by name."""
 
 import itertools
 
@@ -87,7 +87,7 @@ def not_finite(dense, x):
 
 
 @pytest.mark.parametrize("f", [keeps_the_rules, ResidualNorm(keeps_the_rules), ResidualNorm(MLP(3))])
-def test_learners_that_keep_the_rules(f):
+def test_learners_that_keep_the_rules_pass(f):
     rules.check(Learner(f, 4))
 
 

@@ -1,7 +1,7 @@
-"""Recurrences of the field are points among the inner loops: equal to float64 loops over tokens in NumPy.
+"""Test that recurrences of the field are inner loops, against float64 loops over tokens in NumPy.
 
-Everywhere: a linear learner without bias, its output as it is, W0 = 0, and a rate that does not depend on the position.
-S is the transpose of W.
+All have a linear learner without bias, no output wrap, W0 = 0, and a rate that does not depend on the position. The
+state S of the recurrences is the transpose of W.
 """
 
 import functools
@@ -40,14 +40,14 @@ def gated_delta_net(s, k, v, beta, a):
 
 @functools.cache
 def tokens():
-    """q, k of norm 1, v, rates 0.2 to 1 and decays 0.5 to 1, in float64."""
+    """Draw q, k of norm 1, v, rates 0.2 to 1 and decays 0.5 to 1, in float64."""
     rng = np.random.default_rng(0)
     q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rng.standard_normal((2, B, T, H, D_K)))
     return q, k, rng.standard_normal((B, T, H, D_V)), rng.uniform(0.2, 1, (B, T, H)), rng.uniform(0.5, 1, (B, T, H))
 
 
 def by_recurrence(next_state):
-    """z [B, T, H, d_v] and the last S [B, H, d_v, d_k]."""
+    """Compute z [B, T, H, d_v] and the last S [B, H, d_v, d_k] by a recurrence."""
     q, *inputs = tokens()
     z, s = np.zeros((B, T, H, D_V)), np.zeros((B, H, D_V, D_K))
     for b, h in np.ndindex(B, H):
@@ -88,7 +88,7 @@ def test_recurrence_is_an_inner_loop(quick_jit, recurrence, objective, update, b
     np.testing.assert_allclose(weights.swapaxes(-1, -2), s, rtol=0, atol=1e-12)
 
 
-def test_the_recurrences_are_different_ones():
-    """The test above would be empty if rates and decays were too small to be seen."""
+def test_recurrences_differ_from_each_other():
+    """Check that the test above is not empty because rates and decays are too small."""
     found = [by_recurrence(f)[0] for f in (linear_attention, mamba2, delta_net, gated_delta_net)]
     assert all(np.abs(x - y).max() > 0.1 for i, x in enumerate(found) for y in found[:i])

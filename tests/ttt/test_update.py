@@ -1,4 +1,4 @@
-"""The members of an update against NumPy in float64, and what a chain may not do."""
+"""Test the members of an update against NumPy in float64, and the chains that are refused."""
 
 import functools
 
@@ -33,7 +33,7 @@ def through_polynomials(singular_values):
 
 
 def by_svd(g):
-    """Newton-Schulz by what it does to the singular values."""
+    """Compute Newton-Schulz by its polynomials of the singular values."""
     g = np.asarray(g, np.float64)
     u, s, vt = np.linalg.svd(g, full_matrices=False)
     s = through_polynomials(s / (np.sqrt((s**2).sum(-1, keepdims=True)) + 1e-7))
@@ -50,8 +50,8 @@ class TestNewtonSchulz:
         assert LOWEST < end.min() < end.max() < HIGHEST
 
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_is_that_of_the_singular_values_at_any_scale(self, shape, assert_close):
-        """Stacks too: each matrix alone, though one is a hundred times as large as another."""
+    def test_orthogonalise_equals_polynomials_of_singular_values_at_any_scale(self, shape, assert_close):
+        """Check stacks too, in which one matrix is a hundred times as large as another."""
         g = draw(shape)
         if len(shape) == 3:
             g *= np.float32([1, 10, 100])[:, None, None]
@@ -62,7 +62,7 @@ class TestNewtonSchulz:
         for scale in (1e9, 1e-3):
             assert_close(orthogonalise(np.float32(scale) * g), found, 1e-3 if scale < 1 else 1e-5)
 
-    def test_a_matrix_in_a_stack_is_as_alone(self, assert_close):
+    def test_each_matrix_of_a_stack_is_orthogonalised_alone(self, assert_close):
         g = draw((3, 2, 8))
         for i in range(3):
             assert_close(orthogonalise(g)[i], orthogonalise(g[i]), 1e-6)
@@ -106,7 +106,7 @@ class TestRenormalise:
         np.testing.assert_array_equal(settled.bias, w[0].bias)
         assert member.weights(w, w0) is w
 
-    def test_before_use_the_stored_weights_grow(self, assert_close):
+    def test_before_use_changes_the_used_weights_alone(self, assert_close):
         w, w0 = (affine(5, 3, 0),), (affine(5, 3, 10, batch=(2,)),)  # W0 of all sequences
         member = Renormalise(before_use=True)
         (used,) = member.weights(w, w0)
@@ -114,15 +114,15 @@ class TestRenormalise:
         np.testing.assert_array_equal(used.bias, w[0].bias)
         assert member.settle(w, w0) is w
 
-    def test_before_the_first_step_w0_is_used_as_it_is(self):
-        """Though its norm divided by its norm + 1e-5 is not 1: matters for features of small norm."""
+    def test_before_the_first_step_w0_is_used_unchanged(self):
+        """Check features of small norm, for which norm / (norm + 1e-5) is far from 1."""
         w0 = (Affine(1e-4 * draw((2, 5, 3)), None),)
         w = jax.tree.map(lambda x: np.broadcast_to(x, (4, *x.shape)), w0)
         np.testing.assert_array_equal(Renormalise(before_use=True).weights(w, w0)[0].weight, w[0].weight)
 
     @pytest.mark.parametrize("before_use", [False, True])
     def test_gradients_are_finite_where_features_are_zero(self, quick_jit, before_use):
-        """The first of W, the second of W0, the third of both."""
+        """Check a feature that is zero in W, one in W0, and one in both."""
         w, w0, cotangent = draw((5, 4)), draw((5, 4), 1), draw((5, 4), 2)
         w[:, [0, 2]] = w0[:, [1, 2]] = 0
         member = Renormalise(before_use)
@@ -135,7 +135,7 @@ class TestRenormalise:
 
 
 def problem(tokens=9, b=4, d_k=4, d_v=3):
-    """One sequence, one head; a linear learner with a bias."""
+    """Draw one sequence and one head for a linear learner with a bias."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -160,7 +160,7 @@ def loop_with(*chain):
 
 
 def by_numpy(parameters, tokens, *, decay=False, average=True, muon=False, before_use=False):
-    """Mini-batches of a linear learner with the dot product, whose gradients are -k v^T, -v at any W."""
+    """Loop over mini-batches of a linear learner with the dot product: gradients are -k v^T and -v at any W."""
     (w0, c0), p = (np.asarray(x[0], np.float64) for x in parameters.w0[0]), parameters.position_eta
     q, k, v, eta = (np.asarray(x[0, :, 0], np.float64) for x in tokens[:4])
     mu, log_decay = (np.asarray(tokens.gates[name][0, :, 0], np.float64) for name in ("momentum", "log_decay"))
@@ -191,7 +191,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_chain_is_a_loop_over_mini_batches(name, quick_jit, assert_close):
+def test_chain_equals_a_loop_over_mini_batches(name, quick_jit, assert_close):
     parameters, tokens = problem()
     chain, what = CHAINS[name]
     z = quick_jit(functools.partial(scan.run, loop_with(*chain)))(parameters, tokens).z
@@ -199,8 +199,8 @@ def test_chain_is_a_loop_over_mini_batches(name, quick_jit, assert_close):
 
 
 @pytest.mark.parametrize("place", [4, 7])
-def test_previous_shows_a_mini_batch_nothing_of_itself(quick_jit, place):
-    """A key and value changed in the second mini-batch change outputs of the third; a query its own output alone."""
+def test_reading_previous_hides_a_mini_batch_from_itself(quick_jit, place):
+    """Check that a changed key and value affect the next mini-batch, and a changed query its own output alone."""
     parameters, tokens = problem()
     run = quick_jit(functools.partial(scan.run, loop_with(Momentum(), Muon(), Renormalise())))
 
@@ -218,12 +218,12 @@ def test_previous_shows_a_mini_batch_nothing_of_itself(quick_jit, place):
     assert (asked != before).any(-1).tolist() == [t == place for t in range(9)]
 
 
-def test_causal_refuses_what_is_not_linear_by_name():
+def test_reading_causal_names_members_that_are_not_linear():
     with pytest.raises(ValueError, match="muon and renormalise is not linear"):
         InnerLoop(Learner(Linear(), 4), update=(Momentum(), Muon(), Renormalise()))
 
 
-def test_a_missing_gate_is_named():
+def test_missing_gate_of_momentum_is_an_error():
     parameters, tokens = problem()
     with pytest.raises(ValueError, match=r"Momentum reads the gate momentum of each token; given are \[\]"):
         scan.run(loop_with(Momentum()), parameters, tokens._replace(gates=None))

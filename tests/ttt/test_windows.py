@@ -1,4 +1,4 @@
-"""Where tokens are laid: against the rules of windows, checked token by token."""
+"""Test the layout of tokens in windows against its rules, token by token."""
 
 import functools
 
@@ -12,7 +12,7 @@ T, b = 9, 4
 
 
 def places(position, valid, reset):
-    """The tokens of a row, and of each its place, whether it begins a document, and which mini-batch it belongs to."""
+    """Return for each token of a row: its index, its place, whether it begins a document, and its mini-batch."""
     found, part = [], 0
     for t in np.flatnonzero(valid):
         position = 0 if reset[t] else position
@@ -34,8 +34,8 @@ def check(laid, i, position, valid, reset):
     for window, (t, place, begins_here, part) in zip(where, expected, strict=True):
         assert window_of.setdefault(part, window) == window  # a mini-batch is in one window
         parts = [p for p, w in window_of.items() if w == window]
-        assert part == parts[0] or place > 0 or begins_here  # what follows the first are documents,
-        assert part == parts[0] or place < b - 1  # that do not fill a mini-batch
+        assert part == parts[0] or place > 0 or begins_here  # the first mini-batch is followed only by documents,
+        assert part == parts[0] or place < b - 1  # which do not fill a mini-batch
         assert laid.target[i, t] // filled.shape[1] == window
     assert (laid.target[i][~valid] >= filled.size).all()
 
@@ -43,7 +43,7 @@ def check(laid, i, position, valid, reset):
 @pytest.mark.parametrize("tokens", [T, 3, 1])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("from_start", [False, True])
-def test_mini_batches_are_in_one_window_each_and_in_order(tokens, documents, from_start):
+def test_each_mini_batch_lies_in_one_window_in_order(tokens, documents, from_start):
     rows = 64
     rng = np.random.default_rng(0)
     lay = jax.jit(functools.partial(windows.lay, tokens, b))
@@ -60,9 +60,14 @@ def test_mini_batches_are_in_one_window_each_and_in_order(tokens, documents, fro
     assert laid.source.shape == (rows, 2 * cells - 1 if documents else cells, min(b, tokens))
 
 
-def test_slots_and_tokens_have_the_same_values():
+def test_values_are_put_into_slots_and_back(quick_jit):
     valid = np.array([[True, False, True, True, True]])
-    laid = windows.lay(5, 2, np.array([1], np.int32), valid)
-    x = np.arange(1.0, 6)[None]
-    assert laid.put(x).tolist() == [[1, 0, 3, 4, 5, 0]]
-    assert laid.back(laid.put(x)).tolist() == [[1, 0, 3, 4, 5]]
+
+    @quick_jit
+    def put_and_back(x):
+        laid = windows.lay(5, 2, np.array([1], np.int32), valid)
+        return laid.put(x), laid.back(laid.put(x))
+
+    put, back = put_and_back(np.arange(1.0, 6, dtype=np.float32)[None])
+    assert put.tolist() == [[1, 0, 3, 4, 5, 0]]
+    assert back.tolist() == [[1, 0, 3, 4, 5]]
