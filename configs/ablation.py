@@ -6,7 +6,7 @@
         --workdir gs://bucket/ablation --config.data.source=gs://bucket/pile      # all rungs; docs/recipes.md
 
 125M parameters at 2k tokens of the Pile, 4,800 steps, 2.5 B tokens, 256 chips of TPU v5e: 4 to 6 GiB a chip and two to
-four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, and the perplexity that the paper reports:
+four minutes each, by ``ttt plan``. Each RUNG with its change to the rung above, and the perplexity in the paper:
 
     linear_attention                                                  15.23
     equivalence        model.mixer=ttt_linear                         15.23    the same numbers, to rounding (Theorem 1)
@@ -16,9 +16,9 @@ four minutes each, says ``ttt plan``. RUNG, what it changes in the one above, an
     learned_eta        model.ttt.learned_eta=true                     11.99
     mamba_backbone     model.ttt.backbone=mamba                       11.09    which is paper.py:ttt_linear-125m-pile-2k
 
-The paper says what it adds, not how in detail. Here, biases of the learner come with LN and residual (without them
-linear attention has no counterpart), and a rate that is not learned is the one that learning starts with. RUNG:smoke is
-a tiny one, on the embedded corpus.
+The paper does not give all details. Here, biases of the learner are added with LN and residual (with biases, linear
+attention has no counterpart), and a rate that is not learned keeps its initial value. RUNG:smoke is a tiny run on the
+embedded corpus.
 """
 
 from ttt_jax.config import ConfigError

@@ -1,4 +1,4 @@
-"""The shape at which the speed of other implementations is known: two layers of the 125M width, one sequence of 2048.
+"""Benchmark the shape at which other implementations were measured: two layers of the 125M width, one sequence of 2048.
 
     ttt bench step --config configs/benchmark.py:ttt_linear
 

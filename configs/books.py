@@ -1,4 +1,4 @@
-"""Long contexts of real books: a small TTT-Linear that two CPU cores train in 8 minutes, evaluated by token index.
+"""Read long contexts of real books: a small TTT-Linear that trains on two CPU cores in 8 minutes.
 
     ttt tokenize --train books/train.jsonl.zst --validation books/validation.jsonl.zst --test books/test.jsonl.zst \
         --tokenizer byte --output data/books-byte
@@ -7,11 +7,11 @@
     ttt plot loss-by-position runs/books-* --context 32768 --by-document --output books.png
 
 Hardware: two CPU cores, 1.1 GiB (ttt_mlp 1.5, attention 7.9) beside the libraries; 250 steps, 4.1 M tokens.
-Loss 1.64 nats per byte over the first 32768 bytes of nine validation books (docs/data.md). TTT-MLP takes longer, and
-attention much longer on a CPU.
+The loss is 1.64 nats per byte over the first 32768 bytes of nine validation books (docs/data.md). On a CPU, TTT-MLP
+takes longer, and attention much longer.
 
-With tokens of a BPE that is trained on the train split, `--train-bpe 8192 --output data/books-bpe` in the first command
-and configs/books.py:ttt_linear,bpe in the second.
+For tokens of a BPE that is trained on the train split, use `--train-bpe 8192 --output data/books-bpe` in the first
+command and configs/books.py:ttt_linear,bpe in the second.
 
 The data may be any text: see docs/data.md. On an accelerator, train a larger model on longer windows:
 
@@ -28,7 +28,7 @@ _VOCAB_SIZES = {"byte": 258, "bpe": 8192}
 
 
 def get_config(arg: str = "ttt_linear"):
-    """The argument is a sequence mixer, and byte (the default) or bpe: ``ttt_mlp,bpe``."""
+    """Return the config for a sequence mixer, optionally followed by byte (the default) or bpe: ``ttt_mlp,bpe``."""
     mixer, _, tokens = arg.partition(",")
     tokens = tokens or "byte"
     if mixer not in MIXERS or tokens not in _VOCAB_SIZES:

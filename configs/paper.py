@@ -1,4 +1,4 @@
-"""The language models of "Learning to (Learn at Test Time)" (arXiv 2407.04620), by its recipe (section 3, appendix C).
+"""Train the language models of "Learning to (Learn at Test Time)", arXiv 2407.04620, by its recipe (sec. 3, app. C).
 
     ttt plan --config configs/paper.py:ttt_linear-125m-pile-2k --topology v5e:16x16
     ttt train --config configs/paper.py:ttt_linear-125m-pile-2k --workdir gs://bucket/runs/ttt_linear-125m-pile-2k \
@@ -8,17 +8,17 @@
 ARG is MIXER-SIZE-DATASET-CONTEXT:
 
 * ttt_linear, ttt_mlp: TTT layers in the Mamba backbone, (M) in the paper; ttt_linear_t, ttt_mlp_t: in the Transformer
-  backbone, (T). transformer: the baseline. transformer_finetune: goes on from the one that was trained at 2k, with 20 %
-  more tokens, at 4k or more; ``training.start_from`` is that run.
+  backbone, (T). transformer: the baseline. transformer_finetune: trains the one of 2k further, with 20 % more tokens,
+  at 4k or more; ``training.start_from`` is the run at 2k.
 * 125m, 350m, 760m, 1.3b
 * pile or books: ``data.source`` is data/pile or data/books, tokenized by the tokenizer of Llama, 32,000 tokens
 * 1k, 2k, 4k, 8k, 16k, 32k
 
-and :smoke after any of it makes it tiny, on the embedded corpus.
+The suffix :smoke makes any of them tiny, on the embedded corpus.
 
-Hardware: 256 chips of TPU v5e (16x16), but for the 125m at 16k, 128 of them (8x16), and at 32k, 64 (8x8), for its 12
-heads cannot share a row in more than 4 parts. Half a million tokens a batch, whatever the context. Tokens, and what
-``ttt plan`` expects of TTT-Linear: memory of a chip (of 15.75 GiB) and time. Other mixers are in docs/recipes.md.
+Hardware: 256 chips of TPU v5e (16x16). The 125m uses 128 chips (8x16) at 16k and 64 (8x8) at 32k, because its 12 heads
+split a row in 4 parts at most. A batch has half a million tokens, whatever the context. For TTT-Linear, ``ttt plan``
+expects this memory of a chip (of 15.75 GiB) and time; other mixers are in docs/recipes.md.
 
             steps   tokens    at 2k                at 32k
     125m    4,800    2.5 B     3.9 GiB, 2 min      2.1 GiB, 9 min (64 chips)
@@ -50,7 +50,7 @@ SIZES = {  # blocks, width, heads, feed-forward width, steps, peak learning rate
 DATASETS = ("pile", "books")
 CONTEXTS = {f"{k}k": k * 1024 for k in (1, 2, 4, 8, 16, 32)}
 BATCH = 512 * 1024  # tokens
-LONG_ROPE_THETA = 500_000.0  # of the Transformer on Books from 4k on, after Llama Long; 10,000 is worse there
+LONG_ROPE_THETA = 500_000.0  # for the Transformer on Books from 4k on, after Llama Long; 10,000 is worse there
 CHIPS = 256
 
 
@@ -74,19 +74,19 @@ def get_config(arg: str = "ttt_linear-125m-pile-2k"):
     c.data.sequence_length = CONTEXTS[context]
     c.data.batch_size = BATCH // CONTEXTS[context]
 
-    # ---- Optimizer: what is not here is the default, AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, cosine to 1e-5
+    # ---- Optimizer, beside the defaults: AdamW (0.9, 0.95), weight decay 0.1, clip 1.0, cosine to 1e-5
     c.optimizer.peak_lr = peak_lr
     c.optimizer.warmup = "10%"
     c.training.duration = f"{steps} steps"
     if mixer == "transformer_finetune":
         c.model.rope_theta = LONG_ROPE_THETA
-        c.optimizer.peak_lr = 1e-4 if size == "125m" else 1e-5  # the best of three, says the paper
+        c.optimizer.peak_lr = 1e-4 if size == "125m" else 1e-5  # the best of three in the paper
         c.training.duration = f"{steps // 5} steps"
         c.training.start_from = f"runs/transformer-{size}-{dataset}-2k"
 
-    # ---- Chips. A batch has fewer rows the longer they are; then chips share a row, each with some of the heads. The
-    # parameters lie in 16 parts, one line of the chips, by fsdp where rows are short and by tensor where they are long;
-    # the 125m fits on a chip whole. What the plan says about other meshes: docs/benchmarks.md.
+    # ---- Chips. A batch of long rows has few of them; then chips share a row, each with some of the heads. Parameters
+    # are split in 16 parts, one line of chips, by fsdp where rows are short and by tensor where they are long; those of
+    # the 125m fit on one chip. Plans for other meshes are in docs/benchmarks.md.
     heads = c.model.num_heads
     c.mesh.tensor = min(max(1, CHIPS // c.data.batch_size), heads & -heads)  # a power of two that divides the heads
     c.mesh.fsdp = 1 if size == "125m" else 16 // c.mesh.tensor
@@ -95,7 +95,7 @@ def get_config(arg: str = "ttt_linear-125m-pile-2k"):
 
 
 def smoke(c):
-    """The same recipe at a size that a CPU trains in seconds, on the embedded corpus."""
+    """Return the same recipe at a size that a CPU trains in seconds, on the embedded corpus."""
     whole_sequence = c.model.ttt.mini_batch == c.data.sequence_length  # one step of batch gradient descent
     c.model.update(num_layers=2, width=32, num_heads=2, mlp_width=64, vocab_size=258, dtype="float32", remat="none")
     c.data.update(source="embedded", sequence_length=64, batch_size=8)

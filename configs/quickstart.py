@@ -1,11 +1,11 @@
-"""A few minutes on two CPU cores: byte-level models of about half a million parameters on the embedded corpus.
+"""Train byte-level models of about half a million parameters on the embedded corpus, in minutes on two CPU cores.
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
 
 ARG is the mixer: ttt_linear (default), ttt_mlp, ttt, attention or linear_attention.
 
-One window a step rather than four learns more from fewer tokens at this size: 250 steps come to the losses of 140 steps
-of four windows, or below, from less than half of the tokens.
+At this size, one window a step learns more from fewer tokens than four: 250 steps of one window reach the losses of 140
+steps of four windows, or lower ones, with less than half of the tokens.
 
 Hardware: two CPU cores, 0.3 GiB (ttt_mlp 0.4) beside the libraries; 250 steps, 256,000 tokens, about half a minute.
 """

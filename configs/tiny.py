@@ -1,12 +1,12 @@
-"""The recipes of paper.py and ablation.py where two CPU cores train one in less than a minute.
+"""Shrink the recipes of paper.py and ablation.py, so that two CPU cores train one in less than a minute.
 
     ttt train --config configs/tiny.py:ttt_linear-125m-pile-2k --workdir runs/tiny        # or any other of paper.py
     ttt train --config configs/tiny.py:learned_w0 --workdir runs/learned_w0                # or any other of ablation.py
 
-ARG is that of paper.py, or of ablation.py. What recipes differ in is kept: mixer, backbone, four sizes, contexts (a
-16th: 2k is 128 tokens), steps that grow with the size, fine-tuning. Bytes, of the embedded corpus, 2048 a batch. It is
-what scripts/reproduce/ runs at --scale tiny (docs/reproduce.md), to see that an experiment works from end to end;
-results at this size say nothing about the paper's.
+ARG is that of paper.py, or of ablation.py. The differences between recipes are kept: mixer, backbone, four sizes,
+contexts (a 16th: 2k is 128 tokens), steps that grow with the size, fine-tuning. A batch has 2048 bytes of the embedded
+corpus. scripts/reproduce/ runs these recipes at --scale tiny (docs/reproduce.md), to check that an experiment works
+from end to end; results at this size say nothing about those of the paper.
 
 Hardware: two CPU cores, 0.3 GiB beside the libraries; 120 to 250 thousand tokens, 10 to 60 s. Loss 2.1 to 2.9 nats per
 byte.
@@ -14,15 +14,15 @@ byte.
 
 from . import ablation, paper
 
-SIZES = {  # as those of paper.py: blocks, width, heads, feed-forward width, steps, peak learning rate
+SIZES = {  # as in paper.py: blocks, width, heads, feed-forward width, steps, peak learning rate
     "125m": (2, 32, 2, 80, 60, 1e-2),
     "350m": (2, 48, 3, 128, 80, 1e-2),
     "760m": (3, 64, 4, 176, 100, 1e-2),
     "1.3b": (4, 80, 5, 208, 120, 7e-3),
 }
 BATCH = 2048  # tokens
-SHORTER = 16  # contexts
-FINETUNING_LR = 0.1  # of the peak learning rate
+SHORTER = 16  # the factor by which contexts are shorter
+FINETUNING_LR = 0.1  # as a part of the peak learning rate
 
 
 def get_config(arg: str = "ttt_linear-125m-pile-2k"):
