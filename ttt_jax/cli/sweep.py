@@ -191,7 +191,7 @@ def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int
     from ttt_jax.sweep import files, status
 
     standings = files.on_each(lambda point: status.of_point(directory / point.name, point, False), wanted)
-    print(f"{directory}: {status.in_short(standings)}")
+    print(f"{directory}: {status.summary(standings)}")
     for each in standings:
         if each.state == files.FAILED:
             print(f"  {each.point.name}: {each.note}")

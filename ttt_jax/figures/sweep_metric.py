@@ -12,16 +12,15 @@ from matplotlib.ticker import NullLocator
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
 from ttt_jax.figures import style
-from ttt_jax.sweep import results
 from ttt_jax.sweep.points import Value, short_key, value_text
-from ttt_jax.sweep.results import Result, Results
+from ttt_jax.sweep.results import CONFIG, Result, Results
 
 _SEED = "seed"
 _MOST_TICKS = 12
 _MOST_IN_PICTURE = 4  # names of lines; more would cover them
 
 
-def against(found: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
+def against(results: Results, metric: str, output: Path, *, x: str, lines: str | None = None) -> None:
     """Draw the metric of the points against a key, and save it.
 
     A line joins points that are done, through the mean where several have the same value of the key; bars are the
@@ -38,12 +37,12 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
       ConfigError: where a key is unknown, or no point has a value.
     """
     style.check_output(output, option="--plot")
-    places = {each.standing.point.name: _value(found, each, x, "--x") for each in found.results}
-    by = [lines] if lines is not None else _others(found, x)
+    places = {each.standing.point.name: _value(results, each, x, "--x") for each in results.results}
+    by = [lines] if lines is not None else _others(results, x)
     groups: dict[tuple, list[Result]] = {}
-    for each in found.results:
+    for each in results.results:
         if each.value is not None and places[each.standing.point.name] is not None:
-            groups.setdefault(tuple(_value(found, each, key, "--lines") for key in by), []).append(each)
+            groups.setdefault(tuple(_value(results, each, key, "--lines") for key in by), []).append(each)
     if not groups:
         raise ConfigError(f"--plot: no point has a value of {metric} yet")
     axis = _Axis([place for place in places.values() if place is not None])
@@ -66,10 +65,10 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
                 at.setdefault(place, []).append(each)
         joined = sorted(at)
         middle = [finite.mean(each.value or 0.0 for each in at[place]) for place in joined]
-        several = any(len(there) > 1 for there in at.values())
+        several = any(len(members) > 1 for members in at.values())
         means = means or several
         for place, mean in zip(joined, middle, strict=True):
-            spread = _spread(found, at[place])
+            spread = _spread(results, at[place])
             if spread is not None:
                 spreads = True
                 axes.errorbar(place, mean, spread, color=color, capsize=4, linewidth=1.2, zorder=2.5)
@@ -86,7 +85,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
     axis.prepare(axes)
     axes.set_xlabel(style.literal(f"{x} (log scale)" if axis.base else x))
     axes.set_ylabel(style.literal(metric))
-    axes.set_title(style.literal(_title(found, metric, hollow=hollow, means=means, spreads=spreads)), fontsize=11)
+    axes.set_title(style.literal(_title(results, metric, hollow=hollow, means=means, spreads=spreads)), fontsize=11)
     axes.grid(alpha=0.25, which="major")
     if by:
         if len(groups) > _MOST_IN_PICTURE:
@@ -97,7 +96,7 @@ def against(found: Results, metric: str, output: Path, *, x: str, lines: str | N
 
 
 class _Axis:
-    """The x axis: logarithmic where values are spaced like that, else linear; values that are no numbers side by side.
+    """An x axis: logarithmic where values are spaced like that, else linear; other values than numbers stand side by side.
 
     Attributes:
       base: of the logarithm; None for another axis.
@@ -138,40 +137,40 @@ def _log_base(numbers: Sequence[float]) -> int | None:
     return 2 if all(math.frexp(number)[0] == 0.5 for number in numbers) else 10
 
 
-def _others(found: Results, x: str) -> list[str]:
+def _others(results: Results, x: str) -> list[str]:
     """Return the swept keys but the seed that differ between points with the same value of ``x``."""
-    seen: dict[str, dict] = {key: {} for key in found.keys if key not in (x, _SEED)}
-    for each in found.results:
-        place = _value(found, each, x, "--x")
+    seen: dict[str, dict] = {key: {} for key in results.keys if key not in (x, _SEED)}
+    for each in results.results:
+        place = _value(results, each, x, "--x")
         for key, values in seen.items():
-            values.setdefault(place, set()).add(_value(found, each, key, "--lines"))
+            values.setdefault(place, set()).add(_value(results, each, key, "--lines"))
     return [key for key, values in seen.items() if any(len(several) > 1 for several in values.values())]
 
 
-def _value(found: Results, result: Result, key: str, option: str) -> Value | None:
+def _value(results: Results, result: Result, key: str, option: str) -> Value | None:
     """Return the value of a key at a point; None where it is not known, as the point has not begun."""
     if key in result.values:
         return result.values[key]
-    config = found.configs[result.standing.point.name]
-    known = {*found.keys, *(name for each in found.configs.values() for name in each)}
+    config = results.configs[result.standing.point.name]
+    known = {*results.keys, *(name for each in results.configs.values() for name in each)}
     if key not in known:
-        raise ConfigError(f"{option} {key}: no such key; expected one that is swept: {', '.join(found.keys)}")
+        raise ConfigError(f"{option} {key}: no such key; expected one that is swept: {', '.join(results.keys)}")
     return config.get(key)
 
 
-def _spread(found: Results, there: Sequence[Result]) -> float | None:
+def _spread(results: Results, members: Sequence[Result]) -> float | None:
     """Return the standard deviation of points that differ in the seed alone; None for other points, or a single one."""
-    values = [each.value for each in there if each.value is not None and math.isfinite(each.value)]
-    others = [{key: value for key, value in each.values.items() if key != _SEED} for each in there]
-    if _SEED not in found.keys or len(values) < max(2, len(there)) or any(other != others[0] for other in others):
+    values = [each.value for each in members if each.value is not None and math.isfinite(each.value)]
+    others = [{key: value for key, value in each.values.items() if key != _SEED} for each in members]
+    if _SEED not in results.keys or len(values) < max(2, len(members)) or any(other != others[0] for other in others):
         return None
     return statistics.stdev(values)
 
 
-def _title(found: Results, metric: str, *, hollow: bool, means: bool, spreads: bool) -> str:
-    missing = sum(each.value is None for each in found.results)
-    not_finite = sum(each.is_not_finite for each in found.results)
-    parts = [f"{len(found.results)} points"]
+def _title(results: Results, metric: str, *, hollow: bool, means: bool, spreads: bool) -> str:
+    missing = sum(each.value is None for each in results.results)
+    not_finite = sum(each.is_not_finite for each in results.results)
+    parts = [f"{len(results.results)} points"]
     if means:
         parts.append("lines: means" + " +- standard deviation over seeds" * spreads)
     if hollow:
@@ -189,7 +188,7 @@ def _order(value: Value | None) -> tuple:
 
 
 def _label(key: str, value: Value | None) -> str:
-    return _text(value) if key == results.CONFIG else f"{short_key(key)} {_text(value)}"
+    return _text(value) if key == CONFIG else f"{short_key(key)} {_text(value)}"
 
 
 def _text(value: Value | None) -> str:

@@ -128,8 +128,8 @@ class Record:
         """Return whether nothing is left to do of a run of so many steps."""
         return self.steps >= steps and (self.state == DONE or (stopping_early and self.state == STOPPED_EARLY))
 
-    def exit_in_words(self) -> str:
-        """Return the exit status, or the signal that ended the process; empty while there is none."""
+    def describe_exit(self) -> str:
+        """Return the exit status, or the signal that ended the process, as text; empty while it runs."""
         if self.status is None or self.status >= 0:
             return "" if self.status is None else f"exit status {self.status}"
         try:

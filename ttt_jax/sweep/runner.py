@@ -171,7 +171,7 @@ class PointRun:
             return
         self._write(self.ended)
         took = duration(time.time() - self.ended.began)
-        why = f"{self.ended.exit_in_words()}: {said}" if state == files.FAILED else took
+        why = f"{self.ended.describe_exit()}: {said}" if state == files.FAILED else took
         self._say(f"{state}, {why}")
 
     def _say(self, text: str) -> None:

@@ -60,7 +60,7 @@ def of_point(workdir: Workdir, point: Point, is_live: bool) -> Standing:
         begun = record.state == RUNNING and not is_live
         shorter = record.state == DONE and record.steps < point.steps  # the sweep has been made longer since
         state = STOPPED if begun or shorter else record.state
-        killed = record.exit_in_words() if (record.status or 0) < 0 or not record.said else ""
+        killed = record.describe_exit() if (record.status or 0) < 0 or not record.said else ""
         note = "; ".join(filter(None, (killed, record.said))) if state == FAILED else ""
     if not newest:
         return Standing(point, state, note=note)
@@ -79,7 +79,7 @@ def of_point(workdir: Workdir, point: Point, is_live: bool) -> Standing:
 # ---- Tables
 
 
-def in_short(standings: Sequence[Standing]) -> str:
+def summary(standings: Sequence[Standing]) -> str:
     """Return how many points are in which state."""
     counts = collections.Counter(each.state for each in standings)
     return f"{len(standings)} points: {', '.join(f'{count} {state}' for state, count in counts.items())}"
@@ -106,7 +106,7 @@ def table(standings: Sequence[Standing], *, active_first: bool = False) -> Table
         }
         for each in standings
     ]
-    return table_of(rows, ("step", "loss", "tokens/s", "last record"), title=in_short(standings))
+    return table_of(rows, ("step", "loss", "tokens/s", "last record"), title=summary(standings))
 
 
 def table_of_points(points: Sequence[Point], keys: Sequence[str]) -> Table:
