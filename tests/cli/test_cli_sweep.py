@@ -91,8 +91,6 @@ def test_refused(answers, command):
     ],
 )
 def test_learners_that_cannot_be_found_are_refused(capsys, tmp_path, options, message):
-    from ttt_jax import cli
-
     if "--engine ray" in options:
         pytest.importorskip("ray")
     command = ["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), "--config.model.mixer=ttt"]
@@ -101,8 +99,6 @@ def test_learners_that_cannot_be_found_are_refused(capsys, tmp_path, options, me
 
 
 def test_a_dry_run_prints_the_commands(capsys, tmp_path):
-    from ttt_jax import cli
-
     folder = tmp_path / "new"
     line = ["sweep", "--config", QUICKSTART, "--workdir", str(folder), "--dry-run", "--config.data.source=it's here"]
     line += ["--grid", "training.duration=2 steps,1M tokens"]
@@ -120,6 +116,17 @@ def test_a_dry_run_prints_the_commands(capsys, tmp_path):
     assert not folder.exists()
 
 
+def test_a_value_with_spaces_after_a_list_is_set_for_all_points(capsys, tmp_path):
+    """Check that a value with spaces is not taken for one more entry of the list, as argparse does."""
+    lists = ["--grid", "seed=0,1", "--config.training.duration=20 steps"]
+    lists += ["--zip", "log.every=1 step,2 steps", "--config.checkpoint.every=10 steps"]
+    assert cli.main(["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), *lists, "--dry-run"]) == 0
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ttt train")]
+    assert len(commands) == 4
+    assert all("'--config.training.duration=20 steps'" in line for line in commands)
+    assert all("'--config.checkpoint.every=10 steps'" in line for line in commands)
+
+
 # ---- Real runs
 
 TINY = [
@@ -130,12 +137,13 @@ TINY = [
 
 
 def environment(**more):
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        **more,
-    }
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+
+
+def cache_environment(folder):
+    """Return where logs and locks of sweeps in buckets are, and compiled programs as in :func:`environment`."""
+    programs = {name: value for name, value in environment().items() if name.startswith(("JAX_", "XLA_"))}
+    return {"XDG_CACHE_HOME": str(folder), **programs}
 
 
 def ttt(*arguments):
@@ -203,7 +211,7 @@ def test_a_sweep_in_a_bucket(tmp_path):
     with FakeGCS() as gcs:
         process = subprocess.Popen(
             [sys.executable, "-m", "ttt_jax", "sweep", *TINY, *steps],
-            env={**environment(), **gcs.environment(), **environment_of_cache(tmp_path), "PYTHONPATH": str(ROOT)},
+            env={**environment(), **gcs.environment(), **cache_environment(tmp_path), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -221,20 +229,3 @@ def test_a_sweep_in_a_bucket(tmp_path):
     assert "1 points: 1 done" in out
     local = tmp_path / "ttt_jax/sweeps/bucket/sweeps/a"
     assert (local / "seed=1" / "output.log").read_bytes() == there["seed=1/output.log"]
-
-
-def environment_of_cache(folder):
-    """Return where logs and locks of sweeps in buckets are, and compiled programs as in :func:`environment`."""
-    kept = environment()
-    return {"XDG_CACHE_HOME": str(folder), **{name: x for name, x in kept.items() if name.startswith(("JAX_", "XLA_"))}}
-
-
-def test_a_value_with_spaces_after_a_list_is_set_for_all_points(capsys, tmp_path):
-    """Check that a value with spaces is not taken for one more entry of the list, as argparse does."""
-    lists = ["--grid", "seed=0,1", "--config.training.duration=20 steps"]
-    lists += ["--zip", "log.every=1 step,2 steps", "--config.checkpoint.every=10 steps"]
-    assert cli.main(["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), *lists, "--dry-run"]) == 0
-    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ttt train")]
-    assert len(commands) == 4
-    assert all("'--config.training.duration=20 steps'" in line for line in commands)
-    assert all("'--config.checkpoint.every=10 steps'" in line for line in commands)

@@ -96,7 +96,7 @@ def against(results: Results, metric: str, output: Path, *, x: str, lines: str |
 
 
 class _Axis:
-    """An x axis: logarithmic where values are spaced like that, else linear; other values than numbers stand side by side.
+    """An x axis: logarithmic where values are spaced like that, else linear; values that are no numbers side by side.
 
     Attributes:
       base: of the logarithm; None for another axis.
