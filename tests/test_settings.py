@@ -22,11 +22,11 @@ class Section:
     every: Duration = setting("10%", "a duration")
 
 
-FOUND = {each.name: each for each in settings.of(Section)}
+FOUND = {each.name: each for each in settings.settings_of(Section)}
 
 
 def test_fields_of_a_section_are_settings():
-    assert [(each.name, each.default, each.kind) for each in settings.of(Section)] == [
+    assert [(each.name, each.default, each.kind) for each in settings.settings_of(Section)] == [
         ("count", 3, int),
         ("share", 0.5, float),
         ("scale", None, float),

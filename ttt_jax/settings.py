@@ -90,7 +90,7 @@ class Accepts(typing.NamedTuple):
 
 
 class Setting(typing.NamedTuple):
-    """A field of a config section, as :func:`of` finds it."""
+    """A field of a config section, as :func:`settings_of` finds it."""
 
     name: str
     default: Any  # None where the key is unset by default
@@ -119,7 +119,7 @@ def kind_in_words(name: str) -> str:
     return kinds.get(name, "a text")
 
 
-def of(section: type) -> Iterator[Setting]:
+def settings_of(section: type) -> Iterator[Setting]:
     """Yield the settings of a section, in order."""
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):

@@ -265,7 +265,7 @@ def test_a_single_process_holds_all_rows_of_the_batch():
     """Check a mesh that may order devices in another way than JAX."""
     devices = np.array(jax.devices()).reshape(1, 1, 1)
     where = sharding.batch_sharding(Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3), RULES)
-    assert sharding.rows_here(where, 4) == [0, 1, 2, 3]
+    assert sharding.rows_of_this_process(where, 4) == [0, 1, 2, 3]
     x = np.arange(12).reshape(4, 3)
     batch = sharding.global_batch({"inputs": x}, [0, 1, 2, 3], 4, where)
     np.testing.assert_array_equal(batch["inputs"], x)
@@ -291,4 +291,4 @@ class PartOfAPod:
     ],
 )
 def test_rows_of_a_process(parts, rows):
-    assert sharding.rows_here(PartOfAPod(*parts), 8) == rows
+    assert sharding.rows_of_this_process(PartOfAPod(*parts), 8) == rows

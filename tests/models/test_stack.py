@@ -123,5 +123,5 @@ def test_padding_does_not_change_the_residual_stream(hybrid):
 def test_a_uniform_model_stacks_its_layers_without_segments():
     model = language_model.build_model(config("attention*2", 3).model)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    assert set(params) == {"embedding", stack.ONE, "final_norm"}
-    assert {x.shape[0] for x in jax.tree.leaves(params[stack.ONE])} == {3}
+    assert set(params) == {"embedding", stack.LAYERS, "final_norm"}
+    assert {x.shape[0] for x in jax.tree.leaves(params[stack.LAYERS])} == {3}

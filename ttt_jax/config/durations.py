@@ -17,7 +17,7 @@ from ttt_jax.settings import Duration
 _DEFAULTS: dict[str, str] = {
     f"{name}.{each.name}": each.default
     for name, section in SECTIONS.items()
-    for each in settings.of(section.settings)
+    for each in settings.settings_of(section.settings)
     if each.kind is Duration
 }
 _MOST = 1e18  # steps or tokens; larger numbers are typing errors, and would overflow

@@ -105,7 +105,7 @@ def own_functions(config: ml_collections.ConfigDict) -> dict[str, str]:
 def _settings() -> Iterator[tuple[str, Setting]]:
     """Yield the section and the setting of each key."""
     for name, section in SECTIONS.items():
-        for each in settings_lib.of(section.settings):
+        for each in settings_lib.settings_of(section.settings):
             if (name, each.name) == ("model", "mixer"):
                 each = each._replace(
                     meaning=f"{each.meaning}: {', '.join(_mixers())}; or a pattern of them that is repeated, such as "
@@ -115,7 +115,7 @@ def _settings() -> Iterator[tuple[str, Setting]]:
         if name == "model":
             of_mixers = {mixer.section: mixer.settings for mixer in _mixers().values() if mixer.settings is not None}
             for section_of_mixer, theirs in of_mixers.items():
-                for each in settings_lib.of(theirs):
+                for each in settings_lib.settings_of(theirs):
                     yield f"{name}.{section_of_mixer}", each
 
 

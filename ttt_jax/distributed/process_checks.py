@@ -133,7 +133,7 @@ def check_shared(folder: Workdir, *, limit: float = 60) -> None:
         )
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line to standard error, once for all processes."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rules.batch))
 
 
-def rows_here(where: NamedSharding, batch_size: int) -> list[int]:
+def rows_of_this_process(where: NamedSharding, batch_size: int) -> list[int]:
     """Return the rows of a batch that devices of this process hold, in order.
 
     The rows need not be adjacent, and processes share rows where a mesh axis that does not split the batch runs across
@@ -126,7 +126,7 @@ def global_batch(
     return {name: array(x) for name, x in local.items()}
 
 
-def by_axes(axes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+def shardings_of_axes(axes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """Return a sharding for each ``PartitionSpec`` of names of axes in a tree, such as a model's ``state_axes()``."""
 
     def place(names: PartitionSpec) -> NamedSharding:

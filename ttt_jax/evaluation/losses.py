@@ -37,7 +37,7 @@ def of_sequences(
       batch_size: B, rounded up to a multiple of ``trained.rows``.
     """
     batch_size = math.ceil(batch_size / trained.rows) * trained.rows
-    rows = sharding.rows_here(trained.batch_sharding, batch_size)
+    rows = sharding.rows_of_this_process(trained.batch_sharding, batch_size)
     longest = max(map(sequences_lib.length, sequences))
     whole = longest <= piece_length
     capacity = math.ceil(longest / piece_length) * piece_length  # tokens that the state has room for
@@ -72,7 +72,7 @@ class _Reader:
             logits, state = trained.model.apply({"params": params}, inputs, state)
             return token_nll(logits, targets), state
 
-        states = sharding.by_axes(trained.model.state_axes(), trained.mesh, trained.rules)
+        states = sharding.shardings_of_axes(trained.model.state_axes(), trained.mesh, trained.rules)
         self._start = jax.jit(make, out_shardings=states)
         self._whole = jax.jit(whole, out_shardings=everywhere)
         self._piece = jax.jit(piece, out_shardings=(everywhere, states), donate_argnums=1)

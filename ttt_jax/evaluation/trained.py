@@ -128,7 +128,7 @@ def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1,
             if wanted not in ("newest", "best", "all"):
                 raise
             if wanted == "all":
-                process_checks.say(f"{workdir}: the checkpoint of step {step} was removed; left out")
+                process_checks.print_once(f"{workdir}: the checkpoint of step {step} was removed; left out")
             if not waiting and not any_loaded:
                 waiting = steps(workdir, wanted)
             continue

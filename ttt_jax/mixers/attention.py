@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import Places, gather_valid, places
 from ttt_jax.layers.linear import Projection, to_heads
-from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, head_options
 from ttt_jax.settings import setting
 
 _NO_DOCUMENT = -1  # the document of keys that no query sees
@@ -205,7 +205,7 @@ class Settings:
 def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]:
     return partial(
         Attention,
-        **of_heads(model),
+        **head_options(model),
         window=window,
     )
 

@@ -23,7 +23,7 @@ from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
 from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.layers.norm import post_norm
-from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, of_heads
+from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, head_options
 
 CHUNK = 128  # tokens
 
@@ -127,7 +127,7 @@ def linear_attention(
 def _module(model: Model) -> Callable[..., nn.Module]:
     return partial(
         LinearAttention,
-        **of_heads(model),
+        **head_options(model),
     )
 
 

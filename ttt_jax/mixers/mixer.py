@@ -54,7 +54,7 @@ class Memory(NamedTuple):
     bytes_per_head: float = 0.0
 
 
-def of_heads(model: Model) -> dict[str, Any]:
+def head_options(model: Model) -> dict[str, Any]:
     """Return the arguments that the modules of all mixers with heads and rotary positions take."""
     return {
         "num_heads": model.num_heads,

@@ -17,7 +17,7 @@ from ttt_jax import import_path
 from ttt_jax.distributed.sharding import device_kind
 from ttt_jax.errors import ConfigError
 from ttt_jax.kernels import run as kernels
-from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, of_heads
+from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, head_options
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
     FIXED_LEARNERS,
@@ -29,7 +29,7 @@ from ttt_jax.mixers.ttt_loop import (
     learner_name,
     loop,
 )
-from ttt_jax.settings import of, setting
+from ttt_jax.settings import setting, settings_of
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import operations, update
 from ttt_jax.ttt.inner_loop import InnerLoop
@@ -122,7 +122,7 @@ class Settings:
     )
 
 
-_DEFAULT = {each.name: each.default for each in of(Settings)}
+_DEFAULT = {each.name: each.default for each in settings_of(Settings)}
 # Keys that choose the inner loop. TTT-Linear and TTT-MLP allow other values only for the output and the biases.
 CHOICES = ("learner", "output", "bias", "objective", "rate", "rate_per_matrix", "position_rate", "update", "reading")
 _IN_WORDS = {  # the words in a label for a choice that differs from TTT-Linear
@@ -193,7 +193,7 @@ def _module(model: Model) -> Callable[..., nn.Module]:
         learned_w0=ttt.learned_w0,
         learned_eta=ttt.learned_eta,
         conv_width=model.conv_width,
-        **of_heads(model),
+        **head_options(model),
         kernel=ttt.kernel,
         remat_group=ttt.remat_group,
         unroll=ttt.unroll,

@@ -165,7 +165,7 @@ def _model_of_entry(model: ml_collections.ConfigDict, name: str, changes: str) -
     found = ml_collections.ConfigDict(model.to_dict())
     found.mixer = name
     section, declared = MIXERS[name].section, MIXERS[name].settings
-    of_section = {each.name: each for each in settings.of(declared)} if declared else {}
+    of_section = {each.name: each for each in settings.settings_of(declared)} if declared else {}
     for assignment in _assignments(changes):
         key, _, text = (part.strip() for part in assignment.partition("="))
         where = f"model.mixer={model.mixer!r}: {name}({assignment})"

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.block import Block
 
-ONE = "layers"  # the name of the only run of a model of equal blocks
+LAYERS = "layers"  # the name of the only run of a model of equal blocks
 
 
 class Run(NamedTuple):
@@ -45,7 +45,7 @@ def read(segments: Segments, remat: bool, h: jax.Array, state: Any, context: Con
     """Apply all blocks to h [B, T, D], in a compact method of a Flax module; return h and the state."""
     if _only_run(segments):
         (run,) = segments[0].runs
-        return _read_run(run, ONE, remat, h, state, context)
+        return _read_run(run, LAYERS, remat, h, state, context)
     after = []
     for s, segment in enumerate(segments):
         pattern = _Pattern(segment.runs, remat, name=f"segment_{s}")
@@ -82,7 +82,7 @@ def by_block(segments: Segments, filled: Mapping[str, Any]) -> list[Any]:
       filled: the collection, as ``apply`` returns it.
     """
     if _only_run(segments):
-        return _taken(filled.get(ONE, {}), range(segments[0].runs[0].blocks))
+        return _taken(filled.get(LAYERS, {}), range(segments[0].runs[0].blocks))
     found: list[Any] = []
     for s, segment in enumerate(segments):
         of_segment = filled.get(f"segment_{s}", {})

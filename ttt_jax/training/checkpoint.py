@@ -153,7 +153,7 @@ class Checkpoints:
         try:
             self._end_of_save()
         except CheckpointError as error:
-            process_checks.say(str(error))
+            process_checks.print_once(str(error))
 
     def close(self) -> None:
         """Wait for the save that is under way, and close the writer."""
@@ -178,7 +178,7 @@ class Checkpoints:
             )
         seconds = self._save_again_after[self._failures - 1]
         self._due = time.monotonic() + seconds
-        process_checks.say(f"{problem}; trying again in {seconds:g} s")
+        process_checks.print_once(f"{problem}; trying again in {seconds:g} s")
 
     def _known_steps(self) -> list[int]:
         """Return the steps of all complete checkpoints; none where the storage cannot be read."""
@@ -296,7 +296,7 @@ class Checkpoints:
 
         self._writer.close()
         aside = folder.name if self._read_only else self._exchange.on_first(rename)
-        process_checks.say(
+        process_checks.print_once(
             f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}"
         )
 

@@ -34,11 +34,11 @@ def checked(run: compiled_step.Program) -> compiled_step.Program:
     if problem is None:
         if self_check.of_family.cache_info().misses > known:
             for report in (self_check.of_family(family, device) for family in kernels):
-                process_checks.say(
+                process_checks.print_once(
                     f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
                 )
         return run
-    process_checks.say(
+    process_checks.print_once(
         f"WARNING: the fused kernel of the inner loop is wrong on {device.device_kind}: {problem}. The scan is used "
         "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
         "model.ttt.kernel_check=false uses the kernel as it is"

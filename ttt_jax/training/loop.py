@@ -145,7 +145,7 @@ def _train(
             reporter.waited("restore_seconds", restore_seconds, within_step=False)
 
             # ---- Read data from where the run stands
-            rows = sharding.rows_here(run.batch_sharding, batch_size)
+            rows = sharding.rows_of_this_process(run.batch_sharding, batch_size)
             batches = pipeline.train_batches(
                 data,
                 sequence_length=sequence_length,
@@ -189,7 +189,7 @@ def _train(
                     watchdog.heard()
                     is_best = best.add(step, validation_values)
                     if warning := validation.not_finite(step, validation_values):
-                        process_checks.say(warning)
+                        process_checks.print_once(warning)
 
                 if step % save_every == 0 or step == total or is_best or checkpoints.wants_save(step):
                     lock.check()

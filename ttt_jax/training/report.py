@@ -195,18 +195,18 @@ def describe(config: ml_collections.ConfigDict, run: Program, *, start: int, ori
     """
     parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
     total, tokens = config_lib.steps(config, "training.duration"), config.data.batch_size * config.data.sequence_length
-    process_checks.say(
+    process_checks.print_once(
         f"{pattern.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
-    process_checks.say(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")
+    process_checks.print_once(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")
     with sharding.on_mesh(run.mesh, run.rules):
         ways = [MIXERS[kind.model.mixer].computed(kind.model) for kind in pattern.kinds(config.model)]
     for way in filter(None, dict.fromkeys(ways)):
-        process_checks.say(f"inner loop: {way}")
+        process_checks.print_once(f"inner loop: {way}")
 
 
 class ProgressBar:

@@ -28,7 +28,7 @@ def check_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_change
     """
     if process_checks.on_all(lambda: check_same_run(config, workdir, accept_changed_learner)):
         learner, source = config.model.ttt.learner, config.model.ttt.learner_source
-        process_checks.say(f"model.ttt.learner={learner!r}: has changed since the run began; accepted")
+        process_checks.print_once(f"model.ttt.learner={learner!r}: has changed since the run began; accepted")
         if jax.process_index() == 0:
             record_learner_source(workdir, source)
 

@@ -96,10 +96,10 @@ def restore(
     saved_config = restored.meta.get("config")
     is_finished = restored.step >= config_lib.steps(config, "training.duration")
     if not is_finished and (change := optimizer.schedule_change(config, saved_config, restored.step, workdir)):
-        process_checks.say(change)
+        process_checks.print_once(change)
     best.losses = validation.read_losses(workdir, restored.step)
     if best.losses and (change := validation.other_tokens(saved_config, config)):
-        process_checks.say(change)
+        process_checks.print_once(change)
     return restored
 
 

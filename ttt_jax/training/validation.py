@@ -63,7 +63,7 @@ class Validation:
     def __call__(self, params: Any) -> dict[str, float]:
         """Return ``validation_loss`` and ``validation_perplexity``; not finite where the loss of a token is not."""
         batch_sharding = self._run.batch_sharding
-        rows = sharding.rows_here(batch_sharding, self._batch_size)
+        rows = sharding.rows_of_this_process(batch_sharding, self._batch_size)
         losses, tokens = [], []
         length = self._run.config.data.sequence_length
         windows = sequences.windows(self._source, length, self._windows)
