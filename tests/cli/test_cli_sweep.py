@@ -136,8 +136,8 @@ TINY = [
 ]
 
 
-def environment(**more):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def cache_environment(folder):

@@ -106,7 +106,7 @@ def run(
                 tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=jobs, reuse_actors=False),
                 run_config=tune.RunConfig(
                     name="sweep",
-                    storage_path=folder,  # of Tune's own records, which nobody needs: a point knows where it stands
+                    storage_path=folder,  # for Tune's own records, which are not needed: points have theirs
                     verbose=0,
                     stop=_Stopper(scheduler),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -214,7 +214,7 @@ class _Scheduler(ASHAScheduler):
         self.running.add(name)
         comparable = self._early is not None and name not in self._asked and result.get("step", 0) < self._steps[name]
         if self.interrupted:
-            for each in self._steps:  # of those that Tune begins yet, none starts its process
+            for each in self._steps:  # a trial that Tune begins after this starts no process
                 self._ask(each, files.STOPPED)
         elif comparable and super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
             self._ask(name, files.STOPPED_EARLY)

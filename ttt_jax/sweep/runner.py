@@ -1,4 +1,4 @@
-"""Run points on this machine: a process for each, started again where that helps, and what is written down of it."""
+"""Run points on this machine: start a process for each, restart it after status 75, and record how it ended."""
 
 import collections
 import contextlib
@@ -181,7 +181,7 @@ class PointRun:
         self._save(files.POINT, lambda path: files.write_record(path.parent, record))
 
     def _save(self, name: str, write: Callable[[Workdir], object]) -> None:
-        """Write a file. Storage that fails does not end other points; a point without a record runs again, all done."""
+        """Write a file. Failing storage must not end other points: a point without its record is run, and found done."""
         try:
             write(self._workdir / name)
         except OSError as error:
@@ -202,7 +202,7 @@ class PointRun:
 
 
 def gpu_shares(jobs: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """Return what gives each of so many processes an equal share of the GPUs: JAX takes all, and the memory of all.
+    """Return variables that give each process an equal share of the GPUs: by itself, JAX takes all, and their memory.
 
     Raises:
       ConfigError: where there are more processes than GPUs.

@@ -2,12 +2,12 @@
 
     python supervisor.py PIPE COMMAND ARGUMENT...
 
-PIPE is a file descriptor that nobody writes to: it ends when the process that holds its other side does, also if that
-was killed. SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its
-signal. If the supervisor itself is killed, the command gets SIGTERM (on Linux).
+PIPE is the reading end of a pipe without data: it is closed when the process with the writing end ends, even if killed.
+SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its signal. If
+the supervisor itself is killed, the command gets SIGTERM (on Linux).
 
-There is one thread: a process gets SIGTERM at the death of every thread of its parent, and at a second one it would not
-save.
+There must be one thread: the kernel sends SIGTERM at the death of every thread of a parent, and at the second signal
+the command would not save.
 """
 
 import contextlib
