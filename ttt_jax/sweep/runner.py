@@ -181,7 +181,7 @@ class PointRun:
         self._save(files.POINT, lambda path: files.write_record(path.parent, record))
 
     def _save(self, name: str, write: Callable[[Workdir], object]) -> None:
-        """Write a file. Failing storage must not end other points: a point without its record is run, and found done."""
+        """Write a file. Failing storage must not end other points; a point without its record runs again, all done."""
         try:
             write(self._workdir / name)
         except OSError as error:
