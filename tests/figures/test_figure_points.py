@@ -57,7 +57,7 @@ def test_a_run_that_was_not_evaluated_names_the_command(tmp_path):
     with pytest.raises(ConfigError) as caught:
         points.of_places([str(workdir)], "test")
     assert str(caught.value) == (
-        f"{workdir}: no evaluation of the test split at its own context; there is validation-32; run: "
+        f"{workdir}: no evaluation of the test split with context 32; there is validation-32; run: "
         f"ttt eval --workdir {workdir} --split test --context 32"
     )
 

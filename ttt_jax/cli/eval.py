@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
                     found.append(evaluation)
                     of_runs.append(workdir)
     if options.csv and first_process:
-        _write_table(options.csv, evaluations.told_apart(of_runs, found))
+        _write_table(options.csv, evaluations.with_distinct_names(of_runs, found))
         print(options.csv)
     return DONE
 

@@ -10,16 +10,19 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from typing import Any, NamedTuple
 
 from ttt_jax.data import named_sources
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.evaluation import result_files
+from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.json_files import DamagedFile, warn_once
 from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.terminal.console import first_few
 
 _MOST_LISTED = 8
+_NOUNS = {"eval": "evaluation", "inspect": "inspection"}  # by command, which is also the name of the folder
 _IDENTITY = ("fingerprint", "split", "of", "carried", "chains", "context", "windows")
 
 
@@ -96,6 +99,27 @@ def find(folder: Workdir, split: str, context: int | None = None, **kind: Any) -
     return found[0] if found else None
 
 
+def require(workdir: Workdir, command: str, split: str, context: int | None = None, **kind: Any) -> Entry:
+    """Return the result that :func:`find` finds, or raise an error that names the command to run.
+
+    Args:
+      command: ``eval`` or ``inspect``, which is also the name of the folder.
+
+    Raises:
+      ConfigError: if no result matches, or more than one.
+    """
+    entry = find(workdir / command, split, context, **kind)
+    if entry is None:
+        workdir_lib.check_exists(workdir)
+        length = "" if context is None else f" with context {context}"
+        raise ConfigError(
+            f"{workdir}: no {_NOUNS[command]} of the {split} split{length}{known_results(workdir / command)}; run: "
+            f"ttt {command} --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
+            f"{_options(**kind)}"
+        )
+    return entry
+
+
 def entries(
     folder: Workdir,
     split: str,
@@ -139,6 +163,13 @@ def known_results(folder: Workdir) -> str:
     """Return the names of the results in a folder as a part of a message: "; there is validation-2048", or ""."""
     known = stems(folder)
     return f"; there {'is' if len(known) == 1 else 'are'} {first_few(known, _MOST_LISTED)}" if known else ""
+
+
+def _options(by_document=False, carried=False, source=None, step=None, windows=None, chains=None) -> str:
+    chosen = " --carry-state" * carried or " --by-document" * by_document
+    chosen += (f" --source {shlex.quote(source)}" if source else "") + ("" if step is None else f" --step {step}")
+    chosen += "" if windows is None else f" --max-windows {windows}"
+    return chosen + ("" if chains is None else f" --chains {chains}")
 
 
 def _of_source(found: list[Entry], source: str, split: str) -> list[Entry]:

@@ -13,7 +13,6 @@ their losses on each document is far smaller than the error of either loss.
 
 import dataclasses
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ import numpy as np
 from ttt_jax import finite
 from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, result_files, statistics
-from ttt_jax.evaluation.catalogue import Entry
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, explained
@@ -32,6 +30,7 @@ NEEDED = (  # keys of the .json that comparisons and figures read
     *("training_context", "training_flops", "documents", "tokens", "loss", "loss_standard_error", "config"),
 )
 _BY_POSITION = ("position", "loss", "standard_error", "count")
+_SAME_TOKENS = ("fingerprint", "split", "of", "context", "windows", "tokens")  # keys that pairs must share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,21 +104,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
       ConfigError: if no evaluation matches, or more than one.
     """
     workdir = workdir_lib.at(workdir)
-    return read_file(workdir / "eval" / f"{find(workdir, split, context, **kind).stem}.npz")
-
-
-def find(workdir: Workdir, split: str, context: int | None = None, **kind: Any) -> Entry:
-    """Return the name and the JSON of the evaluation that :func:`read` reads; raise as :func:`read`."""
-    entry = catalogue.find(workdir / "eval", split, context, **kind)
-    if entry is None:
-        workdir_lib.check_exists(workdir)
-        length = "" if context is None else f" with context {context}"
-        raise ConfigError(
-            f"{workdir}: no evaluation of the {split} split{length}{catalogue.known_results(workdir / 'eval')}; run: "
-            f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
-            f"{_options(**kind)}"
-        )
-    return entry
+    return read_file(workdir / "eval" / f"{catalogue.require(workdir, 'eval', split, context, **kind).stem}.npz")
 
 
 def read_all(
@@ -132,13 +117,13 @@ def read_all(
         context = max(set.intersection(*known) or set.union(*known), default=None)
     evaluations = []
     for workdir in map(workdir_lib.at, workdirs):
-        path = workdir / "eval" / f"{find(workdir, split, context, **kind).stem}.npz"
+        path = workdir / "eval" / f"{catalogue.require(workdir, 'eval', split, context, **kind).stem}.npz"
         evaluations.append(read_file(path))
         result_files.check(evaluations[-1].about, path.with_suffix(".json"), NEEDED)
-    return told_apart(workdirs, evaluations)
+    return with_distinct_names(workdirs, evaluations)
 
 
-def told_apart(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> list[Evaluation]:
+def with_distinct_names(workdirs: Sequence[str | os.PathLike], found: Sequence[Evaluation]) -> list[Evaluation]:
     """Return the evaluations, with longer parts of the paths as names of runs where names are the same."""
     of_run = [each.about["workdir"] for each in found]
     longer = workdir_lib.names([workdir_lib.at(workdir) for workdir in workdirs])
@@ -177,16 +162,6 @@ def listed(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     with explained(folder):
         stems = catalogue.stems(folder)
     return [result_files.about(folder / f"{stem}.json") for stem in stems]
-
-
-def _options(by_document=False, carried=False, source=None, step=None, windows=None, chains=None) -> str:
-    chosen = " --carry-state" * carried or " --by-document" * by_document
-    chosen += (f" --source {shlex.quote(source)}" if source else "") + ("" if step is None else f" --step {step}")
-    chosen += "" if windows is None else f" --max-windows {windows}"
-    return chosen + ("" if chains is None else f" --chains {chains}")
-
-
-_SAME = ("fingerprint", "split", "of", "context", "windows", "tokens")
 
 
 class Difference(NamedTuple):
@@ -228,7 +203,7 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
 
 def check_paired(a: Evaluation, b: Evaluation) -> None:
     """Raise :class:`ConfigError` if two evaluations are not of the same tokens."""
-    for key in _SAME:
+    for key in _SAME_TOKENS:
         if a.about[key] != b.about[key]:
             raise ConfigError(
                 f"{a.about['workdir']}: its evaluation has {key} {a.about[key]}, that of {b.about['workdir']} "

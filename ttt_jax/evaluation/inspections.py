@@ -16,13 +16,11 @@ M weight matrices of the learner.
 
 import dataclasses
 import os
-import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.errors import ConfigError
 from ttt_jax.evaluation import catalogue, result_files
 from ttt_jax.evaluation.catalogue import name as name
 from ttt_jax.storage import workdir as workdir_lib
@@ -152,18 +150,7 @@ def read(workdir: str | os.PathLike, split: str, context: int | None = None, **k
       ConfigError: if no inspection matches, more than one does, or its files are damaged.
     """
     workdir = workdir_lib.at(workdir)
-    entry = catalogue.find(workdir / "inspect", split, context, **kind)
-    if entry is None:
-        workdir_lib.check_exists(workdir)
-        step = kind.get("step")
-        raise ConfigError(
-            f"{workdir}: no inner-loop diagnostics of the {split} split"
-            + ("" if context is None else f" with context {context}")
-            + f"{catalogue.known_results(workdir / 'inspect')}"
-            + f"; run: ttt inspect --workdir {shlex.quote(str(workdir))} --split {split} --context {context or 2048}"
-            + " --by-document" * kind.get("by_document", False)
-            + ("" if step is None else f" --step {step}")
-        )
+    entry = catalogue.require(workdir, "inspect", split, context, **kind)
     return result_files.read(workdir / "inspect" / f"{entry.stem}.npz", Inspection, "ttt inspect")
 
 

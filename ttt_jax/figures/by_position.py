@@ -20,6 +20,13 @@ from ttt_jax.figures.style import Style
 from ttt_jax.storage import workdir as workdir_lib
 
 _UNPREDICTABLE = 2  # first tokens of a document, which do not set the limits of the y axis
+_WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
+_LABELS_ONLINE = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")  # b = 1, as in the paper's legend
+_LABELS_MINI_BATCH = (
+    r"$\ell(W_0; x_t)$",
+    r"$\ell(W; x_t)$ before its mini-batch",
+    r"$\ell(W; x_t)$ after its mini-batch",
+)
 
 
 def loss_by_position(
@@ -181,11 +188,6 @@ def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
     return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
-_WINDOW = 10  # timesteps that the paper averages over "for visual clarity"
-_ONLINE = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")  # b = 1, as in the paper's legend
-_MINI_BATCH = (r"$\ell(W_0; x_t)$", r"$\ell(W; x_t)$ before its mini-batch", r"$\ell(W; x_t)$ after its mini-batch")
-
-
 def inner_loss(
     workdir: str | os.PathLike,
     outputs: Sequence[Path],
@@ -224,7 +226,7 @@ def inner_loss(
     )
     for axes, layer in zip(panels, chosen, strict=True):
         row = found.blocks.index(layer)
-        labels = _ONLINE if found.position_eta.shape[1] == 1 else _MINI_BATCH
+        labels = _LABELS_ONLINE if found.position_eta.shape[1] == 1 else _LABELS_MINI_BATCH
         for (name, look), label in zip(style.INNER_LOSSES.items(), labels, strict=True):
             position, curve = (sliding_mean(x, window) for x in (found.position, getattr(found, name)[row]))
             axes.plot(position, curve, color=look.color, linestyle=look.line, linewidth=1.3, label=label)

@@ -1,7 +1,6 @@
 """Find the evaluated runs that figures compare, a point each, from what the runs have written about themselves."""
 
 import math
-import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -187,13 +186,7 @@ def _runs_of(directory: Workdir, depth: int = 2) -> list[Workdir]:
 
 def _of_run(workdir: Workdir, split: str, which: dict[str, Any]) -> Point:
     context = run_config.load(workdir).data.sequence_length
-    entry = catalogue.find(workdir / "eval", split, context, **which)
-    if entry is None:
-        raise ConfigError(
-            f"{workdir}: no evaluation of the {split} split at its own context"
-            f"{catalogue.known_results(workdir / 'eval')}; run: "
-            f"ttt eval --workdir {shlex.quote(str(workdir))} --split {split} --context {context}"
-        )
+    entry = catalogue.require(workdir, "eval", split, context, **which)
     path = workdir / "eval" / f"{entry.stem}.json"
     about = entry.about or result_files.about(path)
     result_files.check(about, path, evaluations.NEEDED)
