@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU, on a machine without one."""
+"""Run the benchmarks for GPUs on a machine without one."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_tiny_one(tmp_path):
+def test_tiny_measurements_run_on_a_cpu(tmp_path):
     output = tmp_path / "found.json"
     done = run("--tiny", "--output", output, "--only", "inner")
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,7 @@ def test_a_tiny_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_there_is_no_time_for_and_what_fails(tmp_path):
+def test_a_time_limit_and_failures_are_reported(tmp_path):
     output = tmp_path / "found.json"
     done = run("--tiny", "--output", output, "--limit", 0)
     assert json.loads(output.read_text())["not_measured"] == ["inner linear 1 scan,1,1", "step ttt_linear smoke 2k"]

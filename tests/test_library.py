@@ -1,4 +1,4 @@
-"""The code of docs/library.md, run as it stands there, in one go."""
+"""Run the code blocks of docs/library.md, one after the other."""
 
 import re
 import runpy
@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, save_run) -> dict:
-    """What the blocks leave behind, by name. Their own assertions hold."""
+    """Run all blocks, with their assertions, and return their variables."""
     c, folder = config.default(), tmp_path_factory.mktemp("library")
     c.model.width, c.model.num_heads, c.model.num_layers, c.model.mlp_width = 8, 2, 1, 8
     save_run(folder / "runs" / "a", c)
@@ -31,7 +31,7 @@ def found(tmp_path_factory, save_run) -> dict:
 
 
 def arrays(tree) -> list[np.ndarray]:
-    """The leaves of a tree, none of which is a box."""
+    """Return the leaves of a tree, which must be plain arrays."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: not isinstance(x, (dict, tuple)))
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     return [np.asarray(leaf) for leaf in leaves]
@@ -41,7 +41,7 @@ def test_gradients_of_the_inner_loop_reach_every_parameter(found):
     assert all(np.abs(x).max() > 0 for x in arrays(found["gradient"]))
 
 
-def test_the_learner_is_read_as_in_the_primal_form(found, quick_jit, assert_close):
+def test_the_learner_equals_its_primal_form(found, quick_jit, assert_close):
     own, parameters = found["own"], found["Parameters"](found["w0"], found["constants"], np.ones(16))
     tokens = found["tokens_of_own"]
     state = initial_state(found["w0"], len(tokens.q), own.update)
@@ -50,8 +50,8 @@ def test_the_learner_is_read_as_in_the_primal_form(found, quick_jit, assert_clos
     assert np.abs(found["of_own"] - found["z"]).max() > 0.01
 
 
-def test_the_nnx_model_is_the_linen_model(found, assert_close):
-    """With its parameters, which are plain arrays in both."""
+def test_the_nnx_model_equals_the_linen_model(found, assert_close):
+    """Check that both give the same outputs with the same parameters, which are plain arrays."""
     assert arrays(found["params"])
     state = nnx.state(found["nnx_block"], nnx.Param)
     theirs = jax.tree.map(lambda x: x[...], nnx.to_pure_dict(state))

@@ -1,4 +1,4 @@
-"""The code of README.md, run as it stands there."""
+"""Run the code blocks of README.md."""
 
 import re
 import runpy
@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def code_below(sentence: str) -> str:
-    """The first block of Python after a sentence of README.md."""
+    """Return the first block of Python after a sentence of README.md."""
     return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text().split(f"\n{sentence}\n")[1], re.DOTALL)[1]
 
 
 def run(code: str, folder: Path) -> dict:
-    """What the block leaves behind, by name."""
+    """Run a block and return its variables."""
     path = folder / "block.py"
     path.write_text(code)
     return runpy.run_path(str(path))
@@ -29,7 +29,7 @@ def statements(code: str) -> int:
     return sum(bool(line.strip()) and not line.startswith(("import", "from", "#")) for line in code.splitlines())
 
 
-def test_load_a_run(tmp_path, monkeypatch):
+def test_a_run_is_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = "--config.model.width=8 --config.model.num_heads=2 --config.model.num_layers=1 --config.model.mlp_width=8 "
     tiny += "--config.data.sequence_length=32 --config.data.batch_size=2 --config.training.duration=4"
@@ -43,10 +43,10 @@ def test_load_a_run(tmp_path, monkeypatch):
     assert found["run"].step == 4
     assert found["logits"].shape == (1, 16, 258)
     loss = -jax.nn.log_softmax(found["logits"])[0, np.arange(15), found["tokens"][0, 1:]].mean()
-    assert loss == pytest.approx(np.log(258), abs=0.2)  # four steps are no training
+    assert loss == pytest.approx(np.log(258), abs=0.2)  # four steps hardly train
 
 
-def test_the_layer_in_a_model_of_ones_own(tmp_path, quick_jit):
+def test_the_layer_works_in_a_flax_model(tmp_path, quick_jit):
     code = code_below("Take the TTT layer into your own Flax model:")
     assert statements(code) <= 5
     block = run(code, tmp_path)["Block"]()

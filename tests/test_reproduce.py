@@ -1,4 +1,4 @@
-"""``scripts/reproduce/``: every script from end to end, tiny and cut short; the commands of the paper's scale."""
+"""Run every script of scripts/reproduce/ at a tiny scale, and check the commands that it prints for the paper's."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ LINEAR, TRANSFORMER = "TTT-Linear (Mamba backbone)", "Transformer"
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """``reproduce(script, *options)``: what a script prints; ``ttt`` is that of this tree."""
+    """Return ``reproduce(script, *options)``, which runs a script with the ``ttt`` of this tree and returns the output."""
     (tmp_path / "bin").mkdir()
 
     def run(script, *options, status=0, ttt='exec python -m ttt_jax "$@"'):
@@ -50,11 +50,11 @@ def reproduce(tmp_path):
 
 @pytest.fixture
 def reproduce_here(reproduce, tmp_path, monkeypatch):
-    """As ``reproduce``, with the commands of ``ttt`` run by this process, which has imported all that they need.
+    """Return a function like ``reproduce`` that runs the commands of ``ttt`` in this process, which saves imports.
 
-    The ``ttt`` that the script finds sends its arguments here, and gets back what it has to print, and its status.
+    The ``ttt`` that the script finds sends its arguments here, and receives the output and the exit status.
     """
-    monkeypatch.chdir(ROOT)  # where the scripts run them
+    monkeypatch.chdir(ROOT)  # where the scripts run their commands
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     place = str(tmp_path / "socket")
 
@@ -92,7 +92,7 @@ def reproduce_here(reproduce, tmp_path, monkeypatch):
 
 @pytest.fixture
 def empty_bucket(monkeypatch):
-    """A stand-in for Google Cloud Storage, in which gs://b is empty, for this process."""
+    """Let this process use a stand-in for Google Cloud Storage, in which gs://b is empty."""
     gcsfs = pytest.importorskip("gcsfs")
     with FakeGCS() as gcs:
         for name, value in gcs.environment().items():
@@ -103,7 +103,7 @@ def empty_bucket(monkeypatch):
         assert not gcs.objects
 
 
-def test_there_is_one_of_each():
+def test_every_figure_and_table_has_a_script():
     figures = [f"figure_{number}" for number in (2, 4, 7, 10, 11, 14, 15, 16)]
     assert sorted(SCRIPTS) == sorted([*figures, "table_1"])
     listed = (ROOT / "docs" / "reproduce.md").read_text()
@@ -112,8 +112,8 @@ def test_there_is_one_of_each():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_commands_of_the_papers_scale(reproduce, empty_bucket, capsys, script):
-    """They are printed, not run; each can be parsed, and each sweep, of recipes that there are, can be planned."""
+def test_commands_at_the_scale_of_the_paper(reproduce, empty_bucket, capsys, script):
+    """Check that commands are printed and not run, that each can be parsed, and that each sweep can be planned."""
     out = reproduce(script, *PAPER.split(), "--bucket", BUCKET)
     commands = [shlex.split(line) for line in out.splitlines()]
     assert all(command[0] == "ttt" for command in commands)
@@ -133,14 +133,14 @@ def test_commands_of_the_papers_scale(reproduce, empty_bucket, capsys, script):
             assert "v5litepod-8" in command
             evaluated += inner.workdir
     assert points
-    # Each run that is evaluated or drawn is one that was trained.
+    # Every run that is evaluated or drawn has been trained.
     drawn = [word for word in commands[-1] if word.startswith(BUCKET)]
     assert drawn
     assert {*evaluated, *drawn} <= set(points)
     assert set(drawn) <= set(evaluated)
 
 
-def test_chips_that_the_rows_of_a_batch_can_be_split_over(reproduce):
+def test_rows_of_a_batch_can_be_split_over_the_chips(reproduce):
     out = reproduce("figure_11", *PAPER.split(), "--bucket", BUCKET, "--mixers", "ttt_linear")
     sweeps = [line for line in out.splitlines() if line.startswith("ttt sweep")]
     recipes = {re.search(r"v5litepod-\d+", line)[0]: re.findall(r"paper\.py:(\S+)", line) for line in sweeps}
@@ -175,13 +175,13 @@ def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce):
         ("--sizes 2m --colour blue", "--colour: no such option; --help lists them"),
     ],
 )
-def test_refused(reproduce, options, said):
+def test_wrong_options_are_refused(reproduce, options, said):
     message = reproduce("figure_10", *options.split(), status=2)
     assert message.startswith(f"figure_10.sh: {said}")
     assert message.count("\n") == 1
 
 
-def test_help(reproduce):
+def test_help_lists_the_options(reproduce):
     out = reproduce("table_1", "--help")
     for text in ("--scale tiny", "--bucket gs://BUCKET", "--run", "--steps N", "--mixers A,B"):
         assert text in out
@@ -190,7 +190,7 @@ def test_help(reproduce):
 
 @pytest.mark.slow
 def test_every_script_tiny(reproduce, reproduce_here, tmp_path):
-    """All of them, from training to pictures, sharing their runs; two steps each, of the smallest models."""
+    """Run all scripts from training to pictures, with shared runs of two steps of the smallest models."""
     common = ("--out", tmp_path / "out", "--steps", 2)
     two = ("--mixers", "ttt_linear,transformer", "--sizes", "125m", "--contexts", "2k,8k")
     folder = tmp_path / "out" / "tiny-2-steps"
@@ -208,7 +208,7 @@ def test_every_script_tiny(reproduce, reproduce_here, tmp_path):
 
     trained = sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl"))
     reproduce_here("figure_11", *common, *two)
-    assert said("figure_11") == text  # the same runs, of the text that stands for both datasets
+    assert said("figure_11") == text  # the same runs: one text stands for both datasets
     assert sorted(path.stat().st_mtime_ns for path in folder.rglob("metrics.jsonl")) == trained
 
     reproduce_here("figure_15", *common, *two)
@@ -233,7 +233,7 @@ def test_every_script_tiny(reproduce, reproduce_here, tmp_path):
     reproduce_here("figure_7", *common, "--mini-batches", "1,16")
     text = said("figure_7")
     assert {"mini-batch size b of the inner loop, tokens (log scale)", "seconds per training step (median)"} < set(text)
-    reproduce("figure_4", *common)  # with processes of ttt
+    reproduce("figure_4", *common)  # with ttt in processes of its own
     reproduce_here("figure_14", *common)
     for name in ("figure_4", "figure_14"):
         assert {"layer 0", "layer 1", "inner loss", "token index t"} < set(said(name))

@@ -1,4 +1,4 @@
-"""Functions whose schedule is known before it is counted: what ``ttt bench tpu-schedule --function`` names."""
+"""Build functions whose cycles and bytes are known, for ``ttt bench tpu-schedule --function``."""
 
 import functools
 
@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 
 def known():
-    """A product that fills the matrix units, an array read and written, a loop of 50 and one of 200 turns."""
+    """Build a product that fills the matrix units, an array read and written, a loop of 50 and one of 200 turns."""
 
     def loop(x, w):
         def body(w, x):
@@ -35,7 +35,7 @@ def known():
 
 
 def kernel(turns: int = 8, first: bool = True):
-    """A Pallas kernel with a grid of ``turns``; its first turn does a matrix product more than the others."""
+    """Build a Pallas kernel with a grid of ``turns``, whose first turn does one more matrix product than the others."""
 
     def body(x, w, out, sum_):
         if first:
@@ -58,4 +58,4 @@ def kernel(turns: int = 8, first: bool = True):
 
 
 def broken():
-    raise RuntimeError("what the function says\nin two lines")
+    raise RuntimeError("the message of the function\nin two lines")

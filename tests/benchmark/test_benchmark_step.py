@@ -1,4 +1,4 @@
-"""The benchmark of a training step: that its numbers belong together."""
+"""Check that the numbers of the benchmark of a training step are consistent."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def measurement(config):
     return step.measure(config, repeats=3, warmup=1)
 
 
-def test_what_is_counted(measurement):
+def test_parameters_tokens_and_operations(measurement):
     block = 4 * WIDTH**2 + 3 * WIDTH * MLP_WIDTH  # attention, feed-forward
     assert measurement.parameters == VOCAB * WIDTH + LAYERS * (block + 2 * WIDTH) + WIDTH
     assert measurement.tokens == BATCH * T
@@ -40,14 +40,14 @@ def test_what_is_counted(measurement):
     assert measurement.model == "Transformer"
 
 
-def test_what_is_timed(measurement):
+def test_times_and_memory(measurement):
     assert len(measurement.step_times) == 3  # without the warm-up
     assert len(measurement.matmul_times) == 1  # after every other step, without the first
     assert min(measurement.step_times + measurement.matmul_times + [measurement.compile_time]) > 0
     assert 10**7 < measurement.memory < 10**12
 
 
-def test_what_follows():
+def test_numbers_derived_from_times():
     known = Measurement("Transformer", 10, 2.0, [0.3, 0.1, 0.2], [0.05, 0.01, 0.02, 0.03], 640, 1e9, 123)
     assert known.step_time == 0.2
     assert known.matmul_ratio == pytest.approx(0.2 / 0.025)
@@ -66,15 +66,15 @@ def test_what_follows():
     assert lines["against matmul"][0] == "8.00"
 
 
-def test_the_measured_ratio_is_of_medians(measurement):
+def test_the_ratio_is_one_of_medians(measurement):
     ratio = statistics.median(measurement.step_times) / statistics.median(measurement.matmul_times)
     assert measurement.matmul_ratio == pytest.approx(ratio)
     assert math.isfinite(ratio)
     assert ratio > 0
 
 
-def test_matrix_products_are_scaled_to_the_operations_asked_for(monkeypatch):
-    """Ten times the operations are a tenth of them timed, and a tenfold time reported."""
+def test_times_of_matrix_products_are_scaled_to_the_operations(monkeypatch):
+    """Check that a tenth of the operations is timed, and ten times that time returned."""
     monkeypatch.setattr(step, "_MATMUL_SIZE", 8)
     ticks = iter(range(100))
     monkeypatch.setattr(step.time, "perf_counter", lambda: float(next(ticks)))  # every product takes a second
@@ -83,7 +83,7 @@ def test_matrix_products_are_scaled_to_the_operations_asked_for(monkeypatch):
     assert step._matmul(jax.numpy.dtype("float32"), 100 * one)() == pytest.approx(10)  # 10 products in a second
 
 
-def test_a_mesh_that_does_not_fit(config):
+def test_a_mesh_that_does_not_fit_is_refused(config):
     config = config.copy_and_resolve_references()
     config.mesh.tensor = 2
     with pytest.raises(ConfigError, match=r"mesh\.tensor=2: does not fit 1 devices"):

@@ -1,4 +1,4 @@
-"""Cycles of one operation: schedules as the TPU compiler writes them, cut down, against counts by hand."""
+"""Compare cycles of operations, in shortened schedules of the TPU compiler, with counts by hand."""
 
 import pytest
 
@@ -18,12 +18,12 @@ NAMES = "MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTOR
 
 
 def listing(*texts: str) -> str:
-    """With the addresses before the bundles, the first without ``0x``."""
+    """Return a listing of bundles with their addresses, the first without ``0x``."""
     return KEY + "\n".join(f"{f'{i:#x}' if i else '0':>6} {text}" for i, text in enumerate(texts))
 
 
 def utilization(rows: int, slots: dict[int, str] | None = None) -> str:
-    """Rows of zeros, but where ``slots`` has another row."""
+    """Return a utilization file with rows of zeros, except those in ``slots``."""
     zeros = " ".join("0" * 11)
     lines = [(slots or {}).get(i, zeros) for i in range(rows)]
     head = [
@@ -73,8 +73,8 @@ def test_a_pipelined_loop():
 
 
 @pytest.mark.parametrize("turns", [3, 400])
-def test_a_loop_in_a_loop_whose_counter_is_spilled(turns):
-    """The outer counter goes through memory; the inner one starts again each time."""
+def test_nested_loops_with_a_spilled_counter(turns):
+    """Check an outer counter that goes through memory, and an inner one that starts again each time."""
     found = counted(
         "  :  { %s1_s0 = smov.u32 0 }",
         "LB: > { %s2_s1 = sphi %s1_s0, %s9_s2  ;;  %7242 = sst [smem:[#allocation16_spill]] %s2_s1 }",
@@ -96,7 +96,7 @@ def test_a_loop_in_a_loop_whose_counter_is_spilled(turns):
 
 
 def test_counters_of_several_dimensions():
-    """3 x 4 turns; the inner counter wraps by a conditional move, which then moves the outer one on."""
+    """Check 3 x 4 turns, where the inner counter wraps by a conditional move that advances the outer one."""
     found = counted(
         "  :  { %s1_s0 = smov.u32 0  ;;  %s2_s1 = smov.u32 0 }",
         "LB: > { %s3_s2 = sphi %s1_s0, %s20_s2  ;;  %s4_s3 = sphi %s2_s1, %s21_s3 }",
@@ -110,8 +110,8 @@ def test_counters_of_several_dimensions():
     assert found.cycles == 1 + 12 * 10
 
 
-def test_what_cannot_be_known_is_counted_and_told():
-    """A region that a value from memory decides about counts; a loop that one ends is one turn."""
+def test_unknown_branches_are_counted_and_reported():
+    """Check that a region behind a branch on memory counts, and that a loop with such an end counts as one turn."""
     found = counted(
         "  :  { %s1_s0 = sld [smem:[#allocation5]] }",
         "  :  { %p2_p0 = scmp.eq.s32.totalorder %s1_s0, 0 }",
@@ -144,20 +144,22 @@ def test_an_unconditional_branch():
         (listing("  :  {}"), 0, "utilization of an unknown form: == CAPACTIY:"),
     ],
 )
-def test_another_form_is_an_error(text, rows, message):
+def test_unknown_forms_are_errors(text, rows, message):
     with pytest.raises(ScheduleError, match=message):
         bundles.counts(text, utilization(rows))
 
 
-def test_a_loop_without_an_end(monkeypatch):
+def test_a_schedule_that_does_not_end_is_an_error(monkeypatch):
     monkeypatch.setattr(bundles, "_MOST_SEGMENTS", 100)
     with pytest.raises(ScheduleError, match="does not end within 100 runs"):
         counted("LB: > { %1 = sbr.rel target bundleno = 0 (0x0), region = 1 }", *["  : > {}"] * 4)
 
 
-def test_the_program_between_operations():
-    """Operations a and d once, b 10 times in a loop, c 4 times as often in a loop inside it; each bundle runs as often
-    as the operations of its loop, and belongs to the next of them or else to the last."""
+def test_cycles_between_operations():
+    """Check a and d once, b 10 times in a loop, and c 4 times as often in a loop inside it.
+
+    Each bundle runs as often as the operations of its loop, and counts for the next of them, or else for the last.
+    """
     text = listing(
         "  :  { %18 = inlined_call /* <late-initialization> */ }",
         "  :  { %111 = inlined_call %s33_s0, %s18_s1 /* %a.1 = copy(%bitcast.213) */ }",

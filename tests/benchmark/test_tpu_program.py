@@ -1,4 +1,4 @@
-"""Operations of compiled programs as TPUs write them, cut down: how often they run, and their bytes of HBM."""
+"""Check executions and bytes of HBM of operations in shortened programs of the TPU compiler."""
 
 import pytest
 
@@ -97,7 +97,7 @@ def operations(found):
     return {o.name: o for o in found.operations}
 
 
-def test_how_often_each_runs(found, operations):
+def test_executions_of_operations(found, operations):
     assert {name: o.times for name, o in operations.items()} == {
         "copy-start": 1, "copy-done": 1, "buffer": 1, "fusion.1": 100, "fusion.2": 100, "fusion.3": 100, "slice": 1,
         "copy": 1,
@@ -106,34 +106,34 @@ def test_how_often_each_runs(found, operations):
     assert found.conditionals == 0
 
 
-def test_slices_of_operands_are_read(operations):
-    """The row of an array that is sliced, all of one that is looked through, nothing of what stays in vector memory."""
+def test_bytes_of_sliced_operands(operations):
+    """Check that a sliced array counts a row, one read in full counts whole, and vector memory counts nothing."""
     assert operations["fusion.1"].hbm_bytes == ROW + 512 * 256 * 2
 
 
-def test_updates_in_place_are_written(operations):
-    """The row of an array that is updated, and a padded vector."""
+def test_bytes_of_updates_in_place(operations):
+    """Check that an updated array counts a row, and a vector counts with its padding."""
     assert operations["fusion.3"].hbm_bytes == ROW + 128 * 4
 
 
-def test_operations_on_their_own(operations):
+def test_bytes_of_single_operations(operations):
     """Read the slice, write it: 100 rows of 16, padded to 104 and 128; then the transpose, 16 rows of 128."""
     assert operations["slice"].hbm_bytes == 2 * 104 * 128 * 4
     assert operations["copy"].hbm_bytes == 104 * 128 * 4 + 16 * 128 * 4
 
 
-def test_copies_between_memories(operations):
-    """Beside other operations; only one side is HBM."""
+def test_bytes_of_copies_between_memories(operations):
+    """Check copies that run beside other operations, of which only one side is HBM."""
     assert (operations["copy-start"].hbm_bytes, operations["copy-start"].asynchronous) == (512 * 256 * 2, True)
     assert (operations["copy-done"].hbm_bytes, operations["copy-done"].asynchronous) == (0, True)
     assert operations["buffer"].hbm_bytes == 0
     assert not operations["fusion.1"].asynchronous
 
 
-def test_where_operations_come_from(operations):
+def test_origins_of_operations(operations):
     assert operations["fusion.1"].op_name == "jit(step)/while/body/dot_general"
-    assert operations["slice"].op_name == "jit(step)/transpose"  # of what takes its result
-    assert operations["copy-start"].op_name == ""  # nothing takes its result
+    assert operations["slice"].op_name == "jit(step)/transpose"  # from the operation that uses its result
+    assert operations["copy-start"].op_name == ""  # nothing uses its result
 
 
 def test_equal_operations_have_equal_signatures(operations):
@@ -149,7 +149,7 @@ def test_vector_memory_of_an_operation(operations):
     assert operations["fusion.2"].vmem_bytes == 1572864
 
 
-def test_a_loop_of_unknown_trips():
+def test_a_loop_with_an_unknown_trip_count():
     found = hlo_operations.read(TEXT.replace("constant(100)", "add(%s.2, %s.2)"))
     assert found.loops == [("jit(step)/while", None)]
     assert next(o.times for o in found.operations if o.name == "fusion.1") == 1
@@ -194,8 +194,8 @@ def test_parts_of_a_step():
     assert {name: report.part_of(name) for name in names} == names
 
 
-def test_a_collective_within_a_fusion():
-    """It is carried on beside the fusion's work: neither it nor the array that passes through counts."""
+def test_a_collective_inside_a_fusion():
+    """Check that neither a collective that runs beside the work of a fusion nor an array that passes through counts."""
     text = """\
 %gather (p0: bf16[8,256], p1: bf16[32,256], p2: f32[8,128]) -> (f32[8,128], bf16[32,256], bf16[32,256]) {
   %p0 = bf16[8,256]{1,0:T(8,128)(2,1)} parameter(0)

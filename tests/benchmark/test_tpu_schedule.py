@@ -1,4 +1,4 @@
-"""Schedules by the real compiler, which needs no TPU, against what is known of the programs."""
+"""Compare schedules by the real TPU compiler, which needs no TPU, with known programs."""
 
 import importlib.util
 import json
@@ -30,20 +30,20 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """The schedule of the known program, and the folder that keeps what the compiler left."""
+    """Return the schedule of the known program, and the folder with the files of the compiler."""
     folder = tmp_path_factory.mktemp("schedule") / "kept"
     return measure(Function(KNOWN), "v5e:1x1", keep=folder), folder
 
 
 def cycles_of(schedule, scope: str) -> int:
-    """Return the cycles of the operations in a named scope, without what is between operations."""
+    """Return the cycles of the operations in a named scope, without the cycles between operations."""
     return sum(o.cycles - o.control_cycles for o in schedule.operations if f"/{scope}/" in o.operation.op_name)
 
 
 @pytest.mark.slow
 @needs_libtpu
 def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
-    """4096^3 multiply-adds, 4 x 128 x 128 per cycle: 1,048,576 cycles at least."""
+    """Check 4096^3 multiply-adds at 4 x 128 x 128 per cycle: at least 1,048,576 cycles."""
     cycles = cycles_of(known[0], "product")
     assert 1 <= cycles / (4096**3 / (4 * 128 * 128)) < 1.05
     product = max(known[0].operations, key=lambda o: o.cycles)
@@ -55,7 +55,7 @@ def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
 
 
 @needs_libtpu
-def test_a_loop_takes_as_long_as_its_turns(known):
+def test_a_loop_takes_the_time_of_its_turns(known):
     assert dict(known[0].loops) == {"jit(run)/short/while": 50, "jit(run)/long/while": 200}
     assert cycles_of(known[0], "long") / cycles_of(known[0], "short") == pytest.approx(4, rel=0.01)
     around = {
@@ -73,7 +73,7 @@ def test_an_array_that_is_read_and_written_takes_the_time_of_its_bytes(known):
 
 
 @needs_libtpu
-def test_what_a_schedule_adds_up_to(known):
+def test_totals_of_a_schedule(known):
     schedule = known[0]
     assert schedule.cycles == sum(o.cycles for o in schedule.operations) + schedule.other_cycles
     assert schedule.compute_seconds < schedule.seconds
@@ -88,7 +88,7 @@ def test_what_a_schedule_adds_up_to(known):
 
 
 @needs_libtpu
-def test_what_is_kept(known):
+def test_kept_files(known):
     folder = known[1]
     assert "HloModule" in (folder / "program.hlo.txt").read_text()
     assert list((folder / "schedule").glob("*-packed-bundles-post-ra.txt"))
@@ -133,8 +133,8 @@ def test_the_first_turn_of_a_kernel_counts_once():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_other_chips():
-    """v6e has twice the rows per cycle and unit; v5p has two cores, each with its part."""
+def test_schedules_of_other_chips():
+    """Check v6e, which takes twice the rows per cycle and unit, and v5p, whose two cores share the work."""
     for topology, products in (("v6e:1x1", 2 * 2 * 256 * 256), ("v5p:1x1x1", 2 * 4 * 128 * 128)):
         schedule = measure(Function(KNOWN), topology)
         assert 1 <= cycles_of(schedule, "product") / (4096**3 / products) < 1.05
@@ -143,11 +143,11 @@ def test_other_chips():
 
 
 @needs_libtpu
-def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    """Whatever happens; and what a function says is one line."""
+def test_temporary_files_are_removed(tmp_path, monkeypatch):
+    """Check that files are removed after errors too, and that the message of a function becomes one line."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    with pytest.raises(ScheduleError, match=r"RuntimeError: what the function says$"):
+    with pytest.raises(ScheduleError, match=r"RuntimeError: the message of the function$"):
         measure(Function(BROKEN))
     assert list(tmp_path.iterdir()) == []
 
@@ -175,31 +175,31 @@ def test_flags_of_the_user_are_kept(tmp_path, monkeypatch):
     ],
 )
 @needs_libtpu
-def test_functions_that_cannot_be(function, settings, message):
+def test_wrong_functions_are_refused(function, settings, message):
     with pytest.raises(ConfigError, match=message):
         measure(Function(function, settings))
 
 
-def test_a_topology_without_a_schedule():
+def test_a_topology_without_a_schedule_is_refused():
     with pytest.raises(ConfigError, match="--topology cpu:1: has no schedule; expected one of v5e, v6e, v5p"):
         measure(Function(KNOWN), "cpu:1")
 
 
-def test_without_libtpu(tmp_path, monkeypatch):
+def test_a_missing_compiler_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['libtpu'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"--topology v5e:1x1: needs the compiler of TPUs; pip install 'libtpu>="):
         measure(Function(KNOWN))
 
 
-def test_a_compiler_that_leaves_nothing(tmp_path):
+def test_missing_schedules_are_an_error(tmp_path):
     from ttt_jax.benchmark.tpu_schedule import schedule
 
     with pytest.raises(ScheduleError, match="left 0 schedules and none of the program that calls them"):
         schedule.read("f", "v5e:1x1", compile.Compiled("", 0, 0, 0, 0), tmp_path)
 
 
-def test_a_process_that_dies(tmp_path, monkeypatch):
+def test_a_compiler_that_dies_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ScheduleError, match="the compiler ended with status 1: without a message"):
         measure(Function(KNOWN))

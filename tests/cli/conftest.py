@@ -7,7 +7,7 @@ from tiny_run import ttt
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """``refused(*arguments)``: check that a command is refused before it compiles, and return its one line of error."""
+    """Return ``refused(*arguments)``, which checks that a command is refused early and returns its line of error."""
 
     def must_not_compile(*args, **options):
         raise AssertionError("compiled before the config was refused")

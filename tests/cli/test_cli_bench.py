@@ -1,4 +1,4 @@
-"""``ttt bench tpu-schedule`` as a person types it: help, and refusals before anything heavy is loaded."""
+"""Check help and refusals of ``ttt bench tpu-schedule``, for which no slow library is loaded."""
 
 import argparse
 from pathlib import Path
@@ -30,7 +30,7 @@ def printed(in_one_process):
     )
 
 
-def test_help(printed):
+def test_help_names_every_option(printed):
     status, out, _ = printed["bench tpu-schedule --help"]
     assert status == 0
     for text in ("--function MODULE:NAME", "--set KEY=VALUE", "--topology", "--compare", "--top", "--json", "--keep"):
@@ -39,7 +39,7 @@ def test_help(printed):
 
 
 @pytest.mark.parametrize("rest", REFUSED)
-def test_refused_in_one_line(printed, rest):
+def test_wrong_arguments_are_refused_in_one_line(printed, rest):
     status, out, err = printed[f"bench tpu-schedule {rest}".strip()]
     assert (status, out) == (2, "")
     assert REFUSED[rest] in err.splitlines()[-1]

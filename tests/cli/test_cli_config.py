@@ -1,4 +1,4 @@
-"""``ttt config``, and configs in the help of verbs."""
+"""Check ``ttt config``, and the keys of the config in the help of verbs."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def test_the_lines_are_toml_of_the_whole_config(capsys):
     assert out.startswith(f"# {len(marked)} of {len(comments)} keys are not the defaults, marked #*; ")
 
 
-def test_what_is_not_the_default_is_marked_and_printed_alone(capsys):
+def test_changed_keys_are_marked_and_printed_alone(capsys):
     changed = ["model.ttt.base_lr=0.3", "seed=0", "model.pre_conv=false", "log.every=2 steps"]
     assert ttt("config", "--config", QUICKSTART, *(f"--config.{each}" for each in changed), "--changed") == 0
     out = capsys.readouterr().out
@@ -72,12 +72,12 @@ def test_comments_are_as_wide_as_the_terminal():
 
 
 def _comments(out):
-    """The comment of each key, with the mark."""
+    """Return the comment of each key, with its mark."""
     found = re.findall(r"^(?:# )?([\w.]+) (?:= .*?|is unset) *  #([* ] .*)$", out, re.MULTILINE)
     return dict(found)
 
 
-def test_json_is_that_of_a_run(capsys, tmp_path):
+def test_json_is_the_config_file_of_a_run(capsys, tmp_path):
     assert ttt("config", "--json", *MINE) == 0
     (tmp_path / "config.json").write_text(capsys.readouterr().out)
     assert config_lib.from_json(tmp_path / "config.json").to_dict() == config_lib.from_arguments(MINE).to_dict()
@@ -98,7 +98,7 @@ def test_help_shows_the_values_of_the_command(capsys, verb):
     assert "\n*" not in out
 
 
-def test_help_of_a_config_that_is_wrong(capsys):
+def test_help_with_a_wrong_config_is_refused(capsys):
     assert ttt("train", "--help", "--config", QUICKSTART, "--config.model.widht=3") == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "ttt train: model.widht: unknown key; did you mean model.width?\n")
@@ -113,7 +113,7 @@ def test_usage_names_the_verb(capsys):
     )
 
 
-def test_it_loads_no_data():
+def test_ttt_config_loads_no_data():
     program = f"import sys; from ttt_jax import cli; cli.main(['config', '--config', {QUICKSTART!r}]); "
     program += "sys.exit('ttt_jax.data.named_sources' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
@@ -127,7 +127,7 @@ def test_every_verb_is_in_the_help(capsys):
         assert f"\n  {verb} " in out
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word():
+def test_a_closed_pipe_ends_a_command_silently():
     code = "import sys; from ttt_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,4 +1,4 @@
-"""``ttt plan`` as a person types it: help, and refusals before anything heavy is loaded."""
+"""Check help and refusals of ``ttt plan``, for which no slow library is loaded."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def printed(in_one_process):
     return in_one_process(["plan --help", *REFUSED], unwanted=("orbax", "grain", "tensorstore"))
 
 
-def test_help(printed):
+def test_help_names_every_option(printed):
     status, out, _ = printed["plan --help"]
     assert status == 0
     for text in ("--topology TOPOLOGY", "--slices N", "--price USD", "--search", "--most N", "--json", "v5p:4x4x4"):
@@ -35,15 +35,15 @@ def test_help(printed):
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_refused_in_one_line(printed, command):
+def test_wrong_arguments_are_refused_in_one_line(printed, command):
     status, out, err = printed[command]
     assert (status, out) == (2, "")
     assert REFUSED[command] in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
-def test_a_mesh_that_does_not_fit():
-    """Before anything is compiled: 256 rows, 16 devices of which 5 would share parameters."""
+def test_a_mesh_that_does_not_fit_is_refused():
+    """Check 16 devices, of which 5 would share parameters, before anything is compiled."""
     command = [sys.executable, "-m", "ttt_jax", "plan", *CONFIG.split(), "--config.mesh.fsdp=5", "--topology", "cpu:16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Files that cannot be written are told before the work that they are going to hold."""
+"""Check that files that cannot be written are refused before any work."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from ttt_jax.cli.options import check_file
 from ttt_jax.config import ConfigError, default
 
 
-def test_files_in_folders_that_can_be_made(tmp_path, monkeypatch):
+def test_files_in_new_folders_are_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("x.csv", "a/b/x.csv", tmp_path / "c" / "x.csv"):
         check_file(tmp_path / name, "--csv")
@@ -18,23 +18,23 @@ def test_files_in_folders_that_can_be_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         (".", "is a folder; expected a file"),
         ("file/x.csv", "{}/file is no folder that can be written to; expected one"),
         ("locked/a/x.csv", "{}/locked is no folder that can be written to; expected one"),
     ],
 )
-def test_files_that_cannot_be_written(tmp_path, monkeypatch, name, said):
+def test_files_that_cannot_be_written_are_refused(tmp_path, monkeypatch, name, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "locked").mkdir()
     real = os.access  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and real(path, mode))
-    with pytest.raises(ConfigError, match=f"^--csv {tmp_path / name}: {said.format(tmp_path)}$"):
+    with pytest.raises(ConfigError, match=f"^--csv {tmp_path / name}: {message.format(tmp_path)}$"):
         check_file(tmp_path / name, "--csv")
 
 
-def test_before_anything_is_computed(tmp_path, capsys):
+def test_commands_check_files_before_they_compute(tmp_path, capsys):
     config = tmp_path / "run" / "config.json"
     config.parent.mkdir()
     config.write_text(json.dumps(default().to_dict()))

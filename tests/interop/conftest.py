@@ -21,7 +21,10 @@ TASKS = {
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, save_run, quick_jit):
-    """A workdir, and ``log_likelihoods(tokens)``: of each token but the first, [N - 1], and the likeliest tokens."""
+    """Return a workdir, and a function for log-likelihoods of all tokens but the first, and the likeliest tokens.
+
+    Both results of the function have shape [N - 1].
+    """
     config = config_lib.default()
     config.model.update(mixer="ttt_linear", width=8, num_layers=1, num_heads=2, mlp_width=8)
     config.model.ttt.mini_batch = 4
@@ -43,7 +46,7 @@ def run(tmp_path_factory, save_run, quick_jit):
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory):
-    """A folder of tasks with their data."""
+    """Return a folder of tasks with their data."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "choice.jsonl").write_text("".join(json.dumps(x) + "\n" for x in QUESTIONS))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in DOCUMENTS))
@@ -62,7 +65,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(run):
-    """The newest checkpoint of the run, as a model of the harness."""
+    """Return the newest checkpoint of the run as a model of the harness."""
     from ttt_jax.interop import harness
 
     return harness.TTTModel(str(run[0]))

@@ -1,4 +1,4 @@
-"""Tasks, documents and expected scores for the tests of the harness."""
+"""Provide questions, documents and expected scores for the tests of the harness."""
 
 TRAINING, BOS, LONGEST = 16, 256, 64
 QUESTIONS = [
@@ -15,7 +15,7 @@ def bytes_of(text):
 
 
 def answers(log_likelihoods, question):
-    """Log-likelihood of each choice, and whether greedy decoding finds it."""
+    """Return the log-likelihood of each choice, and whether greedy decoding produces it."""
     found = []
     for choice in question["choices"]:
         context = question["question"].rstrip()

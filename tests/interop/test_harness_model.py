@@ -24,7 +24,7 @@ from ttt_jax.interop.harness import prefix_token_of
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_likelihoods_and_greedy_answers(run, batch_size):
-    """Also of answers that greedy decoding finds, shorter and longer than the training context, at any batch size."""
+    """Check answers that greedy decoding produces, shorter and longer than the training context, at two batch sizes."""
     workdir, log_likelihoods = run
     model = get_model("ttt_jax").create_from_arg_string(f"workdir={workdir}", {"batch_size": batch_size})
     greedy = [BOS, *b"Once upon"]
@@ -46,7 +46,7 @@ def test_likelihoods_and_greedy_answers(run, batch_size):
 
 
 def test_whole_documents_and_windows(run, model):
-    """Without a limit each token sees all before it; with one, the harness's windows of so many tokens."""
+    """Check that each token sees everything before it, or with a limit the harness's windows."""
     workdir, log_likelihoods = run
     tokens = bytes_of(DOCUMENTS[0])
     requests = instances("loglikelihood_rolling", (DOCUMENTS[0],), ("",), (DOCUMENTS[1],))
@@ -59,7 +59,7 @@ def test_whole_documents_and_windows(run, model):
     row, expected = [BOS, *tokens], 0.0
     for start in range(0, len(tokens), 10):
         stop = min(start + 10, len(tokens))
-        read = row[max(0, stop - 10) : stop + 1]  # ten inputs, also of the last window, and a target for each
+        read = row[max(0, stop - 10) : stop + 1]  # ten inputs, in the last window too, and a target for each
         expected += log_likelihoods(read)[0][-(stop - start) :].sum()
     assert windows == pytest.approx(expected, rel=1e-5)
     assert abs(windows - whole) > 0.1
@@ -72,8 +72,8 @@ def test_whole_documents_and_windows(run, model):
     assert total == pytest.approx(log_likelihoods(last)[0][-3:].sum(), rel=1e-5)
 
 
-def test_the_token_before_a_text(run):
-    """BOS by default, as in training; another one; none where there is a context."""
+def test_the_prefix_token_of_texts(run):
+    """Check BOS, which is the default as in training; another token; and none before texts with a context."""
     workdir, log_likelihoods = run
     request = instances("loglikelihood", ("ab", "c"), ("", "abc"))
     for options, with_context, without in (
@@ -88,7 +88,7 @@ def test_the_token_before_a_text(run):
 
 @pytest.fixture
 def joining(model, monkeypatch):
-    """The model with a tokenizer in which some words are one token, and for which a snowman is none."""
+    """Return the model with a tokenizer in which some words are one token, and a snowman has no token."""
     tokens = {"Answer": [1], "Ans": [2, 3, 4], "hello world": [5, 6], "hello wor": [5, 7, 8], "\u2603": []}
     monkeypatch.setattr(model, "_encode", lambda text: np.array(tokens.get(text, [*text.encode()]), np.int64))
     return model
@@ -143,7 +143,7 @@ def test_windows_of_one_token(run):
     assert total == pytest.approx(expected, rel=1e-5)
 
 
-def test_documents_without_tokens(joining):
+def test_documents_without_tokens_are_refused(joining):
     with pytest.raises(ConfigError, match="tokenizer byte: the document '\u2603' has no tokens; expected documents"):
         joining.loglikelihood_rolling(instances("loglikelihood_rolling", ("\u2603",)), disable_tqdm=True)
     empty = [Instance("loglikelihood_rolling", {}, ("",), 0, ("blank", 0, 1))]
@@ -173,7 +173,7 @@ def test_scores_that_are_not_finite_are_errors(run, model, monkeypatch, value):
         (["--no-bos", "--no-eos"], 10, 10),
     ],
 )
-def test_the_prefix_token_is_one_of_the_training_data(tmp_path, options, bos, expected):
+def test_the_prefix_token_comes_from_the_training_data(tmp_path, options, bos, expected):
     (tmp_path / "t.jsonl").write_text('{"text": "one two"}\n' * 3)
     files = ["--train", str(tmp_path / "t.jsonl"), "--output", str(tmp_path / "data")]
     assert cli.main(["tokenize", *files, "--tokenizer", "byte", *options]) == 0
@@ -193,7 +193,7 @@ def test_the_prefix_token_is_one_of_the_training_data(tmp_path, options, bos, ex
         prefix_token_of(config, byte)
 
 
-def test_identity_is_of_texts_and_options(model):
+def test_identity_depends_on_texts_and_options(model):
     def identity(*pairs):
         model.forget_requests()
         model._record([Instance("loglikelihood", {}, pair, 0, ("t", 0, 1)) for pair in pairs])

@@ -20,7 +20,7 @@ from ttt_jax.interop import harness, harness_tasks
 
 
 @pytest.mark.slow
-def test_both_kinds_of_tasks(run, tasks, model):
+def test_metrics_of_both_kinds_of_tasks(run, tasks, model):
     _, log_likelihoods = run
     results = harness_tasks.evaluate(model, ["here_choice", "here_rolling"], include_path=tasks)
     found = harness_tasks.by_task(results, model)
@@ -78,7 +78,7 @@ def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
     assert harness_tasks.save(tmp_path, "a_b", about) == f"{tmp_path / 'a_b-11.json'}{note}"
 
 
-def test_what_cannot_be_run(run, tasks, model, tmp_path):
+def test_wrong_options_and_tasks_are_refused(run, tasks, model, tmp_path):
     workdir = str(run[0])
     for options, message in (
         ({"step": 4}, "--step 4: no such checkpoint"),
@@ -101,7 +101,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\ndataset_kwargs: {data_files: /nowhere.jsonl}\n")
     with pytest.raises(DataError, match=r"--tasks bad: cannot be loaded: .*nowhere.jsonl"):
         harness_tasks.evaluate(model, ["bad"], include_path=tmp_path)
-    model.trained.config.model.vocab_size = 90  # of a model of another tokenizer
+    model.trained.config.model.vocab_size = 90  # as if the model had another tokenizer
     try:
         with pytest.raises(ConfigError, match=r"tokenizer byte: token 100 of 'abcd' is not among the 90 of the model"):
             model.tok_encode("abcd")
@@ -109,7 +109,7 @@ def test_what_cannot_be_run(run, tasks, model, tmp_path):
         model.trained.config.model.vocab_size = 258
 
 
-def test_the_command(run, tasks, tmp_path, capsys):
+def test_the_command_writes_and_prints_results(run, tasks, tmp_path, capsys):
     workdir, log_likelihoods = run
     command = f"harness --workdir {workdir} --include-path {tasks} --tasks here_rolling --step 3 --limit 2"
     assert cli.main([*command.split(), "--output", str(tmp_path / "new" / "all.json")]) == 0
@@ -126,11 +126,11 @@ def test_the_command(run, tasks, tmp_path, capsys):
     assert len(samples) == 2
 
 
-def test_without_the_harness_nothing_is_loaded(monkeypatch, capsys):
+def test_a_missing_harness_is_named_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main("harness --workdir nowhere --tasks a".split()) == 2
-    said = "lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'"
-    assert capsys.readouterr().err == f"ttt harness: {said}\n"
+    message = "lm-evaluation-harness is not installed; pip install 'lm-eval>=0.4.13'"
+    assert capsys.readouterr().err == f"ttt harness: {message}\n"
 
 
 def test_help_and_refusals_do_not_load_jax(in_one_process):

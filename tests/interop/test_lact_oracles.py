@@ -1,4 +1,4 @@
-"""The numbers of the LaCT authors' operation that are kept in tests/oracles/lact, and mistakes that they find."""
+"""Check the inner loop against the LaCT authors' numbers in tests/oracles/lact, and that mistakes are found."""
 
 import dataclasses
 import functools
@@ -32,16 +32,16 @@ def with_config(oracle, **changes):
     return {**oracle, "config": np.array(json.dumps({**config(oracle), **changes}))}
 
 
-def test_all_files_are_there():
+def test_no_file_is_missing():
     assert len(FILES) == 7
 
 
-# Those without Muon compile quickly.
+# Files without Muon compile quickly.
 CASES = [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("muon" in f.stem)) for f in FILES]
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_file(path):
+def test_numbers_of_a_file_are_reproduced(path):
     report = oracles.check(path)
     assert report is not None
     assert report.passed, str(report)
@@ -71,19 +71,19 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_another_inner_loop_is_far_away(error_of_outputs, mistake):
+def test_another_inner_loop_has_large_errors(error_of_outputs, mistake):
     name, changes = MISTAKES[mistake]
     assert error_of_outputs(load(name), **changes) > 0.05
 
 
-def test_swapped_rates_are_far_away(error_of_outputs):
+def test_swapped_rates_have_large_errors(error_of_outputs):
     oracle = load("momentum")
     assert error_of_outputs(oracle) < lact_oracles.TOLERANCE["o"]
     assert error_of_outputs({**oracle, "lr1": oracle["lr2"], "lr2": oracle["lr1"]}) > 0.05
 
 
 @pytest.mark.slow
-def test_four_iterations_of_newton_schulz_are_far_away(error_of_outputs, monkeypatch):
+def test_four_iterations_of_newton_schulz_have_large_errors(error_of_outputs, monkeypatch):
     monkeypatch.setattr(update, "_NEWTON_SCHULZ_COEFFICIENTS", update._NEWTON_SCHULZ_COEFFICIENTS[:-1])
     assert error_of_outputs(load("momentum_muon")) > 0.05
 

@@ -1,4 +1,4 @@
-"""Names, shapes and config keys of the authors' JAX code."""
+"""Convert parameters and config keys of the TTT authors' JAX code."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_conversions_are_inverse(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_converted_parameters_are_those_of_our_model(name):
+def test_converted_parameters_have_the_shapes_of_our_model(name):
     model = oracles.model(oracles.load(ORACLES / f"{name}.npz"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     ours = official_jax.params_to_ours(their_params(name))
@@ -38,7 +38,7 @@ def test_converted_parameters_are_those_of_our_model(name):
 
 
 def test_layout_of_single_tensors():
-    """Each number where the authors' layout has it: layers stacked, [H, D, 1] to [D, H], axes of length 1 moved."""
+    """Check single numbers: layers are stacked, [H, D, 1] becomes [D, H], axes of length 1 move."""
     theirs = their_params("model_ttt_linear_untied")
     ours = flax.traverse_util.flatten_dict(official_jax.params_to_ours(theirs), sep="/")
     layer, mixer = "model/h/1/", "model/h/1/seq_modeling_block/"
@@ -64,7 +64,7 @@ def test_a_parameter_missing_in_one_layer_is_an_error():
         official_jax.params_to_ours(theirs)
 
 
-def test_config_keys():
+def test_config_keys_are_converted():
     theirs = {
         "seq_modeling_block": "ttt_mlp_base",
         "vocab_size": 97,
@@ -88,7 +88,7 @@ def test_config_keys():
     assert (mamba.mixer, mamba.ttt.backbone, mamba.pre_conv) == ("ttt_linear", "mamba", True)
 
 
-@pytest.mark.parametrize("block", ["ttt_conv", "ttt"])  # the second is a mixer here, and no block of theirs
+@pytest.mark.parametrize("block", ["ttt_conv", "ttt"])  # ttt is a mixer here, but none of their blocks
 def test_unknown_mixers_are_refused(block):
     with pytest.raises(ValueError, match=f"seq_modeling_block='{block}'"):
         official_jax.model_config({"seq_modeling_block": block})

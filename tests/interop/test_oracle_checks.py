@@ -1,4 +1,4 @@
-"""The oracle checks fail where they should: scripts/check_oracles.py and what it is made of."""
+"""Check that scripts/check_oracles.py, and the comparisons that it uses, fail for wrong numbers."""
 
 import functools
 import importlib.util
@@ -38,7 +38,7 @@ def perturbed(oracle, key, index):
 
 
 def shaken(oracle, key):
-    """1e-3 up or down in every place. (Up everywhere is no change of an inner output layer: LN removes the mean.)"""
+    """Change every number of an array by 1e-3, up or down: the same change everywhere is removed by an LN."""
     x = oracle[key]
     signs = np.random.default_rng(0).choice(np.float32([-1, 1]), x.shape)
     return {**oracle, key: x + np.float32(1e-3) * signs}
@@ -68,7 +68,7 @@ PERTURBATIONS = {
 
 
 class TestSingleParameters:
-    """1e-3 on one number of one tensor, and 1e-3 of random sign on the whole tensor, is beyond the tolerances."""
+    """Check that 1e-3 on one number of a tensor, and with random signs on all of them, exceeds the tolerances."""
 
     def test_the_file_itself_passes(self):
         assert oracles.check_model(load("model_ttt_linear.npz")).passed
@@ -132,7 +132,7 @@ def test_script_rejects_a_missing_folder(main, tmp_path, capsys):
 
 
 def with_broken_first_array(path):
-    """The bytes of a file whose first array starts with a deflate block of a kind that does not exist."""
+    """Return the bytes of a file whose first array starts with a deflate block of a kind that does not exist."""
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
         header = file.infolist()[0].header_offset

@@ -1,5 +1,7 @@
-"""Plans a tiny model for TPUs that are not there; prints the plan, what the compiler says of the same step, and what
-comes of the commands of ttt that the argument names."""
+"""Plan a tiny model for absent TPUs, and run the ttt commands that the argument names.
+
+Prints the plan, the compiler's analysis of the same step, and status and JSON of the commands.
+"""
 
 import contextlib
 import io
@@ -33,7 +35,7 @@ def run(command):
 
 
 def sizes(compiled):
-    """Return what the compiler says of the memory of a step."""
+    """Return the compiler's analysis of the memory of a step."""
     names = ("argument", "output", "alias", "temp", "generated_code")
     return {name: getattr(compiled.memory_analysis(), f"{name}_size_in_bytes") for name in names}
 

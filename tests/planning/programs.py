@@ -1,4 +1,4 @@
-"""Programs with collectives, compiled for eight CPU devices; writes their HLO text to the folder that is given."""
+"""Compile programs with collectives for eight CPU devices, and write their HLO text to the given folder."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The estimate of a step, by hand."""
+"""Compare the estimated time of a step with calculations by hand."""
 
 import dataclasses
 
@@ -31,8 +31,8 @@ def test_work_of_a_transformer():
     assert step_time(config("attention", remat="block")).compute == pytest.approx(4 * DENSE * T * B / 1e12)
 
 
-def test_the_inner_loop_takes_so_long_a_turn_at_least():
-    """On a chip that computes in no time: two mini-batches of 16, three layers, forwards and backwards are 12 turns."""
+def test_each_turn_of_the_inner_loop_takes_a_least_time():
+    """Check the 12 turns of two mini-batches, three layers, forward and backward, on a chip that computes at once."""
     fast = dataclasses.replace(CHIP, peak_flops=1e30)
 
     def compute(**model):
@@ -47,10 +47,10 @@ def test_the_inner_loop_takes_so_long_a_turn_at_least():
     assert compute(unroll=2) == pytest.approx(6 * 5e-6)
 
 
-def test_the_work_of_the_inner_loop_fills_little_of_a_matrix_unit():
-    """Heads of 32 and b = 16 on 128 x 128: 1/4 x 1/4 x 1/8; forward, backward twice, and again (remat_group)."""
+def test_products_of_the_inner_loop_fill_a_part_of_a_matrix_unit():
+    """Check that heads of 32 with b = 16 fill 1/4 x 1/4 x 1/8; forward, backward (twice), and again (remat_group)."""
     c = config("ttt_linear")
-    c.data.batch_size = 2**20  # so much that turns do not matter
+    c.data.batch_size = 2**20  # so much work that turns do not matter
     h, d, b = 2, 32, 16
     inner = 3 * h * (3 * 2 * d * d + 2 * 2 * b * d)  # k W, K^T G, q W; q K^T and its product with G
     dense = 3 * (8 * D * D + 2 * D * h + 6 * D * MLP) + 2 * D * V
@@ -58,16 +58,18 @@ def test_the_work_of_the_inner_loop_fills_little_of_a_matrix_unit():
     assert step_time(c).compute == pytest.approx(expected)
 
 
-def test_matrices_of_a_learner_fill_it_by_their_work():
-    """32 to 128 to 128 to 32: 2/3 of the work are in a matrix that fills it, the rest in two that fill a quarter."""
+def test_fill_of_a_learner_is_weighted_by_the_work_of_its_matrices():
+    """Check widths 32, 128, 128, 32: 2/3 of the work fills a matrix unit, the rest fills a quarter of it."""
     c = config("ttt_mlp")
     c.model.ttt.mlp_depth = 3
     assert any("fill 6.2% of a matrix unit" in said for said in step_time(c).assumptions)  # 16/128 / (2/3 + 4/3)
 
 
-def test_a_fused_inner_loop_fills_it_with_groups():
-    """64 tokens instead of 16, nothing computed again, no turns: 6.2 % of the peak of a v5e for heads of 64, which is
-    what the schedule of the compiler comes to."""
+def test_a_fused_inner_loop_fills_a_matrix_unit_with_groups():
+    """Check a fill of 64 tokens instead of 16, without recomputation or turns.
+
+    For heads of 64 that is 6.2 % of the peak of a v5e, as in the schedule of the compiler.
+    """
     c = config("ttt_linear", dtype="bfloat16")
     c.model.update(width=128, num_heads=2)
     c.data.batch_size = 2**20
@@ -92,5 +94,5 @@ def test_memory_and_communication():
     assert len(two.assumptions) == len(one.assumptions) + 1
 
 
-def test_the_longer_of_work_and_memory_counts():
+def test_the_longer_of_compute_and_memory_counts():
     assert dataclasses.replace(step_time(config("attention")), compute=5.0, memory=2.0, communication=1.0).total == 6.0

@@ -1,4 +1,4 @@
-"""Collectives counted from HLO text: of programs that CPUs compiled, counted by hand, and of text as TPUs write it."""
+"""Compare collectives in HLO text with counts by hand, for programs compiled for CPUs and text in the form of TPUs."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ PROGRAMS = Path(__file__).with_name("programs.py")
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """The HLO text of every program of ``programs.py``, compiled for eight CPU devices in a 2 x 4 mesh."""
+    """Return the HLO text of every program of ``programs.py``, compiled for eight CPU devices in a 2 x 4 mesh."""
     folder = tmp_path_factory.mktemp("programs")
     done = subprocess.run([sys.executable, str(PROGRAMS), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -24,8 +24,8 @@ def counted(text):
     return [(c.kind, c.bytes, c.group, c.times, len(c.loops)) for c in hlo.collectives(text)]
 
 
-def test_a_sum_within_a_scan_counts_once_a_turn(programs):
-    """64 float32 over 8 devices: 8 each, 32 bytes, summed over 4 devices, 7 times."""
+def test_a_sum_in_a_scan_counts_once_per_turn(programs):
+    """Check 64 float32 over 8 devices: 8 each, 32 bytes, summed over 4 devices, 7 times."""
     (sum_,) = hlo.collectives(programs["scan"])
     assert (sum_.kind, sum_.bytes, sum_.group, sum_.times) == ("all-reduce", 32, 4, 7)
     assert sum_.sent == 2 * 32 * 3 / 4
@@ -35,12 +35,12 @@ def test_a_sum_within_a_scan_counts_once_a_turn(programs):
     assert "psum" in sum_.op_name
 
 
-def test_scans_in_scans_multiply(programs):
+def test_trip_counts_of_nested_scans_multiply(programs):
     assert counted(programs["nested"]) == [("all-reduce", 32, 2, 15, 2), ("all-reduce", 32, 4, 3, 1)]
 
 
-def test_every_kind(programs):
-    """One after the other, of 8 float32 on each device: gathered over 2 to 64 bytes, scattered back, ..."""
+def test_every_kind_of_collective_is_counted(programs):
+    """Check one collective after the other on 8 float32 per device: gathered over 2 to 64 bytes, scattered back, ..."""
     assert sorted(counted(programs["kinds"])) == [
         ("all-gather", 64, 2, 1, 0),
         ("all-to-all", 32, 4, 1, 0),
@@ -51,7 +51,7 @@ def test_every_kind(programs):
     assert sent == {"all-gather": 32, "all-to-all": 24, "collective-permute": 32, "reduce-scatter": 32}
 
 
-def test_a_program_without_any(programs):
+def test_a_program_without_collectives(programs):
     assert counted(programs["none"]) == []
 
 
@@ -104,9 +104,12 @@ metadata={op_name="jit(step)/dot_general"}
 """
 
 
-def test_as_tpus_write_it():
-    """A chain of fusions is one gather, also where a loop runs beside it; a sum and slices are a reduce-scatter; trip
-    counts come from conditions; starts list operands before results."""
+def test_text_of_tpu_programs():
+    """Check the forms of the TPU compiler.
+
+    A chain of fusions is one gather, also where a loop runs beside it; a sum with slices is a reduce-scatter; trip
+    counts come from conditions; starts list operands before results.
+    """
     found = hlo.collectives(TPU)
     assert [(c.kind, c.bytes, c.group, c.times, c.op_name) for c in found] == [
         ("all-gather", 8 * 256 * 2, 4, 1, "jit(step)/wq"),
@@ -117,7 +120,7 @@ def test_as_tpus_write_it():
     assert [c.loops for c in found] == [(), ("jit(step)/mixer/while",), (), ()]
 
 
-def test_as_gpus_write_it():
+def test_text_of_gpu_programs():
     text = """\
 HloModule m, replica_count=1, num_partitions=8
 

@@ -1,4 +1,4 @@
-"""Plans for TPUs, by their own compiler: in processes of their own, for its environment is set before JAX loads."""
+"""Plan for TPUs with their own compiler, in separate processes, because its environment is set before JAX loads."""
 
 import importlib.util
 import json
@@ -31,6 +31,16 @@ COMMANDS = {
 }
 
 
+TOO_LARGE = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (24.97G) exceeds available HBM (15.75G). HLO module: jit_step."
+)
+TOO_LARGE_LATE = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 16.59G of 15.75G "
+    "hbm. Exceeded hbm capacity by 858.62M."
+)
+
+
 def ttt_plan(*arguments):
     command = [sys.executable, "-m", "ttt_jax", "plan", *TINY, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -38,7 +48,7 @@ def ttt_plan(*arguments):
 
 @pytest.fixture(scope="module")
 def planned():
-    """What plans.py prints: its plan, and status and JSON of COMMANDS, all from one process."""
+    """Return what plans.py prints: its plan, and status and JSON of COMMANDS, all from one process."""
     commands = {name: ["plan", *TINY, "--topology", "v5e:2x2", *more, "--json"] for name, more in COMMANDS.items()}
     program = [sys.executable, str(Path(__file__).with_name("plans.py")), json.dumps(commands)]
     done = subprocess.run(program, capture_output=True, text=True)
@@ -46,8 +56,8 @@ def planned():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_compiler_that_fails():
-    """One line of what it said; of memory, a size and no error."""
+def test_errors_of_the_compiler():
+    """Check that an error becomes one line, and a lack of memory a size in place of an error."""
 
     def fails(message):
         def compiled_step():
@@ -62,12 +72,32 @@ def test_a_compiler_that_fails():
     assert plan._compile(fails(too_large)) == TooLarge(3 * 2**30, 2 * 2**30)
 
 
+@pytest.mark.parametrize(("message", "needed"), [(TOO_LARGE, 24.97), (TOO_LARGE_LATE, 16.59)])
+def test_needed_and_available_bytes_are_read(message, needed):
+    found = plan.read_too_large(message)
+    assert found.needed == round(needed * 2**30)
+    assert found.available == round(15.75 * 2**30)
+
+
+def test_units_of_memory_are_read():
+    found = plan.read_too_large("Used 1.5T of 512.00M hbm.")
+    assert (found.needed, found.available) == (3 * 2**39, 2**29)
+    assert plan.read_too_large("Used 17 of 16 hbm.") == plan.TooLarge(17, 16)
+
+
+def test_other_messages_are_not_read():
+    assert plan.read_too_large("INTERNAL: Mosaic failed to compile") is None
+    assert (
+        plan.read_too_large("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M vmem.") is None
+    )
+
+
 # ---- A model of width 32, two heads of 16, three blocks, feed-forward width 48, vocabulary 64, on fsdp=2 x tensor=2
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_the_total_is_what_the_compiler_says(planned):
+def test_total_memory_equals_the_analysis_of_the_compiler(planned):
     memory, analysis = planned["plan"]["memory"], planned["analysis"]
     arguments = memory["parameters"] + memory["moments"] + memory["batch"] + memory["padding"]
     assert arguments == analysis["argument"]
@@ -82,8 +112,8 @@ def test_the_total_is_what_the_compiler_says(planned):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_parameters_and_moments_by_arithmetic(planned):
-    """Float32, each split over the axes of the mesh that the rules give it."""
+def test_bytes_of_parameters_and_moments(planned):
+    """Compare with arithmetic: float32 arrays, each split over the axes of the mesh that the rules give it."""
     d, heads, mlp, vocab, b = 32, 2, 48, 64, 4
     on_both = 4 * d * d + 3 * d * mlp  # q, v, gate and output; feed-forward: fsdp x tensor
     on_tensor = heads * (16 * 16 + 3 * 16) + (d + 1) * heads  # inner W0, bias, norm; rates and their bias
@@ -99,7 +129,7 @@ def test_parameters_and_moments_by_arithmetic(planned):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_follows_from_the_estimate(planned):
+def test_numbers_derived_from_the_estimate(planned):
     found = planned["plan"]
     config = config_lib.default()
     config.model.update(vocab_size=64, width=32, num_heads=2, num_layers=3, mlp_width=48)
@@ -119,7 +149,7 @@ def test_what_follows_from_the_estimate(planned):
 @needs_libtpu
 @pytest.mark.slow
 def test_gradients_are_summed_over_data(planned):
-    """Parameters on every chip, rows split: what is summed are the gradients, each once, float32, and a few numbers."""
+    """Check that with parameters on every chip, float32 gradients are summed once, and little else."""
     status, found = planned["commands"]["data"]
     assert status == 0
     assert set(found["collectives"]) == {"all-reduce"}
@@ -134,7 +164,7 @@ def test_gradients_are_summed_over_data(planned):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_model_that_is_too_large(planned):
-    """17 G parameters: with two moments 206 GB, of which a chip would hold a quarter."""
+    """Check a plan of 17 G parameters: 206 GB with two moments, a quarter of it per chip."""
     status, found = planned["commands"]["too large"]
     assert status == 1
     assert found["fits"] is False
@@ -151,7 +181,7 @@ def test_a_model_that_is_too_large(planned):
 @pytest.mark.parametrize(
     ("topology", "chips", "available"), [("v6e:2x2", 4, int(31.24 * 2**30)), ("v5p:2x2x1", 4, int(95.73 * 2**30))]
 )
-def test_other_chips(topology, chips, available):
+def test_plans_for_other_chips(topology, chips, available):
     done = ttt_plan("--topology", topology, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -160,8 +190,8 @@ def test_other_chips(topology, chips, available):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_two_slices():
-    """Between them go gradients: of what a chip holds of the parameters, those of the embedding in two parts."""
+def test_gradients_go_between_slices():
+    """Check the bytes: gradients of the parameters that a chip holds, those of the embedding in two parts."""
     d, mlp, vocab = 256, 512, 512
     size = (f"--config.model.width={d}", f"--config.model.mlp_width={mlp}", f"--config.model.vocab_size={vocab}")
     done = ttt_plan("--topology", "v5e:2x2", "--slices", "2", "--config.mesh.fsdp=4", *size, "--json")
@@ -175,7 +205,7 @@ def test_two_slices():
 
 
 @pytest.mark.slow
-def test_cpus():
+def test_a_plan_for_cpus():
     done = ttt_plan("--topology", "cpu:8", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -186,7 +216,7 @@ def test_cpus():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_search(planned):
+def test_search_finds_the_fastest_choice(planned):
     status, found = planned["commands"]["search"]
     assert status == 0
     assert len(found["tried"]) == 2
@@ -198,8 +228,10 @@ def test_search(planned):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_paper_size_on_a_pod():
-    """125M parameters, 256 chips, a sequence each. Data parallel: 12 bytes a parameter on every chip. Short sequences
-    without the kernel compile faster."""
+    """Check 125M parameters on 256 chips, data parallel: 12 bytes per parameter on every chip.
+
+    Short sequences without the kernel compile faster.
+    """
     command = [sys.executable, "-m", "ttt_jax", "plan", "--config", "configs/paper.py:ttt_linear-125m-pile-2k"]
     command += ["--config.data.sequence_length=32", "--config.model.ttt.kernel=scan"]
     command += ["--topology", "v5e:16x16", "--json"]

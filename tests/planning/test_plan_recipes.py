@@ -1,4 +1,4 @@
-"""The plans of the paper's recipes, as one command."""
+"""Plan the paper's recipes by one script, and print its tables."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def test_every_recipe_divides_its_chips(script):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("for_libtpu")
-def test_a_plan_is_kept_and_printed(script, tmp_path, monkeypatch, capsys):
+def test_plans_are_stored_and_printed(script, tmp_path, monkeypatch, capsys):
     smoke, file = "ttt_linear-125m-pile-2k:smoke", tmp_path / "plans.jsonl"
     monkeypatch.setattr(script, "RECIPES", [])
     monkeypatch.setattr(script, "VARIANTS", [smoke, f"{smoke} mesh.tensor=3"])
@@ -77,7 +77,7 @@ def test_a_plan_is_kept_and_printed(script, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("hours", "said"), [(0.05, "3 min"), (0.9, "54 min"), (1.0, "1.0 h"), (14.96, "15.0 h"), (None, "")]
 )
-def test_a_cell(script, hours, said):
+def test_a_cell_of_the_table(script, hours, said):
     time = None if hours is None else {"total": 0.03467}
     p = {"memory": {"total": 5.76 * 2**30}, "step_time": time, "hours": hours}
     assert script.brief(p) == (f"5.8 GiB, 0.035 s, {said}" if said else "5.8 GiB: too much")

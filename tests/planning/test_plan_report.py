@@ -1,4 +1,4 @@
-"""A plan in words: nothing of a small run is rounded to zero."""
+"""Print plans as text; no number of a small run is rounded to zero."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from ttt_jax.planning.plan import Memory, Plan
 
 
 def a_plan(scale: float) -> Plan:
-    """The plan of a run whose numbers are so many times those of one of the paper's."""
+    """Return the plan of a run whose numbers are ``scale`` times those of one of the paper's."""
     chip = next(chip for chip in chips.CHIPS if chip.name == "v5e")
     return Plan(
         model="TTT-Linear",
@@ -40,7 +40,7 @@ def lines(scale: float) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def test_a_large_run():
+def test_report_of_a_large_run():
     assert report.text(a_plan(1)).startswith("TTT-Linear, 1,285.6 M parameters, on v5e:1x1: 256 chips\n")
     shown = lines(1)
     assert shown["run"] == "50,000 steps, 26.21 G tokens"
@@ -49,7 +49,7 @@ def test_a_large_run():
     assert shown["duration"] == "3.98 hours, 1,018 chip-hours, 1,221 USD at 1.2 per chip-hour"
 
 
-def test_a_small_run():
+def test_report_of_a_small_run():
     assert report.text(a_plan(1e-5)).startswith("TTT-Linear, 12.9 k parameters, on v5e:1x1: 1 chip\n")
     shown = lines(1e-5)
     assert shown["run"] == "20 steps, 1.28 k tokens"
@@ -58,7 +58,7 @@ def test_a_small_run():
     assert shown["duration"] == "0.0572 ms, under 0.001 chip-hours, under 0.001 USD at 1.2 per chip-hour"
 
 
-def test_a_run_that_does_not_fit():
+def test_report_of_a_run_that_does_not_fit():
     needed = Memory(*[2**30] * len(dataclasses.fields(Memory)))
     plan = dataclasses.replace(a_plan(1), memory=needed, available=5 * 2**29, fits=False, step_time=None)
     too_much = needed.total / 2**30 - 2.5
@@ -79,5 +79,5 @@ def test_a_run_that_does_not_fit():
         (report._count(999, 1, "Mk"), "999"),
     ],
 )
-def test_units(said, expected):
+def test_units_of_numbers(said, expected):
     assert said == expected

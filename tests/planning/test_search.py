@@ -1,4 +1,4 @@
-"""Which choices a search looks at, and in which order; nothing is compiled."""
+"""Check which choices a search tries, and in which order, without compiling."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ def devices(count, kind="TPU v5 lite"):
 
 @pytest.fixture
 def larger(config):
-    """16 rows of 4096 tokens, of which the products take longer than memory does."""
+    """Return a config with 16 rows of 4096 tokens, for which compute takes longer than memory."""
     config.model.update(width=1024, mlp_width=2048, num_layers=5, vocab_size=1000, dtype="bfloat16")
     config.data.update(sequence_length=4096, batch_size=16)
     return config
@@ -65,8 +65,8 @@ def test_memory_of_an_inner_loop_counts_w0_and_what_its_update_remembers(config)
         assert of_w0[choice] - of_less[choice] == pytest.approx((3 * 16 * w0 + kept) * more)
 
 
-def test_what_seems_to_fit_comes_first(config):
-    """3 G parameters in 16 GB: 16 bytes each, so 4 chips at least share them."""
+def test_choices_that_seem_to_fit_come_first(config):
+    """Check 3 G parameters in 16 GB: at 16 bytes each, at least 4 chips share them."""
     config.model.update(width=8192, num_heads=4, num_layers=4, mlp_width=16384)
     config.data.batch_size = 16
     guesses = search.guesses(config, devices(16))
@@ -79,9 +79,11 @@ def test_what_seems_to_fit_comes_first(config):
     assert guesses[0].seconds == min(guess.seconds for guess in guesses if guess.memory < 15.75 * 2**30)
 
 
-def test_what_differs_hardly_is_not_tried_in_a_row(larger):
-    """Without tensor, longer rings come later, and last fsdp over all devices, where whole arrays are summed. The
-    second of these comes after what is slower than it by less than 5%."""
+def test_similar_choices_are_not_tried_in_a_row(larger):
+    """Check the order without tensor: longer rings come later, and fsdp over all devices, with its whole sums, last.
+
+    The second of similar choices comes after others that are slower by less than 5%.
+    """
     seconds = {guess.choice: guess.seconds for guess in search.guesses(larger, devices(16))}
     found = list(seconds)
     alone = [choice[:2] for choice in found if choice[2:] == (1, "none", 1)]
@@ -91,8 +93,8 @@ def test_what_differs_hardly_is_not_tried_in_a_row(larger):
     assert found.index(other) < found.index(second)
 
 
-def test_a_guess_counts_what_is_sent(larger):
-    """16 chips, at 200 GB/s and 10 us: sums alone; gathers in bfloat16 and scattered sums; sums of activations."""
+def test_a_guess_counts_sent_bytes_and_collectives(larger):
+    """Check 16 chips at 200 GB/s and 10 us: sums; gathers in bfloat16 with scattered sums; sums of activations."""
     seconds = {g.choice[:3]: g.seconds for g in search.guesses(larger, devices(16)) if g.choice[3:] == ("block", 1)}
     parameters = 5 * (3 * 2048 * 1024 + 4 * 1024**2) + 1000 * 1024
     summed = 2 * 4 * parameters * 15 / 16
@@ -108,7 +110,7 @@ def test_a_guess_counts_what_is_sent(larger):
 
 
 def tried(monkeypatch, config, most, needed):
-    """A search whose compiler takes ``needed(config)`` GiB."""
+    """Return what a search tries where the compiler needs ``needed(config)`` GiB."""
 
     def plan(config, topology, devices):
         config_lib.mesh_shape(config, len(devices))
@@ -127,7 +129,7 @@ def tried(monkeypatch, config, most, needed):
     return search.search(config, "v5e:4x4", devices(16), most)
 
 
-def test_a_search_ends_after_so_many(monkeypatch, config):
+def test_a_search_ends_after_enough_choices_fit(monkeypatch, config):
     assert len(tried(monkeypatch, config, 3, lambda c: 1)) == 3
 
 
@@ -139,15 +141,15 @@ def test_the_best_is_the_fastest_that_fits(monkeypatch, config):
     assert choice.overrides().endswith("--config.model.remat=block --config.training.accumulation=1")
 
 
-def test_nothing_fits(monkeypatch, config):
+def test_a_search_where_nothing_fits(monkeypatch, config):
     monkeypatch.setattr(search, "MOST_FAILURES", 3)
     found = tried(monkeypatch, config, 2, lambda c: 17)
     assert search.best(found) is None
     assert len(found) == 3
 
 
-def test_a_search_learns_from_what_did_not_fit(monkeypatch, config):
-    """A thousandfold of the guess for all without remat: one is tried for each fsdp."""
+def test_a_search_learns_from_choices_that_do_not_fit(monkeypatch, config):
+    """Check that one choice without remat is tried per fsdp where they need a thousand times the guess."""
     guessed = {guess.choice: guess.memory for guess in search.guesses(config, devices(16))}
 
     def needed(c):
@@ -160,13 +162,13 @@ def test_a_search_learns_from_what_did_not_fit(monkeypatch, config):
     assert sum(one.choice.remat == "block" for one in found) == len(guessed) / 2
 
 
-def test_programs_at_which_the_compiler_fails(monkeypatch, config):
+def test_a_search_goes_on_after_the_compiler_fails(monkeypatch, config):
     found = tried(monkeypatch, config, 4, lambda c: "fails" if c.mesh.tensor == 2 else 1)
     assert {one.choice.tensor for one in found if one.plan is None} == {2}
     assert search.best(found)[0].tensor == 4
     assert search.best(tried(monkeypatch, config, 4, lambda c: "fails")) is None
 
 
-def test_choices_that_do_not_divide_cost_nothing(monkeypatch, config):
+def test_choices_that_do_not_divide_are_not_compiled(monkeypatch, config):
     found = tried(monkeypatch, config, 2, lambda c: None if c.mesh.fsdp > 1 else 1)
     assert [one.choice.fsdp for one in found] == [1, 1]

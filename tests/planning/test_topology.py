@@ -1,4 +1,4 @@
-"""Names of topologies, and what is missing where there is no compiler for them."""
+"""Parse names of topologies, and make their devices."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from ttt_jax.planning import topology
         ("cpu:8", 1, ("cpu", (8,), 1), 8),
     ],
 )
-def test_names(text, slices, expected, chips):
+def test_names_of_topologies(text, slices, expected, chips):
     found = topology.parse(text, slices)
     assert tuple(found) == expected
     assert found.chips == chips
@@ -29,7 +29,7 @@ def test_names(text, slices, expected, chips):
 @pytest.mark.parametrize(
     "text", ["", "v5e", "v5e:3x3", "v5e:32x32", "v5e:4x4x4", "v5p:4x4", "v5p:0x4x4", "cpu:0", "cpu:2x2", "h100:8"]
 )
-def test_names_that_mean_nothing(text):
+def test_unknown_names_are_refused(text):
     with pytest.raises(ConfigError) as caught:
         topology.parse(text)
     message = str(caught.value)
@@ -37,12 +37,12 @@ def test_names_that_mean_nothing(text):
     assert message.count("\n") == 0
 
 
-def test_there_are_no_slices_of_cpus():
+def test_slices_of_cpus_are_refused():
     with pytest.raises(ConfigError, match="--slices is for TPUs"):
         topology.parse("cpu:8", 2)
 
 
-def test_without_libtpu(monkeypatch):
+def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install 'libtpu>="):
