@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Times training steps and inner loops on the GPU that is here; writes a JSON file and prints a table.
+"""Time training steps and inner loops on the GPU of this machine; write a JSON file and print a table.
 
     scripts/bench_gpu.sh                       # installs what is missing first
     python scripts/bench_gpu.py --output gpu.json --limit 450 --only ttt_linear
 
-The transformer, TTT-Linear and TTT-MLP of the paper at 125M and 1.3B, bfloat16, 2k to 32k tokens of context and 32k
-tokens a step; and the inner loop alone, forward and backward, in the authors' structure and by the scan with several
-ways to group and unroll it. Each in a process of its own, so that one that runs out of memory ends no other. What there
-was no time for is listed. On a machine without a GPU, --tiny shows that it works.
+Measures the Transformer, TTT-Linear and TTT-MLP of the paper at 125M and 1.3B, in bfloat16, with 2k to 32k tokens of
+context and 32k tokens per step; and the inner loop alone, forward and backward, in the structure of the authors' code
+and by the scan with several groups and unrollings. Each measurement runs in a process of its own, so that one that runs
+out of memory does not end the others. Measurements for which the time is too short are listed. On a machine without a
+GPU, --tiny shows that the script works.
 """
 
 import argparse
@@ -31,7 +32,7 @@ COLUMNS = ("what", "seconds", "tokens_per_second", "mfu", "memory_gb", "compile_
 
 
 def measurements(tiny: bool) -> list[list[str]]:
-    """The arguments of each, the most telling first."""
+    """Return the arguments of each measurement, the most important first."""
     inner = [
         ["inner", kind, heads, path]
         for heads, kind in itertools.product(("12", "32"), ("linear", "mlp"))
@@ -49,7 +50,7 @@ def measurements(tiny: bool) -> list[list[str]]:
 
 
 def measure_inner(kind: str, heads: str, path: str) -> dict[str, Any]:
-    """The inner loop alone: one layer, one sequence of 2048 tokens (64 for one head), forward and backward."""
+    """Time the inner loop alone, forward and backward: one layer, one sequence of 2048 tokens (64 for one head)."""
     way, *scan = path.split(",")
     options: dict[str, Any] = dict(zip(("remat_group", "unroll"), map(int, scan), strict=False))
     tokens = 64 if heads == "1" else 2048
@@ -68,7 +69,7 @@ def measure_inner(kind: str, heads: str, path: str) -> dict[str, Any]:
 
 
 def measure_step(mixer: str, size: str, context: str) -> dict[str, Any]:
-    """A training step, by ``ttt bench step``."""
+    """Time a training step by ``ttt bench step``."""
     tokens = int(context.removesuffix("k")) * 1024
     recipe = f"configs/paper.py:{mixer}-125m-pile-2k:smoke" if size == "smoke" else None
     recipe = recipe or f"configs/paper.py:{mixer}-{size}-pile-{context}"
@@ -90,7 +91,7 @@ def measure_step(mixer: str, size: str, context: str) -> dict[str, Any]:
 
 
 def in_a_process(arguments: list[str], limit: float) -> dict[str, Any]:
-    """What one measurement found; where it failed, or took too long, why."""
+    """Return the results of one measurement, or a note where it failed or took too long."""
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, timeout=limit
@@ -108,10 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bench_gpu.json"), metavar="FILE")
     parser.add_argument(
-        "--limit", type=float, default=450, metavar="SECONDS", help="begin nothing later (default: 450)"
+        "--limit", type=float, default=450, metavar="SECONDS", help="begin no measurement later (default: 450)"
     )
-    parser.add_argument("--only", metavar="TEXT", help="measurements whose name has this in it")
-    parser.add_argument("--tiny", action="store_true", help="two small ones, on any device")
+    parser.add_argument("--only", metavar="TEXT", help="only measurements whose name contains TEXT")
+    parser.add_argument("--tiny", action="store_true", help="two small measurements, on any device")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -120,7 +121,7 @@ def main() -> None:
         return
     device = jax.devices()[0]
     if device.platform != "gpu" and not options.tiny:
-        sys.exit(f"bench_gpu: the device here is a {device.platform}; expected a GPU, or --tiny")
+        sys.exit(f"bench_gpu: the device of this machine is a {device.platform}; expected a GPU, or --tiny")
     about = {"device": device.device_kind, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
     begin, rows, left = time.monotonic(), [], []
     for arguments in measurements(options.tiny):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Benchmarks on an NVIDIA GPU: installs into .venv what is missing, then times training steps and inner loops
-# (scripts/bench_gpu.py says which) in under 8 minutes. Writes bench_gpu.json and prints a table.
+# Run the benchmarks on an NVIDIA GPU: install missing packages into .venv, then time training steps and inner loops
+# (scripts/bench_gpu.py lists them) in under 8 minutes. Writes bench_gpu.json and prints a table.
 #
 #   bash scripts/bench_gpu.sh [--output FILE] [--limit SECONDS] [--only TEXT]
 #
-# Where `python` already has JAX with a GPU, and what else is needed, that is used and nothing is installed.
+# Where `python` already has JAX with a GPU and the other packages, nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -18,6 +18,6 @@ fi
 if ! python -c "$needed" 2> /dev/null && [[ " $* " != *" --tiny"* ]]; then
     install_environment "[cuda]"
 fi
-# Not all of the memory at once: the peak that is told is then what a step needs.
+# Without preallocation, the reported peak is the memory that a step needs.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONPATH="$PWD"
 exec python scripts/bench_gpu.py "$@"

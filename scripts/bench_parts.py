@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times the parts of a model beside the obvious way to write them, and compile time against depth.
+"""Time the parts of a model beside the obvious way to write them, and compile time at two depths.
 
     python scripts/bench_parts.py
 
@@ -31,7 +31,7 @@ HEAD_DIM = WIDTH // HEADS
 
 
 def compare(what: str, ways: dict[str, Callable], *arguments, repeats: int = 7) -> None:
-    """Times the gradients of the sum of squares of each function with respect to all arguments."""
+    """Time the gradient of the sum of squares of each function with respect to all arguments."""
 
     def gradient(f):
         return jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=tuple(range(len(arguments)))))
@@ -78,7 +78,7 @@ def inner_loop(depth: int, remat_group: int) -> Callable:
 
 
 def compile_time(mixer: str, layers: int) -> float:
-    """Seconds to trace, lower and compile the training step."""
+    """Return the seconds to trace, lower and compile the training step."""
     config = config_lib.default()
     config.model.update(mixer=mixer, num_layers=layers, vocab_size=1024)
     config.data.batch_size = 1

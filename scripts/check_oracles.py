@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compares this package with numbers computed by the TTT and LaCT authors' own code.
+"""Compare this package with numbers computed by the TTT and LaCT authors' own code.
 
     python scripts/check_oracles.py tests/oracles tests/oracles/lact
 
 Reads every .npz of the oracle format in the given folders, prints one line per file with the largest error of each
-kind, and exits 1 if any is beyond its tolerance (or if there was nothing to compare).
+kind, and exits 1 if an error exceeds its tolerance or if there was nothing to compare.
 """
 
 import argparse

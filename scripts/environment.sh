@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv with this package in it, and puts it on PATH.
+# Make .venv with this package in it, and put it on PATH. Sourced by the other scripts.
 #
 #   install_environment EXTRAS [OPTION ...]
 #
-# EXTRAS is for example "" or "[dev]"; the options are those of pip install. PYTHON chooses the interpreter (default:
+# EXTRAS is "", "[dev]" or similar; the options are those of pip install. PYTHON chooses the interpreter (default:
 # python3).
 
 install_environment() {

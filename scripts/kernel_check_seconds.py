@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure how long the programs compile that a fused kernel is checked with, for a TPU that need not be there.
+"""Measure the compile time of the programs of a kernel's self-check, for a TPU that need not be present.
 
     python scripts/kernel_check_seconds.py [v5e:1x1 [heads ...]]
 
-Prints seconds of processor time, which other programs on the machine do not change: tracing and compiling, of each of
-the programs and in all. A check compiles the three side by side.
+Prints seconds of processor time, which other programs on the machine do not change, for tracing and compiling each of
+the three programs, and their sum. A check compiles the three in parallel.
 """
 
 import sys
@@ -21,7 +21,7 @@ def main(topology: str = "v5e:1x1", *heads: str) -> None:
 
     from ttt_jax.benchmark import inner_loop
 
-    here = jax.sharding.SingleDeviceSharding(device)
+    on_device = jax.sharding.SingleDeviceSharding(device)
     print(f"{device.device_kind}, jax {jax.__version__}")
     print(f"{'':24}" + "".join(f"{name:>11}" for name in (*inner_loop.PARTS, "in all")))
     for kind in ("linear", "mlp"):
@@ -32,7 +32,9 @@ def main(topology: str = "v5e:1x1", *heads: str) -> None:
                     function, arguments = inner_loop.build_self_check(
                         kind, int(number), dtype=dtype, part=part, device=device.device_kind
                     )
-                    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
+                    shapes = jax.tree.map(
+                        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments
+                    )
                     began = time.process_time()
                     jax.jit(function).lower(*shapes).compile()
                     seconds.append(time.process_time() - began)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Plans the recipes of configs/paper.py on TPU v5e, and prints what comes out as the tables of the documentation.
+"""Plan the recipes of configs/paper.py on TPU v5e, and print the plans as the tables of the documentation.
 
-    python scripts/plan_recipes.py plans.jsonl                     # all of them, two at a time
-    python scripts/plan_recipes.py plans.jsonl --only 1.3b-pile-2k # those that have this in their names
-    python scripts/plan_recipes.py plans.jsonl --jobs 0            # the tables of what is there
+    python scripts/plan_recipes.py plans.jsonl                     # all recipes, two at a time
+    python scripts/plan_recipes.py plans.jsonl --only 1.3b-pile-2k # recipes whose names contain this
+    python scripts/plan_recipes.py plans.jsonl --jobs 0            # print the tables of the plans in the file
 
-Each plan is one line of the file, added when it is done; what is there already is not planned again. Needs the extra
-[plan], and nothing else: no TPU. Exit status 1 where a plan could not be made; what does not fit is a plan too.
+Each plan is one line of the file, added when it is finished; recipes with a plan in the file are not planned again. The
+script needs the extra [plan], but no TPU. Exit status 1 means that a plan could not be made; a run that does not fit
+has a plan, too.
 """
 
 import argparse
@@ -44,7 +45,7 @@ VARIANTS = [
 
 
 def command(name: str) -> list[str]:
-    """``ttt plan`` of a recipe, followed by what is set otherwise."""
+    """Return the command that plans a recipe; the name may set further keys."""
     recipe, *overrides = name.split(" ")
     topology = next((where for what, where in TOPOLOGIES.items() if what in recipe), "v5e:16x16")
     config = ["--config", f"configs/paper.py:{recipe}", *(f"--config.{override}" for override in overrides)]
@@ -52,7 +53,7 @@ def command(name: str) -> list[str]:
 
 
 def plan(name: str, file: Path) -> bool:
-    """Whether there is a plan, which is added to the file."""
+    """Plan a recipe, add the plan to the file, and return whether that succeeded."""
     done = subprocess.run(command(name), cwd=ROOT, capture_output=True, text=True)
     try:
         found = json.loads(done.stdout)
@@ -79,13 +80,13 @@ def duration(p: dict) -> str:
 
 
 def brief(p: dict) -> str:
-    """A cell of the table in docs/recipes.md."""
+    """Return a cell of the table in docs/recipes.md."""
     memory = f"{p['memory']['total'] / 2**30:.1f} GiB"
     return f"{memory}, {p['step_time']['total']:.2g} s, {duration(p)}" if p["step_time"] else f"{memory}: too much"
 
 
 def in_full(name: str, p: dict) -> str:
-    """A row of the tables in docs/benchmarks.md."""
+    """Return a row of the table in docs/benchmarks.md."""
     state = p["memory"]["parameters"] + p["memory"]["moments"]
     total = p["memory"]["total"]
     traffic = p["collectives"].values()
@@ -105,9 +106,11 @@ def in_full(name: str, p: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the plans, a line of JSON each")
-    parser.add_argument("--only", default="", metavar="TEXT", help="plan those that have this in their names")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="so many at once (default: 2); 0: none")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file of plans, a line of JSON each")
+    parser.add_argument("--only", default="", metavar="TEXT", help="plan recipes whose names contain TEXT")
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="plans to make at a time (default: 2); 0: none"
+    )
     options = parser.parse_args()
 
     def plans() -> dict[str, dict]:
@@ -115,22 +118,22 @@ def main() -> int:
         return {p["name"]: p for p in map(json.loads, lines)}
 
     missing = [name for name in [*RECIPES, *VARIANTS] if options.only in name and name not in plans()]
-    well = True
+    succeeded = True
     if options.jobs > 0:
         with ThreadPoolExecutor(options.jobs) as threads:
-            well = all(list(threads.map(lambda name: plan(name, options.file), missing)))
-    there = plans()
+            succeeded = all(list(threads.map(lambda name: plan(name, options.file), missing)))
+    planned = plans()
     print(f"\n| | {' | '.join(CONTEXTS)} |\n|---|{'---|' * len(CONTEXTS)}")
     for mixer, title in MIXERS.items():
         for size in SIZES:
-            cells = [there.get(f"{mixer}-{size}-pile-{context}") for context in CONTEXTS]
+            cells = [planned.get(f"{mixer}-{size}-pile-{context}") for context in CONTEXTS]
             print(f"| {title}, {size} | {' | '.join(brief(p) if p else '' for p in cells)} |")
     print("\n| | data x fsdp x tensor | compile | parameters, moments | the rest | total, fits? ", end="")
     print(f"| sent | collectives | step, estimated |\n{'|---' * 9}|")
     for name in [*RECIPES, *VARIANTS]:
-        if name in there:
-            print(in_full(name, there[name]))
-    return 0 if well else 1
+        if name in planned:
+            print(in_full(name, planned[name]))
+    return 0 if succeeded else 1
 
 
 if __name__ == "__main__":

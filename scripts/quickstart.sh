@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From a bare machine to a picture: installs into .venv, trains a TTT-Linear, a TTT-MLP and a Transformer on the
-# embedded corpus, evaluates each by token index, and draws the three on one figure. Under two minutes on two
-# cores, beside the installation.
+# Go from a bare machine to a picture: install into .venv, train a TTT-Linear, a TTT-MLP and a Transformer on the
+# embedded corpus, evaluate each by token index, and draw the three in one figure. Takes under two minutes on two
+# cores, without the installation.
 #
 #   bash scripts/quickstart.sh
 #
-# Run again, it continues where it was stopped. Arguments are passed to `ttt train`, such as
-# --config.training.duration="1000 steps"; OUT chooses another folder than runs/quickstart, CONTEXT another context.
+# Run again, the script continues where it was stopped. Arguments such as --config.training.duration="1000 steps" are
+# passed to `ttt train`; OUT sets another folder than runs/quickstart, CONTEXT another context.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -17,12 +17,12 @@ context="${CONTEXT:-2048}"
 mixers=(ttt_linear ttt_mlp attention)
 started=$SECONDS
 if grep -qsE '\[(madvise|always)\]' /sys/kernel/mm/transparent_hugepage/enabled; then
-    # Huge pages for the arrays of a step: on a CPU, a third of its time goes into page faults otherwise.
+    # Use huge pages for the arrays of a step: on a CPU, page faults otherwise take a third of its time.
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 fi
 
 echo "Installing into .venv"
-install_environment "" --no-compile # Python compiles what is imported; pip would compile all there is, for some seconds
+install_environment "" --no-compile # Python compiles what it imports; pip would compile everything, which takes seconds
 for mixer in "${mixers[@]}"; do
     echo "Training $mixer"
     ttt train --config "configs/quickstart.py:$mixer" --workdir "$out/$mixer" "$@"

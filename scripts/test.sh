@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs what the tests need into .venv, lints, type-checks, and runs the tests.
+# Install what the tests need into .venv, lint, check types, and run the tests.
 #
-#   bash scripts/test.sh            everything
-#   bash scripts/test.sh --fast     without the tests marked slow
-#   bash scripts/test.sh tests/ttt  these tests only; further arguments go to pytest
+#   bash scripts/test.sh            all tests
+#   bash scripts/test.sh --fast     all tests that are not marked slow
+#   bash scripts/test.sh tests/ttt  the tests of a folder; further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/environment.sh
@@ -18,8 +18,8 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck scripts/*.sh scripts/reproduce/*.sh launch/*.sh launch/*.sbatch .ci/run
-if command -v hadolint >/dev/null; then hadolint launch/Dockerfile; fi # its wheel is for Linux on x86_64
-export OPENBLAS_NUM_THREADS=1 # the tests share the cores already, and threads that wait for work take a part of them
+if command -v hadolint >/dev/null; then hadolint launch/Dockerfile; fi # its wheel exists for Linux on x86_64 only
+export OPENBLAS_NUM_THREADS=1 # the tests share the cores already, and idle threads of BLAS would take time from them
 SECONDS=0
 python -m pytest -n 2 --dist worksteal --durations 20 "$@"
 echo "tests took $SECONDS s"

@@ -39,4 +39,4 @@ def test_a_time_limit_and_failures_are_reported(tmp_path):
     assert "path=nonsense: expected one of official, scan, pallas" in done.stderr
     done = run("--output", output)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("bench_gpu: the device here is a cpu; expected a GPU, or --tiny")
+    assert done.stderr.strip().endswith("bench_gpu: the device of this machine is a cpu; expected a GPU, or --tiny")

@@ -27,7 +27,7 @@ LINEAR, TRANSFORMER = "TTT-Linear (Mamba backbone)", "Transformer"
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """Return ``reproduce(script, *options)``, which runs a script with the ``ttt`` of this tree and returns the output."""
+    """Return ``reproduce(script, *options)``, which runs a script with ``ttt`` of this tree and returns its output."""
     (tmp_path / "bin").mkdir()
 
     def run(script, *options, status=0, ttt='exec python -m ttt_jax "$@"'):
@@ -170,7 +170,7 @@ def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce):
             "--scale paper --bucket gs://b --accelerator a --zone z",
             "--pile: missing; expected a dataset of ttt tokenize",
         ),
-        ("--scale paper --bucket gs://b --accelerator a --zone z --steps 2", "--steps, --data: are of --scale tiny"),
+        ("--scale paper --bucket gs://b --accelerator a --zone z --steps 2", "--steps, --data: expected --scale tiny"),
         ("--scale", "--scale: expected an option and its value; --help lists them"),
         ("--sizes 2m --colour blue", "--colour: no such option; --help lists them"),
     ],

@@ -1,25 +1,26 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, one for each figure and table of the paper: the same ttt sweep, eval, inspect and
-# plot at two scales. docs/reproduce.md has the pictures.
+# Reproduce the figures and tables of the paper: the same ttt sweep, eval, inspect and plot at two scales. Sourced by the
+# scripts of this folder, one for each figure or table. docs/reproduce.md has the pictures.
 #
 #   bash scripts/reproduce/figure_10.sh [--scale tiny]       trains, evaluates and draws; minutes on two CPU cores
 #   bash scripts/reproduce/figure_10.sh --scale paper --bucket gs://BUCKET/reproduce --pile gs://BUCKET/pile \
 #       --books gs://BUCKET/books --accelerator v5litepod-256 --zone ZONE [--spot]      prints the commands
-#   ... --run                                                and runs them; evaluations on --eval-accelerator v5litepod-8
+#   ... --run                                                runs them, too; evaluations on --eval-accelerator v5litepod-8
 #
 # At both scales:
-#   --mixers A,B --sizes A,B --contexts A,B    less (or more) than the figure has, by the names of configs/paper.py;
-#                         of table_1, --mixers are its rungs
-#   --mini-batches A,B    of figure_7
-#   --out DIR             of pictures, and at tiny scale of runs (default: runs/reproduce)
+#   --mixers A,B --sizes A,B --contexts A,B    fewer or other runs than the figure has, by the names of configs/paper.py;
+#                         for table_1, --mixers names its rungs
+#   --mini-batches A,B    mini-batch sizes of figure_7
+#   --out DIR             folder of pictures, and at tiny scale of runs (default: runs/reproduce)
 # At tiny scale:
-#   --data DIR            a dataset of ttt tokenize --tokenizer byte (default: the embedded corpus); has a folder of its own
-#   --steps N             shorter runs, in a folder of their own
+#   --data DIR            dataset of ttt tokenize --tokenizer byte (default: the embedded corpus); its runs have their own
+#                         folder
+#   --steps N             shorter runs, in their own folder
 #   --jobs N              runs at a time (default: 2)
 #
-# What has been trained is not trained again, by any script: all share one folder of runs.
+# All scripts share one folder of runs, so no run is trained twice.
 
-# shellcheck disable=SC2034  # several variables are of the scripts that source this
+# shellcheck disable=SC2034  # the scripts that source this file use several variables
 
 options() {
     scale=tiny out=runs/reproduce chosen_mixers='' chosen_sizes='' chosen_contexts='' mini_batches=''
@@ -65,7 +66,7 @@ options() {
             file=paper shorter=1 pile=pile books=books evaluated=16777216
             sizes='125m 350m 760m 1.3b' contexts='1k 2k 4k 8k 16k 32k' layers=0-2 published=(--published)
             pictures="$out/paper" runs="$bucket"
-            [ -z "$steps$data" ] || fail "--steps, --data: are of --scale tiny"
+            [ -z "$steps$data" ] || fail "--steps, --data: expected --scale tiny"
             [ -n "$bucket" ] || fail "--bucket: missing; expected where runs live, such as gs://BUCKET/reproduce"
             [ -n "$accelerator" ] || fail "--accelerator: missing; expected a TPU slice, such as v5litepod-256"
             [ -n "$zone" ] || fail "--zone: missing; expected a zone of Google Cloud, such as us-west4-a"
@@ -79,17 +80,17 @@ fail() {
     exit 2
 }
 
-# chosen DEFAULT CHOICE: the names in the choice (a,b), or the default ones (a b).
+# chosen DEFAULT CHOICE: print the names of the choice (a,b), or the default names (a b).
 chosen() {
     echo "${2:-$1}" | tr ',' ' '
 }
 
-# tokens 2k: how many these are at this scale.
+# tokens 2k: print the number of tokens of a context at this scale.
 tokens() {
     echo $((${1%k} * 1024 / shorter))
 }
 
-# dataset_of RECIPE: where the text lies; a recipe of configs/ablation.py is of the Pile.
+# dataset_of RECIPE: print the dataset of a recipe; recipes of configs/ablation.py use the Pile.
 dataset_of() {
     local name="$pile" at
     case "$1" in *-books-*) name=books ;; esac
@@ -98,7 +99,7 @@ dataset_of() {
     echo "$at"
 }
 
-# chips_for RECIPE: the accelerator; rows of the 125m cannot be split over all of 256 chips where contexts are long.
+# chips_for RECIPE: print the accelerator; at long contexts, the rows of the 125m cannot be split over 256 chips.
 chips_for() {
     case "${accelerator:-here}:$1" in
         v5litepod-256:*-125m-*-16k) echo v5litepod-128 ;;
@@ -107,21 +108,21 @@ chips_for() {
     esac
 }
 
-# workdir FOLDER RECIPE: where the run of a recipe lies, as ttt sweep calls it.
+# workdir FOLDER RECIPE: print the workdir that ttt sweep gives to the run of a recipe.
 workdir() {
     local stem="$file"
     [[ "$2" == *-* ]] || [ "$file" = tiny ] || stem=ablation
     echo "$runs/$1/$stem.$2"
 }
 
-# config RECIPE: the config file and its argument.
+# config RECIPE: print the config file and its argument.
 config() {
     local stem="$file"
     [[ "$1" == *-* ]] || [ "$file" = tiny ] || stem=ablation
     echo "configs/$stem.py:$1"
 }
 
-# train FOLDER RECIPE... [-- OPTIONS]: a sweep of the recipes; those that are done are left alone.
+# train FOLDER RECIPE... [-- OPTIONS]: run a sweep of the recipes, without those that are done.
 train() {
     local folder="$1" recipes=() recipe accelerators chips command text
     shift
@@ -144,7 +145,7 @@ train() {
     done
 }
 
-# evaluate CONTEXT WORKDIR...: their perplexity at 2k, 8k, ...; locally, of those that have none yet.
+# evaluate CONTEXT WORKDIR...: evaluate runs at a context; locally, only runs without that evaluation.
 evaluate() {
     local length windows left=() each
     length=$(tokens "$1") && shift
@@ -154,7 +155,7 @@ evaluate() {
     there eval --workdir "${left[@]}" --context "$length" --max-windows "$windows"
 }
 
-# inspect CONTEXT WORKDIR: the loss of its inner loop.
+# inspect CONTEXT WORKDIR: inspect the inner loop of a run.
 inspect() {
     local length
     length=$(tokens "$1")
@@ -162,7 +163,7 @@ inspect() {
     there inspect --workdir "$2" --context "$length"
 }
 
-# there VERB ...: a command of ttt, here or, at the paper's scale, on a host with TPUs.
+# there VERB ...: run a command of ttt here, or on a host with TPUs at the scale of the paper.
 there() {
     if [ "$scale" = tiny ]; then
         do_ ttt "$@"
@@ -173,15 +174,15 @@ there() {
     fi
 }
 
-# draw NAME KIND ARGUMENTS...: a picture, as .png and .svg.
+# draw NAME KIND ARGUMENTS...: draw a picture as .png and .svg.
 draw() {
     local name="$1" kind="$2"
     shift 2
     do_ ttt plot "$kind" "$@" --output "$pictures/$name.png" --output "$pictures/$name.svg"
 }
 
-# grid DATASET CONTEXTS SIZES MIXERS: trains and evaluates all of them, or what of them is chosen; `grid_runs` are their
-# workdirs.
+# grid DATASET CONTEXTS SIZES MIXERS: train and evaluate all combinations, or those that are chosen, and set `grid_runs`
+# to their workdirs.
 grid() {
     local dataset="$1" mixers contexts sizes context mixer size recipes=()
     contexts=$(chosen "$2" "$chosen_contexts") sizes=$(chosen "$3" "$chosen_sizes") mixers=$(chosen "$4" "$chosen_mixers")
@@ -195,7 +196,7 @@ grid() {
     for context in $contexts; do evaluate_recipes "$dataset" "$context" "${recipes[@]}"; done
 }
 
-# finetune CONTEXTS SIZES: Transformers, if chosen, that were trained at 2k of Books go on at longer contexts; adds to
+# finetune CONTEXTS SIZES: fine-tune Transformers, if chosen, from 2k of Books to longer contexts, and add them to
 # `grid_runs`.
 finetune() {
     local contexts sizes context size recipes base
@@ -214,7 +215,7 @@ finetune() {
     done
 }
 
-# evaluate_recipes FOLDER CONTEXT RECIPE...: of the recipes, those of this context; adds to `grid_runs`.
+# evaluate_recipes FOLDER CONTEXT RECIPE...: evaluate the recipes with this context, and add them to `grid_runs`.
 evaluate_recipes() {
     local folder="$1" context="$2" recipe found=()
     shift 2
@@ -226,7 +227,7 @@ evaluate_recipes() {
     grid_runs+=("${found[@]}")
 }
 
-# do_ COMMAND...: shows a command as one would type it, and runs it.
+# do_ COMMAND...: print a command as one would type it, and run it.
 do_() {
     local word line=''
     for word in "$@"; do

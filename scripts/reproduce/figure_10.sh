@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 10: perplexity against training FLOPs on the Pile, at 2k and 8k. figure_10.sh --help tells of the options.
+# Figure 10: perplexity against training FLOPs on the Pile, at 2k and 8k. figure_10.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

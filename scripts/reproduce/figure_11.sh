@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 11: perplexity against training FLOPs on Books, at 2k and 32k. figure_11.sh --help tells of the options.
+# Figure 11: perplexity against training FLOPs on Books, at 2k and 32k. figure_11.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 14: the loss of the inner loop in all layers, of the 125M model of the Pile at 2k with b = 1. figure_14.sh --help tells of the options.
+# Figure 14: the loss of the inner loop in all layers, of the 125M model of the Pile at 2k with b = 1. figure_14.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 15: perplexity against training FLOPs on Books, at all contexts, with fine-tuned Transformers. figure_15.sh --help tells of the options.
+# Figure 15: perplexity against training FLOPs on Books, at all contexts, with fine-tuned Transformers. figure_15.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

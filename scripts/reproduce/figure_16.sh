@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 16: perplexity against context on Books, with fine-tuned Transformers; by size, as in the paper, and by model. figure_16.sh --help tells of the options.
+# Figure 16: perplexity against context on Books, with fine-tuned Transformers; by size, as in the paper, and by model. figure_16.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figure 2. Left: perplexity against training FLOPs on the Pile at 8k, from 350M on. Right: perplexity by token index on
-# Books at 32k, of 1.3B models with equal training FLOPs; the Transformer is one that was fine-tuned. figure_2.sh --help tells of the options.
+# Books at 32k, of 1.3B models with equal training FLOPs; the Transformer is one that was fine-tuned. figure_2.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

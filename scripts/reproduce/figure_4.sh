@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 4: the loss of the inner loop in the first three layers, of the 125M model of the Pile at 2k with b = 1. figure_4.sh --help tells of the options.
+# Figure 4: the loss of the inner loop in the first three layers, of the 125M model of the Pile at 2k with b = 1. figure_4.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

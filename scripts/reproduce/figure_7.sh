@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 7: perplexity, and the time of a training step, by the mini-batch size b of the inner loop. figure_7.sh --help tells of the options.
+# Figure 7: perplexity, and the time of a training step, by the mini-batch size b of the inner loop. figure_7.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1: from linear attention to TTT-Linear, 125M on the Pile at 2k. table_1.sh --help tells of the options.
+# Table 1: from linear attention to TTT-Linear, 125M on the Pile at 2k. table_1.sh --help lists the options.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=scripts/reproduce/common.sh
