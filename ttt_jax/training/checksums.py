@@ -7,18 +7,18 @@ checksums (CRC-32) of all files lie beside them in ``checksums.json``.
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from etils import epath
+from ttt_jax.storage.workdir import Workdir
 
 NAME = "checksums.json"
 _BLOCK = 1 << 22  # bytes read at once
 _THREADS = 8
 
 
-def write(folder: epath.Path, subfolders: Iterable[str]) -> None:
+def write(folder: Workdir, subfolders: Iterable[str]) -> None:
     """Write the sizes and checksums of all files in ``subfolders`` of a folder."""
     paths = [path for name in subfolders for path in _files(folder / name)]
     names = [os.fspath(path.relative_to(folder)) for path in paths]
@@ -27,11 +27,14 @@ def write(folder: epath.Path, subfolders: Iterable[str]) -> None:
     (folder / NAME).write_text(json.dumps({"algorithm": "crc32", "files": found}))
 
 
-def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str | None:
+def first_difference(
+    folder: Workdir, part: int = 0, parts: int = 1, *, names: Sequence[str] | None = None
+) -> str | None:
     """Return what is wrong with one of the files; None where all are as written, or no checksums were written.
 
     Args:
       part: which of ``parts`` shares of the files to check.
+      names: the files to check; None for all.
 
     Raises:
       OSError: where a file exists but cannot be read.
@@ -44,6 +47,8 @@ def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str |
         return f"{NAME} is damaged"
     try:
         files = json.loads(text)["files"]
+        if names is not None:
+            files = {name: files[name] for name in names}
         shares = sorted(files, key=lambda name: -files[name][0])[part::parts]
     except (ValueError, LookupError, TypeError):
         return f"{NAME} is damaged"
@@ -52,7 +57,7 @@ def first_difference(folder: epath.Path, part: int = 0, parts: int = 1) -> str |
         return next((f"{name} {problem}" for name, problem in zip(shares, problems, strict=True) if problem), None)
 
 
-def _difference(path: epath.Path, expected: list[int]) -> str | None:
+def _difference(path: Workdir, expected: list[int]) -> str | None:
     try:
         found = _size_and_checksum(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +67,7 @@ def _difference(path: epath.Path, expected: list[int]) -> str | None:
     return None if found == expected else "is damaged (its checksum differs)"
 
 
-def _size_and_checksum(path: epath.Path) -> list[int]:
+def _size_and_checksum(path: Workdir) -> list[int]:
     size = checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -70,8 +75,8 @@ def _size_and_checksum(path: epath.Path) -> list[int]:
     return [size, checksum]
 
 
-def _files(folder: Any) -> list[epath.Path]:
-    found: list[epath.Path] = []
+def _files(folder: Any) -> list[Workdir]:
+    found: list[Workdir] = []
     for path in sorted(folder.iterdir()):
         found += _files(path) if path.is_dir() else [path]
     return found

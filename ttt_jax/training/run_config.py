@@ -5,7 +5,6 @@ used. A ``config.json`` with other settings is refused, unless it was edited on 
 """
 
 import json
-import zlib
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -16,6 +15,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.storage import json_files, writing
 from ttt_jax.storage.json_files import DamagedFile
 from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.training import checksums
 
 NAME = "config.json"
 
@@ -134,23 +134,11 @@ def _newest_saved(workdir: Workdir) -> RunConfig | None:
         folder = workdir / "checkpoints" / str(step)
         path = folder / "meta" / "metadata"
         try:
-            _check(folder, path)
-            content = json_files.read_object(path)["config"]
-            return RunConfig(config_lib.from_dict(content, path), path)
+            with explained(path):
+                damage = checksums.first_difference(folder, names=["meta/metadata"])
+            if damage is None:
+                content = json_files.read_object(path)["config"]
+                return RunConfig(config_lib.from_dict(content, path), path)
         except (OSError, KeyError, ConfigError):
             continue  # damaged, half written, or of a version that did not keep the config
     return None
-
-
-def _check(folder: Workdir, path: Workdir) -> None:
-    """Raise :class:`DamagedFile` where a checkpoint's ``meta`` is not what its checksums say."""
-    try:
-        size, expected = json_files.read_object(folder / "checksums.json")["files"]["meta/metadata"]
-    except (FileNotFoundError, NotADirectoryError):
-        return  # written before there were checksums
-    except (LookupError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{folder / 'checksums.json'}: damaged") from error
-    with explained(path):
-        content = path.read_bytes()
-    if (len(content), zlib.crc32(content)) != (size, expected):
-        raise DamagedFile(f"{path}: damaged")
