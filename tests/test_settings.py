@@ -80,7 +80,7 @@ def test_values_within_bounds_are_accepted(name, value):
         ("less", 1, "a.less=1: expected a number below 1"),
         ("color", "green", "a.color='green': expected one of red, blue"),
         ("on", 1, "a.on=1: expected true or false"),
-        ("every", 3, "a.every=3: expected a text"),
+        ("every", 3, 'a.every=3: expected a text such as "300 steps"'),
     ],
 )
 def test_other_values_are_refused(name, value, message):

@@ -116,6 +116,7 @@ _TYPES: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int,
 def kind_in_words(name: str) -> str:
     """Return what messages call a type, by its name."""
     kinds = {"bool": "true or false", "int": "an integer", "float": "a number", "ConfigDict": "a section"}
+    kinds["Duration"] = 'a text such as "300 steps"'
     return kinds.get(name, "a text")
 
 

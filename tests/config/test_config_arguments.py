@@ -91,6 +91,11 @@ def test_a_config_file_that_does_not_exist_is_named(arguments):
     assert message == "--config nowhere/x.py: no such file; expected a Python file with get_config()"
 
 
+def test_a_misspelt_config_file_is_named_with_the_nearest():
+    message = error_of(config_lib.from_arguments, ["--config", str(CONFIGS / "quikstart.py:ttt_mlp")])
+    assert message == f"--config {CONFIGS}/quikstart.py: no such file; did you mean {QUICKSTART}?"
+
+
 @pytest.mark.parametrize("argument", ["stray", "--foo=3", "--flagfile=/etc/passwd", "--undefok=x", "-foo"])
 def test_other_arguments_are_unexpected(argument):
     assert argument.lstrip("-").split("=")[0] in error_of(

@@ -13,7 +13,13 @@ from ttt_jax.sweep import points as points_lib
 BROKEN_FILES = {
     # name: (lines after `c = config.default()`, which is line 5; line of the error; what is said besides the place)
     "unknown_key": ("    c.seed = 1\n    c.model.widht = 3\n", 7, ["widht", "unknown key", "width"]),
-    "wrong_type": ("    c.model.width = 'wide'\n", 6, ["width=wide", "an integer"]),
+    "wrong_type": ("    c.model.width = 'wide'\n", 6, ["model.width=wide: expected an integer"]),
+    "wrong_duration": (
+        "    c.training.duration = 100\n",
+        6,
+        ['training.duration=100: expected a text such as "300 steps"'],
+    ),
+    "wrong_type_of_a_name_in_two_sections": ("    c.log.every = 100\n", 6, ["every=100: expected a text"]),
     "wrong_number": ("\n    c.model.width = 1.5\n", 7, ["width=1.5", "an integer"]),
     "section": ("    c.model = 3\n", 6, ["model=3", "a section"]),
     "unknown_section": ("    c.modle.width = 3\n", 6, ["modle", "model"]),

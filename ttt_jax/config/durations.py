@@ -51,8 +51,8 @@ def steps(config: ml_collections.ConfigDict, key: str) -> int:
     unit = match[3] if match else ""
     of_run = key == "training.duration"
     if not amount > 0 or not math.isfinite(amount) or (unit == "%" and (of_run or amount > 100)):
-        percent = "" if of_run else ', "10%" of the run'
-        raise ConfigError(f'{key}={text!r}: expected a duration such as "300 steps", "2.5e9 tokens"{percent}')
+        examples = '"300 steps" or "2.5e9 tokens"' if of_run else '"300 steps", "2.5e9 tokens", or "10%" of the run'
+        raise ConfigError(f"{key}={text!r}: expected a duration such as {examples}")
     if unit != "%" and amount > _MOST:
         raise ConfigError(f"{key}={text!r}: expected a duration of at most {_MOST:.0e} steps or tokens")
     if unit == "%":

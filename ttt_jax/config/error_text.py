@@ -26,5 +26,8 @@ def describe(error: Exception) -> str:
         return renamed.advice_for_name(name) or f"{name}: unknown key; did you mean {tree.nearest(name)}?"
     if match := _WRONG_TYPE.match(text):
         name, value, kind = match.groups()
+        keys = [key for key in tree.settings() if key.rpartition(".")[2] == name]
+        if len(keys) == 1:  # else the message does not say which key it is
+            return f"{keys[0]}={value}: expected {kind_in_words(tree.setting(keys[0]).kind.__name__)}"
         return f"{name}={value}: expected {kind_in_words(kind.rpartition('.')[2])}"
     return f"{type(error).__name__}: {' '.join(text.split())}"

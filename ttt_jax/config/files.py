@@ -1,6 +1,7 @@
 """Load config files, which are Python, and the configs of earlier runs, which are JSON."""
 
 import contextlib
+import difflib
 import importlib
 import itertools
 import runpy
@@ -33,7 +34,9 @@ def load(named: str) -> ml_collections.ConfigDict:
     name, *argument = named.split(":", 1)
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"--config {name}: no such file; expected a Python file with get_config()")
+        close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], 1)
+        advice = f"did you mean {path.parent / close[0]}?" if close else "expected a Python file with get_config()"
+        raise ConfigError(f"--config {name}: no such file; {advice}")
     try:
         with executed(path) as names:
             get_config = names.get("get_config")

@@ -262,7 +262,7 @@ def profiled_steps(config: ml_collections.ConfigDict) -> range:
     match = re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if text and not 1 <= first <= last:
-        raise ConfigError(f'profile.steps={text!r}: expected steps from 1, such as "10" or "10:13"')
+        raise ConfigError(f'profile.steps={text!r}: expected a step from 1, or a first and a last one, as in "10:13"')
     return range(first, last + 1)
 
 
