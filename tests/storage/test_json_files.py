@@ -80,9 +80,9 @@ def test_a_flipped_bit_loses_only_the_lines_it_is_in(bit):
 
 @given(st.integers(0, len(LINES)))
 def test_a_file_cut_short_keeps_its_whole_lines(length):
-    found = json_files.parse_lines(LINES[:length])
-    assert found.records == RECORDS[: LINES[:length].count(b"\n")]
-    assert not found.problems
+    lines = json_files.parse_lines(LINES[:length])
+    assert lines.records == RECORDS[: LINES[:length].count(b"\n")]
+    assert not lines.problems
 
 
 def test_lines_that_are_left_out_are_named(tmp_path, capsys):

@@ -109,8 +109,8 @@ def test_a_holder_on_another_machine_is_respected_while_it_gives_signs_of_life(t
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        said = r"ttt train \(process 7 on elsewhere, since 2026-01-01 00:00:00 UTC\) is at work there"
-        with pytest.raises(ConfigError, match=said):
+        message = r"ttt train \(process 7 on elsewhere, since 2026-01-01 00:00:00 UTC\) is at work there"
+        with pytest.raises(ConfigError, match=message):
             WorkdirLock(tmp_path, "ttt train").acquire()
     finally:
         end.set()
@@ -202,8 +202,8 @@ def test_a_read_only_folder_is_used_without_a_lock(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(os, "open", open_file)
     with WorkdirLock(tmp_path, "ttt train") as lock:
         lock.check()
-    said = f"ttt train: {tmp_path}: cannot be written to (Read-only file system); goes on without a lock\n"
-    assert capsys.readouterr().err == said
+    message = f"ttt train: {tmp_path}: cannot be written to (Read-only file system); goes on without a lock\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_lock_outlives_storage_that_fails_for_a_while(tmp_path, monkeypatch):
@@ -267,8 +267,8 @@ def test_in_a_bucket_a_replaced_holder_notices_and_a_lost_answer_does_no_harm():
         other = elsewhere(command="ttt train")
         gcs.objects["bucket/run/running.json"] = other.encode()
         gcs._generations["bucket/run/running.json"] += 5
-        said = (
+        message = (
             "--workdir gs://bucket/run: ttt train (process 7 on elsewhere, since 2026-01-01 00:00:00 UTC) has taken it"
         )
-        assert printed(process).startswith(said)
+        assert printed(process).startswith(message)
         assert gcs.files("bucket/run") == {"running.json": other.encode()}

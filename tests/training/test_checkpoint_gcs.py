@@ -46,10 +46,10 @@ print(json.dumps([steps, checkpoints.all_steps()]))
 
 @pytest.mark.slow
 def test_checkpoints_in_a_bucket_are_saved_restored_and_passed_over():
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     with FakeGCS() as gcs:
-        steps, there = json.loads(printed(gcs.start("-c", SCRIPT, here, here.parents[1])))
-    assert steps == [3, 2, 3, 2, 3]  # as saved; one bit flipped; saved again; not complete; saved again
-    assert there == [2, 3]
+        restored, kept = json.loads(printed(gcs.start("-c", SCRIPT, folder, folder.parents[1])))
+    assert restored == [3, 2, 3, 2, 3]  # as saved; one bit flipped; saved again; not complete; saved again
+    assert kept == [2, 3]
     folders = {name.split("/")[3] for name in gcs.objects}
     assert folders == {"2", "3", "damaged-3"}

@@ -34,12 +34,12 @@ def numpy_guard(sequence, factor):
 @hypothesis.settings(max_examples=30)
 def test_the_guard_judges_as_numpy(tail, before, factor):
     sequence = [*np.random.default_rng(before).uniform(0.5, 2, before).astype(np.float32), *tail]
-    state, found = optimizer_lib.initial_guard(), []
+    state, actual = optimizer_lib.initial_guard(), []
     for norm in sequence:
         allowed, state = judge(state, jnp.float32(norm), factor)
-        found.append(bool(allowed))
+        actual.append(bool(allowed))
     expected = numpy_guard(sequence, factor)
-    assert found == expected
+    assert actual == expected
     assert int(state.skipped) == expected.count(False)
     assert int(state.in_a_row) == next((i for i, ok in enumerate(reversed(expected)) if ok), len(expected))
 

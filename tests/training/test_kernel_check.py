@@ -69,9 +69,9 @@ def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config
     assert "of the largest entry of the outputs and of 1 other array (1e-04 is allowed)" in line
     assert losses(tmp_path) == by_scan
     assert config_lib.from_json(tmp_path / "config.json").model.ttt.kernel == "pallas"
-    found = trained.load(tmp_path)
+    loaded = trained.load(tmp_path)
     assert capsys.readouterr().err.startswith(WRONG)
-    assert found.config.model.ttt.kernel == "pallas"
+    assert loaded.config.model.ttt.kernel == "pallas"
 
 
 @pytest.mark.slow

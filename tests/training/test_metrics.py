@@ -62,10 +62,10 @@ def test_a_refusal_by_wandb_is_one_line_and_nothing_is_written(tmp_path, monkeyp
         raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
-    said = (
+    message = (
         r"^log.wandb_project=p: No API key configured. Use `wandb login` to log in.; expected a login \(wandb login\), "
     )
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         metrics.MetricsWriter(tmp_path, 0, wandb={"project": "p"})
     assert list(tmp_path.iterdir()) == []
 
@@ -75,8 +75,8 @@ def test_a_folder_in_the_place_of_the_records_is_set_aside(tmp_path, capsys):
     assert metrics.read(tmp_path) == []
     assert capsys.readouterr().err == f"{tmp_path}/metrics.jsonl: is a folder; passed over\n"
     _write(tmp_path, [3], resume_at=2)
-    said = f"{tmp_path}/metrics.jsonl: is a folder; passed over, and the file is kept as metrics.jsonl.damaged\n"
-    assert capsys.readouterr().err == said
+    message = f"{tmp_path}/metrics.jsonl: is a folder; passed over, and the file is kept as metrics.jsonl.damaged\n"
+    assert capsys.readouterr().err == message
     assert [r["step"] for r in metrics.read(tmp_path)] == [3]
     assert (tmp_path / "metrics.jsonl.damaged").is_dir()
 

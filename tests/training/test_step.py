@@ -43,8 +43,8 @@ def test_inner_learning_rate_warms_up_for_ttt_mlp_only(mixer, expected, tiny_con
     config = tiny_config({"model.mixer": mixer, "optimizer.warmup": "10 steps"})
     _, warmup = optimizer_lib.schedules(config)
     rates = ttt_loop.base_lr_start(config.model), ttt_loop.base_lr(config.model)
-    found = [warmup_scale(*rates, warmup(jnp.asarray(k))) for k in (0, 5, 10, 20)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    scales = [warmup_scale(*rates, warmup(jnp.asarray(k))) for k in (0, 5, 10, 20)]
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
 
 
 def _one_step(run, accumulation, batch, params=None):

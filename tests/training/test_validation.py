@@ -30,13 +30,13 @@ def run(tiny_config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_losses_equal_those_of_ttt_eval(run):
-    found = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
-    assert list(found) == [6, 12, 18, 24]
+    validated = {record["step"]: record for record in metrics.read(run) if validation.LOSS in record}
+    assert list(validated) == [6, 12, 18, 24]
     for step in (6, 24):
         expected = evaluate(trained.load(run, step), Selection(64, most=5)).about
-        assert found[step][validation.LOSS] == pytest.approx(expected["loss"], rel=1e-5)
-        assert found[step]["validation_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
-    assert found[24][validation.LOSS] < found[6][validation.LOSS] - 0.05
+        assert validated[step][validation.LOSS] == pytest.approx(expected["loss"], rel=1e-5)
+        assert validated[step]["validation_perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert validated[24][validation.LOSS] < validated[6][validation.LOSS] - 0.05
 
 
 def test_each_loss_is_in_the_record_of_its_step(run):
@@ -167,16 +167,16 @@ def test_a_loss_that_is_not_finite_shows_and_masked_ones_do_not(tiny_config, mon
     monkeypatch.setattr(validation, "token_nll", nll)
     params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), run.abstract_state.params)
     monkeypatch.setattr(type(run.model), "apply", lambda *arguments: (0, None))
-    found = validation.Validation(run, source, 3)(params)
-    assert (found[validation.LOSS], found["validation_perplexity"]) == (2.0, pytest.approx(math.exp(2.0)))
+    values = validation.Validation(run, source, 3)(params)
+    assert (values[validation.LOSS], values["validation_perplexity"]) == (2.0, pytest.approx(math.exp(2.0)))
     bad["of"] = 8
     assert math.isnan(validation.Validation(run, source, 3)(params)[validation.LOSS])
     bad["value"] = jnp.inf
-    found = validation.Validation(run, source, 3)(params)
-    assert (found[validation.LOSS], found["validation_perplexity"]) == (math.inf, math.inf)
+    values = validation.Validation(run, source, 3)(params)
+    assert (values[validation.LOSS], values["validation_perplexity"]) == (math.inf, math.inf)
     bad.update(value=800.0, **{"else": 800.0})
-    found = validation.Validation(run, source, 3)(params)
-    assert (found[validation.LOSS], found["validation_perplexity"]) == (800.0, math.inf)
+    values = validation.Validation(run, source, 3)(params)
+    assert (values[validation.LOSS], values["validation_perplexity"]) == (800.0, math.inf)
 
 
 def test_a_split_with_nothing_to_predict_is_refused(tiny_config):

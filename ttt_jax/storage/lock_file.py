@@ -174,12 +174,12 @@ class BucketLock:
     def take(self, record: bytes, dead: bytes | None) -> Holder | None:
         """Take the lock and return None, or return its holder. A record equal to ``dead`` is replaced."""
         with self._explained():
-            found = self._read()
-            content = bytes(found.value)
+            current = self._read()
+            content = bytes(current.value)
             lives = _lives(content, self._machine)
-            if found.state != "missing" and content != dead and lives is not False:
+            if current.state != "missing" and content != dead and lives is not False:
                 return Holder(content, lives is True)
-            return None if self._replace(record, found.stamp.generation) else Holder(self._content(), lives=False)
+            return None if self._replace(record, current.stamp.generation) else Holder(self._content(), lives=False)
 
     def renew(self, record: bytes) -> bytes | None:
         """Write the record again and return None, or return the record of another holder that has replaced it."""
@@ -199,10 +199,10 @@ class BucketLock:
         if written.generation:
             self._generation = written.generation
             return True
-        found = self._read()  # the answer to a write may have been lost, and the write repeated
-        if self._identity not in bytes(found.value):
+        current = self._read()  # the answer to a write may have been lost, and the write repeated
+        if self._identity not in bytes(current.value):
             return False
-        self._generation = found.stamp.generation
+        self._generation = current.stamp.generation
         return True
 
     def _content(self) -> bytes:

@@ -66,8 +66,8 @@ class Store:
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         """Return the bytes ``[start, stop)`` of a file; None where there is no such file."""
         with self._explained("read", name):
-            found = self._kv.read(name, byte_range=slice(start, stop)).result()
-        return None if found.state == "missing" else bytes(found.value)
+            answer = self._kv.read(name, byte_range=slice(start, stop)).result()
+        return None if answer.state == "missing" else bytes(answer.value)
 
     def read_json(self, name: str) -> Any:
         """Return the content of a JSON file, without its hash; None where there is no such file."""

@@ -23,8 +23,8 @@ def write(folder: Workdir, subfolders: Iterable[str]) -> None:
     paths = [path for name in subfolders for path in _files(folder / name)]
     names = [os.fspath(path.relative_to(folder)) for path in paths]
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = dict(zip(names, threads.map(_size_and_checksum, paths), strict=True))
-    (folder / NAME).write_text(json.dumps({"algorithm": "crc32", "files": found}))
+        files = dict(zip(names, threads.map(_size_and_checksum, paths), strict=True))
+    (folder / NAME).write_text(json.dumps({"algorithm": "crc32", "files": files}))
 
 
 def first_difference(
@@ -59,12 +59,12 @@ def first_difference(
 
 def _difference(path: Workdir, expected: list[int]) -> str | None:
     try:
-        found = _size_and_checksum(path)
+        actual = _size_and_checksum(path)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    if found[0] != expected[0]:
-        return f"has {found[0]} bytes instead of {expected[0]}"
-    return None if found == expected else "is damaged (its checksum differs)"
+    if actual[0] != expected[0]:
+        return f"has {actual[0]} bytes instead of {expected[0]}"
+    return None if actual == expected else "is damaged (its checksum differs)"
 
 
 def _size_and_checksum(path: Workdir) -> list[int]:
@@ -76,7 +76,7 @@ def _size_and_checksum(path: Workdir) -> list[int]:
 
 
 def _files(folder: Any) -> list[Workdir]:
-    found: list[Workdir] = []
+    files: list[Workdir] = []
     for path in sorted(folder.iterdir()):
-        found += _files(path) if path.is_dir() else [path]
-    return found
+        files += _files(path) if path.is_dir() else [path]
+    return files

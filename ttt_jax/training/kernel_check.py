@@ -17,23 +17,23 @@ _LIMIT = 900.0  # seconds for the slowest process
 def checked(run: compiled_step.Program) -> compiled_step.Program:
     """Return a program whose inner loop has been checked on its devices, some of which belong to this process.
 
-    Where :func:`kernels_to_check` finds a fused kernel that is going to run, each process has it check itself on one of
-    its devices (:mod:`ttt_jax.kernels.self_check`; once, whatever else is built for the same shapes). If it is wrong on
-    any process, all processes print a line on standard error that names the array that differs most, and get a program
-    that uses the scan. ``config`` stays as it is.
+    Each process has the fused kernels of :func:`kernels_to_check` compared with the scan on one of its devices, once
+    for all programs of the same shapes (:mod:`ttt_jax.kernels.self_check`). If one is wrong on any process, all
+    processes print a line on standard error that names the array that differs most, and get a program that uses the
+    scan. Its ``config`` is not changed.
 
-    All processes call this alike.
+    All processes make this call alike.
     """
-    kernels = kernels_to_check(run.config.model, run.mesh)
-    if not kernels:
+    families = kernels_to_check(run.config.model, run.mesh)
+    if not families:
         return run
     device = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
     known = self_check.of_family.cache_info().misses
-    wrong = "; ".join(filter(None, (_problem(family, device) for family in kernels)))
+    wrong = "; ".join(filter(None, (_problem(family, device) for family in families)))
     problem = Exchange("kernel check").first_problem(wrong, _LIMIT)
     if problem is None:
         if self_check.of_family.cache_info().misses > known:
-            for report in (self_check.of_family(family, device) for family in kernels):
+            for report in (self_check.of_family(family, device) for family in families):
                 process_checks.print_once(
                     f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
                 )
@@ -56,12 +56,12 @@ def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_
     device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
     if not model.ttt.kernel_check or kernels.interpreted(device):
         return []
-    found = []
+    families = []
     for kind in pattern.learning_kinds(model):
         loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
         if kernels.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
-            found.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
-    return list(dict.fromkeys(found))
+            families.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
+    return list(dict.fromkeys(families))
 
 
 def _problem(kernel: self_check.Family, device: jax.Device) -> str:

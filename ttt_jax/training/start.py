@@ -167,8 +167,8 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the packages that compute its numbers."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": sys.version.split()[0], "ttt_jax": ttt_jax.__version__, **found}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": sys.version.split()[0], "ttt_jax": ttt_jax.__version__, **packages}
 
 
 def _hash_of_source() -> str:
