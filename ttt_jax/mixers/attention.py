@@ -59,8 +59,8 @@ class Attention(nn.Module):
             x, context = gathered.take(x), gathered.context
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         placed = places(context, tokens, None if state is None else state.position)
-        positions = jnp.arange(tokens) if placed is None else placed.position
-        q = rope.rotate(project("wq"), positions, self.rope_theta)
+        positions = jnp.arange(tokens) if placed is None else placed.position  # [T] or [B, T]
+        q = rope.rotate(project("wq"), positions, self.rope_theta)  # [B, T, H, d]
         k = rope.rotate(project("wk"), positions, self.rope_theta)
         v = project("wv")
         if placed is None:
@@ -106,7 +106,7 @@ def causal_attention(
 
     def attend(first: int, start: int, end: int) -> jax.Array:
         keys = k[:, :, first:end].swapaxes(-1, -2)
-        logits = scale * jnp.matmul(q[:, :, start:end], keys, preferred_element_type=jnp.float32)
+        logits = scale * jnp.matmul(q[:, :, start:end], keys, preferred_element_type=jnp.float32)  # [B, H, t, S]
         visible = jnp.arange(first, end) <= jnp.arange(start, end)[:, None]
         if window is not None:
             visible &= jnp.arange(first, end) > jnp.arange(start, end)[:, None] - window

@@ -51,12 +51,12 @@ class LinearAttention(nn.Module):
         batch, tokens, width = x.shape
         project = partial(to_heads, x, self.num_heads, self.dtype, self.init_stddev)
         placed = places(context, tokens, None if state is None else state.position)
-        positions = jnp.arange(tokens) if placed is None else placed.position
-        q = rope.rotate(project("wq"), positions, self.rope_theta)
+        positions = jnp.arange(tokens) if placed is None else placed.position  # [T] or [B, T]
+        q = rope.rotate(project("wq"), positions, self.rope_theta)  # [B, T, H, d]
         k = rope.rotate(project("wk"), positions, self.rope_theta)
         sums = (self.initial_state(batch, width, tokens) if state is None else state).sums
         document = None if placed is None or context.reset is None else placed.document
-        z, sums = linear_attention(q, context.blank(k), project("wv"), sums, document)
+        z, sums = linear_attention(q, context.blank(k), project("wv"), sums, document)  # z: [B, T, H, d]
         z /= 2 * (width // self.num_heads) * (positions + 1)[..., None, None]
         z = post_norm()(z.astype(self.dtype).reshape(x.shape))
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)

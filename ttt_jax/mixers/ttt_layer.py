@@ -95,7 +95,7 @@ class TTT(nn.Module):
     ) -> tuple[jax.Array, TTTState | None]:
         """Return y [B, T, D], and the state after x where one is given."""
         width = x.shape[-1]
-        q, k, v, conv_q, conv_k = self._qkv(x, state, context)
+        q, k, v, conv_q, conv_k = self._qkv(x, state, context)  # q, k, v: [B, T, H, d]
         placed = places(context, x.shape[1], None if state is None else state.inner.position)
         positions = (jnp.arange(x.shape[1]) if placed is None else placed.position) % self.mini_batch
         parameters = self._inner_parameters()
@@ -110,7 +110,7 @@ class TTT(nn.Module):
         result = self._inner_loop(parameters, tokens, inner, context)
         if result.statistics is not None:
             self._record(result.statistics, parameters, tokens, k, context)
-        z = post_norm()(result.z.reshape(x.shape))
+        z = post_norm()(result.z.reshape(x.shape))  # [B, T, D]
         if self.backbone == "mamba":
             z *= nn.gelu(self._projection(width, "wg")(x).astype(jnp.float32), approximate=True)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(z)

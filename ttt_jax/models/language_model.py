@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         """
         normal = nn.initializers.normal(self.init_stddev)
         embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), EMBEDDING_AXES)
-        h = lookup(embedding, tokens, self.dtype)
+        h = lookup(embedding, tokens, self.dtype)  # [B, T, D]
         self._record("embedding", h)
         h, state = stack.read(self.segments, self.remat, h, state, context)
         h = RMSNorm(self.dtype, self.norm_epsilon, name="final_norm")(h)
