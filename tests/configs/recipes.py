@@ -8,11 +8,19 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ttt_jax import config as config_lib
-from ttt_jax.config.files import names_of
+from ttt_jax.config.files import executed
 from ttt_jax.mixers import MIXERS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GOLDEN = Path(__file__).with_name("recipes.json")
+
+
+def names_of(path):
+    """Return the names that a config file defines, with their values."""
+    with executed(path) as names:
+        return names
+
+
 PAPER, ABLATION, TASKS = (names_of(CONFIGS / name) for name in ("paper.py", "ablation.py", "tasks.py"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from saved_runs import lines, run, words
 
 from ttt_jax.config import ConfigError
-from ttt_jax.config.files import names_of
+from ttt_jax.config.files import executed
 from ttt_jax.figures import published, style
 from ttt_jax.figures.perplexity import by_mini_batch, perplexity_by_context, perplexity_by_flops
 from ttt_jax.settings import flat
@@ -131,8 +131,8 @@ def test_flops_panels_are_of_one_text(kinds, tmp_path):
 
 def test_table_1_is_recognised_by_the_config():
     """Expect the rungs of configs/ablation.py in the order of the table."""
-    ablation = names_of(Path(__file__).parents[2] / "configs" / "ablation.py")
-    found = [published.of(flat(ablation["get_config"](rung).to_dict())) for rung in ablation["RUNGS"]]
+    with executed(Path(__file__).parents[2] / "configs" / "ablation.py") as ablation:
+        found = [published.of(flat(ablation["get_config"](rung).to_dict())) for rung in ablation["RUNGS"]]
     assert found == list(published.TABLE_1)
     assert [stated.perplexity for stated in found] == [15.23, 15.23, 15.27, 14.05, 12.35, 11.99, 11.09]
     assert found[-1] is published.TTT_LINEAR

@@ -76,12 +76,6 @@ def executed(path: Path) -> Iterator[dict[str, Any]]:
             del sys.modules[name]
 
 
-def names_of(path: Path) -> dict[str, Any]:
-    """Return the names that a config file defines, with their values."""
-    with executed(path) as names:
-        return names
-
-
 def from_json(path: Workdir) -> ml_collections.ConfigDict:
     """Return the config of an earlier run, from the ``config.json`` in its workdir.
 

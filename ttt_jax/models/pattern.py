@@ -41,11 +41,6 @@ class Segment(NamedTuple):
     runs: tuple[Run, ...]
     repeats: int
 
-    @property
-    def blocks(self) -> int:
-        """Return the number of all blocks of the segment."""
-        return self.repeats * sum(run.blocks for run in self.runs)
-
 
 def segments(model: ml_collections.ConfigDict) -> tuple[Segment, ...]:
     """Return the stack that ``config.model`` describes: the whole repetitions of the pattern, and the last part.
