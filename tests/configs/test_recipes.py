@@ -111,7 +111,7 @@ def test_meshes_divide_models_and_batches(mixer):
         c = get(f"paper.py:{recipe}")
         shape = config_lib.mesh_shape(c, chips(recipe))
         rows = c.data.batch_size // (shape["data"] * shape["fsdp"])
-        assert rows == (2 if recipe.endswith("-1k") else 1)  # each chip reads a row, or those that share it do
+        assert rows == (2 if recipe.endswith("-1k") else 1)  # a row for each chip, or for the chips that share it
         assert shape["fsdp"] * shape["tensor"] == 16 or "-125m-" in recipe  # parts of the parameters
 
 
@@ -167,7 +167,7 @@ def test_parameter_counts_of_every_recipe():
                 assert count(c) == models[key], name
         if name.startswith("paper.py") and "smoke" not in name:
             assert models[key] == pytest.approx(NAMED[name.split("-")[1]], rel=0.15), name
-    # Sizes and mixers; rungs, which end where a mixer is; the small ones.
+    # Sizes and mixers; rungs, the last of which is one of these; small recipes.
     assert len(models) >= 4 * 5 + 7 + 7 + 4 * 4 - 2
 
 
@@ -236,5 +236,7 @@ def test_smoke_variants_of_the_transformer_and_its_finetuning_learn(tmp_path):
     second = run("paper.py:transformer_finetune-125m-books-8k:smoke", tmp_path / "second", start)
     assert first[0] == pytest.approx(np.log(258), abs=0.15)
     assert first[-1] < first[0] - 0.5
-    assert second[0] == pytest.approx(first[-1], abs=0.2)  # where the first one ended, but for the base of RoPE
+    assert second[0] == pytest.approx(
+        first[-1], abs=0.2
+    )  # continues from the end of the first, with another base of RoPE
     assert second[-1] < second[0]

@@ -19,7 +19,7 @@ from ttt_jax.mixers.mixer import Context
 from ttt_jax.planning import hlo
 from ttt_jax.training import compiled_step
 
-# Of mixer ttt: rates of each weight matrix, two gates, and a state of W and the momentum.
+# Choices of mixer ttt with rates per matrix, two gates, and a state of W and the momentum.
 POINT = {
     **{"learner": "swiglu", "objective": "dot_product", "rate": "softplus", "rate_per_matrix": True, "base_lr": 0.05},
     **{"update": "decay + momentum + muon + renormalise", "reading": "previous"},

@@ -65,7 +65,7 @@ def test_training_is_the_same_on_every_mesh(on_meshes, mixer):
     """Compare 20 steps, whose losses differ only by the order of float32 sums."""
     one = on_meshes(mixer)["1x1x1"]
     assert len(one["loss"]) == 20
-    assert one["loss"][0] - one["loss"][-1] > 0.2  # the steps are felt
+    assert one["loss"][0] - one["loss"][-1] > 0.2  # the steps change the loss
     for mesh in meshes_of(mixer):
         np.testing.assert_allclose(on_meshes(mixer)[mesh]["loss"], one["loss"], rtol=2e-6, err_msg=mesh)
         np.testing.assert_allclose(on_meshes(mixer)[mesh]["grad_norm"], one["grad_norm"], rtol=1e-5, err_msg=mesh)
@@ -103,12 +103,12 @@ def test_inner_loop_statistics_are_the_same_on_a_mesh(on_meshes, mixer, quantiti
     assert np.shape(one["0/statistics/layers/mixer/weight_distance"]) == (2, 8, 5, 4)
     assert len(one) == 2 * quantities
     for name, value in one.items():
-        near_zero = 1e-5 * np.max(np.abs(value)) if mixer == "ttt" else 0  # which dot products may be
+        near_zero = 1e-5 * np.max(np.abs(value)) if mixer == "ttt" else 0  # dot products may be nearly zero
         np.testing.assert_allclose(split[name], value, rtol=1e-3, atol=near_zero, err_msg=name)
         assert np.ptp(value) > 0, name
 
 
-# ---- What devices tell each other
+# ---- Communication
 
 
 @pytest.mark.slow
