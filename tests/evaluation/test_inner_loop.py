@@ -208,21 +208,23 @@ def test_a_model_without_an_inner_loop_is_refused(trained):
 
 
 def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_params, quick_jit):
-    """Inspect an inner loop with rates per matrix and the dot product, in pieces of whole mini-batches."""
+    """Inspect an inner loop with rates per matrix and the dot product, in two pieces of one length."""
     config = tiny(
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
     )
     config.model.ttt.update({"update": "momentum + muon + renormalise", "reading": "previous", "base_lr": 0.1})
     model = build_model(config.model)
     params = random_params(model, np.zeros((1, 1), np.int32))
-    found = inner_loop.inspect(trained._replace(config=config, model=model, params=params), context=16, most_windows=3)
-    starts = [i * ((len(TOKENS) - 1) // 16) // 3 * 16 for i in range(3)]
-    windows = np.stack([TOKENS[start : start + 16] for start in starts]).astype(np.int32)
+    found = inner_loop.inspect(
+        trained._replace(config=config, model=model, params=params), context=2 * PIECE, most_windows=3
+    )
+    starts = [i * ((len(TOKENS) - 1) // (2 * PIECE)) // 3 * 2 * PIECE for i in range(3)]
+    windows = np.stack([TOKENS[start : start + 2 * PIECE] for start in starts]).astype(np.int32)
     _, filled = quick_jit(lambda params: model.apply({"params": params}, windows, mutable=["statistics"]))(params)
     expected = filled["statistics"]["layers"]["mixer"]  # [L, N, T, H, ...]
     assert "target_spread" not in expected
     assert (found.target_spread, found.target_spread_standard_error) == (None, None)
-    assert found.eta.shape == (LAYERS, HEADS, 3, 16)
+    assert found.eta.shape == (LAYERS, HEADS, 3, 2 * PIECE)
     assert np.ptp(found.eta.mean((1, 3)), axis=1).min() > 0  # rates of matrices differ
     np.testing.assert_allclose(found.eta, np.moveaxis(expected["eta"], 2, -1).mean(1), rtol=1e-4)
     error = np.moveaxis(expected["eta"].mean(3), 2, -1).std(1, ddof=1) / np.sqrt(3)  # [L, M, T]
