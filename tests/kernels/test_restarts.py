@@ -7,7 +7,7 @@ import pytest
 
 from ttt_jax.kernels import run
 from ttt_jax.kernels.layout import Layout
-from ttt_jax.kernels.restarts import of_blocks, stretches
+from ttt_jax.kernels.restarts import flags_by_block, stretches
 from ttt_jax.ttt import scan
 
 
@@ -157,7 +157,7 @@ def test_stretches_are_whole_steps_or_parts_of_groups(b, unroll):
     n = 256 // b
     drawn = np.random.default_rng(b).random((9, 2 * n - 3)) < 0.2
     flags = np.concatenate([flags_of(2 * n - 3, [], [0, n - 1], [1]), drawn])
-    of_all = jax.tree.map(np.asarray, stretches(layout, of_blocks(layout, jnp.asarray(flags), 2), unroll))
+    of_all = jax.tree.map(np.asarray, stretches(layout, flags_by_block(layout, jnp.asarray(flags), 2), unroll))
     padded = np.pad(flags, ((0, 0), (0, 3))).reshape(-1, 2, n)
     for row, block in np.ndindex(*padded.shape[:2]):
         first, stop, fresh = (x[row, block, 0] for x in of_all)

@@ -1,1 +1,1 @@
-"""Fused kernels for TPUs behind the face of the scan."""
+"""Compute the inner loop by fused kernels for TPUs, with the same signature and results as the scan."""

@@ -1,7 +1,7 @@
-"""The two programs of a fused inner loop as calls: the grid, what a step of it is given, and what is kept.
+"""Call the two programs of a fused inner loop: define their grid, the blocks of their arrays, and scratch memory.
 
-The grid is (sequence, block of packs, block of tokens), the last in order; the weights stay in the fast memory of the
-chip from one block of tokens to the next.
+The grid is (sequence, block of packs, block of tokens), the last of which runs in order: the weights stay in the fast
+memory of the chip from one block of tokens to the next.
 
 Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens, m mini-batches of a block; see
 :mod:`ttt_jax.kernels.layout`.
@@ -21,16 +21,16 @@ from ttt_jax.kernels.forward_backward import Inputs, Kept, Program, take
 from ttt_jax.kernels.layout import LANES, Layout
 from ttt_jax.kernels.restarts import Stretches
 
-_VMEM = 56 * 2**20  # bytes of fast memory that a program may use; the chips have 128 MiB (v5e, v6e) or 64 (v5p, v7x)
+_VMEM = 56 * 2**20  # bytes of fast memory that a program may use; chips have 128 MiB (v5e, v6e) or 64 MiB (v5p, v7x)
 _PARAMETERS = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM)
 
 
 class Blocks:
-    """Parts of arrays.
+    """The grid of a program, and the block of each array that a step of the grid gets.
 
     Args:
-      shape: of q, [B, T, P * 128].
-      backwards: from the last tokens to the first.
+      shape: the shape of q, [B, T, P * 128].
+      backwards: whether the grid goes from the last tokens to the first.
     """
 
     def __init__(self, layout: Layout, shape: Sequence[int], backwards: bool = False):
@@ -41,55 +41,55 @@ class Blocks:
         self._at = (lambda t: steps - 1 - t) if backwards else (lambda t: t)
 
     def tokens(self) -> pl.BlockSpec:
-        """Of [B, T, P * 128]"""
+        """Return the block of an array [B, T, P * 128]."""
         block = (None, self._layout.block_tokens, self._layout.block_packs * LANES)
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j))
 
     def rates(self) -> pl.BlockSpec:
-        """Of [B, blocks of packs, T, heads of a block]"""
+        """Return the block of an array [B, blocks of packs, T, heads of a block]."""
         layout = self._layout
         block = (None, None, layout.block_tokens, layout.block_packs * layout.pack)
         return pl.BlockSpec(block, lambda i, j, t: (i, j, self._at(t), 0))
 
-    def of_sequence(self, x: Any) -> pl.BlockSpec:
-        """Of [B, P, rows, lanes]"""
+    def per_sequence(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [B, P, rows, lanes]."""
         return pl.BlockSpec((None, self._layout.block_packs, *x.shape[2:]), lambda i, j, t: (i, j, 0, 0))
 
-    def of_groups(self, x: Any) -> pl.BlockSpec:
-        """Of [B, n, P, rows, lanes]"""
+    def per_group(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [B, n, P, rows, lanes]."""
         block = (None, self._layout.block_groups, self._layout.block_packs, *x.shape[3:])
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j, 0, 0))
 
-    def of_blocks(self, x: Any) -> pl.BlockSpec:
-        """Of [B, N, P, rows, lanes]"""
+    def per_block(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [B, N, P, rows, lanes]."""
         block = (None, None, self._layout.block_packs, *x.shape[3:])
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), j, 0, 0))
 
-    def of_chain(self, rows: int, lanes: int, _: Any) -> pl.BlockSpec:
-        """Of :meth:`chain_shape`"""
+    def for_chain(self, rows: int, lanes: int, _: Any) -> pl.BlockSpec:
+        """Return the block of an array of the shape of :meth:`chain_shape`."""
         block = (None, self._layout.block_packs, rows * self._layout.block_tokens, lanes)
         return pl.BlockSpec(block, lambda i, j, t: (i, j, self._at(t), 0))
 
     def chain_shape(self, rows: int, lanes: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        """[B, P, T * rows per token, lanes]"""
+        """Return the shape of an array of the chain, [B, P, T * rows per token, lanes]."""
         batch, _, steps = self.grid
         shape = (batch, self._layout.packs, steps * self._layout.block_tokens * rows, lanes)
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def of_packs(self, x: Any) -> pl.BlockSpec:
-        """Of [P, rows, lanes]"""
+    def per_pack(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [P, rows, lanes]."""
         return pl.BlockSpec((self._layout.block_packs, *x.shape[1:]), lambda i, j, t: (j, 0, 0))
 
-    def of_program(self, x: Any) -> pl.BlockSpec:
-        """Of [B, blocks of packs, rows, lanes]"""
+    def per_program(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [B, blocks of packs, rows, lanes]."""
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, t: (i, j, 0, 0))
 
     def whole(self, x: Any) -> pl.BlockSpec:
-        """Of [rows, lanes]"""
+        """Return the block of an array [rows, lanes]: all of it."""
         return pl.BlockSpec(x.shape, lambda i, j, t: (0, 0))
 
-    def of_mini_batches(self, x: Any) -> pl.BlockSpec:
-        """Of [B, N, 1, mini-batches of a block], as scalars"""
+    def per_mini_batch(self, x: Any) -> pl.BlockSpec:
+        """Return the block of an array [B, N, 1, mini-batches of a block], in the memory for scalars."""
         block = (None, None, *x.shape[2:])
         return pl.BlockSpec(block, lambda i, j, t: (i, self._at(t), 0, 0), memory_space=pltpu.SMEM)
 
@@ -97,13 +97,16 @@ class Blocks:
 def forward(
     program: Program, inputs: Inputs, flags: jax.Array | None, *, keep: bool
 ) -> tuple[jax.Array, Any, Kept | None]:
-    """Outputs z [B, T, P * 128] in the dtype of q, the state at the end, and, where wanted, what was kept. With flags
-    [B, N, m] of the mini-batches that restart, or None."""
+    """Return the outputs z [B, T, P * 128] in the dtype of q, the state at the end, and with ``keep`` what was stored.
+
+    Args:
+      flags: [B, N, m], the mini-batches that restart, or None.
+    """
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape)
     arguments = inputs, _stretches(program, flags, program.unroll[0])
     state = tuple(inputs.state)
     shapes: list = [inputs.tokens.q, *state]
-    specs = [blocks.tokens(), *(blocks.of_sequence(x) for x in state)]
+    specs = [blocks.tokens(), *(blocks.per_sequence(x) for x in state)]
     if keep:
         kept = _kept(program, blocks, state)
         shapes += [*kept.state, *kept.chain]
@@ -125,8 +128,10 @@ def forward(
 def backward(
     program: Program, inputs: Inputs, flags: jax.Array | None, kept: Kept, dz: jax.Array, d_end: Any
 ) -> Inputs:
-    """Gradients with respect to all inputs, from those of z and of the state at the end. Those of what is shared by
-    sequences or packs have axes for them, to be added up."""
+    """Return the gradients with respect to all inputs, from those of z and of the state at the end.
+
+    The gradient of an input that sequences or packs share has axes for these, which the caller adds up.
+    """
     blocks = Blocks(program.numerics.layout, inputs.tokens.q.shape, backwards=True)
     again = _stretches(program, flags, program.unroll[0]) if program.again else None
     arguments = inputs, (_stretches(program, flags, program.unroll[1]), again)
@@ -142,14 +147,14 @@ def backward(
             *_specs_of(blocks, *arguments, reads_state=False),
             *_specs_of_kept(program, blocks, kept),
             blocks.tokens(),
-            *(blocks.of_sequence(x) for x in state),
+            *(blocks.per_sequence(x) for x in state),
         ],
         out_specs=[
             *[blocks.tokens()] * 3,
             blocks.rates(),
-            *(blocks.of_sequence(x) for x in (*state, *norm)),
-            *(blocks.of_program(x) for x in coefficients),
-            *(blocks.of_sequence(x) for x in first),
+            *(blocks.per_sequence(x) for x in (*state, *norm)),
+            *(blocks.per_program(x) for x in coefficients),
+            *(blocks.per_sequence(x) for x in first),
         ],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
         scratch_shapes=_scratch(program, state, restarts=inputs.first is not None),
@@ -164,27 +169,30 @@ def _stretches(program: Program, flags: jax.Array | None, unroll: int) -> Stretc
 
 
 def _specs_of(blocks: Blocks, inputs: Inputs, stretches: Any, reads_state: bool = True) -> list[pl.BlockSpec]:
-    """Backwards the state is not read, and takes no fast memory: groups start from what was kept."""
-    state = [blocks.of_sequence(x) if reads_state else pl.BlockSpec(memory_space=pl.ANY) for x in inputs.state]
+    """Return the blocks of the inputs; the backward program reads no state, which then takes no fast memory."""
+    state = [blocks.per_sequence(x) if reads_state else pl.BlockSpec(memory_space=pl.ANY) for x in inputs.state]
     return [
         *[blocks.tokens()] * 3,
         blocks.rates(),
         *state,
-        *(blocks.of_packs(x) for x in inputs.norm),
+        *(blocks.per_pack(x) for x in inputs.norm),
         *(blocks.whole(x) for x in inputs.coefficients),
-        *(blocks.of_sequence(x) for x in inputs.first or ()),
-        *(blocks.of_mini_batches(x) for x in jax.tree.leaves(stretches)),
+        *(blocks.per_sequence(x) for x in inputs.first or ()),
+        *(blocks.per_mini_batch(x) for x in jax.tree.leaves(stretches)),
     ]
 
 
 def _specs_of_kept(program: Program, blocks: Blocks, kept: Kept) -> list[pl.BlockSpec]:
     if program.again:
-        return [blocks.of_blocks(x) for x in kept.state]
-    return [*(blocks.of_groups(x) for x in kept.state), *(blocks.of_chain(*each) for each in program.chain)]
+        return [blocks.per_block(x) for x in kept.state]
+    return [*(blocks.per_group(x) for x in kept.state), *(blocks.for_chain(*each) for each in program.chain)]
 
 
 def _kept(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> Kept:
-    """Shapes of what is kept. At the start of a block weights are kept as they are: others are computed from them."""
+    """Return the shapes of the arrays to store.
+
+    At the start of a block, weights are stored without rounding, because others are computed from them.
+    """
     layout = program.numerics.layout
     batch, _, steps = blocks.grid
     if program.again:
@@ -197,8 +205,11 @@ def _kept(program: Program, blocks: Blocks, state: Sequence[jax.Array]) -> Kept:
 
 
 def _scratch(program: Program, state: Sequence[jax.Array], restarts: bool) -> list:
-    """For a block that is computed again: its weights, and what is kept elsewhere. Where mini-batches restart: what a
-    part of a group starts from."""
+    """Return the scratch memory of the backward program.
+
+    A block that is computed again needs its weights and what is stored otherwise; restarts need the weights that a part
+    of a group starts from.
+    """
     layout = program.numerics.layout
 
     def weights(*groups):
@@ -216,7 +227,7 @@ def _scratch(program: Program, state: Sequence[jax.Array], restarts: bool) -> li
 
 
 def _kept_dtype(program: Program, x: jax.Array) -> Any:
-    """Matrices are read as operands only, so rounding what groups start from changes nothing."""
+    """Return the dtype to store weights in; rounding matrices changes nothing, as they are read as operands only."""
     return program.numerics.operands if x.shape[2] == LANES else x.dtype
 
 

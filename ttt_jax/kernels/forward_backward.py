@@ -1,12 +1,11 @@
-"""The two programs of a fused inner loop, forward and backward, for any learner that says what a group is.
+"""Compute a block of tokens inside the forward and the backward program, for any learner with a function of a group.
 
-Forward, a program keeps the weights that every group starts from, and the chain of each group; or, to keep less, only
-the weights that every block of tokens starts from. Backward, it goes through the groups from the last to the first, and
-differentiates each from what was kept, or from what it computes again for the block: the derivative is that of the
-group itself, taken inside the kernel. Where mini-batches restart, a group is read in more than one stretch
-(:mod:`ttt_jax.kernels.restarts`).
+The forward program stores the weights that each group starts from, and the chain of each group; or, to store less, only
+the weights that each block of tokens starts from. The backward program goes through the groups from the last to the
+first, and differentiates the function of each group from what was stored, or from what it computes again for the block.
+Where mini-batches restart, a group is read in more than one stretch (:mod:`ttt_jax.kernels.restarts`).
 
-Here is what a program does with a block of tokens; how the blocks come to it is in :mod:`ttt_jax.kernels.calls`.
+:mod:`ttt_jax.kernels.calls` has the calls of the two programs: their grids, and the blocks of each array.
 
 Shapes: B batch, T tokens in whole blocks, P packs, n groups, N blocks of tokens, s heads per pack; see
 :mod:`ttt_jax.kernels.layout`.
@@ -29,17 +28,17 @@ from ttt_jax.kernels.weave import weave
 
 
 class Inputs(NamedTuple):
-    """What a program reads; see the functions of :mod:`ttt_jax.kernels.layout` that make them."""
+    """The inputs of a program, in the layout of :mod:`ttt_jax.kernels.layout`."""
 
     tokens: Tokens  # q, k, v [B, T, P * 128], eta [B, blocks of packs, T, heads of a block]
     state: Any  # a named tuple of arrays [B, P, ...]: the weights at the start
     norm: Norm  # [P, 1, 128]
     coefficients: Any  # a named tuple of arrays [rows, lanes]
-    first: Any = None  # the weights W0 that mini-batches restart from, as the state; None where none restarts
+    first: Any = None  # W0, from which mini-batches restart, like the state; None where none restarts
 
 
 class Saved(NamedTuple):
-    """One array of what is kept of each group besides the weights it starts from."""
+    """The shape of an array that is stored for each group, besides the weights that it starts from."""
 
     rows: int  # per token
     lanes: int
@@ -47,18 +46,21 @@ class Saved(NamedTuple):
 
 
 class Program(NamedTuple):
-    """How the programs compute.
+    """The definition of the two programs of an inner loop.
 
     Attributes:
-      group: of the learner: ``(numerics, state, tokens, norm, coefficients, chain) -> (state, z, chain)``, for a pack.
-      derivative: of it: ``(numerics, state, tokens, norm, coefficients, chain, d_state, d_z)`` to those with respect to
-        state, tokens, norm and coefficients. Matrices of the state and the chain come in the dtypes they are kept in.
-      chain: what the chain is: arrays that a group can be computed from without waiting.
+      group: the learner's function of a group, for one pack:
+        ``(numerics, state, tokens, norm, coefficients, chain) -> (state, z, chain)``.
+      derivative: its derivative, ``(numerics, state, tokens, norm, coefficients, chain, d_state, d_z)`` to the
+        gradients with respect to state, tokens, norm and coefficients. Matrices of the state, and the chain, come in
+        the dtypes in which they are stored.
+      chain: the arrays of the chain: with them, the mini-batches of a group can be computed at once.
       numerics: layout and dtype of operands.
-      unroll: forward and backward, groups that are computed together.
-      stagger: forward and backward, cycles by which each pack starts after the one before.
-      again: keep only the weights that blocks of tokens start from, and compute what is in a block again backwards.
-      interpret: run as ordinary XLA operations, where there is no TPU.
+      unroll: the groups that are computed together, forward and backward.
+      stagger: the cycles by which each pack starts after the one before, forward and backward.
+      again: whether to store only the weights that blocks of tokens start from, and compute the rest of a block again
+        in the backward program.
+      interpret: whether to run as ordinary XLA operations, without a TPU.
     """
 
     group: Callable
@@ -72,18 +74,18 @@ class Program(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward program needs of the forward one, or computes again for a block."""
+    """The arrays that the backward program needs from the forward program, or computes again for a block."""
 
-    state: Sequence[Any]  # what groups start from [B, n, P, ...], matrices as operands; or blocks, [B, N, P, ...]
-    chain: Sequence[Any]  # [B, P, rows, lanes]; none where it is computed again
+    state: Sequence[Any]  # weights that groups start from, [B, n, P, ...], as operands; or blocks, [B, N, P, ...]
+    chain: Sequence[Any]  # [B, P, rows, lanes] each; empty where the chain is computed again
 
 
 def forward(program: Program, structure: Any, keep: bool, *refs) -> None:
-    """Go through a block: the weights before it become those after it.
+    """Go through the groups of a block in order, and update the weights.
 
     Args:
-      structure: of the first of the references: :class:`Inputs` and :class:`Stretches`. The others are the outputs, the
-        state, and, where something is kept, :class:`Kept`.
+      structure: the tree of the first references, :class:`Inputs` and :class:`Stretches`. The other references are the
+        outputs, the state, and with ``keep`` :class:`Kept`.
     """
     (inputs, stretches), (z_ref, *rest) = take(refs, structure)
     n = len(inputs.state)
@@ -106,8 +108,10 @@ def _through_block(
     z_ref: Any,
     kept: Kept | None,
 ) -> None:
-    """The groups of a block of tokens in order. Writes the weights after them over those before, and, where they are
-    wanted, the outputs and what a derivative needs of each group."""
+    """Compute the groups of a block in order: write the weights after it over the weights before it.
+
+    Write also the outputs to ``z_ref`` and what a derivative needs of each group to ``kept``, unless these are None.
+    """
     layout, state_type = program.numerics.layout, type(inputs.state)
     unroll, wanted = program.unroll[0], (z_ref is not None, kept is not None)
 
@@ -115,23 +119,25 @@ def _through_block(
         done = []
         for each in tokens:
             new, z, chain = program.group(program.numerics, state, each, norm, coefficients)
-            done.append(_those((z, (state, chain)), wanted))
+            done.append(_select((z, (state, chain)), wanted))
             state = new
         return state, done
 
     def compute(indices, only=None):
         arguments, results = [], []
         for p in range(layout.block_packs):
-            state = state_type(*(memory.whole(ref.at[p]) for ref in state_refs))
-            tokens = [memory.tokens(layout, inputs.tokens, p, i, only) for i in indices]
-            arguments.append((state, tokens, *memory.shared(inputs.norm, inputs.coefficients, p)))
-            end = state_type(*(memory.into(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
+            state = state_type(*(memory.read(ref.at[p]) for ref in state_refs))
+            tokens = [memory.read_tokens(layout, inputs.tokens, p, i, only) for i in indices]
+            arguments.append((state, tokens, *memory.read_shared(inputs.norm, inputs.coefficients, p)))
+            end = state_type(*(memory.write(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
             done = []
             for i in indices:
                 z = None
                 if z_ref is not None:
-                    z = memory.into_rows(layout, z_ref.at[memory.rows_of(layout, i), memory.lanes_of(p)], only)
-                done.append(_those((z, _into_kept(program, kept, p, i, only)), wanted))
+                    z = memory.write_rows(
+                        layout, z_ref.at[memory.rows_of_group(layout, i), memory.lanes_of_pack(p)], only
+                    )
+                done.append(_select((z, _write_kept(program, kept, p, i, only)), wanted))
             results.append((end, done))
         weave(groups, arguments, results, program.stagger[0])
 
@@ -153,30 +159,31 @@ def _through_block(
     restarts.for_each(layout, stretches, unroll, step, part)
 
 
-def _into_kept(program: Program, kept: Kept | None, p: int, i, only: Rows | None) -> Any:
+def _write_kept(program: Program, kept: Kept | None, p: int, i, only: Rows | None) -> Any:
     if kept is None:
         return None
     layout = program.numerics.layout
     return (
-        tuple(memory.into(ref.at[i, p]) if only is None else memory.NOWHERE for ref in kept.state),
-        tuple(memory.into_rows(layout, memory.chain(layout, ref, p, i), only) for ref in kept.chain),
+        tuple(memory.write(ref.at[i, p]) if only is None else memory.DISCARD for ref in kept.state),
+        tuple(memory.write_rows(layout, memory.chain_of_group(layout, ref, p, i), only) for ref in kept.chain),
     )
 
 
 def backward(program: Program, structure: Any, structure_of_results: Any, *refs) -> None:
-    """Go through a block from its end: the gradients of the weights after it become those of the weights before it.
+    """Go through the groups of a block in reverse: turn the gradients of the weights after it into those before it.
 
     Args:
-      structure: of the first of the references: :class:`Inputs`, and the :class:`Stretches` of both programs. Then come
-        :class:`Kept`, the gradients of the outputs and of the state at the end, those of the inputs, and scratch.
-      structure_of_results: of :class:`Inputs`.
+      structure: the tree of the first references, :class:`Inputs` and the :class:`Stretches` of both programs. The
+        other references are :class:`Kept`, the gradients of the outputs and of the state at the end, the gradients of the
+        inputs, and scratch memory.
+      structure_of_results: the tree of the gradients of the inputs.
     """
     (inputs, (stretches, forward_stretches)), rest = take(refs, structure)
     n, state_type = len(inputs.state), type(inputs.state)
     m = 0 if program.again else len(program.chain)
     kept, dz_ref, d_end_refs = Kept(rest[:n], rest[n : n + m]), rest[n + m], rest[n + m + 1 : 2 * n + m + 1]
     d_inputs, scratch = take(rest[2 * n + m + 1 :], structure_of_results)
-    state_refs, base = d_inputs.state, scratch[-n:]  # what a part of a group starts from, where mini-batches restart
+    state_refs, base = d_inputs.state, scratch[-n:]  # base: start of a part of a group
     layout, unroll = program.numerics.layout, program.unroll[1]
 
     @pl.when(pl.program_id(2) == 0)
@@ -206,20 +213,20 @@ def backward(program: Program, structure: Any, structure_of_results: Any, *refs)
             groups, d_groups = [], []
             for i in indices:
                 at_start = [ref.at[i, p] for ref in kept.state] if only is None else [ref.at[p] for ref in base]
-                state = state_type(*map(memory.as_kept, at_start))
-                chain = tuple(memory.as_kept(memory.chain(layout, ref, p, i)) for ref in kept.chain)
-                dz = memory.only_rows(layout, dz_ref.at[memory.rows_of(layout, i), memory.lanes_of(p)], only)
-                groups.append((state, memory.tokens(layout, inputs.tokens, p, i, only), chain, dz))
-                d_groups.append(memory.into_tokens(layout, d_inputs.tokens, p, i, only))
-            d_state = state_type(*(memory.whole(ref.at[p]) for ref in state_refs))
-            d_before = state_type(*(memory.into(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
-            arguments.append((d_state, *memory.shared(inputs.norm, inputs.coefficients, p), groups))
-            norm = Norm(*(memory.onto(ref.at[p]) for ref in d_inputs.norm))
-            results.append((d_before, [norm, jax.tree.map(memory.onto, d_inputs.coefficients)], d_groups))
+                state = state_type(*map(memory.read_as_stored, at_start))
+                chain = tuple(memory.read_as_stored(memory.chain_of_group(layout, ref, p, i)) for ref in kept.chain)
+                dz = memory.read_rows(layout, dz_ref.at[memory.rows_of_group(layout, i), memory.lanes_of_pack(p)], only)
+                groups.append((state, memory.read_tokens(layout, inputs.tokens, p, i, only), chain, dz))
+                d_groups.append(memory.write_tokens(layout, d_inputs.tokens, p, i, only))
+            d_state = state_type(*(memory.read(ref.at[p]) for ref in state_refs))
+            d_before = state_type(*(memory.write(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
+            arguments.append((d_state, *memory.read_shared(inputs.norm, inputs.coefficients, p), groups))
+            norm = Norm(*(memory.add(ref.at[p]) for ref in d_inputs.norm))
+            results.append((d_before, [norm, jax.tree.map(memory.add, d_inputs.coefficients)], d_groups))
         weave(derivatives, arguments, results, program.stagger[1])
 
     def end(fresh):
-        """What came before a restart had no part in it."""
+        """Move the gradient of the weights to W0 at a restart, where the weights before it were not used."""
 
         @pl.when(fresh)
         def _():
@@ -242,12 +249,12 @@ def backward(program: Program, structure: Any, structure_of_results: Any, *refs)
 
 
 def take(arrays: Sequence, structure: Any) -> tuple[Any, Sequence]:
-    """The first arrays in a structure, and the others."""
+    """Return the first arrays as a tree of the given structure, and the other arrays."""
     n = structure.num_leaves
     return jax.tree.unflatten(structure, arrays[:n]), arrays[n:]
 
 
-def _those(values: Sequence, wanted: Sequence[bool]) -> list:
+def _select(values: Sequence, wanted: Sequence[bool]) -> list:
     return [x for x, yes in zip(values, wanted, strict=True) if yes]
 
 

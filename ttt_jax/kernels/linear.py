@@ -1,17 +1,29 @@
-"""One group of mini-batches of TTT-Linear, for one pack of heads: the dual form on two levels.
+"""Compute one group of mini-batches of TTT-Linear, for one pack of heads: the dual form on two levels.
 
 With W and c at the start of the group, the outputs of the tokens of the group, for keys and for queries, are
 
     Z = K W + c - (C_k * (K K^T + 1)) S          Zbar = Q W + c - (C_q * (Q K^T + 1)) S          S = eta * G
 
-where G are the gradients of the losses at Z, and C says how much each counts for each token (see
-:class:`ttt_jax.kernels.layout.Coefficients`). G of a mini-batch depends on G of those before it: that chain is all
-that is left of the recurrence inside a group. The group hands on the weights W - K^T (C_end * S).
+where G are the gradients of the losses at Z, and C are the factors of each step for each token (see
+:class:`ttt_jax.kernels.layout.Coefficients`). The next group starts with the weights W - K^T (C_end * S).
 
-The weights of a pack of two heads are one matrix of 128 x 128 with a block for each; keys are stacked by head with
-zeros in the lanes of the other, so one product serves both and the blocks stay apart.
+What is left of the recurrence inside a group is the *chain*: G of a mini-batch depends on G of those before it. With
+Z0 = K W + c and E = C_k * (K K^T + 1), for the mini-batches t of a group,
 
-Shapes: L tokens of the group, s heads of the pack; columns and stacked rows are (mini-batch, head, token).
+    Z_t = Z0_t - E_t S_(<t)          S_t = eta_t * G(Z_t)
+
+and backwards there is a chain in the other direction, from the gradients dS that come from elsewhere:
+
+    dS_t += -(E_(>t))^T dZ_(>t)      dZ_t = (dG / dZ)^T (eta_t * dS_t)          dE = -dZ S^T
+
+The chain has little to compute and much to wait for. Everything else (G itself, once Z is known, and dE) is done for
+all mini-batches of the group at once.
+
+The weights of a pack of two heads are one matrix of 128 x 128 with a block for each head. Keys are stacked by head,
+with zeros in the lanes of the other head, so that one product serves both and the blocks stay apart.
+
+Shapes: L tokens of the group, s heads of the pack, b tokens of a mini-batch, P packs; columns of E and stacked rows
+such as S are (mini-batch, head, token).
 """
 
 from functools import partial
@@ -27,30 +39,30 @@ from ttt_jax.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
 from ttt_jax.kernels.ops import Numerics, dot, split, spread, stack_heads, unspread, unstack_heads
 from ttt_jax.ttt.learner import Affine, Weights
 
-# Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
+# Cycles of the scheduler's model by which each pack starts after the one before, forward and backward.
 STAGGER = (0.0, 0.0)
 coefficients = layout_lib.coefficients
 
 
 def most_packs(widths: tuple[int, ...], operands: jnp.dtype) -> int:
-    """Packs that are computed together, at most: what fits into the fast memory of the chip."""
+    """Return the largest number of packs to compute together: as many as fit into the fast memory of the chip."""
     return 8 if operands == jnp.float32 else 16
 
 
 def unroll(layout: Layout) -> tuple[int, int]:
-    """Forward and backward, groups that are computed together: two, unless many packs fill the pauses."""
+    """Return how many groups to compute together, forward and backward: two, unless many packs fill the pauses."""
     return (2 if layout.block_packs <= 8 else 1), 2
 
 
 class State(NamedTuple):
-    """Weights of packs, [..., P, 128, 128] and [..., P, 1, 128], with no mean over the features of a head."""
+    """The weights of packs, whose mean over the output features of a head is zero."""
 
-    weight: jax.Array
-    bias: jax.Array
+    weight: jax.Array  # [..., P, 128, 128]
+    bias: jax.Array  # [..., P, 1, 128]
 
 
 def chain(numerics: Numerics, widths: tuple[int, ...]) -> tuple[Saved, ...]:
-    """Z."""
+    """Return the array of the chain that is stored: Z."""
     return (Saved(1, LANES, jnp.float32),)
 
 
@@ -62,9 +74,9 @@ def group(
     coefficients: Coefficients,
     chain: tuple[jax.Array, ...] | None = None,
 ) -> tuple[State, jax.Array, tuple[jax.Array, ...]]:
-    """The state after a group, the outputs z [L, 128], and Z ([L, 128],), the chain.
+    """Return the state after a group, the outputs z [L, 128], and the chain (Z [L, 128],).
 
-    With a chain that was saved, no mini-batch waits for another; derivatives are what they are without.
+    With a stored ``chain``, no mini-batch waits for another; derivatives are the same as without.
     """
     layout, operands = numerics
     q, k, v, eta = tokens
@@ -102,7 +114,7 @@ def derivative(
     d_new: State,
     d_z: jax.Array,
 ) -> tuple[State, Tokens, Norm, Coefficients]:
-    """Gradients with respect to the arguments of :func:`group`, from those of the new state and of z."""
+    """Return the gradients with respect to the arguments of :func:`group`, from those of the new state and of z."""
     state = State(*(x.astype(jnp.float32) for x in state))
 
     def known(state, tokens, ln, coefficients):
@@ -113,7 +125,7 @@ def derivative(
 
 
 def pack(layout: Layout, weights: Weights) -> State:
-    """Weights [B, H, ...] to those of packs, without their mean over output features, which LN takes out anyway."""
+    """Pack weights [B, H, ...], without their mean over the output features, which LN removes anyway."""
     weight, bias = (x - x.mean(-1, keepdims=True) for x in jax.tree.leaves(weights))
     for axis in (2, 3):
         weight = layout_lib.pack_features(layout, weight, axis)
@@ -124,7 +136,7 @@ def pack(layout: Layout, weights: Weights) -> State:
 
 
 def unpack(layout: Layout, state: State, start: Weights) -> Weights:
-    """Weights [B, H, ...] of packs that came from ``start``, with the mean that :func:`pack` took from it."""
+    """Unpack weights to [B, H, ...], with the mean that :func:`pack` removed from ``start``."""
     s, slot, d, heads = layout.pack, layout.slot, layout.head_dim, layout.heads
     batch = state.weight.shape[0]
     blocks = state.weight.reshape(batch, layout.packs, s, slot, s, slot)
@@ -137,7 +149,7 @@ def unpack(layout: Layout, state: State, start: Weights) -> Weights:
 def solve_chain(
     z0: jax.Array, e: jax.Array, s2: jax.Array, h: jax.Array, eta: jax.Array, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """S [s L, 128], and Z [L, 128]. By the arguments of :func:`known_chain`."""
+    """Return S [s L, 128] and Z [L, 128], mini-batch after mini-batch; for the arguments see :func:`known_chain`."""
     layout, operands = numerics
     steps: list[jax.Array] = []
     zs: list[jax.Array] = []
@@ -157,12 +169,12 @@ def solve_chain(
 def known_chain(
     z0: jax.Array, e: jax.Array, s2: jax.Array, h: jax.Array, eta: jax.Array, z: jax.Array, numerics: Numerics
 ) -> jax.Array:
-    """S [s L, 128], where Z [L, 128] is known from :func:`solve_chain`; it can be differentiated.
+    """Return S [s L, 128] where Z [L, 128] is known from :func:`solve_chain`; this function can be differentiated.
 
     Args:
       z0: [L, 128].
-      e: [L, s L], zero but for mini-batches before that of the row.
-      s2, h: of :mod:`ttt_jax.kernels.norm`.
+      e: [L, s L], nonzero only for mini-batches before that of the row.
+      s2, h: scale^2 and h, see :mod:`ttt_jax.kernels.norm`.
       eta: [L, s].
     """
     return _known_chain(z0, e, s2, h, eta, z, numerics)[0]
@@ -202,6 +214,6 @@ known_chain.defvjp(_known_chain, _known_chain_backward)
 
 
 def _tiles(tree, parts):
-    """A tree of arrays as a list of trees, one for each part of the rows."""
+    """Split a tree of arrays into a list of trees, one for each part of the rows."""
     leaves, structure = jax.tree.flatten(tree)
     return [jax.tree.unflatten(structure, x) for x in zip(*(split(x, parts) for x in leaves), strict=True)]

@@ -1,4 +1,7 @@
-"""Parts of the arrays in the fast memory of a chip, for one pack and one group: what is read, and what is written.
+"""Read and write parts of the arrays in the fast memory of a chip, for one pack and one group.
+
+The functions that begin with ``read`` make a :class:`~ttt_jax.kernels.weave.Read` of a reference, those that begin with
+``write`` or ``add`` a :class:`~ttt_jax.kernels.weave.Write`; nothing is read or written before the program is woven.
 
 Shapes: L tokens of a group, s heads per pack; see :mod:`ttt_jax.kernels.layout`.
 """
@@ -15,104 +18,104 @@ from ttt_jax.kernels.weave import Read, Write
 
 
 class Rows(NamedTuple):
-    """The tokens of a group that are read, from the first to before the last; scalars of a program."""
+    """The tokens of a group to read, from ``first`` to before ``stop``; scalars of a program."""
 
     first: Any
     stop: Any
 
 
-def tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
-    """Group i of pack p, as :class:`Read`; with rate 0 for rows that are not among those to read."""
-    rows = rows_of(layout, i)
-    q, k, v = (whole(ref.at[rows, lanes_of(p)]) for ref in refs[:3])
-    return Tokens(q, k, v, only_rows(layout, refs.eta.at[rows, heads_of(layout, p)], only))
+def read_tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
+    """Read the tokens of group i of pack p; tokens outside of ``only`` have rate 0."""
+    rows = rows_of_group(layout, i)
+    q, k, v = (read(ref.at[rows, lanes_of_pack(p)]) for ref in refs[:3])
+    return Tokens(q, k, v, read_rows(layout, refs.eta.at[rows, heads_of_pack(layout, p)], only))
 
 
-def into_tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
-    """The same, as :class:`Write`."""
-    rows = rows_of(layout, i)
-    q, k, v = (into_rows(layout, ref.at[rows, lanes_of(p)], only) for ref in refs[:3])
-    return Tokens(q, k, v, into_rows(layout, refs.eta.at[rows, heads_of(layout, p)], only))
+def write_tokens(layout: Layout, refs: Tokens, p: int, i, only: Rows | None = None) -> Tokens:
+    """Write arrays of the tokens of group i of pack p, only in the rows of ``only``."""
+    rows = rows_of_group(layout, i)
+    q, k, v = (write_rows(layout, ref.at[rows, lanes_of_pack(p)], only) for ref in refs[:3])
+    return Tokens(q, k, v, write_rows(layout, refs.eta.at[rows, heads_of_pack(layout, p)], only))
 
 
-def shared(norm: Norm, coefficients: Any, p: int) -> tuple[Norm, Any]:
-    """What all groups of pack p have in common."""
-    return Norm(*(whole(ref.at[p]) for ref in norm)), jax.tree.map(whole, coefficients)
+def read_shared(norm: Norm, coefficients: Any, p: int) -> tuple[Norm, Any]:
+    """Read what all groups of pack p share."""
+    return Norm(*(read(ref.at[p]) for ref in norm)), jax.tree.map(read, coefficients)
 
 
-def chain(layout: Layout, ref: Any, p: int, i) -> Any:
-    """Group i of pack p of [P, rows per token * tokens of a block, lanes]"""
+def chain_of_group(layout: Layout, ref: Any, p: int, i) -> Any:
+    """Return the part for group i of pack p of a reference [P, rows per token * tokens of a block, lanes]."""
     rows = ref.shape[1] // layout.block_groups
     return ref.at[p, pl.ds(pl.multiple_of(i * rows, rows), rows)]
 
 
-def whole(ref: Any) -> Read:
-    """In float32."""
+def read(ref: Any) -> Read:
+    """Read a reference in float32."""
     return Read(ref.shape, jnp.float32, lambda: ref[...].astype(jnp.float32))
 
 
-def only_rows(layout: Layout, ref: Any, only: Rows | None) -> Read:
-    """In float32, with zeros in other rows; all rows for None."""
+def read_rows(layout: Layout, ref: Any, only: Rows | None) -> Read:
+    """Read the rows of ``only`` in float32, with zeros in the others; all rows for None."""
     if only is None:
-        return whole(ref)
-    every = whole(ref)
+        return read(ref)
+    every = read(ref)
     return every._replace(read=lambda: jnp.where(_among(layout, ref.shape, only), every.read(), 0.0))
 
 
-def as_kept(ref: Any) -> Read:
-    """In its own dtype."""
+def read_as_stored(ref: Any) -> Read:
+    """Read a reference in its own dtype."""
     return Read(ref.shape, ref.dtype, lambda: ref[...])
 
 
-def into(ref: Any, over: Read | None = None) -> Write:
-    """In place of what is there."""
+def write(ref: Any, over: Read | None = None) -> Write:
+    """Write to a reference in its dtype; ``over`` is the read of the value that is overwritten."""
 
-    def write(value):
+    def put(value):
         ref[...] = value.astype(ref.dtype)
 
-    return Write(write, over)
+    return Write(put, over)
 
 
-def into_rows(layout: Layout, ref: Any, only: Rows | None) -> Write:
-    """In place of what is there in some rows; in all of them for None."""
+def write_rows(layout: Layout, ref: Any, only: Rows | None) -> Write:
+    """Write to the rows of ``only`` and leave the others; all rows for None."""
     if only is None:
-        return into(ref)
+        return write(ref)
 
-    def write(value):
+    def put(value):
         old = ref[...].astype(jnp.float32)
         ref[...] = jnp.where(_among(layout, ref.shape, only), value.astype(jnp.float32), old).astype(ref.dtype)
 
-    return Write(write)
+    return Write(put)
 
 
-NOWHERE = Write(lambda value: None)
+DISCARD = Write(lambda value: None)
 
 
-def onto(ref: Any) -> Write:
-    """Added to what is there."""
+def add(ref: Any) -> Write:
+    """Add to a reference."""
 
-    def write(value):
+    def put(value):
         ref[...] += value
 
-    return Write(write)
+    return Write(put)
 
 
-def rows_of(layout: Layout, i) -> Any:
-    """Of the tokens of group i."""
+def rows_of_group(layout: Layout, i) -> Any:
+    """Return the rows of the tokens of group i in a block."""
     return pl.ds(pl.multiple_of(i * layout.group_tokens, layout.group_tokens), layout.group_tokens)
 
 
-def lanes_of(p: int) -> slice:
-    """Of pack p."""
+def lanes_of_pack(p: int) -> slice:
+    """Return the lanes of pack p in a block."""
     return slice(p * LANES, (p + 1) * LANES)
 
 
-def heads_of(layout: Layout, p: int) -> slice:
-    """Of pack p."""
+def heads_of_pack(layout: Layout, p: int) -> slice:
+    """Return the columns of the heads of pack p in a block of rates."""
     return slice(p * layout.pack, (p + 1) * layout.pack)
 
 
 def _among(layout: Layout, shape: tuple[int, int], only: Rows) -> jax.Array:
-    """Whether the token of a row is read, of rows that are the tokens of a group once or more."""
+    """Return whether each row is among ``only``; the tokens of the group may repeat along the rows."""
     token = lax.broadcasted_iota(jnp.int32, shape, 0) & (layout.group_tokens - 1)
     return (token >= only.first) & (token < only.stop)

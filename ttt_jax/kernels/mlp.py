@@ -1,4 +1,4 @@
-"""One group of mini-batches of TTT-MLP, for one pack of heads: the dual form on two levels.
+"""Compute one group of mini-batches of TTT-MLP, for one pack of heads: the dual form on two levels.
 
 With the weights at the start of the group, for the keys of its tokens,
 
@@ -6,14 +6,13 @@ With the weights at the start of the group, for the keys of its tokens,
     Z2 = X W2 + c2 - E2 T2        E2 = X X^T + 1        G2 = gradient of the loss at Z2
     GX = G2 W2^T - F X            F = G2 T2^T           G1 = GX * gelu'(Z1)
 
-where S = eta * G, T = (rate of the last position) * S, and E and F count mini-batches before that of the row only.
-And for its queries, with C by how much each token counts for each (see :func:`coefficients`),
+where S = eta * G, T = (rate of the last position) * S, and E and F are nonzero only for mini-batches before that of
+the row. For the queries, with C the factor of each step for each token (see :func:`coefficients`),
 
     Y1 = Q W1 + c1 - (C * (Q K^T + 1)) S1        XQ = gelu(Y1)        Y2 = XQ W2 + c2 - (C * (XQ X^T + 1)) S2
 
-The group hands on W1 - K^T T1 and W2 - X^T T2. W2 is held transposed, so that all weights are [128, m], and no mean
-over the features of a head is left in it or in c2. Backwards the mini-batches do not wait for each other but in one
-chain: :mod:`ttt_jax.kernels.mlp_backward`.
+The next group starts with W1 - K^T T1 and W2 - X^T T2. W2 is held transposed, so that all weights are [128, m]; its
+mean over the output features of a head and that of c2 are zero. :mod:`ttt_jax.kernels.mlp_backward` has the derivative.
 
 Shapes: L tokens of the group, s heads of the pack, b tokens of a mini-batch, m hidden features in whole registers; for
 *compact*, *rows* and *pairs* see :mod:`ttt_jax.kernels.mlp_layout`.
@@ -38,7 +37,7 @@ from ttt_jax.kernels.mlp_layout import (
     over_hidden,
     product,
     products,
-    rows_of,
+    repeat_per_token,
     stack_swapped,
     sum_per_head,
     swap,
@@ -47,24 +46,24 @@ from ttt_jax.kernels.mlp_layout import (
 from ttt_jax.kernels.ops import Numerics, dot, gelu, gelu_and_derivative, split, spread, stack_heads, unstack_heads
 from ttt_jax.ttt.learner import Affine, Weights
 
-# Forward and backward: cycles of the scheduler's model by which a pack starts after the one before it.
+# Cycles of the scheduler's model by which each pack starts after the one before, forward and backward.
 STAGGER = (300.0, 1200.0)
 
 
 def most_packs(widths: tuple[int, ...], operands: jnp.dtype) -> int:
-    """Packs that are computed together, at most: what fits into the fast memory of the chip."""
+    """Return the largest number of packs to compute together: as many as fit into the fast memory of the chip."""
     of_256 = 4 if operands == jnp.float32 else 8
     return max(1, min(of_256, of_256 * 256 // hidden(widths)))
 
 
 def unroll(layout: Layout) -> tuple[int, int]:
-    """Forward and backward, groups computed together: two, unless many packs fill the pauses, or the memory."""
+    """Return how many groups to compute together, forward and backward: two, unless many packs fill the pauses."""
     best = 2 if layout.block_packs <= 6 else 1
     return best, best
 
 
 class State(NamedTuple):
-    """Weights of packs. The second layer has no mean over the features of a head."""
+    """The weights of packs; the mean of the second layer over the output features of a head is zero."""
 
     weight1: jax.Array  # [..., P, 128, m]
     bias1: jax.Array  # [..., P, s, m]
@@ -73,15 +72,15 @@ class State(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """By how much the step of a token has moved the weights that another sees; columns as of pairs."""
+    """The factor by which the step of a token has moved the weights that another token sees; columns as in pairs."""
 
-    queries: Any  # [L, s L], of the tokens in columns for those in rows
-    of_keys: Any  # [L, s L], of the tokens in rows for those in columns; the same, and has no gradient of its own
-    last: Any  # [1, 128], all the same: for mini-batches after its own
+    queries: Any  # [L, s L], of the steps of tokens in columns, for the queries of tokens in rows
+    of_keys: Any  # [L, s L], its transpose, of the steps of tokens in rows; without a gradient of its own
+    last: Any  # [1, 128], for later mini-batches: the last position rate, in all lanes
 
 
 def coefficients(layout: Layout, position_eta: jax.Array) -> Coefficients:
-    """Of a group, from the rates [b] of the positions in a mini-batch."""
+    """Return the coefficients of a group from the rates [b] of the positions in a mini-batch."""
     b = layout.mini_batch
     token = jnp.arange(layout.group_tokens)
     row, column = token[:, None], token[None, :]
@@ -95,20 +94,20 @@ def coefficients(layout: Layout, position_eta: jax.Array) -> Coefficients:
 
 
 def chain(numerics: Numerics, widths: tuple[int, ...]) -> tuple[Saved, ...]:
-    """Z1, in rows, and Z2."""
+    """Return the arrays of the chain that are stored: Z1, in rows, and Z2."""
     layout, operands = numerics
     return Saved(layout.pack, hidden(widths), operands), Saved(1, LANES, jnp.float32)
 
 
 def hidden(widths: tuple[int, ...]) -> int:
-    """m, lanes of the hidden features."""
+    """Return m, the number of lanes of the hidden features."""
     return -(-widths[1] // LANES) * LANES
 
 
 def group(
     numerics: Numerics, state: State, tokens: Tokens, ln: Norm, coefficients: Coefficients
 ) -> tuple[State, jax.Array, tuple[jax.Array, ...]]:
-    """The state after a group, the outputs z [L, 128], and (Z1 [s L, m], Z2 [L, 128]), the chain."""
+    """Return the state after a group, the outputs z [L, 128], and the chain (Z1 [s L, m], Z2 [L, 128])."""
     layout, operands = numerics
     q, k, _, _ = tokens
     last = coefficients.last
@@ -118,7 +117,7 @@ def group(
     s1, s2, x, kept = _chain(numerics, state, weights, tokens, ln, last, e1)
 
     e1_q = coefficients.queries * similarity[1]
-    y1 = product(q, -e1_q, weights[0], s1, numerics) + rows_of(layout, state.bias1)
+    y1 = product(q, -e1_q, weights[0], s1, numerics) + repeat_per_token(layout, state.bias1)
     y2, e2_q = products(gelu(y1), weights[1], x, numerics)
     y2 += state.bias2 - dot(coefficients.queries * (e2_q + 1.0), stack_swapped(layout, s2), "nn", operands)
     out = q + norm.normalise(y2, numerics) * ln.scale + ln.bias
@@ -134,13 +133,13 @@ def group(
 
 
 def _chain(numerics, state, weights, tokens, ln, last, e1):
-    """S1 and X in rows, S2 compact, and (Z1, Z2), one mini-batch after the other."""
+    """Return S1 in rows, S2 compact, X in rows, and (Z1, Z2), computed mini-batch after mini-batch."""
     layout, operands = numerics
     (w1, w2), (_, k, v, eta) = weights, tokens
     b, m = layout.mini_batch, w1.shape[1]
     scale2, shift = ln.scale * ln.scale, ln.scale * (ln.bias - (v - k))
     means = norm.means_for_chain(scale2, shift, numerics)
-    z1_start = dot(stack_heads(layout, k), w1, "nn", operands) + rows_of(layout, state.bias1)
+    z1_start = dot(stack_heads(layout, k), w1, "nn", operands) + repeat_per_token(layout, state.bias1)
     rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, m)
     z1s, z2s, xs, s1s, t1s, s2s = (no_tiles(layout) for _ in range(6))
     for t in range(layout.group):
@@ -169,14 +168,13 @@ def _chain(numerics, state, weights, tokens, ln, last, e1):
 
 
 def _compact(layout, tiles):
-    """[L, 128] of mini-batches [b, 128]; zeros where there is none."""
+    """Join mini-batches [b, 128] to [L, 128], with zeros for None."""
     nothing = jnp.zeros((layout.mini_batch, LANES), jnp.float32)
     return jnp.concatenate([nothing if x is None else x for x in tiles], 0)
 
 
 def pack(layout: Layout, weights: Weights) -> State:
-    """Weights [B, H, ...] to those of packs, the second layer without its mean over output features, which LN takes
-    out anyway."""
+    """Pack weights [B, H, ...], the second layer without its mean over the output features, which LN removes anyway."""
     first, second = weights
     w1, w2 = first.weight, jnp.swapaxes(second.weight - _mean(second.weight), -1, -2)
     w1, w2 = (_pack_hidden(layout_lib.pack_features(layout, x, 2)) for x in (w1, w2))  # [B, H, slot, m]
@@ -187,7 +185,7 @@ def pack(layout: Layout, weights: Weights) -> State:
 
 
 def unpack(layout: Layout, state: State, start: Weights) -> Weights:
-    """Weights [B, H, ...] of packs that came from ``start``, with the mean that :func:`pack` took from it."""
+    """Unpack weights to [B, H, ...], with the mean that :func:`pack` removed from ``start``."""
     first, second = start
     batch, width = state.weight1.shape[0], first.weight.shape[-1]
     heads, d = layout.heads, layout.head_dim

@@ -1,7 +1,7 @@
-"""The derivative of a group of TTT-MLP, by the names of :mod:`ttt_jax.kernels.mlp`; dA is that of the loss by A.
+"""Differentiate a group of TTT-MLP, with the names of :mod:`ttt_jax.kernels.mlp`; dA is the gradient with respect to A.
 
-Z1 and Z2 are known, so all of the forward pass comes from them at once. What is left of the recurrence is a chain from
-the last mini-batch of the group to the first,
+Z1 and Z2 are known, so the forward pass of all mini-batches is computed from them at once. What is left of the
+recurrence is a chain from the last mini-batch of the group to the first,
 
     dS1 += - E1^T dZ1                                      of later mini-batches
     dGX = eta dS1 * gelu'(Z1)          dF = - dGX X^T
@@ -10,8 +10,8 @@ the last mini-batch of the group to the first,
     dX += dZ2 W2^T + dE2 X + dE2^T X - F^T dGX             the last two of later mini-batches
     dZ1 = dX * gelu'(Z1) + dGX / gelu'(Z1) * GX * gelu''(Z1)
 
-(eta times the rate of the last position for all that has come by T). The weights, K, and what the queries have to do
-with all that are done for the whole group, before or after.
+where dT also gives dS, times the rate of the last position. The gradients of the weights and of K, and all that comes
+from the queries, are computed for the whole group before or after the chain.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ from ttt_jax.kernels.mlp_layout import (
     over_hidden,
     product,
     products,
-    rows_of,
+    repeat_per_token,
     stack_swapped,
     sum_per_head,
     swap,
@@ -60,10 +60,10 @@ def derivative(
     d_new: Any,
     d_out: jax.Array,
 ) -> tuple[Any, Tokens, Norm, Any]:
-    """Gradients with respect to state, tokens, LN and coefficients, from those of the new state and of the outputs.
+    """Return the gradients with respect to state, tokens, LN and coefficients, from those of the new state and outputs.
 
-    Weights of the state and Z1 can be in the dtype of operands. The gradient of ``coefficients.of_keys`` is zero: that
-    of ``coefficients.queries`` is for both.
+    Weights of the state and Z1 may be in the dtype of operands. The gradient of ``coefficients.of_keys`` is zero,
+    because that of ``coefficients.queries`` is for both.
     """
     layout, operands = numerics
     b, g, m = layout.mini_batch, layout.group, state[0].shape[1]
@@ -83,7 +83,7 @@ def derivative(
     def stacked(x):
         return stack_swapped(layout, x)
 
-    # The forward pass over keys, known but for products.
+    # The forward pass over keys, from Z1 and Z2.
     at = norm.loss_gradient(z2, scale2, shift, numerics)
     g2 = at.value
     s2 = rates * g2
@@ -98,8 +98,8 @@ def derivative(
     s1 = hidden_rates(layout, eta, m) * (gx * slope)
     s1_sums, s1 = sum_per_head(layout, s1), s1.astype(operands)
 
-    # Queries, forward and backward.
-    y1 = product(q, -(queries * a1_q), w1, s1, numerics) + rows_of(layout, c1)
+    # The queries, forward and backward.
+    y1 = product(q, -(queries * a1_q), w1, s1, numerics) + repeat_per_token(layout, c1)
     xq, slope_q = gelu_and_derivative(y1)
     xq = xq.astype(operands)
     y2, e2_q = products(xq, w2, x, numerics)
@@ -118,12 +118,14 @@ def derivative(
     d_q += d_out + mm(d_a1_q, stacked(k))
     d_queries = -(u1 * a1_q + u2 * e2_q)
 
-    # What the queries and the new weights ask of the keys.
+    # The gradients of the steps of keys that come from the queries and from the new weights.
     d_x = product(-t2, -(of_keys * mm(s2, stacked(d_y2), "nt")), d_w2, xq, numerics)
     by_w2, xx = products(x, d_w2, x, numerics)
     d_t2 = -by_w2 - d_new[3]
     of_queries = of_keys * (mm(k, stacked(q), "nt") + 1.0)
-    d_s1 = product(-last * k, -of_queries, d_w1, d_y1, numerics) - rows_of(layout, over_hidden(last, m) * d_new[1])
+    d_s1 = product(-last * k, -of_queries, d_w1, d_y1, numerics) - repeat_per_token(
+        layout, over_hidden(last, m) * d_new[1]
+    )
     by_w1 = unstack_heads(layout, mm(s1, d_w1, "nt"))
 
     # The chain.
@@ -175,7 +177,7 @@ def derivative(
     d_z2, d_h, d_t2 = (jnp.concatenate(y, 0) for y in (dz2s, dhs, dt2s))
     d_z1_sums, d_z1 = sum_per_head(layout, d_z1), d_z1.astype(operands)
 
-    # All else.
+    # All other gradients.
     d_k, u1 = products(d_z1, w1, s1, numerics)
     u1 = jnp.where(before, u1, 0.0)
     d_a1 = -last[:, : u1.shape[1]] * u1
@@ -201,23 +203,23 @@ def derivative(
 
 
 def _mini_batches(layout, x):
-    """Rows by mini-batch, the last one first."""
+    """Sort rows by mini-batch, the last mini-batch first."""
     return jnp.concatenate([tile(layout, x, t) for t in reversed(range(layout.group))], 0)
 
 
 def _not_before(y, x):
-    """x, once y is there: what comes of it would be computed long before, and take up registers until then."""
+    """Return x, but not before y: what depends on x would be computed too early, and occupy registers until then."""
     return x + 0.0 * y
 
 
 def _by_head(layout, x):
-    """[s L, 1] to [L, s]"""
+    """Lay the heads of rows side by side, [s L, 1] to [L, s]."""
     tokens = layout.group_tokens
     return jnp.concatenate([x[i * tokens : (i + 1) * tokens] for i in range(layout.pack)], 1)
 
 
 def _in_lanes(x):
-    """[1, any lanes] to [1, 128], of the same sum."""
+    """Fold any number of lanes to 128 with the same sum, [1, lanes] to [1, 128]."""
     if x.shape[1] < LANES:
         return jnp.concatenate([x, jnp.zeros((1, LANES - x.shape[1]), x.dtype)], 1)
     return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))

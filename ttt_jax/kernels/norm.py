@@ -1,4 +1,6 @@
-"""The LN of the learner and the gradient of its loss, for one pack; :mod:`ttt_jax.ttt.learner` has both in plain form.
+"""Compute the LN of the learner, the gradient of the loss through it, and their derivatives, for one pack.
+
+:mod:`ttt_jax.ttt.learners` has LN in plain form, and :mod:`ttt_jax.ttt.dual` gets the gradient by autodiff.
 
 With x = (z - mean z) r, r = 1 / sqrt(var z + epsilon), and the symmetric map P y = y - mean(y) - x mean(x y),
 
@@ -7,12 +9,12 @@ With x = (z - mean z) r, r = 1 / sqrt(var z + epsilon), and the symmetric map P 
     and backwards           dz = r P w - r^2 x mean(dG P g)             w = r (s^2 P dG - mean(g x) dG - g mean(x dG))
                             dh = r P dG,   d(s^2) = x dh
 
-for the scale s of LN. A reduction over lanes takes a hundred cycles, and one that waits for another two hundred. So
-backwards, where all that does not depend on dG is known beforehand, every mean is taken of a product with dG itself.
+for the scale s of LN. A reduction over lanes takes a hundred cycles, and two that depend on each other take two
+hundred. So in the backward formulas, where all but dG is known beforehand, every mean is of a product with dG itself.
 
-The mean of z is next to nothing: the weights of the kernels start without one over the output features, and P takes it
-out of all their steps. It is taken out here all the same, or rounding errors feed themselves and grow with the
-sequence.
+The mean of z is almost zero: the weights of the kernels start with a zero mean over the output features, and P removes
+it from all their steps. It is subtracted all the same, because otherwise rounding errors amplify themselves and grow
+with the sequence.
 
 Shapes: rows are tokens, 128 lanes are the features of a pack. Means are over the features of a head.
 """
@@ -28,19 +30,19 @@ from ttt_jax.kernels.ops import Numerics, head_mean, head_sum, inverse_root
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalise(z: jax.Array, numerics: Numerics) -> jax.Array:
-    """x"""
+    """Return x."""
     return normalise_with_root(z, numerics)[0]
 
 
 def normalise_with_root(z: jax.Array, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
-    """x and r"""
+    """Return x and r."""
     mean, square = head_mean((z, z * z), numerics)
     r = inverse_root(square - mean * mean)
     return (z - mean) * r, r
 
 
 def normalise_backward(dx: jax.Array, x: jax.Array, r: jax.Array, numerics: Numerics) -> jax.Array:
-    """dz"""
+    """Return dz of LN."""
     mean, product = head_mean((dx, dx * x), numerics)
     return r * (dx - mean - x * product)
 
@@ -59,7 +61,7 @@ normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class LossGradient(NamedTuple):
-    """G and what it is made of, [rows, 128] each."""
+    """G and the arrays that it is computed from, [rows, 128] each."""
 
     value: jax.Array
     x: jax.Array
@@ -69,7 +71,7 @@ class LossGradient(NamedTuple):
 
 
 def loss_gradient(z: jax.Array, s2: jax.Array, h: jax.Array, numerics: Numerics) -> LossGradient:
-    """G, from z [rows, 128], s^2 [1, 128] and h [rows, 128]."""
+    """Return G from z [rows, 128], s^2 [1, 128] and h [rows, 128]."""
     x, r = normalise_with_root(z, numerics)
     g = s2 * x + h
     mean, gx = head_mean((g, g * x), numerics)
@@ -77,7 +79,7 @@ def loss_gradient(z: jax.Array, s2: jax.Array, h: jax.Array, numerics: Numerics)
 
 
 def means_for_chain(s2: jax.Array, h: jax.Array, numerics: Numerics) -> tuple[jax.Array, jax.Array]:
-    """Means of s^2 [1, 128] and h [rows, 128]."""
+    """Return the means of s^2 [1, 128] and h [rows, 128]."""
     mean_s2, mean_h = head_mean((jnp.broadcast_to(s2, (8, s2.shape[1])), h), numerics)
     return mean_s2[:1], mean_h
 
@@ -91,8 +93,11 @@ def loss_gradient_in_chain(
     numerics: Numerics,
     by_lanes: bool = True,
 ) -> jax.Array:
-    """G as well, sooner: no mean waits for another. Those with s^2 and h are taken by lanes or by matrix units; that
-    of z, which must leave nothing behind, by lanes."""
+    """Return G like :func:`loss_gradient`, but sooner: no mean depends on another.
+
+    The means of z and z^2 must be exact and are taken over lanes; those with s^2 and h are taken over lanes or by the
+    matrix units.
+    """
     part = 1 / numerics.layout.head_dim  # sums of parts are means
     zd, s2d = z * part, (s2 * part) * z
     mean, square = head_sum((zd, zd * z), numerics, by_lanes=True)
@@ -106,7 +111,7 @@ def loss_gradient_in_chain(
 
 
 class Means(NamedTuple):
-    """Of what does not depend on dG, [rows, 128] each."""
+    """The means that do not depend on dG, [rows, 128] each."""
 
     s2: jax.Array
     s2_x: jax.Array
@@ -115,7 +120,7 @@ class Means(NamedTuple):
 
 
 def means_for_backward(at: LossGradient, s2: jax.Array, numerics: Numerics) -> Means:
-    """Those of :func:`loss_gradient_backward`."""
+    """Return the means for :func:`loss_gradient_backward`."""
     s2_x = s2 * at.x
     s2 = jnp.broadcast_to(s2, at.x.shape)
     return Means(*head_mean((s2, s2_x, s2_x * at.x, at.g), numerics))
@@ -124,7 +129,7 @@ def means_for_backward(at: LossGradient, s2: jax.Array, numerics: Numerics) -> M
 def loss_gradient_backward(
     u: jax.Array, at: LossGradient, means: Means, s2: jax.Array, numerics: Numerics
 ) -> tuple[jax.Array, jax.Array]:
-    """dz and dh from u = dG; d(s^2) is the sum over rows of x dh."""
+    """Return dz and dh from u = dG; d(s^2) is the sum over rows of x dh."""
     x, r, g = at.x, at.r, at.g
     u_, xu, gu, su, sxu = head_mean((u, x * u, at.value * u, s2 * u, s2 * x * u), numerics, by_lanes=True)
     p_u = u - u_ - x * xu

@@ -1,7 +1,14 @@
-"""The operations that a kernel is made of, with the derivatives that suit a TPU.
+"""Define the operations that kernels are made of, with derivatives that suit a TPU.
 
-Matrix products round their operands to one dtype, forwards and backwards, and add up in float32. A rule of
-differentiation may not close over arrays inside a kernel: masks are made anew in each.
+Matrix products round their operands to one dtype, forward and backward, and accumulate in float32. Inside a kernel a
+rule of differentiation may not close over arrays, so each rule makes its masks itself.
+
+GELU in its tanh form and its first two derivatives share one tanh. With a = sqrt(2 / pi), c = 0.044715,
+w = a (z + c z^3), h = (1 + tanh w) / 2, which is the logistic function of 2 w, and y = (2 w)' = 2 a + 6 a c z^2,
+
+    gelu = z h          gelu' = h + z h (1 - h) y          gelu'' = h (1 - h) (2 y + z (1 - 2 h) y^2 + z y')
+
+Shapes: s heads of the pack; 128 lanes are the features of a pack.
 """
 
 import itertools
@@ -19,7 +26,7 @@ from ttt_jax.ttt.learners import LAYER_NORM_EPSILON
 
 
 class Numerics(NamedTuple):
-    """How a kernel computes: the layout, and the dtype that operands of matrix products are rounded to."""
+    """The layout of a kernel, and the dtype that operands of matrix products are rounded to."""
 
     layout: Layout
     operands: jnp.dtype
@@ -27,13 +34,13 @@ class Numerics(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot(a: jax.Array, b: jax.Array, how: str, operands: jnp.dtype) -> jax.Array:
-    """``a b``, ``a b^T`` or ``a^T b`` for ``nn``, ``nt`` and ``tn``, in float32."""
+    """Return ``a b``, ``a b^T`` or ``a^T b`` for ``how`` nn, nt or tn, in float32."""
     return _dot(a.astype(operands), b.astype(operands), how)
 
 
 def _dot(a, b, how):
     if how == "tn":
-        a = a.T  # seen as an operation of its own, it can be done long before b is there
+        a = a.T  # as an operation of its own, it can be scheduled long before b is known
     contracted = ((1,), (1,)) if how == "nt" else ((1,), (0,))
     return lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
 
@@ -56,7 +63,7 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 
 def lanes_of_head(layout: Layout, head: int) -> jax.Array:
-    """[1, 128]: whether a lane belongs to a feature of a head of the pack."""
+    """Return whether each lane is a feature of a head of the pack, [1, 128]."""
     return _is_of_head(layout, head, (1, LANES), 1)
 
 
@@ -66,8 +73,8 @@ def _is_of_head(layout, head, shape, axis):
 
 
 def _over_heads(layout, per_head):
-    """``per_head(mask, head)`` in the lanes of each head, 0 elsewhere."""
-    full = layout.pack * layout.head_dim == LANES  # then all lanes that the others leave are of the last head
+    """Return ``per_head(mask, head)`` in the lanes of each head, 0 elsewhere."""
+    full = layout.pack * layout.head_dim == LANES  # no lane is empty: those of the last head are all others
     out: Any = per_head(lanes_of_head(layout, layout.pack - 1), layout.pack - 1) if full else 0.0
     for head in range(layout.pack - full):
         mask = lanes_of_head(layout, head)
@@ -76,14 +83,14 @@ def _over_heads(layout, per_head):
 
 
 def head_mean(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
-    """Means over the features of each head, in all their lanes, of arrays [rows, 128]: sums, and divided."""
+    """Return means over the features of each head of arrays [rows, 128], in all lanes of the head."""
     return [x * (1 / numerics.layout.head_dim) for x in head_sum(xs, numerics, by_lanes)]
 
 
 def head_sum(xs: Sequence[jax.Array], numerics: Numerics, by_lanes: bool = False) -> list[jax.Array]:
-    """Sums over the features of each head, in all their lanes, of arrays [rows, 128].
+    """Return sums over the features of each head of arrays [rows, 128], in all lanes of the head.
 
-    The matrix units take many rows at once, rounded as all their operands are; by lanes nothing is rounded.
+    The matrix units take many rows at once, and round them like all operands; with ``by_lanes`` nothing is rounded.
     """
     layout, operands = numerics
     if by_lanes or operands == jnp.float32:
@@ -100,31 +107,31 @@ def _sum_over_lanes(x, layout):
 
 
 def _ones_per_head(layout):
-    """[128, 128], 1 where row and column are features of the same head."""
+    """Return [128, 128] with 1 where row and column are features of the same head, else 0."""
     rows, lanes = ([_is_of_head(layout, head, (LANES, LANES), axis) for head in range(layout.pack)] for axis in (0, 1))
     same = [row & lane for row, lane in zip(rows, lanes, strict=True)]
     return jnp.where(reduce(jnp.logical_or, same), 1.0, 0.0)
 
 
 def spread(rates: jax.Array, layout: Layout) -> jax.Array:
-    """A number per head, in all its lanes: [rows, s] to [rows, 128]."""
+    """Repeat a number per head in all lanes of the head, [rows, s] to [rows, 128]."""
     return _over_heads(layout, lambda mask, head: jnp.broadcast_to(rates[:, head : head + 1], (rates.shape[0], LANES)))
 
 
 def unspread(x: jax.Array, layout: Layout) -> jax.Array:
-    """The transpose: the sum over the lanes of each head, [rows, 128] to [rows, s]."""
+    """Apply the transpose of :func:`spread`: sum over the lanes of each head, [rows, 128] to [rows, s]."""
     masked = [jnp.where(lanes_of_head(layout, head), x, 0.0) for head in range(layout.pack)]
     return jnp.concatenate([jnp.sum(x, -1, keepdims=True) for x in masked], 1)
 
 
 def inverse_root(variance: jax.Array) -> jax.Array:
-    """1 / sqrt(variance + epsilon)"""
+    """Return ``1 / sqrt(variance + epsilon)``."""
     return lax.rsqrt(variance + LAYER_NORM_EPSILON)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split(x: jax.Array, parts: int) -> tuple[jax.Array, ...]:
-    """Equal parts of the rows; backwards they are put together, not added up one by one."""
+    """Split rows into equal parts; the derivative concatenates the gradients of the parts instead of adding them up."""
     rows = x.shape[0] // parts
     return tuple(x[i * rows : (i + 1) * rows] for i in range(parts))
 
@@ -133,14 +140,14 @@ split.defvjp(lambda x, parts: (split(x, parts), None), lambda parts, _, g: (jnp.
 
 
 def stack_heads(layout: Layout, x: jax.Array) -> jax.Array:
-    """The rows once for each head of the pack, zeros in the lanes of the others: [rows, 128] to [s * rows, 128]."""
+    """Repeat rows for each head, with zeros in the lanes of the other heads, [rows, 128] to [s * rows, 128]."""
     if layout.pack == 1:
         return x
     return jnp.concatenate([jnp.where(lanes_of_head(layout, head), x, 0.0) for head in range(layout.pack)], 0)
 
 
 def unstack_heads(layout: Layout, x: jax.Array) -> jax.Array:
-    """The transpose: the lanes of each head from its own rows, [s * rows, 128] to [rows, 128]."""
+    """Apply the transpose of :func:`stack_heads`: take the lanes of each head from its rows, to [rows, 128]."""
     if layout.pack == 1:
         return x
     parts = split(x, layout.pack)
@@ -152,12 +159,12 @@ _AC = _A * 0.044715
 
 
 def gelu(z: jax.Array) -> jax.Array:
-    """The function."""
+    """Return GELU."""
     return z * _half_of_one_and_tanh(z, z * z)
 
 
 def gelu_and_derivative(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The function and its derivative."""
+    """Return GELU and its derivative."""
     square = z * z
     h = _half_of_one_and_tanh(z, square)
     value = z * h
@@ -165,7 +172,7 @@ def gelu_and_derivative(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def gelu_and_derivatives(z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The function and its first and second derivative."""
+    """Return GELU and its first and second derivative."""
     square = z * z
     h = _half_of_one_and_tanh(z, square)
     value = z * h

@@ -1,10 +1,10 @@
-"""Mini-batches that begin at W0: which tokens a program reads together.
+"""Divide a sequence into stretches of mini-batches that a program reads together, where mini-batches restart at W0.
 
-A group is computed from one W, so a program reads a sequence in *stretches*. Where no mini-batch of a step of the
-program (the groups that it computes together) restarts, except perhaps its first one, the step is one stretch, and is
-computed as it always is. Another step is read group by group, and each group from one restart to the next. Such a
-stretch is computed as the whole group with rate 0 for the tokens outside of it: they take no step, so nothing of the
-stretch depends on them, and of the results only the rows of the stretch are written.
+A group is computed from one W, so it cannot contain a restart. A *step* of a program is the groups that it computes
+together. A step in which no mini-batch restarts, except perhaps its first one, is one stretch, and is computed as
+without restarts. Any other step is read group by group, and each group from one restart to the next. Such a stretch is
+computed as its whole group with rate 0 for the tokens outside of it: they take no step, so the stretch does not depend
+on them, and only the rows of the stretch are written.
 
 Shapes: B batch, N blocks of tokens, m mini-batches per block.
 """
@@ -22,15 +22,15 @@ from ttt_jax.kernels.memory import Rows
 
 
 class Stretches(NamedTuple):
-    """For each mini-batch of a block, int32 [B, N, 1, m]; in a program, what it reads of them."""
+    """The stretch of each mini-batch of a block, int32 [B, N, 1, m]; in a program, references to a block of these."""
 
     first: Any  # the first mini-batch of its stretch
-    stop: Any  # the one that follows its stretch
-    fresh: Any  # 1 where it begins at W0, else 0
+    stop: Any  # the first mini-batch after its stretch
+    fresh: Any  # 1 where the mini-batch begins at W0, else 0
 
 
-def of_blocks(layout: Layout, restarts: jax.Array, blocks: int) -> jax.Array:
-    """Return the flags of mini-batches [B, n] as int32 [B, N, m], 0 for those that fill the last block."""
+def flags_by_block(layout: Layout, restarts: jax.Array, blocks: int) -> jax.Array:
+    """Return the flags of mini-batches [B, n] by block, int32 [B, N, m], with 0 where the last block is filled up."""
     per_block = layout.block_tokens // layout.mini_batch
     batch, n = restarts.shape
     flags = jnp.pad(restarts.astype(jnp.int32), ((0, 0), (0, blocks * per_block - n)))
@@ -38,14 +38,14 @@ def of_blocks(layout: Layout, restarts: jax.Array, blocks: int) -> jax.Array:
 
 
 def stretches(layout: Layout, restarts: jax.Array, unroll: int) -> Stretches:
-    """Return the stretches of sequences with flags [B, N, m], where ``unroll`` groups are computed together."""
+    """Return the stretches of sequences with flags [B, N, m], for steps of ``unroll`` groups."""
     per_block, per_step = restarts.shape[-1], unroll * layout.group
     index = jnp.arange(per_block)
     inside = (restarts * (index % per_step > 0)).reshape(*restarts.shape[:2], -1, per_step)
-    split = jnp.repeat(inside.max(-1) > 0, per_step, -1)  # [B, N, m]: the step is more than one stretch
+    split = jnp.repeat(inside.max(-1) > 0, per_step, -1)  # [B, N, m], whether the step has more than one stretch
     begins = (restarts > 0) | (index % per_step == 0) | (split & (index % layout.group == 0))
     first = lax.cummax(jnp.where(begins, index, 0), axis=2)
-    ends = jnp.roll(begins, -1, 2)  # a block begins a stretch, and so ends one
+    ends = jnp.roll(begins, -1, 2)  # each block begins with a stretch, so each block ends with one
     stop = lax.cummin(jnp.where(ends, index + 1, per_block), axis=2, reverse=True)
     return Stretches(*(x[:, :, None].astype(jnp.int32) for x in (first, stop, restarts)))
 
@@ -58,14 +58,14 @@ def for_each(
     part: Callable[[Any, Any, Rows], None],
     backwards: bool = False,
 ) -> None:
-    """Go through the stretches of a block, in a program.
+    """Go through the stretches of a block, inside a program.
 
     Args:
-      of_block: :class:`Stretches`, references to [1, m]; None where nothing restarts.
-      unroll: groups of a step.
-      step: called with how many steps came before and whether the first mini-batch restarts, to read all of its groups.
-      part: called with a group, whether the first mini-batch of the stretch restarts, and the rows to read.
-      backwards: from the last to the first.
+      of_block: :class:`Stretches`, references to [1, m]; None without restarts.
+      unroll: groups per step.
+      step: reads a whole step; called with the number of steps before it, and whether its first mini-batch restarts.
+      part: reads a stretch inside a group; called with the group, whether its first mini-batch restarts, and its rows.
+      backwards: whether to go from the last stretch to the first.
     """
     steps, per_step = layout.block_groups // unroll, unroll * layout.group
 

@@ -1,4 +1,10 @@
-"""Whole mini-batches through fused kernels: what :mod:`ttt_jax.ttt.scan` computes, by two programs for a TPU."""
+"""Run whole mini-batches by a fused kernel, choose between kernel and scan, and say where no kernel exists.
+
+:func:`run` is a :data:`ttt_jax.ttt.scan.Kernel`: it computes what :mod:`ttt_jax.ttt.scan` computes, by two programs for
+a TPU, one forward and one backward.
+
+Shapes: B batch, H heads, d head width, n mini-batches of b tokens.
+"""
 
 from functools import partial
 from types import ModuleType
@@ -22,10 +28,10 @@ from ttt_jax.ttt.scan import Kernel
 
 
 def unsupported(loop: InnerLoop, mini_batch: int) -> str | None:
-    """Say why no kernel exists for an inner loop and a size of mini-batches; return None where one does.
+    """Return why no kernel exists for an inner loop and a mini-batch of this size; None where one exists.
 
-    Kernels compute two points, TTT-Linear and TTT-MLP, at any rates per token. A loop is accepted only where it equals
-    one of them, never because its widths are the same.
+    Kernels compute TTT-Linear and TTT-MLP, with any rates per token. A loop is accepted only if it equals one of these,
+    never because its widths are the same.
     """
     f, d = loop.learner.f, loop.learner.features
     if loop.objective is not squared_error:
@@ -56,7 +62,7 @@ def unsupported(loop: InnerLoop, mini_batch: int) -> str | None:
 
 
 def keeps_blocks(mini_batch: int, remat_group: int | None) -> bool:
-    """Whether the weights of blocks are kept for the backward pass, not those of groups."""
+    """Return whether the backward pass stores the weights that blocks start from, instead of those of groups."""
     return mini_batch * (remat_group or 0) > layout_lib.GROUP_TOKENS
 
 
@@ -69,8 +75,10 @@ def blocks(
     interpret: bool = False,
     most_packs: int | None = None,
 ) -> tuple[Layout, tuple[int, int]]:
-    """Return how heads and tokens are laid out, and how many groups are computed together, forward and backward: as
-    many as are of use, and 1 where the kernel is interpreted."""
+    """Return the layout, and how many groups to compute together, forward and backward.
+
+    These are as many groups as fill the pauses of the chip, or 1 where the kernel is interpreted.
+    """
     kernel, widths = _kernel(loop), _widths(loop)
     layout = Layout(heads, widths[0], mini_batch, most_packs or kernel.most_packs(widths, _operands(dtype)))
     return layout, (1, 1) if interpret else kernel.unroll(layout)
@@ -101,24 +109,24 @@ def run(
     unroll: tuple[int, int] | None = None,
     most_packs: int | None = None,
 ) -> tuple[jax.Array, Weights]:
-    """Reads whole mini-batches.
+    """Read whole mini-batches.
 
     Args:
-      loop: one that is not :func:`unsupported`.
-      parameters: its LN, [H, 1, d], and the rates of positions, [b]; W0, leaves [H, ...] or [B, H, ...], is read only
-        where mini-batches restart.
+      loop: an inner loop for which :func:`unsupported` returns None.
+      parameters: the LN of the loop, [H, 1, d], and the rates of positions, [b]; W0, leaves [H, ...] or [B, H, ...], is
+        read only where mini-batches restart.
       start: weights before the first token, leaves [B, H, ...].
       tokens: q, k, v [B, n * b, H, d] and eta [B, n * b, H]. Where q is bfloat16, operands of matrix products are
-        rounded to bfloat16; in float32 they are not (TPUs do it all the same, unless ``jax_default_matmul_precision``
-        says otherwise). All else is float32.
-      restarts: bool [B, n]: mini-batches that begin at W0, not at the weights that the one before ended with, as the
-        first one of a document does; None where none does.
-      interpret: for machines without a TPU.
-      remat_group: mini-batches between two W that are kept for the backward pass, which computes what lies between
-        again: every 64 tokens, with what makes going back fast, or, for more than that, every 256 tokens. None or 0
-        is every 64 tokens.
-      unroll: groups of mini-batches whose operations are mixed, forward and backward; unset: see :func:`blocks`.
-      most_packs: packs of heads in a block, at most; unset: as many as fit into fast memory.
+        rounded to bfloat16; where it is float32 they are not, but TPUs round them by default, see
+        ``jax_default_matmul_precision``. All else is float32.
+      restarts: bool [B, n], the mini-batches that begin at W0 instead of the weights after the mini-batch before, such
+        as the first of a document; None for none.
+      interpret: whether to interpret the kernel, on machines without a TPU.
+      remat_group: mini-batches between two W that are stored for the backward pass. For None, 0 and up to 64 tokens,
+        W is stored every 64 tokens together with the chain, which makes the backward pass fast; for more, W is stored
+        every 256 tokens, and the rest is computed again.
+      unroll: groups of mini-batches that are computed together, forward and backward; None: see :func:`blocks`.
+      most_packs: the largest number of packs of heads in a block; None: as many as fit into fast memory.
 
     Returns:
       z [B, n * b, H, d] in the dtype of q, and the weights after the last token, leaves [B, H, ...].
@@ -143,7 +151,7 @@ def run(
     if restarts is not None:
         first = jax.tree.map(lambda w0, w: jnp.broadcast_to(w0, w.shape), parameters.w0, start)
         inputs = inputs._replace(first=kernel.pack(layout, first))
-        flags = restarts_lib.of_blocks(layout, restarts, q.shape[1] // layout.block_tokens)
+        flags = restarts_lib.flags_by_block(layout, restarts, q.shape[1] // layout.block_tokens)
         any_restarts = restarts.any(1)[:, None, None, None]
         start = jax.tree.map(lambda w0, w: jnp.where(any_restarts, w0, w), first, start)  # what the end came from
     z, end = _run(how, inputs, flags)
@@ -178,55 +186,55 @@ _run.defvjp(_run_forward, _run_backward)
 KERNELS = ("auto", "pallas", "scan")
 
 
-# Mini-batches between two kept states and per iteration of the scan, the fastest measured: docs/kernels.md.
+# Mini-batches between two stored states, and per iteration of the scan: the fastest measured, see docs/kernels.md.
 _ON_TPUS, _ELSEWHERE = 4, 1
-_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # whose fast memory is 16 MiB: kernels take up to 50
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # chips with 16 MiB of fast memory, where kernels take up to 50 MiB
 
 
 class Choice(NamedTuple):
-    """A kernel for :func:`ttt_jax.ttt.scan.run`, None for none, and why."""
+    """A kernel for :func:`ttt_jax.ttt.scan.run`, or None for the scan, and the reason for it."""
 
     kernel: Kernel | None
     why: str
 
 
 def scan_options(remat_group: int | None, unroll: int | None, device: str) -> dict[str, Any]:
-    """``remat_group`` and ``unroll`` of :func:`ttt_jax.ttt.scan.run`, where they are unset the best of the device."""
+    """Return ``remat_group`` and ``unroll`` for :func:`ttt_jax.ttt.scan.run`; None is replaced by the device's best."""
     best = _ON_TPUS if _is_tpu(device) else _ELSEWHERE
     return {"remat_group": best if remat_group is None else remat_group, "unroll": unroll or best}
 
 
 def choose(kernel: str, loop: InnerLoop, mini_batch: int, device: str, remat_group: int | None = None) -> Choice:
-    """What ``auto``, ``pallas`` or ``scan`` comes to.
+    """Choose between kernel and scan for a configured ``auto``, ``pallas`` or ``scan``.
 
     Args:
-      device: that programs are compiled for, its kind as JAX names it. On any but TPUs the kernels are interpreted,
-        where they are asked for: slow, with the same numbers.
-      remat_group: mini-batches between two W that the kernel keeps; see :func:`run`.
+      device: the kind of device to compile for, as JAX names it. On devices other than TPUs, ``pallas`` interprets the
+        kernel, which is slow and gives the same numbers.
+      remat_group: mini-batches between two W that the kernel stores; see :func:`run`.
 
     Raises:
-      ValueError: for ``pallas`` where there is no kernel.
+      ValueError: for ``pallas`` where no kernel exists.
     """
     if kernel == "scan":
         return Choice(None, "scan, as configured")
     reason = unsupported(loop, mini_batch)
-    there = partial(run, remat_group=remat_group, interpret=interpreted(device))
+    fused = partial(run, remat_group=remat_group, interpret=interpreted(device))
     if device.startswith(_SMALL):
         reason = reason or f"too little fast memory on {device}"
     if kernel == "pallas":
         if reason:
             raise ValueError(f"no kernel: {reason}")
         how = "fused kernel, as configured" + (f", interpreted: slow on {device}" if interpreted(device) else "")
-        return Choice(there, how)
+        return Choice(fused, how)
     if not _is_tpu(device):
         return Choice(None, f"scan, for {device} (fused kernels are for TPUs)")
     if reason:
         return Choice(None, f"scan, for {reason}")
-    return Choice(there, f"fused kernel, for {device}")
+    return Choice(fused, f"fused kernel, for {device}")
 
 
 def interpreted(device: str) -> bool:
-    """Whether the kernels run as ordinary XLA operations on a device: on all but TPUs."""
+    """Return whether kernels are interpreted on a device, as ordinary XLA operations: on all but TPUs."""
     return not _is_tpu(device)
 
 

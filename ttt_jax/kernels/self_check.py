@@ -1,17 +1,16 @@
 """Compare a fused kernel with the scan on a small problem, on the device that is going to run it.
 
-A compiler may make something wrong of a kernel that is right when it is interpreted. The small problem is therefore
-computed by the program that the real one uses: the same inner loop, mini-batch, head width, dtype, number of groups
-computed together and weights that are kept, and the same packs of heads per block unless those would take long to
-compile. It has two sequences of a block of tokens and a part of another, and two blocks of packs where the real problem
-has several. So it covers what is carried from group to group and from block to block, what begins anew with each
-sequence, sums over sequences, and tokens and heads that are missing from a block. Compared are the outputs and the
-steps of the weights, of the program that inference uses and of the one that a backward pass follows, and the gradients
-with respect to every input.
+A compiler may compile a kernel wrongly that is right when it is interpreted. So the small problem is computed by the
+program that the real problem uses: the same inner loop, mini-batch, head width, dtype, number of groups computed
+together and stored weights, and the same packs of heads per block unless those take long to compile. It has two
+sequences of one block of tokens and a part of another, and two blocks of packs where the real problem has several. So
+it covers what is carried from group to group and from block to block, what begins again with each sequence, sums over
+sequences, and missing tokens and heads of a block. The check compares the outputs and the steps of the weights, both of
+the program for inference and of the program that a backward pass follows, and the gradients with respect to each input.
 
-Not covered: errors that grow over thousands of tokens, blocks of more packs than are affordable, and what the compiler
-makes of the model around the kernel. In float32 both sides compute matrix products in float32, whatever
-``jax_default_matmul_precision`` says: the check is of the program, not of how a TPU rounds operands.
+It does not cover errors that grow over thousands of tokens, blocks of more packs than are affordable, or how the
+compiler treats the model around the kernel. In float32 both sides compute matrix products in float32, whatever
+``jax_default_matmul_precision`` is: the check is of the program, not of how a TPU rounds operands.
 
 Shapes: B batch, T tokens, H heads, d head width, b tokens per mini-batch.
 """
@@ -35,17 +34,17 @@ from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.learner import Weights
 from ttt_jax.ttt.scan import Kernel
 
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the largest entry of an array, by the dtype of q, k and v
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative to the largest entry of an array; by the dtype of q, k, v
 _AFFORDABLE = 3 / 8  # of the packs that fit into a block (6 of TTT-Linear, 3 of TTT-MLP in bfloat16): docs/kernels.md
 _BATCH = 2
 
 
 class Family(NamedTuple):
-    """What decides which program a kernel is, as far as the check tells programs apart.
+    """The problems that are covered by one check.
 
     Attributes:
-      loop, mini_batch: what is computed.
-      heads: of one device.
+      loop, mini_batch: the inner loop and its b.
+      heads: the heads on one device.
       dtype: of q, k and v: ``float32`` or ``bfloat16``.
       remat_group: see :func:`ttt_jax.kernels.run.run`.
     """
@@ -58,12 +57,12 @@ class Family(NamedTuple):
 
 
 class Report(NamedTuple):
-    """How far a kernel is from the scan.
+    """The differences between a kernel and the scan.
 
     Attributes:
-      errors: of each array by its name, the largest difference over the largest entry; NaN where either is not finite.
-      tolerance: how much may be.
-      seconds: that the comparison took, with compiling.
+      errors: for each array by its name, the largest difference over the largest entry; NaN where either is not finite.
+      tolerance: the largest error that is allowed.
+      seconds: the time that the comparison took, with compiling.
     """
 
     errors: dict[str, float]
@@ -72,7 +71,7 @@ class Report(NamedTuple):
 
     @property
     def wrong(self) -> list[str]:
-        """The arrays that differ by more than is allowed, the worst first."""
+        """Return the names of the arrays that differ by more than the tolerance, the worst first."""
         return [name for name in self._by_size if not self.errors[name] <= self.tolerance]
 
     @property
@@ -86,7 +85,7 @@ class Report(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The arrays that the inner loop is a function of, and with respect to which gradients are compared."""
+    """The arrays that the inner loop is computed from; gradients are compared with respect to all of them."""
 
     norm: dict[str, Any]  # [H, 1, d]
     w0: Weights  # leaves [H, ...]
@@ -102,7 +101,7 @@ def of_family(family: Family, device: jax.Device) -> Report:
     """Check the kernel of a family on a device, once per process.
 
     Raises:
-      Exception: whatever the kernel raises where it does not compile or run.
+      Exception: any exception of the kernel where it does not compile or run.
     """
     arguments, kernel = problem_of(family, device.device_kind)
     return compare(family.loop, kernel, arguments, device)
@@ -111,13 +110,13 @@ def of_family(family: Family, device: jax.Device) -> Report:
 def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.Device) -> Report:
     """Compute a problem by a kernel and by the scan on a device, and compare all results and gradients.
 
-    Not to be called while a function is traced: it compiles and runs programs.
+    This compiles and runs programs, so it must not be called while a function is traced.
     """
     began = time.monotonic()
     dtype = jnp.dtype(arguments.q.dtype)
     functions = programs(loop, kernel, dtype)
     inputs = jax.device_put((arguments, cotangents(loop, arguments)), device)
-    with ThreadPoolExecutor(len(functions)) as pool:  # compiling is all of the time
+    with ThreadPoolExecutor(len(functions)) as pool:  # nearly all of the time is compiling
         compiled = list(pool.map(lambda function: jax.jit(function).lower(*inputs).compile(), functions.values()))
     by_scan, by_kernel, inference = (jax.device_get(program(*inputs)) for program in compiled)
     errors = _errors(by_kernel, by_scan)
@@ -127,8 +126,11 @@ def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.D
 
 
 def programs(loop: InnerLoop, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Callable[..., dict[str, Any]]]:
-    """The functions of (arguments, cotangents) that the check compiles: results and gradients by the scan and by the
-    kernel, and results by the kernel as inference computes them."""
+    """Return the functions of (arguments, cotangents) that the check compiles.
+
+    ``scan`` and ``kernel`` return results and gradients, ``inference`` the results of the kernel's program without
+    gradients.
+    """
 
     def everything(kernel, arguments, cotangents):
         results, pullback = jax.vjp(partial(_solve, loop, kernel), arguments)
@@ -148,7 +150,7 @@ def programs(loop: InnerLoop, kernel: Kernel, dtype: jnp.dtype) -> dict[str, Cal
 
 
 def problem(loop: InnerLoop, mini_batch: int, heads: int, tokens: int, dtype: str) -> Arguments:
-    """Draw arguments that make every part of the inner loop felt; by NumPy, which compiles nothing."""
+    """Draw arguments to which every part of the inner loop contributes, by NumPy, which compiles nothing."""
     rng, d = np.random.default_rng(0), loop.learner.features
 
     def normal(*shape):
@@ -169,7 +171,7 @@ def problem(loop: InnerLoop, mini_batch: int, heads: int, tokens: int, dtype: st
 
 
 class Size(NamedTuple):
-    """The size of a small problem, and of the blocks that a kernel computes it in."""
+    """The size of a small problem, and of the blocks of the kernel that computes it."""
 
     heads: int
     tokens: int
@@ -178,7 +180,7 @@ class Size(NamedTuple):
 
 
 def small_size(family: Family, *, interpret: bool = False) -> Size:
-    """Return the size of the problem that stands for a family."""
+    """Return the size of the small problem for a family."""
     loop, b = family.loop, family.mini_batch
     layout, unroll = run.blocks(loop, b, family.heads, family.dtype, interpret=interpret)
     packs = min(layout.block_packs, max(1, int(layout.most_packs * _AFFORDABLE)))
@@ -188,7 +190,7 @@ def small_size(family: Family, *, interpret: bool = False) -> Size:
 
 
 def problem_of(family: Family, device: str) -> tuple[Arguments, Kernel]:
-    """Return the small problem that stands for a family, and the kernel of a kind of device in blocks of that size."""
+    """Return the small problem for a family, and the kernel for a kind of device in blocks of its size."""
     loop, b = family.loop, family.mini_batch
     size = small_size(family, interpret=run.interpreted(device))
     kernel = run.choose("pallas", loop, b, device, family.remat_group).kernel
@@ -205,14 +207,17 @@ def _solve(loop: InnerLoop, kernel: Kernel | None, arguments: Arguments) -> dict
 
 
 def _with_steps(results: dict[str, Any], arguments: Arguments) -> dict[str, Any]:
-    """The results with the steps that were taken in place of the final weights, beside which steps may be small."""
+    """Replace the final weights by the sum of the steps, because steps may be small beside the weights."""
     steps = jax.tree.map(jnp.subtract, results["final weights"], arguments.w0)
     return {"outputs": results["outputs"], "sum of steps": steps}
 
 
 def cotangents(loop: InnerLoop, arguments: Arguments) -> dict[str, Any]:
-    """What the results count for in the sum of which gradients are taken: drawn, and for outputs like the values, so
-    that steps, which take outputs there, have an effect that does not cancel in sums over tokens."""
+    """Draw the cotangents of the results.
+
+    Those of the outputs have the values v added: steps bring outputs nearer to v, so that their effect does not cancel
+    in sums over tokens.
+    """
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(partial(_solve, loop, None), arguments)
     drawn = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
@@ -228,7 +233,7 @@ def _with_precision(precision: str, function: Callable) -> Callable:
 
 
 def _errors(found: Any, expected: Any) -> dict[str, float]:
-    """By the names of arrays, the largest difference over the largest entry."""
+    """Return the largest difference over the largest entry of each array, by its name."""
 
     def error(x: np.ndarray, y: np.ndarray) -> float:
         x, y = x.astype(np.float64), y.astype(np.float64)

@@ -1,9 +1,9 @@
-"""One function for several packs of heads, its operations interleaved.
+"""Evaluate a function for several packs of heads with interleaved operations.
 
-The compiler of TPUs keeps close to the order in which a program is written: packs written one after another wait for
-each other's latencies, a hundred cycles for a matrix product or a reduction over lanes. So the function is traced
-once, and its operations are emitted for all packs in the order that a list scheduler finds with a coarse model of the
-chip: of those that can start, the one with the longest way to the end first.
+The compiler of TPUs keeps close to the order in which a program is written. Packs that are written one after another
+would each wait for their own latencies, a hundred cycles for a matrix product or a reduction over lanes. So the
+function is traced once, and its operations are emitted for all packs in the order of a list scheduler with a coarse
+model of the chip: among the operations that can start, the one with the longest way to the end comes first.
 """
 
 import collections
@@ -16,17 +16,17 @@ import jax
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-_UNITS = ("lanes", "matrix", "vector")  # the busier ones are asked first
+_UNITS = ("lanes", "matrix", "vector")  # in the order in which operations are started, the busiest first
 _INLINED = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call")
 _MOVES = (
     *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "iota", "pad"),
     *("reshape", "slice", "split", "squeeze", "stop_gradient"),
 )
-_ROWS, _LANES = 8, 128  # of a vector register
+_ROWS, _LANES = 8, 128  # the size of a vector register
 
 
 class _Cost(NamedTuple):
-    """Of an operation, in cycles: how long its unit is busy, and how long until its result is there after that."""
+    """The cost of an operation in cycles: the time its unit is busy, and the latency of the result after that."""
 
     unit: str
     busy: float
@@ -34,7 +34,7 @@ class _Cost(NamedTuple):
 
 
 class Read(NamedTuple):
-    """An argument that is read where it is used, each time, and so takes no registers in between."""
+    """An argument that is read again at each use, and so occupies no registers in between."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -42,21 +42,22 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """What becomes of a result: it is written as soon as it is there, and ``over``, which it overwrites, is not needed
-    any more."""
+    """The destination of a result: written as soon as the result is known and ``over``, which it overwrites, is not
+    read any more."""
 
     write: Callable[[jax.Array], None]
     over: Read | None = None
 
 
 def weave(function: Callable, arguments: Sequence[tuple], results: Sequence, stagger: float = 0.0) -> None:
-    """Evaluates ``function(*x)`` for each x of ``arguments``, interleaved, and writes what it returns.
+    """Evaluate ``function(*x)`` for each x of ``arguments``, with interleaved operations, and write the results.
 
     Args:
-      function: of arrays, to a tree of arrays.
-      arguments: for each copy a tuple of trees of :class:`Read`; all have the same shapes.
-      results: for each copy a tree of :class:`Write` as the function returns it.
-      stagger: cycles of the model by which each copy starts after the one before, so that not all want the same unit.
+      function: a function of trees of arrays that returns a tree of arrays.
+      arguments: for each copy of the function, a tuple of trees of :class:`Read`, of the same shapes for all copies.
+      results: for each copy, a tree of :class:`Write` with the structure of the result.
+      stagger: cycles of the model by which each copy starts after the one before, so that not all copies need the same
+        unit at once.
     """
     reads, tree = jax.tree.flatten(arguments[0], is_leaf=_is_read)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in reads]
@@ -101,7 +102,7 @@ class _Copy:
 
     def finish(self) -> None:
         self._write()
-        assert not self._waiting, "a result that nothing computes"
+        assert not self._waiting, "a result is computed by no operation"
 
     def _value(self, x: Any) -> Any:
         if isinstance(x, Literal):
@@ -128,7 +129,7 @@ def _bind(equation: Any, values: Sequence) -> Sequence:
 
 
 def _inline(jaxpr: Jaxpr, constants: Sequence, arguments: Sequence) -> list:
-    """Evaluates a program with its functions, whose cost could not be seen, opened."""
+    """Evaluate a program and inline the functions that it calls, so that the cost of their operations is visible."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
 
     def read(variables):
@@ -145,7 +146,7 @@ def _inline(jaxpr: Jaxpr, constants: Sequence, arguments: Sequence) -> list:
 
 
 def _schedule(jaxpr: Jaxpr, copies: int, stagger: float = 0.0) -> list[tuple[int, int]]:
-    """The order of all operations of all copies, as (operation, copy)."""
+    """Return the order of all operations of all copies, as (operation, copy)."""
     costs = [_cost(equation) for equation in jaxpr.eqns]
     made_by = {variable: i for i, equation in enumerate(jaxpr.eqns) for variable in equation.outvars}
     needs = [
@@ -189,8 +190,11 @@ def _schedule(jaxpr: Jaxpr, copies: int, stagger: float = 0.0) -> list[tuple[int
 
 
 def _cost(equation: Any) -> _Cost:
-    """Coarsely. On v5e a result takes some 130 cycles from a matrix unit, 115 from a reduction over lanes and 170 from
-    a transpose; with three times as much the operations are mixed best, measured with ``ttt bench tpu-schedule``."""
+    """Return the approximate cost of an operation.
+
+    On v5e a result takes some 130 cycles from a matrix unit, 115 from a reduction over lanes and 170 from a transpose.
+    Three times these latencies mix the operations best, measured with ``ttt bench tpu-schedule``.
+    """
     name = equation.primitive.name
     written = sum(_registers(x.aval.shape) for x in equation.outvars)
     if name == "dot_general":
