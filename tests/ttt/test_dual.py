@@ -139,9 +139,12 @@ def test_inner_steps_of_these_cases_change_the_outputs(make_case, run_scan):
     assert np.abs(run_scan(*case).z - still).max() > 0.1
 
 
-@pytest.mark.parametrize(("depth", "tokens", "b"), [slow(1, 5, 2), slow(2, 4, 2), (3, 4, 2)])
+@pytest.mark.parametrize(("depth", "tokens", "b"), [slow(1, 5, 2), slow(2, 4, 2), slow(3, 4, 2)])
 def test_gradients_equal_the_primal_form(make_case, quick_jit, assert_close, depth, tokens, b):
-    """Compare gradients of a scalar of z with respect to w0, norm, q, k, v, token_eta and position_eta."""
+    """Compare gradients of a scalar of z with respect to w0, norm, q, k, v, token_eta and position_eta.
+
+    The tests of test_choices.py compare gradients, too, and are not slow.
+    """
     loop, *arguments = make_case(depth, tokens, b)
     cotangent = np.random.default_rng(1).standard_normal(arguments[1].q.shape).astype(np.float32)
 

@@ -45,7 +45,7 @@ LOOPS = {
 }
 
 
-# Their gradients take long to compile; the tests of the fixture ``gated`` read the first without gradients.
+# Their gradients take long to compile; the test of pieces reads the first of them without gradients.
 SLOW = ["mlp, rates per matrix, decay, two momenta", "swiglu, previous, decay and LaCT"]
 
 
@@ -191,9 +191,9 @@ def test_document_that_decays_to_nothing_leaves_its_neighbours(problem):
 
 @pytest.fixture(scope="module")
 def gated(make_case, quick_jit):
-    """Provide the case with the largest state, and its reader."""
+    """Provide a linear case with gates and momenta, and its reader."""
     with jax.enable_x64(True):
-        case = make_case(LOOPS["mlp, rates per matrix, decay, two momenta"], T, b, 5, 0.2, np.float64)
+        case = make_case(LOOPS["linear, decay, two momenta"], T, b, 5, 0.2, np.float64)
         return case, Alone(case, quick_jit)
 
 
@@ -209,11 +209,19 @@ def test_padding_from_the_start_changes_nothing(gated, run_scan, valid):
         assert_equal((z, state), alone.rows([alone.fresh()] * B, valid, np.zeros((B, T), bool)))
 
 
+@pytest.fixture(scope="module")
+def deep(make_case, quick_jit):
+    """Provide the case with the largest state, and its reader."""
+    with jax.enable_x64(True):
+        case = make_case(LOOPS["mlp, rates per matrix, decay, two momenta"], T, b, 5, 0.2, np.float64)
+        return case, Alone(case, quick_jit)
+
+
 @given(valid=masks, reset=masks, more=masks, lengths=st.sampled_from([[2, 6, 2], [6, 2, 2], [2, 2, 6]]))
 @settings(max_examples=12)
-def test_documents_in_pieces_equal_documents_alone(gated, run_scan, valid, reset, more, lengths):
+def test_documents_in_pieces_equal_documents_alone(deep, run_scan, valid, reset, more, lengths):
     with jax.enable_x64(True):
-        case, alone = gated
+        case, alone = deep
         state, reset, found = joined([alone.fresh()] * B), reset & more, []
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             piece, v, r = jax.tree.map(

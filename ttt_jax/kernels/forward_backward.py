@@ -173,9 +173,9 @@ def backward(program: Program, structure: Any, structure_of_results: Any, *refs)
     """Go through the groups of a block in reverse: turn the gradients of the weights after it into those before it.
 
     Args:
-      structure: the tree of the first references, :class:`Inputs` and the :class:`Stretches` of both programs. The
-        other references are :class:`Kept`, the gradients of the outputs and of the state at the end, the gradients of the
-        inputs, and scratch memory.
+      structure: the tree of the first references, :class:`Inputs` and the :class:`Stretches` of both programs. After
+        these come :class:`Kept`, the gradients of the outputs and of the state at the end, the gradients of the inputs,
+        and scratch memory.
       structure_of_results: the tree of the gradients of the inputs.
     """
     (inputs, (stretches, forward_stretches)), rest = take(refs, structure)
