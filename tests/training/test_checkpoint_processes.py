@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from ttt_jax.training import checksums
+from ttt_jax.storage import checksums
 from ttt_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow

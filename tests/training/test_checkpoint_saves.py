@@ -14,7 +14,8 @@ from small_checkpoints import abstract, check_restored, meta, names, state
 
 from ttt_jax.config import ConfigError
 from ttt_jax.errors import CheckpointError
-from ttt_jax.training import checkpoint, checkpoint_writer, checksums
+from ttt_jax.storage import checksums
+from ttt_jax.training import checkpoint, checkpoint_writer
 from ttt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]

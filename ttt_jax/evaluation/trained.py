@@ -13,8 +13,9 @@ from ttt_jax.distributed import process_checks, sharding
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models import pattern
 from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.storage import checksums
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.training import checksums, compiled_step, kernel_check, run_config, validation
+from ttt_jax.training import compiled_step, kernel_check, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 
 

@@ -13,8 +13,8 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,14 +25,11 @@ from ttt_jax.distributed import process_checks
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.storage.workdir import Workdir, is_local
-from ttt_jax.training import checksums
+from ttt_jax.training.checkpoint_reader import Reader
 from ttt_jax.training.checkpoint_writer import Writer
 
 _SAVE_AGAIN_AFTER = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
-_READ_AGAIN_AFTER = (1.0, 5.0, 15.0)
 _POLL_STEPS = 10  # steps after which several processes ask each other whether a save has ended
-
-T = TypeVar("T")
 
 
 class Restored(NamedTuple):
@@ -79,6 +76,7 @@ class Checkpoints:
         self.directory = epath.Path(workdir if is_url else os.path.abspath(workdir)) / "checkpoints"
         self._read_only = read_only
         self._exchange = Exchange("checkpoints", CheckpointError)
+        self._reader = Reader(self.directory, self._exchange)
         self._writer = Writer(self.directory, checkpoint_managers.AnyPreservationPolicy(policies), self._exchange)
         self._save_again_after = save_again_after
         self._failures = 0  # in a row
@@ -211,8 +209,8 @@ class Checkpoints:
         for step in reversed(self.all_steps()):
             checked = False
             try:
-                checked = self._check(step)
-                restored = Restored(step, self._read_state(step, abstract_state), self._read_meta(step))
+                checked = self._reader.check(step)
+                restored = Restored(step, self._reader.state(step, abstract_state), self._reader.meta(step))
             except CheckpointError as error:
                 if checked:
                     raise CheckpointError(f"{self.directory / str(step)}: cannot be restored: {error}") from None
@@ -236,54 +234,25 @@ class Checkpoints:
           CheckpointError: where it cannot be restored.
         """
         with self._checked(step):
-            return self._read_state(step, abstract_state)
+            return self._reader.state(step, abstract_state)
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Return the parameters alone, without the optimizer state; raise as :meth:`restore`."""
         with self._checked(step):
-            return self._read_state(step, {"params": abstract_params}, partial=True)["params"]
+            return self._reader.state(step, {"params": abstract_params}, partial=True)["params"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """Return the ``meta`` of a checkpoint; raise as :meth:`restore`."""
         with self._checked(step):
-            return self._read_meta(step)
+            return self._reader.meta(step)
 
     @contextlib.contextmanager
     def _checked(self, step: int) -> Iterator[None]:
         try:
-            self._check(step)
+            self._reader.check(step)
             yield
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory / str(step)}: cannot be restored: {error}") from None
-
-    def _check(self, step: int) -> bool:
-        """Check the files against their checksums, each process a share of them; return whether there are checksums.
-
-        Raises:
-          CheckpointError: where a file differs.
-        """
-        folder = self.directory / str(step)
-
-        def check():
-            problem = checksums.first_difference(folder, jax.process_index(), jax.process_count())
-            if problem is not None:
-                raise CheckpointError(problem)
-
-        self._exchange.on_all(lambda: _with_retries(check))
-        return self._exchange.on_first((folder / checksums.NAME).exists)
-
-    def _read_state(self, step: int, abstract: Any, partial: bool = False) -> Any:
-        """Restore the state. Each process reads what it needs, without barriers at which others would wait for it."""
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process_alone())
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
-        folder = self.directory / str(step) / "state"
-        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder, args=args)))
-
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_this_process_alone())
-        folder = self.directory / str(step) / "meta"
-        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder)))
 
     def _set_aside(self, step: int, problem: str, used: int) -> None:
         folder = self.directory / str(step)
@@ -308,20 +277,3 @@ def describe_newest(workdir: str | os.PathLike) -> str:
     if not steps:
         return "no checkpoint is complete yet"
     return f"the newest complete checkpoint is {folder / str(max(steps))}"
-
-
-def _this_process_alone() -> ocp.options.MultiprocessingOptions:
-    me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-
-
-def _with_retries(read: Callable[[], T]) -> T:
-    """Read, and try again where the storage fails, but not where a file is missing."""
-    for seconds in _READ_AGAIN_AFTER:
-        try:
-            return read()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise
-        except OSError:
-            time.sleep(seconds)
-    return read()

@@ -13,7 +13,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from ttt_jax.distributed.agreement import Exchange, barrier_that_fails_together, describe
 from ttt_jax.errors import CheckpointError
-from ttt_jax.training import checksums, orbax_messages
+from ttt_jax.storage import checksums
+from ttt_jax.training import orbax_messages
 
 _TIMEOUT = 1800  # seconds in which a checkpoint must be on disk
 _LOOK_AGAIN_AFTER = (0.1, 0.3, 1.0)  # seconds until TensorStore has ended the files of a save that failed

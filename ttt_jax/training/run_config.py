@@ -12,10 +12,9 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.storage import json_files, writing
+from ttt_jax.storage import checksums, json_files, writing
 from ttt_jax.storage.json_files import DamagedFile
 from ttt_jax.storage.workdir import Workdir, explained, is_local
-from ttt_jax.training import checksums
 
 NAME = "config.json"
 
