@@ -33,8 +33,8 @@ REFUSED = {
     f"{SWEEP} --grid optimizer.peak_lr=1e-3,0.001": "points peak_lr=0.001 and peak_lr=0.001: are the same run",
     f"{SWEEP} --grid model.ttt.norm_residual=true,false": f"point {QUICKSTART}, model.ttt.norm_residual=true: model."
     "ttt.norm_residual: is now model.ttt.output and model.ttt.bias; expected --config.model.ttt.output=residual_norm ",
-    f"{SWEEP} --jobs 0": "--jobs 0: expected 1 or more",
-    f"{SWEEP} --restarts -1": "--restarts -1: expected 0 or more",
+    f"{SWEEP} --jobs 0": "error: argument --jobs: '0': expected 1 or more",
+    f"{SWEEP} --restarts -1": "error: argument --restarts: '-1': expected 0 or more",
     f"{SWEEP} -- train": "-- train: expected -- launch TARGET, and options of it",
     f"{SWEEP} -- launch tpu --detach": "-- launch tpu --detach: --detach is not for sweeps, which follow their points",
     f"{SWEEP} -- launch sky --name=a": "-- launch sky --name=a: --name=a is not for sweeps, whose points have names",

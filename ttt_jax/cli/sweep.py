@@ -14,6 +14,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, cache_folder
 from ttt_jax.storage.workdir_lock import WorkdirLock
+from ttt_jax.terminal.numbers import not_negative, positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, RESTART
 
 DESCRIPTION = """\
@@ -56,10 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grid", nargs="+", action="extend", default=[], metavar="KEY=VALUES", help="a key, and the values it takes")
     add("--zip", nargs="+", action="append", default=[], metavar="KEY=VALUES", help="keys that advance together")
     add("--workdir", required=True, metavar="DIR", help="where the sweep lives: a folder, or gs://bucket/name")
-    add("--jobs", type=int, metavar="N", help="points at a time (default: 1; all, where they are launched elsewhere)")
+    add(
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="points at a time (default: 1; all, where they are launched elsewhere)",
+    )
     add(
         "--restarts",
-        type=int,
+        type=not_negative,
         default=10,
         metavar="N",
         help="how often a point that ends with status 75 is started again (default: 10)",
@@ -74,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ray.add_argument("--asha", metavar="METRIC", help="stop points early that are worse than others by this metric")
     ray.add_argument(
-        "--grace", type=int, metavar="STEPS", help="that each point takes at least (default: 10%% of its run)"
+        "--grace", type=positive, metavar="STEPS", help="that each point takes at least (default: 10%% of its run)"
     )
     ray.add_argument(
         "--reduction", type=float, default=3.0, metavar="R", help="the best of R go on, then to R times as many steps"
@@ -92,8 +98,6 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     from ttt_jax.sweep import axes, files, points
     from ttt_jax.training import metrics, resume
 
-    _at_least("--jobs", options.jobs, 1)
-    _at_least("--restarts", options.restarts, 0)
     launcher = options.command
     if launcher:
         points.check_launcher(launcher)
@@ -229,7 +233,6 @@ def _check_engine(options: argparse.Namespace) -> None:
             raise ConfigError(f"--asha {options.asha}: expected a number of metrics.jsonl, such as loss")
         if not 1 < options.reduction < 1e6:
             raise ConfigError(f"--reduction {options.reduction}: expected a number above 1")
-        _at_least("--grace", options.grace, 1)
         _resources(options.resources)
         return
     for option in ("ray_address", "asha", "grace"):
@@ -271,8 +274,3 @@ def _local(directory: Workdir) -> Path:
     if workdir_lib.is_local(directory):
         return directory
     return cache_folder() / "sweeps" / str(directory).removeprefix("gs://").strip("/")
-
-
-def _at_least(option: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(f"{option} {value}: expected {least} or more")

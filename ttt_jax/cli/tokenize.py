@@ -12,6 +12,7 @@ from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir_lock import WorkdirLock
 from ttt_jax.terminal.console import counted, duration
+from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.terminal.stopping import StopSignals
 
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="stop at a record that cannot be read, or leave it out (default: fail)",
     )
-    add("--workers", type=int, metavar="N", help="number of processes (default: one per core)")
+    add("--workers", type=positive, metavar="N", help="number of processes (default: one per core)")
     add(
         "--engine",
         choices=["processes", "ray"],
@@ -179,8 +180,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--validation-fraction, --test-fraction: expected a sum below 1")
     if not 0 <= options.split_seed < 2**64:
         raise ConfigError(f"--split-seed {options.split_seed}: expected an integer from 0 to 2^64 - 1")
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"--workers {options.workers}: expected 1 or more")
     for key in ("bos", "eos"):
         if getattr(options, f"{key}_token") and (getattr(options, f"no_{key}") or options.train_bpe is not None):
             other = f"--no-{key}" if getattr(options, f"no_{key}") else "--train-bpe"
