@@ -6,7 +6,7 @@ from stand_ins import StandIns
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """``stand_ins(target)``: its programs in a folder; what is left running is ended."""
+    """Give ``stand_ins(target)``, which puts the programs of a target into a folder; end what they leave running."""
     made = []
 
     def make(target: str) -> StandIns:

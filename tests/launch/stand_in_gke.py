@@ -1,4 +1,4 @@
-"""A GKE cluster of one machine: xpk, kubectl, docker, and the pods of workloads, which run for real.
+"""Stand for a GKE cluster of one machine: xpk, kubectl, docker, and the pods of workloads, which run for real.
 
 $STAND_IN/break-log breaks a log off once, endless-log never ends one. The script of a pod, its policies and the shells
 on the way are those of xpk 1.16 and Kubernetes.

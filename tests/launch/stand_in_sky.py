@@ -1,4 +1,4 @@
-"""SkyPilot on one machine: managed jobs whose setup and run are done for real, with a home of their own.
+"""Stand for SkyPilot on one machine: managed jobs whose setup and run are done for real, with a home of their own.
 
 $STAND_IN/quick lets a job end before anybody asks about it, never is a SkyPilot that has never had a job.
 """

@@ -1,4 +1,4 @@
-"""A Slurm of one machine, enough to run launch/slurm.sbatch for real: sbatch, squeue, scontrol, sacct, scancel, srun.
+"""Stand for Slurm on one machine, enough to run launch/slurm.sbatch for real.
 
 Signals go where Slurm lets them go: those before the time limit, and of ``scancel --signal``, to the processes of the
 step and not to the batch shell.

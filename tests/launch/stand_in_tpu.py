@@ -1,4 +1,4 @@
-"""Cloud TPU on one machine: gcloud, whose ssh runs commands in folders of this machine, and curl of the hosts.
+"""Stand for Cloud TPU on one machine: gcloud, whose ssh runs commands in folders of this machine.
 
 "cloud.json" in $STAND_IN has what shall happen: the states that describe finds after each creation, the last one for
 ever (lives), the state of nodes (node), how many hosts a node has (hosts), until when there is no network (offline).
@@ -113,35 +113,30 @@ def curl(arguments):
     print(Path.home().name, end="")
 
 
-# What the launched command may do to its machines.
+# What the launched command may do to its machines: Google takes them, as the queued resource or only the node shows;
+# somebody else deletes them; this machine has no network for a second; the host is started anew.
 
 
 def suspend():
-    """Have Google take the machines, as the queued resource shows."""
     resource = json.loads(RESOURCE.read_text())
     RESOURCE.write_text(json.dumps({**resource, "states": ["SUSPENDING", "SUSPENDED"]}))
 
 
-def preempt():
-    """Have Google take a node, as the node alone shows."""
+def preempt(**changes):
     with kept("cloud", CLOUD) as cloud:
-        cloud["node"] = "PREEMPTED"
+        cloud.update(changes or {"node": "PREEMPTED"})
 
 
 def delete():
-    """Have somebody else delete the queued resource."""
     RESOURCE.unlink()
 
 
 def offline():
-    """Take the network away for a second, and end well."""
-    with kept("cloud", CLOUD) as cloud:
-        cloud["offline"] = time.time() + 1
+    preempt(offline=time.time() + 1)
     time.sleep(2)
     sys.exit(0)
 
 
 def lost():
-    """Start the host anew."""
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Programs of others: run, repeated, printed; and words that go to their shells."""
+"""Test how programs of others are run, repeated and printed, and words for their shells."""
 
 import json
 import re
@@ -21,7 +21,7 @@ WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categori
 
 @pytest.fixture
 def flaky(tmp_path):
-    """``flaky(n, text)``: a command that says ``text`` and fails n times, and then succeeds."""
+    """Give ``flaky(n, text)``: a command that prints ``text`` and fails n times, and then succeeds."""
     program = f"n=$(cat {tmp_path}/n 2>/dev/null || echo 0); echo $((n + 1)) > {tmp_path}/n; "
     program += 'if [ "$n" -lt "$0" ]; then echo "$1" >&2; exit 4; fi; echo done'
     return lambda times, text: ["sh", "-c", program, str(times), text]

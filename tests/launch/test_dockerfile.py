@@ -1,4 +1,4 @@
-"""launch/Dockerfile, without Docker: what it copies, what it installs by, and what a container would run."""
+"""Test launch/Dockerfile without Docker: what it copies and installs, and what a container would run."""
 
 import fnmatch
 import json

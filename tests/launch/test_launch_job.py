@@ -1,17 +1,18 @@
-"""Jobs: names, and what is refused before anything is asked of anybody."""
+"""Test jobs: their names, and the commands that are refused before any program is started."""
 
 import os
 from pathlib import Path
 
 import pytest
+from stand_ins import ROOT
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch import versions
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
+TRAIN = ("train", "--config", CONFIG, "--workdir", "gs://b/a")
 
 
 def make(*command, **options):
@@ -49,7 +50,7 @@ def test_the_name_belongs_to_the_workdir():
 
 
 def test_jobs_of_other_commands_have_another_identity():
-    a, b = (make("train", "--config", CONFIG, "--workdir", "gs://b/a", f"--config.seed={seed}") for seed in (1, 2))
+    a, b = (make(*TRAIN, f"--config.seed={seed}") for seed in (1, 2))
     assert a.name == b.name
     assert a.identity != b.identity
     assert len(a.identity) == 12
@@ -65,11 +66,8 @@ def test_an_evaluation_of_several_runs_is_named_after_all_of_them():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("train", "--config", CONFIG, "--workdir", "gs://b/a", "--config.model.num_heads=5"), "model.num_heads=5"),
-        (
-            ("train", "--config", CONFIG, "--workdir", "gs://b/a", "--config.optimizer.peak=5"),
-            "did you mean optimizer.",
-        ),
+        ((*TRAIN, "--config.model.num_heads=5"), "model.num_heads=5"),
+        ((*TRAIN, "--config.optimizer.peak=5"), "did you mean optimizer."),
         (("launch", "tpu", "--", "train"), "ttt launch: runs here"),
         (("plot", "loss-by-position", "runs/a"), "ttt plot: runs here"),
         ((), "--name: missing"),
@@ -91,7 +89,7 @@ def test_a_config_that_is_not_sent(tmp_path):
 @pytest.mark.parametrize("name", ["A", "1a", "a_b", "a-", "a" * 41, "a b", "a;b", ""])
 def test_names_that_others_would_not_take(name):
     with pytest.raises(ConfigError, match="--name"):
-        make("train", "--config", CONFIG, "--workdir", "gs://b/a", name=name)
+        make(*TRAIN, name=name)
 
 
 def test_variables(monkeypatch):

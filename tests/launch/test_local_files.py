@@ -1,16 +1,16 @@
-"""Local files in commands for other machines: refused for every verb and option, whatever the target."""
+"""Test that local files in commands for other machines are refused for every verb, option and target."""
 
 import argparse
 from pathlib import Path
 
 import pytest
+from stand_ins import ROOT
 
 from ttt_jax import cli
 from ttt_jax import config as config_lib
 from ttt_jax.launch import local_files
 from ttt_jax.launch.commands import Commands
 
-ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
     "tpu": ["tpu", "--accelerator", "v5litepod-4", "--zone", "z"],
     "gke": ["gke", "--cluster", "c", "--tpu-type", "v5litepod-4", "--image", "gcr.io/p/i:t"],
@@ -185,7 +185,7 @@ def test_options_that_are_written_exist():
 
 
 def test_every_text_of_the_config_is_a_place_or_known_not_to_be():
-    """But for those of mixers, which name no files; a learner of the user's own is checked apart."""
+    """Check all texts but those of mixers, which name no files; the user's own functions are checked apart."""
     settings = config_lib.settings().items()
     texts = {key for key, each in settings if issubclass(each.kind, str) and key.count(".") < 2}
     others = """model.mixer model.channel model.norms model.dtype model.remat optimizer.warmup training.duration

@@ -1,4 +1,4 @@
-"""What is special about Slurm, GKE and SkyPilot: what they are asked, and how they say that a job has ended."""
+"""Test what is special about Slurm, GKE and SkyPilot: their options, logs and states."""
 
 import argparse
 import subprocess

@@ -1,4 +1,4 @@
-"""Real runs and sweeps that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
+"""Test real runs and sweeps that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What all targets have in common: they run the same command, with stand-ins for the programs that they call."""
+"""Test what all targets have in common, with stand-ins for the programs that they call."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What is special about Cloud TPU: a queue of machines, and a command that only ttt launch restarts."""
+"""Test what is special about Cloud TPU: a queue of machines, and a command that only ttt launch restarts."""
 
 import importlib.metadata
 import re

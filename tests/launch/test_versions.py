@@ -1,4 +1,4 @@
-"""What is sent: the source tree as it is here, and the versions that are installed here."""
+"""Test that the source tree is sent as it is here, with the versions that are installed here."""
 
 import importlib.metadata
 import subprocess

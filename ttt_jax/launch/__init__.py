@@ -1,1 +1,1 @@
-"""How a run reaches machines that are elsewhere: TPU pods, clusters, containers."""
+"""Run commands of ttt on machines that are elsewhere: TPU pods, clusters, clouds."""

@@ -14,23 +14,10 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch.commands import CommandError, Commands, Retry
+from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, Retry
 from ttt_jax.terminal import console
+from ttt_jax.terminal.stopping import INTERRUPTED, RESTART
 
-# What gcloud prints of faults that pass: of the API (google.rpc.Code UNAVAILABLE, INTERNAL, DEADLINE_EXCEEDED, ABORTED,
-# rates of requests), of the network, and of machines whose ssh daemon is not up yet.
-TRANSIENT = Retry(
-    on=(
-        r"UNAVAILABLE|INTERNAL\b|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|rateLimitExceeded|Rate Limit Exceeded|"
-        r"[Qq]uota exceeded for quota metric|HTTPError (?:429|500|502|503|504)|"
-        r"[Ii]nternal error|[Ss]ervice (?:is currently )?unavailable|[Bb]ackend [Ee]rror|"
-        r"[Cc]onnection (?:refused|reset|timed out|closed)|[Oo]peration timed out|[Tt]imed out|Broken pipe|"
-        r"Temporary failure|Max retries exceeded|Unable to find the server|Name or service not known|"
-        r"No route to host|Network is unreachable|kex_exchange_identification|\[255\]|exit status 255"
-    ),
-    # Limits of a project in chips come with the code of rates that are too high, but waiting does not raise them.
-    but_not=r"Quota limit '|PERMISSION_DENIED|INVALID_ARGUMENT|does not have permission",
-)
 _DELETING = Retry(TRANSIENT.on + r"|FAILED_PRECONDITION|is not supported when state is", TRANSIENT.but_not, attempts=10)
 _NOT_FOUND = r"NOT_FOUND|was not found|HTTPError 404"
 _ALREADY_EXISTS = r"ALREADY_EXISTS|already exists|HTTPError 409"
@@ -79,12 +66,12 @@ def parse(name: str) -> Accelerator:
     return Accelerator(name, number if generation in ("v2", "v3") else chips, chips > most, runtime_version)
 
 
-class DeletedError(LaunchError):
-    """Somebody else has ended the job."""
+class GoneError(LaunchError):
+    """The machines did not come in time (status 75), or somebody else has deleted them (130)."""
 
-
-class LateError(LaunchError):
-    """The machines did not come in time."""
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class Found(NamedTuple):
@@ -93,7 +80,6 @@ class Found(NamedTuple):
     state: str  # ACCEPTED, ACTIVE, SUSPENDED, ...
     error: str  # why it failed, if it has
     nodes: tuple[str, ...]  # slices
-    labels: dict[str, str]
 
 
 class QueuedResource:
@@ -159,7 +145,7 @@ class QueuedResource:
         if not labels and state == "ACTIVE":
             labels = (self._describe("tpu-vm", nodes[0]) or {}).get("labels", {})
         self._check(labels.get("ttt-command", "") if labels.get("ttt-launch") == self.name else None)
-        return Found(state, about.get("failedData", {}).get("error", {}).get("message", ""), nodes, labels)
+        return Found(state, about.get("failedData", {}).get("error", {}).get("message", ""), nodes)
 
     def get(
         self, options: Sequence[str], alpha: bool, about: str, timeout: float | None, poll: float
@@ -170,8 +156,7 @@ class QueuedResource:
           The names of the slices, and whether they are new.
 
         Raises:
-          LateError: when they do not come within ``timeout`` seconds.
-          DeletedError: when somebody deletes them meanwhile.
+          GoneError: when they do not come within ``timeout`` seconds, or somebody deletes them meanwhile.
           LaunchError: when they cannot be had.
         """
         name, note = self.name, self._commands.note
@@ -181,7 +166,7 @@ class QueuedResource:
                 found = self.find()
                 if found is None:
                     if new:
-                        raise DeletedError(f"{name}: was deleted by somebody else")
+                        raise GoneError(f"{name}: was deleted by somebody else", INTERRUPTED)
                     note(f"{name}: asks for {about}")
                     self.create(options, alpha)
                     new = True
@@ -195,8 +180,9 @@ class QueuedResource:
                     shown = found.state
                 if found.state in _QUEUED:
                     if waited > (timeout or math.inf):
-                        raise LateError(
-                            f"{name}: is {found.state} after {console.duration(waited)}, which is the --timeout"
+                        raise GoneError(
+                            f"{name}: is {found.state} after {console.duration(waited)}, which is the --timeout",
+                            RESTART,
                         )
                     time.sleep(poll)
                     continue
@@ -212,12 +198,12 @@ class QueuedResource:
         """Return why the slices cannot be used any more; None where they exist as far as Google knows.
 
         Raises:
-          DeletedError: when somebody has deleted them.
+          GoneError: when somebody has deleted them.
           CommandError: when nobody can tell, such as without a network.
         """
         found = self.find()
         if found is None or found.state == "DELETING":
-            raise DeletedError(f"{self.name}: was deleted by somebody else")
+            raise GoneError(f"{self.name}: was deleted by somebody else", INTERRUPTED)
         if found.state in _LOST:
             return f"the machines are {found.state}"
         for node in nodes:  # the queued resource may not know it yet

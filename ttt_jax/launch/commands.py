@@ -42,6 +42,19 @@ class Retry:
 
 
 NEVER = Retry(on=r"(?!)", attempts=1)
+# What programs print of faults that pass: of networks, of the APIs of Google, SkyPilot, Kubernetes, registries and
+# Slurm (unavailable, overloaded, rates of requests), and of machines whose ssh daemon is not up yet.
+TRANSIENT = Retry(
+    on=r"(?i)unavailable|(?-i:INTERNAL\b|ABORTED)|deadline.exceeded|resource_exhausted|rate ?limit ?exceeded|"
+    r"quota exceeded for quota metric|too ?many ?requests|httperror (?:.* )?(?:429|50[0-9])|50[234] (?:server|bad|"
+    r"gateway)|internal (?:server )?error|(?:currently|temporarily) unable|backend error|timed out|handshake timeout|"
+    r"i/o timeout|connection (?:refused|reset|closed|aborted)|unexpected EOF|request canceled|broken pipe|"
+    r"temporary failure|unable to (?:connect to the|find the|contact slurm)|could not connect to skypilot|"
+    r"failed to connect to jobs|max retries exceeded|service not known|no route to host|network is unreachable|"
+    r"leader changed|zero bytes were|endpoint is not connected|kex_exchange_identification|\[255\]|exit status 255",
+    # Limits of a project in chips come with the code of rates that are too high, but waiting does not raise them.
+    but_not=r"Quota limit '|PERMISSION_DENIED|INVALID_ARGUMENT|does not have permission|Unauthorized|[Ff]orbidden",
+)
 
 
 class CommandError(LaunchError):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -15,7 +16,7 @@ import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import versions
-from ttt_jax.launch.commands import Commands, Retry, quoted
+from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import Begin, State, Target, exit_status, required, the_command
 from ttt_jax.terminal.numbers import positive
@@ -24,10 +25,6 @@ from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 _GRACE = 120  # seconds that pods have for saving when they are deleted
 _MARK = "TTT_JAX_COMMAND"  # variable of the container whose value is the identity of the command
 _CONTAINER = "jax-tpu"  # the name that xpk gives
-_DOCKER_PASSES = Retry(
-    on="i/o timeout|TLS handshake timeout|connection (refused|reset)|unexpected EOF|net/http: request canceled|"
-    "503 Service Unavailable|500 Internal Server Error|502 Bad Gateway|429 Too Many Requests"
-)
 
 
 class Gke(Target):
@@ -40,13 +37,7 @@ an image of this source tree.
 The workload is started again after a preemption. Ctrl-C deletes it, after it has saved. The same command while the
 workload waits or runs follows that one.
 """
-    PASSES = Retry(
-        on="Unable to connect to the server|TLS handshake timeout|connection (refused|reset)|i/o timeout|unexpected EOF"
-        "|etcdserver: (request timed out|leader changed)|the server is currently unable|context deadline exceeded|Too ?"
-        "Many ?Requests|net/http: request canceled|HttpError.* 50[0-9]|ServiceUnavailable|Internal error",
-        but_not="Unauthorized|[Ff]orbidden|PERMISSION_DENIED",
-        attempts=20,
-    )
+    PASSES = dataclasses.replace(TRANSIENT, attempts=20)
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)
@@ -207,8 +198,8 @@ workload waits or runs follows that one.
                 *("--platform=linux/amd64", f"--build-arg=PYTHON={versions.PYTHON}"),
                 *(f"--build-arg=EXTRAS={','.join(wanted[1:])}", f"--tag={image}", str(context)),
             ]
-            self.commands.run(build, retry=_DOCKER_PASSES)
-        self.commands.run(["docker", "push", image], retry=_DOCKER_PASSES)
+            self.commands.run(build, retry=TRANSIENT)
+        self.commands.run(["docker", "push", image], retry=TRANSIENT)
         return image
 
 

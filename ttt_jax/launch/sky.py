@@ -1,6 +1,7 @@
 """SkyPilot: managed jobs on whatever cloud has the accelerators, TPUs or GPUs."""
 
 import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import cloud_tpu, versions
-from ttt_jax.launch.commands import CommandError, Commands, Retry, quoted
+from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import Begin, State, Target, check_one_host, exit_status, required, the_command
 from ttt_jax.storage.workdir import cache_folder
@@ -46,11 +47,7 @@ Ctrl-C cancels the job; SkyPilot does not wait for it to save, so what it has do
 The same command while the job waits or runs follows that one.
 """
     POLL = 30.0
-    PASSES = Retry(
-        on="Could not connect to SkyPilot API server|Failed to connect to jobs controller|Connection (refused|reset)|"
-        "[Rr]ead timed out|Connection aborted|50[234] (Server Error|Bad Gateway|Service Unavailable|Gateway Time)",
-        attempts=12,
-    )
+    PASSES = dataclasses.replace(TRANSIENT, attempts=12)
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)

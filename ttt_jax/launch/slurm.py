@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import sys
 from pathlib import Path
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch.commands import CommandError, Retry
+from ttt_jax.launch.commands import TRANSIENT, CommandError
 from ttt_jax.launch.job import Job, check_functions
 from ttt_jax.launch.lifecycle import Begin, State, Target, required, the_command
 from ttt_jax.terminal.numbers import positive
@@ -35,11 +36,7 @@ The job saves two minutes before its time limit, or when it is preempted, and is
 it, after it has saved. The same command while the job is in the queue or runs follows that one.
 """
     SENDS_SOURCES = False
-    PASSES = Retry(
-        on="Unable to contact slurm controller|Socket timed out|Connection (refused|reset|timed out)|Zero Bytes were "
-        "transmitted|Transport endpoint is not connected|Resource temporarily unavailable|temporarily unable to accept",
-        attempts=30,
-    )
+    PASSES = dataclasses.replace(TRANSIENT, attempts=30)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

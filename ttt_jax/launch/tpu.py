@@ -13,8 +13,8 @@ import time
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import cloud_tpu
-from ttt_jax.launch.cloud_tpu import TRANSIENT, DeletedError, LateError, QueuedResource
-from ttt_jax.launch.commands import CommandError, Commands, show
+from ttt_jax.launch.cloud_tpu import GoneError, QueuedResource
+from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, show
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import State, Target, check_one_host, required, the_command
 from ttt_jax.launch.tpu_hosts import Host, Hosts, Verdict, verdict
@@ -130,12 +130,11 @@ runs shows its log again.
         """Run the command to its end, on new machines whenever they are lost; delete them in the end."""
         try:
             status = self._to_the_end()
-        except DeletedError as error:
+        except GoneError as error:
             self.commands.note(str(error))
-            return INTERRUPTED
-        except LateError as error:
-            self.commands.note(str(error))
-            status = RESTART
+            if error.status == INTERRUPTED:  # nothing is left to clean up
+                return INTERRUPTED
+            status = error.status
         except Exception:
             self._clean_up()
             raise

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ttt_jax.launch import versions
-from ttt_jax.launch.cloud_tpu import TRANSIENT
-from ttt_jax.launch.commands import NEVER, Commands, Retry
+from ttt_jax.launch.commands import NEVER, TRANSIENT, Commands, Retry
 from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
