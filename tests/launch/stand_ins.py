@@ -174,6 +174,7 @@ class StandIns:
     def end(self) -> None:
         """End what a test has left behind."""
         self.has("finish")
+        (self.folder / "hold").unlink(missing_ok=True)
         for pid in self.folder.glob("machines/*/*/*/ttt-launch/*/runs/*/pid"):
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(pid.read_text()), 9)

@@ -249,15 +249,12 @@ def test_dry_run_prints_what_bash_takes_and_does_nothing(target):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("slurm", (), "--gpus-per-node: missing; expected how many GPUs each node has"),
         ("slurm", ("--gpus-per-node=1", "--setup=no"), "--setup no: no such file"),
-        ("gke", (), "--cluster, --tpu-type, --image: missing"),
         ("gke", ("--cluster=c",), "--tpu-type, --image: missing"),
         ("gke", (*OPTIONS["gke"][:4],), "--image: missing"),
         ("gke", (*OPTIONS["gke"][:4], "--image=a;id"), "--image a;id: expected an image"),
         ("gke", (*OPTIONS["gke"], "--zone=$(id)"), "--zone $(id): expected letters"),
         ("gke", (*OPTIONS["gke"][:4], "--build=gcr.io/a:b"), "--build gcr.io/a:b: expected no tag"),
-        ("sky", (), "--accelerator: missing; expected one"),
         ("sky", ("--accelerator=H100:8", "--cpus=2"), "--accelerator: expected one"),
         ("sky", ("--accelerator=tpu-v99-1",), "expected an accelerator type"),
         ("sky", ("--accelerator=tpu-v5litepod-8", "--nodes=2"), "--nodes: of GPUs only"),

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -18,7 +17,7 @@ from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import versions
 from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import Begin, State, Target, exit_status, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required, the_command
 from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 
@@ -37,7 +36,6 @@ an image of this source tree.
 The workload is started again after a preemption. Ctrl-C deletes it, after it has saved. The same command while the
 workload waits or runs follows that one.
 """
-    PASSES = dataclasses.replace(TRANSIENT, attempts=20)
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)
@@ -144,7 +142,7 @@ workload waits or runs follows that one.
     def _kubectl(self) -> list[str]:
         """Have xpk make the cluster known to kubectl, and return the command that asks it, whatever the context is."""
         output, cluster = self.commands.output, self.options.cluster
-        output(["xpk", "workload", "list", *self.where, f"--filter-by-job={self.job.name}"], retry=self.PASSES)
+        output(["xpk", "workload", "list", *self.where, f"--filter-by-job={self.job.name}"], retry=PATIENT)
         context = output(["kubectl", "config", "current-context"]).strip()
         if self.commands.dry_run:
             context = f"CONTEXT-OF-{cluster}"
@@ -156,13 +154,13 @@ workload waits or runs follows that one.
         return self._get("jobset", self.job.name, "--ignore-not-found")
 
     def _get(self, *what: str) -> Any:
-        answer = self.commands.output([*self._kubectl, "get", *what, "--output=json"], retry=self.PASSES)
+        answer = self.commands.output([*self._kubectl, "get", *what, "--output=json"], retry=PATIENT)
         return json.loads(answer) if answer.strip() else None
 
     def _delete(self) -> None:
         # Never without --workload: xpk would delete all workloads of the cluster.
         arguments = ["xpk", "workload", "delete", f"--workload={self.job.name}", *self.where, "--force"]
-        self.commands.run(arguments, retry=self.PASSES, finish=True)
+        self.commands.run(arguments, retry=PATIENT, finish=True)
 
     @contextlib.contextmanager
     def _variables(self) -> Iterator[str]:
@@ -221,12 +219,10 @@ def _conditions(jobset: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _variable(jobset: dict[str, Any], name: str) -> str | None:
     """Return the value of a variable of the containers."""
-    for replicated in jobset["spec"]["replicatedJobs"]:
-        for container in replicated["template"]["spec"]["template"]["spec"]["containers"]:
-            for variable in container.get("env", []):
-                if variable["name"] == name:
-                    return variable.get("value")
-    return None
+    templates = [each["template"]["spec"]["template"] for each in jobset["spec"]["replicatedJobs"]]
+    containers = [container for template in templates for container in template["spec"]["containers"]]
+    found = (each.get("value") for c in containers for each in c.get("env", []) if each["name"] == name)
+    return next(found, None)
 
 
 def _status(kind: str, reason: str | None, pods: list[dict[str, Any]]) -> int:

@@ -1,6 +1,7 @@
 """Take a job through its life on any target: follow the one that is there or submit it, and end it by Ctrl-C."""
 
 import argparse
+import dataclasses
 import functools
 import shlex
 import signal
@@ -10,12 +11,15 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal, NamedTuple
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch.commands import NEVER, CommandError, Commands, Retry, show
+from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, show
 from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 # Where to begin a log: at its start, near its end, or with what may have been missed in so many seconds.
 Begin = Literal["start", "end"] | float
+
+
+PATIENT = dataclasses.replace(TRANSIENT, attempts=20)  # a job runs on while its target cannot be asked
 
 
 class State(NamedTuple):
@@ -40,7 +44,6 @@ class Target:
     DESCRIPTION: ClassVar[str]
     SENDS_SOURCES: ClassVar[bool] = True  # False where the job uses the files of this machine
     POLL: ClassVar[float] = 10.0  # seconds between two questions
-    PASSES: ClassVar[Retry] = NEVER  # faults that pass
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         self.options, self.job, self.commands, self._seen = options, job, commands, State("")
@@ -130,14 +133,14 @@ class Target:
         Returns:
           What the command printed; None where it failed but the job is there.
         """
-        for attempt in range(1, self.PASSES.attempts + 1):
+        for attempt in range(1, PATIENT.attempts + 1):
             try:
                 return self.commands.run(argv, finish=True, environment=environment)
             except CommandError as error:
                 if self.find() is not None:
                     self.commands.note(f"{error}; but the job is there")
                     return None
-                if attempt == self.PASSES.attempts or not self.PASSES.wants(error.printed):
+                if attempt == PATIENT.attempts or not PATIENT.wants(error.printed):
                     if len(error.printed.strip().splitlines()) < 2:
                         raise
                     self.commands.note(error.printed.rstrip())

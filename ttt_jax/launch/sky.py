@@ -1,7 +1,6 @@
 """SkyPilot: managed jobs on whatever cloud has the accelerators, TPUs or GPUs."""
 
 import argparse
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,9 +10,9 @@ import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import cloud_tpu, versions
-from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, quoted
+from ttt_jax.launch.commands import CommandError, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import Begin, State, Target, check_one_host, exit_status, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, check_one_host, exit_status, required, the_command
 from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -47,7 +46,6 @@ Ctrl-C cancels the job; SkyPilot does not wait for it to save, so what it has do
 The same command while the job waits or runs follows that one.
 """
     POLL = 30.0
-    PASSES = dataclasses.replace(TRANSIENT, attempts=12)
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)
@@ -116,13 +114,13 @@ The same command while the job waits or runs follows that one.
 
     def stop(self, key: str) -> None:
         """Cancel the job."""
-        self.commands.run(["sky", "jobs", "cancel", "--yes", key], retry=self.PASSES, finish=True)
+        self.commands.run(["sky", "jobs", "cancel", "--yes", key], retry=PATIENT, finish=True)
 
     def _queue(self, *options: str) -> list[dict[str, Any]]:
         """Return the managed jobs of this user."""
         question = ["sky", "jobs", "queue", "--all", "--verbose", *options, "--output=json"]
         try:
-            answer = self.commands.output(question, retry=self.PASSES)
+            answer = self.commands.output(question, retry=PATIENT)
         except CommandError as error:
             if _NO_JOBS in error.printed:
                 return []

@@ -2,15 +2,14 @@
 
 import argparse
 import contextlib
-import dataclasses
 import re
 import sys
 from pathlib import Path
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch.commands import TRANSIENT, CommandError
+from ttt_jax.launch.commands import CommandError
 from ttt_jax.launch.job import Job, check_functions
-from ttt_jax.launch.lifecycle import Begin, State, Target, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, required, the_command
 from ttt_jax.terminal.numbers import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
@@ -36,7 +35,6 @@ The job saves two minutes before its time limit, or when it is preempted, and is
 it, after it has saved. The same command while the job is in the queue or runs follows that one.
 """
     SENDS_SOURCES = False
-    PASSES = dataclasses.replace(TRANSIENT, attempts=30)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +60,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
 
     def find(self) -> str | None:
         question = ["squeue", "--me", "--noheader", f"--name={self.job.name}", "--format=%i|%k"]
-        for line in self.commands.output(question, retry=self.PASSES).splitlines():
+        for line in self.commands.output(question, retry=PATIENT).splitlines():
             number, _, comment = line.strip().partition("|")
             identity = comment.removeprefix(_MARK) if comment.startswith(_MARK) else None
             self.check_ours(f"job {number} of the name {self.job.name}", identity)
@@ -97,7 +95,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
     def state(self, key: str) -> State:
         """Return the state of a job, for some time also after its end; LaunchError if Slurm does not know it."""
         try:
-            shown = self.commands.output(["scontrol", "show", "job", key], retry=self.PASSES)
+            shown = self.commands.output(["scontrol", "show", "job", key], retry=PATIENT)
         except CommandError as error:
             if "Invalid job id" not in error.printed:
                 raise
@@ -118,7 +116,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
             "--format=State,ExitCode",
         ]
         with contextlib.suppress(CommandError, ConfigError):  # where there is no accounting
-            answer = self.commands.output(question, retry=self.PASSES).split("\n")[0]
+            answer = self.commands.output(question, retry=PATIENT).split("\n")[0]
             if match := re.match(r"(\w+).*\|(\d+):", answer):
                 return _state(number, match[1], int(match[2]), "")
         raise LaunchError(f"job {number}: Slurm does not know it any more; its log tells how it ended")
@@ -137,7 +135,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
             if ", RUNNING" in state.text and stop_file is not None:
                 with contextlib.suppress(OSError):
                     stop_file.touch()
-                self.commands.run(["scancel", "--signal=TERM", key], retry=self.PASSES)
+                self.commands.run(["scancel", "--signal=TERM", key], retry=PATIENT)
                 self.commands.note(f"{self.job.name}: job {key} saves and ends")
                 for _ in range(round(_GRACE / self.POLL)):
                     self.commands.wait(self.POLL)
@@ -145,7 +143,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
                         break
         finally:
             if not ended:
-                self.commands.run(["scancel", key], retry=self.PASSES, finish=True)
+                self.commands.run(["scancel", key], retry=PATIENT, finish=True)
             if stop_file is not None:
                 with contextlib.suppress(OSError):
                     stop_file.unlink()

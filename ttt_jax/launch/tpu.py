@@ -51,7 +51,7 @@ runs shows its log again.
         )
         self._hosts = self._reach(self._resource.nodes)
         self._installed = False  # by this process, on these machines
-        self._running = options.action is not None  # as far as this process knows
+        self._running = False  # as far as this process knows
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,13 +144,12 @@ runs shows its log again.
 
     def stop(self, key: str) -> None:
         """Have the command save, and delete the machines."""
-        found = self._resource.find()
-        if self.options.action and found and found.state == "ACTIVE":
+        if self.options.action and (found := self._resource.find()) is not None:
+            self._running = found.state == "ACTIVE"
             self._hosts = self._reach(found.nodes)
         what = "stops the command, which saves" if self._running else "stops"
         what += "" if self.options.keep else ", and deletes the machines"
         self.commands.note(f"{self.job.name}: {what}; Ctrl-C again leaves at once, and leaves them")
-        self._running &= found is not None and found.state == "ACTIVE"
         self._clean_up()
 
     def leave(self) -> None:
