@@ -27,7 +27,7 @@ def flaky(tmp_path):
     return lambda times, text: ["sh", "-c", program, str(times), text]
 
 
-def test_a_fault_that_passes(flaky, tmp_path, monkeypatch):
+def test_a_transient_fault_is_tried_again_with_growing_waits(flaky, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     assert Commands().run(flaky(3, "ERROR: 503"), retry=Retry("503", attempts=4)) == "done\n"
@@ -40,7 +40,7 @@ def test_a_fault_that_passes(flaky, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("retry", [commands_lib.NEVER, Retry("404"), Retry("503", but_not="limit")])
-def test_a_fault_that_does_not(flaky, tmp_path, retry):
+def test_a_final_fault_is_raised_at_once(flaky, tmp_path, retry):
     with pytest.raises(CommandError):
         Commands().output(flaky(9, "503 limit"), retry=retry)
     assert (tmp_path / "n").read_text() == "1\n"

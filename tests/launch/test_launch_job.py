@@ -73,13 +73,13 @@ def test_an_evaluation_of_several_runs_is_named_after_all_of_them():
         ((), "--name: missing"),
     ],
 )
-def test_commands_that_cannot_run(command, message):
+def test_commands_that_cannot_run_are_refused(command, message):
     with pytest.raises(ConfigError, match=message) as caught:
         make(*command)
     assert "\n" not in str(caught.value)
 
 
-def test_a_config_that_is_not_sent(tmp_path):
+def test_a_config_outside_of_the_source_tree_is_refused(tmp_path):
     outside = tmp_path / "mine.py"
     outside.write_text(Path(CONFIG).read_text())
     with pytest.raises(ConfigError, match=r"mine\.py: expected a file of the source tree"):
@@ -87,12 +87,12 @@ def test_a_config_that_is_not_sent(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["A", "1a", "a_b", "a-", "a" * 41, "a b", "a;b", ""])
-def test_names_that_others_would_not_take(name):
+def test_invalid_names_are_refused(name):
     with pytest.raises(ConfigError, match="--name"):
         make(*TRAIN, name=name)
 
 
-def test_variables(monkeypatch):
+def test_variables_of_env(monkeypatch):
     monkeypatch.setenv("SECRET", "x=y z")
     monkeypatch.delenv("MISSING", raising=False)
     job = make(name="a", environment=["A=1", "B=", "C=d=e", "SECRET"])

@@ -116,12 +116,12 @@ def test_local_files_are_refused(capsys, command, message):
     ],
     ids=lambda command: " ".join(command)[:60],
 )
-def test_what_is_there_is_sent(capsys, command):
+def test_urls_and_files_of_the_source_tree_are_accepted(capsys, command):
     assert launch(TARGETS["sky"], *command) == 0
     assert f"ttt {command[0]}" not in capsys.readouterr().err
 
 
-def test_a_file_that_is_sent_goes_by_its_path_in_the_source_tree(capsys, monkeypatch):
+def test_files_have_to_be_named_by_their_path_in_the_source_tree(capsys, monkeypatch):
     assert launch(TARGETS["sky"], *TOKENIZE, "--test", f"{ROOT}/configs/quickstart.py") == 2
     assert "expected configs/quickstart.py, which it is called in the source tree" in capsys.readouterr().err
     monkeypatch.chdir(ROOT / "configs")
@@ -129,7 +129,7 @@ def test_a_file_that_is_sent_goes_by_its_path_in_the_source_tree(capsys, monkeyp
     assert "expected configs/quickstart.py, which" in capsys.readouterr().err
 
 
-def test_slurm_reads_the_files_that_are_here(capsys, tmp_path):
+def test_slurm_accepts_local_files(capsys, tmp_path):
     config = tmp_path / "mine.py"
     config.write_text((ROOT / "configs/quickstart.py").read_text())
     slurm = ["slurm", "--gpus-per-node", "1"]
@@ -137,7 +137,7 @@ def test_slurm_reads_the_files_that_are_here(capsys, tmp_path):
     assert launch(slurm, *command) == 0
 
 
-def test_machines_that_are_kept_may_be_written_to_but_not_read_from(capsys):
+def test_a_local_workdir_on_kept_machines_is_written_but_not_read(capsys):
     target = [*TARGETS["tpu"], "--keep"]
     config = ["--config", "configs/quickstart.py", "--config.data.batch_size=4"]
     assert launch(target, "train", *config, "--workdir", "runs/a") == 0
@@ -146,7 +146,7 @@ def test_machines_that_are_kept_may_be_written_to_but_not_read_from(capsys):
     assert "--workdir runs/a: a folder of this machine, not there; expected gs://" in capsys.readouterr().err
 
 
-def test_variables_with_files_of_this_machine(capsys, monkeypatch, tmp_path):
+def test_variables_that_name_local_files_are_refused(capsys, monkeypatch, tmp_path):
     key = tmp_path / "key.json"
     key.write_text("{}")
     monkeypatch.setenv("KUBECONFIG", "/nowhere/config")

@@ -245,7 +245,7 @@ def test_sky_says_that_an_installation_has_failed(stand_ins):
     assert (status, "FAILED_SETUP" in err, cluster.started()) == (FAILED, True, [])
 
 
-def test_sky_that_has_never_had_a_job(stand_ins):
+def test_sky_without_any_job(stand_ins):
     cluster = stand_ins("sky")
     cluster.has("never")
     assert cluster.act("--status")[:2] == (DONE, "mine: no such job waits or runs\n")

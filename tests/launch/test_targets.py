@@ -190,7 +190,7 @@ def test_status_and_stop_by_name(target):
 
 
 @slow
-def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(target):
+def test_transient_faults_do_not_submit_a_job_twice(target):
     submit, ask, passes = {
         "slurm": ("sbatch", ("squeue", "scontrol"), "sbatch: error: Socket timed out on send/recv operation"),
         "gke": ("xpk create", ("kubectl get", "xpk list"), "terminated with ERROR `1`: dial tcp: i/o timeout"),
@@ -212,7 +212,7 @@ def test_faults_that_pass_are_waited_out_and_nothing_is_submitted_twice(target):
     assert len(target.started()) == PROCESSES[target.target]
 
 
-def test_a_fault_that_stays_is_told_with_all_that_was_said(target):
+def test_a_final_fault_is_reported_with_all_output_of_the_program(target):
     call = {"slurm": "sbatch", "gke": "xpk create", "sky": "sky launch", "tpu": "gcloud create"}[target.target]
     target.fail(call, ("before", "Permission denied by me.\nERROR: nothing goes"))
     status, _, err = target.launch()
@@ -267,7 +267,7 @@ def test_refusals(stand_ins, name, options, message):
     assert target.calls(SUBMIT[name]) == []
 
 
-def test_a_program_that_is_not_installed(target):
+def test_a_program_that_is_not_installed_is_named(target):
     for path in (target.folder / "bin").iterdir():
         path.unlink()
     target.environment["PATH"] = str(target.folder / "bin")

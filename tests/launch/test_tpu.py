@@ -110,7 +110,7 @@ FULL = ["ACCEPTED", 'FAILED:There is no more capacity in the zone "us-west4-a"']
         ([["ACTIVE", "SUSPENDED"], ["ACTIVE"]], (), 0, "restart 1", ["create", "scp", "delete", *FRESH]),
     ],
 )
-def test_the_queue(cloud, lives, options, status, said, done):
+def test_waits_in_the_queue_of_google(cloud, lives, options, status, said, done):
     cloud.kept("cloud", lives=lives)
     found, _, err = cloud.launch(*options)
     assert (found, verbs(cloud)) == (status, done)
@@ -139,7 +139,7 @@ def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_
         ("scp", "ERROR: Connection reset by peer", ["create", *["scp"] * 6, "delete"]),
     ],
 )
-def test_faults_that_do_not_pass(cloud, call, fault, done):
+def test_final_faults_end_the_launch(cloud, call, fault, done):
     cloud.fail(f"gcloud {call}", *[("before", fault)] * 9)
     status, _, err = cloud.launch()
     assert (status, verbs(cloud)) == (1, done)
@@ -172,7 +172,7 @@ def test_lost_machines_are_replaced(cloud, how, said):
     assert f"mine: {said}; restart 1 of 100" in err
 
 
-def test_a_run_that_dies_at_once_again_and_again(cloud, monkeypatch):
+def test_six_short_runs_in_a_row_end_the_launch(cloud, monkeypatch):
     monkeypatch.setattr(tpu, "MOST_SHORT_RUNS", 3)
     cloud.plan(137)
     status, _, err = cloud.launch()
@@ -197,7 +197,7 @@ def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
     assert verbs(cloud) == ["create", "scp", "install", "start", "end", "delete"]
 
 
-def test_a_host_that_was_started_anew(cloud):
+def test_a_rebooted_host_restarts_the_command(cloud):
     """Check that a command without a status, whose supervisor is gone too, is started again."""
     cloud.plan("lost", 0)
     status, _, err = cloud.launch()
@@ -232,7 +232,7 @@ def test_a_job_on_other_machines_is_left_alone(cloud):
     assert "runs another command" in err
 
 
-def test_a_job_that_somebody_else_deletes(cloud):
+def test_a_job_deleted_by_somebody_else_ends_with_130(cloud):
     cloud.plan("delete")
     status, _, err = cloud.launch()
     assert (status, verbs(cloud)) == (130, FRESH[:-1])

@@ -29,8 +29,7 @@ def test_versions_are_those_installed_here():
     assert lines == [f"{name}=={version}" for name, version in found.items()]
 
 
-def test_a_version_that_the_others_would_not_have(monkeypatch):
-    """pip could not install it beside them."""
+def test_a_version_that_contradicts_another_package_is_left_out(monkeypatch):
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1" if name == "optax" else real(name))
     assert "optax" not in versions.installed()
@@ -72,7 +71,7 @@ def test_the_working_tree_is_sent_with_its_changes(tree, tmp_path):
         assert tar.getmember("launch/run.sh").mode & 0o111
 
 
-def test_without_git(tree, tmp_path):
+def test_without_git_the_package_is_sent(tree, tmp_path):
     (tree / "runs").mkdir()
     (tree / "runs" / "checkpoint").write_text("big")
     assert names(tree, tmp_path) == {"setup.py", "ttt_jax/a.py", "launch/run.sh"}
@@ -90,7 +89,7 @@ def test_the_same_tree_is_the_same_archive(tree, tmp_path):
     assert versions.archive(tree, {"c.txt": "x"}, tmp_path / "b") != a
 
 
-def test_a_tree_that_is_too_large(tree, tmp_path, monkeypatch):
+def test_a_tree_that_is_too_large_is_refused(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "_MOST_BYTES", 10)
     versions.files.cache_clear()
     with pytest.raises(ConfigError, match=r"launch/run\.sh \(0 MB\)"):

@@ -12,8 +12,8 @@ from ttt_jax.terminal.numbers import not_negative
 TARGETS: dict[str, type[lifecycle.Target]] = {"tpu": tpu.Tpu, "gke": gke.Gke, "slurm": slurm.Slurm, "sky": sky.Sky}
 
 DESCRIPTION = """\
-Runs a command of ttt on other machines: makes them, installs there what is here, runs the command, shows its log,
-starts it again after a preemption, and deletes the machines. Ends with the exit status of the command.
+Run a command of ttt on other machines: make them, install this source tree and its packages there, run the command,
+show its log, start it again after a preemption, and delete the machines. The exit status is that of the command.
 
 targets:
   tpu       a slice, or several, of Cloud TPU, through queued resources
@@ -51,13 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         target.add_arguments(p)
         add = p.add_argument_group("of every target").add_argument
         add("--name", help="of the job (default: made of the workdir, so that the same command finds its job again)")
-        add("--env", action="append", default=[], metavar="KEY[=VALUE]", help="set there; KEY alone: as it is here")
+        add(
+            "--env",
+            action="append",
+            default=[],
+            metavar="KEY[=VALUE]",
+            help="a variable; KEY alone: as it is set here",
+        )
         add("--restarts", type=not_negative, default=100, metavar="N", help="after preemptions (default: 100)")
         add("--detach", action="store_true", help="return as soon as the command runs there")
         add("--dry-run", action="store_true", help="print the commands, and run none")
         p.set_defaults(action=None)
         add = p.add_mutually_exclusive_group().add_argument
-        status, stop = "tell how the job is, and do nothing", "end the job: it saves, and its machines are deleted"
+        status, stop = (
+            "print the state of the job",
+            "end the job: it saves, and its machines are deleted",
+        )
         add("--status", dest="action", action="store_const", const="status", help=status)
         add("--stop", dest="action", action="store_const", const="stop", help=stop)
 

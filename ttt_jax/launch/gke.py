@@ -30,7 +30,7 @@ class Gke(Target):
     """A cluster, seen by one workload, which it knows by its name."""
 
     DESCRIPTION = """\
-Runs a command of ttt as a workload of a GKE cluster that xpk has made: on all hosts of a TPU slice, or of several, in
+Run a command of ttt as a workload of a GKE cluster that xpk has made: on all hosts of a TPU slice, or of several, in
 an image of this source tree.
 
 The workload is started again after a preemption. Ctrl-C deletes it, after it has saved. The same command while the

@@ -108,8 +108,8 @@ def checkout() -> Path:
     root = Path(ttt_jax.__file__).resolve().parents[1]
     if not (root / "setup.py").is_file() or not (root / "launch").is_dir():
         raise ConfigError(
-            f"{root}: not a source tree of ttt_jax, which is what is sent to other machines; expected a git clone, "
-            "installed by pip install -e"
+            f"{root}: not a source tree of ttt_jax, which is sent to other machines; expected a git clone, installed "
+            "by pip install -e"
         )
     return root
 
@@ -174,7 +174,7 @@ def _path_in(root: Path, path: str) -> str:
     resolved = Path(path).resolve()
     inside = resolved.relative_to(root) if resolved.is_relative_to(root) else None
     if inside not in versions.files(root):
-        raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is what is sent")
+        raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is sent")
     return str(inside)
 
 

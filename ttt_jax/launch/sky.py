@@ -39,7 +39,7 @@ class Sky(Target):
     """
 
     DESCRIPTION = """\
-Runs a command of ttt as a managed job of SkyPilot, which finds machines for it, installs this source tree with the
+Run a command of ttt as a managed job of SkyPilot, which finds machines for it, installs this source tree with the
 versions of this machine there, makes new ones after a preemption, and deletes them in the end.
 
 Ctrl-C cancels the job; SkyPilot does not wait for it to save, so what it has done since its last checkpoint is lost.

@@ -28,7 +28,7 @@ class Slurm(Target):
     """Slurm, seen by one job, which it knows by a number."""
 
     DESCRIPTION = """\
-Runs a command of ttt as a job of Slurm, one process per GPU. Nothing is sent: the job uses this Python, this checkout
+Run a command of ttt as a job of Slurm, one process per GPU. Nothing is sent: the job uses this Python, this checkout
 and this working directory, so they and the workdir have to be where the nodes see them, too.
 
 The job saves two minutes before its time limit, or when it is preempted, and is put into the queue again. Ctrl-C ends

@@ -35,9 +35,9 @@ class Tpu(Target):
     """Cloud TPU, seen by the queued resource of one job."""
 
     DESCRIPTION = """\
-Runs a command of ttt on all hosts of a slice of Cloud TPU, or of several: asks for them through a queued resource,
-waits for them, installs this source tree with the versions of this machine, runs the command detached, shows the log of
-the first host, and deletes the slices when it has ended, has failed, or by Ctrl-C (which saves first).
+Run a command of ttt on all hosts of a slice of Cloud TPU, or of several: ask for them through a queued resource, wait
+for them, install this source tree with the versions of this machine, run the command detached, show the log of the
+first host, and delete the slices when it has ended, has failed, or by Ctrl-C (which saves first).
 
 A preempted slice is asked for anew, and the command goes on from its workdir. The same command run again while the job
 runs shows its log again.
