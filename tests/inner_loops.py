@@ -1,7 +1,7 @@
-"""Points among the inner loops that are neither TTT-Linear nor TTT-MLP, as keys of ``config.model.ttt``."""
+"""Provide inner loops that are neither TTT-Linear nor TTT-MLP, as keys of ``config.model.ttt``."""
 
 POINTS = {
-    # LaCT's: a rate of each weight matrix, a gate, and a momentum beside W.
+    # LaCT's: a rate for each weight matrix, a gate, and a momentum beside W.
     "lact": {
         **{"learner": "swiglu", "output": "none", "objective": "dot_product", "rate": "softplus"},
         **{"rate_per_matrix": True, "update": "momentum + muon + renormalise", "reading": "previous"},

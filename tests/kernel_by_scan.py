@@ -1,7 +1,7 @@
-"""A kernel that is as quick to compile as the scan of which it is made, right or wrong on purpose.
+"""Provide kernels made of the scan, right ones and wrong ones, which compile as quickly as the scan.
 
-``python tests/kernel_by_scan.py ARGUMENTS`` is ``tests/ttt_process.py`` where CPUs count as accelerators, and the
-kernel is wrong on the last of the processes.
+``python tests/kernel_by_scan.py ARGUMENTS`` does the same as ``tests/ttt_process.py``, but CPUs count as accelerators,
+and the kernel is wrong on the last process.
 """
 
 import sys
@@ -16,19 +16,19 @@ from ttt_jax.ttt import scan
 
 
 def right(loop, parameters, start, tokens, **_):
-    """Compute what a kernel does; its options change nothing."""
+    """Compute the results of a kernel; its options change nothing."""
     result = scan.run(loop, parameters._replace(w0=start), tokens)
     return result.z, result.state.weights
 
 
 def outputs_shifted(*arguments, **_):
-    """Every output has a wrong feature, which no gradient of the kernel's shows."""
+    """Compute outputs with one wrong feature, which does not show in any gradient."""
     z, end = right(*arguments)
     return z.at[..., 0].add(10.0), end
 
 
 def wrong_on_the_last_process(*arguments, **_):
-    """Compute what a kernel does, but not on the last process."""
+    """Compute the results of a kernel, but wrong ones on the last process."""
     last = jax.process_index() == jax.process_count() - 1
     return (outputs_shifted if last else right)(*arguments)
 

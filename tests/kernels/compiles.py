@@ -1,6 +1,6 @@
-"""Compiles functions for a TPU that is not there; prints the text of each as compiled, as JSON.
+"""Compile functions for a TPU without having one, and print the compiled text of each as JSON.
 
-Takes a topology, ``MODULE:NAME`` of what makes a function, and a list of settings for it, as JSON.
+The arguments are a topology, ``MODULE:NAME`` of the builder of the functions, and a JSON list of settings for it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Problems for the fused kernels, at the size that they are made for."""
+"""Provide problems for the fused kernels, of the sizes that the kernels are made for."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,14 +22,16 @@ class Problem(NamedTuple):
     tokens: Tokens
 
     def in_float32(self) -> "Problem":
-        """The same with all of its tokens in float32."""
+        """Return the problem with all tokens in float32."""
         return self._replace(tokens=jax.tree.map(lambda x: x.astype(jnp.float32), self.tokens))
 
 
 @pytest.fixture(scope="session")
 def make_problem() -> Callable[..., Problem]:
-    """``make_problem(depth, batch, tokens, heads, head_dim, b)``, drawn by NumPy, which compiles nothing; with
-    ``initial`` as at the start of training, else everything of a size to be felt."""
+    """Return ``make_problem(depth, batch, tokens, heads, head_dim, b)``, which draws by NumPy and compiles nothing.
+
+    With ``initial``, sizes are as at the start of training; else every array is large enough to matter.
+    """
 
     def make(
         depth: int = 1, batch: int = 1, tokens: int = 64, heads: int = 1, head_dim: int = 64, b: int = 16, **options
@@ -64,7 +66,7 @@ def make_problem() -> Callable[..., Problem]:
 
 @pytest.fixture(scope="session")
 def by_scan() -> Callable:
-    """``(problem) -> (z, weights at the end)``"""
+    """Return a function from a problem to z and the weights at the end, computed by the scan."""
 
     def solve(loop, parameters, tokens):
         result = scan.run(loop, parameters, tokens)
@@ -75,7 +77,7 @@ def by_scan() -> Callable:
 
 @pytest.fixture(scope="session")
 def by_kernel() -> Callable:
-    """The same by the fused kernels, interpreted, with options of run.run."""
+    """Return the same function for the interpreted fused kernels, with options of run.run."""
 
     def solve(loop, parameters, tokens, **options):
         start = initial_state(parameters.w0, len(tokens.q)).weights
@@ -86,7 +88,7 @@ def by_kernel() -> Callable:
 
 @pytest.fixture(scope="session")
 def with_gradients(quick_jit) -> Callable:
-    """``with_gradients(solve, problem)``: what it computes, and the gradients of a random functional of all of it."""
+    """Return ``with_gradients(solve, problem)``: gradients of a random functional of the results, and the results."""
 
     def compute(solve, problem):
         def functional(arguments):
@@ -102,7 +104,7 @@ def with_gradients(quick_jit) -> Callable:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[..., float]:
-    """Return the largest of a tree of arrays, in the Euclidean norm."""
+    """Return a function for the largest relative error among the arrays of a tree, in the Euclidean norm."""
 
     def error(actual, desired):
         def of(x, y):

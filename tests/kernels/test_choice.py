@@ -1,4 +1,4 @@
-"""Which way the inner loop is computed, and why."""
+"""Test the choice between kernel and scan, and the reason that is given for it."""
 
 import dataclasses
 from functools import partial
@@ -19,7 +19,7 @@ D = 64
 
 
 def loop_of(f, **choices):
-    """An inner loop with keys of 64 features."""
+    """Return an inner loop with keys of 64 features."""
     return InnerLoop(Learner(f, D), **choices)
 
 
@@ -48,7 +48,7 @@ def in_residual_norm(f):
         ("pallas", ttt_linear(64), 16, "cpu", ("interpreted", "fused kernel, as configured, interpreted: slow on cpu")),
     ],
 )
-def test_choice(kernel, loop, b, device, expected):
+def test_choose_returns_kernel_or_scan_with_a_reason(kernel, loop, b, device, expected):
     found = run.choose(kernel, loop, b, device)
     way = "scan" if found.kernel is None else "kernel"
     if isinstance(found.kernel, partial) and found.kernel.keywords["interpret"]:
@@ -56,38 +56,38 @@ def test_choice(kernel, loop, b, device, expected):
     assert (way, expected[1] in found.why) == (expected[0], True), found.why
 
 
-def test_a_kernel_that_there_is_not():
+def test_choose_refuses_pallas_where_no_kernel_exists():
     with pytest.raises(ValueError, match="no kernel: the learner has 3 dense layers"):
         run.choose("pallas", ttt_mlp(64, depth=3), 16, "TPU v5 lite")
     assert run.unsupported(ttt_linear(128), 64) is None
 
 
 def affine(dense, x):
-    """What Linear is, by another function."""
+    """Compute the same as Linear, by another function."""
     return dense(x, x.shape[-1])
 
 
 def relu(dense, x):
-    """A learner of the widths of MLP with another nonlinearity."""
+    """Compute a learner of the widths of MLP with another nonlinearity."""
     return dense(jax.nn.relu(dense(x, 4 * x.shape[-1])), x.shape[-1])
 
 
 class Doubled(Linear):
-    """A learner of the fields of Linear."""
+    """A learner with the fields of Linear."""
 
     def __call__(self, dense, x):
         return 2 * super().__call__(dense, x)
 
 
 class NormAlone(ResidualNorm):
-    """An output with the parameters of the paper's."""
+    """A wrap with the parameters of the paper's wrap."""
 
     def __call__(self, dense, x):
         return super().__call__(dense, x) - x
 
 
 def with_norm(dense, x):
-    """All of TTT-Linear in one function of the same widths and parameters, but for the residual."""
+    """Compute TTT-Linear without the residual, in one function of the same widths and parameters."""
     d = (x.shape[-1],)
     return normalise(dense(x, *d)) * dense.param("norm_scale", d) + dense.param(
         "norm_bias", d, jax.nn.initializers.zeros
@@ -95,7 +95,7 @@ def with_norm(dense, x):
 
 
 def huber(f_k, v):
-    """An objective that is the squared error where the two are near."""
+    """Compute an objective that equals the squared error for small errors."""
     error = jnp.abs(f_k - v)
     return jnp.where(error < 1, 0.5 * error**2, error - 0.5).sum(-1)
 
@@ -136,8 +136,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("device", ["TPU v5 lite", "TPU v5", "TPU v6 lite"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_inner_loop_that_kernels_do_not_compute_uses_the_scan(name, device):
-    """All of these have the widths of one that they do compute."""
+def test_inner_loops_without_a_kernel_use_the_scan(name, device):
+    """Check inner loops that have the widths of one with a kernel."""
     loop, reason = REFUSED[name]
     kernel, why = run.choose("auto", loop, 16, device)
     assert kernel is None
@@ -148,13 +148,13 @@ def test_an_inner_loop_that_kernels_do_not_compute_uses_the_scan(name, device):
 
 
 @pytest.mark.parametrize("f", [Linear(), MLP(), MLP(width_factor=2.5)])
-def test_kernels_compute_any_rate_per_token_and_position(f):
+def test_kernels_exist_for_any_rate_per_token_and_position(f):
     for token in ("sigmoid/d", "sigmoid", "softplus"):
         for position in ("1/t", "1"):
             assert run.unsupported(loop_of(ResidualNorm(f), rate=Rate(token, position)), 16) is None
 
 
-def test_a_learner_with_a_field_that_kernels_do_not_know_uses_the_scan(monkeypatch):
+def test_learner_with_an_unknown_field_uses_the_scan(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class WithScale(Linear):
         scale: float = 1.0
@@ -164,7 +164,7 @@ def test_a_learner_with_a_field_that_kernels_do_not_know_uses_the_scan(monkeypat
     assert "scale=2" in run.unsupported(in_residual_norm(WithScale(scale=2)), 16)
 
 
-def test_an_inner_loop_with_a_field_that_kernels_do_not_know_uses_the_scan(monkeypatch):
+def test_inner_loop_with_an_unknown_field_uses_the_scan(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class WithOrder(InnerLoop):
         order: str = "forwards"
@@ -174,7 +174,7 @@ def test_an_inner_loop_with_a_field_that_kernels_do_not_know_uses_the_scan(monke
     assert "'backwards'" in run.unsupported(WithOrder(Learner(WRAPPED, D), order="backwards"), 16)
 
 
-def test_the_scan_as_it_is_best_on_each_platform():
+def test_scan_options_are_the_fastest_of_each_platform():
     assert run.scan_options(None, None, "TPU v5 lite") == {"remat_group": 4, "unroll": 4}
     assert run.scan_options(None, None, "cpu") == {"remat_group": 1, "unroll": 1}
     assert run.scan_options(0, 2, "TPU v5 lite") == {"remat_group": 0, "unroll": 2}

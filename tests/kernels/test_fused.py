@@ -1,4 +1,4 @@
-"""The fused kernels of TTT-Linear (depth 1) and TTT-MLP (depth 2), interpreted, against the scan."""
+"""Test the fused kernels of TTT-Linear (depth 1) and TTT-MLP (depth 2), interpreted, against the scan."""
 
 from functools import partial
 
@@ -10,8 +10,8 @@ from ttt_jax.kernels import run
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.inner_loop import initial_state
 
-# Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block. Each pack of a
-# block adds as much again to the program that is compiled.
+# Heads that do not fill a pack, features that do not fill their lanes, tokens that do not fill a block. The size of the
+# compiled program grows with the number of packs.
 SHAPES = [
     {"tokens": 208, "heads": 1},
     {"batch": 2, "tokens": 272, "heads": 3},
@@ -19,7 +19,7 @@ SHAPES = [
     {"tokens": 64, "heads": 2, "head_dim": 128, "b": 32},
     {"tokens": 64, "heads": 1, "head_dim": 20, "b": 64},
 ]
-# The others are read in tests/kernels/test_restarts.py.
+# tests/kernels/test_restarts.py reads the others.
 CASES = [*((1, SHAPES[i]) for i in (0, 1, 3, 4)), *((2, SHAPES[i]) for i in (0, 2, 3, 4))]
 two_blocks = pytest.mark.parametrize(
     ("depth", "shape"), [(1, {"batch": 2, "tokens": 304, "heads": 2}), (2, {"batch": 2, "tokens": 304, "heads": 1})]
@@ -28,7 +28,7 @@ two_blocks = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def kernel_solution(make_problem, by_kernel, with_gradients):
-    """``kernel_solution(depth, shape, dtype)``: gradients and results of the problem by the kernel, computed once."""
+    """Return ``kernel_solution(depth, shape, dtype)``: gradients and results by the kernel, computed once each."""
     found = {}
 
     def solve(depth, shape, dtype=jnp.float32):
@@ -42,7 +42,7 @@ def kernel_solution(make_problem, by_kernel, with_gradients):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("depth", "shape"), CASES)
-def test_outputs_end_and_gradients_are_those_of_the_scan(
+def test_outputs_end_and_gradients_equal_those_of_the_scan(
     make_problem, by_scan, kernel_solution, with_gradients, relative_error, depth, shape
 ):
     gradients, results = kernel_solution(depth, shape)
@@ -53,7 +53,9 @@ def test_outputs_end_and_gradients_are_those_of_the_scan(
 
 @pytest.mark.slow
 @two_blocks
-def test_bfloat16(make_problem, by_scan, kernel_solution, with_gradients, relative_error, depth, shape):
+def test_bfloat16_is_near_the_scan_in_float32(
+    make_problem, by_scan, kernel_solution, with_gradients, relative_error, depth, shape
+):
     gradients, (z, end) = kernel_solution(depth, shape, jnp.bfloat16)
     problem = make_problem(depth, dtype=jnp.bfloat16, **shape)
     expected_gradients, expected = with_gradients(by_scan, problem.in_float32())
@@ -65,11 +67,10 @@ def test_bfloat16(make_problem, by_scan, kernel_solution, with_gradients, relati
 
 @pytest.mark.slow
 @two_blocks
-def test_weights_that_are_kept_further_apart_change_nothing(
+def test_remat_group_changes_nothing(
     make_problem, by_kernel, kernel_solution, with_gradients, relative_error, depth, shape
 ):
-    """Of the first block other weights are computed again than would have been kept, were they rounded where they are
-    kept."""
+    """Check that the weights at the start of a block are stored without rounding: others are computed from them."""
     problem = make_problem(depth, dtype=jnp.bfloat16, **shape)
     apart = with_gradients(partial(by_kernel, remat_group=16), problem)
     assert relative_error(apart, kernel_solution(depth, shape, jnp.bfloat16)) < 1e-6
@@ -77,8 +78,8 @@ def test_weights_that_are_kept_further_apart_change_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "padding"), [(37, 0), (61, 7)])
-def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close, first, padding):
-    """Also where the second piece begins inside a mini-batch, and ends inside one; and with padding behind each."""
+def test_pieces_with_a_state_between_them_equal_the_whole(make_problem, quick_jit, assert_close, first, padding):
+    """Read pieces of which the second begins and ends inside a mini-batch, and pieces with padding at their end."""
     problem = make_problem(tokens=131, heads=2)
     loop, parameters, tokens = problem
     kernel = partial(run.run, interpret=True)
@@ -100,8 +101,8 @@ def test_pieces_with_a_state_between_them(make_problem, quick_jit, assert_close,
     assert_close(quick_jit(pieces)(), (whole.z, whole.state))
 
 
-def test_statistics_are_taken_by_the_scan(make_problem, quick_jit):
-    """And nothing is by the kernel, which here would fail."""
+def test_statistics_are_computed_by_the_scan(make_problem, quick_jit):
+    """Pass a kernel that would raise if it were called."""
     problem = make_problem(tokens=32, head_dim=8)
     result = quick_jit(lambda: scan.run(*problem, statistics=True, kernel=None))()
     same = quick_jit(lambda: scan.run(*problem, statistics=True, kernel=lambda *_: 1 / 0))()

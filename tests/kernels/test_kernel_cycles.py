@@ -1,4 +1,4 @@
-"""The schedules of the kernels by the compiler of TPUs, as ratios to the structure of the authors' code."""
+"""Test the schedules of the kernels by the TPU compiler, as ratios to the structure of the authors' code."""
 
 import importlib.util
 import json
@@ -31,13 +31,13 @@ def seconds(**settings):
         ({"kind": "mlp", "backward": True}, 5.8),
     ],
 )
-def test_fused_kernels_are_as_much_faster_as_they_were(settings, at_least):
-    """12 heads of 64 or 32, b = 16, bfloat16; 512 tokens, to which what is around them is a tenth, or a quarter."""
+def test_fused_kernels_keep_their_speedup(settings, at_least):
+    """Measure 12 or 32 heads of 64, b = 16, bfloat16, 512 tokens; up to a quarter of the time is outside of them."""
     assert seconds(**settings, path="official") / seconds(**settings, path="pallas") > at_least
 
 
 def compiled(chip, *settings, build=BUILD):
-    """Return the text of each inner loop as the compiler leaves it, which says nothing of its schedule."""
+    """Return the compiled text of each inner loop, without its schedule."""
     program = [sys.executable, str(Path(__file__).with_name("compiles.py")), chip, build]
     done = subprocess.run([*program, json.dumps(settings)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -64,15 +64,15 @@ def compiled(chip, *settings, build=BUILD):
         ),
     ],
 )
-def test_they_compile_for_other_chips_and_shapes(chip, settings):
+def test_kernels_compile_for_other_chips_and_shapes(chip, settings):
     texts = compiled(chip, *({"tokens": 256, "backward": True, "path": "pallas", **each} for each in settings))
     for text, each in zip(texts, settings, strict=True):
         assert f"ttt_{each.get('kind', 'linear')}_forward" in text
         assert f"ttt_{each.get('kind', 'linear')}_backward" in text
 
 
-def test_the_programs_of_their_check_compile():
-    """Also those in float32, whose matrix products are not those that a model gets by default."""
+def test_programs_of_the_self_check_compile():
+    """Compile programs in float32, whose matrix products have a higher precision than those of a model by default."""
     parts = [
         {"kind": "linear", "heads": 2, "dtype": "f32", "part": part, "remat_group": group}
         for part, group in (("scan", 4), ("kernel", 4), ("kernel", 8), ("inference", 4))
@@ -82,9 +82,11 @@ def test_the_programs_of_their_check_compile():
     assert [len(each) for each in kernels] == [0, 2, 2, 1]
 
 
-def test_the_largest_fit_into_fast_memory():
-    """Where a batch is too large for the compiler to keep any of it there, so that all passes through: what it does
-    with a whole training step. It refuses a program that takes more than it may. With restarts a program takes more."""
+def test_largest_kernels_fit_into_fast_memory():
+    """Compile the largest kernels with a batch of which the compiler keeps nothing in fast memory, as in training.
+
+    The compiler refuses a program that takes too much. With restarts a program takes more.
+    """
     large = {"mini_batch": 8, "heads": 32, "tokens": 2048, "batch": 32, "backward": True, "path": "pallas"}
     mlp, linear = compiled("v5p:2x2x1", {"kind": "mlp", **large}, {"kind": "linear", "restarts": True, **large})
     assert "ttt_mlp_backward" in mlp

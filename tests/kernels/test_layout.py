@@ -1,4 +1,4 @@
-"""Heads and tokens in lanes and rows, and back."""
+"""Test packing of heads and tokens into lanes and rows, and unpacking."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ttt_jax.ttt.learner import Affine
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 40), st.sampled_from([8, 48, 64, 96, 128]), st.integers(1, 300))
-def test_tokens_come_back(heads, head_dim, tokens):
+def test_unpacked_tokens_are_the_tokens_packed(heads, head_dim, tokens):
     layout = Layout(heads, head_dim, 16)
     x = np.arange(2 * tokens * heads * head_dim, dtype=np.float32).reshape(2, tokens, heads, head_dim)
     packed = layout_lib.pack_tokens(layout, jnp.asarray(x))
@@ -25,11 +25,11 @@ def test_tokens_come_back(heads, head_dim, tokens):
     assert layout.packs % layout.block_packs == 0
     assert layout.packs - layout.block_packs * (heads // (layout.pack * layout.block_packs)) <= layout.block_packs
     np.testing.assert_array_equal(layout_lib.unpack_tokens(layout, packed, tokens), x)
-    assert float(jnp.abs(packed).sum()) == pytest.approx(x.sum(), rel=1e-4)  # and nothing else is there
+    assert float(jnp.abs(packed).sum()) == pytest.approx(x.sum(), rel=1e-4)  # all else is zero
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (4, 64), (2, 96), (1, 128), (5, 20)])
-def test_weights_come_back_with_the_mean_that_was_taken_out(quick_jit, heads, head_dim):
+def test_unpacked_weights_are_the_weights_packed_with_their_mean(quick_jit, heads, head_dim):
     layout = Layout(heads, head_dim, 16)
     rng = np.random.default_rng(0)
     start = (Affine(*(rng.standard_normal((2, heads, n, head_dim)).astype(np.float32) for n in (head_dim, 1))),)
@@ -40,12 +40,12 @@ def test_weights_come_back_with_the_mean_that_was_taken_out(quick_jit, heads, he
     np.testing.assert_allclose(of_head.sum(-1), 0, atol=1e-4)
     back = quick_jit(lambda packed, start: linear.unpack(layout, packed, start))(packed, start)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), back, start)
-    assert float((packed.weight**2).sum()) < float((start[0].weight ** 2).sum())  # no block is there twice
+    assert float((packed.weight**2).sum()) < float((start[0].weight ** 2).sum())  # no block is repeated
 
 
 @pytest.mark.parametrize(("heads", "b"), [(2, 16), (1, 8), (2, 64)])
-def test_coefficients_are_those_of_each_token_at_its_place(heads, b):
-    """Token by token, from the definition."""
+def test_coefficients_equal_their_definition(heads, b):
+    """Compare token by token."""
     layout = Layout(heads, 64, b)
     eta = np.linspace(1, 2, b)
     keys, queries, end = layout_lib.coefficients(layout, jnp.asarray(eta))
@@ -62,7 +62,7 @@ def test_coefficients_are_those_of_each_token_at_its_place(heads, b):
     np.testing.assert_allclose(end, eta[-1])
 
 
-def test_rates_are_beside_the_tokens_of_their_heads():
+def test_packed_rates_follow_their_heads():
     layout = Layout(18, 64, 16)  # 9 packs, in two blocks of 5
     rates = jnp.asarray(np.random.default_rng(0).random((2, 100, 18)))
     packed = np.asarray(layout_lib.pack_rates(layout, rates))

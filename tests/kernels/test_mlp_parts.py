@@ -1,4 +1,4 @@
-"""The parts that the fused kernels of TTT-MLP are made of."""
+"""Test the parts of the fused kernels of TTT-MLP."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners
 
 
-def test_gelu_and_its_derivatives():
+def test_gelu_and_its_derivatives_equal_the_plain_form():
     z = jnp.linspace(-6, 6, 64).reshape(8, 8)
     value, first, _ = ops.gelu_and_derivatives(z)
     exact = learners.gelu_and_derivative
@@ -20,7 +20,7 @@ def test_gelu_and_its_derivatives():
     np.testing.assert_allclose(first, exact(z)[1], atol=3e-6)
     np.testing.assert_allclose(ops.gelu(z), value, atol=1e-6)
     np.testing.assert_allclose(ops.gelu_and_derivative(z)[1], first, atol=1e-6)
-    with jax.enable_x64(True):  # far from 0 the second is the rounding of tanh in float32
+    with jax.enable_x64(True):  # in float32, the second derivative far from 0 is only the rounding of tanh
         z = jnp.asarray(np.asarray(z), jnp.float64)
         expected = *exact(z), jax.vmap(jax.grad(lambda x: exact(x)[1]))(z.ravel()).reshape(8, 8)
         for actual, desired in zip(ops.gelu_and_derivatives(z), expected, strict=True):
@@ -28,8 +28,7 @@ def test_gelu_and_its_derivatives():
 
 
 @pytest.mark.parametrize("head_dim", [64, 20, 128])
-def test_products_per_head(head_dim):
-    """Against each head by itself."""
+def test_products_equal_those_of_each_head_alone(head_dim):
     layout = Layout(3, head_dim, 16)
     numerics, s, slot, tokens = Numerics(layout, jnp.dtype(jnp.float32)), layout.pack, layout.slot, 64
     rng = np.random.default_rng(0)
@@ -58,7 +57,7 @@ def test_products_per_head(head_dim):
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (2, 20), (2, 96)])
-def test_weights_of_packs_and_back(heads, head_dim):
+def test_unpacked_weights_are_the_weights_packed(heads, head_dim):
     learner, layout = learners.mlp(head_dim), Layout(heads, head_dim, 16)
     hidden = mlp.hidden((head_dim, 4 * head_dim, head_dim))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The derivatives written out in kernels, against automatic differentiation of the plain form."""
+"""Test derivatives that are written out in kernels against autodiff of the plain form."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def numerics(layout):
 
 
 def drawn(layout, *rows, seed=0):
-    """Arrays [rows, 128], zero in lanes that no feature has."""
+    """Draw arrays [rows, 128], with zeros in lanes without a feature."""
     rng = np.random.default_rng(seed)
     used = np.arange(128) % layout.slot < layout.head_dim
     return [jnp.asarray(rng.standard_normal((n, 128)) * used, jnp.float32) for n in rows]
 
 
 def plain(layout, function, *xs):
-    """A function of [rows, d] for each head."""
+    """Apply a function of [rows, d] to each head."""
     s, d = layout.pack, layout.head_dim
 
     def heads(x):
@@ -35,7 +35,7 @@ def plain(layout, function, *xs):
 
 
 def normalise(z):
-    """``(z - mean) / std`` over the last axis, and ``1 / std``."""
+    """Return ``(z - mean) / std`` over the last axis, and ``1 / std``."""
     centred = z - z.mean(-1, keepdims=True)
     inverse_std = jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
     return centred * inverse_std, inverse_std
@@ -51,10 +51,10 @@ def plain_loss_gradient(layout, z, scale, bias, target):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_gradient_and_its_derivative(layout, quick_jit, assert_close):
+def test_loss_gradient_and_its_derivative_equal_autodiff(layout, quick_jit, assert_close):
     how = numerics(layout)
     z, target, u, scale, bias = drawn(layout, 5, 5, 5, 1, 1)
-    z = z - head_mean([z], how)[0]  # as it is for centred weights
+    z = z - head_mean([z], how)[0]  # as for centred weights
     s2, h = scale * scale, scale * (bias - target)
 
     @quick_jit
@@ -77,7 +77,7 @@ def test_loss_gradient_and_its_derivative(layout, quick_jit, assert_close):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_normalise_and_its_derivative(layout, assert_close):
+def test_normalise_and_its_derivative_equal_autodiff(layout, assert_close):
     x, dx = drawn(layout, 6, 6)
     expected, vjp = jax.vjp(lambda x: plain(layout, lambda z: normalise(z)[0], x), x)
     actual, actual_vjp = jax.vjp(lambda x: norm.normalise(x, numerics(layout)), x)
@@ -85,8 +85,7 @@ def test_normalise_and_its_derivative(layout, assert_close):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_the_known_chain_is_the_chain(layout, quick_jit, assert_close):
-    """Where it is, and how it is differentiated."""
+def test_known_chain_and_its_derivative_equal_those_of_the_solved_chain(layout, quick_jit, assert_close):
     s, length = layout.pack, layout.group_tokens
     z0, h, s2, d_steps = drawn(layout, length, length, 1, s * length)
     z0 = z0 - head_mean([z0], numerics(layout))[0]

@@ -1,4 +1,4 @@
-"""Mini-batches that restart at W0 in the fused kernels, interpreted, against a scan of each document by itself."""
+"""Test restarts at W0 in the fused kernels, interpreted, against a scan of each document by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from ttt_jax.ttt import scan
 
 
 def flags_of(n, *restarts):
-    """[B, n], with the mini-batches of each row that restart."""
+    """Return flags [B, n], true at the given mini-batches of each row."""
     return np.stack([np.isin(np.arange(n), row) for row in restarts])
 
 
 def patterns(n):
-    """Flags of two rows: drawn, at the first mini-batch and the last, in a row, at ends of groups; all; and none."""
+    """Return flags of two rows: drawn; at first, last and neighbouring mini-batches and ends of groups; all; none."""
     return [
         np.random.default_rng(0).random((2, n)) < 0.3,
         flags_of(n, [0, 5, 6, 7], [2, n - 1]),
@@ -27,9 +27,11 @@ def patterns(n):
 
 
 def documents(flags, b):
-    """Indices of tokens, for n + 1 documents of each row of which the first continues and some may be empty: the tokens
-    of each document [B, n + 1, T], and whether there are as many; the document of each token [B, T], and its place in
-    it; and the last document of each row."""
+    """Return indices of n + 1 documents of each row, of which the first continues and some may be empty.
+
+    These are the tokens of each document and whether they exist, [B, n + 1, T] each; the document of each token and its
+    place in it, [B, T] each; and the last document of each row, [B].
+    """
     batch, n = flags.shape
     document, place = np.cumsum(flags, 1).repeat(b, 1), np.zeros((batch, n * b), int)
     source, there = np.zeros((2, batch, n + 1, n * b), int)
@@ -42,7 +44,7 @@ def documents(flags, b):
 
 
 def document_by_document(loop, parameters, tokens, start, index):
-    """Each as a sequence of its own, with tokens of rate 0 behind its last one: z, and the weights at the end."""
+    """Read each document as its own sequence, filled up with tokens of rate 0; return z and the weights at the end."""
     source, there, document, place, last = index
     batch, count, length = source.shape
     rows = np.arange(batch)[:, None]
@@ -70,8 +72,10 @@ def document_by_document(loop, parameters, tokens, start, index):
 
 @pytest.fixture(scope="module")
 def solutions(make_problem, quick_jit):
-    """``solutions(depth, shape, **options)``: functions of flags to the results and gradients of both ways, compiled
-    once; with W0 of each row for TTT-MLP, of all rows for TTT-Linear."""
+    """Return ``solutions(depth, shape, **options)``: functions from flags to results and gradients, by kernel and scan.
+
+    Each is compiled once. W0 is one for each row for TTT-MLP, and one for all rows for TTT-Linear.
+    """
 
     def make(depth, shape, **options):
         loop, parameters, tokens = make_problem(depth, **{"batch": 2, "tokens": 272, **shape})
@@ -119,7 +123,7 @@ def solutions(make_problem, quick_jit):
         (2, {"b": 16, "dtype": jnp.bfloat16}, {}),
     ],
 )
-def test_outputs_end_and_gradients_are_those_of_each_document(solutions, relative_error, depth, shape, options):
+def test_outputs_end_and_gradients_equal_those_of_each_document(solutions, relative_error, depth, shape, options):
     exact = shape.get("dtype") is None
     kernel, scanned, n = solutions(depth, shape, **options)
     for flags in patterns(n):
@@ -130,7 +134,7 @@ def test_outputs_end_and_gradients_are_those_of_each_document(solutions, relativ
 
 @pytest.mark.slow
 def test_flags_that_are_not_set_change_nothing(make_problem, by_kernel, quick_jit):
-    """To the bit."""
+    """Compare exactly."""
     loop, *arguments = make_problem(batch=2, tokens=80, head_dim=16)
     flags = np.zeros((2, 5), bool)
     without, with_flags = (
@@ -140,7 +144,7 @@ def test_flags_that_are_not_set_change_nothing(make_problem, by_kernel, quick_ji
 
 
 def stretches_by_hand(flags, per_step, per_group):
-    """Of one block: (first, stop, whether it starts at W0), from the definition."""
+    """Return [first, stop, whether it starts at W0] of each stretch of one block, from the definition."""
     found = []
     for start in range(0, len(flags), per_step):
         alone = any(flags[start + 1 : start + per_step])

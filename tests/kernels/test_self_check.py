@@ -1,4 +1,4 @@
-"""A fused kernel that is right passes its check; what is wrong with one on purpose is found and named."""
+"""Test the check of a kernel: a right kernel passes, and the errors of wrong kernels are found and named."""
 
 import math
 from functools import partial
@@ -39,7 +39,7 @@ def one_output_not_finite(*arguments, **_):
 
 
 def last_step_left_out(loop, parameters, start, tokens, **_):
-    """No output depends on it."""
+    """Leave out the last step, on which no output depends."""
     z, end = right(loop, parameters, start, tokens)
     shorter = tokens._replace(eta=tokens.eta.at[:, -len(parameters.position_eta) :].set(0))
     _, short = right(loop, parameters, start, shorter)
@@ -48,7 +48,7 @@ def last_step_left_out(loop, parameters, start, tokens, **_):
 
 @jax.custom_vjp
 def scaled_backwards(x):
-    """``x``, with a gradient that is too large."""
+    """Return ``x``, with a gradient that is too large."""
     return x
 
 
@@ -65,13 +65,13 @@ def gradient_of_v_scaled_in_second_block(loop, parameters, start, tokens, **_):
 
 
 def second_sequence_left_out_backwards(loop, parameters, start, tokens, **_):
-    """Of the gradient of what the sequences share."""
+    """Leave the second sequence out of the gradient of the weights that the sequences share."""
     start = jax.tree.map(lambda x: x.at[1].set(jax.lax.stop_gradient(x[1])), start)
     return right(loop, parameters, start, tokens)
 
 
 def inference_shifted(loop, *arrays, **_):
-    """Where no backward pass follows, another program runs."""
+    """Shift outputs only in the program that runs where no backward pass follows."""
     without_gradient = jax.custom_vjp(lambda arrays: outputs_shifted(loop, *arrays))
     without_gradient.defvjp(
         lambda arrays: jax.vjp(lambda arrays: right(loop, *arrays), arrays), lambda pullback, g: pullback(g)
@@ -96,7 +96,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
         slow(inference_shifted, {"outputs of inference"}),
     ],
 )
-def test_what_is_wrong_is_named(monkeypatch, device, kernel, wrong):
+def test_check_names_the_arrays_that_are_wrong(monkeypatch, device, kernel, wrong):
     monkeypatch.setattr(run, "run", kernel)
     report = self_check.of_family(TINY, device)
     assert set(report.wrong) == wrong, report
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named(monkeypatch, device, kernel, wrong):
         assert report.wrong[0] in str(report)
 
 
-def test_it_runs_once_for_a_family_and_a_device(monkeypatch, device):
+def test_check_runs_once_for_a_family_and_a_device(monkeypatch, device):
     traced = []
 
     def kernel(*arguments, **_):
@@ -113,16 +113,16 @@ def test_it_runs_once_for_a_family_and_a_device(monkeypatch, device):
 
     monkeypatch.setattr(run, "run", kernel)
     first = self_check.of_family(TINY, device)
-    there = len(traced)
+    traces = len(traced)
     assert self_check.of_family(TINY._replace(), device) is first
-    assert len(traced) == there > 0
+    assert len(traced) == traces > 0
     assert self_check.of_family(TINY._replace(dtype="bfloat16"), device).tolerance == 2e-2
-    assert len(traced) == 2 * there
+    assert len(traced) == 2 * traces
 
 
 # ---- The kernels themselves, interpreted
 
-WIDER = {"loop": ttt_linear(16), "dtype": "bfloat16"}  # with 8 features some LN is of next to nothing
+WIDER = {"loop": ttt_linear(16), "dtype": "bfloat16"}  # with 8 features, some variances of LN are almost zero
 CASES = [
     TINY,
     pytest.param(TINY._replace(**WIDER, remat_group=4), marks=pytest.mark.slow),
@@ -131,17 +131,16 @@ CASES = [
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_the_kernels_are_right_by_a_margin(device, family):
-    """By half of what is allowed in bfloat16, and by a tenth in float32: nobody is to be told that a kernel is wrong
-    which is not."""
+def test_kernels_pass_by_a_margin(device, family):
+    """Check for half of the tolerance in bfloat16 and a tenth in float32, so that no right kernel is reported."""
     report = self_check.of_family(family, device)
     margin = 2 if family.dtype == "bfloat16" else 10
     assert max(report.errors.values()) < report.tolerance / margin, report
 
 
 @pytest.mark.slow
-def test_a_fused_kernel_with_a_wrong_step_is_found(monkeypatch, device):
-    """The bias takes a step that is too short after each group of mini-batches."""
+def test_check_finds_a_fused_kernel_with_a_wrong_step(monkeypatch, device):
+    """Let the bias take a step that is too short after each group of mini-batches."""
     group = linear.group
 
     def wrong(numerics, state, *others):
@@ -160,7 +159,7 @@ def test_a_fused_kernel_with_a_wrong_step_is_found(monkeypatch, device):
 @pytest.mark.parametrize("loop", [ttt_linear(64), ttt_linear(96), ttt_mlp(64), ttt_mlp(128)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [1, 2, 5, 12, 25, 32, 64])
-def test_the_small_problem_is_computed_as_the_real_one(loop, dtype, heads):
+def test_small_problem_has_the_blocks_of_the_real_one(loop, dtype, heads):
     family = Family(loop, 16, heads, dtype)
     size = self_check.small_size(family)
     real, unroll = run.blocks(loop, 16, heads, dtype)
@@ -174,11 +173,11 @@ def test_the_small_problem_is_computed_as_the_real_one(loop, dtype, heads):
     assert size.tokens > small.block_tokens
 
 
-def test_of_the_smallest_model_of_the_paper_all_heads_are_checked():
+def test_all_heads_of_the_smallest_model_of_the_paper_are_checked():
     assert self_check.small_size(Family(ttt_linear(64), 16, 12, "bfloat16")).heads == 12
 
 
-def test_differences_are_told_with_the_worst_first():
+def test_report_lists_the_worst_difference_first():
     report = self_check.Report({"a": 1e-3, "b": math.nan, "c": 0.5, "d": math.inf}, 2e-2, 1.0)
     assert report.wrong == ["b", "d", "c"]
     assert str(report) == "nan of the largest entry of the b and of 2 other arrays (2e-02 is allowed)"
@@ -189,8 +188,8 @@ def test_differences_are_told_with_the_worst_first():
     )
 
 
-def test_both_sides_are_computed_in_float32_where_that_is_the_dtype():
-    """TPUs would round operands otherwise, by more than is allowed."""
+def test_both_sides_compute_products_in_float32_for_float32():
+    """Check the precision of matrix products: by default, TPUs round operands by more than the tolerance."""
     arguments, _ = self_check.problem_of(TINY, "cpu")
     for dtype, exact in (("float32", {"scan", "kernel", "inference"}), ("bfloat16", {"scan"})):
         functions = self_check.programs(TINY.loop, partial(right), jnp.dtype(dtype))

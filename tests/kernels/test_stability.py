@@ -1,6 +1,6 @@
-"""The error of the kernels in bfloat16 by position: it does not grow with the sequence.
+"""Test that the error of the kernels in bfloat16 does not grow with the position in the sequence.
 
-At the weights of initialisation, whose outputs are small: there an instability has room to grow.
+Most tests use the weights of initialisation, whose outputs are small, so that an instability has room to grow.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def float64_loop(parameters, tokens):
-    """One head of one sequence, mini-batch by mini-batch, every token of it at weights of its own: [T, d]."""
+    """Compute one head of one sequence, with every W_t formed: [T, d]."""
     scale, bias = (np.asarray(parameters.constants[x][0, 0], np.float64) for x in ("norm_scale", "norm_bias"))
     weights = [tuple(np.asarray(x[0], np.float64) for x in layer) for layer in parameters.w0]
     q, k, v, token_eta = (np.asarray(x[0, :, 0], np.float64) for x in tokens[:4])
@@ -29,13 +29,13 @@ def float64_loop(parameters, tokens):
         return centred / std, std
 
     def gelu(x):
-        """And its derivative."""
+        """Return GELU and its derivative."""
         inner = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
         slope = (1 - inner**2) * np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
         return 0.5 * x * (1 + inner), 0.5 * (1 + inner + x * slope)
 
     def forward(x, weights):
-        """The inputs of all layers, the slopes between them, and the output."""
+        """Return the inputs of all layers, the slopes between them, and the output."""
         inputs, slopes = [x], []
         for w, c in weights[:-1]:
             x, slope = gelu(inputs[-1] @ w + c)
@@ -62,7 +62,7 @@ def float64_loop(parameters, tokens):
 
 
 def official(parameters, tokens):
-    """The outputs by the authors' structure."""
+    """Compute the outputs by the structure of the authors' code."""
     w0, norm, position_eta = parameters
     return inner_loop.official(*tokens[:4], position_eta, w0, norm)
 
@@ -74,11 +74,11 @@ def error_by_part(z, exact, parts):
 
 @pytest.fixture
 def errors(by_kernel, by_scan, quick_jit):
-    """Of a part of the sequence each, relative to the size of the outputs there."""
+    """Return a function for the errors of parts of the sequence, each relative to the size of the outputs there."""
 
     def compute(problem, exact=None, parts=8, jit=quick_jit):
         loop, *arguments = problem
-        z, _ = jit(lambda *x: by_kernel(loop, *x))(*arguments)  # traced anew each time
+        z, _ = jit(lambda *x: by_kernel(loop, *x))(*arguments)  # a new function, so that it is traced each time
         if exact is None:
             exact, _ = quick_jit(lambda *x: by_scan(loop, *x))(*problem.in_float32()[1:])
         return error_by_part(z, exact, parts)
@@ -86,27 +86,27 @@ def errors(by_kernel, by_scan, quick_jit):
     return compute
 
 
-# Of long sequences running is more than compiling.
+# For long sequences, running takes longer than compiling.
 optimised = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 
 
-def test_the_error_does_not_grow(make_problem, errors):
-    """Over 2k, 8k and 32k tokens it is what bfloat16 outputs cost (2e-3), and products of bfloat16 as much again."""
+def test_error_of_ttt_linear_does_not_grow(make_problem, errors):
+    """Check 2k, 8k and 32k tokens: bfloat16 outputs have an error of 2e-3, and bfloat16 products add as much."""
     found = errors(make_problem(tokens=32768, initial=True, dtype=jnp.bfloat16), parts=64, jit=optimised)
     assert max(found) < 6e-3
     for parts in (4, 16, 64):
         assert max(found[parts // 2 : parts]) < 1.3 * max(found[: parts // 2])
 
 
-def test_nor_that_of_ttt_mlp(make_problem, errors):
-    """Small weights grow first, and with them what rounding costs; then it stays."""
+def test_error_of_ttt_mlp_does_not_grow_in_the_second_half(make_problem, errors):
+    """Check the second half: in the first, small weights grow, and rounding errors with them."""
     found = errors(make_problem(2, tokens=32768, initial=True, dtype=jnp.bfloat16), parts=64, jit=optimised)
     assert max(found) < 6e-3
     assert max(found[32:]) < 1.1 * max(found[:32])
 
 
-def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
-    """Large weights forget rounding errors slowly, in the authors' structure too: as much is allowed."""
+def test_error_at_large_weights_is_near_that_of_the_authors(make_problem, errors, by_scan, quick_jit):
+    """Compare at weights as after training, which forget rounding errors slowly."""
     problem = make_problem(tokens=2048, dtype=jnp.bfloat16)
     theirs = quick_jit(official)(*problem[1:])
     exact, _ = quick_jit(partial(by_scan, problem.loop))(*problem.in_float32()[1:])
@@ -115,8 +115,8 @@ def test_weights_as_after_training(make_problem, errors, by_scan, quick_jit):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_against_float64(make_problem, errors, quick_jit, depth):
-    """No more than that of the authors' structure in bfloat16, anywhere."""
+def test_error_against_float64_is_near_that_of_the_authors(make_problem, errors, quick_jit, depth):
+    """Compare with the authors' structure in bfloat16, in each part of the sequence."""
     problem = make_problem(depth, tokens=2048, initial=True, dtype=jnp.bfloat16)
     exact = float64_loop(*problem[1:])[None, :, None]
     theirs = quick_jit(official)(*problem[1:])
@@ -125,8 +125,8 @@ def test_against_float64(make_problem, errors, quick_jit, depth):
     assert max(errors(problem.in_float32(), exact)) < 5e-6
 
 
-def test_the_mean_that_is_next_to_nothing_is_needed(make_problem, errors, monkeypatch):
-    """Without taking it out of z, rounding errors grow with the sequence."""
+def test_error_grows_if_the_mean_of_z_is_not_subtracted(make_problem, errors, monkeypatch):
+    """Leave the mean in z, though it is almost zero: rounding errors then grow with the sequence."""
 
     def head_sum(xs, numerics, by_lanes=False):
         sums = ops.head_sum(xs, numerics, by_lanes)

@@ -1,4 +1,4 @@
-"""Training through the fused kernels, interpreted: the authors' trajectories, and those of the scan."""
+"""Test training through the fused kernels, interpreted, against trajectories of the authors and of the scan."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ORACLES = Path(__file__).parents[1] / "oracles"
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The kernel is used whatever is configured; how often it was traced."""
+    """Use the kernel for any configuration; provide the list of its traces."""
     found, choose = [], kernels.choose
 
     def kernel(loop, *arguments, **options):
@@ -35,14 +35,14 @@ def calls(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["traj_ttt_linear", "traj_ttt_mlp"])
-def test_ten_steps_of_the_authors(calls, name):
+def test_ten_steps_equal_those_of_the_authors(calls, name):
     report = oracles.check(ORACLES / f"{name}.npz")
     assert report.passed, report
     assert calls
 
 
 @pytest.mark.slow
-def test_twenty_steps_are_those_of_the_scan():
+def test_twenty_steps_equal_those_of_the_scan():
     def losses(kernel):
         config = config_lib.default()
         config.model.update(mixer="ttt_linear", vocab_size=16, width=32, num_layers=1, num_heads=2, mlp_width=32)
@@ -63,7 +63,7 @@ def test_twenty_steps_are_those_of_the_scan():
     np.testing.assert_allclose(losses("pallas"), expected, rtol=1e-5)
 
 
-def test_a_kernel_that_there_is_not_is_refused():
+def test_config_with_pallas_is_refused_where_no_kernel_exists():
     config = config_lib.default()
     config.model.ttt.update(kernel="pallas", mini_batch=12)
     with pytest.raises(ConfigError, match=r"model.ttt.kernel=pallas: no kernel: .*; expected auto or scan"):

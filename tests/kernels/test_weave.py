@@ -1,4 +1,4 @@
-"""Interleaved copies of a function compute what it does."""
+"""Test that interleaved copies of a function compute the same as the function."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def function(x, pair):
 
 
 class Memory:
-    """Arrays that are read and written by weave."""
+    """Arrays that weave reads and writes."""
 
     def __init__(self, values):
         self.values, self.reads = values, 0
@@ -29,7 +29,7 @@ class Memory:
         return Write(lambda x: self.values.__setitem__(name, x), over)
 
 
-def test_each_copy_is_the_function_of_its_arguments():
+def test_each_copy_computes_the_function_of_its_arguments():
     rng = np.random.default_rng(0)
     drawn = [[jnp.asarray(rng.standard_normal((8, 8)), jnp.float32) for _ in "xyz"] for _ in range(3)]
     memories = [Memory(dict(zip("xyz", each, strict=True))) for each in drawn]
@@ -41,8 +41,8 @@ def test_each_copy_is_the_function_of_its_arguments():
             np.testing.assert_allclose(memory.values[name], value, rtol=1e-6)
 
 
-def test_what_is_overwritten_is_read_before():
-    """However often, and however late."""
+def test_argument_is_read_before_it_is_overwritten():
+    """Overwrite an argument that is read twice, the last time late."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)), jnp.float32)
     memory = Memory({"x": x})
 
@@ -59,7 +59,7 @@ def test_what_is_overwritten_is_read_before():
 
 
 def test_operations_of_copies_alternate():
-    """A chain of matrix products: no copy is done before another has begun."""
+    """Check for a chain of matrix products that no copy ends before another begins."""
     order = []
 
     def chain(x):
@@ -83,7 +83,7 @@ def test_operations_of_copies_alternate():
     assert sorted(order) == [0, 1]
 
 
-def test_derivatives_inside_are_scheduled_too():
+def test_derivatives_inside_a_function_are_scheduled_too():
     @jax.custom_vjp
     def twice(x):
         return 2 * x
