@@ -14,8 +14,8 @@ from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage.store import Store
-from ttt_jax.sweep import axes, points
 from ttt_jax.sweep import files as sweep_files
+from ttt_jax.sweep import points
 from ttt_jax.training import loop
 
 BYTES = tokenize_units.Job(tokenizer.byte(), None, None)
@@ -40,7 +40,6 @@ def make(root: Path) -> None:
         root / "sweep",
         sweep_files.Sweep(
             {"training.duration": "4 steps"},
-            [axes.Axis(("seed",), ((1,),))],
             [points.Point("a", "configs/quickstart.py", {"training.seed": 1}, 4)],
         ),
     )

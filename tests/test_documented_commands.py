@@ -152,7 +152,7 @@ def check_config(arguments: list[str], partial: bool) -> None:
 
 def check_sweep(options, arguments: list[str], partial: bool) -> None:
     """Build the config of each recipe of a sweep, and read its axes."""
-    for key in (key for axis in axes.from_options(options.grid, options.zip, {}) for key in axis.keys):
+    for key in axes.combinations(options.grid, options.zip, {})[0]:
         check_key(key)
     recipes = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
     constants = [each for each in arguments if each.startswith("--config.")]

@@ -52,7 +52,7 @@ def swept(folder):
         (folder / f"p{i}" / "config.json").write_text(json.dumps({"seed": 0, "data": {"source": value}}))
         files.write_record(folder / f"p{i}", Record("done", 1))
         found.append(Point(f"p{i}", "x.py", {"data.source": value}, 1))
-    files.write_sweep(folder, Sweep({}, [], found))
+    files.write_sweep(folder, Sweep({}, found))
     return results.of_sweep(folder, "loss")
 
 
@@ -77,7 +77,7 @@ def test_figures_of_sweeps(tmp_path):
     assert {f"source {value}" for value in VALUES} < set(drawn(tmp_path / "legend.svg"))
     recipes = found._replace(
         keys=["config"],
-        results=[each._replace(values={"config": each.values["data.source"]}) for each in found.results],
+        results=[each._replace(config=each.config | {"config": each.config["data.source"]}) for each in found.results],
     )
     sweep_metric.against(recipes, "loss", tmp_path / "recipes.svg", x="seed", lines="config")
     assert set(VALUES) < set(drawn(tmp_path / "recipes.svg"))

@@ -75,8 +75,8 @@ def test_the_config_file_of_the_docs_starts_from_a_recipe(tmp_path, monkeypatch)
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path / "configs")
     recipe = config_lib.from_arguments(["--config", "paper.py:ttt_mlp-125m-books-8k"])
-    points = points_lib.make([str(tmp_path / "mine.py")], {}, [{"seed": "1"}])
-    found = config_lib.differing_keys(recipe.to_dict(), points.configs[0].to_dict())
+    ((_, config),) = points_lib.make([str(tmp_path / "mine.py")], {}, [{"seed": "1"}])
+    found = config_lib.differing_keys(recipe.to_dict(), config.to_dict())
     assert found == {"model.ttt.mlp_depth": (2, 3), "seed": (0, 1)}
 
 

@@ -10,7 +10,7 @@ from saved_runs import run
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import evaluations
 from ttt_jax.figures import points
-from ttt_jax.sweep import axes, files
+from ttt_jax.sweep import files
 from ttt_jax.sweep.points import Point
 
 
@@ -18,7 +18,7 @@ def sweep(folder, names):
     """Write a sweep.json with points of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = [Point(name, "x.py", {"seed": i}, 10) for i, name in enumerate(names)]
-    files.write_sweep(folder, files.Sweep({}, [axes.Axis(("seed",), (("0",),))], listed))
+    files.write_sweep(folder, files.Sweep({}, listed))
 
 
 def test_runs_are_found_in_workdirs_sweeps_and_folders(tmp_path):

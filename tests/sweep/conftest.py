@@ -1,11 +1,9 @@
 """Provide sweeps whose points are quick stand-ins for ``ttt``, and sweeps that have run."""
 
 import json
-import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,30 +57,6 @@ def start_sweep(folder):
 
 
 @pytest.fixture
-def calls(folder):
-    """Return ``calls(point)``: the arguments, process and GPUs of each start of a point."""
-
-    def read(point):
-        path = folder / point / "calls"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    return read
-
-
-@pytest.fixture
-def wait_for():
-    """Return ``wait_for(condition)``, which returns once the condition holds."""
-
-    def wait(condition, seconds=20):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "the condition never held"
-            time.sleep(0.02)
-
-    return wait
-
-
-@pytest.fixture
 def add_point(folder):
     """Return ``add_point(name, values, losses, state)``, which adds a point with losses at steps 1, 2, ..."""
     points = []
@@ -101,28 +75,7 @@ def add_point(folder):
             (workdir / "config.json").write_text(json.dumps(config))
         if state:
             files.write_record(workdir, files.Record(state, steps, **more))
-        files.write_sweep(folder, files.Sweep({}, [], points))
+        files.write_sweep(folder, files.Sweep({}, points))
         return points[-1]
 
     return add
-
-
-@pytest.fixture
-def five_points(add_point):
-    """Add two points that are done, one that runs, one that failed, one that waits."""
-    for lr, losses, state in (
-        (0.1, [3.0] * 95 + [2.0] * 5, "done"),
-        (0.01, [1.0] * 95 + [1.9, 1.5, 1.7, 1.6, 1.8], "done"),
-        (1.0, [1.0] * 40, "running"),
-    ):
-        add_point(f"lr={lr}", {"optimizer.peak_lr": lr}, losses, state, steps=100)
-    failed = {"status": 1, "said": "loss is nan"}
-    add_point("lr=10.0", {"optimizer.peak_lr": 10.0}, [5.0, math.nan], "failed", steps=100, **failed)
-    add_point("lr=0.001", {"optimizer.peak_lr": 0.001}, steps=100)
-
-
-@pytest.fixture
-def diverged(add_point):
-    """Add points that are done: losses NaN, infinite and null in JSON, and two finite ones."""
-    for lr, loss in {0.5: math.nan, 0.1: 2.0, 0.2: math.inf, 0.4: None, 0.05: 1.5}.items():
-        add_point(f"lr={lr}", {"optimizer.peak_lr": lr}, [1.0, loss], "done")

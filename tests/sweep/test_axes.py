@@ -9,33 +9,13 @@ from hypothesis import strategies as st
 
 from ttt_jax.config import ConfigError
 from ttt_jax.sweep import axes
-from ttt_jax.sweep.axes import Axis
 
 
 def test_grids_are_multiplied_and_groups_advance_together():
-    found = axes.from_options(["seed=0,1"], [["model.width=8,16", "model.num_heads=1,2"]], {})
-    keys = ("seed", "model.width", "model.num_heads")
-    assert found == [Axis(keys[:1], (("0",), ("1",))), Axis(keys[1:], (("8", "1"), ("16", "2")))]
-    expected = [("0", "8", "1"), ("0", "16", "2"), ("1", "8", "1"), ("1", "16", "2")]
-    assert axes.product(found) == [dict(zip(keys, values, strict=True)) for values in expected]
-    assert axes.product([]) == [{}]
-
-
-@pytest.mark.parametrize(
-    ("grids", "zips", "message"),
-    [
-        (["seed=0", "seed=1"], [], "--grid seed: is set by --grid already; expected each key in one place"),
-        (["seed=0"], [["seed=1"]], "--zip seed: is set by --grid already; expected each key in one place"),
-        ([], [["seed=1", "seed=2"]], "--zip seed: is set by --zip already; expected each key in one place"),
-        (["=1"], [], "--grid =1: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3"),
-        (["seed="], [], '--grid seed=: an empty value; expected VALUE,VALUE,... (in quotes, "", for an empty text)'),
-        (["x=linear:0:1:1000", "y=linear:0:1:11"], [], "--grid, --zip: 11,000 points; expected at most 10,000"),
-    ],
-)
-def test_refused_axes(grids, zips, message):
-    with pytest.raises(ConfigError) as caught:
-        axes.from_options(grids, zips, {})
-    assert str(caught.value) == message
+    rows = [("0", "8", "1"), ("0", "16", "2"), ("1", "8", "1"), ("1", "16", "2")]
+    expected = [dict(zip(("seed", "model.width", "model.num_heads"), row, strict=True)) for row in rows]
+    assert axes.combinations(["seed=0,1"], [["model.width=8,16", "model.num_heads=1,2"]], {}) == expected
+    assert axes.combinations([], [], {}) == [{}]
 
 
 @pytest.mark.parametrize(
@@ -57,22 +37,32 @@ def test_values(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"),
+    ("grids", "message"),
     [
-        (["", "1,,2", "1,"], "an empty value"),
-        (['"open', '"a"b', "log:__import__('os'):2:3"], "cannot be read from "),
-        (["log:1:2", "log:nan:2:3", "log:0:1:3", "log:1:2:"], "log:LOW:HIGH:N, two different positive numbers and N"),
-        ([f"linear:{x}" for x in ("1:1:3", "0:1:1", "0:1:2.5", "0:1:99999999")], "two different numbers and N from 2"),
-        (["linear:0:1e999:3", "linear:0:1:3:4"], "expected linear:LOW:HIGH:N, two different numbers and N from 2 to "),
-        (["pow2:3:8", "pow2:8:4", "pow2:1:2:3"], "expected pow2:LOW:HIGH, powers of two, LOW not above HIGH"),
+        (["=1"], "--grid =1: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3"),
+        (["x=0", "x=1"], "--grid x: is set by --grid already; expected each key in one place"),
+        (["x=linear:0:1:1000", "y=linear:0:1:6"], "--config, --grid, --zip: 12,000 points; expected at most 10,000"),
+        *(([f"x={text}"], "an empty value; expected VALUE,VALUE,... (in quotes") for text in ("", "1,,2", "1,")),
+        *(([f"x={text}"], "cannot be read from ") for text in ('"open', '"a"b', "log:__import__('os'):2:3")),
+        *(
+            ([f"x=log:{numbers}"], "expected log:LOW:HIGH:N, two different positive numbers and N from 2 to 10000")
+            for numbers in ("1:2", "nan:2:3", "0:1:3", "1:2:")
+        ),
+        *(
+            ([f"x=linear:{numbers}"], "expected linear:LOW:HIGH:N, two different numbers and N from 2 to 10000")
+            for numbers in ("1:1:3", "0:1:1", "0:1:2.5", "0:1:99999999", "0:1e999:3", "0:1:3:4")
+        ),
+        *(
+            ([f"x=pow2:{numbers}"], "expected pow2:LOW:HIGH, powers of two, LOW not above HIGH")
+            for numbers in ("3:8", "8:4", "1:2:3")
+        ),
     ],
 )
-def test_refused_values(texts, message):
-    for text in texts:
-        with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-            axes.values(text, "--grid k")
-        assert str(caught.value).startswith("--grid k: ")
-        assert "\n" not in str(caught.value)
+def test_refused_axes(grids, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        axes.combinations(grids, [], {}, recipes=2)
+    assert re.match(r"--(grid|config)\b.*: ", str(caught.value))
+    assert "\n" not in str(caught.value)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\"'"), max_size=8), min_size=1, max_size=5))

@@ -104,31 +104,32 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     _check_engine(options)
     directory = workdir_lib.at(options.workdir)
     (grid, *zips), recipes, constant = _split([options.grid, *options.zip], rest)
-    swept = axes.from_options(grid, zips, constant)
+    overrides = axes.combinations(grid, zips, constant, len(recipes))
     old = files.find_sweep(directory)
-    made = points.make(recipes, constant, axes.product(swept), old.points if old else ())
-    sweep = files.merged(directory, old, files.Sweep(made.base, swept, made.points))
-    workdirs = [directory / point.name for point in made.points]
+    wanted, configs = zip(*points.make(recipes, constant, overrides, old.points if old else ()), strict=True)
+    base = {key: config_lib.value_of(configs[0], key) for key in constant}
+    sweep = files.merged(directory, old, files.Sweep(base, list(wanted)))
+    workdirs = [directory / point.name for point in wanted]
     accept = options.accept_changed_learner
     if old is not None:
-        files.on_each(lambda pair: resume.check_same_run(*pair, accept), zip(made.configs, workdirs, strict=True))
-    _check_learners(made.configs, elsewhere=options.ray_address is not None)
+        files.on_each(lambda pair: resume.check_same_run(*pair, accept), zip(configs, workdirs, strict=True))
+    _check_learners(configs, elsewhere=options.ray_address is not None)
     if not launcher and options.engine != "ray":  # else other machines have what they need
-        for config in made.configs:
+        for config in configs:
             wandb = bool(config.log.wandb_project)
             metrics.check_destinations(directory, tensorboard=config.log.tensorboard, wandb=wandb)
     flags = ["--accept-changed-learner"] * accept
     commands = {
-        point.name: points.command(point, made.base, workdir, launcher, flags)
-        for point, workdir in zip(made.points, workdirs, strict=True)
+        point.name: points.command(point, base, workdir, launcher, flags)
+        for point, workdir in zip(wanted, workdirs, strict=True)
     }
     if launcher:
         for command in commands.values():  # a point that its machines could not run is refused before any is launched
             launch.checked_job(parse(command)[0], parse)
     if options.dry_run:
-        _print_points(made.points, sweep.keys, commands)
+        _print_points(wanted, sweep.keys, commands)
         return DONE
-    return _run(options, directory, old, sweep, made.points, commands)
+    return _run(options, directory, old, sweep, wanted, commands)
 
 
 def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:

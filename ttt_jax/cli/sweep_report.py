@@ -1,7 +1,6 @@
 """Run ``ttt sweep status`` and ``ttt sweep results``: where the points of a sweep stand, and how they compare."""
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +86,7 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
         with workdir_lib.explained(options.csv):
             options.csv.write_text(results_lib.as_csv(found, options.metric), encoding="utf-8", newline="")
     if options.json:
-        print(json.dumps(results_lib.rows(found, options.metric), indent=2, allow_nan=False))
+        print(results_lib.as_json(found, options.metric))
         return DONE
     console.output().print(results_lib.table(found, options.metric))
     if not_finite := sum(each.is_not_finite for each in found.results):

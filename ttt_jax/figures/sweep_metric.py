@@ -149,19 +149,16 @@ def _others(results: Results, x: str) -> list[str]:
 
 def _value(results: Results, result: Result, key: str, option: str) -> Value | None:
     """Return the value of a key at a point; None where it is not known, as the point has not begun."""
-    if key in result.values:
-        return result.values[key]
-    config = results.configs[result.standing.point.name]
-    known = {*results.keys, *(name for each in results.configs.values() for name in each)}
+    known = {*results.keys, *(name for each in results.results for name in each.config)}
     if key not in known:
         raise ConfigError(f"{option} {key}: no such key; expected one that is swept: {', '.join(results.keys)}")
-    return config.get(key)
+    return result.config.get(key)
 
 
 def _spread(results: Results, members: Sequence[Result]) -> float | None:
     """Return the standard deviation of points that differ in the seed alone; None for other points, or a single one."""
     values = [each.value for each in members if each.value is not None and math.isfinite(each.value)]
-    others = [{key: value for key, value in each.values.items() if key != _SEED} for each in members]
+    others = [[each.config.get(key) for key in results.keys if key != _SEED] for each in members]
     if _SEED not in results.keys or len(values) < max(2, len(members)) or any(other != others[0] for other in others):
         return None
     return statistics.stdev(values)

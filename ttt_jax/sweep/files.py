@@ -19,7 +19,6 @@ from ttt_jax.config.renamed import current_values
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir, explained, is_local
-from ttt_jax.sweep.axes import Axis
 from ttt_jax.sweep.points import Point, Value, value_text
 
 SWEEP, POINT = "sweep.json", "point.json"
@@ -40,7 +39,6 @@ class Sweep(NamedTuple):
     """A sweep."""
 
     base: dict[str, Value]  # that all points share
-    axes: list[Axis]  # of the newest command
     points: list[Point]  # of all commands, in the order in which they came
 
     @property
@@ -60,14 +58,12 @@ def find_sweep(directory: Workdir) -> Sweep | None:
         raise ConfigError(
             f"{error}; or rename it and give the commands of the sweep again: runs that are done are not run again"
         ) from error
-    version = content.get("version")
-    if version != _VERSION:
-        raise ConfigError(f"{path}: version {version}; expected version {_VERSION}, of a sweep")
+    if content.get("version") != _VERSION:
+        raise ConfigError(f"{path}: version {content.get('version')}; expected version {_VERSION}, of a sweep")
     try:
-        axes = [Axis(tuple(axis["keys"]), tuple(map(tuple, axis["rows"]))) for axis in content["axes"]]
         points = [Point(**point) for point in content["points"]]
         points = [point._replace(values=current_values(point.values)) for point in points]
-        return Sweep(current_values(content["base"]), axes, points)
+        return Sweep(current_values(content["base"]), points)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a sweep: {type(error).__name__}: {error}") from error
 
@@ -82,9 +78,8 @@ def read_sweep(directory: Workdir) -> Sweep:
 
 def write_sweep(directory: Workdir, sweep: Sweep) -> None:
     """Write ``sweep.json`` as a whole."""
-    axes, points = ([each._asdict() for each in several] for several in (sweep.axes, sweep.points))
-    content = {"version": _VERSION, "base": sweep.base, "axes": axes, "points": points}
-    json_files.write_object(directory / SWEEP, content)
+    points = [point._asdict() for point in sweep.points]
+    json_files.write_object(directory / SWEEP, {"version": _VERSION, "base": sweep.base, "points": points})
 
 
 def merged(directory: Workdir, old: Sweep | None, new: Sweep) -> Sweep:
@@ -119,8 +114,8 @@ class Record:
     status: int | None = None  # exit status, once it has ended; below 0 the signal that ended it
     said: str = ""  # the last line of its output, where it failed
     starts: int = 0  # processes of this command: one, and one more for each restart
-    began: float = dataclasses.field(default_factory=time.time)  # seconds since 1970
-    ended: float | None = None
+    began: int | float = dataclasses.field(default_factory=time.time)  # seconds since 1970
+    ended: int | float | None = None
     host: str = dataclasses.field(default_factory=socket.gethostname)
     pid: int = dataclasses.field(default_factory=os.getpid)
 
@@ -132,10 +127,8 @@ class Record:
         """Return the exit status, or the signal that ended the process, as text; empty while it runs."""
         if self.status is None or self.status >= 0:
             return "" if self.status is None else f"exit status {self.status}"
-        try:
-            return f"killed by {signal.Signals(-self.status).name}"
-        except ValueError:
-            return f"killed by signal {-self.status}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by {names.get(-self.status, f'signal {-self.status}')}"
 
 
 def read_record(workdir: Workdir) -> Record | None:
@@ -145,7 +138,7 @@ def read_record(workdir: Workdir) -> Record | None:
         return None
     kinds = get_type_hints(Record)
     found = {key: value for key, value in content.items() if key in kinds}
-    if {"state", "steps"} <= found.keys() and all(_is_a(kinds[key], value) for key, value in found.items()):
+    if {"state", "steps"} <= found.keys() and all(isinstance(value, kinds[key]) for key, value in found.items()):
         return Record(**found)
     json_files.warn_once(f"{workdir / POINT}: is no record of a point of a sweep; passed over")
     return None
@@ -153,15 +146,7 @@ def read_record(workdir: Workdir) -> Record | None:
 
 def write_record(workdir: Workdir, record: Record) -> None:
     """Write ``point.json`` as a whole."""
-    if is_local(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
     json_files.write_object(workdir / POINT, dataclasses.asdict(record))
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-    """Return whether a value of JSON is of a type; an integer is a float too, and a boolean no integer."""
-    is_whole_float = isinstance(value, int) and isinstance(0.0, kind)
-    return not isinstance(value, bool) and (isinstance(value, kind) or is_whole_float)
 
 
 # ---- Files of runs

@@ -1,7 +1,9 @@
 """Make the points of a sweep: names, commands, and configs that are checked before the first point starts."""
 
+import collections
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -14,7 +16,6 @@ import ml_collections
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir import Workdir
-from ttt_jax.sweep.axes import MOST
 
 Value: TypeAlias = bool | int | float | str  # of a config key
 
@@ -38,21 +39,13 @@ class Point(NamedTuple):
     steps: int  # of the optimizer
 
 
-class Points(NamedTuple):
-    """The points of a command in their order, the config of each, and the values that all points share."""
-
-    points: list[Point]
-    configs: list[ml_collections.ConfigDict]
-    base: dict[str, Value]
-
-
 def make(
     recipes: Sequence[str],
     constant: Mapping[str, str],
     overrides: Sequence[Mapping[str, str]],
     existing: Sequence[Point] = (),
-) -> Points:
-    """Read and validate the config of every point.
+) -> list[tuple[Point, ml_collections.ConfigDict]]:
+    """Return the points of a command with their configs, which are all valid.
 
     Args:
       recipes: ``FILE[:ARG]``; the outermost axis.
@@ -61,7 +54,7 @@ def make(
       existing: points of earlier commands; equal points keep their names.
 
     Raises:
-      ConfigError: for a config that cannot be run, two points that are the same run, or too many points.
+      ConfigError: for a config that cannot be run, or two points that are the same run.
     """
     labels: dict[str, str] = {}
     for recipe in recipes:
@@ -69,23 +62,18 @@ def make(
         if label in labels:
             raise ConfigError(f"--config {recipe}: has the name of --config {labels[label]}; expected different names")
         labels[label] = recipe
-    if len(recipes) * len(overrides) > MOST:
-        raise ConfigError(f"{len(recipes) * len(overrides):,} points; expected at most {MOST:,}")
     named = {_exact(recipe_label(point.recipe), point.values): point.name for point in existing}
     several = len({*labels, *(recipe_label(point.recipe) for point in existing)}) > 1
-    made = Points([], [], {})
+    made: list[tuple[Point, ml_collections.ConfigDict]] = []
     same: dict[str, str] = {}
-    for label, recipe in labels.items():
-        for override in overrides:
-            config = _config(recipe, constant, override)
-            values = {key: config_lib.value_of(config, key) for key in override}
-            name = named.get(_exact(label, values)) or name_of(label if several or not values else None, values)
-            twin = same.setdefault(json.dumps(config.to_dict(), sort_keys=True), name)
-            if len(same) == len(made.points):
-                raise ConfigError(f"points {twin} and {name}: are the same run; expected different ones")
-            made.points.append(Point(name, recipe, values, config_lib.steps(config, "training.duration")))
-            made.configs.append(config)
-            made.base.update({key: config_lib.value_of(config, key) for key in constant})
+    for label, override in itertools.product(labels, overrides):
+        config = _config(labels[label], constant, override)
+        values = {key: config_lib.value_of(config, key) for key in override}
+        name = named.get(_exact(label, values)) or name_of(label if several or not values else None, values)
+        twin = same.setdefault(json.dumps(config.to_dict(), sort_keys=True), name)
+        if len(same) == len(made):
+            raise ConfigError(f"points {twin} and {name}: are the same run; expected different ones")
+        made.append((Point(name, labels[label], values, config_lib.steps(config, "training.duration")), config))
     return made
 
 
@@ -136,9 +124,9 @@ def name_of(recipe: str | None, values: Mapping[str, Value]) -> str:
     Args:
       recipe: its label, in a sweep of several recipes.
     """
-    by_key = sorted((short_key(key), *_spelled(value)) for key, value in values.items())
-    parts = [f"{key}={text}" for key, text, _ in by_key]
-    is_exact = all(exact for _, _, exact in by_key)
+    parts = sorted(f"{short_key(key)}={_spelled(value)}" for key, value in values.items())
+    texts = [value for value in values.values() if isinstance(value, str)]
+    is_exact = all(_spelled(text).replace("pct", "%").replace("-", " ") == text for text in texts)
     if recipe is not None:
         parts.insert(0, re.sub(_UNSAFE, "-", recipe.replace(":", ".")))
         is_exact = is_exact and re.fullmatch(r"[\w-]+(:[\w-]+(\.[\w-]+)*)?", recipe, re.ASCII) is not None
@@ -167,21 +155,18 @@ def value_text(value: Value) -> str:
 
 @functools.cache
 def _short_keys() -> dict[str, str]:
-    keys = list(config_lib.settings())
-    found = {}
-    for key in keys:
-        parts = key.split(".")
-        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        found[key] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
-    return found
+    ends = {
+        key: list(itertools.accumulate(key.split(".")[::-1], lambda a, b: f"{b}.{a}")) for key in config_lib.settings()
+    }
+    counts = collections.Counter(itertools.chain.from_iterable(ends.values()))
+    return {key: next(end for end in several if counts[end] == 1) for key, several in ends.items()}
 
 
-def _spelled(value: Value) -> tuple[str, bool]:
-    """Return a value as names have it, and whether the value can be told from that."""
-    if not isinstance(value, str):
-        return value_text(value).replace("e+", "e").removesuffix(".0"), True
-    spelled = re.sub(_UNSAFE, "-", value.replace("%", "pct"))  # "10%" and "300 steps" are common
-    return spelled, spelled.replace("pct", "%").replace("-", " ") == value
+def _spelled(value: Value) -> str:
+    """Return a value as names have it."""
+    if isinstance(value, str):
+        return re.sub(_UNSAFE, "-", value.replace("%", "pct"))  # "10%" and "300 steps" are common
+    return value_text(value).replace("e+", "e").removesuffix(".0")
 
 
 def _exact(recipe: str | None, values: Mapping[str, Value]) -> str:

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from ttt_jax import finite
 from ttt_jax.config import renamed
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import flat
@@ -24,7 +26,7 @@ class Result(NamedTuple):
 
     rank: int | None  # from 1; None unless the point is done and its value finite
     standing: Standing
-    values: dict[str, Value]  # of the swept keys
+    config: dict[str, Value]  # by dotted key; of a point that has not begun, the keys that it sets
     value: float | None  # of the metric, which may be NaN or infinite; None where there is none
     step: int  # at which the metric has this value
 
@@ -44,7 +46,6 @@ class Results(NamedTuple):
 
     keys: list[str]  # that are swept; the first is CONFIG where several recipes are compared
     results: list[Result]
-    configs: dict[str, dict[str, Any]]  # by point and key; empty for points that have not begun
 
 
 def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> Results:
@@ -64,26 +65,22 @@ def of_sweep(directory: Workdir, name: str, *, highest: bool | None = None) -> R
     is_live = status.is_at_work(directory)
     highest = metric.higher_is_better(name) if highest is None else highest
 
-    def read(point: Point) -> tuple[Result, dict[str, Any], Mapping[str, Any]]:
+    def read(point: Point) -> tuple[Result, Mapping[str, Any]]:
         workdir = directory / point.name
-        config = flat(renamed.current(files.json_object(workdir / "config.json") or {}))
-        values = {key: config[key] for key in keys if key in config} | point.values
+        config = flat(renamed.current(files.json_object(workdir / "config.json") or {})) | point.values
         if several:
-            values[CONFIG] = recipe_label(point.recipe)
+            config[CONFIG] = recipe_label(point.recipe)
         value, step, tokens = metric.of_run(workdir, name)
         standing = status.of_point(workdir, point, is_live)
-        step = step if metric.is_of_evaluation(name) else standing.step
-        return Result(None, standing, values, value, step), config, tokens
+        return Result(None, standing, config, value, step if metric.is_of_evaluation(name) else standing.step), tokens
 
     found = files.on_each(read, sweep.points)
-    results = [result for result, _, _ in found]
-    begun = [result.standing.point.name for result in results if result.standing.step]
-    if begun and all(result.value is None for result in results):
+    begun = [point.name for point, (result, _) in zip(sweep.points, found, strict=True) if result.standing.step]
+    if begun and all(result.value is None for result, _ in found):
         known = ", ".join(metric.available(directory / begun[0]))
         raise ConfigError(f"--metric {name}: no point has it; expected one of {known}")
-    _check_same_tokens(name, {r.standing.point.name: tokens for r, _, tokens in found if r.value is not None})
-    configs = {result.standing.point.name: config for result, config, _ in found}
-    return Results(keys, _ranked(results, highest), configs)
+    _check_same_tokens(name, {r.standing.point.name: tokens for r, tokens in found if r.value is not None})
+    return Results(keys, _ranked([result for result, _ in found], highest))
 
 
 def _check_same_tokens(name: str, tokens: Mapping[str, Mapping[str, Any]]) -> None:
@@ -98,18 +95,31 @@ def _check_same_tokens(name: str, tokens: Mapping[str, Mapping[str, Any]]) -> No
 
 
 def _ranked(results: Sequence[Result], highest: bool) -> list[Result]:
-    def place(result: Result) -> float:
-        return (-1 if highest else 1) * (result.value or 0.0)
+    def order(result: Result) -> tuple[int, float]:
+        if not result.is_finished or result.is_not_finite:
+            return (1 if result.is_finished else 2), 0.0
+        return 0, (-1 if highest else 1) * (result.value or 0.0)
 
-    finished = [each for each in results if each.is_finished]
-    ranked = sorted((each for each in finished if not each.is_not_finite), key=place)
-    not_finite = [each for each in finished if each.is_not_finite]
-    others = [each for each in results if not each.is_finished]
-    return [each._replace(rank=rank) for rank, each in enumerate(ranked, 1)] + not_finite + others
+    ranked = enumerate(sorted(results, key=order), 1)
+    return [each._replace(rank=None if order(each)[0] else rank) for rank, each in ranked]
 
 
-def rows(results: Results, name: str) -> list[dict[str, Any]]:
-    """Return the results as JSON can hold them: null for a value that is not finite, with ``not_finite`` beside it."""
+def as_json(results: Results, name: str) -> str:
+    """Return the results as JSON: null for a value that is not finite, with ``not_finite`` beside it."""
+    rows = map(finite.for_json, _rows(results, name))
+    return json.dumps([row | {"not_finite": True} if count else row for row, count in rows], indent=2, allow_nan=False)
+
+
+def as_csv(results: Results, name: str) -> str:
+    """Return the results as CSV, with a line of names; ``nan`` and ``inf`` where a value is not finite."""
+    rows, text = _rows(results, name), io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _rows(results: Results, name: str) -> list[dict[str, Any]]:
     return [
         {
             "rank": each.rank,
@@ -117,23 +127,11 @@ def rows(results: Results, name: str) -> list[dict[str, Any]]:
             "state": each.standing.state,
             "step": each.step,
             "steps": each.standing.point.steps,
-            **{key: each.values.get(key) for key in results.keys},
-            name: None if each.is_not_finite else each.value,
-            **({"not_finite": True} if each.is_not_finite else {}),
+            **{key: each.config.get(key) for key in results.keys},
+            name: each.value,
         }
         for each in results.results
     ]
-
-
-def as_csv(results: Results, name: str) -> str:
-    """Return the results as CSV, with a line of names; ``nan`` and ``inf`` where a value is not finite."""
-    lines = [{**row, name: each.value} for row, each in zip(rows(results, name), results.results, strict=True)]
-    text = io.StringIO(newline="")
-    columns = [column for column in lines[0] if column != "not_finite"]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def table(results: Results, name: str) -> Table:
@@ -142,7 +140,7 @@ def table(results: Results, name: str) -> Table:
         {
             "rank": str(each.rank or ""),
             "point": each.standing.point.name,
-            **{short_key(key): status.key_value(each.values.get(key)) for key in results.keys},
+            **{short_key(key): status.key_value(each.config.get(key)) for key in results.keys},
             name: status.number_text(each.value, ".6g"),
             "step": f"{each.step}/{each.standing.point.steps}",
             "state": each.standing.state,
