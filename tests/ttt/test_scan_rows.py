@@ -271,7 +271,7 @@ def test_statistics_equal_those_of_documents_alone(gated, run_scan, given_state)
 ALIGNED = [bits("1000100010", "0000000000"), bits("0000000010", "1000100000"), bits("0000100000", "0000100010")]
 
 
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("statistics", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_aligned_changes_nothing(gated, run_scan, statistics):
     """Read from the second mini-batch of one row and the third of the other, with documents at multiples of b."""
     with jax.enable_x64(True):

@@ -26,6 +26,12 @@ from ttt_jax.ttt.learners import MLP, Linear, ResidualNorm
 from ttt_jax.ttt.objective import squared_error
 from ttt_jax.ttt.scan import Kernel
 
+KERNELS = ("auto", "pallas", "scan")
+
+# Mini-batches between two stored states, and per iteration of the scan: the fastest measured, see docs/kernels.md.
+_ON_TPUS, _ELSEWHERE = 4, 1
+_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # chips with 16 MiB of fast memory, where kernels take up to 50 MiB
+
 
 def unsupported(loop: InnerLoop, mini_batch: int) -> str | None:
     """Return why no kernel exists for an inner loop and a mini-batch of this size; None where one exists.
@@ -181,14 +187,6 @@ def _run_backward(how: Program, saved, cotangents):
 
 
 _run.defvjp(_run_forward, _run_backward)
-
-
-KERNELS = ("auto", "pallas", "scan")
-
-
-# Mini-batches between two stored states, and per iteration of the scan: the fastest measured, see docs/kernels.md.
-_ON_TPUS, _ELSEWHERE = 4, 1
-_SMALL = ("TPU v2", "TPU v3", "TPU v4")  # chips with 16 MiB of fast memory, where kernels take up to 50 MiB
 
 
 class Choice(NamedTuple):
