@@ -75,7 +75,7 @@ QUICK = [
 
 @pytest.mark.parametrize(("depth", "tokens", "b"), SHAPES)
 @given(seed=SEEDS, rate=st.sampled_from([0.0, 0.05, 0.5]))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_outputs_and_state_equal_the_primal_form(
     make_case, run_scan, run_primal, assert_close, depth, tokens, b, seed, rate
 ):
@@ -89,7 +89,7 @@ def test_outputs_and_state_equal_the_primal_form(
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in LOOPS])
 @given(seed=SEEDS, first=st.sampled_from([0, 4]))
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_every_choice_equals_the_primal_form_in_float64(make_case, run_scan, run_primal, name, seed, first):
     """Read the tokens at once, or in two pieces cut inside a mini-batch, with a partial mini-batch at the end."""
     with jax.enable_x64(True):

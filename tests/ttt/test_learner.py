@@ -49,7 +49,7 @@ def numpy_layer_norm(z, scale, bias):
 
 
 def applied(learner, weights, constants, x):
-    return learner.apply(jax.tree.map(jnp.asarray, weights), jax.tree.map(jnp.asarray, constants), jnp.asarray(x))
+    return jax.jit(learner.apply)(weights, constants, x)
 
 
 @pytest.mark.usefixtures("float64")
@@ -131,14 +131,22 @@ def test_derivatives_of_normalise_equal_autodiff_of_its_formula():
 
 
 def test_initial_weights_are_normal_with_zero_biases():
-    weights = learner_lib.init(jax.random.key(0, impl="rbg"), learners.mlp(32), heads=3)
+    @jax.jit
+    def draw_all():
+        key = jax.random.key(0, impl="rbg")
+        bare = learner_lib.init(key, Learner(Linear(bias=False), 4), heads=1)
+        return (
+            learner_lib.init(key, learners.mlp(32), heads=3),
+            bare,
+            learner_lib.init_constants(key, learners.linear(4), heads=3),
+        )
+
+    weights, bare, constants = draw_all()
     assert [w.weight.shape for w in weights] == [(3, 32, 128), (3, 128, 32)]
     for layer in weights:
         np.testing.assert_allclose([layer.weight.mean(), layer.weight.std()], [0, 0.02], atol=1e-3)
         np.testing.assert_array_equal(layer.bias, np.zeros((3, 1, layer.weight.shape[-1])))
-    bare = learner_lib.init(jax.random.key(0, impl="rbg"), Learner(Linear(bias=False), 4), heads=1)
     assert bare[0].bias is None
-    constants = learner_lib.init_constants(jax.random.key(0), learners.linear(4), heads=3)
     np.testing.assert_array_equal(constants["norm_scale"], np.ones((3, 1, 4)))
     np.testing.assert_array_equal(constants["norm_bias"], np.zeros((3, 1, 4)))
 
