@@ -160,7 +160,7 @@ def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ("--scale large", "--scale large: expected tiny or paper"),
         ("--scale paper", "--bucket: missing; expected where runs live, such as gs://BUCKET/reproduce"),
@@ -175,10 +175,10 @@ def test_fine_tuned_transformers_are_left_out_with_the_others(reproduce):
         ("--sizes 2m --colour blue", "--colour: no such option; --help lists them"),
     ],
 )
-def test_wrong_options_are_refused(reproduce, options, said):
-    message = reproduce("figure_10", *options.split(), status=2)
-    assert message.startswith(f"figure_10.sh: {said}")
-    assert message.count("\n") == 1
+def test_wrong_options_are_refused(reproduce, options, message):
+    printed = reproduce("figure_10", *options.split(), status=2)
+    assert printed.startswith(f"figure_10.sh: {message}")
+    assert printed.count("\n") == 1
 
 
 def test_help_lists_the_options(reproduce):

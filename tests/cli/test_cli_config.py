@@ -5,23 +5,15 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from tiny_run import QUICKSTART, ttt
 
 from ttt_jax import cli
 from ttt_jax import config as config_lib
 from ttt_jax.cli import config as config_command
 
-QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.py")
 MINE = ["--config", f"{QUICKSTART}:ttt_mlp", "--config.training.duration=4096000 tokens", "--config.seed=7"]
-
-
-def ttt(*arguments) -> int:
-    try:
-        return cli.main(list(arguments))
-    except SystemExit as end:  # argparse
-        return end.code
 
 
 def test_the_lines_are_toml_of_the_whole_config(capsys):

@@ -62,7 +62,7 @@ def test_fill_of_a_learner_is_weighted_by_the_work_of_its_matrices():
     """Check widths 32, 128, 128, 32: 2/3 of the work fills a matrix unit, the rest fills a quarter of it."""
     c = config("ttt_mlp")
     c.model.ttt.mlp_depth = 3
-    assert any("fill 6.2% of a matrix unit" in said for said in step_time(c).assumptions)  # 16/128 / (2/3 + 4/3)
+    assert any("fill 6.2% of a matrix unit" in line for line in step_time(c).assumptions)  # 16/128 / (2/3 + 4/3)
 
 
 def test_a_fused_inner_loop_fills_a_matrix_unit_with_groups():

@@ -75,9 +75,9 @@ def test_plans_are_stored_and_printed(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"), [(0.05, "3 min"), (0.9, "54 min"), (1.0, "1.0 h"), (14.96, "15.0 h"), (None, "")]
+    ("hours", "shown"), [(0.05, "3 min"), (0.9, "54 min"), (1.0, "1.0 h"), (14.96, "15.0 h"), (None, "")]
 )
-def test_a_cell_of_the_table(script, hours, said):
+def test_a_cell_of_the_table(script, hours, shown):
     time = None if hours is None else {"total": 0.03467}
     p = {"memory": {"total": 5.76 * 2**30}, "step_time": time, "hours": hours}
-    assert script.brief(p) == (f"5.8 GiB, 0.035 s, {said}" if said else "5.8 GiB: too much")
+    assert script.brief(p) == (f"5.8 GiB, 0.035 s, {shown}" if shown else "5.8 GiB: too much")

@@ -67,7 +67,7 @@ def test_report_of_a_run_that_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("shown", "expected"),
     [
         (report._time(0.00099), "0.99 ms"),
         (report._time(0), "0.0000 s"),
@@ -79,5 +79,5 @@ def test_report_of_a_run_that_does_not_fit():
         (report._count(999, 1, "Mk"), "999"),
     ],
 )
-def test_units_of_numbers(said, expected):
-    assert said == expected
+def test_units_of_numbers(shown, expected):
+    assert shown == expected
