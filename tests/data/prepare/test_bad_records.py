@@ -59,7 +59,7 @@ LINES = [
     (b'{"text": "a\xff"}\n{"text": "b"}\n', [Problem(1, "not valid UTF-8: invalid start byte at byte 11"), (2, "b")]),
     (b'{"text": "a"}\n{"text": "\xe6\xb0', [(1, "a"),
         Problem(2, "not valid UTF-8: unexpected end of data at byte 10")]),
-    (b"[" * 3000 + b"\n" + TWO, [Problem(1, "not JSON: maximum recursion depth"), (2, "a"), (3, "b")]),
+    (b"[" * 100_000 + b"\n" + TWO, [Problem(1, "not JSON: maximum recursion depth"), (2, "a"), (3, "b")]),
     (b"", [Problem(1, "no records")]),
     (b" \n\r\n\t", [Problem(4, "no records")]),
 ]  # fmt: skip
