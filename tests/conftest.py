@@ -111,7 +111,7 @@ def for_libtpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
-    """``assert_close(actual, desired, tolerance)`` for trees; relative to the largest value of each array."""
+    """Return ``assert_close(actual, desired, tolerance)`` for trees; relative to the largest value of each array."""
 
     def check(actual: Any, desired: Any, tolerance: float = 1e-5) -> None:
         def arrays(actual, desired):
@@ -127,7 +127,7 @@ def assert_close() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[..., Any]:
-    """``random_params(module, *args)``: parameters drawn by NumPy, large enough that each of them is felt.
+    """Return ``random_params(module, *args)``: parameters drawn by NumPy, large enough that each has an effect.
 
     Initialisation would compile something and leave half of the parameters at 0 or 1.
     """
@@ -147,8 +147,8 @@ def random_params() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def save_run(random_params) -> Callable[..., dict[int, Any]]:
-    """``save_run(workdir, config, steps)``: makes a workdir with checkpoints of random parameters, compiling nothing;
-    returns the parameters by step."""
+    """Return ``save_run(workdir, config, steps)``, which makes a workdir with checkpoints of random parameters without
+    compiling anything, and returns the parameters by step."""
     from ttt_jax import config as config_lib
     from ttt_jax.distributed import sharding
     from ttt_jax.models.language_model import build_model
@@ -173,8 +173,8 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
 
 @pytest.fixture(scope="session")
 def in_one_process(tmp_path_factory) -> Callable[[list[str]], dict[str, list]]:
-    """``in_one_process(commands)``: status, stdout and stderr of each command of ttt, all of one process in an empty
-    folder, which must neither load JAX (nor others that are ``unwanted``) nor leave a file."""
+    """Return ``in_one_process(commands)``: status, stdout and stderr of each command of ttt. One process runs them in an
+    empty folder; it must neither load JAX (nor other ``unwanted`` modules) nor leave a file."""
 
     def run(commands: list[str], unwanted: tuple[str, ...] = ("jax",)) -> dict[str, list]:
         program = f"""
@@ -205,7 +205,7 @@ print(json.dumps([printed, [name for name in {unwanted!r} if name in sys.modules
 
 @pytest.fixture(scope="session")
 def mount_namespace() -> list[str]:
-    """The command that starts another where it may mount; the test is skipped where there is none."""
+    """Return the command that starts another with the right to mount; skip the test where there is none."""
     for command in (["unshare", "-m"], ["unshare", "-rm"]):
         try:
             trial = [*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]

@@ -1,4 +1,4 @@
-"""The changes that CONTRIBUTING.md shows, made to a copy of the package as they stand there."""
+"""Apply the changes that CONTRIBUTING.md shows to a copy of the package, and test the copy."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_each_changes_a_few_lines_of_one_file():
 
 @pytest.mark.slow
 def test_they_work_by_their_config_names(tmp_path):
-    """The tests of registered choices, run in the copy, find the new names and pass."""
+    """Check that the tests of registered choices, run in the copy, find the new names and pass."""
     parts = "ttt_jax configs tests/ttt tests/mixers tests/configs tests/conftest.py tests/inner_loops.py pyproject.toml"
     for name in parts.split():
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy

@@ -1,4 +1,4 @@
-"""``python tests/ttt_elsewhere.py SOCKET ARGUMENTS``: let the process that listens there run a command of ttt."""
+"""Let another process run a command of ttt: ``python tests/ttt_elsewhere.py SOCKET ARGUMENTS``."""
 
 import sys
 from multiprocessing.connection import Client

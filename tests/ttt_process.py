@@ -1,4 +1,4 @@
-"""``python tests/ttt_process.py ARGUMENTS`` is ``python -m ttt_jax ARGUMENTS`` where processes share compiled programs.
+"""Run ``python -m ttt_jax ARGUMENTS`` with compiled programs that processes share.
 
 JAX finds a program again by a key that differs between the CPU processes of one run, and lets process 0 alone keep
 what it compiled, so that the others compile at each start. Here all of them find and keep programs alike.

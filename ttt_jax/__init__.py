@@ -1,3 +1,3 @@
-"""ttt_jax: language models that learn at test time, trained, evaluated and compared in JAX."""
+"""Train, evaluate and compare language models that learn at test time, in JAX."""
 
 __version__ = "0.1.0"
