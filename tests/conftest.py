@@ -173,8 +173,8 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
 
 @pytest.fixture(scope="session")
 def in_one_process(tmp_path_factory) -> Callable[[list[str]], dict[str, list]]:
-    """Return ``in_one_process(commands)``: status, stdout and stderr of each command of ttt. One process runs them in an
-    empty folder; it must neither load JAX (nor other ``unwanted`` modules) nor leave a file."""
+    """Return ``in_one_process(commands)``: status, stdout and stderr of each command of ttt. One process runs them in
+    an empty folder; it must neither load JAX (nor other ``unwanted`` modules) nor leave a file."""
 
     def run(commands: list[str], unwanted: tuple[str, ...] = ("jax",)) -> dict[str, list]:
         program = f"""

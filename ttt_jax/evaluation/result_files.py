@@ -21,6 +21,7 @@ from ttt_jax.config import renamed
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.storage.writing import write_atomically
 
 T = TypeVar("T")
 _ARRAYS = "npz_sha256"  # key of the hash of the .npz in the .json
@@ -58,8 +59,7 @@ def write(
         if is_local(folder):
             folder.mkdir(parents=True, exist_ok=True)
     for suffix, part in ((".csv", table.getvalue().encode()), (".npz", content.getvalue())):
-        with explained(folder / f"{stem}{suffix}"):
-            (folder / f"{stem}{suffix}").write_bytes(part)
+        write_atomically(folder / f"{stem}{suffix}", part)
     json_files.write_object(folder / f"{stem}.json", about)
     return folder / f"{stem}.npz"
 
