@@ -1,4 +1,4 @@
-"""``ttt launch`` as a person types it: help, and what is refused before any other program is started."""
+"""Check ``ttt launch`` as a person types it: help, and what is refused before any other program is started."""
 
 import subprocess
 import sys
