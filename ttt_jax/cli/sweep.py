@@ -139,57 +139,54 @@ def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:
     elsewhere = options.command or options.engine == "ray"
     environments = [{}] * jobs if elsewhere else runner.gpu_shares(jobs)
     workdir_lib.make(directory)
-    local = _local(directory)
+    place, local = directory, _local(directory)
+    if options.engine == "ray":  # whose processes have other working directories
+        place, local = (directory.resolve() if workdir_lib.is_local(directory) else directory), local.resolve()
     with WorkdirLock(directory, "ttt sweep"):
         if files.find_sweep(directory) != old:
             raise ConfigError(f"--workdir {directory}: another command has just changed the sweep; run this one again")
         files.write_sweep(directory, sweep)
         known = files.on_each(lambda point: files.read_record(directory / point.name), wanted)
-        early = options.asha is not None
-        left = [
-            point
+        is_early = options.asha is not None
+        runs = [
+            runner.PointRun(
+                point,
+                place,
+                local,
+                [*runner.PROGRAM, *commands[point.name]],
+                restarts=options.restarts,
+                cwd=Path.cwd(),
+                ended=record if record is not None and record.is_final(point.steps, stopping_early=is_early) else None,
+            )
             for point, record in zip(wanted, known, strict=True)
-            if record is None or not record.is_final(point.steps, stopping_early=early)
         ]
+        left = [each for each in runs if each.ended is None]
         others = len(sweep.points) - len(wanted)
         runner.say(
             f"{directory}: {len(wanted)} points, {len(wanted) - len(left)} of them done already"
             + (f"; {others} of earlier commands are left as they are" if others else "")
             + f"; to watch: ttt sweep status {shlex.quote(str(directory))} --watch"
         )
-        programs = {point.name: [*runner.PROGRAM, *commands[point.name]] for point in left}
-        if options.engine == "ray":
-            received = _run_on_ray(options, directory, local, wanted, programs)
-        else:
-            runs = [
-                runner.PointRun(point, directory, local, programs[point.name], restarts=options.restarts)
-                for point in left
-            ]
-            received = runner.run(runs, environments)
+        received = _run_on_ray(options, runs) if left and options.engine == "ray" else runner.run(left, environments)
     return _summary(directory, wanted, received)
 
 
-def _run_on_ray(options, directory: Workdir, local: Path, wanted, programs) -> signal.Signals | None:
+def _run_on_ray(options, runs) -> signal.Signals | None:
     from ttt_jax.sweep import metric, ray_tune
 
-    if not programs:
-        return None
     early = None
     if options.asha is not None:
-        grace = options.grace or max(1, max(point.steps for point in wanted) // 10)
+        grace = options.grace or max(1, max(each.point.steps for each in runs) // 10)
         early = ray_tune.Early(options.asha, grace, options.reduction, metric.higher_is_better(options.asha))
-    ended = [point for point in wanted if point.name not in programs] if early else []  # they are compared with
-    left = [point for point in wanted if point.name in programs]
-    trials = ray_tune.Trials(
-        {point.name: point for point in (*ended, *left)},
-        programs,
-        directory=str(directory.resolve() if workdir_lib.is_local(directory) else directory),
-        local=str(local.resolve()),
-        cwd=str(Path.cwd()),
-        restarts=options.restarts,
+    # Those that have ended are compared with, and have to come first.
+    ordered = sorted((each for each in runs if early or each.ended is None), key=lambda each: each.ended is None)
+    return ray_tune.run(
+        {each.point.name: each for each in ordered},
+        address=options.ray_address,
+        resources=_resources(options.resources),
+        jobs=options.jobs,
+        early=early,
     )
-    resources = _resources(options.resources)
-    return ray_tune.run(trials, address=options.ray_address, resources=resources, jobs=options.jobs, early=early)
 
 
 def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int:

@@ -4,6 +4,7 @@ A trial is the same ``ttt train`` process in the same folder as elsewhere; it re
 ``metrics.jsonl``. Tune never ends a trial, which would not save: the trial is asked to stop, saves, and ends itself.
 """
 
+import itertools
 import logging
 import math
 import os
@@ -11,14 +12,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax import extras, ray_cluster
 from ttt_jax.errors import ConfigError, DataError
-from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.sweep import files, metric
-from ttt_jax.sweep.points import Point
 from ttt_jax.sweep.runner import PointRun, say
 from ttt_jax.terminal.stopping import StopSignals
 
@@ -54,35 +52,22 @@ class Early(NamedTuple):
 
     def rungs(self, steps: int) -> list[float]:
         """Return the rungs of a run of so many steps."""
-        found, rung = [], float(self.grace)
-        while rung < steps:
-            found.append(rung)
-            rung *= self.factor
-        return found
-
-
-class Trials(NamedTuple):
-    """The trials, as their processes need to know them."""
-
-    points: dict[str, Point]  # by name
-    commands: dict[str, list[str]]  # program and arguments; not of points that have ended, which are compared with
-    directory: str  # of the sweep
-    local: str  # a folder for logs and locks
-    cwd: str  # where the commands run
-    restarts: int
+        rungs = (self.grace * self.factor**k for k in itertools.count())
+        return list(itertools.takewhile(lambda rung: rung < steps, rungs))
 
 
 def run(
-    trials: Trials,
+    runs: Mapping[str, PointRun],
     *,
     address: str | None,
     resources: Mapping[str, float],
     jobs: int | None,
     early: Early | None,
 ) -> signal.Signals | None:
-    """Run all trials; return the signal that stopped the sweep, if one did.
+    """Run points, by name, as trials; return the signal that stopped the sweep, if one did.
 
     Args:
+      runs: paths in them are absolute; points that have ended already are only compared with.
       address: of a cluster, ``auto`` for the one of this machine; None starts one here, for as long as this takes.
       resources: of a trial, such as ``{"CPU": 4, "GPU": 1}``.
       jobs: how many run at a time; None is as many as there are resources for.
@@ -98,17 +83,17 @@ def run(
         _check_resources(resources)
         with StopSignals() as stop, tempfile.TemporaryDirectory(prefix="ttt-sweep-") as folder:
             requests = ray.remote(num_cpus=0)(_StopRequests).remote()
-            scheduler = _Scheduler(trials, early, requests, stop)
-            trainable = tune.with_parameters(_Trainable, trials=trials, requests=requests, early=early)
+            scheduler = _Scheduler(runs, early, requests, stop)
+            trainable = tune.with_parameters(_Trainable, runs=runs, requests=requests, early=early)
             tune.Tuner(
                 tune.with_resources(trainable, tune.PlacementGroupFactory([dict(resources)])),
-                param_space={"point": tune.grid_search(list(trials.points))},
+                param_space={"point": tune.grid_search(list(runs))},
                 tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=jobs, reuse_actors=False),
                 run_config=tune.RunConfig(
                     name="sweep",
                     storage_path=folder,  # for Tune's own records, which are not needed: points have theirs
                     verbose=0,
-                    stop=_Stopper(scheduler),
+                    stop=scheduler,
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=_NODE_FAILURES),
                 ),
@@ -136,34 +121,28 @@ class _StopRequests:
 class _Trainable(tune.Trainable):
     """A trial: the process of a point, and what it records."""
 
-    def setup(self, config: dict[str, Any], trials: Any = None, requests: Any = None, early: Any = None) -> None:
-        self._name, self._requests, self._early, self._step = config["point"], requests, early, 0
-        point, directory = trials.points[self._name], workdir_lib.at(trials.directory)
-        self._workdir = directory / self._name
-        self._rungs = early.rungs(point.steps) if early else []
-        self._asked = False
-        self._run = None
-        if command := trials.commands.get(self._name):
-            cwd = Path(trials.cwd) if Path(trials.cwd).is_dir() else None
-            self._run = PointRun(point, directory, Path(trials.local), command, cwd=cwd, restarts=trials.restarts)
+    def setup(self, config: dict[str, Any], runs: Any = None, requests: Any = None, early: Any = None) -> None:
+        self._run: PointRun = runs[config["point"]]
+        self._is_new = self._run.ended is None
+        self._requests, self._early, self._step, self._asked = requests, early, 0, False
+        self._rungs = early.rungs(self._run.point.steps) if early else []
 
     def step(self) -> dict[str, Any]:
         deadline = time.monotonic() + _SILENCE
         while True:
             self._stop_if_asked()
-            ended = self._run is None or self._run.poll() is not None
+            record = self._run.poll()
             if reached := self._next_rung():
                 return reached
-            if ended:
-                record = self._run and self._run.ended
-                return {"done": True, "state": record.state, "said": record.said} if record else {"done": True}
+            if record is not None:
+                return {"done": True, **({"state": record.state, "said": record.said} if self._is_new else {})}
             if time.monotonic() > deadline:
                 return {}
             time.sleep(_POLL)
 
     def cleanup(self) -> None:
         """Let the run save where Tune ends the trial after all."""
-        if self._run is not None and self._run.ended is None:
+        if self._run.ended is None:
             self._run.stop()
             while self._run.poll() is None:
                 time.sleep(_POLL)
@@ -171,29 +150,29 @@ class _Trainable(tune.Trainable):
     def _next_rung(self) -> dict[str, Any]:
         """Return step and metric where the run has come to another rung."""
         rung = next((rung for rung in self._rungs if rung > self._step), math.inf)
-        newest = files.records(self._workdir, newest=True) if self._rungs else []
+        newest = files.records(self._run.workdir, newest=True) if self._rungs else []
         if not newest or newest[-1]["step"] < rung:
             return {}
-        found = metric.at_step(files.records(self._workdir), self._early.metric, rung)
+        found = metric.at_step(files.records(self._run.workdir), self._early.metric, rung)
         if found is None:  # a run that goes back to a checkpoint drops records
             return {}
         self._step, number = found
         return {"step": self._step, **({} if number is None else {self._early.metric: number})}
 
     def _stop_if_asked(self) -> None:
-        if self._run is not None and not self._asked and (state := ray.get(self._requests.get.remote(self._name))):
+        if not self._asked and (state := ray.get(self._requests.get.remote(self._run.point.name))):
             self._asked = True
             self._run.stop(signal.SIGTERM, state)
 
 
-class _Scheduler(ASHAScheduler):
+class _Scheduler(ASHAScheduler, tune.Stopper):
     """ASHA, if at all, which asks a trial to stop where Tune's own would end it."""
 
-    def __init__(self, trials: Trials, early: Early | None, requests: Any, stop: StopSignals):
-        self._steps = {name: point.steps for name, point in trials.points.items()}
+    def __init__(self, runs: Mapping[str, PointRun], early: Early | None, requests: Any, stop: StopSignals):
+        self._steps = {name: each.point.steps for name, each in runs.items()}
         self._early, self._requests, self._stop = early, requests, stop
         self._asked: set[str] = set()
-        self.running: set[str] = set()  # trials that have reported, and have not ended
+        self._running: set[str] = set()  # trials that have reported, and have not ended
         longest = max(self._steps.values())
         super().__init__(
             time_attr="step",
@@ -204,16 +183,18 @@ class _Scheduler(ASHAScheduler):
             reduction_factor=early.factor if early else 4,
         )
 
-    @property
-    def interrupted(self) -> bool:
-        """Return whether all trials are asked to stop, and no other is begun."""
-        return self._stop.received is not None
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether Tune may end, as all trials that were asked to stop have done so."""
+        return self._stop.received is not None and not self._running
 
     def on_trial_result(self, tune_controller, trial, result) -> str:
         name = trial.config["point"]
-        self.running.add(name)
+        self._running.add(name)
         comparable = self._early is not None and name not in self._asked and result.get("step", 0) < self._steps[name]
-        if self.interrupted:
+        if self._stop.received is not None:
             for each in self._steps:  # a trial that Tune begins after this starts no process
                 self._ask(each, files.STOPPED)
         elif comparable and super().on_trial_result(tune_controller, trial, result) == TrialScheduler.STOP:
@@ -229,30 +210,18 @@ class _Scheduler(ASHAScheduler):
         self._end(trial, f"its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
 
     def choose_trial_to_run(self, tune_controller):
-        return None if self.interrupted else super().choose_trial_to_run(tune_controller)
+        return None if self._stop.received is not None else super().choose_trial_to_run(tune_controller)
 
     def _end(self, trial, how: str) -> None:
-        self.running.discard(trial.config["point"])
+        name = trial.config["point"]
+        self._running.discard(name)
         if how:
-            say(f"{trial.config['point']}: {how}")
+            say(f"{name}: {how}")
 
     def _ask(self, name: str, state: str) -> None:
         if name not in self._asked:
             self._asked.add(name)
             ray.get(self._requests.add.remote(name, state))
-
-
-class _Stopper(tune.Stopper):
-    """End Tune's loop once all trials that were asked to stop have done so."""
-
-    def __init__(self, scheduler: _Scheduler):
-        self._scheduler = scheduler
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self._scheduler.interrupted and not self._scheduler.running
 
 
 def _check_resources(resources: Mapping[str, float]) -> None:

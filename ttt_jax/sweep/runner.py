@@ -1,6 +1,5 @@
 """Run points on this machine: start a process for each, restart it after status 75, and record how it ended."""
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -36,8 +35,7 @@ def run(points: Sequence["PointRun"], environments: Sequence[Mapping[str, str]])
 
     The first SIGINT or SIGTERM is passed on to the points, which save; the second one ends all at once.
     """
-    waiting = collections.deque(points)
-    running: dict[int, PointRun] = {}  # by place in environments
+    waiting, free, running = list(points), list(environments), list["PointRun"]()
     passed_on = False
     with StopSignals() as stop:
         try:
@@ -45,15 +43,17 @@ def run(points: Sequence["PointRun"], environments: Sequence[Mapping[str, str]])
                 if stop.received and not passed_on:
                     passed_on = True
                     say(f"{stop.received.name}: waits until {len(running)} points have saved; a second one does not")
-                    for each in running.values():
+                    for each in running:
                         each.stop(stop.received)
-                for place, environment in enumerate(environments):
-                    if place not in running and waiting and not stop.received:
-                        running[place] = dataclasses.replace(waiting.popleft(), environment=environment)
-                running = {place: each for place, each in running.items() if each.poll() is None}
+                while free and waiting and not stop.received:
+                    running.append(waiting.pop(0))
+                    running[-1].environment = free.pop(0)
+                for each in [each for each in running if each.poll() is not None]:
+                    running.remove(each)
+                    free.append(each.environment)
                 time.sleep(_POLL)
         finally:
-            for each in running.values():
+            for each in running:
                 each.kill()
     return stop.received
 
@@ -75,13 +75,13 @@ class PointRun:
     directory: Workdir  # of the sweep; the point has a folder in it
     local: Path  # the same, or a folder of this machine for log and lock where ``directory`` is in a bucket
     command: Sequence[str]  # program and arguments
+    restarts: int
+    cwd: Path  # where the command runs, on machines that have this folder
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # added to that of this process
-    cwd: Path | None = None
-    restarts: int = 10
     ended: Record | None = None  # the record of its end; None so far
 
     def __post_init__(self):
-        self._workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
+        self.workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
         self._process: subprocess.Popen | None = None
         self._record = Record(files.RUNNING, self.point.steps)
         self._due = 0.0  # of the monotonic clock
@@ -90,8 +90,7 @@ class PointRun:
     def poll(self) -> Record | None:
         """Do what is due: start the process, or note its end. Return :attr:`ended`."""
         if self._process is not None:
-            status = self._process.poll()
-            if status is not None:
+            if (status := self._process.poll()) is not None:
                 self._note_end(status)
         elif self.ended is None and self._stopped_as:
             self._end(self._stopped_as)
@@ -135,7 +134,7 @@ class PointRun:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, **self.environment},
-                cwd=self.cwd,
+                cwd=self.cwd if self.cwd.is_dir() else None,
                 pass_fds=[read, lock.fileno()],
                 start_new_session=True,
             )
@@ -162,17 +161,16 @@ class PointRun:
             self._say(f"is to be started again: {said}")
         else:
             self._end(files.FAILED, said)
-        if not is_local(self._workdir):
-            self._save(_LOG, self._copy_log)
+        if not is_local(self.workdir):
+            log = (self._folder / _LOG).read_bytes()
+            self._save(_LOG, lambda path: path.write_bytes(log))
 
     def _end(self, state: str, said: str = "") -> None:
         self.ended = dataclasses.replace(self._record, state=state, said=said)
-        if not self._record.starts:
-            return
-        self._write(self.ended)
-        took = duration(time.time() - self.ended.began)
-        why = f"{self.ended.describe_exit()}: {said}" if state == files.FAILED else took
-        self._say(f"{state}, {why}")
+        if self._record.starts:
+            self._write(self.ended)
+            took = duration(time.time() - self.ended.began)
+            self._say(f"{state}, {f'{self.ended.describe_exit()}: {said}' if state == files.FAILED else took}")
 
     def _say(self, text: str) -> None:
         say(f"{self.point.name}: {text}")
@@ -182,14 +180,12 @@ class PointRun:
 
     def _save(self, name: str, write: Callable[[Workdir], object]) -> None:
         """Write a file. Failing storage must not end other points; a point without its record runs again, all done."""
+        path = self.workdir / name
         try:
-            write(self._workdir / name)
+            with explained(path):
+                write(path)
         except OSError as error:
-            say(f"{self._workdir / name}: cannot be written: {error}")
-
-    def _copy_log(self, path: Workdir) -> None:
-        with explained(path):
-            path.write_bytes((self._folder / _LOG).read_bytes())
+            say(f"{path}: cannot be written: {error}")
 
     def _last_line(self) -> str:
         """Return the last line that ``ttt`` itself wrote, or the last line of all; empty where nothing was written."""
@@ -201,20 +197,18 @@ class PointRun:
         return (own or lines or [""])[-1]
 
 
-def gpu_shares(jobs: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
+def gpu_shares(jobs: int) -> list[dict[str, str]]:
     """Return variables that give each process an equal share of the GPUs: by itself, JAX takes all, and their memory.
 
     Raises:
       ConfigError: where there are more processes than GPUs.
     """
-    if jobs == 1 or environment.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return [{}] * jobs
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         gpus = [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
     else:
         gpus = [device.strip() for device in chosen.split(",") if device.strip()]
-    if not gpus:
+    if not gpus or jobs == 1 or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return [{}] * jobs
     if jobs > len(gpus):
         raise ConfigError(f"--jobs {jobs}: this machine has {len(gpus)} GPUs; expected at most {len(gpus)}")
