@@ -34,7 +34,7 @@ from ttt_jax.cli import bench
 from ttt_jax.config import tree
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import parse as parse_value
-from ttt_jax.sweep import axes
+from ttt_jax.sweep import points
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -152,7 +152,7 @@ def check_config(arguments: list[str], partial: bool) -> None:
 
 def check_sweep(options, arguments: list[str], partial: bool) -> None:
     """Build the config of each recipe of a sweep, and read its axes."""
-    for key in axes.combinations(options.grid, options.zip, {})[0]:
+    for key in points.combinations(options.grid, options.zip, {})[0]:
         check_key(key)
     recipes = [value for key, value in itertools.pairwise(arguments) if key == "--config"]
     constants = [each for each in arguments if each.startswith("--config.")]

@@ -17,9 +17,9 @@ def test_rungs():
 
 
 @pytest.mark.slow
-def test_bad_points_are_stopped_early_and_saved(folder, start_sweep):
+def test_bad_points_are_stopped_early_and_saved(folder, sweep):
     def run(arguments=""):
-        process = start_sweep(f"{POINTS} {arguments}", do={f"seed={seed}": ["steps", "steps"] for seed in range(3)})
+        process = sweep.start(f"{POINTS} {arguments}", do={f"seed={seed}": ["steps", "steps"] for seed in range(3)})
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         return out, err
@@ -50,8 +50,8 @@ def test_bad_points_are_stopped_early_and_saved(folder, start_sweep):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_does_not_answer_is_one_line(folder, start_sweep):
-    process = start_sweep(f"{POINTS} --engine ray --ray-address 127.0.0.1:1")
+def test_a_cluster_that_does_not_answer_is_one_line(folder, sweep):
+    process = sweep.start(f"{POINTS} --engine ray --ray-address 127.0.0.1:1")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (2, "")
     assert err.splitlines()[-1].startswith("ttt sweep: --ray-address 127.0.0.1:1: no such cluster (")

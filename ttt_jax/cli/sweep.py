@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
       rest: arguments of the config.
       parse: the parser of ``ttt``.
     """
-    from ttt_jax.sweep import axes, files, points
+    from ttt_jax.sweep import files, points
     from ttt_jax.training import metrics, resume
 
     launcher = options.command
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     _check_engine(options)
     directory = workdir_lib.at(options.workdir)
     (grid, *zips), recipes, constant = _split([options.grid, *options.zip], rest)
-    overrides = axes.combinations(grid, zips, constant, len(recipes))
+    overrides = points.combinations(grid, zips, constant, len(recipes))
     old = files.find_sweep(directory)
     wanted, configs = zip(*points.make(recipes, constant, overrides, old.points if old else ()), strict=True)
     base = {key: config_lib.value_of(configs[0], key) for key in constant}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ttt_jax.errors import ConfigError
+from ttt_jax.storage.json_files import warn_once
 from ttt_jax.storage.lock_file import NO_LOCKS
 from ttt_jax.storage.workdir import Workdir, explained, is_local
 from ttt_jax.sweep import files, supervisor
@@ -84,8 +85,7 @@ class PointRun:
         self.workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
         self._process: subprocess.Popen | None = None
         self._record = Record(files.RUNNING, self.point.steps)
-        self._due = 0.0  # of the monotonic clock
-        self._said_busy, self._stopped_as = False, ""
+        self._due, self._stopped_as = 0.0, ""  # by the monotonic clock
 
     def poll(self) -> Record | None:
         """Do what is due: start the process, or note its end. Return :attr:`ended`."""
@@ -117,11 +117,10 @@ class PointRun:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not self._said_busy:
-                    lock.seek(0)
-                    holder = lock.read().strip() or "another process"
-                    self._say(f"waits for the end of {holder}, of an earlier sweep")
-                self._said_busy, self._due = True, time.monotonic() + _BUSY_PAUSE
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                warn_once(f"{self.point.name}: waits for the end of {holder}, of an earlier sweep")
+                self._due = time.monotonic() + _BUSY_PAUSE
                 return
             except OSError as error:
                 if error.errno not in NO_LOCKS:  # without them, ttt train's own record in the folder is enough

@@ -54,21 +54,20 @@ def of_point(workdir: Workdir, point: Point, is_live: bool) -> Standing:
       is_live: whether a command works on the sweep; without one, no point is running.
     """
     record, newest = files.read_record(workdir), files.records(workdir, newest=True)
-    if record is None:
-        state, note = STOPPED if newest else WAITING, ""  # begun by hand, perhaps
-    else:
+    state, note = STOPPED if newest else WAITING, ""  # begun by hand, perhaps
+    if record is not None:
         begun = record.state == RUNNING and not is_live
         shorter = record.state == DONE and record.steps < point.steps  # the sweep has been made longer since
         state = STOPPED if begun or shorter else record.state
+    if record is not None and state == FAILED:
         killed = record.describe_exit() if (record.status or 0) < 0 or not record.said else ""
-        note = "; ".join(filter(None, (killed, record.said))) if state == FAILED else ""
-    if not newest:
-        return Standing(point, state, note=note)
-    written = files.last_written(workdir)
+        note = "; ".join(filter(None, (killed, record.said)))
+    written = files.last_written(workdir) if newest else None
+    step = newest[-1]["step"] if newest else 0
     return Standing(
         point,
         state,
-        step=point.steps if state == DONE else newest[-1]["step"],  # records may be some steps apart
+        step=point.steps if newest and state == DONE else step,  # records may be some steps apart
         loss=next(iter(metric.numbers(newest[-1:], "loss")), None),
         tokens_per_second=metric.of_records(newest[-20:], "tokens_per_second").number,  # one step says little
         age=None if written is None else max(0.0, time.time() - written),
