@@ -164,7 +164,8 @@ def check(problem, valid, reset):
 
         direction = [rng.standard_normal(np.shape(x)) for x in jax.tree.leaves(arguments)]
         slope = sum((direction[i] * jax.tree.leaves(gradient)[i]).sum() for i in floats)
-        assert slope == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-5, abs=1e-5)
+        # Newton-Schulz bends sharply at small gradients: with steps of 1e-6 the difference is wrong by 2e-5.
+        assert slope == pytest.approx((moved(1e-7) - moved(-1e-7)) / 2e-7, rel=1e-5, abs=1e-5)
 
 
 @given(valid=masks, reset=masks, sparse=masks)
@@ -224,7 +225,7 @@ def deep(make_case, quick_jit):
         return case, Alone(case, quick_jit)
 
 
-@given(valid=masks, reset=masks, more=masks, lengths=st.sampled_from([[2, 6, 2], [6, 2, 2], [2, 2, 6]]))
+@given(valid=masks, reset=masks, more=masks, lengths=st.sampled_from([[1, 9], [9, 1]]))
 @settings(max_examples=8)
 def test_documents_in_pieces_equal_documents_alone(deep, run_scan, valid, reset, more, lengths):
     with jax.enable_x64(True):
