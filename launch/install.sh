@@ -8,12 +8,10 @@ set -euo pipefail
 
 venv="$1" python="$2" extras="$3"
 source_tree="$(cd "$(dirname "$0")/.." && pwd)"
-for uv in "$(command -v uv || true)" "$HOME/.local/bin/uv" "$venv-uv/bin/uv"; do
-    [ ! -x "$uv" ] || break
-done
-if [ ! -x "$uv" ]; then
+PATH="$PATH:$HOME/.local/bin:$venv-uv/bin"
+if ! command -v uv >/dev/null; then
     python3 -m pip install --quiet --disable-pip-version-check --target "$venv-uv" uv >&2
 fi
-"$uv" venv --quiet --allow-existing --python "$python" "$venv"
-"$uv" pip install --quiet --python "$venv/bin/python" --constraint "$source_tree/launch-constraints.txt" \
+uv venv --quiet --allow-existing --python "$python" "$venv"
+uv pip install --quiet --python "$venv/bin/python" --constraint "$source_tree/launch-constraints.txt" \
     --editable "${source_tree}[$extras]"

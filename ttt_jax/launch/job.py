@@ -84,7 +84,7 @@ def make(
         name, workdir = name or default_name(None, command), workdir[0]
     needs_config = options.takes_config and not getattr(options, "function", None)  # ttt bench tpu-schedule
     config = config_lib.from_arguments(rest) if needs_config else None
-    places = local_files.of_options(options.parser, options) + ([] if config is None else local_files.of_config(config))
+    places = local_files.find(options, config)
     if needs_config and sends_sources:
         command = config_lib.replace_files(command, lambda path: _path_in(root, path))
     return Job(
@@ -95,7 +95,7 @@ def make(
         config,
         _variables(environment),
         tuple(key for key in environment if "=" not in key),
-        tuple(places),
+        places,
     )
 
 
@@ -129,10 +129,8 @@ def check_files(job: Job, written: str | None) -> None:
       written: why it may not write to the disks of the machines either; None where it may.
     """
     sent = versions.files(job.checkout)
-    if written is not None:
-        local_files.check_written(job.places, written)
     local_files.check_variables(job.copied, job.environment)
-    local_files.check_readable(job.places, job.checkout, sent)
+    local_files.check(job.places, job.checkout, sent, written)
     for key, path in check_functions(job).items():
         import_path.check_sent(path, key, job.checkout, sent)
     if job.config is not None and job.config.log.tensorboard and (job.workdir or "").startswith("gs://"):

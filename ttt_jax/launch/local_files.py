@@ -1,7 +1,6 @@
 """Find the files and folders that a command names, and refuse those that another machine would not have.
 
-The kind of an option is declared where the option is: its metavar is ``DIR``, ``FILE`` or ``FILES``. Nothing is guessed
-from values.
+An option names files where its metavar is one of ``METAVARS``. Nothing is guessed from values.
 """
 
 import argparse
@@ -18,18 +17,11 @@ import ml_collections
 from ttt_jax.config import GENERATED, value_of
 from ttt_jax.errors import ConfigError
 
-_KINDS = {"DIR": "folder", "FILE": "file", "FILES": "file"}  # by metavar
-_WRITTEN = {("train", "workdir"), ("tokenize", "output")}  # by verb and option
-_WRITTEN_HERE = {  # on the disk of whatever machine runs the verb
-    ("eval", "csv"),
-    ("harness", "output"),
-    ("probe needle", "plot"),
-    ("probe task", "plot"),
-    ("bench tpu-schedule", "keep"),
-}
-_CONFIG_KINDS = {"data.source": "folder", "data.tokenizer": "file", "training.start_from": "folder"}
-_NO_FILES = {"tokenizer": ("byte",), "source": GENERATED, "data.tokenizer": ("byte",), "data.source": GENERATED}
-_FILE_VARIABLES = {  # environment variables whose values are paths of files that must be there
+METAVARS = ("DIR", "FILE", "FILES")
+CONFIG_KEYS = ("data.source", "data.tokenizer", "training.start_from")
+WRITTEN = ("output", "csv", "plot", "keep")  # options; those of type Path only take files on a local disk
+_NO_FILES = {"tokenizer": ("byte",), "source": GENERATED}  # values of options and keys
+_FILE_VARIABLES = {  # environment variables whose values are paths of files that must exist
     *("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG", "BOTO_CONFIG", "AWS_SHARED_CREDENTIALS_FILE"),
     *("AWS_CONFIG_FILE", "KUBECONFIG", "NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
     *("CURL_CA_BUNDLE", "HF_TOKEN_PATH", "PYTHONPATH"),
@@ -43,136 +35,111 @@ class Place(NamedTuple):
     """A file or folder that a command names.
 
     Attributes:
+      name: the option without hyphens, or the key of the config.
       shown: the option or key with its value, for messages.
       value: the path, glob or URL.
-      kind: ``file`` or ``folder``.
       use: ``read``; ``written``; or ``written here``, on the disk of the machine that runs the command.
-      name: of the option, without hyphens, or the key of the config.
     """
 
+    name: str
     shown: str
     value: str
-    kind: str
-    use: str
-    name: str
+    use: str = "read"
 
 
-def of_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Place]:
-    """Return the places that the options of a verb name, from what its parser declares."""
-    found = []
-    for action in parser._actions:
+def find(options: argparse.Namespace, config: ml_collections.ConfigDict | None) -> tuple[Place, ...]:
+    """Return the places that the options of a verb and its config name."""
+    places = []
+    for action in options.parser._actions:
+        option = action.option_strings[-1] if action.option_strings else action.metavar
+        written = action.dest in WRITTEN or (options.verb, action.dest) == ("train", "workdir")
+        use = ("written here" if action.type is Path else "written") if written else "read"
         values = getattr(options, action.dest, None)
-        shown = action.option_strings[-1] if action.option_strings else str(action.metavar)
         for value in values if isinstance(values, list) else [values]:
             text = "" if value is None else str(value)
-            kind = _KINDS.get(str(action.metavar))
-            if (options.verb, action.dest) == ("bench tpu-schedule", "function") and ".py:" in text:
-                text, kind = text.rpartition(":")[0], "file"
-            if kind and text and text.partition(":")[0] not in _NO_FILES.get(action.dest, ()):
-                written = "written" if (options.verb, action.dest) in _WRITTEN else "read"
-                use = "written here" if (options.verb, action.dest) in _WRITTEN_HERE else written
-                found.append(Place(f"{shown} {text}", text, kind, use, action.dest))
-    return found
+            if action.dest == "function" and ".py:" in text:  # FILE.py:NAME
+                text = text.rpartition(":")[0]
+            elif action.metavar not in METAVARS:
+                continue
+            places.append(Place(action.dest, f"{option} {text}", text, use))
+    for key in CONFIG_KEYS if config is not None else ():
+        value = value_of(config, key) or ""
+        if key != "data.tokenizer" or "/" in value or Path(value).exists():  # else it is a name or a hash
+            places.append(Place(key, f"{key}={value!r}", value))
 
+    def is_file(place: Place) -> bool:
+        return place.value.partition(":")[0] not in ("", *_NO_FILES.get(place.name.rpartition(".")[2], ()))
 
-def of_config(config: ml_collections.ConfigDict) -> list[Place]:
-    """Return the places that a config names."""
-    found = []
-    for key, kind in _CONFIG_KINDS.items():
-        value = value_of(config, key)
-        if not value or value.partition(":")[0] in _NO_FILES.get(key, ()):
-            continue
-        if key == "data.tokenizer" and "/" not in value and not Path(value).exists() and not value.startswith("~"):
-            continue  # a name or a hash
-        found.append(Place(f"{key}={value!r}", value, kind, "read", key))
-    return found
+    return tuple(filter(is_file, places))
 
 
 def is_local(location: str) -> bool:
-    """Return whether a path or URL, such as fsspec takes them, leads to the machine that reads it."""
+    """Return whether a path or URL, as fsspec takes them, leads to the machine that reads it."""
     parts = [part.strip() for part in location.split("::")]  # zip://a.txt::file:///b.zip
     return any(_LOCAL_URL.match(part) for part in parts) or "://" not in parts[-1]
 
 
-def check_readable(places: Sequence[Place], checkout: Path, sent: Sequence[Path]) -> None:
-    """Check that what a command reads is there on a machine that gets the files ``sent`` of ``checkout`` and no others.
+def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not_written: str | None) -> None:
+    """Check that another machine has the files that a command reads, and keeps those that it writes.
+
+    Args:
+      sent: the files of the source tree ``checkout`` that the machine gets.
+      why_not_written: what is wrong with writing to the disk of the machine; None where nothing is.
 
     Raises:
-      ConfigError: for the first place that is not, naming its option or key.
+      ConfigError: for the first place that is refused, naming its option or key.
     """
     for place in places:
+        problem, in_bucket = "", place.value.startswith("gs://")
+        path = _sent_path(place.value, checkout, sent)
         if place.use != "read":
-            continue
-        if place.name == "workdir" and not place.value.startswith("gs://"):
-            raise ConfigError(f"{place.shown}: a folder of this machine, not there; expected gs://bucket/name")
-        if not is_local(place.value):
-            continue
-        inside = _inside(place.value, checkout, sent)
-        if inside is not None and Path(os.path.normpath(place.value)) == inside:
-            continue
-        if inside is not None:
-            raise ConfigError(
-                f"{place.shown}: a local path; expected {inside}, which it is called in the source tree that is sent "
-                f"(run this in {checkout})"
+            if why_not_written and place.use == "written here":
+                problem = f"is on a local disk, and {why_not_written}; expected a command without it"
+            elif why_not_written and not in_bucket:
+                problem = f"{why_not_written}; expected gs://bucket/name"
+        elif place.name == "workdir":
+            problem = "" if in_bucket else "a folder that other machines do not have; expected gs://bucket/name"
+        elif path and path != Path(os.path.normpath(place.value)):
+            problem = (
+                f"a local path; expected {path}, its path in the source tree that is sent (run this in {checkout})"
             )
-        path = re.sub("(?i)^file://", "", place.value)
-        raise ConfigError(
-            f"{place.shown}: a {place.kind} of this machine, not there; expected "
-            + ("its hash or name, " if place.name == "data.tokenizer" else "")
-            + f"gs://bucket/name (copy it: gcloud storage cp -r {shlex.quote(path)} gs://bucket/), another URL, or a "
-            f"path in the source tree {checkout}, which is sent"
-        )
-
-
-def check_written(places: Sequence[Place], why: str) -> None:
-    """Check that nothing is written to the disks of the machines; ``why`` says what is wrong with that.
-
-    Raises:
-      ConfigError: for the first place that is, naming its option.
-    """
-    for place in places:
-        if place.use == "written here":
-            raise ConfigError(f"{place.shown}: is on a local disk, and {why}; expected a command without it")
-        if place.use == "written" and not place.value.startswith("gs://"):
-            raise ConfigError(f"{place.shown}: {why}; expected gs://bucket/name")
+        elif not path and is_local(place.value):
+            source = shlex.quote(re.sub("(?i)^file://", "", place.value))
+            problem = (
+                "is on this machine only; expected "
+                + ("its hash or name, " if place.name == "data.tokenizer" else "")
+                + f"gs://bucket/name (copy it: gcloud storage cp -r {source} gs://bucket/), another URL, or a path in "
+                f"the source tree {checkout}, which is sent"
+            )
+        if problem:
+            raise ConfigError(f"{place.shown}: {problem}")
 
 
 def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None:
     """Check that the values of ``--env`` name no files of this machine. Values may be secrets: none is shown.
 
+    Args:
+      copied: the variables whose values are those of this machine.
+
     Raises:
       ConfigError: for the first variable that does.
     """
+    not_shared = tuple(f"{folder.rstrip('/')}/" for folder in (os.path.expanduser("~"), tempfile.gettempdir()))
     for key, value in variables.items():
-        if value and (_names_a_file(value) or (key in _FILE_VARIABLES and (key in copied or _exists(value)))):
+        path = os.path.abspath(os.path.expanduser(value))
+        is_own = value.startswith(("/", "~")) and os.path.isfile(path) and path.startswith(not_shared)
+        exists = any(os.path.exists(os.path.expanduser(part)) for part in value.split(os.pathsep))
+        is_known = key in _FILE_VARIABLES and (key in copied or exists)
+        if value and (is_own or is_known or re.match("(?i)(file|local)://", value)):
             raise ConfigError(
                 f"--env {key}: names a file of this machine, which is not sent; expected a value that means the same "
                 "there (on Google Cloud, machines have the credentials of their service account)"
             )
 
 
-def _inside(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
-    """Return the path of ``value`` in the source tree if it is sent: a file, a folder, or a glob that matches files."""
-    if "://" in value or "::" in value:
+def _sent_path(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
+    """Return the path in the source tree of a file, folder or glob that is sent; None for all other values."""
+    path = Path(os.path.relpath(value, checkout))
+    if "://" in value or "::" in value or not any(file.is_relative_to(path) or file.match(str(path)) for file in sent):
         return None
-    try:
-        path = Path(os.path.abspath(value)).relative_to(checkout)
-    except ValueError:
-        return None
-    if path in sent or any(file.is_relative_to(path) for file in sent):
-        return path
-    return path if any(file.match(str(path)) for file in sent) else None
-
-
-def _names_a_file(value: str) -> bool:
-    """Return whether a value is the URL of a local file, or the path of one in a folder that no two machines share."""
-    if re.match(r"(?i)(file|local)://", value):
-        return True
-    path = os.path.abspath(os.path.expanduser(value))
-    own = (os.path.expanduser("~"), tempfile.gettempdir())
-    absolute = value.startswith(("/", "~"))
-    return absolute and os.path.isfile(path) and any(path.startswith(f"{place.rstrip('/')}/") for place in own)
-
-
-def _exists(value: str) -> bool:
-    return any(os.path.exists(os.path.expanduser(part)) for part in value.split(os.pathsep))
+    return path

@@ -10,23 +10,28 @@ import tarfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ttt_jax.errors import ConfigError
 
-_NOT_SENT = ("tests",)  # tens of megabytes that no run needs
+PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # the version for the other machine, too
+_OTHER_MACHINE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+_WITHOUT_GIT = (
+    "setup.py",
+    "README.md",
+    "pyproject.toml",
+    "ttt_jax/**/*",
+    "configs/**/*",
+    "launch/**/*",
+    "scripts/**/*",
+)
 _MOST_BYTES = 200 * 2**20
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # of the other machine, too
-# The other machine runs Linux, whatever this one does.
-_THERE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 
 
-def installed(extras: Sequence[str] = ()) -> dict[str, str]:
-    """Return the installed versions of all packages that ttt_jax requires, directly or through others.
+def constraints(extras: Sequence[str] = ()) -> str:
+    """Return a constraints file for pip or uv: the installed versions of all packages that ttt_jax requires.
 
     Packages that are not installed here, such as those of another platform, are left out, and so are packages in a
     version that another one does not allow (libtpu beside another jax): the other machine chooses their versions.
@@ -34,41 +39,27 @@ def installed(extras: Sequence[str] = ()) -> dict[str, str]:
     Raises:
       ConfigError: where ttt_jax itself was not installed.
     """
-    found: dict[str, str] = {}
-    seen = set()
-    refused = set()
-    left = [("ttt-jax", extra) for extra in ("", *extras)]
-    while left:
-        package, extra = left.pop()
-        if (package, extra) in seen:
-            continue
-        seen.add((package, extra))
+    versions: dict[str, str] = {}
+    refused, seen = {"ttt-jax"}, set()
+    requirements = [Requirement(f"ttt-jax[{','.join(extras)}]")]
+    for requirement in requirements:  # the list grows in the loop
+        name = canonicalize_name(requirement.name)
         try:
-            distribution = importlib.metadata.distribution(package)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        found[package] = distribution.version.partition("+")[0]  # +cuda and its like are names of local builds
-        for line in distribution.requires or ():
-            requirement = Requirement(line)
-            environment: dict[str, str] = {**default_environment(), **_THERE, "extra": extra}  # type: ignore[dict-item]
-            if requirement.marker and not requirement.marker.evaluate(environment):
-                continue
-            name = canonicalize_name(requirement.name)
-            left += [(name, wanted) for wanted in ("", *requirement.extras)]
-            try:
-                version = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            if not requirement.specifier.contains(version, prereleases=True):
-                refused.add(name)
-    if found.pop("ttt-jax", None) is None:
+        if not requirement.specifier.contains(versions[name], prereleases=True):
+            refused.add(name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                further = map(Requirement, importlib.metadata.requires(name) or ())
+                environment = {**_OTHER_MACHINE, "extra": extra}
+                requirements += [each for each in further if not each.marker or each.marker.evaluate(environment)]
+    if "ttt-jax" not in versions:
         raise ConfigError("ttt_jax: is not installed here; expected pip install -e of the source tree")
-    return {name: version for name, version in sorted(found.items()) if name not in refused}
-
-
-def constraints(extras: Sequence[str] = ()) -> str:
-    """Return a constraints file for pip or uv, with the versions of :func:`installed`."""
-    return "".join(f"{name}=={version}\n" for name, version in installed(extras).items())
+    # The part after + names local builds, such as +cuda.
+    return "".join(f"{name}=={versions[name].partition('+')[0]}\n" for name in sorted(versions.keys() - refused))
 
 
 @lru_cache
@@ -79,15 +70,15 @@ def files(checkout: Path) -> tuple[Path, ...]:
     """
     command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        done = subprocess.run(command, capture_output=True, check=True)
-        names = [Path(name) for name in done.stdout.decode().split("\0") if name]
+        listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+        paths = {Path(name) for name in listed if name}
     except (OSError, subprocess.CalledProcessError):
-        found = [checkout / "setup.py", checkout / "README.md", checkout / "pyproject.toml"]
-        for room in ("ttt_jax", "configs", "launch", "scripts"):
-            found += [path for path in (checkout / room).rglob("*") if "__pycache__" not in path.parts]
-        names = [path.relative_to(checkout) for path in found]
-    sent = [name for name in names if name.parts[0] not in _NOT_SENT and (checkout / name).is_file()]
-    return tuple(sorted(set(sent)))
+        paths = {path.relative_to(checkout) for pattern in _WITHOUT_GIT for path in checkout.glob(pattern)}
+    return tuple(sorted(path for path in paths if _is_sent(path) and (checkout / path).is_file()))
+
+
+def _is_sent(path: Path) -> bool:
+    return path.parts[0] != "tests" and "__pycache__" not in path.parts  # tests are tens of megabytes
 
 
 def archive(checkout: Path, extra: dict[str, str], path: Path) -> str:
@@ -96,7 +87,7 @@ def archive(checkout: Path, extra: dict[str, str], path: Path) -> str:
     Args:
       checkout: the source tree.
       extra: texts to add by file name, such as the constraints.
-      path: of the archive; its folder is created.
+      path: the archive; its folder is created.
 
     Returns:
       Twelve letters and digits that differ between contents.
@@ -104,36 +95,28 @@ def archive(checkout: Path, extra: dict[str, str], path: Path) -> str:
     Raises:
       ConfigError: for a tree of more than 200 MB, naming its largest files.
     """
-    chosen = files(checkout)
-    sizes = {name: (checkout / name).stat().st_size for name in chosen}
-    if sum(sizes.values()) > _MOST_BYTES:
-        largest = ", ".join(f"{n} ({sizes[n] >> 20} MB)" for n in sorted(sizes, key=sizes.__getitem__)[:-4:-1])
+    stats = {name: (checkout / name).stat() for name in files(checkout)}
+    if (size := sum(stat.st_size for stat in stats.values())) > _MOST_BYTES:
+        largest = sorted(stats, key=lambda name: -stats[name].st_size)[:3]
         raise ConfigError(
-            f"{checkout}: {sum(sizes.values()) >> 20} MB to send; expected less than {_MOST_BYTES >> 20} MB. "
-            f"Name what does not belong to it in .gitignore: {largest}"
+            f"{checkout}: {size >> 20} MB to send; expected less than {_MOST_BYTES >> 20} MB. Name what does not "
+            f"belong to it in .gitignore: {', '.join(f'{name} ({stats[name].st_size >> 20} MB)' for name in largest)}"
         )
+    members = [(str(name), (checkout / name).read_bytes(), stat.st_mode & 0o755) for name, stat in stats.items()]
+    members += [(name, text.encode(), 0o644) for name, text in sorted(extra.items())]
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name in chosen:
-            content = (checkout / name).read_bytes()
-            _add(tar, str(name), content, (checkout / name).stat().st_mode & 0o755)
-        for name_of_text, text in sorted(extra.items()):
-            _add(tar, name_of_text, text.encode(), 0o644)
-    content = gzip.compress(packed.getvalue(), mtime=0)
+        for name, content, mode in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), mode
+            tar.addfile(info, io.BytesIO(content))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    path.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
     return hashlib.sha256(packed.getvalue()).hexdigest()[:12]
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes, mode: int) -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(content), mode
-    tar.addfile(info, io.BytesIO(content))
 
 
 def unpack(archived: Path, folder: Path) -> None:
     """Unpack an archive that :func:`archive` has written."""
-    # The first Python with filters is 3.11.4.
-    safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(archived) as tar:
-        tar.extractall(folder, **safely)
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python has from 3.11.4 on
+        tar.extractall(folder)
