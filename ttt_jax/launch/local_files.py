@@ -21,30 +21,21 @@ METAVARS = ("DIR", "FILE", "FILES")
 CONFIG_KEYS = ("data.source", "data.tokenizer", "training.start_from")
 WRITTEN = ("output", "csv", "plot", "keep")  # options; those of type Path only take files on a local disk
 _NO_FILES = {"tokenizer": ("byte",), "source": GENERATED}  # values of options and keys
-_FILE_VARIABLES = {  # environment variables whose values are paths of files that must exist
-    *("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG", "BOTO_CONFIG", "AWS_SHARED_CREDENTIALS_FILE"),
-    *("AWS_CONFIG_FILE", "KUBECONFIG", "NETRC", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
-    *("CURL_CA_BUNDLE", "HF_TOKEN_PATH", "PYTHONPATH"),
-}
+_FILE_VARIABLES = """GOOGLE_APPLICATION_CREDENTIALS CLOUDSDK_CONFIG BOTO_CONFIG AWS_SHARED_CREDENTIALS_FILE
+    AWS_CONFIG_FILE KUBECONFIG NETRC SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE HF_TOKEN_PATH
+    PYTHONPATH""".split()  # their values are paths
 _LOCAL_URL = re.compile(
     r"(file|local|memory)://|[a-z0-9+.-]+://([^/@]*@)?(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", re.IGNORECASE
 )
 
 
 class Place(NamedTuple):
-    """A file or folder that a command names.
+    """A file or folder that a command names."""
 
-    Attributes:
-      name: the option without hyphens, or the key of the config.
-      shown: the option or key with its value, for messages.
-      value: the path, glob or URL.
-      use: ``read``; ``written``; or ``written here``, on the disk of the machine that runs the command.
-    """
-
-    name: str
-    shown: str
-    value: str
-    use: str = "read"
+    name: str  # the option without hyphens, or the key of the config
+    shown: str  # the option or key with its value, for messages
+    value: str  # a path, glob or URL
+    use: str = "read"  # or "written", or "written here": on the disk of the machine that runs the command
 
 
 def find(options: argparse.Namespace, config: ml_collections.ConfigDict | None) -> tuple[Place, ...]:
@@ -80,14 +71,9 @@ def is_local(location: str) -> bool:
 
 
 def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not_written: str | None) -> None:
-    """Check that another machine has the files that a command reads, and keeps those that it writes.
+    """Raise ConfigError for a place that a machine that gets the files ``sent`` cannot read, or loses after writing it.
 
-    Args:
-      sent: the files of the source tree ``checkout`` that the machine gets.
-      why_not_written: what is wrong with writing to the disk of the machine; None where nothing is.
-
-    Raises:
-      ConfigError: for the first place that is refused, naming its option or key.
+    ``why_not_written`` says why its disk may not be written to; None where it may.
     """
     for place in places:
         problem, in_bucket = "", place.value.startswith("gs://")
@@ -100,30 +86,20 @@ def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not
         elif place.name == "workdir":
             problem = "" if in_bucket else "a folder that other machines do not have; expected gs://bucket/name"
         elif path and path != Path(os.path.normpath(place.value)):
-            problem = (
-                f"a local path; expected {path}, its path in the source tree that is sent (run this in {checkout})"
-            )
+            problem = f"a local path; expected {path}, as in the source tree that is sent (run this in {checkout})"
         elif not path and is_local(place.value):
+            alternative = "its hash or name, " if place.name == "data.tokenizer" else ""
             source = shlex.quote(re.sub("(?i)^file://", "", place.value))
             problem = (
-                "is on this machine only; expected "
-                + ("its hash or name, " if place.name == "data.tokenizer" else "")
-                + f"gs://bucket/name (copy it: gcloud storage cp -r {source} gs://bucket/), another URL, or a path in "
-                f"the source tree {checkout}, which is sent"
+                f"is on this machine only; expected {alternative}gs://bucket/name (copy it: gcloud storage cp -r "
+                f"{source} gs://bucket/), another URL, or a path in the source tree {checkout}, which is sent"
             )
         if problem:
             raise ConfigError(f"{place.shown}: {problem}")
 
 
 def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None:
-    """Check that the values of ``--env`` name no files of this machine. Values may be secrets: none is shown.
-
-    Args:
-      copied: the variables whose values are those of this machine.
-
-    Raises:
-      ConfigError: for the first variable that does.
-    """
+    """Raise ConfigError where variables, of which some are copied from here, name local files; show no values."""
     not_shared = tuple(f"{folder.rstrip('/')}/" for folder in (os.path.expanduser("~"), tempfile.gettempdir()))
     for key, value in variables.items():
         path = os.path.abspath(os.path.expanduser(value))
@@ -140,6 +116,5 @@ def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None
 def _sent_path(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
     """Return the path in the source tree of a file, folder or glob that is sent; None for all other values."""
     path = Path(os.path.relpath(value, checkout))
-    if "://" in value or "::" in value or not any(file.is_relative_to(path) or file.match(str(path)) for file in sent):
-        return None
-    return path
+    is_sent = any(file.is_relative_to(path) or file.match(str(path)) for file in sent)
+    return path if is_sent and "://" not in value and "::" not in value else None

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -18,15 +19,8 @@ from ttt_jax.errors import ConfigError
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # the version for the other machine, too
 _OTHER_MACHINE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
-_WITHOUT_GIT = (
-    "setup.py",
-    "README.md",
-    "pyproject.toml",
-    "ttt_jax/**/*",
-    "configs/**/*",
-    "launch/**/*",
-    "scripts/**/*",
-)
+_WITHOUT_GIT = "setup.py README.md pyproject.toml ttt_jax/**/* configs/**/* launch/**/* scripts/**/*".split()
+_NOT_SENT = re.compile(r"tests/|(.*/)?__pycache__/")  # tests are tens of megabytes that no run needs
 _MOST_BYTES = 200 * 2**20
 
 
@@ -70,27 +64,16 @@ def files(checkout: Path) -> tuple[Path, ...]:
     """
     command = ["git", "-C", str(checkout), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
-        paths = {Path(name) for name in listed if name}
+        names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
     except (OSError, subprocess.CalledProcessError):
-        paths = {path.relative_to(checkout) for pattern in _WITHOUT_GIT for path in checkout.glob(pattern)}
-    return tuple(sorted(path for path in paths if _is_sent(path) and (checkout / path).is_file()))
-
-
-def _is_sent(path: Path) -> bool:
-    return path.parts[0] != "tests" and "__pycache__" not in path.parts  # tests are tens of megabytes
+        names = [str(path.relative_to(checkout)) for pattern in _WITHOUT_GIT for path in checkout.glob(pattern)]
+    return tuple(sorted({Path(name) for name in names if not _NOT_SENT.match(name) and (checkout / name).is_file()}))
 
 
 def archive(checkout: Path, extra: dict[str, str], path: Path) -> str:
-    """Write a .tar.gz of the source tree; the same bytes for the same files.
+    """Write a .tar.gz of a source tree and further texts by file name; return a hash of its contents.
 
-    Args:
-      checkout: the source tree.
-      extra: texts to add by file name, such as the constraints.
-      path: the archive; its folder is created.
-
-    Returns:
-      Twelve letters and digits that differ between contents.
+    The same files make the same bytes. The folder of ``path`` is created.
 
     Raises:
       ConfigError: for a tree of more than 200 MB, naming its largest files.
