@@ -79,10 +79,9 @@ def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not
         problem, in_bucket = "", place.value.startswith("gs://")
         path = _sent_path(place.value, checkout, sent)
         if place.use != "read":
-            if why_not_written and place.use == "written here":
-                problem = f"is on a local disk, and {why_not_written}; expected a command without it"
-            elif why_not_written and not in_bucket:
-                problem = f"{why_not_written}; expected gs://bucket/name"
+            if why_not_written and (place.use == "written here" or not in_bucket):
+                expected = "gs://bucket/name" if place.use == "written" else "a command without it"
+                problem = f"{why_not_written}; expected {expected}"
         elif place.name == "workdir":
             problem = "" if in_bucket else "a folder that other machines do not have; expected gs://bucket/name"
         elif path and path != Path(os.path.normpath(place.value)):
