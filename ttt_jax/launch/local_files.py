@@ -77,16 +77,19 @@ def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not
     """
     for place in places:
         problem, in_bucket = "", place.value.startswith("gs://")
-        path = _sent_path(place.value, checkout, sent)
+        path = Path(os.path.relpath(place.value, checkout))
+        is_sent = not re.search("://|::", place.value) and any(
+            f.is_relative_to(path) or f.match(str(path)) for f in sent
+        )
         if place.use != "read":
             if why_not_written and (place.use == "written here" or not in_bucket):
                 expected = "gs://bucket/name" if place.use == "written" else "a command without it"
                 problem = f"{why_not_written}; expected {expected}"
         elif place.name == "workdir":
             problem = "" if in_bucket else "a folder that other machines do not have; expected gs://bucket/name"
-        elif path and path != Path(os.path.normpath(place.value)):
+        elif is_sent and path != Path(os.path.normpath(place.value)):
             problem = f"a local path; expected {path}, as in the source tree that is sent (run this in {checkout})"
-        elif not path and is_local(place.value):
+        elif not is_sent and is_local(place.value):
             alternative = "its hash or name, " if place.name == "data.tokenizer" else ""
             source = shlex.quote(re.sub("(?i)^file://", "", place.value))
             problem = (
@@ -110,10 +113,3 @@ def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None
                 f"--env {key}: names a file of this machine, which is not sent; expected a value that means the same "
                 "there (on Google Cloud, machines have the credentials of their service account)"
             )
-
-
-def _sent_path(value: str, checkout: Path, sent: Sequence[Path]) -> Path | None:
-    """Return the path in the source tree of a file, folder or glob that is sent; None for all other values."""
-    path = Path(os.path.relpath(value, checkout))
-    is_sent = any(file.is_relative_to(path) or file.match(str(path)) for file in sent)
-    return path if is_sent and "://" not in value and "::" not in value else None
