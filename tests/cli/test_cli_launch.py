@@ -56,7 +56,7 @@ def test_help_does_not_load_jax():
         ([*TPU, "--", *TRAIN, "--config.mesh.tensor=3"], "does not fit 4 devices"),
         ([*TPU, "--", *TRAIN, "--config.data.batch_size=6"], "not divisible by the 4 devices"),
         ([*TPU, "--", *TRAIN, "--config.data.source=data/books"], "data.source='data/books': is on this machine only"),
-        ([*TPU, "--", *TRAIN, "--config.training.start_from=runs/b"], "training.start_from='runs/b': is on this machine"),
+        ([*TPU, "--", *TRAIN, "--config.training.start_from=runs/b"], "start_from='runs/b': is on this machine"),
         ([*TPU, "--", *TRAIN, "--config.data.tokenizer=/etc/passwd"], "is on this machine only; expected"),
         ([*TPU, "--", *"tokenize --tokenizer byte --train gs://b/t.txt --output data/a".split()], "data/a: the mach"),
         ([*TPU, "--", *TRAIN, "--config.log.tensorboard=true"], "log.tensorboard=true: needs a local workdir"),
