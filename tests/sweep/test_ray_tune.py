@@ -47,12 +47,3 @@ def test_bad_points_are_stopped_early_and_saved(folder, sweep):
     assert lines(0, "output.log") == ["going on at 0"]
     assert lines(1, "output.log")[-1] == f"going on at {saved}"
     assert {each.state for each in status.of_sweep(folder)} == {"done"}
-
-
-@pytest.mark.slow
-def test_a_cluster_that_does_not_answer_is_one_line(folder, sweep):
-    process = sweep.start(f"{POINTS} --engine ray --ray-address 127.0.0.1:1")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (2, "")
-    assert err.splitlines()[-1].startswith("ttt sweep: --ray-address 127.0.0.1:1: no such cluster (")
-    assert not list(folder.glob("seed*"))

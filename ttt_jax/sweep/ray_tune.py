@@ -28,7 +28,7 @@ except ImportError as error:
     raise ConfigError(f"--engine ray: needs Ray Tune ({error}); {extras.install_command('ray')}") from error
 
 _POLL = 0.5  # seconds
-_SILENCE = 3.0  # seconds; a trial reports at least as often, as it hears with the answer that it is to stop
+_POLLS = 6  # before a trial reports even without news, so that the scheduler can stop it
 _NODE_FAILURES = 10  # of a trial: it goes on elsewhere
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has all that they would write
@@ -106,7 +106,7 @@ def run(
 
 
 class _StopRequests:
-    """An actor that keeps which trials are asked to stop, and the state that their points are in then."""
+    """An actor that keeps the states of points after their trials have stopped, for those that are asked to stop."""
 
     def __init__(self) -> None:
         self._states: dict[str, str] = {}
@@ -124,21 +124,20 @@ class _Trainable(tune.Trainable):
     def setup(self, config: dict[str, Any], runs: Any = None, requests: Any = None, early: Any = None) -> None:
         self._run: PointRun = runs[config["point"]]
         self._is_new = self._run.ended is None
-        self._requests, self._early, self._step, self._asked = requests, early, 0, False
+        self._requests, self._early, self._step = requests, early, 0
         self._rungs = early.rungs(self._run.point.steps) if early else []
 
     def step(self) -> dict[str, Any]:
-        deadline = time.monotonic() + _SILENCE
-        while True:
-            self._stop_if_asked()
+        for _ in range(_POLLS):
+            if not self._run.stopped_as and (state := ray.get(self._requests.get.remote(self._run.point.name))):
+                self._run.stop(signal.SIGTERM, state)
             record = self._run.poll()
             if reached := self._next_rung():
                 return reached
             if record is not None:
                 return {"done": True, **({"state": record.state, "said": record.said} if self._is_new else {})}
-            if time.monotonic() > deadline:
-                return {}
             time.sleep(_POLL)
+        return {}
 
     def cleanup(self) -> None:
         """Let the run save where Tune ends the trial after all."""
@@ -158,11 +157,6 @@ class _Trainable(tune.Trainable):
             return {}
         self._step, number = found
         return {"step": self._step, **({} if number is None else {self._early.metric: number})}
-
-    def _stop_if_asked(self) -> None:
-        if not self._asked and (state := ray.get(self._requests.get.remote(self._run.point.name))):
-            self._asked = True
-            self._run.stop(signal.SIGTERM, state)
 
 
 class _Scheduler(ASHAScheduler, tune.Stopper):
@@ -204,19 +198,16 @@ class _Scheduler(ASHAScheduler, tune.Stopper):
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller, trial, result) -> None:
-        self._end(trial, ": ".join(filter(None, (result.get("state"), result.get("said")))))
+        self._running.discard(trial.config["point"])
+        if result.get("state"):
+            say(": ".join(filter(None, (trial.config["point"], result["state"], result["said"]))))
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        self._end(trial, f"its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
+        self._running.discard(trial.config["point"])
+        say(f"{trial.config['point']}: its trial failed: {str(trial.error_file and trial.get_error())[-200:]}")
 
     def choose_trial_to_run(self, tune_controller):
         return None if self._stop.received is not None else super().choose_trial_to_run(tune_controller)
-
-    def _end(self, trial, how: str) -> None:
-        name = trial.config["point"]
-        self._running.discard(name)
-        if how:
-            say(f"{name}: {how}")
 
     def _ask(self, name: str, state: str) -> None:
         if name not in self._asked:

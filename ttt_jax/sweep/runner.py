@@ -80,27 +80,28 @@ class PointRun:
     cwd: Path  # where the command runs, on machines that have this folder
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # added to that of this process
     ended: Record | None = None  # the record of its end; None so far
+    stopped_as: str = ""  # the state that it is in after it was asked to stop
 
     def __post_init__(self):
         self.workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
         self._process: subprocess.Popen | None = None
         self._record = Record(files.RUNNING, self.point.steps)
-        self._due, self._stopped_as = 0.0, ""  # by the monotonic clock
+        self._due = 0.0  # by the monotonic clock
 
     def poll(self) -> Record | None:
         """Do what is due: start the process, or note its end. Return :attr:`ended`."""
         if self._process is not None:
             if (status := self._process.poll()) is not None:
                 self._note_end(status)
-        elif self.ended is None and self._stopped_as:
-            self._end(self._stopped_as)
+        elif self.ended is None and self.stopped_as:
+            self._end(self.stopped_as)
         elif self.ended is None and time.monotonic() >= self._due:
             self._start()
         return self.ended
 
     def stop(self, number: int = signal.SIGTERM, state: str = files.STOPPED) -> None:
         """Ask the process to save and to end; the point is then in this state, unless it is done or has failed."""
-        self._stopped_as = state
+        self.stopped_as = state
         if self._process is not None:
             self._process.send_signal(number)
 
@@ -152,8 +153,8 @@ class PointRun:
         self._record = dataclasses.replace(self._record, status=status, ended=time.time())
         if status == DONE:
             self._end(files.DONE)
-        elif self._stopped_as and (status in (RESTART, INTERRUPTED) or status < 0):
-            self._end(self._stopped_as)
+        elif self.stopped_as and (status in (RESTART, INTERRUPTED) or status < 0):
+            self._end(self.stopped_as)
         elif status == RESTART and self._record.starts <= self.restarts:
             self._due = time.monotonic() + min(2.0 ** (self._record.starts - 1), _LONGEST_PAUSE)
             self._write(dataclasses.replace(self._record, state=files.STOPPED))
