@@ -48,7 +48,6 @@ def test_names_stay_when_recipes_are_added():
     ("recipes", "overrides", "expected"),
     [
         ([LINEAR], [{"x": "8"}], f"point {LINEAR}, x=8: x: unknown key; did you mean "),
-        ([LINEAR], [{"seed": "1"}, {"seed": "01"}], "points seed=1 and seed=1: are the same run; expected different"),
         ([QUICKSTART, LINEAR], [{}], "points quickstart and quickstart.ttt_linear: are the same run"),
         ([LINEAR, LINEAR], [{}], f"--config {LINEAR}: has the name of --config {LINEAR}; expected different names"),
     ],
@@ -91,7 +90,6 @@ def test_values(text, expected):
 @pytest.mark.parametrize(
     ("grids", "message"),
     [
-        (["=1"], "--grid =1: expected KEY=VALUE,VALUE,... such as optimizer.peak_lr=1e-3,3e-3"),
         (["x=0", "x=1"], "--grid x: is set by --grid already; expected each key in one place"),
         (["x=linear:0:1:1000", "y=linear:0:1:6"], "--config, --grid, --zip: 12,000 points; expected at most 10,000"),
         *(([f"x={text}"], "an empty value; expected VALUE,VALUE,... (in quotes") for text in ("", "1,,2", "1,")),
@@ -231,7 +229,6 @@ def test_a_sweep_can_be_read_back(tmp_path):
     ("text", "expected"),
     [
         ("{", "sweep.json: damaged: it is not JSON: "),
-        ("[]", "sweep.json: damaged: it holds no JSON object"),
         ("{}", "sweep.json: version None; expected version 1, of a sweep"),
         ('{"version": 1, "base": {}, "axes": [], "points": [{}]}', "sweep.json: not a sweep: TypeError"),
     ],

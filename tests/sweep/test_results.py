@@ -47,15 +47,10 @@ def five_points(add_point):
         add_point(f"lr={lr}", {"optimizer.peak_lr": lr}, losses, state, steps=100, **more)
 
 
-@pytest.fixture
-def ranked(folder):
-    """Return ``ranked(metric)``: rank, point, value and step of each result."""
-
-    def rank(name, **options):
-        found = results.of_sweep(folder, name, **options).results
-        return [(each.rank, each.standing.point.name, each.value, each.step) for each in found]
-
-    return rank
+def ranked(folder, name, **options):
+    """Return rank, point, value and step of each result."""
+    found = results.of_sweep(folder, name, **options).results
+    return [(each.rank, each.standing.point.name, each.value, each.step) for each in found]
 
 
 @pytest.fixture
@@ -130,13 +125,13 @@ def test_the_newest_of_many_records_are_read(tmp_path):
     assert 1 < newest[0] < 1900
 
 
-def test_records_that_cannot_be_read_are_named_and_cost_no_other_point(five_points, folder, ranked, capsys):
+def test_records_that_cannot_be_read_are_named_and_cost_no_other_point(five_points, folder, capsys):
     path = folder / "lr=0.1" / "metrics.jsonl"
     path.unlink()
     path.mkdir()
     assert [each.loss for each in status.of_sweep(folder)][:3] == [None, 1.8, 1.0]
     assert capsys.readouterr().err == f"{path}: cannot be read: Is a directory; passed over\n"
-    found = [each[:3] for each in ranked("loss")]
+    found = [each[:3] for each in ranked(folder, "loss")]
     assert (found[0][:2], (None, "lr=0.1", None) in found) == ((1, "lr=0.01"), True)
 
 
@@ -185,44 +180,44 @@ def evaluate(workdir, **about):
 # ---- Ranks
 
 
-def test_only_done_points_are_ranked_and_none_is_left_out(five_points, ranked):
-    best, second, running, failed, waiting = ranked("loss")
+def test_only_done_points_are_ranked_and_none_is_left_out(five_points, folder):
+    best, second, running, failed, waiting = ranked(folder, "loss")
     assert best == (1, "lr=0.01", pytest.approx(1.7), 100)
     assert second == (2, "lr=0.1", 2.0, 100)
     assert running == (None, "lr=1.0", 1.0, 40)
     assert (failed[:2], waiting[:2]) == ((None, "lr=10.0"), (None, "lr=0.001"))
-    equal = ranked("tokens_per_second")[:2]  # in the order of the sweep
+    equal = ranked(folder, "tokens_per_second")[:2]  # in the order of the sweep
     assert [each[:2] for each in equal] == [(1, "lr=0.1"), (2, "lr=0.01")]
-    assert [each[1] for each in ranked("loss", highest=True)][:2] == ["lr=0.1", "lr=0.01"]
+    assert [each[1] for each in ranked(folder, "loss", highest=True)][:2] == ["lr=0.1", "lr=0.01"]
 
 
-def test_evaluations_count_where_they_are_of_the_end(five_points, folder, ranked):
+def test_evaluations_count_where_they_are_of_the_end(five_points, folder):
     for name, step, loss in (("lr=0.1", 100, 2.5), ("lr=0.01", 50, 1.5)):
         evaluate(folder / name, step=step, loss=loss, perplexity=math.exp(loss))
-    found = ranked("validation-2048/perplexity")
+    found = ranked(folder, "validation-2048/perplexity")
     assert found[0] == (1, "lr=0.1", math.exp(2.5), 100)
     assert (None, "lr=0.01", math.exp(1.5), 50) in found
-    assert ranked("validation-2048")[0][2] == 2.5
+    assert ranked(folder, "validation-2048")[0][2] == 2.5
     with pytest.raises(ConfigError) as caught:
-        ranked("test-64")
+        ranked(folder, "test-64")
     known = "loss, tokens_per_second, validation-2048"
     assert str(caught.value) == f"--metric test-64: no point has it; expected one of {known}"
 
 
-def test_evaluations_of_other_tokens_are_not_ranked(five_points, folder, ranked):
+def test_evaluations_of_other_tokens_are_not_ranked(five_points, folder):
     evaluate(folder / "lr=0.1", step=100, loss=2.5, fingerprint="f", windows=64)
     evaluate(folder / "lr=0.01", step=100, loss=2.5, fingerprint="f")
-    assert ranked("validation-2048")[0][2] == 2.5  # as far as is known, the same
+    assert ranked(folder, "validation-2048")[0][2] == 2.5  # as far as is known, the same
     evaluate(folder / "lr=0.01", step=100, loss=2.5, fingerprint="f", windows=8)
     with pytest.raises(ConfigError, match=r"is of other tokens in lr=0.1 \(windows 64\) than in lr=0.01 \(windows 8\)"):
-        ranked("validation-2048")
+        ranked(folder, "validation-2048")
 
 
-def test_values_that_are_not_finite_have_no_rank(add_point, ranked, printed):
+def test_values_that_are_not_finite_have_no_rank(add_point, folder, printed):
     for lr, loss in {0.5: math.nan, 0.1: 2.0, 0.2: math.inf, 0.4: None, 0.05: 1.5}.items():
         add_point(f"lr={lr}", {"optimizer.peak_lr": lr}, [1.0, loss], "done")
     for highest, best in ((False, ["lr=0.05", "lr=0.1"]), (True, ["lr=0.1", "lr=0.05"])):
-        found = ranked("loss", highest=highest)
+        found = ranked(folder, "loss", highest=highest)
         assert [each[1] for each in found] == [*best, "lr=0.5", "lr=0.2", "lr=0.4"]
         assert [each[0] for each in found] == [1, 2, None, None, None]
         assert str([each[2] for each in found[2:]]) == "[nan, inf, nan]"

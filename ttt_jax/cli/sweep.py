@@ -151,8 +151,8 @@ def _run(options, directory: Workdir, old, sweep, wanted, commands) -> int:
         runs = [
             runner.PointRun(
                 point,
-                place,
-                local,
+                place / point.name,
+                local / point.name,
                 [*runner.PROGRAM, *commands[point.name]],
                 restarts=options.restarts,
                 cwd=Path.cwd(),

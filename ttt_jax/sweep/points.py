@@ -1,12 +1,6 @@
 """Make the points of a sweep: read what is swept, check every config, and name the points and their commands.
 
-What is swept is text, which is matched and never run. Values are a list, ``VALUE,VALUE,...``. A value with a comma is
-quoted, single or double; quoted text is taken as it is. A range stands for the values in it, and may be an entry of a
-list:
-
-    log:LOW:HIGH:N      N numbers from LOW to HIGH, equal ratios, to six digits
-    linear:LOW:HIGH:N   N numbers from LOW to HIGH, equal steps
-    pow2:LOW:HIGH       the powers of two from LOW to HIGH
+What is swept is text, which is matched and never run: a list of values, ranges (``_RANGES``) and quoted text.
 """
 
 import collections
@@ -191,10 +185,9 @@ def _range(kind: str, low: float, high: float, count: float = 0) -> list[float]:
         return [2.0 ** (n - 1) for n in range(first, last + 1)] if fraction == other == 0.5 else []
     if low == high or count not in range(2, _MOST + 1):
         return []
-    parts = [i / (count - 1) for i in range(1, int(count) - 1)]
-    if kind == "log":
-        return [low, *(float(f"{low * (high / low) ** part:.6g}") for part in parts), high]
-    return [low, *(float(f"{low + (high - low) * part:.12g}") for part in parts), high]
+    steps = [i / (count - 1) for i in range(1, int(count) - 1)]
+    between = [f"{low * (high / low) ** x:.6g}" if kind == "log" else f"{low + (high - low) * x:.12g}" for x in steps]
+    return [low, *map(float, between), high]
 
 
 # ---- Commands

@@ -73,8 +73,8 @@ class PointRun:
     """
 
     point: Point
-    directory: Workdir  # of the sweep; the point has a folder in it
-    local: Path  # the same, or a folder of this machine for log and lock where ``directory`` is in a bucket
+    workdir: Workdir
+    folder: Path  # the same, or a folder of this machine for log and lock where ``workdir`` is in a bucket
     command: Sequence[str]  # program and arguments
     restarts: int
     cwd: Path  # where the command runs, on machines that have this folder
@@ -83,7 +83,6 @@ class PointRun:
     stopped_as: str = ""  # the state that it is in after it was asked to stop
 
     def __post_init__(self):
-        self.workdir, self._folder = self.directory / self.point.name, self.local / self.point.name
         self._process: subprocess.Popen | None = None
         self._record = Record(files.RUNNING, self.point.steps)
         self._due = 0.0  # by the monotonic clock
@@ -113,8 +112,8 @@ class PointRun:
             self._process.wait()
 
     def _start(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / _LOCK).open("a+") as lock, (self._folder / _LOG).open("ab") as output:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / _LOCK).open("a+") as lock, (self.folder / _LOG).open("ab") as output:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -144,7 +143,7 @@ class PointRun:
         self._record = Record(files.RUNNING, self.point.steps, starts=self._record.starts + 1)
         self._write(self._record)
         again = f" (start {self._record.starts})" if self._record.starts > 1 else ""
-        self._say(f"started{again}; {self._folder / _LOG}")
+        self._say(f"started{again}; {self.folder / _LOG}")
 
     def _note_end(self, status: int) -> None:
         os.close(self._pipe)
@@ -162,7 +161,7 @@ class PointRun:
         else:
             self._end(files.FAILED, said)
         if not is_local(self.workdir):
-            log = (self._folder / _LOG).read_bytes()
+            log = (self.folder / _LOG).read_bytes()
             self._save(_LOG, lambda path: path.write_bytes(log))
 
     def _end(self, state: str, said: str = "") -> None:
@@ -189,7 +188,7 @@ class PointRun:
 
     def _last_line(self) -> str:
         """Return the last line that ``ttt`` itself wrote, or the last line of all; empty where nothing was written."""
-        with (self._folder / _LOG).open("rb") as file:
+        with (self.folder / _LOG).open("rb") as file:
             file.seek(max(self._log_start, file.seek(0, os.SEEK_END) - _TAIL))
             text = file.read().decode(errors="replace")
         lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
