@@ -13,5 +13,6 @@ if [ "$platform" != tpu ] && [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ]; then
     export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"
 fi
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1 PATH="$(dirname "$PWD")/venv/bin:$PATH"
+PATH="$(dirname "$PWD")/venv/bin:$PATH"
+export PATH PYTHONUNBUFFERED=1
 exec ttt "$@"

@@ -70,7 +70,8 @@ status) # NAME: prints ttt-worker WORKER RUN none|running|exited|lost STATUS WHE
     ;;
 follow) # NAME RUN BYTES: prints the log after so many bytes, until the run ends
     tail --bytes="+$(($2 + 1))" --follow --sleep-interval=0.2 "$job/runs/$1/log" &
-    trap "kill $!" EXIT
+    tail=$!
+    trap 'kill "$tail"' EXIT
     flock --shared "$job/lock" true # until the command has ended
     sleep 0.5
     ;;
