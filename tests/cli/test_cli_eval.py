@@ -61,7 +61,7 @@ def test_runs_of_one_name_in_different_folders_are_told_apart(tmp_path, compared
 
 def test_errors_of_a_full_disk_name_the_file(tmp_path):
     tables = [tmp_path / name for name in ("a.csv", "a.svg", "run.csv")]
-    for path in tables:
+    for path in (*tables[:2], tmp_path / "run.csv.tmp"):  # a result is written beside its name first
         path.symlink_to("/dev/full")
     figure, axes = plt.subplots()
     axes.plot([1, 2])
