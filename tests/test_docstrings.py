@@ -1,4 +1,4 @@
-"""Check that docstrings of modules, functions and methods begin with a verb in the imperative and are sentences."""
+"""Check that docstrings are sentences that begin with a verb in the imperative, or for classes also with a noun."""
 
 import ast
 import re
@@ -13,6 +13,7 @@ OTHER_WORDS = frozenset(  # first words that are no verbs
     most never no nobody nor not nothing of on once one only or same so some still such than that the there these this
     those three to two what when where whether which who why with yet""".split()
 )
+QUESTION_WORDS = frozenset("how what when where whether which who why".split())
 VERBS_IN_S = frozenset("access address compress decompress discuss express focus guess miss pass press process".split())
 
 
@@ -20,6 +21,12 @@ def begins_with_a_verb(docstring: str) -> bool:
     """Return whether the first word may be a verb in the imperative."""
     word = re.split(r"[\s,:;.]", docstring.strip(), maxsplit=1)[0].lower()
     return word.isalpha() and word not in OTHER_WORDS and (not word.endswith("s") or word in VERBS_IN_S)
+
+
+def says_what_it_is(docstring: str) -> bool:
+    """Return whether the docstring of a class begins with a noun or a verb, not with a question word."""
+    word = re.split(r"[\s,:;.]", docstring.strip(), maxsplit=1)[0].lower()
+    return word not in QUESTION_WORDS
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
@@ -52,3 +59,12 @@ def test_docstrings_begin_with_a_verb_and_end_as_sentences(folder):
 )
 def test_what_counts_as_a_verb(docstring, expected):
     assert begins_with_a_verb(docstring) == expected
+
+
+def test_docstrings_of_classes_say_what_they_are():
+    wrong = []
+    for path in sorted((ROOT / "ttt_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)) and not says_what_it_is(text):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)

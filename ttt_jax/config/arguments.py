@@ -17,7 +17,7 @@ _FLAG = re.compile(r"--?(?:config|(?P<no>no)?config[.](?P<key>[^=]*))(?P<equals>
 
 
 class ConfigArguments(NamedTuple):
-    """What the arguments of a command say about its config.
+    """The arguments of a command that concern its config.
 
     Attributes:
       files: ``FILE[:ARG]`` of each ``--config``, in order.

@@ -29,7 +29,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0  # seconds between two attempts to have
 
 
 class Accelerator(NamedTuple):
-    """What a name such as ``v5litepod-256`` means."""
+    """The slice that a name such as ``v5litepod-256`` stands for."""
 
     name: str
     devices: int  # as JAX counts: chips, but cores of v2 and v3
@@ -75,7 +75,7 @@ class GoneError(LaunchError):
 
 
 class Found(NamedTuple):
-    """What is known of a queued resource that exists."""
+    """The state of a queued resource that exists, as gcloud reports it."""
 
     state: str  # ACCEPTED, ACTIVE, SUSPENDED, ...
     error: str  # why it failed, if it has

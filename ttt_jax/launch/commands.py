@@ -31,7 +31,7 @@ _HOW_TO_INSTALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Retry:
-    """When to run a failed command again: ``on`` and ``but_not`` are regular expressions for what it printed."""
+    """The conditions to run a failed command again: regular expressions for what it printed."""
 
     on: str
     but_not: str = r"(?!)"

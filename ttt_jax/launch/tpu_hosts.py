@@ -42,7 +42,7 @@ class Host(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How a run ended on all hosts together: the exit status, and the host that decides it; None when all do."""
+    """The end of a run on all hosts together: the exit status, and the host that decides it; None when all agree."""
 
     status: int
     host: Host | None = None

@@ -39,7 +39,7 @@ _SETTINGS = {
 
 
 class Early(NamedTuple):
-    """When points are stopped early: by asynchronous successive halving (ASHA, https://arxiv.org/abs/1810.05934).
+    """The rule to stop points early: asynchronous successive halving (ASHA, https://arxiv.org/abs/1810.05934).
 
     At each rung, ``grace * factor^k`` steps, a point goes on if it is among the best ``1 / factor`` of those that have
     come there so far.

@@ -23,7 +23,7 @@ _STYLES = {RUNNING: "cyan", FAILED: "red", STOPPED: "yellow", STOPPED_EARLY: "ma
 
 
 class Standing(NamedTuple):
-    """Where a point stands."""
+    """The state of a point and its newest record."""
 
     point: Point
     state: str  # waiting, or a state of a Record

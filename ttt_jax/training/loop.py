@@ -34,7 +34,7 @@ _LOCK_LOST = 1000  # another command has taken over the workdir
 
 
 class Outcome(NamedTuple):
-    """How a call of :func:`train` ended."""
+    """The result of a call of :func:`train`."""
 
     step: int  # optimizer steps done
     total: int  # optimizer steps of the whole run

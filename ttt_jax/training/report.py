@@ -158,7 +158,7 @@ class Reporter:
 
 
 class Output:
-    """Where process 0 reports a run: files of metrics, a progress bar, and the clock of goodput."""
+    """The outputs to which process 0 reports a run: files of metrics, a progress bar, and the clock of goodput."""
 
     def __init__(self, writer: metrics.MetricsWriter, bar: "ProgressBar", goodput: "Goodput", log_every: int):
         self.writer, self.bar, self.goodput, self.log_every = writer, bar, goodput, log_every

@@ -24,7 +24,7 @@ NOTHING = "no records"  # the problem of an empty file
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where reading continues.
+    """The position in the input at which reading continues.
 
     Attributes:
       file: index of the file.

@@ -33,7 +33,7 @@ _STATE_KEYS = {"plan", "position", "generation", "splits", "skipped", "problems"
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is.
+    """Counts of what a run has read and written so far.
 
     Attributes:
       read, total: bytes of the input, before decompression.

@@ -32,7 +32,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """How texts become tokens, the same for all units.
+    """The options by which texts become tokens, the same for all units.
 
     Attributes:
       bos, eos: ids put before and after every document; None for none. If both are one token, as in GPT-2, it is put
