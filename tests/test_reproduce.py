@@ -93,7 +93,8 @@ def reproduce_here(reproduce, tmp_path, monkeypatch):
 @pytest.fixture
 def empty_bucket(monkeypatch):
     """Let this process use a stand-in for Google Cloud Storage, in which gs://b is empty."""
-    gcsfs = pytest.importorskip("gcsfs")
+    import gcsfs
+
     with FakeGCS() as gcs:
         for name, value in gcs.environment().items():
             monkeypatch.setenv(name, value)

@@ -1,6 +1,5 @@
 """Test ``ttt sweep`` as typed: commands that are refused before anything starts, and real runs with their results."""
 
-import importlib.util
 import json
 import os
 import re
@@ -71,8 +70,6 @@ def test_help(answers):
 
 @pytest.mark.parametrize("command", list(REFUSED))
 def test_refused(answers, command):
-    if "--engine ray" in command:
-        pytest.importorskip("ray")
     status, out, err = answers[command]
     assert (status, out) == (2, "")
     message = err.splitlines()[-1].removeprefix("ttt ")
@@ -91,8 +88,6 @@ def test_refused(answers, command):
     ],
 )
 def test_learners_that_cannot_be_found_are_refused(capsys, tmp_path, options, message):
-    if "--engine ray" in options:
-        pytest.importorskip("ray")
     command = ["sweep", "--config", QUICKSTART, "--workdir", str(tmp_path / "new"), "--config.model.mixer=ttt"]
     assert cli.main([*command, *options.split()]) == 2
     assert capsys.readouterr().err.startswith(f"ttt sweep: {message}")
@@ -205,7 +200,6 @@ def test_a_killed_sweep_goes_on_where_its_run_saved(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs")
 def test_a_sweep_in_a_bucket(tmp_path):
     steps = ["--config.training.duration=3", "--grid", "seed=1", "--workdir", "gs://bucket/sweeps/a"]
     with FakeGCS() as gcs:

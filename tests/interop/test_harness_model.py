@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 from harness_data import BOS, DOCUMENTS, QUESTIONS, answers, bytes_of, instances
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
 from ttt_jax import cli
 from ttt_jax import config as config_lib
@@ -12,12 +14,6 @@ from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
 from ttt_jax.errors import NonFiniteLossError
 from ttt_jax.evaluation.losses import Score
-
-pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
-
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
-
 from ttt_jax.interop import harness
 from ttt_jax.interop.harness import prefix_token_of
 

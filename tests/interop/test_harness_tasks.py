@@ -6,17 +6,13 @@ import math
 import numpy as np
 import pytest
 from harness_data import BOS, DOCUMENTS, QUESTIONS, TRAINING, answers, bytes_of
+from lm_eval.api import metrics as lm_eval_metrics
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.errors import DataError
-from ttt_jax.storage import json_files
-
-pytest.importorskip("lm_eval", reason="pip install 'lm-eval>=0.4.13' runs the tests of ttt harness")
-
-from lm_eval.api import metrics as lm_eval_metrics
-
 from ttt_jax.interop import harness, harness_tasks
+from ttt_jax.storage import json_files
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.training import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs")
 
 
 def test_local_folders_are_plain_paths(tmp_path):
@@ -55,7 +54,6 @@ def test_names_are_the_shortest_that_differ():
     assert workdir.names([Path("/run"), Path("/x/run")]) == ["/run", "x/run"]
 
 
-@needs_gcsfs
 def test_urls_of_buckets_are_kept():
     for location in ("gs://bucket/a/run", "gs://bucket/a/run/", workdir.at("gs://bucket/a/run")):
         place = workdir.at(location)
@@ -91,7 +89,6 @@ for bucket in sys.argv[1:]:
 """
 
 
-@needs_gcsfs
 def test_a_bucket_that_cannot_be_written_is_refused_first():
     status = {"there": None, "missing": 404, "not-mine": 403, "nobody": 401}
     with FakeGCS() as gcs:
@@ -114,7 +111,6 @@ def test_a_bucket_that_cannot_be_written_is_refused_first():
     assert not refused
 
 
-@needs_gcsfs
 def test_tensorboard_needs_a_folder(tmp_path):
     metrics.check_destinations(tmp_path, tensorboard=True)
     metrics.check_destinations(workdir.at("gs://bucket/run"), tensorboard=False)

@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("ray.tune")
-
 from ttt_jax.sweep import files, status
 from ttt_jax.sweep.ray_tune import Early
 

@@ -1,13 +1,10 @@
 """Test checkpoints in a bucket, where no folder can be renamed: a file that is written last marks complete ones."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from fake_gcs import FakeGCS, printed
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs")
 
 SCRIPT = """
 import json, sys

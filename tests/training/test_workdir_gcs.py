@@ -1,6 +1,5 @@
 """Test a run in a bucket, where files cannot be appended to or renamed: train, kill, resume and evaluate it."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -11,10 +10,7 @@ from matplotlib import image
 from ttt_jax import cli
 from ttt_jax.training import loop, metrics
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs: the extra gcs"),
-]
+pytestmark = pytest.mark.slow
 
 PLACE = "bucket/runs/a"
 

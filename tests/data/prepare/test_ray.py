@@ -15,7 +15,6 @@ from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage.store import Store
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 TEXTS = corpus.documents(80)
@@ -46,6 +45,8 @@ def test_a_cluster_tokenizes(tmp_path, cluster, file, capsys):
 
 
 def check_the_dataset_equals_that_of_this_process(tmp_path, cluster, file):
+    import ray
+
     job = Job(tokenizer.byte(), 256, 257, validation_fraction=0.3)
     options = {"shard": 512, "chunk": 64, "unit_bytes": 500, "skip_problems": True}
     tokenize([file], job, Store(tmp_path / "ray"), tokenize_units.ray(cluster), **options)
