@@ -14,7 +14,7 @@ import ml_collections
 
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import pattern
-from ttt_jax.models.block import channel_parts
+from ttt_jax.models.stack import channel_parts
 from ttt_jax.ttt import operations
 
 _PARTS = ("embedding", "head", "mixers", "W0 of inner loops", "feed-forward", "norms and convolutions")

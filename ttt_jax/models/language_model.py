@@ -17,8 +17,7 @@ from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import PLAIN, Context
 from ttt_jax.models import pattern, stack
-from ttt_jax.models.block import Block, channel_parts
-from ttt_jax.models.stack import Segments
+from ttt_jax.models.stack import Block, Segments, channel_parts
 
 
 class LanguageModel(nn.Module):

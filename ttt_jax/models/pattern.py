@@ -18,7 +18,7 @@ import ml_collections
 from ttt_jax import import_path, settings
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
-from ttt_jax.models.block import NORMS, channel_parts
+from ttt_jax.models.stack import NORMS, channel_parts
 from ttt_jax.ttt.inner_loop import InnerLoop
 
 BLOCK_KEYS = ("channel", "norms", "pre_conv", "conv_width", "mlp_width", "rope_theta")

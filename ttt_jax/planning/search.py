@@ -11,7 +11,7 @@ from ttt_jax.distributed.chips import of_device
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import pattern
-from ttt_jax.models.block import channel_parts
+from ttt_jax.models.stack import channel_parts
 from ttt_jax.planning import estimate
 from ttt_jax.planning.plan import CompilerError, Plan, plan
 
