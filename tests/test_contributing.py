@@ -40,7 +40,7 @@ def test_they_work_by_their_config_names(tmp_path):
     outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent), "PYTHONPATH": str(tmp_path)}
     for diff in DIFFS:
         subprocess.run(["git", "apply", "-"], input=diff, cwd=tmp_path, env=outside, text=True, check=True)
-    tests = ["tests/ttt/test_choices.py", "tests/ttt/test_rules.py", "tests/mixers", "tests/configs"]
+    tests = ["tests/ttt/test_choices.py", "tests/ttt/test_learner.py", "tests/mixers", "tests/configs"]
     tests += ["-k", "bilinear or huber or -normalise or gated_average or remembered"]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-rA", *tests]
     done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)

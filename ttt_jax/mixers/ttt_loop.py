@@ -6,7 +6,8 @@ from typing import Any
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers.mixer import Model
-from ttt_jax.ttt import learners, rules, update
+from ttt_jax.ttt import learner as learner_lib
+from ttt_jax.ttt import learners, update
 from ttt_jax.ttt.inner_loop import READINGS, InnerLoop
 from ttt_jax.ttt.learner import Function, Learner
 from ttt_jax.ttt.learners import LEARNERS, ResidualNorm
@@ -98,7 +99,7 @@ def check_learner(model: Model, found: InnerLoop) -> None:
         matrices = alone.structure.matrices  # messages name the function, not the residual around it
         features_out = found.learner.structure.features_out
         if is_own:
-            rules.check(found.learner)
+            learner_lib.check(found.learner)
     except ValueError as error:
         raise ConfigError(f"{LEARNER}={named!r}: {error}") from error
     except Exception as error:
