@@ -11,8 +11,8 @@ shapes, operation counts) is derived from the function.
 
 Rules: f acts on each token alone; it is deterministic; each call of f calls ``dense`` equally often, with the same
 shapes; and it never calls ``dense`` inside ``scan``, ``vmap``, ``checkpoint`` or ``jit``. :func:`check` calls a learner
-on random numbers and refuses one that breaks them. It would otherwise train silently: one that mixes tokens lets a token
-see later ones, and one that calls ``dense`` inside ``vmap`` has wrong gradients.
+on random numbers and refuses one that breaks them, which would otherwise train silently: one that mixes tokens lets a
+token see later ones, and one that calls ``dense`` inside ``vmap`` has wrong gradients.
 
 Shapes: B batch, H heads, b tokens, d_in and d_out widths of a matrix, n width of a parameter. Leading axes broadcast,
 so ``...`` is [B, H] or [H].

@@ -19,8 +19,7 @@ from ttt_jax.ttt import update
 from ttt_jax.ttt import windows as windows_lib
 from ttt_jax.ttt.inner_loop import InnerLoop, InnerState, Parameters, Tokens, where
 from ttt_jax.ttt.learner import Weights
-from ttt_jax.ttt.reader import Reader, Slots
-from ttt_jax.ttt.windows import Windows
+from ttt_jax.ttt.windows import Reader, Slots, Windows
 
 
 class Statistics(NamedTuple):
