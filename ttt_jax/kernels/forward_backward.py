@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ttt_jax.kernels import memory, restarts
-from ttt_jax.kernels.layout import Norm, Tokens
-from ttt_jax.kernels.memory import Rows
+from ttt_jax.kernels import layout as layout_lib
+from ttt_jax.kernels import restarts
+from ttt_jax.kernels.layout import Norm, Rows, Tokens
 from ttt_jax.kernels.ops import Numerics
 from ttt_jax.kernels.restarts import Stretches
 from ttt_jax.kernels.weave import weave
@@ -126,16 +126,16 @@ def _through_block(
     def compute(indices, only=None):
         arguments, results = [], []
         for p in range(layout.block_packs):
-            state = state_type(*(memory.read(ref.at[p]) for ref in state_refs))
-            tokens = [memory.read_tokens(layout, inputs.tokens, p, i, only) for i in indices]
-            arguments.append((state, tokens, *memory.read_shared(inputs.norm, inputs.coefficients, p)))
-            end = state_type(*(memory.write(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
+            state = state_type(*(layout_lib.read(ref.at[p]) for ref in state_refs))
+            tokens = [layout_lib.read_tokens(layout, inputs.tokens, p, i, only) for i in indices]
+            arguments.append((state, tokens, *layout_lib.read_shared(inputs.norm, inputs.coefficients, p)))
+            end = state_type(*(layout_lib.write(ref.at[p], over) for ref, over in zip(state_refs, state, strict=True)))
             done = []
             for i in indices:
                 z = None
                 if z_ref is not None:
-                    z = memory.write_rows(
-                        layout, z_ref.at[memory.rows_of_group(layout, i), memory.lanes_of_pack(p)], only
+                    z = layout_lib.write_rows(
+                        layout, z_ref.at[layout_lib.rows_of_group(layout, i), layout_lib.lanes_of_pack(p)], only
                     )
                 done.append(_select((z, _write_kept(program, kept, p, i, only)), wanted))
             results.append((end, done))
@@ -164,8 +164,8 @@ def _write_kept(program: Program, kept: Kept | None, p: int, i, only: Rows | Non
         return None
     layout = program.numerics.layout
     return (
-        tuple(memory.write(ref.at[i, p]) if only is None else memory.DISCARD for ref in kept.state),
-        tuple(memory.write_rows(layout, memory.chain_of_group(layout, ref, p, i), only) for ref in kept.chain),
+        tuple(layout_lib.write(ref.at[i, p]) if only is None else layout_lib.DISCARD for ref in kept.state),
+        tuple(layout_lib.write_rows(layout, layout_lib.chain_of_group(layout, ref, p, i), only) for ref in kept.chain),
     )
 
 
@@ -213,16 +213,20 @@ def backward(program: Program, structure: Any, structure_of_results: Any, *refs)
             groups, d_groups = [], []
             for i in indices:
                 at_start = [ref.at[i, p] for ref in kept.state] if only is None else [ref.at[p] for ref in base]
-                state = state_type(*map(memory.read_as_stored, at_start))
-                chain = tuple(memory.read_as_stored(memory.chain_of_group(layout, ref, p, i)) for ref in kept.chain)
-                dz = memory.read_rows(layout, dz_ref.at[memory.rows_of_group(layout, i), memory.lanes_of_pack(p)], only)
-                groups.append((state, memory.read_tokens(layout, inputs.tokens, p, i, only), chain, dz))
-                d_groups.append(memory.write_tokens(layout, d_inputs.tokens, p, i, only))
-            d_state = state_type(*(memory.read(ref.at[p]) for ref in state_refs))
-            d_before = state_type(*(memory.write(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
-            arguments.append((d_state, *memory.read_shared(inputs.norm, inputs.coefficients, p), groups))
-            norm = Norm(*(memory.add(ref.at[p]) for ref in d_inputs.norm))
-            results.append((d_before, [norm, jax.tree.map(memory.add, d_inputs.coefficients)], d_groups))
+                state = state_type(*map(layout_lib.read_as_stored, at_start))
+                chain = tuple(
+                    layout_lib.read_as_stored(layout_lib.chain_of_group(layout, ref, p, i)) for ref in kept.chain
+                )
+                dz = layout_lib.read_rows(
+                    layout, dz_ref.at[layout_lib.rows_of_group(layout, i), layout_lib.lanes_of_pack(p)], only
+                )
+                groups.append((state, layout_lib.read_tokens(layout, inputs.tokens, p, i, only), chain, dz))
+                d_groups.append(layout_lib.write_tokens(layout, d_inputs.tokens, p, i, only))
+            d_state = state_type(*(layout_lib.read(ref.at[p]) for ref in state_refs))
+            d_before = state_type(*(layout_lib.write(ref.at[p], x) for ref, x in zip(state_refs, d_state, strict=True)))
+            arguments.append((d_state, *layout_lib.read_shared(inputs.norm, inputs.coefficients, p), groups))
+            norm = Norm(*(layout_lib.add(ref.at[p]) for ref in d_inputs.norm))
+            results.append((d_before, [norm, jax.tree.map(layout_lib.add, d_inputs.coefficients)], d_groups))
         weave(derivatives, arguments, results, program.stagger[1])
 
     def end(fresh):

@@ -33,10 +33,23 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels import layout as layout_lib
-from ttt_jax.kernels import norm
 from ttt_jax.kernels.forward_backward import Saved
 from ttt_jax.kernels.layout import LANES, Coefficients, Layout, Norm, Tokens
-from ttt_jax.kernels.ops import Numerics, dot, split, spread, stack_heads, unspread, unstack_heads
+from ttt_jax.kernels.ops import (
+    Numerics,
+    dot,
+    loss_gradient,
+    loss_gradient_backward,
+    loss_gradient_in_chain,
+    means_for_backward,
+    means_for_chain,
+    normalise,
+    split,
+    spread,
+    stack_heads,
+    unspread,
+    unstack_heads,
+)
 from ttt_jax.ttt.learner import Affine, Weights
 
 # Cycles of the scheduler's model by which each pack starts after the one before, forward and backward.
@@ -96,7 +109,7 @@ def group(
         scaled = known_chain(z0, for_keys, scale2, shift, eta, *chain, numerics)
 
     z_bar = z0_bar - dot(for_queries, scaled, "nn", operands)
-    out = q + norm.normalise(z_bar, numerics) * ln.scale + ln.bias
+    out = q + normalise(z_bar, numerics) * ln.scale + ln.bias
 
     step = coefficients.end * scaled
     weight = state.weight - dot(stacked, step, "tn", operands)
@@ -154,12 +167,12 @@ def solve_chain(
     steps: list[jax.Array] = []
     zs: list[jax.Array] = []
     nothing = jnp.zeros((layout.pack * layout.mini_batch, LANES), jnp.float32)
-    mean_s2, mean_h = norm.means_for_chain(s2, h, numerics)
+    mean_s2, mean_h = means_for_chain(s2, h, numerics)
     tiles = zip(*(split(x, layout.group) for x in (z0, e, h, mean_h, eta)), strict=True)
     for t, (z, e_t, h_t, mean_h_t, eta_t) in enumerate(tiles):
         if t:
             z -= dot(e_t, jnp.concatenate(steps + [nothing] * (layout.group - t), 0), "nn", operands)
-        gradient = norm.loss_gradient_in_chain(z, s2, h_t, mean_s2, mean_h_t, numerics, by_lanes=False)
+        gradient = loss_gradient_in_chain(z, s2, h_t, mean_s2, mean_h_t, numerics, by_lanes=False)
         zs.append(z)
         steps.append(stack_heads(layout, spread(eta_t, layout) * gradient))
     return jnp.concatenate(steps, 0), jnp.concatenate(zs, 0)
@@ -174,7 +187,7 @@ def known_chain(
     Args:
       z0: [L, 128].
       e: [L, s L], nonzero only for mini-batches before that of the row.
-      s2, h: scale^2 and h, see :mod:`ttt_jax.kernels.norm`.
+      s2, h: scale^2 and h, see :mod:`ttt_jax.kernels.ops`.
       eta: [L, s].
     """
     return _known_chain(z0, e, s2, h, eta, z, numerics)[0]
@@ -182,7 +195,7 @@ def known_chain(
 
 def _known_chain(z0, e, s2, h, eta, z, numerics):
     layout = numerics.layout
-    at = norm.loss_gradient(z, s2, h, numerics)
+    at = loss_gradient(z, s2, h, numerics)
     rates = spread(eta, layout)
     steps = jnp.concatenate([stack_heads(layout, x) for x in split(rates * at.value, layout.group)], 0)
     return steps, (e, s2, rates, at, steps)
@@ -193,7 +206,7 @@ def _known_chain_backward(numerics, saved, d_steps):
     e, s2, rates, at, steps = saved
     g, b = layout.group, layout.mini_batch
     e_t = split(e.astype(operands).T, g)  # [s b, L] each
-    means = norm.means_for_backward(at, s2, numerics)
+    means = means_for_backward(at, s2, numerics)
     rates_t, at_t, means_t = (_tiles(x, g) for x in (rates, at, means))
     d_steps_t = split(d_steps, g)
     nothing = jnp.zeros((b, LANES), jnp.float32)
@@ -203,7 +216,7 @@ def _known_chain_backward(numerics, saved, d_steps):
         if t < g - 1:
             d_t -= dot(e_t[t], jnp.concatenate(dz, 0), "nn", operands)
         d[t] = unstack_heads(layout, d_t)
-        dz[t], dh[t] = norm.loss_gradient_backward(rates_t[t] * d[t], at_t[t], means_t[t], s2, numerics)
+        dz[t], dh[t] = loss_gradient_backward(rates_t[t] * d[t], at_t[t], means_t[t], s2, numerics)
     d_all, dz_all, dh_all = (jnp.concatenate(x, 0) for x in (d, dz, dh))
     d_s2 = (dh_all * at.x).sum(0, keepdims=True)
     d_eta = unspread(d_all * at.value, layout)

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.kernels import layout as layout_lib
-from ttt_jax.kernels import norm
 from ttt_jax.kernels.forward_backward import Saved
 from ttt_jax.kernels.layout import LANES, Layout, Norm, Tokens
 from ttt_jax.kernels.mlp_backward import derivative as derivative
@@ -43,7 +42,19 @@ from ttt_jax.kernels.mlp_layout import (
     swap,
     tile,
 )
-from ttt_jax.kernels.ops import Numerics, dot, gelu, gelu_and_derivative, split, spread, stack_heads, unstack_heads
+from ttt_jax.kernels.ops import (
+    Numerics,
+    dot,
+    gelu,
+    gelu_and_derivative,
+    loss_gradient_in_chain,
+    means_for_chain,
+    normalise,
+    split,
+    spread,
+    stack_heads,
+    unstack_heads,
+)
 from ttt_jax.ttt.learner import Affine, Weights
 
 # Cycles of the scheduler's model by which each pack starts after the one before, forward and backward.
@@ -120,7 +131,7 @@ def group(
     y1 = product(q, -e1_q, weights[0], s1, numerics) + repeat_per_token(layout, state.bias1)
     y2, e2_q = products(gelu(y1), weights[1], x, numerics)
     y2 += state.bias2 - dot(coefficients.queries * (e2_q + 1.0), stack_swapped(layout, s2), "nn", operands)
-    out = q + norm.normalise(y2, numerics) * ln.scale + ln.bias
+    out = q + normalise(y2, numerics) * ln.scale + ln.bias
 
     t1, t2 = over_hidden(last, s1.shape[1]) * s1, last * s2
     new = State(
@@ -138,7 +149,7 @@ def _chain(numerics, state, weights, tokens, ln, last, e1):
     (w1, w2), (_, k, v, eta) = weights, tokens
     b, m = layout.mini_batch, w1.shape[1]
     scale2, shift = ln.scale * ln.scale, ln.scale * (ln.bias - (v - k))
-    means = norm.means_for_chain(scale2, shift, numerics)
+    means = means_for_chain(scale2, shift, numerics)
     z1_start = dot(stack_heads(layout, k), w1, "nn", operands) + repeat_per_token(layout, state.bias1)
     rates, rates1 = spread(eta, layout), hidden_rates(layout, eta, m)
     z1s, z2s, xs, s1s, t1s, s2s = (no_tiles(layout) for _ in range(6))
@@ -155,7 +166,7 @@ def _chain(numerics, state, weights, tokens, ln, last, e1):
         else:
             z2 = unstack_heads(layout, dot(x, w2, "nt", operands))
         z2 += state.bias2
-        g2 = norm.loss_gradient_in_chain(z2, scale2, shift[now], means[0], means[1][now], numerics)
+        g2 = loss_gradient_in_chain(z2, scale2, shift[now], means[0], means[1][now], numerics)
         if t:
             gx = product(g2, -dot(g2, t2, "nt", operands), w2, before, numerics)
         else:

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels import norm
 from ttt_jax.kernels.layout import LANES, Norm, Tokens
 from ttt_jax.kernels.mlp_layout import (
     apart,
@@ -43,6 +42,11 @@ from ttt_jax.kernels.ops import (
     dot,
     gelu_and_derivative,
     gelu_and_derivatives,
+    loss_gradient,
+    loss_gradient_backward,
+    means_for_backward,
+    normalise_backward,
+    normalise_with_root,
     spread,
     stack_heads,
     unspread,
@@ -84,7 +88,7 @@ def derivative(
         return stack_swapped(layout, x)
 
     # The forward pass over keys, from Z1 and Z2.
-    at = norm.loss_gradient(z2, scale2, shift, numerics)
+    at = loss_gradient(z2, scale2, shift, numerics)
     g2 = at.value
     s2 = rates * g2
     t2 = last * s2
@@ -105,9 +109,9 @@ def derivative(
     y2, e2_q = products(xq, w2, x, numerics)
     e2_q += 1.0
     y2 += c2 - mm(queries * e2_q, stacked(s2))
-    y2, root = norm.normalise_with_root(y2, numerics)
+    y2, root = normalise_with_root(y2, numerics)
     d_scale, d_bias = (d_out * y2).sum(0, keepdims=True), d_out.sum(0, keepdims=True)
-    d_y2 = norm.normalise_backward(d_out * ln.scale, y2, root, numerics)
+    d_y2 = normalise_backward(d_out * ln.scale, y2, root, numerics)
     u2 = mm(d_y2, stacked(s2), "nt")
     d_xq = product(d_y2, -(queries * u2), w2, x, numerics)
     d_s2 = -unstack_swapped(layout, mm(queries * e2_q, d_y2, "tn"))
@@ -130,7 +134,7 @@ def derivative(
 
     # The chain.
     e1 = last[:, : a1.shape[1]] * a1
-    means = norm.means_for_backward(at, scale2, numerics)
+    means = means_for_backward(at, scale2, numerics)
     g2_rows = _mini_batches(layout, stack_heads(layout, g2)).astype(operands)
     t2_rows = _mini_batches(layout, stack_heads(layout, t2)).astype(operands)
     x_rows = _mini_batches(layout, x)
@@ -166,7 +170,7 @@ def derivative(
         else:
             d_g2 = unstack_heads(layout, mm(dgxs[t], w2, "nt"))
         d_g2 += rates[now] * (d_s2[now] + last * d_t2_t)
-        dz2s[t], dhs[t] = norm.loss_gradient_backward(d_g2, at_t, means_t, scale2, numerics)
+        dz2s[t], dhs[t] = loss_gradient_backward(d_g2, at_t, means_t, scale2, numerics)
         if t:
             e_t = jnp.where(before[now], mm(dz2s[t], t2_stacked, "nt"), 0.0)
             d_x_t += product(dz2s[t], -e_t, w2, x, numerics)

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ttt_jax.kernels.layout import Layout
-from ttt_jax.kernels.memory import Rows
+from ttt_jax.kernels.layout import Layout, Rows
 
 
 class Stretches(NamedTuple):

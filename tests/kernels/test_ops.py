@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.kernels import linear, norm
+from ttt_jax.kernels import linear, ops
 from ttt_jax.kernels.layout import Layout
 from ttt_jax.kernels.ops import Numerics, head_mean
+from ttt_jax.ttt import learners
 
 LAYOUTS = [Layout(2, 64, 16), Layout(1, 96, 16), Layout(1, 128, 16)]
 
@@ -65,9 +66,9 @@ def test_loss_gradient_and_its_derivative_equal_autodiff(layout, quick_jit, asse
 
     @quick_jit
     def actual():
-        at = norm.loss_gradient(z, s2, h, how)
-        in_chain = norm.loss_gradient_in_chain(z, s2, h, *norm.means_for_chain(s2, h, how), how)
-        dz, dh = norm.loss_gradient_backward(u, at, norm.means_for_backward(at, s2, how), s2, how)
+        at = ops.loss_gradient(z, s2, h, how)
+        in_chain = ops.loss_gradient_in_chain(z, s2, h, *ops.means_for_chain(s2, h, how), how)
+        dz, dh = ops.loss_gradient_backward(u, at, ops.means_for_backward(at, s2, how), s2, how)
         d_scale = 2 * scale * (dh * at.x) + dh * (bias - target)
         return in_chain, (at.value, dz, d_scale, dh * scale, -dh * scale)
 
@@ -80,7 +81,7 @@ def test_loss_gradient_and_its_derivative_equal_autodiff(layout, quick_jit, asse
 def test_normalise_and_its_derivative_equal_autodiff(layout, assert_close):
     x, dx = drawn(layout, 6, 6)
     expected, vjp = jax.vjp(lambda x: plain(layout, lambda z: normalise(z)[0], x), x)
-    actual, actual_vjp = jax.vjp(lambda x: norm.normalise(x, numerics(layout)), x)
+    actual, actual_vjp = jax.vjp(lambda x: ops.normalise(x, numerics(layout)), x)
     assert_close((actual, actual_vjp(dx)), (expected, vjp(dx)))
 
 
@@ -106,3 +107,18 @@ def test_known_chain_and_its_derivative_equal_those_of_the_solved_chain(layout, 
 
     expected, actual = (quick_jit(solve, static_argnums=0)(way) for way in ("chain", "known"))
     assert_close(actual, expected)
+
+
+def test_gelu_and_its_derivatives_equal_the_plain_form():
+    z = jnp.linspace(-6, 6, 64).reshape(8, 8)
+    value, first, _ = ops.gelu_and_derivatives(z)
+    exact = learners.gelu_and_derivative
+    np.testing.assert_allclose(value, exact(z)[0], atol=1e-6)
+    np.testing.assert_allclose(first, exact(z)[1], atol=3e-6)
+    np.testing.assert_allclose(ops.gelu(z), value, atol=1e-6)
+    np.testing.assert_allclose(ops.gelu_and_derivative(z)[1], first, atol=1e-6)
+    with jax.enable_x64(True):  # in float32, the second derivative far from 0 is only the rounding of tanh
+        z = jnp.asarray(np.asarray(z), jnp.float64)
+        expected = *exact(z), jax.vmap(jax.grad(lambda x: exact(x)[1]))(z.ravel()).reshape(8, 8)
+        for actual, desired in zip(ops.gelu_and_derivatives(z), expected, strict=True):
+            np.testing.assert_allclose(actual, desired, atol=1e-12)
