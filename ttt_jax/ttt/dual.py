@@ -1,4 +1,4 @@
-"""Compute one mini-batch in the dual form (section 2.5 of the paper), for any learner, objective and linear update.
+"""Compute one mini-batch in the dual form of the paper, for any learner, objective and linear update.
 
 Token t sees the steps of every token s <= t of its mini-batch, W_t = W - p_t sum_{s <= t} eta_s grad_s, with p_t the
 rate of its position and eta_s that of token s. For TTT-Linear, with the tokens of the mini-batch as rows of Q and K

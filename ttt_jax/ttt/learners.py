@@ -1,4 +1,4 @@
-"""Define the learners that come with the package, and the wrap of their output (section 2.7 of the paper).
+"""Define the learners that come with the package, and the wrap of their output.
 
     linear:  f_res(x) = x W + c                                        (TTT-Linear)
     mlp:     f_res(x) = gelu(x W1 + c1) W2 + c2                        (TTT-MLP: two layers, hidden width 4 d; or more)

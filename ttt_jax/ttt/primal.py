@@ -2,7 +2,7 @@
 
 This is the definition that the dual form must equal, for every learner, objective, rate, update and reading. With W the
 weights that the mini-batch of token t starts with, p_t the rate of its position, eta_s the rate of token s, and the
-sum over the tokens s of the mini-batch up to t (equation 6 of the paper; equation 2 for mini-batches of one token),
+sum over the tokens s of the mini-batch up to t (mini-batch TTT in the paper; online TTT for mini-batches of one token),
 
     W_t = W - p_t sum_{s <= t} eta_s grad loss(W; k_s, v_s)          z_t = f(q_t; W_t)
 

@@ -1,4 +1,4 @@
-"""Compute the inner learning rate (section 2.7 of the paper): a part per token times a part per position.
+"""Compute the inner learning rate: a part per token times a part per position.
 
     eta[t, s] = position_eta[t] * token_eta[s]
 
