@@ -13,7 +13,7 @@ from ttt_jax.kernels.layout import Layout
 from ttt_jax.ttt.learner import Affine
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 40), st.sampled_from([8, 48, 64, 96, 128]), st.integers(1, 300))
 def test_unpacked_tokens_are_the_tokens_packed(heads, head_dim, tokens):
     layout = Layout(heads, head_dim, 16)

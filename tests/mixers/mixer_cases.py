@@ -46,6 +46,9 @@ one_that_learns = pytest.mark.parametrize(
     ],
 )
 every_mixer = pytest.mark.parametrize("case", CASES)
+every_mixer_but_slow_ones = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
+)
 
 
 def position(state):

@@ -16,6 +16,7 @@ from mixer_cases import (
     WIDTH,
     X,
     every_mixer,
+    every_mixer_but_slow_ones,
     mixer,
     position,
 )
@@ -31,7 +32,7 @@ def influence(quick_jit, f):
     return np.abs(jacobian).max(-1)
 
 
-@every_mixer
+@every_mixer_but_slow_ones
 def test_outputs_depend_on_earlier_tokens_and_their_own(params_of, quick_jit, case):
     found = influence(quick_jit, lambda x: mixer(case).apply({"params": params_of(case)}, x)[0])
     t = np.arange(PIECE)
@@ -44,7 +45,7 @@ def test_outputs_depend_on_earlier_tokens_and_their_own(params_of, quick_jit, ca
     assert found[heard].min() > 1e-6
 
 
-@every_mixer
+@every_mixer_but_slow_ones
 def test_pieces_cut_anywhere_match_the_whole_sequence(quick_jit, params_of, assert_close, case):
     """Cut in the middle of mini-batches and windows; two pieces are of one token."""
     step = quick_jit(lambda params, *arguments: mixer(case).apply({"params": params}, *arguments))

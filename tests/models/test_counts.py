@@ -1,5 +1,6 @@
 """Compare counted operations with counts by hand, of the traced program and by XLA, and count parameters."""
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,8 @@ MODELS = [
     *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
     *("ttt-mamba-lact", "ttt-transformer-decay"),
 ]
+FAST = ["attention", "ttt_mlp-mamba"]  # whose backward passes the fast tests count
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 T, VOCAB, WIDTH, HEADS, MLP_WIDTH, B = 24, 40, 32, 4, 48, 8  # T: three mini-batches
 
 
@@ -70,7 +73,7 @@ def not_needed(model):
     return 0
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [slow(1), 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_matrix_product_is_counted(name, layers):
     model = model_config(name, num_layers=layers)
@@ -80,7 +83,7 @@ def test_every_matrix_product_is_counted(name, layers):
     assert counts.flops_per_token(model, T) * T == traced
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in MODELS])
 def test_a_step_is_three_forward_passes(name):
     model = model_config(name)
     function, params, tokens = forward(model)
@@ -92,7 +95,9 @@ def test_a_step_is_three_forward_passes(name):
     assert counts.flops_per_step(model, T, 5) == 5 * traced
 
 
-@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt_mlp-mamba", "ttt-transformer-decay"])
+@pytest.mark.parametrize(
+    "name", ["attention", "ttt_linear-mamba", slow("ttt_mlp-mamba"), slow("ttt-transformer-decay")]
+)
 def test_xla_counts_little_more(name):
     """Compare with XLA's count, which is 1 to 5 percent larger at this width.
 

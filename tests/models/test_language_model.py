@@ -15,6 +15,7 @@ from ttt_jax.models.language_model import build_model
 
 BATCH, VOCAB, WIDTH, HEADS, B = 2, 11, 8, 2, 4
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, 12))
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def build(name="ttt_linear-mamba", ttt=(), **options):
@@ -43,21 +44,19 @@ def flat(tree):
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba"])
-def test_pieces_cut_inside_mini_batches_match_the_whole_sequence(draw, quick_jit, assert_close, name):
-    """Check two mixers; tests/mixers checks all."""
-    model = build(name)
+def test_pieces_cut_inside_mini_batches_match_the_whole_sequence(draw, quick_jit, assert_close):
+    """Check convolutions and a TTT layer; tests/mixers checks all mixers, and test_stack.py a stack of several."""
+    model = build("ttt_linear-mamba")
     params = draw(model, TOKENS)
     apply = applied(quick_jit, model)
     whole, no_state = apply(params, TOKENS)
     assert no_state is None
     assert whole.dtype == jnp.float32
 
-    state, logits, start = model.initial_state(BATCH, TOKENS.shape[1]), [], 0
-    for length in (5, 2, 5):
-        piece, state = apply(params, TOKENS[:, start : start + length], state)
+    state, logits = model.initial_state(BATCH, TOKENS.shape[1]), []
+    for tokens in np.split(TOKENS, 2, axis=1):
+        piece, state = apply(params, tokens, state)
         logits.append(piece)
-        start += length
     assert_close(np.concatenate(logits, axis=1), whole, 1e-5)
 
 
@@ -96,7 +95,7 @@ def test_inner_steps_change_the_logits(draw, quick_jit):
     assert np.abs(read(1.0) - read(0.0)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["attention", "ttt_linear-mamba", "ttt-transformer-decay"])
+@pytest.mark.parametrize("name", [slow("attention"), "ttt_linear-mamba", slow("ttt-transformer-decay")])
 def test_bfloat16_compute_keeps_parameters_inner_state_and_logits_in_float32(draw, quick_jit, name):
     model = build(name, dtype="bfloat16")
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]

@@ -75,7 +75,7 @@ QUICK = [
 
 @pytest.mark.parametrize(("depth", "tokens", "b"), SHAPES)
 @given(seed=SEEDS, rate=st.sampled_from([0.0, 0.05, 0.5]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_outputs_and_state_equal_the_primal_form(
     make_case, run_scan, run_primal, assert_close, depth, tokens, b, seed, rate
 ):

@@ -70,12 +70,12 @@ def test_whole_mini_batches_go_to_a_kernel(whole_mini_batches, assert_close, giv
 
 
 def test_kernel_gets_a_flag_for_each_mini_batch_that_begins_a_document(whole_mini_batches, assert_close):
-    arguments, with_gradients, _ = whole_mini_batches
+    arguments, _, read = whole_mini_batches
     reset = np.zeros((2, 18), bool)
     reset[0, [0, 8, 16]] = reset[1, 4] = True
     state, kernel = initial_state(jax.tree.map(lambda w: 2 * w, arguments[0].w0), 2), Kernel()
-    expected = with_gradients(arguments, state, {"reset": reset}, True, None)
-    assert_close(with_gradients(arguments, state, {"reset": reset}, True, kernel), expected)
+    expected = read(arguments, state, {"reset": reset}, True, None)
+    assert_close(read(arguments, state, {"reset": reset}, True, kernel), expected)
     assert kernel.calls == [(16, (2, 4))]
     jax.eval_shape(lambda *a: scan.run(ttt_linear(6), *a, reset=reset, kernel=kernel), *arguments, state)
     assert len(kernel.calls) == 1  # without ``aligned``, documents may begin anywhere, which no kernel reads

@@ -45,8 +45,9 @@ LOOPS = {
 }
 
 
-# Their gradients take long to compile; the test of pieces reads the first of them without gradients.
-SLOW = ["mlp, rates per matrix, decay, two momenta", "swiglu, previous, decay and LaCT"]
+# Gradients take long to compile. The fast tests read every causal update with a learner of one matrix, and the largest
+# state without gradients in the test of pieces; test_choices.py has gradients of every member.
+FAST = ["linear, decay, two momenta"]
 
 
 def test_these_loops_have_every_choice():
@@ -120,7 +121,7 @@ def poisoned(tokens, valid):
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LOOPS]
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in LOOPS]
 )
 def problem(request, make_case, quick_jit):
     """Provide a case, its reader, states inside a mini-batch, and a function with its gradients, compiled once."""
@@ -173,7 +174,7 @@ def check(problem, valid, reset):
 @example(PADDED["in the middle, and a row without tokens"], DOCUMENTS["none"], ~DOCUMENTS["none"])
 @example(~DOCUMENTS["none"], DOCUMENTS["3, 1, 1, 4 and each token one"], ~DOCUMENTS["none"])
 @example(~DOCUMENTS["none"], DOCUMENTS["at the first token, for more than a mini-batch"], ~DOCUMENTS["none"])
-@settings(max_examples=4)
+@settings(max_examples=2)
 def test_documents_in_rows_equal_documents_alone(problem, valid, reset, sparse):
     check(problem, valid, reset & sparse)
 
@@ -226,7 +227,7 @@ def deep(make_case, quick_jit):
 
 
 @given(valid=masks, reset=masks, more=masks, lengths=st.sampled_from([[1, 9], [9, 1]]))
-@settings(max_examples=8)
+@settings(max_examples=4)
 def test_documents_in_pieces_equal_documents_alone(deep, run_scan, valid, reset, more, lengths):
     with jax.enable_x64(True):
         case, alone = deep
@@ -253,7 +254,7 @@ def test_primal_form_reads_padding_and_documents(gated, quick_jit):
             assert_equal(actual, alone.rows([alone.fresh()] * B, valid, reset))
 
 
-@pytest.mark.parametrize("given_state", [False, True])
+@pytest.mark.parametrize("given_state", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_statistics_equal_those_of_documents_alone(gated, run_scan, given_state):
     """Read a first row with padding, and a second row whose first document may begin in an earlier piece."""
     with jax.enable_x64(True):

@@ -93,7 +93,7 @@ class InnerState(NamedTuple):
       weights: W at the start of the current mini-batch, leaves [B, H, ...].
       pending: the gradient of the current mini-batch so far: the sum of token_eta[s] * gradient[s] over its tokens s,
         each decayed by the tokens after s. Zero at the start of a mini-batch; None only inside
-        :mod:`ttt_jax.ttt.scan`.
+        :mod:`ttt_jax.ttt.scan` and :mod:`ttt_jax.ttt.windows`.
       position: tokens of the current document read so far, int32 [B]; modulo b, the place in the current mini-batch.
       slots: the memory of each member of the update, at the start of the mini-batch.
       gates: the sum of each gate over the tokens of the current mini-batch so far, [B, H].
