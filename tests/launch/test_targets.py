@@ -170,7 +170,7 @@ def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(target):
         assert (status, out) == (DONE, "mine: no such job waits or runs\n")
     else:
         assert status == REFUSED
-        assert "is there already, and not of ttt launch; it is left alone; expected another --name" in err
+        assert re.search("mine.* is there already, and not of ttt launch; it is left alone; expected another --na", err)
         assert target.launch()[0] == REFUSED
     assert target.calls(END[target.target]) == []
 

@@ -168,7 +168,6 @@ def test_lost_machines_are_replaced(cloud, how, said):
     assert (status, verbs(cloud)) == (0, FRESH * 2)
     first, second = cloud.calls("create")
     assert first == second
-    said = {"suspend": "the machines are SUSPENDING", "preempt": "mine is PREEMPTED"}[how]
     assert f"mine: {said}; restart 1 of 100" in err
 
 

@@ -230,9 +230,14 @@ def exit_status(codes: Collection[int]) -> int:
     for final in (FAILED, REFUSED, INTERRUPTED):
         if final in codes:
             return final
-    if any(0 < code < 128 and code != RESTART for code in codes):
+    if any(map(is_final, codes)):
         return FAILED
     return RESTART if any(codes) else DONE
+
+
+def is_final(code: int) -> bool:
+    """Return whether an exit status of a process says that the run cannot go on, which 75 and signals do not."""
+    return code == INTERRUPTED or (0 < code < 128 and code != RESTART)
 
 
 def required(*wanted: tuple[object, str, str]) -> None:

@@ -46,8 +46,9 @@ runs shows its log again.
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)
         self.identity += f"-{options.slices}-{options.accelerator}"
+        what = f"the queued resource {job.name}"
         self._resource = QueuedResource(
-            commands, job.name, self.identity, self.where, options.slices, lambda i: self.check_ours("the job", i)
+            commands, job.name, self.identity, self.where, options.slices, lambda found: self.check_ours(what, found)
         )
         self._hosts = self._reach(self._resource.nodes)
         self._installed = False  # by this process, on these machines

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 from ttt_jax.launch import versions
 from ttt_jax.launch.commands import NEVER, TRANSIENT, Commands, Retry
 from ttt_jax.launch.job import Job
+from ttt_jax.launch.lifecycle import is_final
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 _Result = TypeVar("_Result")
@@ -56,7 +57,7 @@ def verdict(hosts: Sequence[Host]) -> Verdict:
     """
     if all(host.status == DONE for host in hosts):
         return Verdict(DONE)
-    final = [h for h in hosts if h.status == INTERRUPTED or (0 < (h.status or 0) < 128 and h.status != RESTART)]
+    final = [host for host in hosts if host.status is not None and is_final(host.status)]
     first = min(final or [host for host in hosts if host.status != DONE], key=lambda host: host.when)
     return Verdict(first.status if final and first.status else RESTART, first)
 
