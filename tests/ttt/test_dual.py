@@ -18,8 +18,8 @@ from ttt_jax.ttt.update import Decay, Momentum, Muon, Renormalise
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 # depth, T, b: with a partial mini-batch at the end, mini-batches of one token, a single one, and less than one
-SHAPES = [(1, 7, 3), (1, 5, 1), (1, 3, 8), (2, 4, 4), (3, 7, 3)]
-SHAPES += [slow(*shape) for shape in [(1, 4, 4), (2, 7, 3), (3, 5, 1)]]
+SHAPES = [(1, 5, 1), (1, 3, 8), (3, 7, 3)]
+SHAPES += [slow(*shape) for shape in [(1, 7, 3), (1, 4, 4), (2, 4, 4), (2, 7, 3), (3, 5, 1)]]
 SEEDS = st.integers(0, 2**32 - 1)
 
 

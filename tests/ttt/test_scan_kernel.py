@@ -49,8 +49,15 @@ PADDING = {
 }
 
 
-@pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("given_state", [False, True])
+@pytest.mark.parametrize(
+    ("given_state", "padding"),
+    [
+        (True, "some"),
+        (False, "none"),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(False, "some", marks=pytest.mark.slow),
+    ],
+)
 def test_whole_mini_batches_go_to_a_kernel(whole_mini_batches, assert_close, given_state, padding):
     """Read from the start or inside a mini-batch; with padding at the end, at the start, and in a whole row.
 
