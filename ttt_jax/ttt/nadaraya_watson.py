@@ -2,9 +2,9 @@
 
     f(q) = sum_s kernel(q, k_s) v_s / sum_s kernel(q, k_s)        kernel(q, k) = exp(q . k / sqrt(d_k))
 
-Writing each token and then reading its query is exactly causal softmax attention. The estimator has no
-weights, so none of the five choices of :mod:`ttt_jax.ttt.inner_loop` applies: its state is all tokens so far, and grows
-with the sequence. It shows what attention is, not how to compute it fast.
+Writing each token and then reading its query is exactly causal softmax attention. The estimator has no weights, so none
+of the five choices of :mod:`ttt_jax.ttt.inner_loop` applies: its state is all tokens so far, and grows with the
+sequence. It shows what attention is, not how to compute it fast.
 
 Shapes: B batch, n tokens of this call, H heads, d_k and d_v widths of keys and values, capacity in tokens.
 """
