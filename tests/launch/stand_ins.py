@@ -153,19 +153,8 @@ class StandIns:
         """Launch a training run; return what :meth:`ttt` does, or the process if it is not to be waited for."""
         train = ("train", "--config", ROOT / "configs/quickstart.py", "--workdir", workdir or self.workdir)
         machines = OPTIONS[self.target] if machines is None else machines
-        arguments = (
-            "launch",
-            self.target,
-            "--name",
-            "mine",
-            *machines,
-            *options,
-            "--",
-            *train,
-            "--config.data.batch_size=8",
-            *command,
-        )
-        return (self.ttt if wait else self.start)(*arguments, cwd=self.folder)
+        arguments = ("launch", self.target, "--name", "mine", *machines, *options, "--", *train)
+        return (self.ttt if wait else self.start)(*arguments, "--config.data.batch_size=8", *command, cwd=self.folder)
 
     def act(self, action: str) -> tuple[int, str, str]:
         """Do ``--status`` or ``--stop``."""

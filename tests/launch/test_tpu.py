@@ -11,14 +11,7 @@ from ttt_jax.launch.tpu_hosts import Host, verdict
 
 slow = pytest.mark.slow
 FRESH = ["create", "scp", "install", "start", "delete"]
-COMMAND = [
-    "train",
-    "--config",
-    "configs/quickstart.py",
-    "--workdir",
-    "gs://bucket/runs/a",
-    "--config.data.batch_size=8",
-]
+COMMAND = "train --config configs/quickstart.py --workdir gs://bucket/runs/a --config.data.batch_size=8".split()
 
 
 @pytest.fixture(params=[pytest.param("tpu", marks=slow)])

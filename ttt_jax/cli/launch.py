@@ -63,11 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--dry-run", action="store_true", help="print the commands, and run none")
         p.set_defaults(action=None)
         add = p.add_mutually_exclusive_group().add_argument
-        status, stop = (
-            "print the state of the job",
-            "end the job: it saves, and its machines are deleted",
-        )
-        add("--status", dest="action", action="store_const", const="status", help=status)
+        add("--status", dest="action", action="store_const", const="status", help="print the state of the job")
+        stop = "end the job: it saves, and its machines are deleted"
         add("--stop", dest="action", action="store_const", const="stop", help=stop)
 
 

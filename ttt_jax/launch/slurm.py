@@ -107,16 +107,9 @@ it, after it has saved. The same command while the job is in the queue or runs f
         return _state(key, name[1], int(code[1]), log[1].strip().replace("%j", key) if log else "")
 
     def _past_state(self, number: str) -> State:
-        question = [
-            "sacct",
-            f"--jobs={number}",
-            "--allocations",
-            "--noheader",
-            "--parsable2",
-            "--format=State,ExitCode",
-        ]
+        options = "--allocations --noheader --parsable2 --format=State,ExitCode".split()
         with contextlib.suppress(CommandError, ConfigError):  # where there is no accounting
-            answer = self.commands.output(question, retry=PATIENT).split("\n")[0]
+            answer = self.commands.output(["sacct", f"--jobs={number}", *options], retry=PATIENT).split("\n")[0]
             if match := re.match(r"(\w+).*\|(\d+):", answer):
                 return _state(number, match[1], int(match[2]), "")
         raise LaunchError(f"job {number}: Slurm does not know it any more; its log tells how it ended")
