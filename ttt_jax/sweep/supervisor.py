@@ -24,7 +24,11 @@ def main() -> None:
     received: list[int] = []  # passed on below, as there may be no process yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    process = subprocess.Popen(command, close_fds=False)  # it keeps the lock on its folder
+    try:
+        process = subprocess.Popen(command, close_fds=False)  # it keeps the lock on its folder
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        sys.exit(127)  # as of a shell
     watched, asked = [pipe], False
     while process.poll() is None:
         if select.select(watched, [], [], _POLL)[0]:
