@@ -21,7 +21,7 @@ from ttt_jax.layers.conv import convolve
 from ttt_jax.layers.linear import project
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.attention import causal_attention
-from ttt_jax.training import compiled_step
+from ttt_jax.training.step import build_program
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan
 from ttt_jax.ttt.inner_loop import Parameters, Tokens, ttt_mlp
@@ -82,7 +82,7 @@ def compile_time(mixer: str, layers: int) -> float:
     config = config_lib.default()
     config.model.update(mixer=mixer, num_layers=layers, vocab_size=1024)
     config.data.batch_size = 1
-    run = compiled_step.make(config, sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}))
+    run = build_program(config, sharding.make_mesh({"data": jax.device_count(), "fsdp": 1, "tensor": 1}))
     jax.clear_caches()
     start = time.perf_counter()
     run.compiled_step()

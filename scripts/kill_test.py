@@ -25,8 +25,9 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.terminal.stopping import DONE, RESTART
-from ttt_jax.training import compiled_step, metrics
+from ttt_jax.training import metrics
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import build_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300  # seconds that any wait may take
@@ -162,7 +163,7 @@ def compare(workdir: Path, undisturbed: Path) -> None:
 def final_state(workdir: Path):
     """Return step and state of the last checkpoint."""
     config = config_lib.from_json(workdir / "config.json")
-    run = compiled_step.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    run = build_program(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)
     assert restored is not None
     return restored.step, jax.device_get(restored.state)

@@ -152,14 +152,14 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
     from ttt_jax import config as config_lib
     from ttt_jax.distributed import sharding
     from ttt_jax.models.language_model import build_model
-    from ttt_jax.training import compiled_step
     from ttt_jax.training.checkpoint import Checkpoints
+    from ttt_jax.training.step import build_program
 
     def save(workdir: Path, config: Any, steps: tuple[int, ...] = (5,), stddev: float = 0.5) -> dict[int, Any]:
         workdir.mkdir(parents=True)
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
-        abstract = compiled_step.make(config, mesh).abstract_state
+        abstract = build_program(config, mesh).abstract_state
         empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
         checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), build_model(config.model), {}
         for step in steps:

@@ -30,9 +30,10 @@ from ttt_jax.evaluation.probes.cells import Cells
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
 from ttt_jax.sweep import files as sweep_files
-from ttt_jax.training import compiled_step, metrics, run_config, validation
+from ttt_jax.training import metrics, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.report import Goodput
+from ttt_jax.training.step import build_program
 
 SEEDS = {"flip": 6, "cut": 4, "empty": 1, "delete": 1, "foreign": 1, "duplicate": 2}
 REPORTED = (ConfigError, DataError, CheckpointError, OSError)  # errors that commands report in one line
@@ -85,7 +86,7 @@ def _abstract(root: Path) -> Any:
     if root not in _abstract_states:
         config = config_of(root)
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
-        _abstract_states[root] = compiled_step.make(config, mesh).abstract_state
+        _abstract_states[root] = build_program(config, mesh).abstract_state
     return _abstract_states[root]
 
 

@@ -14,8 +14,9 @@ from ttt_jax.config import ConfigError
 from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.models.language_model import build_model
-from ttt_jax.training import compiled_step, loop, metrics
+from ttt_jax.training import loop, metrics
 from ttt_jax.training import optimizer as optimizer_lib
+from ttt_jax.training.step import build_program
 
 # Table 3 of the paper, written down once more: blocks, width, heads, steps, peak learning rate, tokens.
 TABLE_3 = {
@@ -186,7 +187,7 @@ def test_parameters_divide_over_the_mesh(recipe):
     shape = config_lib.mesh_shape(c, chips(recipe))
     mesh = AbstractMesh(tuple(shape.values()), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     total = sum(x.size for x in jax.tree.leaves(parameters(c)))
-    lying = jax.tree.leaves(compiled_step.make(c, mesh).abstract_state.params)
+    lying = jax.tree.leaves(build_program(c, mesh).abstract_state.params)
     assert sum(x.size for x in lying) == total
     here = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in lying)
     assert here < 1.1 * total / (shape["fsdp"] * shape["tensor"])

@@ -17,7 +17,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.planning import hlo
-from ttt_jax.training import compiled_step
+from ttt_jax.training.step import build_program
 
 # Choices of mixer ttt with rates per matrix, two gates, and a state of W and the momentum.
 POINT = {
@@ -49,7 +49,7 @@ def train(mixer, shape, kernel=None):
     config = tiny(mixer, kernel)
     devices = jax.devices() if shape != ONE else jax.devices()[:1]
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
-    run = compiled_step.make(config, mesh)
+    run = build_program(config, mesh)
     state, step = run.initial_state(), run.compiled_step()
     parts, specs, metrics = _parts(state), _specs(state), []
     for i in range(config_lib.steps(config, "training.duration")):

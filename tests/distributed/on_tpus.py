@@ -16,7 +16,7 @@ topology_lib.prepare(topology)
 from ttt_jax import config as config_lib  # noqa: E402
 from ttt_jax.distributed import sharding  # noqa: E402
 from ttt_jax.planning import hlo  # noqa: E402
-from ttt_jax.training import compiled_step  # noqa: E402
+from ttt_jax.training.step import build_program  # noqa: E402
 
 
 def collectives(mixer, shape, kernel):
@@ -28,7 +28,7 @@ def collectives(mixer, shape, kernel):
     config.mesh.update(dict(zip(sharding.MESH_AXES, shape, strict=True)))
     config_lib.validate(config)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8), topology_lib.devices(topology))
-    text = compiled_step.make(config, mesh).compiled_step().as_text()
+    text = build_program(config, mesh).compiled_step().as_text()
     return {
         "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text),
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],

@@ -12,7 +12,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.interop import oracles
 from ttt_jax.kernels import run as kernels
 from ttt_jax.models import language_model
-from ttt_jax.training import compiled_step
+from ttt_jax.training.step import build_program
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 
@@ -49,7 +49,7 @@ def test_twenty_steps_equal_those_of_the_scan():
         config.model.ttt.kernel = kernel
         config.data.update(sequence_length=40, batch_size=2)
         config.training.duration = "20 steps"
-        run = compiled_step.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+        run = build_program(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
         step, state, found = run.compiled_step(), run.initial_state(), []
         for i in range(20):
             tokens = np.random.default_rng(i % 4).integers(0, 16, (2, 41), dtype=np.int32)

@@ -122,12 +122,12 @@ def final_state():
 
     from ttt_jax import config as config_lib
     from ttt_jax.distributed import sharding
-    from ttt_jax.training import compiled_step
     from ttt_jax.training.checkpoint import Checkpoints
+    from ttt_jax.training.step import build_program
 
     def read(workdir):
         config = config_lib.from_json(workdir / "config.json")
-        run = compiled_step.make(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+        run = build_program(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
         checkpoints = Checkpoints(workdir, read_only=True)
         step = checkpoints.latest_step()
         state = jax.device_get(checkpoints.restore(step, run.abstract_state))

@@ -13,7 +13,8 @@ from ttt_jax.evaluation import trained
 from ttt_jax.kernels import run, self_check
 from ttt_jax.kernels.self_check import Family
 from ttt_jax.terminal.stopping import DONE
-from ttt_jax.training import compiled_step, kernel_check, loop, metrics
+from ttt_jax.training import kernel_check, loop, metrics
+from ttt_jax.training.step import build_program
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 
 RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
@@ -44,7 +45,7 @@ def use_kernel(monkeypatch):
 def make(tiny_config):
     def of(changes=None):
         mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-        return compiled_step.make(tiny_config({**RUN, **(changes or {})}), mesh)
+        return build_program(tiny_config({**RUN, **(changes or {})}), mesh)
 
     return of
 

@@ -11,10 +11,12 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import named_sources, pipeline, token_source
+from ttt_jax.distributed import sharding
 from ttt_jax.errors import DataError, NonFiniteLossError
 from ttt_jax.storage import json_files
-from ttt_jax.training import compiled_step, loop, metrics
+from ttt_jax.training import loop, metrics
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import build_program
 
 CHANGES = {"checkpoint.milestone_every": "12 steps", "checkpoint.keep_last": 1, "log.tensorboard": True}
 LONGER = {**CHANGES, "training.duration": "40 steps"}
@@ -143,7 +145,7 @@ def test_a_bad_batch_stops_the_run_after_saving(tmp_path, monkeypatch, tiny_conf
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(finished, tmp_path, tiny_config):
     workdir, poisoned = shutil.copytree(finished[0], tmp_path / "poisoned"), tiny_config(LONGER)
     checkpoints = Checkpoints(workdir, keep_last=5)
-    run = compiled_step.make(poisoned, compiled_step.sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = build_program(poisoned, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     state = checkpoints.restore(24, run.abstract_state)
     state.params["final_norm"]["scale"] = state.params["final_norm"]["scale"].at[0].set(np.nan)
     checkpoints.save(25, state, checkpoints.meta(24))

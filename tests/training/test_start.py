@@ -9,8 +9,9 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.distributed import sharding
-from ttt_jax.training import compiled_step, loop, metrics, start
+from ttt_jax.training import loop, metrics, start
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import build_program
 
 RUN = {  # compiled once
     "training.duration": "4 steps",
@@ -30,7 +31,7 @@ def first(tmp_path_factory, tiny_config):
 
 @pytest.fixture(scope="module")
 def abstract_state(tiny_config):
-    return compiled_step.make(tiny_config(RUN), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
+    return build_program(tiny_config(RUN), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})).abstract_state
 
 
 def saved(workdir, step, abstract_state):

@@ -8,10 +8,9 @@ import pytest
 from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.mixers.ttt_layer import warmup_scale
-from ttt_jax.training import compiled_step
 from ttt_jax.training import loss as loss_lib
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training.step import initial_state, train_step
+from ttt_jax.training.step import build_program, initial_state, train_step
 
 
 def test_loss_is_the_mean_over_rows_of_masked_means():
@@ -56,7 +55,7 @@ def _one_step(run, accumulation, batch, params=None):
 
 @pytest.fixture(scope="module")
 def run_and_batch(tiny_config):
-    run = compiled_step.make(tiny_config(), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = build_program(tiny_config(), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     tokens = np.random.default_rng(1).integers(0, 257, (4, 33)).astype(np.int32)
     mask = (tokens[:, 1:] % 5 > 0).astype(np.float32)
     return run, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
@@ -102,7 +101,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
 def test_seed_sets_the_initial_parameters(tiny_config):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     first, again, other = (
-        compiled_step.make(tiny_config({"seed": seed}), mesh).initial_state().params["embedding"] for seed in (3, 3, 4)
+        build_program(tiny_config({"seed": seed}), mesh).initial_state().params["embedding"] for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01

@@ -14,8 +14,9 @@ from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
 from ttt_jax.evaluation.evaluate import Selection, evaluate
-from ttt_jax.training import compiled_step, loop, metrics, validation
+from ttt_jax.training import loop, metrics, validation
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import build_program
 
 EVERY = {"evaluation.every": "6 steps", "evaluation.windows": 5, "checkpoint.keep_last": 9, "log.every": "4 steps"}
 
@@ -158,7 +159,7 @@ def test_losses_are_read_up_to_a_step(tmp_path):
 def test_a_loss_that_is_not_finite_shows_and_masked_ones_do_not(tiny_config, monkeypatch):
     tokens = np.arange(200) % 250
     source = TokenSource("some/validation", tokens, 257, 9)
-    run = compiled_step.make(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = build_program(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     bad = {"of": 9}
 
     def nll(logits, targets):  # byte 9 begins documents
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_shows_and_masked_ones_do_not(tiny_config, mon
 
 def test_a_split_with_nothing_to_predict_is_refused(tiny_config):
     source = TokenSource("some/validation", np.full(200, 9), 257, 9)
-    run = compiled_step.make(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
+    run = build_program(tiny_config({}), sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     with pytest.raises(ConfigError) as error:
         validation.Validation(run, source, 3)
     assert str(error.value) == (

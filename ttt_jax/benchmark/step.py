@@ -15,7 +15,8 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.models import counts, pattern
-from ttt_jax.training import compiled_step, kernel_check
+from ttt_jax.training import kernel_check
+from ttt_jax.training.step import Program, build_program
 
 _MATMUL_SIZE = 2048
 
@@ -83,7 +84,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
       ConfigError: where the config does not fit the devices.
     """
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = kernel_check.checked(compiled_step.make(config, mesh))
+    run = kernel_check.checked(build_program(config, mesh))
     start = time.perf_counter()
     step = run.compiled_step()
     compile_time = time.perf_counter() - start
@@ -113,7 +114,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
     )
 
 
-def _random_batch(config: ml_collections.ConfigDict, run: compiled_step.Program) -> dict[str, jax.Array]:
+def _random_batch(config: ml_collections.ConfigDict, run: Program) -> dict[str, jax.Array]:
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
     batch = {

@@ -15,8 +15,9 @@ from ttt_jax.models import pattern
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.storage import checksums
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.training import compiled_step, kernel_check, run_config, validation
+from ttt_jax.training import kernel_check, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import build_program
 
 
 class Trained(NamedTuple):
@@ -154,7 +155,7 @@ def load(workdir: str | os.PathLike, step: int | None = None, *, fsdp: int = 1, 
 
 def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Trained:
     config = run_config.load(workdir).copy_and_resolve_references()
-    run = compiled_step.make(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
+    run = build_program(config, sharding.make_mesh(_mesh_shape(config, fsdp, tensor)))
     with workdir_lib.explained(workdir):
         sums = workdir / "checkpoints" / str(step) / checksums.NAME
         fingerprint = hashlib.blake2b(sums.read_bytes(), digest_size=8).hexdigest() if sums.exists() else ""

@@ -15,7 +15,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.distributed.chips import Chip, of_device
 from ttt_jax.models import counts, pattern
 from ttt_jax.planning import estimate, hlo
-from ttt_jax.training import compiled_step
+from ttt_jax.training.step import Program, build_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TooLarge:
     available: int
 
 
-def memory_of_compiled(run: compiled_step.Program, compiled: jax.stages.Compiled) -> Memory:
+def memory_of_compiled(run: Program, compiled: jax.stages.Compiled) -> Memory:
     """Return the memory of a compiled step, from the compiler's analysis."""
     parameters, moments, batch = _argument_bytes(run)
     analysis = compiled.memory_analysis()
@@ -68,14 +68,14 @@ def memory_of_compiled(run: compiled_step.Program, compiled: jax.stages.Compiled
     )
 
 
-def memory_of_too_large(run: compiled_step.Program, too_large: TooLarge) -> Memory:
+def memory_of_too_large(run: Program, too_large: TooLarge) -> Memory:
     """Return the memory of a step that does not fit; only its arguments are told apart, the rest is ``temporaries``."""
     parameters, moments, batch = _argument_bytes(run)
     rest = max(0, too_large.needed - parameters - moments - batch)
     return Memory(parameters, moments, batch, padding=0, temporaries=rest, outputs=0, code=0)
 
 
-def _argument_bytes(run: compiled_step.Program) -> tuple[int, int, int]:
+def _argument_bytes(run: Program) -> tuple[int, int, int]:
     """Return the bytes per chip of parameters, moments and batch."""
     data = run.config.data
     rows = run.batch_sharding.shard_shape((data.batch_size, data.sequence_length))
@@ -170,7 +170,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
       CompilerError: where the compiler fails.
     """
     shape = config_lib.mesh_shape(config, len(devices))
-    run = compiled_step.make(config, sharding.make_mesh(shape, devices))
+    run = build_program(config, sharding.make_mesh(shape, devices))
     chip, data = of_device(devices[0]), config.data
     start = time.perf_counter()
     compiled = _compile(run)
@@ -224,7 +224,7 @@ def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
     return kinds
 
 
-def _compile(run: compiled_step.Program) -> jax.stages.Compiled | TooLarge:
+def _compile(run: Program) -> jax.stages.Compiled | TooLarge:
     """Return the compiled step, or the memory that it would have needed."""
     try:
         return run.compiled_step()

@@ -9,12 +9,12 @@ from ttt_jax.distributed.agreement import Exchange, describe
 from ttt_jax.kernels import run as kernels
 from ttt_jax.kernels import self_check
 from ttt_jax.models import pattern
-from ttt_jax.training import compiled_step
+from ttt_jax.training.step import Program, build_program
 
 _LIMIT = 900.0  # seconds for the slowest process
 
 
-def checked(run: compiled_step.Program) -> compiled_step.Program:
+def checked(run: Program) -> Program:
     """Return a program whose inner loop has been checked on its devices, some of which belong to this process.
 
     Each process has the fused kernels of :func:`kernels_to_check` compared with the scan on one of its devices, once
@@ -45,7 +45,7 @@ def checked(run: compiled_step.Program) -> compiled_step.Program:
     )
     config = run.config.copy_and_resolve_references()
     config.model.ttt.kernel = "scan"
-    return compiled_step.make(config, run.mesh)._replace(config=run.config)
+    return build_program(config, run.mesh)._replace(config=run.config)
 
 
 def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:

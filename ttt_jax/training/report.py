@@ -18,7 +18,7 @@ from ttt_jax.storage.writing import set_aside
 from ttt_jax.terminal.console import duration
 from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.training import metrics, run_config
-from ttt_jax.training.compiled_step import Program
+from ttt_jax.training.step import Program
 
 _STARTED = "started.json"
 _MOST_SKIPPED = 10  # updates in a row without a finite gradient, after which it is no spike

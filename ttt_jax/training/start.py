@@ -21,8 +21,9 @@ from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models import language_model
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
-from ttt_jax.training import checkpoint, compiled_step, metrics, optimizer, resume, run_config, validation
+from ttt_jax.training import checkpoint, metrics, optimizer, resume, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
+from ttt_jax.training.step import Program, build_program
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -30,7 +31,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 class Prepared(NamedTuple):
     """The program and the data of a run."""
 
-    run: compiled_step.Program
+    run: Program
     data: token_source.TokenSource
     held_out: token_source.TokenSource | None  # None where the run has no validation
 
@@ -41,7 +42,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir) -> Prepared:
     Every process does this by itself, before the processes do anything together.
     """
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = compiled_step.make(config, mesh)
+    run = build_program(config, mesh)
     data = named_sources.from_config(config, "train")
     token_source.check(data, config.model.vocab_size, config.data.sequence_length, windows=config.data.batch_size)
     held_out = None

@@ -154,13 +154,13 @@ def main(folder: Path) -> None:
 def _step(values: dict[str, Any], devices: list):
     from ttt_jax import config as config_lib
     from ttt_jax.distributed import sharding
-    from ttt_jax.training import compiled_step
+    from ttt_jax.training.step import build_program
 
     config = config_lib.default()
     config.update(values)
     config_lib.validate(config)
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, len(devices)), devices)
-    return compiled_step.make(config, mesh).compiled_step()
+    return build_program(config, mesh).compiled_step()
 
 
 def _function(name: str, settings: dict[str, Any], devices: list):
