@@ -23,7 +23,7 @@ from ttt_jax.sweep import files, results, status
 from ttt_jax.sweep.files import Record, Sweep
 from ttt_jax.sweep.points import Point
 from ttt_jax.terminal import console
-from ttt_jax.terminal.status_line import StatusLine
+from ttt_jax.terminal.console import StatusLine
 
 NAMES = [
     *("trial[a]", "[bold]x", "[", "a]b[0]", ":warning:", "$x$", "a$", "$5 and $6", r"back\slash", r"a\$b", "~me"),

@@ -13,7 +13,7 @@ from small_checkpoints import abstract, check_restored, meta, names, state
 from ttt_jax import cli
 from ttt_jax.errors import CheckpointError
 from ttt_jax.storage import checksums
-from ttt_jax.training import checkpoint_reader
+from ttt_jax.training import checkpoint_files
 from ttt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def workdir(tmp_path, saved):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(checkpoint_reader, "_READ_AGAIN_AFTER", (0.0, 0.0))
+    monkeypatch.setattr(checkpoint_files, "_READ_AGAIN_AFTER", (0.0, 0.0))
 
 
 def arrays(folder):

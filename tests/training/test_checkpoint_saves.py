@@ -15,7 +15,7 @@ from small_checkpoints import abstract, check_restored, meta, names, state
 from ttt_jax.config import ConfigError
 from ttt_jax.errors import CheckpointError
 from ttt_jax.storage import checksums
-from ttt_jax.training import checkpoint, checkpoint_writer
+from ttt_jax.training import checkpoint, checkpoint_files
 from ttt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_late_files_of_a_failed_save_are_removed(tmp_path, broken_storage, monke
             late.write_text("")
         times.append(seconds)
 
-    monkeypatch.setattr(checkpoint_writer, "time", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(checkpoint_files, "time", types.SimpleNamespace(sleep=sleep))
     checkpoints = Checkpoints(tmp_path, save_again_after=())
     checkpoints.finish(1, state(1), meta(1))
     broken_storage(1)

@@ -20,9 +20,8 @@ from ttt_jax.cli.options import (
 )
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.console import duration
+from ttt_jax.terminal.console import StatusLine, duration
 from ttt_jax.terminal.numbers import count, counts, not_negative, positive
-from ttt_jax.terminal.status_line import StatusLine
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Exchange:
         """
         if jax.process_count() == 1:
             return [text]
-        client = distributed.global_state.client
+        client: Any = distributed.global_state.client
         place = f"{self._place}/{self._count}"
         client.key_value_set(f"{place}/{jax.process_index()}", text)
         client.wait_at_barrier(place, round(timeout * 1000))

@@ -25,8 +25,7 @@ from ttt_jax.distributed import process_checks
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.storage.workdir import Workdir, is_local
-from ttt_jax.training.checkpoint_reader import Reader
-from ttt_jax.training.checkpoint_writer import Writer
+from ttt_jax.training.checkpoint_files import Reader, Writer
 
 _SAVE_AGAIN_AFTER = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _POLL_STEPS = 10  # steps after which several processes ask each other whether a save has ended

@@ -15,8 +15,7 @@ from ttt_jax.models import counts, pattern
 from ttt_jax.storage.json_files import DamagedFile, read_object, warn_once, write_object
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.storage.writing import set_aside
-from ttt_jax.terminal.console import duration
-from ttt_jax.terminal.status_line import StatusLine
+from ttt_jax.terminal.console import StatusLine, duration
 from ttt_jax.training import metrics, run_config
 from ttt_jax.training.step import Program
 

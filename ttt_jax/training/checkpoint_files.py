@@ -1,10 +1,18 @@
-"""Write one checkpoint after the other in the background, by Orbax, with the checksums of its files."""
+"""Write checkpoints in the background and read them, by Orbax, with the checksums of their files.
+
+The last function keeps off the terminal what Orbax prints about saves: :mod:`ttt_jax.training.checkpoint` reports
+failures, once.
+"""
 
 import contextlib
+import functools
 import itertools
+import logging
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,11 +22,13 @@ from orbax.checkpoint import checkpoint_managers
 from ttt_jax.distributed.agreement import Exchange, barrier_that_fails_together, describe
 from ttt_jax.errors import CheckpointError
 from ttt_jax.storage import checksums
-from ttt_jax.training import orbax_messages
 
 _TIMEOUT = 1800  # seconds in which a checkpoint must be on disk
 _LOOK_AGAIN_AFTER = (0.1, 0.3, 1.0)  # seconds until TensorStore has ended the files of a save that failed
+_READ_AGAIN_AFTER = (1.0, 5.0, 15.0)  # seconds
 _numbers = itertools.count()
+
+T = TypeVar("T")
 
 
 class Writer:
@@ -31,7 +41,7 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, policy: checkpoint_managers.PreservationPolicy, exchange: Exchange):
-        orbax_messages.silence()
+        silence_orbax()
         self._directory, self._policy, self._exchange = directory, policy, exchange
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._manager: ocp.CheckpointManager | None = None
@@ -124,3 +134,81 @@ class Writer:
         temporary = self._directory / f"{self.step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}"
         final = self._directory / str(self.step)  # on gs:// nothing is renamed
         checksums.write(temporary if temporary.exists() else final, ("state", "meta"))
+
+
+class Reader:
+    """Read the checkpoints below a folder.
+
+    All processes call its methods alike. Each process reads what it needs, without barriers at which the others would
+    wait for it, and a failure on one process is a :class:`CheckpointError` on all.
+    """
+
+    def __init__(self, directory: epath.Path, exchange: Exchange):
+        self._directory, self._exchange = directory, exchange
+
+    def check(self, step: int) -> bool:
+        """Check the files against their checksums, each process a share of them; return whether there are checksums."""
+        folder = self._directory / str(step)
+
+        def check_share():
+            problem = checksums.first_difference(folder, jax.process_index(), jax.process_count())
+            if problem is not None:
+                raise CheckpointError(problem)
+
+        self._exchange.on_all(lambda: _with_retries(check_share))
+        return self._exchange.on_first((folder / checksums.NAME).exists)
+
+    def state(self, step: int, abstract: Any, partial: bool = False) -> Any:
+        """Return the state, with the shapes, dtypes and shardings of ``abstract``.
+
+        Args:
+          partial: whether ``abstract`` is only a part of the saved state.
+        """
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process_alone())
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=partial)
+        folder = self._directory / str(step) / "state"
+        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder, args=args)))
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Return the ``meta`` of a checkpoint."""
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_this_process_alone())
+        folder = self._directory / str(step) / "meta"
+        return self._exchange.on_all(lambda: _with_retries(lambda: handler.restore(folder)))
+
+
+def _this_process_alone() -> ocp.options.MultiprocessingOptions:
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+
+
+def _with_retries(read: Callable[[], T]) -> T:
+    """Read, and try again where the storage fails, but not where a file is missing."""
+    for seconds in _READ_AGAIN_AFTER:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
+
+
+@functools.cache
+def silence_orbax() -> None:
+    """Leave out, in this process, messages of Orbax about single files and about event loops that are closed.
+
+    When a file of a checkpoint cannot be written, Orbax ends the event loop in which it waits for all files.
+    TensorStore then finishes the other files, and its calls into the closed loop fail where nothing can catch them.
+    Neither package has an option for that, so the public ``sys.unraisablehook`` leaves out this one message. Tested
+    with orbax-checkpoint 0.12.8 and tensorstore 0.1.86 on Python 3.11.7.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def report_others(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
