@@ -81,6 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.name.startswith(_MINUTES))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs the compiler of TPUs where there is none for this system; on Linux the extra dev installs it."""
+    if item.get_closest_marker("tpu_compiler") and sys.platform != "linux":
+        pytest.skip("libtpu is for Linux")
+
+
 def pytest_collection_finish() -> None:
     """Leave out of all further garbage collections what has been imported."""
     gc.collect()

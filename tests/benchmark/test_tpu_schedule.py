@@ -1,6 +1,5 @@
 """Compare schedules by the real TPU compiler, which needs no TPU, with known programs."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +24,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KNOWN, KERNEL, BROKEN = (f"{HERE / 'scheduled.py'}:{name}" for name in ("known", "kernel", "broken"))
 COPIED = 2 * 16384 * 4096 * 2  # bytes, read and written
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def cycles_of(schedule, scope: str) -> int:
 
 
 @pytest.mark.slow
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
     """Check 4096^3 multiply-adds at 4 x 128 x 128 per cycle: at least 1,048,576 cycles."""
     cycles = cycles_of(known[0], "product")
@@ -54,7 +52,7 @@ def test_a_matrix_product_takes_the_time_of_the_matrix_units(known):
     assert product.seconds == pytest.approx(4096**3 * 2 / 197e12, rel=0.05)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_a_loop_takes_the_time_of_its_turns(known):
     assert dict(known[0].loops) == {"jit(run)/short/while": 50, "jit(run)/long/while": 200}
     assert cycles_of(known[0], "long") / cycles_of(known[0], "short") == pytest.approx(4, rel=0.01)
@@ -64,7 +62,7 @@ def test_a_loop_takes_the_time_of_its_turns(known):
     assert around[200] / around[50] == pytest.approx(4, rel=0.05)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_an_array_that_is_read_and_written_takes_the_time_of_its_bytes(known):
     (copied,) = (o for o in known[0].operations if o.operation.op_name == "jit(run)/copied/add")
     assert copied.hbm_bytes == COPIED
@@ -72,7 +70,7 @@ def test_an_array_that_is_read_and_written_takes_the_time_of_its_bytes(known):
     assert copied.compute_seconds < copied.seconds / 2
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_totals_of_a_schedule(known):
     schedule = known[0]
     assert schedule.cycles == sum(o.cycles for o in schedule.operations) + schedule.other_cycles
@@ -87,7 +85,7 @@ def test_totals_of_a_schedule(known):
     assert (schedule.unknown_loops, schedule.uncertain_cycles, schedule.conditionals) == (0, 0, 0)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_kept_files(known):
     folder = known[1]
     assert "HloModule" in (folder / "program.hlo.txt").read_text()
@@ -96,7 +94,7 @@ def test_kept_files(known):
         measure(Function(KNOWN), keep=folder)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_reports(known):
     text = report.text(known[0], top=2).splitlines()
     assert text[0].startswith(f"program     {KNOWN}, on v5e:1x1; compiled in ")
@@ -113,7 +111,7 @@ def test_reports(known):
 
 
 @pytest.mark.slow
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_the_first_turn_of_a_kernel_counts_once():
     """Check that what a Pallas kernel does in its first turn only costs the same in grids of 4 and of 24."""
     cycles = {
@@ -131,7 +129,7 @@ def test_the_first_turn_of_a_kernel_counts_once():
     assert cycles[24, False] / cycles[4, False] == pytest.approx(6, rel=0.25)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_schedules_of_other_chips():
     """Check v6e, which takes twice the rows per cycle and unit, and v5p, whose two cores share the work."""
@@ -142,7 +140,7 @@ def test_schedules_of_other_chips():
         assert schedule.hbm_bytes > COPIED
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_temporary_files_are_removed(tmp_path, monkeypatch):
     """Check that files are removed after errors too, and that the message of a function becomes one line."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -174,7 +172,7 @@ def test_flags_of_the_user_are_kept(tmp_path, monkeypatch):
         ("ttt_jax.benchmark.inner_loop:build", {"kind": "gru"}, "kind=gru: expected one of linear, mlp"),
     ],
 )
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_wrong_functions_are_refused(function, settings, message):
     with pytest.raises(ConfigError, match=message):
         measure(Function(function, settings))
@@ -205,7 +203,7 @@ def test_a_compiler_that_dies_is_an_error(tmp_path, monkeypatch):
         measure(Function(KNOWN))
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_a_training_step():
     """Find, on four chips, parts of the model, collectives, and a turn of the loops for each layer and mini-batch."""
@@ -266,7 +264,7 @@ def test_backward_gives_gradients_of_everything(path):
     )
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_the_command_compares():
     settings = ["tokens=64", "heads=2", "head_dim=8"]

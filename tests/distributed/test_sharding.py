@@ -4,7 +4,6 @@ The programs run on eight CPU devices, or are compiled for eight TPU chips, in p
 """
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -123,7 +122,7 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     ("mixer", "mesh", "kernel"),
     [

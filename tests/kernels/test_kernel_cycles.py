@@ -1,6 +1,5 @@
 """Test the schedules of the kernels by the TPU compiler, as ratios to the structure of the authors' code."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ BUILD = "ttt_jax.benchmark.inner_loop:build"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("for_libtpu"),
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+    pytest.mark.tpu_compiler,
 ]
 
 

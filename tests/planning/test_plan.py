@@ -1,6 +1,5 @@
 """Plan for TPUs with their own compiler, in separate processes, because its environment is set before JAX loads."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from ttt_jax.planning.plan import TooLarge
 
 pytestmark = pytest.mark.usefixtures("for_libtpu")
 ROOT = Path(__file__).resolve().parents[2]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 TINY = [
     *("--config", str(ROOT / "configs/benchmark.py:attention")),
     *"--config.model.width=32 --config.model.num_heads=2 --config.model.num_layers=1".split(),
@@ -95,7 +93,7 @@ def test_other_messages_are_not_read():
 # ---- A model of width 32, two heads of 16, three blocks, feed-forward width 48, vocabulary 64, on fsdp=2 x tensor=2
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_total_memory_equals_the_analysis_of_the_compiler(planned):
     memory, analysis = planned["plan"]["memory"], planned["analysis"]
@@ -110,7 +108,7 @@ def test_total_memory_equals_the_analysis_of_the_compiler(planned):
     assert planned["plan"]["available"] == int(15.75 * 2**30)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_bytes_of_parameters_and_moments(planned):
     """Compare with arithmetic: float32 arrays, each split over the axes of the mesh that the rules give it."""
@@ -127,7 +125,7 @@ def test_bytes_of_parameters_and_moments(planned):
     assert memory["padding"] >= 4  # the step
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_numbers_derived_from_the_estimate(planned):
     found = planned["plan"]
@@ -146,7 +144,7 @@ def test_numbers_derived_from_the_estimate(planned):
     assert found["model_flop_utilization"] == pytest.approx(found["operations"] / (4 * 197e12) / seconds)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_gradients_are_summed_over_data(planned):
     """Check that with parameters on every chip, float32 gradients are summed once, and little else."""
@@ -161,7 +159,7 @@ def test_gradients_are_summed_over_data(planned):
     assert parameters <= summed <= parameters + 4 * vocab * d + 64
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_a_model_that_is_too_large(planned):
     """Check a plan of 17 G parameters: 206 GB with two moments, a quarter of it per chip."""
@@ -176,7 +174,7 @@ def test_a_model_that_is_too_large(planned):
     assert found["step_time"] is None
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "chips", "available"), [("v6e:2x2", 4, int(31.24 * 2**30)), ("v5p:2x2x1", 4, int(95.73 * 2**30))]
@@ -188,7 +186,7 @@ def test_plans_for_other_chips(topology, chips, available):
     assert (found["topology"], found["chips"], found["available"]) == (topology, chips, available)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_gradients_go_between_slices():
     """Check the bytes: gradients of the parameters that a chip holds, those of the embedding in two parts."""
@@ -214,7 +212,7 @@ def test_a_plan_for_cpus():
     assert found["memory"]["moments"] == 2 * found["memory"]["parameters"] + 8
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_search_finds_the_fastest_choice(planned):
     status, found = planned["commands"]["search"]
@@ -225,7 +223,7 @@ def test_search_finds_the_fastest_choice(planned):
     assert found["best"].startswith(mesh)
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_a_paper_size_on_a_pod():
     """Check 125M parameters on 256 chips, data parallel: 12 bytes per parameter on every chip.
