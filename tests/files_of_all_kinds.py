@@ -11,8 +11,8 @@ from ttt_jax import config as config_lib
 from ttt_jax.data.prepare import listing, tokenize_units, tokenizer, train_bpe
 from ttt_jax.data.prepare.files import InputFile
 from ttt_jax.data.prepare.tokenize import tokenize
-from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.probes.cells import Cells
+from ttt_jax.evaluation.result_files import PartialResults
 from ttt_jax.storage.store import Store
 from ttt_jax.sweep import files as sweep_files
 from ttt_jax.sweep import points

@@ -25,8 +25,8 @@ from ttt_jax.data.prepare.tokenize import tokenize
 from ttt_jax.distributed import sharding
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.evaluation import evaluations, inspections
-from ttt_jax.evaluation.partial_results import PartialResults
 from ttt_jax.evaluation.probes.cells import Cells
+from ttt_jax.evaluation.result_files import PartialResults
 from ttt_jax.storage import json_files
 from ttt_jax.storage.store import Store
 from ttt_jax.sweep import files as sweep_files

@@ -6,8 +6,6 @@ windows is not in it. Where the folder already holds a result of this NAME and o
 ``NAME-IDENTITY``, with a hash of all that its numbers depend on, and both are kept.
 """
 
-import hashlib
-import json
 import os
 import re
 import shlex
@@ -57,16 +55,11 @@ def place(folder: Workdir, stem: str, about: dict[str, Any]) -> str:
     """Return the NAME to save a result under: ``stem``, or ``stem-IDENTITY`` where ``stem`` is of other tokens."""
     present = _about(folder / f"{stem}.json")
     if present and any(present[key] != about[key] for key in _IDENTITY if key in present and key in about):
-        stem = f"{stem}-{short_hash([about.get(key) for key in _IDENTITY])}"
+        stem = f"{stem}-{result_files.short_hash([about.get(key) for key in _IDENTITY])}"
         present = _about(folder / f"{stem}.json")
     if present and present.get("step", about.get("step")) != about.get("step"):
         warn_once(f"{folder / stem}.json: in place of the result of step {present['step']}; --step keeps one of each")
     return stem
-
-
-def short_hash(identity: Any) -> str:
-    """Return a hash of JSON, eight hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def absolute(source: str) -> str:

@@ -16,9 +16,9 @@ from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
-from ttt_jax.evaluation import catalogue, losses, partial_results, statistics
+from ttt_jax.evaluation import catalogue, losses, result_files, statistics
 from ttt_jax.evaluation.evaluations import Evaluation, from_summary
-from ttt_jax.evaluation.partial_results import PartialResults
+from ttt_jax.evaluation.result_files import PartialResults
 from ttt_jax.evaluation.statistics import Segment
 from ttt_jax.evaluation.trained import Trained
 from ttt_jax.models import counts, pattern
@@ -96,7 +96,7 @@ def evaluate(
     identity = {"step": trained.step, "data": data.fingerprint(), "sequences": spans, "checkpoint": trained.fingerprint}
     if source := trained.config.model.ttt.learner_source:  # may change without a new checkpoint
         identity["learner"] = source
-    folder = partial_results.folder(
+    folder = result_files.partial_folder(
         trained.workdir / "eval", stem or selection.stem(None), identity, ("data", "sequences")
     )
     partial = PartialResults(folder, identity, lengths, check)
