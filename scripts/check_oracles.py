@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.interop import oracles
+from ttt_jax.interop import lact_oracles, oracles
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         for path in sorted(folder.glob("*.npz")):
             try:
-                report = oracles.check(path)
+                report = oracles.check(path) or lact_oracles.check(path)
             except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 print(f"FAIL  {path.name}: {error}", flush=True)
                 failed += 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.interop import lact_oracles, oracles
-from ttt_jax.interop.comparison import largest
+from ttt_jax.interop.oracles import largest
 from ttt_jax.ttt import scan, update
 from ttt_jax.ttt.objective import squared_error
 from ttt_jax.ttt.update import Momentum, Muon, Renormalise
@@ -42,7 +42,7 @@ CASES = [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("muon" in f.stem
 
 @pytest.mark.parametrize("path", CASES)
 def test_numbers_of_a_file_are_reproduced(path):
-    report = oracles.check(path)
+    report = lact_oracles.check(path)
     assert report is not None
     assert report.passed, str(report)
     assert ("momentum" in report.errors) == ("momentum" in path.stem)
@@ -94,14 +94,14 @@ def test_one_wrong_number_fails(tmp_path, key):
     wrong = oracle[key].copy()
     wrong[(-1,) * wrong.ndim] += 1e-4 * np.linalg.norm(wrong)
     np.savez(tmp_path / "op_wrong.npz", **{**oracle, key: wrong})
-    assert not oracles.check(tmp_path / "op_wrong.npz").passed
+    assert not lact_oracles.check(tmp_path / "op_wrong.npz").passed
 
 
 @pytest.mark.parametrize("key", ["w2_after", "grad/lr1"])
 def test_a_missing_array_is_named(key):
     oracle = {name: x for name, x in load("sgd").items() if name != key}
     with pytest.raises(KeyError, match=key):
-        lact_oracles.check(oracle, config(oracle))
+        lact_oracles.check_operation(oracle, config(oracle))
 
 
 @pytest.mark.parametrize(
@@ -120,27 +120,27 @@ def test_a_missing_array_is_named(key):
 )
 def test_an_array_of_another_kind_is_named(key, x, message):
     with pytest.raises(ValueError, match=message):
-        lact_oracles.check({**load("momentum"), key: x}, config(load("momentum")))
+        lact_oracles.check_operation({**load("momentum"), key: x}, config(load("momentum")))
 
 
 def test_low_rank_factors_that_do_not_fit_are_named():
     oracle = load("lowrank_momentum")
     with pytest.raises(ValueError, match=r"w0_right: .* expected \(4, 4, 16\) of"):
-        lact_oracles.check({**oracle, "w0_right": oracle["w0_right"][:, :, :5]}, config(oracle))
+        lact_oracles.check_operation({**oracle, "w0_right": oracle["w0_right"][:, :, :5]}, config(oracle))
 
 
 def test_too_few_updates_are_named():
     oracle = load("momentum")
     with pytest.raises(ValueError, match="w0_after: 2 updates in the file, expected 3"):
-        lact_oracles.check({**oracle, "w0_after": oracle["w0_after"][:2]}, config(oracle))
+        lact_oracles.check_operation({**oracle, "w0_after": oracle["w0_after"][:2]}, config(oracle))
 
 
 def test_the_fused_variant_is_not_compared(tmp_path):
     np.savez(tmp_path / "op_fused.npz", **with_config(load("sgd"), variant="fusedpost"))
-    assert oracles.check(tmp_path / "op_fused.npz") is None
+    assert lact_oracles.check(tmp_path / "op_fused.npz") is None
 
 
 def test_an_unknown_variant_is_refused():
     oracle = with_config(load("sgd"), variant="sideways")
     with pytest.raises(ValueError, match="variant 'sideways': expected one of post, pre, fusedpost"):
-        lact_oracles.check(oracle, config(oracle))
+        lact_oracles.check_operation(oracle, config(oracle))

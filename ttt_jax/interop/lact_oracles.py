@@ -8,14 +8,16 @@ Shapes: B batch, H heads, T tokens, b tokens per mini-batch, d_k and d_v widths 
 """
 
 import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.interop.comparison import Oracle, Report, largest, relative_norm, worst
+from ttt_jax.interop.oracles import Oracle, Report, largest, load, relative_norm, worst
 from ttt_jax.ttt import scan, update
 from ttt_jax.ttt.inner_loop import InnerLoop, Parameters, Tokens
 from ttt_jax.ttt.learner import Affine, Learner, Weights
@@ -33,12 +35,22 @@ OTHER_VARIANTS = ("fusedpost",)  # a different operation, which orthogonalises t
 MATRICES = ("0", "2", "1")  # the numbers of their matrices, in our order
 
 
-def is_operation(config: Any) -> bool:
-    """Return whether a file with this config holds numbers of the operation."""
-    return isinstance(config, dict) and {"chunk", "momentum", "muon"} <= config.keys()
+def check(path: Path) -> Report | None:
+    """Compare everything in a file of the operation; return None where the file has another format.
+
+    Raises:
+      ValueError, KeyError: as :func:`check_operation`.
+    """
+    oracle = load(path)
+    if "config" not in oracle or oracle["config"].dtype.kind != "U":
+        return None
+    config = json.loads(str(oracle["config"]))
+    if not isinstance(config, dict) or not {"chunk", "momentum", "muon"} <= config.keys():
+        return None
+    return check_operation(oracle, config)
 
 
-def check(oracle: Oracle, config: Mapping[str, Any]) -> Report | None:
+def check_operation(oracle: Oracle, config: Mapping[str, Any]) -> Report | None:
     """Compare outputs, weights and momenta after each update, and gradients of all inputs.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Check that scripts/check_oracles.py, and the comparisons that it uses, fail for wrong numbers."""
+"""Check this package against all numbers of the TTT authors' code in tests/oracles, and that wrong ones are found."""
 
 import functools
 import importlib.util
@@ -11,11 +11,25 @@ import numpy as np
 import pytest
 
 from ttt_jax.interop import oracles
-from ttt_jax.interop.comparison import Report, worst
+from ttt_jax.interop.oracles import Report, worst
 
 ROOT = Path(__file__).resolve().parents[2]
 ORACLES = ROOT / "tests" / "oracles"
+FILES = sorted(ORACLES.glob("*.npz"))
 SMALL_FILE = "model_self_attention.npz"  # the fastest one
+
+
+def test_no_file_is_missing():
+    kinds = [path.name.partition("_")[0] for path in FILES]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"generation": 4, "model": 11, "traj": 4}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.slow
+def test_numbers_of_a_file_are_reproduced(path):
+    report = oracles.check(path)
+    assert report is not None
+    assert report.passed, str(report)
 
 
 @pytest.fixture(scope="module")
