@@ -85,7 +85,7 @@ def test_formats_of_numbers(function, number, text):
 )
 def test_ticks_of_log_axes(low, high, expected):
     figure, axes = plt.subplots()
-    axes.set_xscale("log")
+    style.log_scale(axes.xaxis)
     axes.plot([low, high], [0, 0])
     axes.set_xlim(low, high)
     style.log_ticks(axes.xaxis)
@@ -97,6 +97,29 @@ def test_ticks_of_log_axes(low, high, expected):
     ]
     plt.close(figure)
     assert shown == expected
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("numbers", "decades"),
+    [
+        ([10.0, 10.0], (1, 100)),
+        ([10.0, 10.000000000000002], (1, 100)),
+        ([10.000000000000002] * 2, (1, 100)),
+        ([3.0], (1, 10)),
+    ],
+)
+def test_a_log_axis_of_one_number_spans_decades(numbers, decades):
+    figure, axes = plt.subplots()
+    style.log_scale(axes.xaxis)
+    style.log_scale(axes.yaxis)
+    axes.plot([2.0] * len(numbers), numbers)
+    style.log_ticks(axes.xaxis)
+    style.log_ticks(axes.yaxis)
+    plt.close(figure)
+    low, high = decades
+    margin = (high / low) ** 0.05
+    assert axes.get_ylim() == pytest.approx((low / margin, high * margin))
 
 
 def test_a_legend_lies_within_the_picture_and_has_each_label_once():

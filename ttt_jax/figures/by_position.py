@@ -75,7 +75,7 @@ def loss_by_position(
         axes.grid(alpha=0.25, which="major")
     _mark_training_contexts(first, found)
     if perplexity:
-        first.set_yscale("log")
+        style.log_scale(first.yaxis)
         style.log_ticks(first.yaxis)
     first.set_ylabel("perplexity (log scale)" if perplexity else "loss (nats per token)")
     last.set_xlabel(f"token index in the {'document' if by_document else 'sequence'} (log scale)")
@@ -185,7 +185,8 @@ def _limits(found: Sequence[Evaluation], first: int) -> tuple[float, float]:
         return 0.0, 1.0
     low = min(np.nanmin(curves), np.percentile(raw, 0.5))
     high = max(np.nanmax(curves), np.percentile(raw, 99.5))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def inner_loss(

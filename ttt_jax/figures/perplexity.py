@@ -68,8 +68,8 @@ def perplexity_by_flops(
     figure, panels = style.panels(len(by_context))
     for axes, (context, members) in zip(panels, by_context.items(), strict=True):
         points_lib.check_same_text(members)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        style.log_scale(axes.xaxis)
+        style.log_scale(axes.yaxis)
         for name, line in points_lib.grouped(members, lambda p: points_lib.model_label(p.about)).items():
             pairs = points_lib.joined(line, _training_flops)
             axes.plot(*zip(*pairs, strict=True), label=name, **style.joined_points(styles[name]))
@@ -168,7 +168,7 @@ def perplexity_by_context(
     by_panel = points_lib.grouped(ordered, panel_of)
     figure, panels = style.panels(len(by_panel))
     for axes, (panel, members) in zip(panels, by_panel.items(), strict=True):
-        axes.set_yscale("log")
+        style.log_scale(axes.yaxis)
         for line, of_line in points_lib.grouped(members, line_of).items():
             look: Style = of_sizes[line] if lines == "size" else of_kinds[line]
             label = f"{names[line]} parameters" if lines == "size" else line
@@ -220,7 +220,7 @@ def by_mini_batch(
     sizes = sorted({_b(point) for point in points})
     styles = points_lib.styles(points)
     figure, (left, right) = style.panels(2)
-    left.set_yscale("log")
+    style.log_scale(left.yaxis)
     for name, line in points_lib.grouped(points, lambda p: points_lib.model_label(p.about)).items():
         look = style.joined_points(styles[name])
         left.plot(*zip(*points_lib.joined(line, _b), strict=True), label=name, **look)

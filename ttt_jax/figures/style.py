@@ -16,7 +16,7 @@ import matplotlib
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import Style
-from ttt_jax.storage.workdir import explained
+from ttt_jax.storage.writing import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -169,6 +169,22 @@ def token_axis(axis: Axis, at: Sequence[int] | None = None) -> None:
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: tokens(x)))
 
 
+class _Decades(ticker.LogLocator):
+    """A locator for which numbers that differ by rounding are one, so that the axis spans the decades around it."""
+
+    def nonsingular(self, vmin: float, vmax: float) -> tuple[float, float]:
+        if 0 < vmin <= vmax < vmin * (1 + 1e-9):
+            vmin = vmax = float(f"{vmin:.9g}")  # Matplotlib finds no decade below and above 10.000000000000002
+        return super().nonsingular(vmin, vmax)
+
+
+def log_scale(axis: Axis) -> None:
+    """Scale an axis by powers of ten; :func:`log_ticks` sets its ticks after the data is drawn."""
+    axes = axis.axes
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+    axis.set_major_locator(_Decades())
+
+
 def log_ticks(axis: Axis) -> None:
     """Set the ticks of a log axis, also if it spans less than a factor of ten. Call this after drawing the data."""
     low, high = sorted(axis.get_view_interval())
@@ -199,8 +215,7 @@ def save(figure: Figure, *outputs: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=output.suffix[1:], dpi=160)
         output.parent.mkdir(parents=True, exist_ok=True)
-        with explained(output):
-            output.write_bytes(content.getvalue())  # a file is replaced only after the figure was rendered
+        write_atomically(output, content.getvalue())
     plt.close(figure)
 
 
