@@ -28,7 +28,7 @@ import numpy as np
 import tokenizers
 from backports import zstd
 
-from ttt_jax.data import embedded, named_sources, pipeline
+from ttt_jax.data import named_sources, pipeline
 from ttt_jax.data.prepare import listing, records, tokenizer, train_bpe
 from ttt_jax.data.prepare.tokenize_units import Job
 
@@ -138,8 +138,8 @@ def _texts(patterns: list[str]) -> Iterator[str]:
 
 
 def _standard_library(folder: Path) -> str:
-    tokens = embedded.tokens("train")
-    starts = np.flatnonzero(tokens == embedded.BOS)
+    tokens = named_sources.embedded_tokens("train")
+    starts = np.flatnonzero(tokens == named_sources.EMBEDDED_BOS)
     documents = [part[1:].astype(np.uint8).tobytes().decode(errors="replace") for part in np.split(tokens, starts)[1:]]
     _write(folder / "library.jsonl.zst", documents)
     return str(folder / "library.jsonl.zst")

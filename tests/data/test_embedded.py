@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.data import embedded
+from ttt_jax.data import named_sources
 
 ROOT = Path(os.__file__).parent
 SPLITS = ("train", "validation", "test")
@@ -31,8 +31,8 @@ def library() -> dict[str, bytes]:
 
 def documents(split) -> list[bytes]:
     """Return the bytes between each BOS and the next."""
-    tokens = embedded.tokens(split)
-    starts = np.flatnonzero(tokens == embedded.BOS)
+    tokens = named_sources.embedded_tokens(split)
+    starts = np.flatnonzero(tokens == named_sources.EMBEDDED_BOS)
     return [part.astype(np.uint8).tobytes() for part in (x[1:] for x in np.split(tokens, starts[1:]))]
 
 
@@ -43,10 +43,10 @@ def test_the_splits_hold_every_file_once(library):
 
 def test_each_file_begins_with_bos_and_all_else_is_bytes():
     for split in SPLITS:
-        tokens = embedded.tokens(split)
+        tokens = named_sources.embedded_tokens(split)
         assert tokens.dtype == np.uint16
-        assert tokens[0] == embedded.BOS == 256
-        assert tokens.max() == 256 < embedded.VOCAB_SIZE
+        assert tokens[0] == named_sources.EMBEDDED_BOS == 256
+        assert tokens.max() == 256 < named_sources.EMBEDDED_VOCAB_SIZE
         assert len(tokens) == sum(len(document) + 1 for document in documents(split))
 
 
@@ -65,7 +65,7 @@ def test_a_known_file_is_contained_byte_for_byte():
 
 
 def test_each_held_out_split_is_a_few_percent():
-    sizes = {split: len(embedded.tokens(split)) for split in SPLITS}
+    sizes = {split: len(named_sources.embedded_tokens(split)) for split in SPLITS}
     assert sizes["train"] > 5_000_000
     for split in ("validation", "test"):
         assert 0.01 < sizes[split] / sum(sizes.values()) < 0.12  # 5 percent of the files, which differ in length
@@ -73,11 +73,12 @@ def test_each_held_out_split_is_a_few_percent():
 
 def test_the_split_of_a_file_does_not_depend_on_other_files(monkeypatch):
     def contents(files):
-        monkeypatch.setattr(embedded, "_files", lambda: files)
+        monkeypatch.setattr(named_sources, "_library_files", lambda: files)
         return {split: set(documents_of(split)) for split in SPLITS}
 
     def documents_of(split):
-        return bytes(np.minimum(embedded.tokens.__wrapped__(split), 255).astype(np.uint8)).split(b"\xff")[1:]
+        tokens = named_sources.embedded_tokens.__wrapped__(split)
+        return bytes(np.minimum(tokens, 255).astype(np.uint8)).split(b"\xff")[1:]
 
     files = [(f"{i}.py", b"file %d" % i) for i in range(400)]
     all_of_them, half = contents(files), contents(files[::2])
@@ -88,16 +89,16 @@ def test_the_split_of_a_file_does_not_depend_on_other_files(monkeypatch):
 
 def test_another_process_reads_the_same_tokens():
     program = (
-        "import hashlib; from ttt_jax.data import embedded;"
-        "print(hashlib.sha256(embedded.tokens('validation').tobytes()).hexdigest())"
+        "import hashlib; from ttt_jax.data import named_sources;"
+        "print(hashlib.sha256(named_sources.embedded_tokens('validation').tobytes()).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == hashlib.sha256(embedded.tokens("validation").tobytes()).hexdigest()
+    assert done.stdout.strip() == hashlib.sha256(named_sources.embedded_tokens("validation").tobytes()).hexdigest()
 
 
 def test_a_python_without_source_files_is_refused(monkeypatch, tmp_path):
     (tmp_path / "os.py").write_text("# all there is\n")
-    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(named_sources.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: hardly any .py files"):
-        embedded.tokens.__wrapped__("train")
+        named_sources.embedded_tokens.__wrapped__("train")

@@ -13,7 +13,7 @@ import tokenizers
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
-from ttt_jax.data import embedded, named_sources
+from ttt_jax.data import named_sources
 from ttt_jax.data.prepare import listing, tokenize, tokenize_units, tokenizer
 from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
@@ -139,7 +139,7 @@ def test_the_tokenizer_may_be_given_by_file(tmp_path, made, copy):
 def test_embedded_is_the_standard_library():
     source = named_sources.load("embedded", "validation")
     assert (source.name, source.vocab_size, source.bos) == ("embedded/validation", 257, 256)
-    np.testing.assert_array_equal(source.tokens, embedded.tokens("validation"))
+    np.testing.assert_array_equal(source.tokens, named_sources.embedded_tokens("validation"))
 
 
 # ---- What is refused

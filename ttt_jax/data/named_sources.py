@@ -1,15 +1,22 @@
-"""Open what ``data.source`` names as a :class:`~ttt_jax.data.token_source.TokenSource`."""
+"""Open what ``data.source`` names as a :class:`~ttt_jax.data.token_source.TokenSource`.
+
+It is a folder of tokens, a synthetic source, or ``embedded``, text that every machine has.
+"""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
 import shlex
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import ml_collections
+import numpy as np
 
-from ttt_jax.data import dataset, embedded, official, synthetic
+from ttt_jax.data import dataset, official, synthetic
 from ttt_jax.data.dataset import UNFINISHED
 from ttt_jax.data.prepare import files
 from ttt_jax.data.prepare import tokenizer as tokenizer_lib
@@ -17,6 +24,10 @@ from ttt_jax.data.token_source import TokenSource
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.store import Store
 
+EMBEDDED_BOS = 256  # begins each file; the other tokens are its bytes
+EMBEDDED_VOCAB_SIZE = 257  # bytes and BOS without EOS, as models of earlier versions have it
+_LEAST_BYTES = 1_000_000  # of a standard library
+_HELD_OUT_PERCENT = {"validation": 5, "test": 5}
 _SEARCHED = 1000  # files in a folder that is no dataset, for files of text
 _EXPECTED = (
     "embedded, synthetic, associative_recall, selective_copying, or the path or URL of a folder made by ttt tokenize, "
@@ -64,9 +75,8 @@ def load(
     if split not in dataset.SPLITS:
         raise ConfigError(f"split={split!r}: expected one of {', '.join(dataset.SPLITS)}")
     if location == "embedded":
-        source = TokenSource(
-            f"embedded/{split}", embedded.tokens(split), embedded.VOCAB_SIZE, embedded.BOS, tokenizer=("byte",)
-        )
+        tokens = embedded_tokens(split)
+        source = TokenSource(f"embedded/{split}", tokens, EMBEDDED_VOCAB_SIZE, EMBEDDED_BOS, tokenizer=("byte",))
     elif location == "synthetic":
         source = synthetic.random_source(split, vocab_size or synthetic.RANDOM_VOCAB_SIZE)
     elif synthetic.is_task(location):
@@ -175,3 +185,47 @@ def _check_tokenizer(source: TokenSource, wanted: str) -> None:
             return
         wanted = f"{wanted} (of another hash)"
     raise ConfigError(f"data.tokenizer={wanted!r}: {source.name} was made by {' '.join(source.tokenizer)}")
+
+
+# ---- The embedded corpus
+
+
+@functools.cache
+def embedded_tokens(split: str) -> np.ndarray:
+    """Return the tokens of a split of ``embedded``: its files in order of their paths, byte by byte, uint16 [N].
+
+    The files are the Python standard library of the running interpreter: about 1 800 files and 30 MB of real text that
+    every machine has. They differ between Python versions, so compare only runs on the same version.
+
+    Raises:
+      FileNotFoundError: if this Python has no standard library as source files.
+    """
+    parts = []
+    for name, content in _library_files():
+        if _split_of(name) == split:
+            parts += [np.array([EMBEDDED_BOS], np.uint16), np.frombuffer(content, np.uint8).astype(np.uint16)]
+    return np.concatenate(parts)
+
+
+def _library_files() -> list[tuple[str, bytes]]:
+    """Return the paths, below the library, and contents of its files."""
+    root, paths = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, names in os.walk(root):
+        # Installed packages have many more folders than the library itself.
+        folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages", "__pycache__")]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    paths = sorted((path for path in paths if os.path.isfile(path)), key=lambda path: path.split(os.sep))
+    files = [(Path(path).relative_to(root).as_posix(), Path(path).read_bytes()) for path in paths]
+    if sum(len(content) for _, content in files) < _LEAST_BYTES:
+        raise FileNotFoundError(f"{root}: hardly any .py files of the standard library; use a full Python installation")
+    return files
+
+
+def _split_of(name: str) -> str:
+    """Return the split of a file by a hash of its path, so that it stays there whatever files come or go."""
+    hundredth = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % 100
+    for split, percent in _HELD_OUT_PERCENT.items():
+        if hundredth < percent:
+            return split
+        hundredth -= percent
+    return "train"

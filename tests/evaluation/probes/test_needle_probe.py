@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.data import embedded
+from ttt_jax.data.named_sources import embedded_tokens
 from ttt_jax.evaluation.probes import needle, needle_probe, prompt
 from ttt_jax.evaluation.probes.needle_probe import Scorer, Scores
 from ttt_jax.storage import json_files
@@ -52,7 +52,8 @@ def test_texts_of_a_run(text):
     assert text.haystacks["passkey"].name == "noise"
     assert text.haystacks["number"] is text.haystacks["uuid"]
     assert text.haystacks["number"].name == "embedded/validation"
-    whole = bytes(embedded.tokens("validation")[embedded.tokens("validation") < 256].astype(np.uint8)).decode()
+    tokens = embedded_tokens("validation")
+    whole = bytes(tokens[tokens < 256].astype(np.uint8)).decode()
     assert "".join(text.haystacks["number"].units(0.3, 5000)) in whole
 
 
