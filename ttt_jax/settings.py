@@ -19,7 +19,7 @@ from ttt_jax.errors import ConfigError
 
 
 class Duration(str):
-    """The type of a key whose text is a duration, such as ``"300 steps"`` (:mod:`ttt_jax.config.durations`)."""
+    """The type of a key whose text is a duration, such as ``"300 steps"`` (:func:`ttt_jax.config.steps`)."""
 
 
 def setting(

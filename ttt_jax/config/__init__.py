@@ -9,7 +9,6 @@ from ttt_jax.config.arguments import count_files as count_files
 from ttt_jax.config.arguments import from_arguments as from_arguments
 from ttt_jax.config.arguments import replace_files as replace_files
 from ttt_jax.config.arguments import split_arguments as split_arguments
-from ttt_jax.config.durations import steps as steps
 from ttt_jax.config.files import from_dict as from_dict
 from ttt_jax.config.files import from_json as from_json
 from ttt_jax.config.sections import GENERATED as GENERATED
@@ -20,6 +19,7 @@ from ttt_jax.config.tree import default as default
 from ttt_jax.config.tree import may_change as may_change
 from ttt_jax.config.tree import own_functions as own_functions
 from ttt_jax.config.tree import settings as settings
+from ttt_jax.config.tree import steps as steps
 from ttt_jax.config.tree import validate as validate
 from ttt_jax.errors import ConfigError as ConfigError
 from ttt_jax.settings import differing_keys as differing_keys

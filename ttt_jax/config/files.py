@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib
 import itertools
+import re
 import runpy
 import sys
 import traceback
@@ -14,13 +15,16 @@ from typing import Any
 
 import ml_collections
 
-from ttt_jax.config import error_text, renamed, tree
+from ttt_jax.config import renamed, tree
 from ttt_jax.errors import ConfigError
-from ttt_jax.settings import flat, set_value
+from ttt_jax.settings import flat, kind_in_words, set_value
 from ttt_jax.storage import json_files
 from ttt_jax.storage.workdir import Workdir
 
 _PACKAGE, _COUNT = "config_files_", itertools.count()
+# Messages of ml_collections.
+_UNKNOWN_KEY = re.compile(r"(?:Key )?[\"'](\w+)[\"'](?: does not exist|\n|$)")
+_WRONG_TYPE = re.compile(r"Could not override field '(\w+)'.*?\. (.*) is of original type.*<class '([\w.]+)'>$")
 
 
 def load(named: str) -> ml_collections.ConfigDict:
@@ -44,7 +48,7 @@ def load(named: str) -> ml_collections.ConfigDict:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{_place(error, path)}: {error_text.describe(error)}") from error
+        raise ConfigError(f"{_place(error, path)}: {_describe(error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(
             f"{path}: expected a function get_config() that returns a ConfigDict, such as that of "
@@ -119,3 +123,27 @@ def _place(error: Exception, path: Path) -> str:
         if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
             place = f"{frame.f_code.co_filename}, line {line}"
     return place
+
+
+def _describe(error: Exception) -> str:
+    """Return an error in one line, with what was expected where the error is about a key of the config.
+
+    Errors of ml_collections carry nothing but a long message that calls a key by its last part. This is the only
+    function that reads these messages. It is tested with ml_collections 1.1; other messages are passed on as they are.
+    """
+    if isinstance(error, SyntaxError):
+        return error.msg
+    inner = error
+    while inner.args and isinstance(inner.args[0], Exception):  # ml_collections wraps a KeyError in an AttributeError
+        inner = inner.args[0]
+    text = str(inner.args[0] if inner.args else inner)
+    if match := _UNKNOWN_KEY.match(text):
+        name = match[1]
+        return renamed.advice_for_name(name) or f"{name}: unknown key; did you mean {tree.nearest(name)}?"
+    if match := _WRONG_TYPE.match(text):
+        name, value, kind = match.groups()
+        keys = [key for key in tree.settings() if key.rpartition(".")[2] == name]
+        if len(keys) == 1:  # else the message does not say which key it is
+            return f"{keys[0]}={value}: expected {kind_in_words(tree.setting(keys[0]).kind.__name__)}"
+        return f"{name}={value}: expected {kind_in_words(kind.rpartition('.')[2])}"
+    return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -1,7 +1,12 @@
-"""Assemble the tree of all sections: those of :mod:`ttt_jax.config.sections` and those of the registered mixers."""
+"""Assemble the tree of all sections, check its values, and convert durations to steps.
+
+Sections are those of :mod:`ttt_jax.config.sections` and those of the registered mixers.
+"""
 
 import difflib
 import functools
+import math
+import re
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +16,14 @@ from ml_collections import config_dict
 
 from ttt_jax import import_path
 from ttt_jax import settings as settings_lib
-from ttt_jax.config import durations
 from ttt_jax.config.sections import SECTIONS
 from ttt_jax.errors import ConfigError
-from ttt_jax.settings import Setting, value_of
+from ttt_jax.settings import Duration, Setting, value_of
 
 if TYPE_CHECKING:
     from ttt_jax.mixers.mixer import Mixer
+
+_LONGEST = 1e18  # steps or tokens; longer durations are typing errors, and would overflow
 
 
 def default() -> ml_collections.ConfigDict:
@@ -40,7 +46,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for section in SECTIONS.values():
         section.check(config)
     _pattern().check(config.model)
-    durations.check(config)
+    _check_durations(config)
 
 
 def check_keys(config: ml_collections.ConfigDict) -> None:
@@ -100,6 +106,50 @@ def own_functions(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Return the import paths of the user's own functions, by the keys whose values they are."""
     values = {key: value_of(config, key) for key, each in settings().items() if each.takes_function}
     return {key: value for key, value in values.items() if value is not None and import_path.is_import_path(value)}
+
+
+def steps(config: ml_collections.ConfigDict, key: str) -> int:
+    """Return the duration of a key in optimizer steps: at least 1, and 0 where it is empty.
+
+    A duration is a text: ``"300"`` or ``"300 steps"``, ``"2.5e9 tokens"`` (also ``k``, ``M``, ``B``). Every duration
+    but that of the run itself may also be a part of the run, such as ``"10%"``. A key that is empty by default may be
+    empty.
+
+    Raises:
+      ConfigError: where the text is no duration.
+    """
+    text = str(value_of(config, key)).strip()
+    if not text and not setting(key).default:
+        return 0
+    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)\s*([kMB]?)\s*(|%|steps?|tokens?)", text)
+    try:
+        amount = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else math.nan
+    except ValueError:
+        amount = math.nan
+    unit = match[3] if match else ""
+    of_run = key == "training.duration"
+    if not amount > 0 or not math.isfinite(amount) or (unit == "%" and (of_run or amount > 100)):
+        examples = '"300 steps" or "2.5e9 tokens"' if of_run else '"300 steps", "2.5e9 tokens", or "10%" of the run'
+        raise ConfigError(f"{key}={text!r}: expected a duration such as {examples}")
+    if unit != "%" and amount > _LONGEST:
+        raise ConfigError(f"{key}={text!r}: expected a duration of at most {_LONGEST:.0e} steps or tokens")
+    if unit == "%":
+        return max(1, round(steps(config, "training.duration") * amount / 100))
+    if unit.startswith("token"):
+        amount /= config.data.batch_size * config.data.sequence_length
+    return max(1, round(amount))
+
+
+def _check_durations(config: ml_collections.ConfigDict) -> None:
+    """Raise :class:`ConfigError` for texts that are no durations, and for a warm-up as long as the run."""
+    for key, each in settings().items():
+        if each.kind is Duration:
+            steps(config, key)
+    if steps(config, "optimizer.warmup") >= steps(config, "training.duration") > 1:
+        raise ConfigError(
+            f"optimizer.warmup={config.optimizer.warmup!r}: expected less than "
+            f"training.duration={config.training.duration!r}"
+        )
 
 
 def _settings() -> Iterator[tuple[str, Setting]]:
