@@ -135,9 +135,9 @@ SLURM = """
 import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from ttt_jax.distributed import process_checks, startup
+from ttt_jax.distributed import agreement, startup
 startup.start(limit=60)
-process_checks.check_same({"a": 1})
+agreement.check_same({"a": 1})
 print(json.dumps([jax.process_index(), jax.process_count()]))
 """
 
@@ -168,7 +168,7 @@ def test_processes_of_a_slurm_step_find_each_other():
 
 WATCHED = """
 import sys, time
-from ttt_jax.distributed.watchdog import Watchdog
+from ttt_jax.distributed.startup import Watchdog
 dog = Watchdog(float(sys.argv[1]), lambda seconds: f"heard nothing for {seconds:.1f} s", armed=sys.argv[2] == "armed")
 for _ in range(int(sys.argv[3])):
     dog.heard(float(sys.argv[4]))

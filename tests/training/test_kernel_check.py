@@ -13,8 +13,8 @@ from ttt_jax.evaluation import trained
 from ttt_jax.kernels import run, self_check
 from ttt_jax.kernels.self_check import Family
 from ttt_jax.terminal.stopping import DONE
-from ttt_jax.training import kernel_check, loop, metrics
-from ttt_jax.training.step import build_program
+from ttt_jax.training import loop, metrics
+from ttt_jax.training.step import build_program, kernels_to_check, with_checked_kernel
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 
 RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
@@ -98,11 +98,11 @@ def test_without_the_check_a_wrong_kernel_is_used(tmp_path, capsys, tiny_config,
 def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kernel):
     calls = use_kernel(kernel_by_scan.right)
     made = make()
-    assert kernel_check.checked(made) is made
+    assert with_checked_kernel(made) is made
     calls_of_check = len(calls)
     assert calls_of_check > 0
     assert "fused kernel checked against the scan in " in capsys.readouterr().err
-    assert kernel_check.checked(made) is made
+    assert with_checked_kernel(made) is made
     assert len(calls) == calls_of_check
     assert not capsys.readouterr().err
     made.compiled_step()
@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, us
 
     use_kernel(refused)
     made = make()
-    checked = kernel_check.checked(made)
+    checked = with_checked_kernel(made)
     assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
     assert checked.config is made.config
     checked.compiled_step()  # with the scan
@@ -145,7 +145,7 @@ def test_kernels_that_a_run_would_use_are_checked(tiny_config, changes, device, 
     config = tiny_config(changes)
     devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=device)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": config.mesh.tensor})
-    assert kernel_check.kernels_to_check(config.model, mesh) == expected
+    assert kernels_to_check(config.model, mesh) == expected
 
 
 @pytest.mark.slow

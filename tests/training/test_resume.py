@@ -14,9 +14,9 @@ from ttt_jax.evaluation import trained
 from ttt_jax.models import language_model
 from ttt_jax.storage import json_files
 from ttt_jax.storage.json_files import DamagedFile
-from ttt_jax.training import loop, resume, run_config
+from ttt_jax.training import loop, run_config
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.resume import LEARNER
+from ttt_jax.training.run_config import LEARNER
 
 NAME = "ttt_learner_of_a_test:gated"
 SOURCE = "def gated(dense, x):\n    return dense(x, x.shape[-1])\n"
@@ -164,7 +164,7 @@ def test_a_learner_in_the_workdir_is_refused(copy, monkeypatch, tiny_config):
 
 def test_registered_learners_get_no_hash(tiny_config):
     config = tiny_config({"model.ttt.learner": "linear"})
-    assert resume.with_learner_source(config) == config
+    assert run_config.with_learner_source(config) == config
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_registered_learners_get_no_hash(tiny_config):
 def test_a_damaged_config_of_a_run_without_checkpoints_is_written_anew(tmp_path, capsys, content, said):
     path = tmp_path / "config.json"
     path.write_text(content)
-    resume.check_same_run(config_lib.default(), tmp_path)
+    run_config.check_same_run(config_lib.default(), tmp_path)
     assert capsys.readouterr().err == f"{path}: {said}; no checkpoint has been saved, so the run begins anew\n"
     run_config.write(tmp_path, config_lib.default())
     assert (tmp_path / "config.json.damaged").read_text() == content
@@ -186,4 +186,4 @@ def test_a_damaged_config_of_a_run_whose_checkpoints_do_not_hold_it_is_an_error(
     (tmp_path / "checkpoints" / "notes").mkdir()
     assert run_config.saved_steps(tmp_path) == [10]
     with pytest.raises(DamagedFile, match=f"^{re.escape(str(tmp_path))}/config.json: damaged: it is empty$"):
-        resume.check_same_run(config_lib.default(), tmp_path)
+        run_config.check_same_run(config_lib.default(), tmp_path)

@@ -8,9 +8,8 @@ import pytest
 from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.mixers.ttt_layer import warmup_scale
-from ttt_jax.training import loss as loss_lib
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training.step import build_program, initial_state, train_step
+from ttt_jax.training.step import build_program, initial_state, mean_over_rows, token_nll, train_step
 
 
 def test_loss_is_the_mean_over_rows_of_masked_means():
@@ -20,9 +19,9 @@ def test_loss_is_the_mean_over_rows_of_masked_means():
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     nll = -np.log(np.take_along_axis(probabilities, targets[..., None], -1))[..., 0]
     expected = ((nll * mask)[0].sum() / 4 + nll[1, 0] + 0.0) / 3
-    ours = loss_lib.token_nll(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    ours = token_nll(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
     np.testing.assert_allclose(ours, nll, rtol=1e-5)
-    np.testing.assert_allclose(loss_lib.mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
+    np.testing.assert_allclose(mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
 
 
 def test_learning_rate_schedule_follows_its_formula():
@@ -80,7 +79,7 @@ def test_weight_decay_and_clipping_reach_every_parameter(run_and_batch):
 
     def loss_fn(params):
         logits, _ = run.model.apply({"params": params}, batch["inputs"])
-        return loss_lib.mean_over_rows(loss_lib.token_nll(logits, batch["targets"]), batch["mask"])
+        return mean_over_rows(token_nll(logits, batch["targets"]), batch["mask"])
 
     gradient = jax.device_get(jax.jit(jax.grad(loss_fn))(params))
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in jax.tree.leaves(gradient)))

@@ -13,7 +13,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
-from ttt_jax.terminal.numbers import not_negative, positive
+from ttt_jax.terminal.console import not_negative, positive
 
 if TYPE_CHECKING:
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step

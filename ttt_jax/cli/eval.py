@@ -20,8 +20,7 @@ from ttt_jax.cli.options import (
 )
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.console import StatusLine, duration
-from ttt_jax.terminal.numbers import count, counts, not_negative, positive
+from ttt_jax.terminal.console import StatusLine, count, counts, duration, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 
@@ -95,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     startup.start(options.coordinator, options.processes, options.process, limit=options.start_limit)
     import jax
 
-    from ttt_jax.distributed import process_checks
+    from ttt_jax.distributed import agreement
     from ttt_jax.evaluation import evaluate, evaluations, trained
 
     first_process = jax.process_index() == 0
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
                 )
                 stem = selection.stem(named_step)
                 progress = _Progress(f"{workdir.name} {stem}", first_process)
-                with process_checks.locked(workdir / "eval", "ttt eval", name=f".{stem}.running") as lock:
+                with agreement.locked(workdir / "eval", "ttt eval", name=f".{stem}.running") as lock:
                     try:
                         evaluation = evaluate.evaluate(
                             model,

@@ -12,7 +12,7 @@ from ttt_jax.cli.options import check_file
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.numbers import not_negative, positive
+from ttt_jax.terminal.console import not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\

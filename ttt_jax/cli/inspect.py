@@ -7,8 +7,7 @@ from ttt_jax import finite
 from ttt_jax.cli.options import SPLITS, check_folder
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.console import StatusLine
-from ttt_jax.terminal.numbers import counts, positive
+from ttt_jax.terminal.console import StatusLine, counts, positive
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 

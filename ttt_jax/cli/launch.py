@@ -7,7 +7,7 @@ from pathlib import Path
 from ttt_jax.launch import gke, lifecycle, sky, slurm, tpu
 from ttt_jax.launch import job as job_lib
 from ttt_jax.launch.commands import Commands
-from ttt_jax.terminal.numbers import not_negative
+from ttt_jax.terminal.console import not_negative
 
 TARGETS: dict[str, type[lifecycle.Target]] = {"tpu": tpu.Tpu, "gke": gke.Gke, "slurm": slurm.Slurm, "sky": sky.Sky}
 

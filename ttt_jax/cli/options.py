@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import ConfigError
-from ttt_jax.terminal.numbers import not_negative, positive
+from ttt_jax.terminal.console import not_negative, positive
 
 CONFIG_USAGE = "--config FILE[:ARG] [--config.KEY=VALUE ...]"
 SPLITS = ("train", "validation", "test")

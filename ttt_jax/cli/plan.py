@@ -10,7 +10,7 @@ from ttt_jax import config as config_lib
 from ttt_jax import finite
 from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import positive
 
 DESCRIPTION = """\
 Compiles the training step of a config for chips that need not be present, with their own compiler. Prints the memory

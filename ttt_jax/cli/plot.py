@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ttt_jax.cli.options import SPLITS, add_evaluation_kind, add_which_evaluation, evaluation_kind
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.numbers import count, counts, not_negative, positive
+from ttt_jax.terminal.console import count, counts, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 
 DESCRIPTION = """\

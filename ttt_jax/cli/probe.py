@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ttt_jax.cli.options import SPLITS, check_file
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.terminal.console import StatusLine, duration
-from ttt_jax.terminal.numbers import at_least, counts, not_negative, positive
+from ttt_jax.terminal.console import StatusLine, at_least, counts, duration, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
 

@@ -14,7 +14,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir, cache_folder
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.numbers import not_negative, positive
+from ttt_jax.terminal.console import not_negative, positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, RESTART
 
 DESCRIPTION = """\
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
       parse: the parser of ``ttt``.
     """
     from ttt_jax.sweep import files, points
-    from ttt_jax.training import metrics, resume
+    from ttt_jax.training import metrics, run_config
 
     launcher = options.command
     if launcher:
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
     workdirs = [directory / point.name for point in wanted]
     accept = options.accept_changed_learner
     if old is not None:
-        files.on_each(lambda pair: resume.check_same_run(*pair, accept), zip(configs, workdirs, strict=True))
+        files.on_each(lambda pair: run_config.check_same_run(*pair, accept), zip(configs, workdirs, strict=True))
     _check_learners(configs, elsewhere=options.ray_address is not None)
     if not launcher and options.engine != "ray":  # else other machines have what they need
         for config in configs:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir_lock import WorkdirLock
-from ttt_jax.terminal.console import StatusLine, counted, duration
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import StatusLine, counted, duration, positive
 from ttt_jax.terminal.stopping import StopSignals
 
 if TYPE_CHECKING:

@@ -1,22 +1,25 @@
-"""Set a process up before JAX looks for devices: join the other processes, keep compiled programs and freed memory.
+"""Set a process up before JAX looks for devices, and end it when it waits in vain.
 
 The processes of one run find each other on TPU pods, GKE, Slurm and Open MPI, or by hand.
 """
 
 import contextlib
 import ctypes
+import faulthandler
 import glob
 import importlib.util
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
 
 from ttt_jax.distributed.agreement import describe
-from ttt_jax.distributed.watchdog import Watchdog
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.stopping import FAILED, INTERRUPTED, RESTART
@@ -148,3 +151,51 @@ def _check(coordinator: str, processes: int, process: int) -> None:
         raise ConfigError(f"--coordinator {coordinator}: expected host:port")
     if not 0 <= process < processes:
         raise ConfigError(f"--process {process}: expected a number from 0 to below --processes, {processes}")
+
+
+class Watchdog:
+    """A thread that ends the process with status 75 when :meth:`heard` has not been called for too long.
+
+    The main thread could not do it while it waits in a collective.
+
+    Args:
+      limit: seconds; 0 for no limit.
+      complaint: makes the message to print from the seconds that have passed.
+      armed: whether the time runs from the start; else from the first :meth:`heard`.
+    """
+
+    def __init__(self, limit: float, complaint: Callable[[float], str], *, armed: bool = True):
+        self._limit, self._complaint = limit, complaint
+        self._last: float | None = time.monotonic() if armed else None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if limit > 0:
+            self._thread.start()
+
+    def heard(self, took: float = 0.0) -> None:
+        """Start the time anew. After something that took long, allow five times as long."""
+        self._limit = max(self._limit, 5 * took) if self._limit > 0 else 0
+        self._last = time.monotonic()
+
+    def rest(self) -> None:
+        """Stop the time until the next :meth:`heard`."""
+        self._last = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._limit / 10)):
+            last = self._last
+            passed = 0.0 if last is None else time.monotonic() - last
+            if passed > self._limit:
+                print(f"\n{self._complaint(passed)}", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(RESTART)

@@ -9,15 +9,15 @@ import jax
 import ml_collections
 from jax.sharding import Mesh, NamedSharding
 
-from ttt_jax.distributed import process_checks, sharding
+from ttt_jax.distributed import agreement, sharding
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models import pattern
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.storage import checksums
 from ttt_jax.storage import workdir as workdir_lib
-from ttt_jax.training import kernel_check, run_config, validation
+from ttt_jax.training import run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.step import build_program
+from ttt_jax.training.step import build_program, with_checked_kernel
 
 
 class Trained(NamedTuple):
@@ -130,7 +130,7 @@ def loaded(workdir: str | os.PathLike, wanted: str = "newest", *, fsdp: int = 1,
             if wanted not in ("newest", "best", "all"):
                 raise
             if wanted == "all":
-                process_checks.print_once(f"{workdir}: the checkpoint of step {step} was removed; left out")
+                agreement.print_once(f"{workdir}: the checkpoint of step {step} was removed; left out")
             if not waiting and not any_loaded:
                 waiting = steps(workdir, wanted)
             continue
@@ -162,7 +162,7 @@ def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Tr
     checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params(step, run.abstract_state.params)
     checkpoints.close()
-    run = kernel_check.checked(run)
+    run = with_checked_kernel(run)
     return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
 
 

@@ -18,7 +18,7 @@ from ttt_jax.launch import versions
 from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required, the_command
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 
 _GRACE = 120  # seconds that pods have for saving when they are deleted

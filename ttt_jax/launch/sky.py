@@ -14,7 +14,7 @@ from ttt_jax.launch.commands import CommandError, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, check_one_host, exit_status, required, the_command
 from ttt_jax.storage.workdir import cache_folder
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 _FOLDER = "~/ttt-launch"  # on the machines

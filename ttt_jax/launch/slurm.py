@@ -10,7 +10,7 @@ from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch.commands import CommandError
 from ttt_jax.launch.job import Job, check_functions
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, required, the_command
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 _GRACE = 300.0  # seconds that a job has for saving when it is asked to end

@@ -19,7 +19,7 @@ from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import State, Target, check_one_host, required, the_command
 from ttt_jax.launch.tpu_hosts import Host, Hosts, Verdict, verdict
 from ttt_jax.storage.workdir import cache_folder
-from ttt_jax.terminal.numbers import positive
+from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 SAVE_LIMIT = 600  # seconds that a command has for saving when it is asked to stop

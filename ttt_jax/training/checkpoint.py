@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from ttt_jax.distributed import process_checks
+from ttt_jax.distributed import agreement
 from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.storage.workdir import Workdir, is_local
@@ -150,7 +150,7 @@ class Checkpoints:
         try:
             self._end_of_save()
         except CheckpointError as error:
-            process_checks.print_once(str(error))
+            agreement.print_once(str(error))
 
     def close(self) -> None:
         """Wait for the save that is under way, and close the writer."""
@@ -175,7 +175,7 @@ class Checkpoints:
             )
         seconds = self._save_again_after[self._failures - 1]
         self._due = time.monotonic() + seconds
-        process_checks.print_once(f"{problem}; trying again in {seconds:g} s")
+        agreement.print_once(f"{problem}; trying again in {seconds:g} s")
 
     def _known_steps(self) -> list[int]:
         """Return the steps of all complete checkpoints; none where the storage cannot be read."""
@@ -264,7 +264,7 @@ class Checkpoints:
 
         self._writer.close()
         aside = folder.name if self._read_only else self._exchange.on_first(rename)
-        process_checks.print_once(
+        agreement.print_once(
             f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}"
         )
 

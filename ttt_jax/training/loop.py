@@ -16,17 +16,16 @@ import ml_collections
 
 from ttt_jax import config as config_lib
 from ttt_jax.data import pipeline
-from ttt_jax.distributed import process_checks, sharding, startup
-from ttt_jax.distributed.agreement import Agreement
-from ttt_jax.distributed.watchdog import Watchdog
+from ttt_jax.distributed import agreement, sharding, startup
 from ttt_jax.errors import CheckpointError, DataError, NonFiniteLossError
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
 from ttt_jax.storage.workdir_lock import LockLostError
 from ttt_jax.terminal.stopping import StopSignals
-from ttt_jax.training import checkpoint, kernel_check, report, resume, validation
+from ttt_jax.training import checkpoint, report, run_config, validation
 from ttt_jax.training import start as start_lib
-from ttt_jax.training.profile import Profile
+from ttt_jax.training.metrics import Profile
+from ttt_jax.training.step import with_checked_kernel
 
 # Reasons to stop, beside the numbers of signals; processes agree on the largest.
 _NO_DATA = 1  # the next batch cannot be read
@@ -65,15 +64,15 @@ def train(
     """
     workdir = workdir_lib.at(workdir)
     start_lib.check_processes(config, workdir)
-    config = resume.with_learner_of_run(config, workdir, accept_changed_learner)
-    prepared = process_checks.on_all(lambda: start_lib.prepare(config, workdir))
-    with process_checks.locked(workdir, "ttt train") as lock:
-        resume.check_run(config, workdir, accept_changed_learner)
+    config = run_config.with_learner_of_run(config, workdir, accept_changed_learner)
+    prepared = agreement.on_all(lambda: start_lib.prepare(config, workdir))
+    with agreement.locked(workdir, "ttt train") as lock:
+        run_config.check_run(config, workdir, accept_changed_learner)
         return _train(config, workdir, lock, prepared)
 
 
 def _train(
-    config: ml_collections.ConfigDict, workdir: Workdir, lock: process_checks.JobLock, prepared: start_lib.Prepared
+    config: ml_collections.ConfigDict, workdir: Workdir, lock: agreement.JobLock, prepared: start_lib.Prepared
 ) -> Outcome:
     """Train in a workdir that no other command changes meanwhile."""
     run, data, held_out = prepared
@@ -82,8 +81,8 @@ def _train(
     validate_every = config_lib.steps(config, "evaluation.every")
     batch_size, sequence_length = config.data.batch_size, config.data.sequence_length
     versions, fingerprint = start_lib.versions(), data.fingerprint()
-    process_checks.check_same({"data": {data.name: fingerprint}})
-    process_checks.check_shared(workdir)
+    agreement.check_same({"data": {data.name: fingerprint}})
+    agreement.check_shared(workdir)
 
     # ---- The step that the run begins with
     began = time.monotonic()
@@ -99,7 +98,7 @@ def _train(
     if start >= total:
         checkpoints.close()
         return Outcome(start, total, None, None)
-    process_checks.on_all(lambda: checkpoint.check_folder(workdir))
+    agreement.on_all(lambda: checkpoint.check_folder(workdir))
     loaded_params, origin = None, ""
     if restored is None and config.training.start_from:
         loaded_params, origin = start_lib.load_parameters(config, run.abstract_state.params)
@@ -108,11 +107,13 @@ def _train(
     # ---- Reports, and what watches over the run
     report.describe(config, run, start=start, origin=origin)
     useful_seconds = restored.meta["useful_seconds"] if restored else 0.0
-    output = process_checks.on_all(lambda: report.open_output(config, workdir, start, useful_seconds))
+    output = agreement.on_all(lambda: report.open_output(config, workdir, start, useful_seconds))
     reporter = report.Reporter.of_run(config, output, start)
-    watchdog = Watchdog(config.training.stall_limit, lambda seconds: _stalled(reporter.step + 1, seconds), armed=False)
+    watchdog = startup.Watchdog(
+        config.training.stall_limit, lambda seconds: _stalled(reporter.step + 1, seconds), armed=False
+    )
     profile = Profile(config_lib.profiled_steps(config), workdir / "profile")
-    agreement = Agreement(run.mesh)
+    votes = agreement.Votes(run.mesh)
     batches = None
 
     def meta(step: int) -> dict:
@@ -128,7 +129,7 @@ def _train(
         try:
             # ---- Compile
             began = time.monotonic()
-            run = kernel_check.checked(run)
+            run = with_checked_kernel(run)
             if output:
                 output.bar.compiling()
             if restored is None:
@@ -164,12 +165,12 @@ def _train(
                     return _LOCK_LOST
                 return int(stop.received or 0) or (_NO_DATA if feed.problem else 0)
 
-            agreed_to_stop = agreement.cast(reason_to_stop)
+            agreed_to_stop = votes.cast(reason_to_stop)
             reporter.start()
             while step < total and not agreed_to_stop():
                 feed.waited = 0.0
                 batch = sharding.global_batch(feed.take(), rows, batch_size, run.batch_sharding)
-                agreed_to_stop = agreement.cast(reason_to_stop)
+                agreed_to_stop = votes.cast(reason_to_stop)
                 with profile.step(step + 1):
                     state, values = train_step(state, batch)
                 step += 1
@@ -189,7 +190,7 @@ def _train(
                     watchdog.heard()
                     is_best = best.add(step, validation_values)
                     if warning := validation.not_finite(step, validation_values):
-                        process_checks.print_once(warning)
+                        agreement.print_once(warning)
 
                 if step % save_every == 0 or step == total or is_best or checkpoints.wants_save(step):
                     lock.check()

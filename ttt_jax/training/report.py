@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from ttt_jax import config as config_lib
-from ttt_jax.distributed import chips, process_checks, sharding
+from ttt_jax.distributed import agreement, chips, sharding
 from ttt_jax.errors import NonFiniteLossError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.models import counts, pattern
@@ -194,18 +194,18 @@ def describe(config: ml_collections.ConfigDict, run: Program, *, start: int, ori
     """
     parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state.params))
     total, tokens = config_lib.steps(config, "training.duration"), config.data.batch_size * config.data.sequence_length
-    process_checks.print_once(
+    agreement.print_once(
         f"{pattern.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + (f"; going on at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
-    process_checks.print_once(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")
+    agreement.print_once(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")
     with sharding.on_mesh(run.mesh, run.rules):
         ways = [MIXERS[kind.model.mixer].computed(kind.model) for kind in pattern.kinds(config.model)]
     for way in filter(None, dict.fromkeys(ways)):
-        process_checks.print_once(f"inner loop: {way}")
+        agreement.print_once(f"inner loop: {way}")
 
 
 class ProgressBar:

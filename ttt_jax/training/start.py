@@ -16,12 +16,12 @@ from flax.traverse_util import flatten_dict
 import ttt_jax
 from ttt_jax import config as config_lib
 from ttt_jax.data import named_sources, token_source
-from ttt_jax.distributed import process_checks, sharding
+from ttt_jax.distributed import agreement, sharding
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.models import language_model
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.storage.workdir import Workdir
-from ttt_jax.training import checkpoint, metrics, optimizer, resume, run_config, validation
+from ttt_jax.training import checkpoint, metrics, optimizer, run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.step import Program, build_program
 
@@ -60,7 +60,7 @@ def check_processes(config: ml_collections.ConfigDict, workdir: Workdir) -> None
     Raises:
       ConfigError: where they differ.
     """
-    process_checks.check_same(
+    agreement.check_same(
         {
             "config": config.to_dict(),
             "workdir": str(workdir),
@@ -93,14 +93,14 @@ def restore(
     restored = checkpoints.restore_newest(prepared.run.abstract_state)
     if restored is None:
         return None
-    resume.check_same_data(restored.meta["data"], fingerprint, prepared.data.name)
+    run_config.check_same_data(restored.meta["data"], fingerprint, prepared.data.name)
     saved_config = restored.meta.get("config")
     is_finished = restored.step >= config_lib.steps(config, "training.duration")
     if not is_finished and (change := optimizer.schedule_change(config, saved_config, restored.step, workdir)):
-        process_checks.print_once(change)
+        agreement.print_once(change)
     best.losses = validation.read_losses(workdir, restored.step)
     if best.losses and (change := validation.other_tokens(saved_config, config)):
-        process_checks.print_once(change)
+        agreement.print_once(change)
     return restored
 
 
@@ -117,7 +117,7 @@ def load_parameters(config: ml_collections.ConfigDict, abstract_params: Any) -> 
       ConfigError: where there is no such checkpoint, or its model has parameters of other shapes.
       CheckpointError: where the checkpoint cannot be restored.
     """
-    source, step = process_checks.on_all(lambda: _find_source(config, abstract_params))
+    source, step = agreement.on_all(lambda: _find_source(config, abstract_params))
     checkpoints = Checkpoints(source, read_only=True)
     try:
         steps = checkpoints.all_steps()

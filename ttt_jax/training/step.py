@@ -1,4 +1,6 @@
-"""Define one optimizer step, a pure function, and the program of a run: the step compiled for a config and a mesh.
+"""Define the loss, one optimizer step, and the program of a run: the step compiled for a config and a mesh.
+
+A fused kernel is compared with the scan before a program is compiled with it.
 
 Shapes: B batch (over all devices), T tokens.
 """
@@ -6,7 +8,7 @@ Shapes: B batch (over all devices), T tokens.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import flax.linen as nn
 import jax
@@ -15,13 +17,50 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ttt_jax.distributed import sharding
+from ttt_jax.distributed import agreement, sharding
+from ttt_jax.distributed.agreement import Exchange, describe
+from ttt_jax.kernels import run as kernels
+from ttt_jax.kernels import self_check
 from ttt_jax.mixers.mixer import Context
-from ttt_jax.models import language_model
+from ttt_jax.models import language_model, pattern
 from ttt_jax.models.language_model import LanguageModel
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training.loss import Batch, mean_over_rows, token_nll
 from ttt_jax.training.optimizer import Schedule
+
+_CHECK_LIMIT = 900.0  # seconds in which the slowest process must have checked its kernels
+
+Metrics = dict[str, jax.Array]
+
+
+# ---- Loss
+
+
+class Batch(TypedDict):
+    """A batch of windows."""
+
+    inputs: Any  # [B, T] integers
+    targets: Any  # [B, T] integers: the inputs one token later
+    mask: Any  # [B, T] 1 where the target counts, 0 where it is BOS or padding
+
+
+def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the negative log-likelihood of each target in nats, [B, T], float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def mean_over_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return the mean over rows of the masked mean of each row.
+
+    Rows are not weighted by their numbers of tokens, and a row that is fully masked counts as 0.
+
+    Args:
+      values, mask: [B, T].
+    """
+    mask = mask.astype(jnp.float32)
+    return ((values * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1e-10)).mean()
+
+
+# ---- Step
 
 
 class TrainState(NamedTuple):
@@ -31,9 +70,6 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     guard: optimizer_lib.GuardState
-
-
-Metrics = dict[str, jax.Array]
 
 
 def train_step(
@@ -98,6 +134,9 @@ def train_step(
 def initial_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """Return the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), optimizer_lib.initial_guard())
+
+
+# ---- Program
 
 
 class Program(NamedTuple):
@@ -189,3 +228,65 @@ def _drawn_state(model: LanguageModel, optimizer: optax.GradientTransformation, 
     """Return the first state. Parameters and moments whose axes have names are in boxes that carry the names."""
     params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return initial_state(params, optimizer)
+
+
+# ---- Check of the fused kernel
+
+
+def with_checked_kernel(run: Program) -> Program:
+    """Return a program whose inner loop has been checked on its devices, some of which belong to this process.
+
+    Each process has the fused kernels of :func:`kernels_to_check` compared with the scan on one of its devices, once
+    for all programs of the same shapes (:mod:`ttt_jax.kernels.self_check`). If one is wrong on any process, all
+    processes print a line on standard error that names the array that differs most, and get a program that uses the
+    scan. Its ``config`` is not changed.
+
+    All processes make this call alike.
+    """
+    families = kernels_to_check(run.config.model, run.mesh)
+    if not families:
+        return run
+    device = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
+    known = self_check.of_family.cache_info().misses
+    wrong = "; ".join(filter(None, (_problem(family, device) for family in families)))
+    problem = Exchange("kernel check").first_problem(wrong, _CHECK_LIMIT)
+    if problem is None:
+        if self_check.of_family.cache_info().misses > known:
+            for report in (self_check.of_family(family, device) for family in families):
+                agreement.print_once(
+                    f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
+                )
+        return run
+    agreement.print_once(
+        f"WARNING: the fused kernel of the inner loop is wrong on {device.device_kind}: {problem}. The scan is used "
+        "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
+        "model.ttt.kernel_check=false uses the kernel as it is"
+    )
+    config = run.config.copy_and_resolve_references()
+    config.model.ttt.kernel = "scan"
+    return build_program(config, run.mesh)._replace(config=run.config)
+
+
+def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
+    """Return the fused kernels of a model on a mesh that are to be checked, one for each kind of block that uses one.
+
+    There are none where kernels are interpreted, or where ``model.ttt.kernel_check`` is false.
+    """
+    device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
+    if not model.ttt.kernel_check or kernels.interpreted(device):
+        return []
+    families = []
+    for kind in pattern.learning_kinds(model):
+        loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
+        if kernels.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
+            families.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
+    return list(dict.fromkeys(families))
+
+
+def _problem(kernel: self_check.Family, device: jax.Device) -> str:
+    """Return what is wrong with the kernel; an empty text where nothing is."""
+    try:
+        report = self_check.of_family(kernel, device)
+    except Exception as error:  # whatever the compiler or the device raises
+        return f"it does not run, {describe(error)}"
+    return f"it differs from the scan by {report}" if report.wrong else ""
