@@ -12,6 +12,7 @@ import sys
 import threading
 import unittest.mock
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def pytest_collection_finish() -> None:
 def quick_jit() -> Callable[..., Callable]:
     """jax.jit with little optimisation, which takes 0.6 of the time to compile; what is computed is the same."""
     return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def sent_to_a_process() -> Callable[[Any], Any]:
+    """Return ``sent_to_a_process(value)``: the copy of a value that a worker process gets."""
+    return lambda value: ForkingPickler.loads(ForkingPickler.dumps(value))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import shlex
 import shutil
 
@@ -60,8 +59,8 @@ def test_the_fingerprint_does_not_depend_on_the_location(made, copy):
     assert len(named_sources.load(str(copy), "train").fingerprint()) == 32
 
 
-def test_a_pickled_source_reads_the_same_tokens(made):
-    source = pickle.loads(pickle.dumps(named_sources.load(str(made[0]), "train")))
+def test_a_source_that_is_sent_to_a_process_reads_the_same_tokens(made, sent_to_a_process):
+    source = sent_to_a_process(named_sources.load(str(made[0]), "train"))
     np.testing.assert_array_equal(source.window(1, 20)["inputs"], made[1][20:40])
 
 

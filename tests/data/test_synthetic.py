@@ -1,7 +1,6 @@
 """Check random tokens and the sequences of tasks, and that both are sources like any other."""
 
 import itertools
-import pickle
 
 import numpy as np
 import pytest
@@ -138,10 +137,10 @@ def test_windows_and_pieces_count_answers_only(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_feeds_the_pipeline(task):
+def test_a_task_feeds_the_pipeline(task, sent_to_a_process):
     config = config_lib.default()
     config.data.update(source=f"{task}:4", sequence_length=32)
-    data = pickle.loads(pickle.dumps(named_sources.from_config(config, "train")))
+    data = sent_to_a_process(named_sources.from_config(config, "train"))
     token_source.check(data, config.model.vocab_size, 32)
     options = {"sequence_length": 32, "batch_size": 3, "seed": 5}
     batches = pipeline.train_batches(data, **options)

@@ -1,7 +1,6 @@
 """Test the files of a dataset in a folder and at a URL."""
 
 import os
-import pickle
 
 import pytest
 
@@ -102,10 +101,10 @@ def test_a_relative_path_does_not_follow_the_working_directory(tmp_path, monkeyp
     assert store.path("a") == "out/a"
 
 
-def test_a_store_can_be_sent_to_another_process(tmp_path):
+def test_a_store_can_be_sent_to_another_process(tmp_path, sent_to_a_process):
     store = Store(tmp_path)
     store.write("a", b"1")
-    assert pickle.loads(pickle.dumps(store)).read("a") == b"1"
+    assert sent_to_a_process(store).read("a") == b"1"
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import threading
 import time
 
 import pytest
@@ -115,3 +117,33 @@ def test_files_set_aside_keep_their_content(tmp_path):
         "x.json.damaged": "first",
         "x.json.damaged-2": "second",
     }
+
+
+def test_an_output_is_written_with_its_folders_and_through_links(tmp_path):
+    writing.write_output(tmp_path / "a/b.csv", "1\r\n")
+    assert (tmp_path / "a/b.csv").read_bytes() == b"1\r\n"
+    (tmp_path / "link.csv").symlink_to("a/b.csv")
+    writing.write_output(tmp_path / "link.csv", b"2")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "a/b.csv").read_bytes() == b"2"
+
+
+def test_an_output_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_text("earlier")
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writing.write_output(path, "later")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
+    assert path.read_text() == "earlier"
+
+
+def test_a_pipe_is_written_in_place(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    writing.write_output(tmp_path / "pipe", "text")
+    reader.join(10)
+    assert read == ["text"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ttt_jax.cli.options import (
 )
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage import writing
 from ttt_jax.terminal.console import StatusLine, count, counts, duration, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import run_config
@@ -235,11 +237,11 @@ def _write_table(path: Path, found: Sequence["Evaluation"]) -> None:
     """Write a line for each evaluation and bin."""
     of = ("workdir", "model", "parameters", "step", "source", "split", "of", "carried", "context")
     by_bin = ("first", "last", "loss", "standard_error", "low", "high", "count")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with workdir_lib.explained(path), path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*of, *(f"bin_{name}" for name in by_bin)])
-        for evaluation in found:
-            about = [evaluation.about[name] for name in of]
-            columns = [getattr(evaluation, f"bin_{name}") for name in by_bin]
-            writer.writerows([*about, *row] for row in zip(*columns, strict=True))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*of, *(f"bin_{name}" for name in by_bin)])
+    for evaluation in found:
+        about = [evaluation.about[name] for name in of]
+        columns = [getattr(evaluation, f"bin_{name}") for name in by_bin]
+        writer.writerows([*about, *row] for row in zip(*columns, strict=True))
+    writing.write_output(path, text.getvalue())

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         check_file(options.output, "--output")
     from ttt_jax.distributed import startup
     from ttt_jax.interop import harness, harness_tasks
-    from ttt_jax.storage.writing import write_atomically
+    from ttt_jax.storage.writing import write_output
     from ttt_jax.terminal import console
 
     startup.use_compilation_cache()
@@ -74,8 +74,7 @@ def run(options: argparse.Namespace) -> int:
             print(harness_tasks.save(workdir / "harness", harness_tasks.file_name(task, **named_by), about))
     if options.output:
         content, missing = finite.for_json(results)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
+        write_output(options.output, json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
         print(f"{options.output}" + f" ({missing} numbers that are not finite are null in it)" * bool(missing))
     console.output().print(_table(by_task))
     return DONE

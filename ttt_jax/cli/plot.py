@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ttt_jax.cli.options import SPLITS, add_evaluation_kind, add_which_evaluation, evaluation_kind
 from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage import writing
 from ttt_jax.terminal.console import count, counts, not_negative, positive
 from ttt_jax.terminal.stopping import DONE
 
@@ -152,9 +153,7 @@ def _table(options: argparse.Namespace) -> None:
     rows = ablation.rows(options.workdir, split=options.split, published=options.published, **_which(options))
     console.output().print(ablation.as_table(rows))
     for path in options.output:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with workdir_lib.explained(path):
-            path.write_text(ablation.as_text(rows, path.suffix), encoding="utf-8", newline="")
+        writing.write_output(path, ablation.as_text(rows, path.suffix))
 
 
 def _layers(text: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import workdir as workdir_lib
+from ttt_jax.storage import writing
 from ttt_jax.terminal.stopping import DONE
 
 STATUS = """\
@@ -82,9 +83,7 @@ def results(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError("--plot: no key is swept; expected --x KEY")
         sweep_metric.against(found, options.metric, options.plot, x=x, lines=options.lines)
     if options.csv is not None:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with workdir_lib.explained(options.csv):
-            options.csv.write_text(results_lib.as_csv(found, options.metric), encoding="utf-8", newline="")
+        writing.write_output(options.csv, results_lib.as_csv(found, options.metric))
     if options.json:
         print(results_lib.as_json(found, options.metric))
         return DONE

@@ -16,7 +16,7 @@ import matplotlib
 from ttt_jax.errors import ConfigError
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import Style
-from ttt_jax.storage.writing import write_atomically
+from ttt_jax.storage.writing import write_output
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -214,8 +214,7 @@ def save(figure: Figure, *outputs: Path) -> None:
         check_output(output)
         content = io.BytesIO()
         figure.savefig(content, format=output.suffix[1:], dpi=160)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(output, content.getvalue())
+        write_output(output, content.getvalue())
     plt.close(figure)
 
 

@@ -34,6 +34,20 @@ def write_atomically(path: Workdir, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that the user named, and its folders: as a whole, but in place where it is no regular file.
+
+    So ``/dev/stdout`` and named pipes may be given, and a link keeps pointing at its file.
+    """
+    target = path.resolve()
+    with explained(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+            return
+    write_atomically(target, content)
+
+
 def set_aside(path: Workdir) -> str:
     """Rename a damaged file to ``NAME.damaged``, or ``.damaged-2`` and so on, and return its new name."""
     names = (f"{path.name}.damaged" + (f"-{i}" if i > 1 else "") for i in range(1, 10_000))
