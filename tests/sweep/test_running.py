@@ -140,6 +140,16 @@ def test_points_of_a_killed_sweep_save_and_the_next_sweep_waits_for_them(sweep, 
     assert (sweep.states(), sweep.starts(1)) == (["done"], [2])
 
 
+def test_a_point_whose_supervisor_is_killed_saves(sweep, folder):
+    process = sweep.start_hanging(1)
+    lock = (folder / "seed=0/process.lock").read_text()
+    os.kill(int(lock.split()[1]), signal.SIGKILL)
+    sweep.wait_for(lambda: not is_alive(sweep.calls("seed=0")[0]["pid"]))
+    assert (folder / "seed=0/output.log").read_text() == "stopped by SIGTERM\n"
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, "seed=0: killed by SIGKILL" in out) == (1, True)
+
+
 def test_launched_points_run_all_at_once_and_a_second_sweep_is_refused(sweep, folder, capsys):
     process = sweep.start_hanging(3, "-- launch slurm --gpus-per-node=8")
     before = (folder / "sweep.json").read_bytes()

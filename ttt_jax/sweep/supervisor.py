@@ -3,10 +3,12 @@
     python supervisor.py PIPE COMMAND ARGUMENT...
 
 PIPE is the reading end of a pipe without data: it is closed when the process with the writing end ends, even if killed.
-SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its signal.
+SIGINT and SIGTERM are passed on. The supervisor ends as the command does, with its exit status or by its signal. If it
+is killed itself, the command gets SIGTERM (on Linux).
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import select
@@ -15,6 +17,7 @@ import subprocess
 import sys
 
 _POLL = 0.1  # seconds
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 def main() -> None:
@@ -25,7 +28,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
     try:
-        process = subprocess.Popen(command, close_fds=False)  # it keeps the lock on its folder
+        process = subprocess.Popen(command, close_fds=False, preexec_fn=_stop_with_parent)  # keeps the folder's lock
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         sys.exit(127)  # as of a shell
@@ -44,6 +47,12 @@ def main() -> None:
     with contextlib.suppress(OSError):  # SIGKILL needs no preparation
         signal.signal(-process.returncode, signal.SIG_DFL)
     os.kill(os.getpid(), -process.returncode)
+
+
+def _stop_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when its parent dies; do nothing where the system has no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 if __name__ == "__main__":
