@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_one_failure_does_not_end_the_sweep_and_is_tried_again(sweep, folder, ca
     assert "seed=1: failed, exit status 3: ttt train: status 3\n" in err
     failed = files.read_record(folder / "seed=1")
     assert (failed.status, failed.said, failed.starts, failed.steps) == (3, "ttt train: status 3", 1, 250)
+    assert (failed.host, failed.pid) == (socket.gethostname(), os.getpid())
     assert (folder / "seed=1" / "output.log").read_text() == "some output\nttt train: status 3\nwarnings of others\n"
 
     assert sweep.run(grid) == 0

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,8 @@ class Record:
     starts: int = 0  # processes of this command: one, and one more for each restart
     began: int | float = dataclasses.field(default_factory=time.time)  # seconds since 1970
     ended: int | float | None = None
+    host: str = dataclasses.field(default_factory=socket.gethostname)  # where its process is started
+    pid: int = dataclasses.field(default_factory=os.getpid)  # of the command, or the trial, that starts it
 
     def is_final(self, steps: int, *, stopping_early: bool = False) -> bool:
         """Return whether nothing is left to do of a run of so many steps."""
@@ -135,7 +138,8 @@ def read_record(workdir: Workdir) -> Record | None:
         return None
     kinds = get_type_hints(Record)
     found = {key: value for key, value in content.items() if key in kinds}
-    if {"state", "steps"} <= found.keys() and all(isinstance(value, kinds[key]) for key, value in found.items()):
+    has_kinds = all(isinstance(x, kinds[key]) and not isinstance(x, bool) for key, x in found.items())
+    if {"state", "steps"} <= found.keys() and has_kinds:
         return Record(**found)
     json_files.warn_once(f"{workdir / POINT}: is no record of a point of a sweep; passed over")
     return None
