@@ -111,16 +111,7 @@ def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys):
 
     assert read(began=5, ended=6, status=-9, new=[]).status == -9
     assert capsys.readouterr().err == ""
-    wrong = [
-        ("status", "x"),
-        ("steps", "3"),
-        ("steps", True),
-        ("state", None),
-        ("said", 4),
-        ("began", []),
-        ("ended", False),
-    ]
-    for key, value in wrong:
+    for key, value in {"status": "x", "steps": "3", "state": None, "said": 4, "began": [], "ended": False}.items():
         assert read(**{key: value}) is None
     assert capsys.readouterr().err == f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.json_files import warn_once
 from ttt_jax.storage.lock_file import NO_LOCKS
-from ttt_jax.storage.workdir import Workdir, explained, is_local
+from ttt_jax.storage.workdir import Workdir, is_local
+from ttt_jax.storage.writing import write_atomically
 from ttt_jax.sweep import files, supervisor
 from ttt_jax.sweep.files import Record
 from ttt_jax.sweep.points import Point
@@ -162,7 +163,7 @@ class PointRun:
             self._end(files.FAILED, said)
         if not is_local(self.workdir):
             log = (self.folder / _LOG).read_bytes()
-            self._save(_LOG, lambda path: path.write_bytes(log))
+            self._save(_LOG, lambda path: write_atomically(path, log))
 
     def _end(self, state: str, said: str = "") -> None:
         self.ended = dataclasses.replace(self._record, state=state, said=said)
@@ -181,8 +182,7 @@ class PointRun:
         """Write a file. Failing storage must not end other points; a point without its record runs again, all done."""
         path = self.workdir / name
         try:
-            with explained(path):
-                write(path)
+            write(path)
         except OSError as error:
             say(f"{path}: cannot be written: {error}")
 
