@@ -1,4 +1,4 @@
-"""Check that imports follow the table of docs/design.md."""
+"""Check that imports follow the table of docs/design.md, and that modules import each other in no circle."""
 
 import ast
 import graphlib
@@ -32,9 +32,19 @@ def _files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in TABLE)
 
 
-def _imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the dotted name of every module that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def _imports(path: Path, for_types: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield the line and the dotted name of every module that a file imports, also inside functions.
+
+    Args:
+      for_types: also those below ``if TYPE_CHECKING``, which are not imported when the program runs.
+    """
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if not for_types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,6 +54,10 @@ def _imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def _room(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_table_lists_every_room():
@@ -67,6 +81,17 @@ def test_imports_follow_the_table():
 def test_table_has_no_circle():
     order = list(graphlib.TopologicalSorter(TABLE).static_order())
     assert set(order) == set(TABLE)
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    names = {_module(path): path for path in _files()}
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for _, imported in _imports(path, for_types=False):
+            parts = imported.split(".")
+            prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))  # a module, or a name in a module
+            graph[name] |= {next((prefix for prefix in prefixes if prefix in names), name)} - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_rows_come_after_the_rooms_that_they_import():
