@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import error_of
 
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
@@ -37,13 +38,6 @@ def lab(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def refused(function, *arguments):
-    with pytest.raises(ConfigError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("text", "is_one"),
     [
@@ -66,7 +60,7 @@ def test_import_paths_are_recognised(text, is_one):
     assert import_path.is_import_path(text) == is_one
     if not is_one:
         for function in (import_path.load, import_path.source_hash):
-            assert refused(function, text, KEY) == (
+            assert error_of(ConfigError, function, text, KEY) == (
                 f"{KEY}={text!r}: not an import path; expected MODULE:NAME, such as mylab.learners:gated"
             )
 
@@ -91,7 +85,7 @@ def test_a_changed_source_is_refused_before_it_runs(lab):
     there = import_path.source_hash("lab.learners:gated", KEY)
     (folder / "learners.py").write_text((folder / "learners.py").read_text() + "# a comment\n")
     here = import_path.source_hash("lab.learners:gated", KEY)
-    message = refused(import_path.load, "lab.learners:gated", KEY, there)
+    message = error_of(ConfigError, import_path.load, "lab.learners:gated", KEY, there)
     assert message == (
         f"{KEY}='lab.learners:gated': {folder / 'learners.py'} has changed since the run began (its SHA-256 was "
         f"{there[:12]}..., it is {here[:12]}...); expected the file as it was, a new run, or "
@@ -138,12 +132,12 @@ def test_a_failed_import_is_described_in_one_line(lab, text, said):
             "needs": "import nobody_has_this\n",
         }
     )
-    message = refused(import_path.load, text, KEY)
+    message = error_of(ConfigError, import_path.load, text, KEY)
     assert message.startswith(f"{KEY}={text!r}: {said.format(lab=folder)}"), message
 
 
 def test_a_module_without_source_has_no_hash():
-    message = refused(import_path.source_hash, "math:sin", KEY)
+    message = error_of(ConfigError, import_path.source_hash, "math:sin", KEY)
     assert message == f"{KEY}='math:sin': module math has no source file; expected a module in a .py file"
 
 
@@ -151,10 +145,12 @@ def test_a_module_in_a_workdir_is_refused_without_importing_its_package(lab):
     folder = lab({"learners": GATED})
     root = folder.parent
     for workdir in (root, folder):
-        message = refused(import_path.check_outside, "lab.learners:gated", KEY, workdir)
+        message = error_of(ConfigError, import_path.check_outside, "lab.learners:gated", KEY, workdir)
         assert message.startswith(f"{KEY}='lab.learners:gated': {folder}/__init__.py is inside the workdir {workdir}, ")
     (root / "link").symlink_to(root)
-    assert "inside the workdir" in refused(import_path.check_outside, "lab.learners:gated", KEY, root / "link")
+    assert "inside the workdir" in error_of(
+        ConfigError, import_path.check_outside, "lab.learners:gated", KEY, root / "link"
+    )
     assert not (root / "imported").exists()
     import_path.check_outside("lab.learners:gated", KEY, root / "runs" / "a")
     import_path.check_outside("lab.missing:gated", KEY, root / "runs" / "a")
@@ -169,7 +165,7 @@ def test_a_module_must_be_among_the_files_sent_to_other_machines(lab):
         import_path.check_sent("lab.learners:gated", KEY, root, sent)
         import_path.check_sent("lab:anything", KEY, root, sent)
     for other_root, sent in ((root.parent, None), (folder, None), (root, there[:1])):
-        message = refused(import_path.check_sent, "lab.learners:gated", KEY, other_root, sent)
+        message = error_of(ConfigError, import_path.check_sent, "lab.learners:gated", KEY, other_root, sent)
         assert message.startswith(
             f"{KEY}='lab.learners:gated': {folder}/learners.py would be missing on other machines; expected the module "
             f"at {other_root}/lab/learners.py, which they get"

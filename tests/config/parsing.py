@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import pytest
+import refusals
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
@@ -25,8 +25,5 @@ def parse(*overrides, file=QUICKSTART):
 
 
 def error_of(call, *args, **options) -> str:
-    with pytest.raises(ConfigError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
+    """Return the message of the ConfigError with which a call fails."""
+    return refusals.error_of(ConfigError, call, *args, **options)

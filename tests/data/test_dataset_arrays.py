@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from hypothesis import strategies as st
+from refusals import error_of
 
 from ttt_jax.data.dataset import Array, ArrayWriter, check_layout
 from ttt_jax.errors import DataError
@@ -39,14 +40,6 @@ def write(folder, array, pieces=1):
 
 def opened(folder):
     return Array({"driver": "zarr3", "kvstore": Store(folder).spec("train")}, "train")
-
-
-def refused(function, *arguments):
-    with pytest.raises(DataError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int64"])
@@ -146,7 +139,7 @@ def test_an_unfinished_array_cannot_be_opened(tmp_path):
     whole.append(values(300))
     whole.state()
     assert corpus.contents(tmp_path).keys() == {f"train/c/{i}" for i in range(4)}
-    assert refused(opened, tmp_path).startswith("cannot read train: ")
+    assert error_of(DataError, opened, tmp_path).startswith("cannot read train: ")
     whole.finish()
     np.testing.assert_array_equal(opened(tmp_path)[0:300], values(300))
 
@@ -165,7 +158,7 @@ def test_reading_a_lost_shard_names_it(tmp_path):
     (tmp_path / "train/c/2").unlink()
     ours = opened(tmp_path)
     np.testing.assert_array_equal(ours[0:128], values(300)[:128])
-    message = refused(lambda: ours[100:200])
+    message = error_of(DataError, lambda: ours[100:200])
     assert message.startswith("cannot read train at offset 100: ")
     assert f"{tmp_path}/train/c/2" in message
 
@@ -177,20 +170,20 @@ def test_a_changed_byte_anywhere_in_a_file_is_detected(tmp_path):
     for i in range(len(content)):
         path.write_bytes(content[:i] + bytes([content[i] ^ 0x10]) + content[i + 1 :])
         ours = opened(tmp_path)
-        message = refused(lambda ours=ours: ours[0:40])
+        message = error_of(DataError, lambda ours=ours: ours[0:40])
         assert message.startswith("cannot read train at offset 0: ")
         assert str(path) in message
     for size in (0, 3, len(content) - 1):
         path.write_bytes(content[:size])
         ours = opened(tmp_path)
-        assert str(path) in refused(lambda ours=ours: ours[0:40])
+        assert str(path) in error_of(DataError, lambda ours=ours: ours[0:40])
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "train").write_text("mine")
     whole = writer(tmp_path)
     whole.append(values(64))
-    message = refused(whole.state)
+    message = error_of(DataError, whole.state)
     assert message.startswith(f"cannot write {tmp_path}/train: ")
     assert "Not a directory" in message
 
@@ -198,8 +191,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_only_integers_in_one_dimension_are_accepted(tmp_path):
     for dtype in ("uint8", "uint16", "uint32", "uint64", "int32", "int64"):
         check_layout(dtype, (3,), "x")
-    assert refused(check_layout, "float32", (3,), "x") == "x: holds float32; expected integers"
-    assert refused(check_layout, "uint16", (3, 1), "x") == "x: has shape [3, 1]; expected one dimension"
+    assert error_of(DataError, check_layout, "float32", (3,), "x") == "x: holds float32; expected integers"
+    assert error_of(DataError, check_layout, "uint16", (3, 1), "x") == "x: has shape [3, 1]; expected one dimension"
     kvstore = {"driver": "file", "path": f"{tmp_path}/train/"}
     ts.open({"driver": "zarr3", "kvstore": kvstore}, dtype=ts.float32, shape=[3], create=True).result()
-    assert refused(opened, tmp_path) == "train: holds float32; expected integers"
+    assert error_of(DataError, opened, tmp_path) == "train: holds float32; expected integers"

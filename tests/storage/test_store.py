@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from refusals import error_of
 
 from ttt_jax.config import ConfigError
 from ttt_jax.errors import DataError
@@ -22,14 +23,6 @@ def full(store):
     for name, content in FILES.items():
         store.write(name, content)
     return store
-
-
-def refused(function, *arguments):
-    with pytest.raises(DataError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_written_files_are_read_back(full):
@@ -80,7 +73,9 @@ def test_json_is_read_back_in_order(store):
     assert store.read_json("x.json") == value
     assert list(store.read_json("x.json")) == ["b", "a"]
     store.write("x.json", b"{")
-    assert refused(store.read_json, "x.json").startswith(f"{store.location}/x.json: damaged: it is not JSON: ")
+    assert error_of(DataError, store.read_json, "x.json").startswith(
+        f"{store.location}/x.json: damaged: it is not JSON: "
+    )
 
 
 def test_files_of_a_local_store_have_the_same_names(tmp_path):
@@ -110,7 +105,7 @@ def test_a_store_can_be_sent_to_another_process(tmp_path, sent_to_a_process):
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for place in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "below"):
-        message = refused(Store(place).write, "a", b"1")
+        message = error_of(DataError, Store(place).write, "a", b"1")
         assert message.startswith(f"cannot write {place}/a: ")
         assert "Not a directory" in message
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -12,6 +12,7 @@ import threading
 import fsspec
 import pytest
 from backports import zstd
+from refusals import error_of
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import files, listing
@@ -41,11 +42,7 @@ def found(*patterns):
 
 
 def refused(*patterns):
-    with pytest.raises(ConfigError) as caught:
-        found(*patterns)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_of(ConfigError, found, *patterns)
 
 
 def test_a_folder_stands_for_its_visible_files_of_known_kinds_by_name(folder):

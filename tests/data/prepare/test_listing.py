@@ -5,6 +5,7 @@ import os
 import corpus
 import fsspec
 import pytest
+from refusals import error_of
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import files, listing, tokenize, tokenizer
@@ -35,9 +36,7 @@ def found(*patterns, output=""):
 
 
 def refused(*patterns):
-    with pytest.raises(ConfigError) as caught:
-        found(*patterns)
-    return str(caught.value)
+    return error_of(ConfigError, found, *patterns)
 
 
 # ---- Links

@@ -5,6 +5,7 @@ import json
 
 import corpus
 import pytest
+from refusals import error_of
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import tokenizer
@@ -31,10 +32,9 @@ def run_a_part(folder, files, units):
 
 def refused(folder, files, **options):
     before = corpus.contents(folder)
-    with pytest.raises(ConfigError) as caught:
-        run(folder, files, **options)
+    message = error_of(ConfigError, run, folder, files, **options)
     assert corpus.contents(folder) == before
-    return str(caught.value)
+    return message
 
 
 @pytest.mark.parametrize("finished", [False, True])

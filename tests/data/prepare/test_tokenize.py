@@ -7,6 +7,7 @@ import corpus
 import numpy as np
 import pytest
 import tokenizers
+from refusals import error_of
 from tokenizers import models, pre_tokenizers
 
 from ttt_jax.config import ConfigError
@@ -53,11 +54,7 @@ def as_bytes(texts):
 
 
 def refused(error, *arguments, **options):
-    with pytest.raises(error) as caught:
-        make(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_of(error, make, *arguments, **options)
 
 
 def test_a_dataset_of_bytes_equals_the_texts(tmp_path, files):

@@ -9,6 +9,7 @@ import shutil
 
 import corpus
 import pytest
+from refusals import error_of
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data.prepare import tokenizer
@@ -88,11 +89,7 @@ def run_until(folder, files, steps, **options):
 
 
 def refused(error, *arguments, **options):
-    with pytest.raises(error) as caught:
-        run(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return error_of(error, run, *arguments, **options)
 
 
 def states(folder):
