@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +148,11 @@ def test_a_pipe_is_written_in_place(tmp_path):
     reader.join(10)
     assert read == ["text"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_open_pipe_without_a_name_is_written():
+    read, write = os.pipe()
+    writing.write_output(Path(f"/dev/fd/{write}"), "text")  # as /dev/stdout
+    assert os.read(read, 10) == b"text"
+    os.close(read)
+    os.close(write)

@@ -41,10 +41,10 @@ def write_output(path: Path, content: str | bytes) -> None:
     """
     target = path.resolve()
     with explained(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
-            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        if path.exists() and not path.is_file():  # the target of a link to an open pipe has no path
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
             return
+        target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, content)
 
 
