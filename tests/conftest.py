@@ -168,7 +168,13 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
     from ttt_jax.training.checkpoint import Checkpoints
     from ttt_jax.training.step import build_program
 
-    def save(workdir: Path, config: Any, steps: tuple[int, ...] = (5,), stddev: float = 0.5) -> dict[int, Any]:
+    def save(
+        workdir: Path,
+        config: Any,
+        steps: tuple[int, ...] = (5,),
+        stddev: float = 0.5,
+        meta: dict[str, Any] | None = None,
+    ) -> dict[int, Any]:
         workdir.mkdir(parents=True)
         (workdir / "config.json").write_text(json.dumps(config.to_dict()))
         mesh = sharding.make_mesh(config_lib.mesh_shape(config, 1), jax.devices()[:1])
@@ -177,7 +183,7 @@ def save_run(random_params) -> Callable[..., dict[int, Any]]:
         checkpoints, model, found = Checkpoints(workdir, keep_last=len(steps)), build_model(config.model), {}
         for step in steps:
             found[step] = random_params(model, np.zeros((1, 1), np.int32), seed=step, stddev=stddev)
-            checkpoints.save(step, empty._replace(step=np.int32(step), params=found[step]), {})
+            checkpoints.save(step, empty._replace(step=np.int32(step), params=found[step]), meta or {})
         checkpoints.close()
         return found
 

@@ -27,6 +27,12 @@ UNFINISHED = "sweep/a/eval/.validation-32.unfinished"
 
 def make(root: Path) -> None:
     """Write a run that is a point of a sweep, with its results, a finished and an unfinished dataset."""
+    make_without_training(root)
+    loop.train(config_of(root), root / "sweep" / "a")
+
+
+def make_without_training(root: Path) -> None:
+    """Write the files of :func:`make` that a run does not leave by itself."""
     texts = inputs(root)
     trained = train_bpe.train(texts[:1], 300, BYTES)
     (root / "bpe.json").write_bytes(trained)
@@ -35,7 +41,7 @@ def make(root: Path) -> None:
     train_bpe.load_or_train(Store(root / "begun"), texts, 300, BYTES)
 
     workdir = root / "sweep" / "a"
-    loop.train(config_of(root), workdir)
+    workdir.mkdir(parents=True)
     sweep_files.write_sweep(
         root / "sweep",
         sweep_files.Sweep(

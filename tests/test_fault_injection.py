@@ -15,7 +15,18 @@ import jax
 import numpy as np
 import pytest
 from faults import KINDS, damage, files
-from files_of_all_kinds import BYTES, IDENTITY, LENGTHS, SMALL, UNFINISHED, config_of, inputs, make, tokenize_job
+from files_of_all_kinds import (
+    BYTES,
+    IDENTITY,
+    LENGTHS,
+    SMALL,
+    UNFINISHED,
+    config_of,
+    inputs,
+    make,
+    make_without_training,
+    tokenize_job,
+)
 
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
@@ -59,6 +70,13 @@ class Reader(NamedTuple):
 def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("made")
     make(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def made_without_training(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("made-without-training")
+    make_without_training(root)
     return root
 
 
@@ -210,17 +228,36 @@ def _faults(root: Path, reader: Reader) -> list[tuple[Path, str, int]]:
     ]
 
 
+# Few faults of files that are quick to make and read; the others are slow.
+_QUICK = (
+    "dataset",
+    "tokenizer of an unfinished dataset",
+    "evaluation",
+    "unfinished evaluation",
+    "probe",
+    "sweep",
+    "point",
+)
+
+
+@pytest.mark.parametrize("name", _QUICK)
+def test_a_reader_of_a_file_with_one_fault_of_each_kind(made_without_training, name, capfd):
+    _check(READERS[name]._replace(seeds=0), made_without_training, capfd)
+
+
+@pytest.mark.slow
 def test_at_least_a_thousand_faults_are_tried(made):
     count = sum(len(_faults(made, reader)) for reader in READERS.values())
     assert count >= 1000
 
 
-_SLOW = ("checkpoints", "unfinished dataset")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in READERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
 def test_a_reader_returns_the_right_value_or_names_the_file(made, name, capfd):
-    reader = READERS[name]
+    _check(READERS[name], made, capfd)
+
+
+def _check(reader: Reader, made: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = reader.read(made)
     wrong = []
     for path, kind, seed in _faults(made, reader):

@@ -106,7 +106,9 @@ def check_passed_over(workdir, capfd):
     return line
 
 
-@pytest.mark.parametrize("damage", [delete, halve, empty, flip_a_bit])
+@pytest.mark.parametrize(
+    "damage", [delete, flip_a_bit, *(pytest.param(each, marks=pytest.mark.slow) for each in (halve, empty))]
+)
 @pytest.mark.parametrize("file", FILES)
 def test_a_checkpoint_with_a_damaged_file_is_passed_over(workdir, capfd, file, damage):
     path = FILES[file](workdir / "checkpoints" / "3")
@@ -116,6 +118,7 @@ def test_a_checkpoint_with_a_damaged_file_is_passed_over(workdir, capfd, file, d
     assert {delete: "missing", flip_a_bit: "checksum"}.get(damage, "bytes instead of") in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [delete, halve, empty])
 @pytest.mark.parametrize("file", FILES)
 def test_damage_is_found_without_checksums(workdir, capfd, file, damage):
@@ -133,7 +136,13 @@ def test_damaged_meta_that_is_still_json_is_passed_over(workdir, capfd):
     assert "meta/metadata" in check_passed_over(workdir, capfd)
 
 
-@pytest.mark.parametrize("lost", ["state", "meta", "state/d", "state/ocdbt.process_0", "."])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "state",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("meta", "state/d", "state/ocdbt.process_0", ".")),
+    ],
+)
 def test_a_checkpoint_with_a_lost_folder_is_passed_over(workdir, capfd, lost):
     folder = workdir / "checkpoints" / "3" / lost
     shutil.rmtree(folder)

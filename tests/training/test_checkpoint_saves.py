@@ -76,9 +76,9 @@ def test_a_failed_save_is_tried_again_with_the_newer_state(tmp_path, broken_stor
 
 
 def test_the_last_save_is_tried_until_it_succeeds(tmp_path, broken_storage):
-    checkpoints = Checkpoints(tmp_path, save_again_after=(0.01, 0.01))
+    checkpoints = Checkpoints(tmp_path, save_again_after=(0.01,))
     for step in (1, 2):  # each step has its own attempts
-        broken_storage(2)
+        broken_storage(1)
         checkpoints.finish(step, state(step), meta(step))
         assert names(tmp_path) == [str(step)]
     checkpoints.close()
@@ -267,6 +267,7 @@ Bad()
 """
 
 
+@pytest.mark.slow
 def test_only_closed_event_loops_are_left_out_of_unraisable_errors(tmp_path):
     done = subprocess.run([sys.executable, "-c", LATE_FUTURE, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

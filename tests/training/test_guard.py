@@ -31,7 +31,7 @@ def numpy_guard(sequence, factor):
 
 
 @hypothesis.given(tail=norms, before=st.integers(WINDOW - 3, WINDOW + 30), factor=st.sampled_from([1.5, 4.0]))
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=10)
 def test_the_guard_judges_as_numpy(tail, before, factor):
     sequence = [*np.random.default_rng(before).uniform(0.5, 2, before).astype(np.float32), *tail]
     state, actual = optimizer_lib.initial_guard(), []

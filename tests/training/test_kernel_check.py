@@ -62,6 +62,7 @@ def by_scan(tmp_path_factory, tiny_config):
     return losses(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_whose_kernel_is_wrong_uses_the_scan(tmp_path, capsys, tiny_config, use_kernel, by_scan):
     use_kernel(kernel_by_scan.outputs_shifted)
     loop.train(tiny_config(RUN), tmp_path)

@@ -44,6 +44,7 @@ def test_outcome_and_records_of_a_finished_run(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_milestones_are_kept_and_meta_holds_position_config_and_versions(finished):
     workdir, config, _ = finished
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -90,6 +91,7 @@ def test_a_workdir_of_another_config_is_refused(finished, tiny_config, changes, 
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_on_other_data(finished, monkeypatch, tiny_config):
     workdir, config, _ = finished
     monkeypatch.setattr(token_source.TokenSource, "fingerprint", lambda self: "another")

@@ -81,6 +81,7 @@ def test_a_folder_in_the_place_of_the_records_is_set_aside(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl.damaged").is_dir()
 
 
+@pytest.mark.slow
 def test_wandb_gets_every_record(tmp_path, monkeypatch):
     """Run the real library offline, where it writes what it would send into a folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -72,21 +72,31 @@ def changed(lab):
 
 @pytest.fixture(scope="module")
 def finished(lab, tmp_path_factory, tiny_config):
-    """Return the workdir of a run of two steps. Tests must not change it."""
+    """Return the workdir of a run of two steps, trained. Tests must not change it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert loop.train(tiny_config(CHANGES), workdir).step == 2
     return workdir
 
 
+@pytest.fixture(scope="module")
+def saved(lab, tmp_path_factory, tiny_config, save_run):
+    """Return the workdir of a run of one step, made without training."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    config = run_config.with_learner_source(tiny_config(CHANGES))
+    save_run(workdir, config, (1,), meta={"config": config.to_dict()})
+    return workdir
+
+
 @pytest.fixture
-def copy(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 def _source_of(workdir):
     return json_files.read_object(workdir / "config.json")["model"]["ttt"]["learner_source"]
 
 
+@pytest.mark.slow
 def test_the_hash_of_the_source_is_kept_in_config_and_checkpoints(finished):
     expected = import_path.source_hash(NAME, LEARNER)
     assert _source_of(finished) == expected
@@ -107,7 +117,9 @@ def test_training_and_evaluation_refuse_a_changed_source_without_importing_it(co
         trained.load(copy)
 
 
-def test_an_accepted_change_of_the_source_is_recorded(copy, lab, tiny_config, capsys):
+@pytest.mark.slow
+def test_an_accepted_change_of_the_source_is_recorded(finished, tmp_path, lab, tiny_config, capsys):
+    copy = shutil.copytree(finished, tmp_path / "run")
     before = _source_of(copy)
     try:
         lab.write_text(SOURCE + "# another comment\n")
