@@ -3,15 +3,8 @@
 import pytest
 
 from ttt_jax.sweep import files, status
-from ttt_jax.sweep.ray_tune import Early
 
 POINTS = "--grid seed=0,1,2 --config.training.duration=40"
-
-
-def test_rungs():
-    assert Early("loss", 10, 3.0, False).rungs(100) == [10.0, 30.0, 90.0]
-    assert Early("loss", 10, 2.0, False).rungs(40) == [10.0, 20.0]  # at the end nothing is left to stop
-    assert Early("loss", 50, 2.0, False).rungs(40) == []
 
 
 @pytest.mark.slow

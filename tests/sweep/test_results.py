@@ -130,7 +130,7 @@ def test_records_that_cannot_be_read_are_named_and_cost_no_other_point(five_poin
     path.unlink()
     path.mkdir()
     assert [each.loss for each in status.of_sweep(folder)][:3] == [None, 1.8, 1.0]
-    assert capsys.readouterr().err == f"{path}: cannot be read: Is a directory; passed over\n"
+    assert capsys.readouterr().err == f"{path}: is a folder; passed over\n"
     found = [each[:3] for each in ranked(folder, "loss")]
     assert (found[0][:2], (None, "lr=0.1", None) in found) == ((1, "lr=0.01"), True)
 
@@ -163,6 +163,12 @@ def test_a_metric_is_the_mean_of_the_last_twentieth_and_a_speed_the_median_of_al
 def test_a_metric_at_a_step_is_of_the_next_record_and_nothing_is_worse_than_nan(name, step, expected):
     records = [{"step": 2, "loss": 1 / 2}, {"step": 4, "loss": 1 / 4}, {"step": 6, "loss": math.nan, "goodput": None}]
     assert metric.at_step(records, name, step) == expected
+
+
+def test_rungs():
+    assert metric.Early("loss", 10, 3.0, False).rungs(100) == [10.0, 30.0, 90.0]
+    assert metric.Early("loss", 10, 2.0, False).rungs(40) == [10.0, 20.0]  # at the end nothing is left to stop
+    assert metric.Early("loss", 50, 2.0, False).rungs(40) == []
 
 
 def test_evaluations_whose_loss_is_null(tmp_path):

@@ -177,7 +177,7 @@ def _run_on_ray(options, runs) -> signal.Signals | None:
     early = None
     if options.asha is not None:
         grace = options.grace or max(1, max(each.point.steps for each in runs) // 10)
-        early = ray_tune.Early(options.asha, grace, options.reduction, metric.higher_is_better(options.asha))
+        early = metric.Early(options.asha, grace, options.reduction, metric.higher_is_better(options.asha))
     # Those that have ended are compared with, and have to come first.
     ordered = sorted((each for each in runs if early or each.ended is None), key=lambda each: each.ended is None)
     return ray_tune.run(

@@ -7,6 +7,7 @@ remove them. Files of early versions have neither, and are read without the chec
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import zlib
@@ -147,21 +148,24 @@ def parse_lines(content: bytes) -> Lines:
     return lines
 
 
-def read_lines(path: Workdir, *, warn: bool = True) -> Lines:
+def read_lines(path: Workdir, *, warn: bool = True, tail: int | None = None) -> Lines:
     """Return the records of a file, as :func:`parse_lines`; no records where there is no file.
 
     Args:
       warn: whether to name the lines that were left out on standard error.
+      tail: read only so many bytes at the end, and do not name lines, as the first one may be cut short.
     """
     try:
-        with explained(path):
-            content = path.read_bytes()
+        with explained(path), path.open("rb") as file:
+            if tail is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
+            lines = parse_lines(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return Lines([], [], {})
     except IsADirectoryError:
         lines = Lines([], [], {}, "is a folder")
-    else:
-        lines = parse_lines(content)
+    if tail is not None:
+        lines.problems.clear()
     if warn and (damage := lines.describe_damage(path)):
         warn_once(damage)
     return lines

@@ -178,14 +178,8 @@ def records(workdir: Workdir, *, newest: bool = False) -> list[dict[str, Any]]:
     """
     path = workdir / "metrics.jsonl"
     try:
-        if not newest:
-            return json_files.read_lines(path).records
-        with explained(path), path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))  # the first line may be cut short
-            return json_files.parse_lines(file.read()).records
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (IsADirectoryError, PermissionError) as error:
+        return json_files.read_lines(path, tail=_TAIL if newest else None).records
+    except PermissionError as error:
         json_files.warn_once(f"{path}: cannot be read: {error.strerror}; passed over")
         return []
 

@@ -5,6 +5,7 @@ batch is noisy; a speed is the median over all steps. ``SPLIT-T`` and ``SPLIT-T/
 ``eval/SPLIT-T.json`` as ``ttt eval`` writes it; without ``NAME`` its loss.
 """
 
+import itertools
 import math
 import re
 import statistics
@@ -32,6 +33,24 @@ class Measured(NamedTuple):
     number: float | None  # None where the run has none; NaN where JSON holds null for a number that is not finite
     step: int  # of the run, or of the checkpoint that was evaluated
     tokens: Mapping[str, Any] = MappingProxyType({})  # what tells the tokens of an evaluation, as far as it is known
+
+
+class Early(NamedTuple):
+    """The rule to stop points early: asynchronous successive halving (ASHA, https://arxiv.org/abs/1810.05934).
+
+    At each rung, ``grace * factor^k`` steps, a point goes on if it is among the best ``1 / factor`` of those that have
+    come there so far.
+    """
+
+    metric: str
+    grace: int
+    factor: float
+    highest: bool
+
+    def rungs(self, steps: int) -> list[float]:
+        """Return the rungs of a run of so many steps."""
+        rungs = (self.grace * self.factor**k for k in itertools.count())
+        return list(itertools.takewhile(lambda rung: rung < steps, rungs))
 
 
 def of_run(workdir: Workdir, metric: str) -> Measured:

@@ -4,7 +4,6 @@ A trial is the same ``ttt train`` process in the same folder as elsewhere; it re
 ``metrics.jsonl``. Tune never ends a trial, which would not save: the trial is asked to stop, saves, and ends itself.
 """
 
-import itertools
 import logging
 import math
 import os
@@ -12,11 +11,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ttt_jax import extras, ray_cluster
 from ttt_jax.errors import ConfigError, DataError
 from ttt_jax.sweep import files, metric
+from ttt_jax.sweep.metric import Early
 from ttt_jax.sweep.runner import PointRun, say
 from ttt_jax.terminal.stopping import StopSignals
 
@@ -36,24 +36,6 @@ _SETTINGS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a run that compiles has none yet
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-
-
-class Early(NamedTuple):
-    """The rule to stop points early: asynchronous successive halving (ASHA, https://arxiv.org/abs/1810.05934).
-
-    At each rung, ``grace * factor^k`` steps, a point goes on if it is among the best ``1 / factor`` of those that have
-    come there so far.
-    """
-
-    metric: str
-    grace: int
-    factor: float
-    highest: bool
-
-    def rungs(self, steps: int) -> list[float]:
-        """Return the rungs of a run of so many steps."""
-        rungs = (self.grace * self.factor**k for k in itertools.count())
-        return list(itertools.takewhile(lambda rung: rung < steps, rungs))
 
 
 def run(
