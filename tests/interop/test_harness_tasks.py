@@ -2,11 +2,13 @@
 
 import json
 import math
+import runpy
 
 import numpy as np
 import pytest
 from harness_data import BOS, DOCUMENTS, QUESTIONS, TRAINING, answers, bytes_of
 from lm_eval.api import metrics as lm_eval_metrics
+from lm_eval.api import registry
 
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
@@ -120,6 +122,15 @@ def test_the_command_writes_and_prints_results(run, tasks, tmp_path, capsys):
     assert f"{about['metrics']['bits_per_byte']['value']:.4f}" in out
     samples = json.loads((tmp_path / "new" / "all.json").read_text())["samples"]["here_rolling"]
     assert len(samples) == 2
+
+
+def test_the_command_of_the_harness_makes_the_model(run, monkeypatch):
+    """Run the module as ``python -m`` does, with a command of the harness that only makes the model."""
+    registered, made = [], []
+    monkeypatch.setattr(registry, "register_model", lambda name: lambda kind: registered.append(kind) or kind)
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: made.append(registered[0](str(run[0]))))
+    runpy.run_path(harness.__file__, run_name="__main__")
+    assert made[0].eot_token_id == BOS
 
 
 def test_a_missing_harness_is_named_before_anything_is_loaded(monkeypatch, capsys):

@@ -40,6 +40,7 @@ NO_GENERATION = (
     "generation of text is not supported; expected tasks that ask for likelihoods: multiple_choice, loglikelihood or "
     "loglikelihood_rolling"
 )
+_MOST_SEARCHED = 1 << 20  # tokens of training data without a description, in which BOS and EOS are looked for
 _LOG = logging.getLogger(__name__)
 
 
@@ -286,15 +287,6 @@ def _integer(name: str, value: Any, least: int) -> int:
     raise ConfigError(f"{name}={value}: expected {least} or more")
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-_READ = 1 << 20  # tokens of the training data to search, where it has no description
-
-
 def prefix_token_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, asked: int | None = None) -> int:
     """Return the token that begins documents in the training data of a run, or else the one that ends them.
 
@@ -327,5 +319,11 @@ def _in_data(config: ml_collections.ConfigDict, source: TokenSource, tokenizer: 
     description = dataset.read_description(Store(config.data.source))
     if description is not None:
         return description["eos"]
-    tokens = np.asarray(source.tokens[0 : min(_READ, len(source.tokens))])
+    tokens = np.asarray(source.tokens[0 : min(_MOST_SEARCHED, len(source.tokens))])
     return next((token for token in (tokenizer.bos, tokenizer.eos) if token is not None and token in tokens), None)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -113,7 +113,7 @@ def _overflow_is_infinite() -> Iterator[None]:
         lm_eval_metrics.math = theirs
 
 
-_OF_OLD_FILES = ("task", "max_length", "num_fewshot")  # options in files of versions that had no identity
+_OPTIONS = ("task", "max_length", "num_fewshot")  # in all files; those of earlier versions have no identity
 
 
 def save(folder: Workdir, name: str, about: dict[str, Any]) -> str:
@@ -176,5 +176,5 @@ def _read(path: Workdir) -> dict[str, Any] | None:
 
 def _same(earlier: dict[str, Any], about: dict[str, Any]) -> bool:
     """Return whether two results have the same options, texts and tokenizer."""
-    alike = all(key in earlier and earlier[key] == about[key] for key in _OF_OLD_FILES)
+    alike = all(key in earlier and earlier[key] == about[key] for key in _OPTIONS)
     return alike and earlier.get("identity", about["identity"]) == about["identity"]
