@@ -9,9 +9,9 @@ Shapes: B batch, H heads, T tokens, b tokens per mini-batch, d_k and d_v widths 
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,27 +69,51 @@ def check_operation(oracle: Oracle, config: Mapping[str, Any]) -> Report | None:
     inputs = {name: jnp.asarray(x) for name, x in given.items()}
     loop = inner_loop(oracle, config)
     b, length = config["chunk"], oracle["q"].shape[2]
+    programs = _programs(loop, b)
+    with jax.default_matmul_precision("highest"):
+        gradients, o = programs.gradients(inputs, oracle["cotangent"])
+        errors_of_o = [largest(o, oracle["o"])]
+        for n in _shorter_lengths(oracle, config, length):
+            errors_of_o.append(largest(programs.outputs(inputs, n), oracle[f"o_T{n}"]))
+        errors = {
+            "o": worst(errors_of_o),
+            **_errors_of_states(oracle, loop, programs.read, *arguments(inputs, b)),
+            "grad": worst(relative_norm(g, oracle[f"grad/{name}"]) for name, g in gradients.items()),
+        }
+    return Report(errors, TOLERANCE_WITH_MUON if config["muon"] else TOLERANCE)
+
+
+class _Programs(NamedTuple):
+    """The compiled programs of an inner loop.
+
+    Attributes:
+      gradients: from inputs and cotangent to the gradients of all inputs, and the outputs.
+      outputs: from inputs and a number of tokens to the outputs of these tokens.
+      read: :func:`scan.run` of the inner loop.
+    """
+
+    gradients: Callable[..., Any]
+    outputs: Callable[..., jax.Array]
+    read: Callable[..., Any]
+
+
+@functools.cache
+def _programs(loop: InnerLoop, b: int) -> _Programs:
+    """Return the programs for mini-batches of ``b`` tokens, compiled once for all files of one shape."""
 
     def outputs(inputs, length):
         parameters, tokens = arguments(inputs, b)
         return scan.run(loop, parameters, _cut(tokens, 0, length)).z.swapaxes(1, 2)
 
-    def scalar(inputs):
-        o = outputs(inputs, length)
-        return (o * oracle["cotangent"]).sum(), o
+    def scalar(inputs, cotangent):
+        o = outputs(inputs, cotangent.shape[2])
+        return (o * cotangent).sum(), o
 
-    with jax.default_matmul_precision("highest"):
-        gradients, o = jax.jit(jax.grad(scalar, has_aux=True))(inputs)
-        errors_of_o = [largest(o, oracle["o"])]
-        of_length = jax.jit(outputs, static_argnums=1)
-        for n in _shorter_lengths(oracle, config, length):
-            errors_of_o.append(largest(of_length(inputs, n), oracle[f"o_T{n}"]))
-        errors = {
-            "o": worst(errors_of_o),
-            **_errors_of_states(oracle, loop, *arguments(inputs, b)),
-            "grad": worst(relative_norm(g, oracle[f"grad/{name}"]) for name, g in gradients.items()),
-        }
-    return Report(errors, TOLERANCE_WITH_MUON if config["muon"] else TOLERANCE)
+    return _Programs(
+        jax.jit(jax.grad(scalar, has_aux=True)),
+        jax.jit(outputs, static_argnums=1),
+        jax.jit(functools.partial(scan.run, loop)),
+    )
 
 
 def inner_loop(oracle: Oracle, config: Mapping[str, Any]) -> InnerLoop:
@@ -129,7 +153,9 @@ def arguments(inputs: Mapping[str, jax.Array], b: int) -> tuple[Parameters, Toke
     return Parameters(w0, {}, jnp.ones(b, eta.dtype)), tokens
 
 
-def _errors_of_states(oracle: Oracle, loop: InnerLoop, parameters: Parameters, tokens: Tokens) -> dict[str, float]:
+def _errors_of_states(
+    oracle: Oracle, loop: InnerLoop, read: Callable[..., Any], parameters: Parameters, tokens: Tokens
+) -> dict[str, float]:
     """Compare stored and used weights after each update, reading a mini-batch at a time."""
     b, length = len(parameters.position_eta), tokens.q.shape[1]
     updates = -(-length // b) - 1  # nothing reads after the last mini-batch
@@ -144,7 +170,6 @@ def _errors_of_states(oracle: Oracle, loop: InnerLoop, parameters: Parameters, t
                 raise ValueError(f"{name.format(i)}: {len(theirs)} updates in the file, expected {updates}")
             errors[kind].append(largest(sign * matrix.weight.swapaxes(-1, -2), theirs[n]))
 
-    read = jax.jit(functools.partial(scan.run, loop))
     state = None
     for n in range(updates):
         state = read(parameters, _cut(tokens, n * b, (n + 1) * b), state).state
