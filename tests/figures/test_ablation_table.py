@@ -24,8 +24,10 @@ LADDER = [  # what changes from row to row, and the perplexity of each
 ]
 
 
-@pytest.fixture
-def ladder(tmp_path):
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """Return the workdirs of the rungs of Table 1, in its order."""
+    folder = tmp_path_factory.mktemp("ladder")
     settings = {
         "model__ttt__backbone": "transformer",
         "model__ttt__learned_eta": False,
@@ -38,7 +40,7 @@ def ladder(tmp_path):
     for i, (change, perplexity) in enumerate(LADDER):
         settings |= change
         # Names in another order than rows; every row with noise of its own.
-        places.append(str(run(tmp_path / f"{9 - i}", perplexity=perplexity, noise=i, **settings)))
+        places.append(str(run(folder / f"{9 - i}", perplexity=perplexity, noise=i, **settings)))
     return places
 
 

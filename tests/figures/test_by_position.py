@@ -1,16 +1,16 @@
-"""Check ``ttt plot loss-by-position``: smoothing, curves, texts, and differences."""
+"""Check ``ttt plot loss-by-position`` and ``inner-loss``: smoothing, curves, texts, and differences."""
 
 import json
 
 import numpy as np
 import pytest
 from matplotlib import colors, image
-from saved_runs import lines, run, save_evaluation, words
+from saved_runs import lines, run, save_evaluation, save_inspection, words
 
 from ttt_jax.config import ConfigError
 from ttt_jax.evaluation import evaluations
 from ttt_jax.figures import by_position, style
-from ttt_jax.figures.by_position import loss_by_position
+from ttt_jax.figures.by_position import inner_loss, loss_by_position
 
 LINEAR, MLP, TRANSFORMER = "TTT-Linear (Mamba backbone)", "TTT-MLP (Mamba backbone)", "Transformer"
 MIXERS = {LINEAR: "ttt_linear", MLP: "ttt_mlp", TRANSFORMER: "attention"}
@@ -69,7 +69,7 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
         evaluated("c", TRANSFORMER, loss=2.0),
     ]
     means = [json.loads((run / "eval/validation-64.json").read_text())["loss"] for run in runs]
-    loss_by_position(runs, [tmp_path / "abc.png"])
+    loss_by_position(runs, [tmp_path / "abc.png", tmp_path / "abc.svg"])
     pixels = image.imread(tmp_path / "abc.png")[..., :3]
     assert pixels.shape == (800, 1152, 3)
     places = []
@@ -80,7 +80,6 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
         places.append(np.nonzero(inside)[0].mean())
     assert places[0] > places[1] > places[2]  # a lower loss is further down
 
-    loss_by_position(runs, [tmp_path / "abc.svg"])
     said = words(tmp_path / "abc.svg")
     for text in (
         "token index in the sequence (log scale)",
@@ -93,39 +92,34 @@ def test_a_figure_of_three_models(evaluated, tmp_path):
         assert text in said
     assert {"1", "2", "4", "8", "16", "32", "64"} < set(said)  # ticks
 
-    loss_by_position(runs, [tmp_path / "abc.pdf"])
-    assert (tmp_path / "abc.pdf").read_bytes().startswith(b"%PDF-")
 
-
-def test_runs_of_one_model_are_told_apart_by_name(evaluated, tmp_path):
+def test_runs_of_one_model_are_told_apart_by_name(evaluated, drawn):
     runs = [evaluated("first"), evaluated("second", loss=2.0), evaluated("third", TRANSFORMER)]
-    loss_by_position(runs, [tmp_path / "x.svg"])
-    labels = [text for text in words(tmp_path / "x.svg") if "parameters" in text]
-    assert [label.rpartition(": mean")[0] for label in labels] == [
+    loss_by_position(runs, [])
+    (axes,) = drawn[0].axes
+    assert [label.rpartition(": mean")[0] for label in lines(axes)] == [
         f"{LINEAR}, 1.2 M parameters, first",
         f"{LINEAR}, 1.2 M parameters, second",
         f"{TRANSFORMER}, 1.2 M parameters",
     ]
-    drawing = (tmp_path / "x.svg").read_text().lower()
-    assert "#0072b2" in drawing
-    assert "#009e73" in drawing  # the second of its kind has a colour of its own
+    curves = [line for line in axes.get_lines() if line.get_label() in lines(axes)]
+    assert [line.get_color() for line in curves] == ["#0072B2", "#009E73", "#000000"]  # the second has one of its own
 
 
-def test_runs_of_one_name_in_different_folders_are_told_apart(evaluated, tmp_path):
+def test_runs_of_one_name_in_different_folders_are_told_apart(evaluated, drawn):
     runs = [evaluated("a/run"), evaluated("b/run", loss=2.0)]
-    loss_by_position(runs, [tmp_path / "x.svg"], against=runs[0])
-    said = words(tmp_path / "x.svg")
-    labels = [text for text in said if ": mean" in text]
-    assert labels == [
+    loss_by_position(runs, [], against=runs[0])
+    assert list(lines(drawn[0].axes[0])) == [
         f"{LINEAR}, 1.2 M parameters, a/run: mean 1.500",
         f"{LINEAR}, 1.2 M parameters, b/run: mean 2.000",
     ]
 
 
-def test_the_training_context_is_marked_in_longer_ones(evaluated, tmp_path):
-    for context, marked in ((64, False), (128, True)):
-        loss_by_position([evaluated("a"), evaluated("a", context=128)], [tmp_path / "x.svg"], context=context)
-        assert ("trained on 64" in words(tmp_path / "x.svg")) == marked
+def test_the_training_context_is_marked_in_longer_ones(evaluated, drawn):
+    run, _ = (evaluated("a", context=context) for context in (64, 128))
+    for context, marked in ((64, []), (128, ["trained on 64"])):
+        loss_by_position([run], [], context=context)
+        assert [text.get_text() for text in drawn[-1].axes[0].texts] == marked
 
 
 @pytest.mark.parametrize(("key", "value"), [("fingerprint", "f2"), ("windows", 7)])
@@ -139,13 +133,13 @@ def test_evaluations_of_other_text_are_not_compared(evaluated, tmp_path, key, va
     assert not (tmp_path / "x.png").exists()
 
 
-def test_the_context_is_the_longest_that_all_have(evaluated, tmp_path):
+def test_the_context_is_the_longest_that_all_have(evaluated, drawn, tmp_path):
     for context in (64, 128):
         evaluated("a", context=context)
-    loss_by_position([tmp_path / "a", evaluated("b")], [tmp_path / "x.svg"], against=tmp_path / "a")
-    assert "Loss by token index, books/validation, 6 windows of 64 tokens" in words(tmp_path / "x.svg")
+    loss_by_position([tmp_path / "a", evaluated("b")], [], against=tmp_path / "a")
+    assert drawn[0].axes[0].get_title() == "Loss by token index, books/validation, 6 windows of 64 tokens"
     with pytest.raises(ConfigError) as caught:
-        loss_by_position([tmp_path / "a", evaluated("c", context=65)], [tmp_path / "x.svg"])
+        loss_by_position([tmp_path / "a", evaluated("c", context=65)], [])
     command = f"ttt eval --workdir {tmp_path / 'c'} --split validation --context 128"
     there = "there are train-65, validation-65"
     assert (
@@ -154,11 +148,11 @@ def test_the_context_is_the_longest_that_all_have(evaluated, tmp_path):
     )
 
 
-def test_the_title_names_a_carried_state(tmp_path):
+def test_the_title_names_a_carried_state(tmp_path, drawn):
     workdir = run(tmp_path / "a", about={"of": "documents", "carried": True})
-    loss_by_position([workdir], [tmp_path / "x.svg"], by_document=True, carried=True)
+    loss_by_position([workdir], [], by_document=True, carried=True)
     title = "Loss by token index, books/validation, 6 documents of up to 64 tokens, the state carried"
-    assert title in " ".join(words(tmp_path / "x.svg"))  # in two lines
+    assert drawn[0].axes[0].get_title() == title
 
 
 def test_bands_are_the_intervals_of_bins(evaluated, drawn):
@@ -188,7 +182,7 @@ def test_perplexity_is_that_of_the_mean_loss(evaluated, drawn):
     assert as_perplexity.get_ylabel() == "perplexity (log scale)"
 
 
-def test_differences_are_paired(evaluated, drawn, tmp_path):
+def test_differences_are_paired(evaluated, drawn):
     runs = [evaluated("a", LINEAR, loss=1.0), evaluated("b", MLP), evaluated("c", TRANSFORMER, loss=2.0)]
     loss_by_position(runs, [], against=runs[2])
     _, below = drawn[0].axes
@@ -204,9 +198,7 @@ def test_differences_are_paired(evaluated, drawn, tmp_path):
         assert bottom == pytest.approx(np.nanmin(expected.bin_low))
     assert below.get_title() == "difference to Transformer, 1.2 M parameters; paired, 95 % intervals"
     assert below.get_xlim() == drawn[0].axes[0].get_xlim()
-
-    loss_by_position(runs[:1], [tmp_path / "x.svg"], against=runs[2])
-    assert "token index in the sequence (log scale)" in words(tmp_path / "x.svg")
+    assert below.get_xlabel() == "token index in the sequence (log scale)"
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.jpeg"])
@@ -214,3 +206,91 @@ def test_other_kinds_of_files_are_refused(evaluated, tmp_path, name):
     with pytest.raises(ConfigError) as caught:
         loss_by_position([evaluated("a")], [tmp_path / name])
     assert str(caught.value) == f"--output {tmp_path / name}: expected a name that ends in .png, .pdf or .svg"
+
+
+# ---- Losses of the inner loop
+
+NAMES = ("loss_at_w0", "loss_before", "loss_after")
+LABELS = (r"$\ell(W_0; x_t)$", r"$\ell(W_{t-1}; x_t)$", r"$\ell(W_t; x_t)$")
+
+
+@pytest.fixture
+def losses():
+    rng = np.random.default_rng(0)
+    return {name: 3 - i + rng.random((4, 40)) for i, name in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(("layers", "window", "mini_batch"), [(None, 10, 1), ([2, 0], 1, 16)])
+def test_curves_are_sliding_means(tmp_path, losses, drawn, layers, window, mini_batch):
+    save_inspection(tmp_path, losses, mini_batch=mini_batch)
+    inner_loss(tmp_path, [], layers=layers, window=window)
+    chosen = layers or range(4)
+    assert [axes.get_title() for axes in drawn[0].axes] == [f"layer {layer}" for layer in chosen]
+    for axes, layer in zip(drawn[0].axes, chosen, strict=True):
+        found = lines(axes)
+        assert tuple(found) == LABELS if mini_batch == 1 else [label[-10:] for label in found][1:] == ["mini-batch"] * 2
+        for name, pairs in zip(NAMES, found.values(), strict=True):
+            curve = losses[name][layer]
+            expected = [
+                (1 + (2 * i + window - 1) / 2, curve[i : i + window].mean()) for i in range(len(curve) + 1 - window)
+            ]
+            np.testing.assert_allclose(pairs, expected, rtol=1e-9)
+
+
+def test_texts_of_inner_losses(tmp_path, losses, drawn):
+    save_inspection(tmp_path, losses)
+    inner_loss(tmp_path, [])
+    (figure,) = drawn
+    assert [axes.get_xlabel() for axes in figure.axes] == ["token index t"] * 4
+    assert [axes.get_ylabel() for axes in figure.axes] == ["inner loss", "", "", ""]
+    title = "Loss of the inner loop, TTT-Linear (Mamba backbone), books/validation, 6 windows of 40 tokens; "
+    assert figure.get_suptitle() == f"{title}mean over 10 positions"
+
+
+def test_the_longest_context_is_drawn(tmp_path, losses, drawn):
+    for context in (40, 20):
+        save_inspection(tmp_path, {name: values[:, :context] for name, values in losses.items()})
+    for context in (None, 20):
+        inner_loss(tmp_path, [], context=context, window=1)
+    assert [len(lines(figure.axes[0])[LABELS[0]]) for figure in drawn] == [40, 20]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": [4]}, "--layers 4: no layer of this number learns; expected 0 to 3"),
+        ({"window": 41}, "--window 41: expected 1 to 40, the context"),
+        (
+            {"split": "test"},
+            "test split; there is validation-40; run: ttt inspect --workdir .* --split test --context 2048",
+        ),
+        (
+            {"context": 80},
+            "context 80; there is validation-40; run: ttt inspect --workdir .* --split validation --context 80",
+        ),
+    ],
+)
+def test_missing_inspections_and_wrong_options_are_refused(tmp_path, losses, options, said):
+    save_inspection(tmp_path, losses)
+    with pytest.raises(ConfigError, match=said):
+        inner_loss(tmp_path, [tmp_path / "x.png"], **options)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_damaged_files_are_named(tmp_path, losses):
+    save_inspection(tmp_path, losses)
+    (tmp_path / "inspect" / "validation-40.npz").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"validation-40.npz: damaged, or not of the .json beside it; run ttt inspect again"
+    ):
+        inner_loss(tmp_path, [tmp_path / "x.png"])
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path, losses, drawn):
+    losses["loss_before"][1, 20], losses["loss_before"][1, 30] = np.nan, np.inf
+    save_inspection(tmp_path, losses)
+    inner_loss(tmp_path, [], window=3)
+    assert [axes.get_title() for axes in drawn[0].axes][:3] == ["layer 0", "layer 1: 2 losses not finite", "layer 2"]
+    curve = drawn[0].axes[1].lines[1].get_ydata()
+    assert np.flatnonzero(np.isnan(curve)).tolist() == [18, 19, 20, 28, 29, 30]
+    assert curve[21] == pytest.approx(losses["loss_before"][1, 21:24].mean(), rel=1e-12)

@@ -18,22 +18,22 @@ FINETUNED = "Transformer, fine-tuned"
 CONTEXTS = (64, 128, 256)
 
 
-@pytest.fixture
-def kinds(tmp_path):
-    """Return runs of three kinds of models of three sizes, at two contexts, with names in another order."""
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Return a folder of runs of three kinds of models of three sizes, at two contexts, with names in another order."""
     settings = (
         {"model__mixer": "ttt_linear"},
         {"model__mixer": "ttt_mlp", "model__ttt__backbone": "transformer"},
         {"model__mixer": "attention"},
     )
-    place = 0
+    folder, place = tmp_path_factory.mktemp("kinds"), 0
     for context in (128, 64):
         for i, kind in enumerate(settings):
             for size in (2, 0, 1):
                 known = {"perplexity": 12 - 2 * size + i, "flops": (1 + i) * 10.0 ** (12 + size), "context": context}
-                run(tmp_path / "runs" / f"{place}", **known, model__num_layers=2 + size, **kind)
+                run(folder / f"{place}", **known, model__num_layers=2 + size, **kind)
                 place += 1
-    return tmp_path / "runs"
+    return folder
 
 
 def test_flops_points_of_each_panel_and_line(kinds, drawn, tmp_path):
@@ -124,9 +124,9 @@ def test_flops_where_the_paper_states_nothing(tmp_path, settings):
 
 
 def test_flops_panels_are_of_one_text(kinds, tmp_path):
-    run(kinds / "other", context=64, about={"fingerprint": "f2"})
+    other = run(tmp_path / "other", context=64, about={"fingerprint": "f2"})
     with pytest.raises(ConfigError, match="expected the same text"):
-        perplexity_by_flops([str(kinds)], [tmp_path / "x.png"])
+        perplexity_by_flops([str(kinds), str(other)], [tmp_path / "x.png"])
 
 
 def test_table_1_is_recognised_by_the_config():
@@ -146,21 +146,23 @@ def perplexity(kind, size, context):
     return 12 - 3 * size + kind - context / 100
 
 
-@pytest.fixture
-def grid(tmp_path):
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """Return a folder of runs of two kinds of models of two sizes, at three contexts."""
+    folder = tmp_path_factory.mktemp("grid")
     for kind in range(2):
         for size in range(2):
             for context in CONTEXTS:
                 settings = {"model__mixer": "attention", "training__start_from": "x"} if kind else {}
                 run(
-                    tmp_path / "runs" / f"{kind}{size}{context}",
+                    folder / f"{kind}{size}{context}",
                     perplexity=perplexity(kind, size, context),
                     context=context,
                     parameters=[2_000_000, 30_000_000][size] + kind * 100_000,
                     model__width=96 * (1 + size),
                     **settings,
                 )
-    return tmp_path / "runs"
+    return folder
 
 
 def draw(drawn, *arguments, **options):
