@@ -161,12 +161,15 @@ def compare(workdir: Path, undisturbed: Path) -> None:
 
 
 def final_state(workdir: Path):
-    """Return step and state of the last checkpoint."""
+    """Return step and state of the newest checkpoint, on the host."""
     config = config_lib.from_json(workdir / "config.json")
     run = build_program(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
-    restored = Checkpoints(workdir, read_only=True).restore_newest(run.abstract_state)
-    assert restored is not None
-    return restored.step, jax.device_get(restored.state)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.latest_step()
+    assert step is not None, f"{workdir}: no checkpoint"
+    state = jax.device_get(checkpoints.restore(step, run.abstract_state))
+    checkpoints.close()
+    return step, state
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import atexit
 import collections
 import functools
 import gc
+import importlib.util
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -136,6 +138,22 @@ def assert_close() -> Callable[..., None]:
         jax.tree.map(arrays, actual, desired)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Return ``load_script(name)``, which imports a program of ``scripts/`` without running it."""
+
+    @functools.cache
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,13 @@ def test_who_imports_a_package(module, rooms):
     assert found <= rooms
 
 
+def test_one_file_of_the_tests_uses_private_parts_of_jax():
+    root = PACKAGE.parent
+    paths = [path for folder in ("tests", "scripts") for path in (root / folder).rglob("*.py")]
+    found = {str(path.relative_to(root)) for path in paths for _, name in _imports(path) if name.startswith("jax._src")}
+    assert found == {"tests/ttt_process.py"}
+
+
 def test_the_inner_loop_depends_on_jax_alone():
     allowed = {"jax", "numpy", "ttt_jax", "collections", "dataclasses", "functools", "math", "operator", "re", "typing"}
     found = {name.split(".")[0] for path in (PACKAGE / "ttt").glob("*.py") for _, name in _imports(path)}

@@ -1,7 +1,6 @@
 """Check this package against all numbers of the TTT authors' code in tests/oracles, and that wrong ones are found."""
 
 import functools
-import importlib.util
 import shutil
 import struct
 import zipfile
@@ -32,12 +31,9 @@ def test_numbers_of_a_file_are_reproduced(path):
     assert report.passed, str(report)
 
 
-@pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("check_oracles", ROOT / "scripts" / "check_oracles.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+@pytest.fixture
+def main(load_script):
+    return load_script("check_oracles").main
 
 
 @functools.cache

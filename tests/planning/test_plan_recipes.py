@@ -1,6 +1,5 @@
 """Plan the paper's recipes by one script, and print its tables."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -15,13 +14,8 @@ CHIPS = {"v5e:16x16": 256, "v5e:8x16": 128, "v5e:8x8": 64}
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("plan_recipes", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("plan_recipes")
 
 
 def test_every_recipe_divides_its_chips(script):

@@ -116,22 +116,6 @@ def finish():
 
 
 @pytest.fixture(scope="session")
-def final_state():
+def final_state(load_script):
     """Return ``final_state(workdir)``: it returns step and state of the newest checkpoint, on the host."""
-    import jax
-
-    from ttt_jax import config as config_lib
-    from ttt_jax.distributed import sharding
-    from ttt_jax.training.checkpoint import Checkpoints
-    from ttt_jax.training.step import build_program
-
-    def read(workdir):
-        config = config_lib.from_json(workdir / "config.json")
-        run = build_program(config, sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
-        checkpoints = Checkpoints(workdir, read_only=True)
-        step = checkpoints.latest_step()
-        state = jax.device_get(checkpoints.restore(step, run.abstract_state))
-        checkpoints.close()
-        return step, state
-
-    return read
+    return load_script("kill_test").final_state
