@@ -6,17 +6,17 @@ was edited on purpose: then it has no hash.
 
 A run goes on with the same config, data and source of its learner. A learner of the user's own is found before it is
 imported, and the hash of its source is kept with the run.
+
+JAX is imported only where processes agree, so that commands that read configs answer wrong arguments at once.
 """
 
 import json
 from typing import Any, NamedTuple
 
-import jax
 import ml_collections
 
 from ttt_jax import config as config_lib
 from ttt_jax import import_path
-from ttt_jax.distributed import agreement
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage import checksums, json_files, writing
 from ttt_jax.storage.json_files import DamagedFile
@@ -161,6 +161,10 @@ def check_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_change
     Raises:
       ConfigError: as :func:`check_same_run`.
     """
+    import jax
+
+    from ttt_jax.distributed import agreement
+
     if agreement.on_all(lambda: check_same_run(config, workdir, accept_changed_learner)):
         learner, source = config.model.ttt.learner, config.model.ttt.learner_source
         agreement.print_once(f"model.ttt.learner={learner!r}: has changed since the run began; accepted")
@@ -233,6 +237,7 @@ def with_learner_of_run(
     """
     if not config_lib.own_functions(config):
         return config
+    from ttt_jax.distributed import agreement
 
     def hash_source() -> ml_collections.ConfigDict:
         check_learner_outside(config, workdir)
