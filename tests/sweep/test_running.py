@@ -88,14 +88,6 @@ def test_status_75_is_started_again_but_not_for_ever(sweep, capsys):
     assert "seed=0: started (start 2); " in capsys.readouterr().err
 
 
-def test_a_killed_program_is_told(sweep):
-    process = sweep.start_hanging(1)
-    os.kill(sweep.calls("seed=0")[0]["pid"], signal.SIGKILL)
-    out, _ = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert "seed=0: killed by SIGKILL" in out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_lets_points_save_and_the_same_command_goes_on(sweep, folder, number, exit_status):
@@ -142,14 +134,16 @@ def test_points_of_a_killed_sweep_save_and_the_next_sweep_waits_for_them(sweep, 
     assert (sweep.states(), sweep.starts(1)) == (["done"], [2])
 
 
-def test_a_point_whose_supervisor_is_killed_saves(sweep, folder):
-    process = sweep.start_hanging(1)
-    lock = (folder / "seed=0/process.lock").read_text()
-    os.kill(int(lock.split()[1]), signal.SIGKILL)
-    sweep.wait_for(lambda: not is_alive(sweep.calls("seed=0")[0]["pid"]))
-    assert (folder / "seed=0/output.log").read_text() == "stopped by SIGTERM\n"
+def test_a_killed_program_is_told_and_that_of_a_killed_supervisor_saves(sweep, folder):
+    process = sweep.start_hanging(2, "--jobs 2")
+    os.kill(sweep.calls("seed=0")[0]["pid"], signal.SIGKILL)
+    supervised = int((folder / "seed=1/process.lock").read_text().split()[1])
+    os.kill(supervised, signal.SIGKILL)
     out, _ = process.communicate(timeout=20)
-    assert (process.returncode, "seed=0: killed by SIGKILL" in out) == (1, True)
+    assert process.returncode == 1
+    assert out.count("killed by SIGKILL") == 2
+    sweep.wait_for(lambda: not is_alive(sweep.calls("seed=1")[0]["pid"]))
+    assert (folder / "seed=1/output.log").read_text() == "stopped by SIGTERM\n"
 
 
 def test_launched_points_run_all_at_once_and_a_second_sweep_is_refused(sweep, folder, capsys):

@@ -50,6 +50,14 @@ ttt sweep --config FILE[:ARG] [--config FILE[:ARG] ...] [--config.KEY=VALUE ...]
        ttt sweep status DIR [--watch]
        ttt sweep results DIR [--metric NAME] [--csv FILE] [--json] [--plot FILE --x KEY [--lines KEY]]"""
 
+_REFUSED_OF_LAUNCH = {
+    "--detach": "which follow their points",
+    "--dry-run": "which have one themselves, before --",
+    "--name": "whose points have names of their own",
+    "--status": "which have ttt sweep status",
+    "--stop": "which are stopped by Ctrl-C",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb."""
@@ -100,7 +108,7 @@ def run(options: argparse.Namespace, rest: Sequence[str], parse: Callable[[Seque
 
     launcher = options.command
     if launcher:
-        points.check_launcher(launcher)
+        _check_launcher(launcher)
     _check_engine(options)
     directory = workdir_lib.at(options.workdir)
     (grid, *zips), recipes, constant = _split([options.grid, *options.zip], rest)
@@ -236,6 +244,15 @@ def _check_engine(options: argparse.Namespace) -> None:
     for option in ("ray_address", "asha", "grace"):
         if getattr(options, option) is not None:
             raise ConfigError(f"--{option.replace('_', '-')}: expected --engine ray too")
+
+
+def _check_launcher(launcher: Sequence[str]) -> None:
+    """Raise ConfigError unless the text after ``--`` is a launcher that runs each point to its end."""
+    if list(launcher[:1]) != ["launch"] or len(launcher) < 2 or "--" in launcher:
+        raise ConfigError(f"-- {shlex.join(launcher)}: expected -- launch TARGET, and options of it")
+    for option in launcher[2:]:
+        if why := _REFUSED_OF_LAUNCH.get(option.partition("=")[0]):
+            raise ConfigError(f"-- {shlex.join(launcher)}: {option} is not for sweeps, {why}")
 
 
 def _check_learners(configs, *, elsewhere: bool) -> None:

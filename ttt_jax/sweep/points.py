@@ -11,7 +11,6 @@ import json
 import math
 import operator
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -35,13 +34,6 @@ _RANGES = {
 }
 _LONGEST = 100  # characters: a name is seen in tables, and jobs are named after it
 _UNSAFE = re.compile(r"[^\w.-]", re.ASCII)  # in the name of a folder
-_REFUSED_OF_LAUNCH = {
-    "--detach": "which follow their points",
-    "--dry-run": "which have one themselves, before --",
-    "--name": "whose points have names of their own",
-    "--status": "which have ttt sweep status",
-    "--stop": "which are stopped by Ctrl-C",
-}
 
 
 class Point(NamedTuple):
@@ -206,15 +198,6 @@ def command(
     settings = [f"--config.{key}={value_text(value)}" for key, value in {**base, **point.values}.items()]
     train = ["train", "--config", point.recipe, *settings, "--workdir", str(workdir), *options]
     return [*launcher, "--", *train] if launcher else train
-
-
-def check_launcher(launcher: Sequence[str]) -> None:
-    """Raise :class:`ConfigError` unless the text after ``--`` is a launcher that runs each point to its end."""
-    if list(launcher[:1]) != ["launch"] or len(launcher) < 2 or "--" in launcher:
-        raise ConfigError(f"-- {shlex.join(launcher)}: expected -- launch TARGET, and options of it")
-    for option in launcher[2:]:
-        if why := _REFUSED_OF_LAUNCH.get(option.partition("=")[0]):
-            raise ConfigError(f"-- {shlex.join(launcher)}: {option} is not for sweeps, {why}")
 
 
 # ---- Names
