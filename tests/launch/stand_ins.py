@@ -5,10 +5,12 @@ import functools
 import io
 import json
 import os
-import subprocess
+import signal
 import sys
 import sysconfig
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -30,39 +32,18 @@ OPTIONS = {
     "tpu": ("--accelerator", "v5litepod-8", "--zone", "us-west4-a", "--poll", "0.1"),
 }
 PLACES = {"gke": ("--cluster", "c"), "tpu": ("--zone", "us-west4-a")}
-# The waits of real clusters, shortened, and few files to send.
-WAITS = {
+# Of ttt_jax.launch: the waits of real clusters, shortened, and few files to send.
+PATCHES = {
     "commands.FIRST_WAIT": 0.01,
     "commands.LAST_WORDS": 0.3,
     "lifecycle.Target.POLL": 0.05,
     "sky.Sky.POLL": 0.05,
     "cloud_tpu.FIRST_PAUSE": 0.01,
     "tpu.FIRST_PAUSE": 0.01,
+    "versions.files": lambda checkout: tuple(map(Path, FILES)),
+    "versions.constraints": functools.cache(versions.constraints),  # which takes a third of a second
 }
 FILES = "configs/quickstart.py setup.py launch/Dockerfile launch/install.sh launch/sky.sh launch/worker.sh".split()
-_constraints = functools.cache(versions.constraints)  # which takes a third of a second
-_CHILD = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {!r}); "
-_CHILD += "import stand_ins; sys.exit(stand_ins.main({!r}, sys.argv[1:]))"  # signals as in a terminal
-
-
-@contextlib.contextmanager
-def shortened(executable: str):
-    """Patch what takes long."""
-    with contextlib.ExitStack() as stack:
-        patch = lambda name, value: stack.enter_context(mock.patch(name, value))  # noqa: E731
-        for name, value in WAITS.items():
-            patch(f"ttt_jax.launch.{name}", value)
-        if executable:
-            patch("sys.executable", executable)
-        patch("ttt_jax.launch.versions.files", lambda checkout: tuple(map(Path, FILES)))
-        patch("ttt_jax.launch.versions.constraints", lambda extras: _constraints(tuple(extras)))
-        yield
-
-
-def main(executable: str, arguments: list[str]) -> int:
-    """Run ttt as the process of a test."""
-    with shortened(executable):
-        return cli.main(arguments)
 
 
 class StandIns:
@@ -72,6 +53,8 @@ class StandIns:
       folder: where they keep what they know; $STAND_IN of theirs.
       environment: with the programs first on PATH.
     """
+
+    patience = 20.0
 
     def __init__(self, target: str, folder: Path):
         self.target, self.folder = target, folder
@@ -86,8 +69,9 @@ class StandIns:
         path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, "STAND_IN": str(folder), "PYTHONPATH": str(ROOT)}
         self.environment["XDG_CACHE_HOME"] = str(folder / "cache")
-        self.executable = str(folder / "remote/python") if target == "slurm" else ""
+        self.executable = str(folder / "remote/python") if target == "slurm" else sys.executable
         self.workdir = str(folder / "runs/a") if target == "slurm" else "gs://bucket/runs/a"
+        self.processes = 2 if target in ("slurm", "gke") else 1
         self.plan(0)
 
     def plan(self, *words) -> None:
@@ -125,18 +109,37 @@ class StandIns:
         """Return the calls of uv on other machines."""
         return [json.loads(line) for line in (self.folder / "uv").read_text().splitlines()]
 
+    def runs(self) -> bool:
+        """Return whether all processes of the launched command have started."""
+        return len(self.started()) == self.processes
+
     def wait_until(self, ready) -> None:
-        """Return once ``ready()`` is true; at most 20 seconds later."""
-        deadline = time.monotonic() + 20
+        """Return once ``ready()`` is true; at most ``patience`` seconds later."""
+        deadline = time.monotonic() + self.patience
         while not ready():
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def start(self, *arguments, cwd: Path = ROOT) -> subprocess.Popen:
-        """Start ``ttt ARGUMENTS`` in a process of its own."""
-        command = [sys.executable, "-c", _CHILD.format(str(Path(__file__).parent), self.executable)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*command, *map(str, arguments)], cwd=cwd, env=self.environment, **pipes)
+    @contextlib.contextmanager
+    def meanwhile(self, *steps):
+        """Take steps beside this thread: once a condition is true, send it a signal or call a function."""
+        thread = threading.get_ident()
+
+        def take() -> None:
+            try:
+                for ready, action in steps:
+                    self.wait_until(ready)
+                    action() if callable(action) else signal.pthread_kill(thread, action)
+            except AssertionError:
+                self.end()
+                raise
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with ThreadPoolExecutor() as pool:
+            taken = pool.submit(take)
+            yield
+            taken.result()
+        signal.signal(signal.SIGINT, before)
 
     def ttt(self, *arguments, cwd: Path = ROOT) -> tuple[int, str, str]:
         """Return exit status, standard output and standard error of ``ttt ARGUMENTS``, run in this process."""
@@ -144,17 +147,20 @@ class StandIns:
         with contextlib.ExitStack() as stack:
             for each in (contextlib.chdir(cwd), mock.patch.dict(os.environ, self.environment)):
                 stack.enter_context(each)
-            for each in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), shortened(self.executable)):
+            for name, value in PATCHES.items():
+                stack.enter_context(mock.patch(f"ttt_jax.launch.{name}", value))
+            for each in (mock.patch("sys.executable", self.executable), contextlib.redirect_stdout(out)):
                 stack.enter_context(each)
-            status = cli.main([str(argument) for argument in arguments])
-        return status, out.getvalue(), err.getvalue()
+            with contextlib.redirect_stderr(err):
+                return cli.main([*map(str, arguments)]), out.getvalue(), err.getvalue()
 
-    def launch(self, *options, machines=None, command=(), workdir=None, wait=True):
-        """Launch a training run; return what :meth:`ttt` does, or the process if it is not to be waited for."""
+    def launch(self, *options, machines=None, command=(), workdir=None, meanwhile=()) -> tuple[int, str, str]:
+        """Launch a training run, with steps of :meth:`meanwhile`; return what :meth:`ttt` does."""
         train = ("train", "--config", ROOT / "configs/quickstart.py", "--workdir", workdir or self.workdir)
         machines = OPTIONS[self.target] if machines is None else machines
         arguments = ("launch", self.target, "--name", "mine", *machines, *options, "--", *train)
-        return (self.ttt if wait else self.start)(*arguments, "--config.data.batch_size=8", *command, cwd=self.folder)
+        with self.meanwhile(*meanwhile):
+            return self.ttt(*arguments, "--config.data.batch_size=8", *command, cwd=self.folder)
 
     def act(self, action: str) -> tuple[int, str, str]:
         """Do ``--status`` or ``--stop``."""

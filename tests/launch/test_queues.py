@@ -1,7 +1,6 @@
 """Test what is special about Slurm, GKE and SkyPilot: their options, logs and states."""
 
 import argparse
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -71,18 +70,6 @@ def test_slurm_sources_a_setup_file(stand_ins):
     assert len(cluster.started()) == 2
 
 
-@pytest.mark.slow
-def test_slurm_jobs_save_before_their_time_limit_and_go_on_later(stand_ins):
-    cluster = stand_ins("slurm")
-    cluster.plan("wait", 0)
-    launch = cluster.launch(wait=False)
-    cluster.wait_until(lambda: len(cluster.started()) == 2)
-    subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
-    out, err = launch.communicate(timeout=30)
-    assert launch.returncode == DONE, err
-    assert (out.count("saved"), len(cluster.started())) == (2, 4)
-
-
 @pytest.mark.parametrize(
     ("past", "code", "expected"),
     [
@@ -140,11 +127,9 @@ def test_gke_takes_up_a_log_that_breaks_off_and_leaves_one_without_an_end(stand_
     cluster = stand_ins("gke")
     cluster.plan("wait")
     cluster.has("break-log", "endless-log")
-    launch = cluster.launch(wait=False)
-    cluster.wait_until(lambda: any("--since=" in argument for call in cluster.calls("logs") for argument in call))
-    cluster.has("finish")
-    out, err = launch.communicate(timeout=30)
-    assert launch.returncode == DONE, err
+    taken_up = lambda: any("--since=" in word for call in cluster.calls("logs") for word in call)  # noqa: E731
+    status, out, err = cluster.launch(meanwhile=[(taken_up, lambda: cluster.has("finish"))])
+    assert status == DONE, err
     assert (out.count("start 0"), out.count("finished")) == (1, 1)
 
 

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from stand_ins import ROOT
@@ -24,7 +23,7 @@ def cluster(stand_ins):
     cluster = stand_ins("slurm")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     cluster.environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    cluster.executable = ""  # the real one
+    cluster.executable, cluster.patience = sys.executable, 240
     yield cluster
     for job in (cluster.kept("jobs") or {}).values():  # that a failed test has left behind
         if job["state"] == "RUNNING":
@@ -35,34 +34,27 @@ def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(
     run = cluster.folder / "run"
     values = [f"--config.{value}".replace("step", " step") for value in TINY.split()]
     command = ["train", "--config", ROOT / "configs/quickstart.py", "--workdir", "run", *values]
-    launch = cluster.start("launch", "slurm", "--gpus-per-node", "2", "--", *command, cwd=cluster.folder)
 
     def log(pattern):
         text = "".join(path.read_text() for path in (run / "slurm").glob("*.log"))
         return re.findall(pattern, text, re.DOTALL)
 
-    def until(ready):
-        """Return what ``ready()`` returns, once that is true."""
-        deadline = time.monotonic() + 240
-        while not (found := ready()):
-            assert launch.poll() is None, launch.communicate()
-            assert time.monotonic() < deadline, log(".*")
-            time.sleep(0.05)
-        return found
+    def goes_on():
+        going_on = log("going on at step ([0-9]+)")
+        return going_on and recorded_after(int(going_on[0]))
 
     def recorded_after(step):
         return any(record["step"] > step for record in metrics.read(run))
 
-    until(lambda: recorded_after(0))
-    subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
-    (going_on,) = map(int, until(lambda: log("going on at step ([0-9]+)")))
-    until(lambda: recorded_after(going_on))
-    launch.send_signal(signal.SIGINT)
-    _, err = launch.communicate(timeout=240)
-    assert launch.returncode == INTERRUPTED, err
+    def limit():
+        subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
+
+    with cluster.meanwhile((lambda: recorded_after(0), limit), (goes_on, signal.SIGINT)):
+        status, _, err = cluster.ttt("launch", "slurm", "--gpus-per-node=2", "--", *command, cwd=cluster.folder)
+    assert status == INTERRUPTED, err
     first, second = map(int, log("saved at step ([0-9]+) of"))
     assert 0 < first < second
-    assert going_on == first
+    assert log("going on at step ([0-9]+)") == [str(first)]
     assert (run / "checkpoints" / str(second)).is_dir()
     assert log("on 2 x cpu of 2 processes")
 

@@ -14,7 +14,6 @@ from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTAR
 
 SUBMIT = {"slurm": "sbatch", "gke": "create", "sky": "launch", "tpu": "create"}  # a word of the call that submits
 END = {"slurm": "scancel", "gke": "delete", "sky": "cancel", "tpu": "delete"}  # and of the call that ends the job
-PROCESSES = {"slurm": 2, "gke": 2, "sky": 1, "tpu": 1}
 slow = pytest.mark.slow
 each_signal = pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, INTERRUPTED), pytest.param(signal.SIGTERM, RESTART, marks=slow)]
@@ -24,12 +23,6 @@ each_signal = pytest.mark.parametrize(
 @pytest.fixture(params=[*(pytest.param(name, marks=slow) for name in ("slurm", "gke", "tpu")), "sky"])
 def target(request, stand_ins):
     return stand_ins(request.param)
-
-
-def finished(process) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
-    assert "Traceback" not in err
-    return process.returncode, out, err
 
 
 def logs(target) -> str:
@@ -43,7 +36,7 @@ def test_a_job_is_submitted_and_followed_and_its_arguments_arrive_as_they_are(ta
     config = str(ROOT / "configs/quickstart.py") if target.target == "slurm" else "configs/quickstart.py"
     command = ["train", "--config", config, "--workdir", target.workdir, "--config.data.batch_size=8"]
     started = target.started()
-    assert len(started) == PROCESSES[target.target]
+    assert len(started) == target.processes
     for each in started:
         assert each["argv"][-7:] == [*command, f"--config.data.tokenizer={NASTY}"]
         assert each["environment"]["SECRET"] == secret
@@ -62,7 +55,7 @@ def test_a_preempted_run_is_started_again_and_ends_well(target):
     assert status == DONE, err
     shown = re.findall("start . of host 0: (.*)", out)
     assert shown == ["75", "143", "0"] or (target.target == "gke" and shown[-1] == "0")  # the newest pod
-    assert len(target.started()) == 3 * PROCESSES[target.target]
+    assert len(target.started()) == 3 * target.processes
     assert len(target.calls(SUBMIT[target.target])) == 1
 
 
@@ -78,31 +71,26 @@ def test_more_preemptions_than_restarts_end_with_75(target):
 def test_a_failure_is_not_started_again(target, code):
     target.plan(code)
     assert target.launch()[0] == code
-    assert len(target.started()) == PROCESSES[target.target]
+    assert len(target.started()) == target.processes
 
 
 @each_signal
 def test_an_interrupt_ends_the_job_which_saves(target, number, status):
     target.plan("wait")
-    launch = target.launch(wait=False)
-    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
-    launch.send_signal(number)
-    found, _, err = finished(launch)
+    found, _, err = target.launch(meanwhile=[(target.runs, number)])
     assert found == status, err
-    assert logs(target).count("saved") == (0 if target.target == "sky" else PROCESSES[target.target])
+    assert logs(target).count("saved") == (0 if target.target == "sky" else target.processes)
     assert len(target.calls(END[target.target])) == 1
     assert target.act("--status")[1].startswith("mine: no such job waits or runs")
-    assert len(target.started()) == PROCESSES[target.target]  # not started again
+    assert len(target.started()) == target.processes  # not started again
 
 
 def test_an_interrupt_takes_a_job_that_waits_out_of_the_queue(target):
     target.has("hold")
     target.kept("cloud", lives=[["WAITING_FOR_RESOURCES"]])
     target.has("slow")  # the interrupt comes while xpk creates the workload
-    launch = target.launch(wait=False)
-    target.wait_until(lambda: target.calls(SUBMIT[target.target]) and target.kept("jobs", target.kept("resource")))
-    launch.send_signal(signal.SIGINT)
-    assert finished(launch)[0] == INTERRUPTED
+    waits = lambda: target.calls(SUBMIT[target.target]) and target.kept("jobs", target.kept("resource"))  # noqa: E731
+    assert target.launch(meanwhile=[(waits, signal.SIGINT)])[0] == INTERRUPTED
     assert len(target.calls(END[target.target])) == 1
     assert target.started() == []
     assert target.act("--status")[1].startswith("mine: no such job waits or runs")
@@ -112,13 +100,8 @@ def test_an_interrupt_takes_a_job_that_waits_out_of_the_queue(target):
 @pytest.mark.parametrize("target", ["slurm", "tpu"], indirect=True)
 def test_a_second_interrupt_does_not_wait_for_a_command_that_does_not_end(target):
     target.plan("hang")
-    launch = target.launch(wait=False)
-    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
-    launch.send_signal(signal.SIGINT)
-    stop = ("scancel",) if target.target == "slurm" else ("ssh",)
-    target.wait_until(lambda: any("--signal" in w or " stop " in w for call in target.calls(*stop) for w in call))
-    launch.send_signal(signal.SIGINT)
-    status, _, err = finished(launch)
+    stops = lambda: any(re.search("--signal| stop ", word) for call in target.calls() for word in call)  # noqa: E731
+    status, _, err = target.launch(meanwhile=[(target.runs, signal.SIGINT), (stops, signal.SIGINT)])
     assert status == INTERRUPTED
     if target.target == "slurm":
         assert [call[1] for call in target.calls("scancel")] == ["--signal=TERM", "101"]
@@ -134,13 +117,11 @@ def test_a_second_interrupt_does_not_wait_for_a_command_that_does_not_end(target
 def test_the_same_command_follows_the_job_that_runs(target):
     target.plan("wait")
     assert target.launch("--detach")[0] == DONE
-    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
-    again = target.launch(wait=False)
+    target.wait_until(target.runs)
     shows = {"slurm": "show", "gke": "logs", "sky": "logs", "tpu": "ssh"}[target.target]
-    before = len(target.calls(shows))
-    target.wait_until(lambda: len(target.calls(shows)) > before + (target.target == "tpu"))
-    target.has("finish")
-    status, out, err = finished(again)
+    before = len(target.calls(shows)) + (target.target == "tpu")
+    followed = (lambda: len(target.calls(shows)) > before, lambda: target.has("finish"))
+    status, out, err = target.launch(meanwhile=[followed])
     assert status == DONE, err
     assert "is there already and followed" in err or "runs already" in err
     assert "finished" in out
@@ -178,14 +159,14 @@ def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(target):
 def test_status_and_stop_by_name(target):
     target.plan("wait")
     target.launch("--detach")
-    target.wait_until(lambda: len(target.started()) == PROCESSES[target.target])
+    target.wait_until(target.runs)
     shown = {"slurm": "job 101, RUNNING, its log is .*/runs/a/slurm/mine-101.log", "gke": "runs, attempt 1"}
     shown |= {"sky": "managed job 1, RUNNING", "tpu": "ACTIVE\n  worker 0 of mine: running\nstart 0 of host 0: wait"}
     status, out, _ = target.act("--status")
     assert status == DONE
     assert re.fullmatch(f"mine: {shown[target.target]}\n", out)
     assert target.act("--stop")[0] == DONE
-    assert logs(target).count("saved") == (0 if target.target == "sky" else PROCESSES[target.target])
+    assert logs(target).count("saved") == (0 if target.target == "sky" else target.processes)
     assert target.act("--status")[:2][1].startswith("mine: no such job waits or runs")
 
 
@@ -201,15 +182,19 @@ def test_transient_faults_do_not_submit_a_job_twice(target):
     target.fail(submit, ("before", passes), ("after", passes))
     for call in ask:
         target.fail(call, ("before", passes))
-    launch = target.launch(wait=False)
-    target.wait_until(lambda: len(target.calls(SUBMIT[target.target])) > 1)
-    target.wait_until(lambda: len(target.kept("jobs", target.kept("resource", {}))))
-    target.wait_until(lambda: target.target not in ("slurm", "sky") or target.calls("show") or target.calls("logs"))
-    (target.folder / "hold").unlink()
-    status, _, err = finished(launch)
+    shows = {"slurm": ["show"], "sky": ["logs"]}.get(target.target, [])
+    submitted = (
+        lambda: (
+            len(target.calls(SUBMIT[target.target])) > 1
+            and target.kept("jobs", target.kept("resource"))
+            and target.calls(*shows)
+        ),
+        (target.folder / "hold").unlink,
+    )
+    status, _, err = target.launch(meanwhile=[submitted])
     assert status == DONE, err
     assert len(target.calls(SUBMIT[target.target])) == (3 if target.target == "tpu" else 2)
-    assert len(target.started()) == PROCESSES[target.target]
+    assert len(target.started()) == target.processes
 
 
 def test_a_final_fault_is_reported_with_all_output_of_the_program(target):
