@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from ttt_jax import cli
-from ttt_jax.launch import versions
+from ttt_jax.launch import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = 'it\'s "$(touch pwned)" $(TTT_JAX_COMMAND) $$ `id`; !! \\ $HOME * {x,y} &\nsecond line é😀\x7f'
@@ -40,8 +40,8 @@ PATCHES = {
     "sky.Sky.POLL": 0.05,
     "cloud_tpu.FIRST_PAUSE": 0.01,
     "tpu.FIRST_PAUSE": 0.01,
-    "versions.files": lambda checkout: tuple(map(Path, FILES)),
-    "versions.constraints": functools.cache(versions.constraints),  # which takes a third of a second
+    "sources.files": lambda checkout: tuple(map(Path, FILES)),
+    "sources.constraints": functools.cache(sources.constraints),  # which takes a third of a second
 }
 FILES = "configs/quickstart.py setup.py launch/Dockerfile launch/install.sh launch/sky.sh launch/worker.sh".split()
 

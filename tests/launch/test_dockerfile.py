@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stand_ins import ROOT
 
-from ttt_jax.launch import versions
+from ttt_jax.launch import sources
 
 TEXT = re.sub(r"\\\n\s*|#.*\n", "", (ROOT / "launch/Dockerfile").read_text())
 STAGES = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -38,7 +38,7 @@ def test_a_target_for_each_platform_installs_its_extra():
 def test_files_that_are_copied_exist_and_files_that_git_ignores_are_left_out():
     assert COPIED == ["setup.py", "constraints.txt", "ttt_jax/__init__.py", ".", ".", "."]
     assert all((ROOT / source).is_file() and not ignored(Path(source)) for source in COPIED[:3])
-    needed = [path for path in versions.files(ROOT) if path.parts[0] in ("ttt_jax", "configs", "launch")]
+    needed = [path for path in sources.files(ROOT) if path.parts[0] in ("ttt_jax", "configs", "launch")]
     assert len(needed) > 100
     assert not any(map(ignored, needed))
     for pattern in ("/.git/", *(ROOT / ".gitignore").read_text().splitlines()):
@@ -60,15 +60,15 @@ def test_the_install_finds_the_code_that_is_copied_after_it(tmp_path):
     copy(COPIED[:3])
     (tree / "README.md").touch()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
-    site = venv / f"lib/python{versions.PYTHON}/site-packages"
+    site = venv / f"lib/python{sources.PYTHON}/site-packages"
     (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python", "--disable-pip-version-check", "install"]
     subprocess.run([*pip, "--quiet", "--no-deps", "--editable", "."], cwd=tree, check=True)
-    copy(path for path in versions.files(ROOT) if not ignored(path))
+    copy(path for path in sources.files(ROOT) if not ignored(path))
     options = {"env": {"PATH": f"{venv}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}, "text": True}
-    program = "from ttt_jax.launch import versions; print(versions.__file__)"
+    program = "from ttt_jax.launch import sources; print(sources.__file__)"
     found = subprocess.check_output([venv / "bin/python", "-c", program], cwd="/", **options)
-    assert found.strip() == str(tree / "ttt_jax/launch/versions.py")
+    assert found.strip() == str(tree / "ttt_jax/launch/sources.py")
     command = ["ttt", "train", "--config", "configs/quickstart.py:nothing", "--workdir", "/runs/a"]
     done = subprocess.run(command, cwd=tree, capture_output=True, **options)
     assert done.returncode == 2

@@ -9,7 +9,7 @@ from stand_ins import ROOT
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import job as job_lib
-from ttt_jax.launch import versions
+from ttt_jax.launch import sources
 
 CONFIG = str(ROOT / "configs" / "quickstart.py")
 TRAIN = ("train", "--config", CONFIG, "--workdir", "gs://b/a")
@@ -33,7 +33,7 @@ def test_the_config_is_named_by_its_path_in_the_tree_that_is_sent(monkeypatch):
 def test_a_config_is_sent_with_those_that_it_imports():
     job = make("train", "--config", f"{ROOT}/configs/tiny.py:mini_batch", "--workdir", "gs://b/a")
     assert (job.config.model.ttt.mini_batch, job.config.model.ttt.learned_eta) == (16, False)
-    assert {Path(f"configs/{name}.py") for name in ("tiny", "ablation", "paper")} <= {*versions.files(ROOT)}
+    assert {Path(f"configs/{name}.py") for name in ("tiny", "ablation", "paper")} <= {*sources.files(ROOT)}
 
 
 def test_the_name_belongs_to_the_workdir():

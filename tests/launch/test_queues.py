@@ -7,7 +7,7 @@ import pytest
 import yaml
 from stand_ins import OPTIONS, ROOT
 
-from ttt_jax.launch import lifecycle, sky, slurm, versions
+from ttt_jax.launch import lifecycle, sky, slurm, sources
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -145,10 +145,10 @@ def test_gke_builds_an_image_of_the_source_tree_with_the_versions_of_this_machin
     assert image.startswith("us-docker.pkg.dev/p/r/ttt_jax:tpu-")
     assert build == [
         *("docker", "build", f"--file={context}/launch/Dockerfile", "--target=tpu", "--platform=linux/amd64"),
-        *(f"--build-arg=PYTHON={versions.PYTHON}", "--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
+        *(f"--build-arg=PYTHON={sources.PYTHON}", "--build-arg=EXTRAS=gcs,wandb", f"--tag={image}", context),
     ]
     assert f"--docker-image={image}" in cluster.calls("create")[0]
-    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs", "wandb"))
+    assert (cluster.folder / "constraints").read_text() == sources.constraints(("tpu", "gcs", "wandb"))
     files = set((cluster.folder / "context-files").read_text().splitlines())
     assert {"launch/Dockerfile", "setup.py", "configs/quickstart.py"} <= files
     assert not Path(context).exists()
@@ -180,9 +180,9 @@ def test_sky_gets_all_options_and_installs_the_versions_of_this_machine(stand_in
     assert started["cwd"] == str(source)
     assert (source / "launch/sky.sh").read_text() == (ROOT / "launch/sky.sh").read_text()
     venv, install = cluster.uv()
-    assert venv == ["venv", "--quiet", "--allow-existing", "--python", versions.PYTHON, f"{source.parent}/venv"]
+    assert venv == ["venv", "--quiet", "--allow-existing", "--python", sources.PYTHON, f"{source.parent}/venv"]
     assert install[-2:] == ["--editable", f"{source}[tpu,gcs]"]
-    assert (cluster.folder / "constraints").read_text() == versions.constraints(("tpu", "gcs"))
+    assert (cluster.folder / "constraints").read_text() == sources.constraints(("tpu", "gcs"))
 
 
 def test_sky_nodes_with_gpus_find_each_other(stand_ins):

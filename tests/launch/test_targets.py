@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stand_ins import NASTY, OPTIONS, PROGRAMS, ROOT
 
-from ttt_jax.launch import versions
+from ttt_jax.launch import sources
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 SUBMIT = {"slurm": "sbatch", "gke": "create", "sky": "launch", "tpu": "create"}  # a word of the call that submits
@@ -220,7 +220,7 @@ def test_dry_run_prints_what_bash_takes_and_does_nothing(target):
     for folder in (cache, target.folder):
         (folder / "mine.env").touch(0o600)
     for packed in re.findall(r"# (\S+\.tar\.gz): the source tree", out):
-        versions.archive(ROOT, {"launch-constraints.txt": ""}, Path(packed))
+        sources.archive(ROOT, {"launch-constraints.txt": ""}, Path(packed))
     environment = {**target.environment, "SECRET": "s3cret"}
     done = subprocess.run(["bash", "-c", out], env=environment, cwd=target.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

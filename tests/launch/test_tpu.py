@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.launch import cloud_tpu, tpu, versions
+from ttt_jax.launch import cloud_tpu, sources, tpu
 from ttt_jax.launch.tpu_hosts import Host, verdict
 
 slow = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
     assert [(each["host"], each["argv"]) for each in cloud.started()] == [("mine/0", COMMAND), ("mine/1", COMMAND)]
     (source,) = (home(cloud) / "ttt-launch/mine").glob("source-*")
     venv, packages = cloud.uv()[:2]
-    assert venv[:-1] == ["venv", "--quiet", "--allow-existing", "--python", versions.PYTHON]
+    assert venv[:-1] == ["venv", "--quiet", "--allow-existing", "--python", sources.PYTHON]
     assert packages[-1] == f"{source}[tpu,gcs]"
     sent = dict(line.split("==") for line in (source / "launch-constraints.txt").read_text().splitlines())
     for name in "jax jaxlib flax optax orbax-checkpoint grain tensorstore ml-collections numpy gcsfs".split():

@@ -8,13 +8,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.text import Text
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, Retry
+from ttt_jax.launch.commands import TRANSIENT, CommandError, Retry
+from ttt_jax.launch.lifecycle import Target
 from ttt_jax.terminal import console
 from ttt_jax.terminal.stopping import INTERRUPTED, RESTART
 
@@ -83,49 +84,32 @@ class Found(NamedTuple):
 
 
 class QueuedResource:
-    """The queued resource of a job in a zone, which may not exist.
+    """The queued resource of a job in a zone, which may not exist; ``target`` is ttt launch tpu for that job."""
 
-    Args:
-      name: of the job.
-      identity: of what it runs.
-      where: ``--zone`` and ``--project``, as gcloud wants them.
-      check: called with the identity of what exists, None where it has no label of ttt launch; raises for what may
-        not be used.
-    """
+    def __init__(self, target: Target):
+        self._target, self._commands, self.name = target, target.commands, target.job.name
+        slices = target.options.slices  # the names of those that are asked for:
+        self.nodes = (self.name,) if slices == 1 else tuple(f"{self.name}-{i}" for i in range(slices))
+        self.deletion = [*self._gcloud("queued-resources", "delete"), "--force", "--quiet"]  # with its slices
 
-    def __init__(
-        self,
-        commands: Commands,
-        name: str,
-        identity: str,
-        where: Sequence[str],
-        slices: int,
-        check: Callable[[str | None], None],
-    ):
-        self.name, self.slices, self._commands, self._where, self._check = name, slices, commands, where, check
-        self._labels = f"--labels=ttt-launch={name},ttt-command={identity}"
-        self._gcloud = ("gcloud", "compute", "tpus", "queued-resources")
-
-    @property
-    def deletion(self) -> list[str]:
-        """Return the command that deletes it, with its slices."""
-        return [*self._gcloud, "delete", self.name, *self._where, "--force", "--quiet"]
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """Return the names of the slices that are asked for."""
-        return (self.name,) if self.slices == 1 else tuple(f"{self.name}-{i}" for i in range(self.slices))
-
-    def create(self, options: Sequence[str], alpha: bool) -> None:
+    def create(self) -> None:
         """Put the request into the queue, unless an earlier attempt has done so.
 
         Raises:
           CommandError: when it is refused.
         """
-        program = [self._gcloud[0], *["alpha"] * alpha, *self._gcloud[1:]]
-        several = [f"--node-count={self.slices}", f"--node-prefix={self.name}"]
-        nodes = [f"--node-id={self.name}"] if self.slices == 1 else several
-        argv = [*program, "create", self.name, *self._where, *nodes, *options, self._labels, "--async", "--quiet"]
+        options = self._target.options
+        accelerator = parse(options.accelerator)
+        several = [f"--node-count={options.slices}", f"--node-prefix={self.name}"]
+        request = [f"--node-id={self.name}"] if options.slices == 1 else several
+        request.append(f"--accelerator-type={accelerator.name}")
+        request.append(f"--runtime-version={options.runtime_version or accelerator.runtime_version}")
+        for name in ("spot", "best-effort", "reserved", "network", "subnetwork", "service-account", "internal-ips"):
+            if value := getattr(options, name.replace("-", "_")):
+                request.append(f"--{name}" if value is True else f"--{name}={value}")
+        request.append(f"--labels=ttt-launch={self.name},ttt-command={self._target.identity}")
+        gcloud, *create = self._gcloud("queued-resources", "create")
+        argv = [gcloud, *["alpha"] * options.best_effort, *create, *request, "--async", "--quiet"]
         try:
             self._commands.run(argv, retry=TRANSIENT, finish=True)
         except CommandError as error:
@@ -133,7 +117,11 @@ class QueuedResource:
                 raise
 
     def find(self) -> Found | None:
-        """Return what is known of it; None where it does not exist. ``check`` may raise."""
+        """Return what is known of it; None where it does not exist.
+
+        Raises:
+          ConfigError: for one that ttt launch did not make, or that runs another command.
+        """
         described = self._describe("queued-resources", self.name)
         if described is None:
             return None
@@ -144,22 +132,21 @@ class QueuedResource:
         state = about.get("state", "STATE_UNSPECIFIED")
         if not labels and state == "ACTIVE":
             labels = (self._describe("tpu-vm", nodes[0]) or {}).get("labels", {})
-        self._check(labels.get("ttt-command", "") if labels.get("ttt-launch") == self.name else None)
+        identity = labels.get("ttt-command", "") if labels.get("ttt-launch") == self.name else None
+        self._target.check_ours(f"the queued resource {self.name}", identity)
         return Found(state, about.get("failedData", {}).get("error", {}).get("message", ""), nodes)
 
-    def get(
-        self, options: Sequence[str], alpha: bool, about: str, timeout: float | None, poll: float
-    ) -> tuple[tuple[str, ...], bool]:
+    def get(self) -> tuple[tuple[str, ...], bool]:
         """Wait for the slices. Those of this job that exist are used; lost ones are deleted and asked for anew.
 
         Returns:
           The names of the slices, and whether they are new.
 
         Raises:
-          GoneError: when they do not come within ``timeout`` seconds, or somebody deletes them meanwhile.
+          GoneError: when they do not come within ``--timeout``, or somebody deletes them meanwhile.
           LaunchError: when they cannot be had.
         """
-        name, note = self.name, self._commands.note
+        name, options, note = self.name, self._target.options, self._commands.note
         began, pause, shown, new = time.monotonic(), FIRST_PAUSE, "", False
         with console.literal(stderr=True).status("") as line:
             while True:
@@ -167,8 +154,9 @@ class QueuedResource:
                 if found is None:
                     if new:
                         raise GoneError(f"{name}: was deleted by somebody else", INTERRUPTED)
-                    note(f"{name}: asks for {about}")
-                    self.create(options, alpha)
+                    several = f"{options.slices} x " if options.slices > 1 else ""
+                    note(f"{name}: asks for {several}{options.accelerator}")
+                    self.create()
                     new = True
                     continue
                 if found.state == "ACTIVE":
@@ -179,12 +167,10 @@ class QueuedResource:
                     note(f"{name}: {found.state}")
                     shown = found.state
                 if found.state in _QUEUED:
-                    if waited > (timeout or math.inf):
-                        raise GoneError(
-                            f"{name}: is {found.state} after {console.duration(waited)}, which is the --timeout",
-                            RESTART,
-                        )
-                    time.sleep(poll)
+                    if waited > (options.timeout or math.inf):
+                        after = f"after {console.duration(waited)}, which is the --timeout"
+                        raise GoneError(f"{name}: is {found.state} {after}", RESTART)
+                    time.sleep(options.poll)
                     continue
                 self.delete()
                 if new:
@@ -227,11 +213,13 @@ class QueuedResource:
                 raise
 
     def _describe(self, kind: str, name: str) -> dict[str, Any] | None:
-        argv = ["gcloud", "compute", "tpus", kind, "describe", name, *self._where, "--format=json"]
         try:
-            printed = self._commands.output(argv, retry=TRANSIENT)
+            printed = self._commands.output([*self._gcloud(kind, "describe", name), "--format=json"], retry=TRANSIENT)
         except CommandError as error:
             if re.search(_NOT_FOUND, error.printed):
                 return None
             raise
         return json.loads(printed) if printed else None
+
+    def _gcloud(self, kind: str, verb: str, name: str = "") -> list[str]:
+        return ["gcloud", "compute", "tpus", kind, verb, name or self.name, *self._target.where]

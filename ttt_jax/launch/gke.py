@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch import versions
+from ttt_jax.launch import sources
 from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required, the_command
@@ -187,13 +187,13 @@ workload waits or runs follows that one.
         with tempfile.TemporaryDirectory(prefix="ttt-launch-") as folder:
             packed, context = Path(folder) / "source.tar.gz", Path(folder) / "context"
             # The constraints of this machine come last in the archive, and replace those of the source tree.
-            content = versions.archive(job.checkout, {"constraints.txt": versions.constraints(wanted)}, packed)
-            versions.unpack(packed, context)
+            content = sources.archive(job.checkout, {"constraints.txt": sources.constraints(wanted)}, packed)
+            sources.unpack(packed, context)
             image = f"{self.options.build}:tpu-{content}"
             self.commands.note(f"{image}: the source tree {job.checkout}, with the versions of this machine")
             build = [
                 *("docker", "build", f"--file={context / 'launch' / 'Dockerfile'}", "--target=tpu"),
-                *("--platform=linux/amd64", f"--build-arg=PYTHON={versions.PYTHON}"),
+                *("--platform=linux/amd64", f"--build-arg=PYTHON={sources.PYTHON}"),
                 *(f"--build-arg=EXTRAS={','.join(wanted[1:])}", f"--tag={image}", str(context)),
             ]
             self.commands.run(build, retry=TRANSIENT)

@@ -14,8 +14,8 @@ import ttt_jax
 from ttt_jax import config as config_lib
 from ttt_jax import import_path
 from ttt_jax.errors import ConfigError
-from ttt_jax.launch import local_files, versions
-from ttt_jax.launch.local_files import Place
+from ttt_jax.launch import sources
+from ttt_jax.launch.sources import Place
 
 LONGEST_NAME = 40  # of workloads on GKE; Cloud TPU and Slurm take longer ones
 _HERE_ONLY = ("launch", "sweep", "plot", "config")  # first words of verbs
@@ -84,7 +84,7 @@ def make(
         name, workdir = name or default_name(None, command), workdir[0]
     needs_config = options.takes_config and not getattr(options, "function", None)  # ttt bench tpu-schedule
     config = config_lib.from_arguments(rest) if needs_config else None
-    places = local_files.find(options, config)
+    places = sources.find(options, config)
     if needs_config and sends_sources:
         command = config_lib.replace_files(command, lambda path: _path_in(root, path))
     return Job(
@@ -128,9 +128,9 @@ def check_files(job: Job, written: str | None) -> None:
     Args:
       written: why it may not write to the disks of the machines either; None where it may.
     """
-    sent = versions.files(job.checkout)
-    local_files.check_variables(job.copied, job.environment)
-    local_files.check(job.places, job.checkout, sent, written)
+    sent = sources.files(job.checkout)
+    sources.check_variables(job.copied, job.environment)
+    sources.check(job.places, job.checkout, sent, written)
     for key, path in check_functions(job).items():
         import_path.check_sent(path, key, job.checkout, sent)
     if job.config is not None and job.config.log.tensorboard and (job.workdir or "").startswith("gs://"):
@@ -171,7 +171,7 @@ def _path_in(root: Path, path: str) -> str:
     """Return the path of a config file in the source tree, where it will lie there."""
     resolved = Path(path).resolve()
     inside = resolved.relative_to(root) if resolved.is_relative_to(root) else None
-    if inside not in versions.files(root):
+    if inside not in sources.files(root):
         raise ConfigError(f"--config {path}: expected a file of the source tree {root}, which is sent")
     return str(inside)
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ttt_jax.errors import ConfigError, LaunchError
-from ttt_jax.launch import cloud_tpu, versions
+from ttt_jax.launch import cloud_tpu, sources
 from ttt_jax.launch.commands import CommandError, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, check_one_host, exit_status, required, the_command
@@ -85,8 +85,8 @@ The same command while the job waits or runs follows that one.
             self.commands.note(f"{packed}: the source tree {job.checkout}, with the versions of this machine")
             print(f"cat >{file} <<'END'\n{task}END")
         else:
-            constraints = versions.constraints(extras(job, self._platform))
-            versions.archive(job.checkout, {"launch-constraints.txt": constraints}, packed)
+            constraints = sources.constraints(extras(job, self._platform))
+            sources.archive(job.checkout, {"launch-constraints.txt": constraints}, packed)
             file.write_text(task)
         # sky takes secrets from the environment; on the command line everybody could read them.
         secrets = [f"--secret={key}" for key in job.environment]
@@ -160,7 +160,7 @@ The same command while the job waits or runs follows that one.
         check_one_host(job, several)
         source, there = f"{_FOLDER}/source", f"{_FOLDER}/source.tar.gz"
         unpack = f"rm -rf {source} && mkdir -p {source} && tar -xzf {there} -C {source}"
-        install = f"{source}/launch/install.sh {_FOLDER}/venv {versions.PYTHON} {','.join(extras(job, self._platform))}"
+        install = f"{source}/launch/install.sh {_FOLDER}/venv {sources.PYTHON} {','.join(extras(job, self._platform))}"
         command = " ".join(map(quoted, job.command))
         return {
             "name": self._name,

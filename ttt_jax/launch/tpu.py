@@ -18,7 +18,6 @@ from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, show
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import State, Target, check_one_host, required, the_command
 from ttt_jax.launch.tpu_hosts import Host, Hosts, Verdict, verdict
-from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
@@ -46,11 +45,8 @@ runs shows its log again.
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         super().__init__(options, job, commands)
         self.identity += f"-{options.slices}-{options.accelerator}"
-        what = f"the queued resource {job.name}"
-        self._resource = QueuedResource(
-            commands, job.name, self.identity, self.where, options.slices, lambda found: self.check_ours(what, found)
-        )
-        self._hosts = self._reach(self._resource.nodes)
+        self._resource = QueuedResource(self)
+        self._hosts = Hosts(self, self._resource.nodes)
         self._installed = False  # by this process, on these machines
         self._running = False  # as far as this process knows
 
@@ -102,7 +98,7 @@ runs shows its log again.
         """Leave the request to :meth:`follow`; print all commands in a dry run."""
         if not self.commands.dry_run:
             return self.job.name
-        self._resource.create(*self._request()[:2])
+        self._resource.create()
         self.commands.note("until its state is ACTIVE:")
         self._resource.find()
         run = _new_run()
@@ -120,7 +116,7 @@ runs shows its log again.
         found = self._resource.find()
         if found is None or found.state != "ACTIVE":
             return State(found.state if found else "is deleted")
-        hosts = self._reach(found.nodes)
+        hosts = Hosts(self, found.nodes)
         workers = hosts.ask()
         lines = [found.state, *(f"  {w}: {w.state if w.status is None else w.ending}" for w in workers)]
         if workers and workers[0].state != "none":
@@ -147,7 +143,7 @@ runs shows its log again.
         """Have the command save, and delete the machines."""
         if self.options.action and (found := self._resource.find()) is not None:
             self._running = found.state == "ACTIVE"
-            self._hosts = self._reach(found.nodes)
+            self._hosts = Hosts(self, found.nodes)
         what = "stops the command, which saves" if self._running else "stops"
         what += "" if self.options.keep else ", and deletes the machines"
         self.commands.note(f"{self.job.name}: {what}; Ctrl-C again leaves at once, and leaves them")
@@ -189,10 +185,9 @@ runs shows its log again.
         Returns:
           How it ended on all hosts; or how its machines were lost; None where it is left to itself.
         """
-        request = self._request()
-        nodes, new = self._resource.get(*request, self.options.timeout, self.options.poll)
+        nodes, new = self._resource.get()
         if new or nodes != self._hosts.nodes:
-            self._installed, self._hosts = False, self._reach(nodes)
+            self._installed, self._hosts = False, Hosts(self, nodes)
         try:
             run = self._begin(new)
         except CommandError as error:
@@ -304,22 +299,6 @@ runs shows its log again.
 
     def _tell_how_to_delete(self, what: str) -> None:
         self.commands.note(f"{self.job.name}: {what}; to delete it:\n  {shlex.join(self._resource.deletion)}")
-
-    def _reach(self, nodes: tuple[str, ...]) -> Hosts:
-        folder = cache_folder() / "launch"
-        return Hosts(self.commands, self.job, nodes, self.where, self.options.internal_ips, folder)
-
-    def _request(self) -> tuple[list[str], bool, str]:
-        """Return the options of the queued resource, whether they need gcloud alpha, and its machines in words."""
-        options = self.options
-        accelerator = cloud_tpu.parse(options.accelerator)
-        request = [f"--accelerator-type={accelerator.name}"]
-        request.append(f"--runtime-version={options.runtime_version or accelerator.runtime_version}")
-        for name in ("spot", "best-effort", "reserved", "network", "subnetwork", "service-account", "internal-ips"):
-            if value := getattr(options, name.replace("-", "_")):
-                request.append(f"--{name}" if value is True else f"--{name}={value}")
-        about = f"{options.slices} x {accelerator.name}" if options.slices > 1 else accelerator.name
-        return request, options.best_effort, about
 
 
 def _new_run() -> str:

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from ttt_jax.launch import versions
-from ttt_jax.launch.commands import NEVER, TRANSIENT, Commands, Retry
-from ttt_jax.launch.job import Job
-from ttt_jax.launch.lifecycle import is_final
+from ttt_jax.launch import sources
+from ttt_jax.launch.commands import NEVER, TRANSIENT, Retry
+from ttt_jax.launch.lifecycle import Target, is_final
+from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 _Result = TypeVar("_Result")
@@ -63,37 +63,28 @@ def verdict(hosts: Sequence[Host]) -> Verdict:
 
 
 class Hosts:
-    """All hosts of the slices of a job.
+    """All hosts of slices, by their names ``nodes``; ``target`` is ttt launch tpu for the job that runs there."""
 
-    Args:
-      nodes: the slices.
-      where: ``--zone`` and ``--project``, as gcloud wants them.
-      internal: reach them by their internal addresses.
-      folder: of this machine, for what is sent.
-    """
-
-    def __init__(
-        self, commands: Commands, job: Job, nodes: Sequence[str], where: Sequence[str], internal: bool, folder: Path
-    ):
-        self._commands, self._job, self.nodes, self._folder = commands, job, tuple(nodes), folder
-        self._options = [*where, *["--internal-ip"] * internal, "--quiet"]
+    def __init__(self, target: Target, nodes: Sequence[str]):
+        self._commands, self._job, self.nodes = target.commands, target.job, tuple(nodes)
+        self._options = [*target.where, *["--internal-ip"] * target.options.internal_ips, "--quiet"]
+        self._folder = cache_folder() / "launch"  # of what is sent
         self._tree = ""
 
     def install(self, extras: Sequence[str]) -> None:
         """Send the source tree and make the environment on all hosts, with the versions of this machine."""
         name, archive = self._job.name, self._folder / f"{self._job.name}.tar.gz"
-        constraints = {"launch-constraints.txt": versions.constraints(extras)}
-        self._tree = f"ttt-launch/{name}/source-{versions.archive(self._job.checkout, constraints, archive)}"
+        constraints = {"launch-constraints.txt": sources.constraints(extras)}
+        self._tree = f"ttt-launch/{name}/source-{sources.archive(self._job.checkout, constraints, archive)}"
         sent = [str(archive), *([str(self._write_environment())] if self._job.environment else [])]
-        script = (
-            f"mkdir -p {self._tree} && tar -xzf {archive.name} -C {self._tree} && "
-            f"cp --remove-destination {self._tree}/launch/worker.sh ttt-launch/{name}/ && "
-        ) + self._script("install", versions.PYTHON, ",".join(extras))
+        unpack = f"mkdir -p {self._tree} && tar -xzf {archive.name} -C {self._tree} && "
+        unpack += f"cp --remove-destination {self._tree}/launch/worker.sh ttt-launch/{name}/ && "
 
         def install_on(node: str) -> None:
             copy = ["gcloud", "compute", "tpus", "tpu-vm", "scp", *sent, f"{node}:", "--worker=all", *self._options]
             self._commands.run(copy, retry=TRANSIENT)
-            self._commands.run(self._ssh(node, script), retry=TRANSIENT)
+            install = self._ssh(node, "install", sources.PYTHON, ",".join(extras), before=unpack)
+            self._commands.run(install, retry=TRANSIENT)
 
         try:
             self._on_each(install_on)
@@ -103,8 +94,7 @@ class Hosts:
 
     def start(self, run: str) -> None:
         """Start the command on all hosts; it goes on without this process."""
-        script = self._script("start", run, *self._job.command)
-        self._on_each(lambda node: self._commands.run(self._ssh(node, script), retry=TRANSIENT))
+        self._run("start", run, *self._job.command)
 
     def ask(self, retry: Retry = NEVER) -> list[Host]:
         """Return the state of the command on each host.
@@ -112,45 +102,44 @@ class Hosts:
         Raises:
           CommandError: where a host cannot be reached.
         """
-        script, line = self._installed_script("status"), r"^ttt-worker (\S+) (\S+) (\w+)(?: (\d+) (\d+))? *$"
+        line = re.compile(r"^ttt-worker (\S+) (\S+) (\w+)(?: (\d+) (\d+))? *$", re.MULTILINE)
 
         def ask(node: str) -> list[Host]:
-            found = re.findall(line, self._commands.output(self._ssh(node, script), retry=retry), re.MULTILINE)
+            printed = self._commands.output(self._ssh(node, "status"), retry=retry)
             return [
                 Host(node, number, run, state, int(code) if code else None, int(when or 0))
-                for number, run, state, code, when in found
+                for number, run, state, code, when in line.findall(printed)
             ]
 
         return [host for hosts in self._on_each(ask) for host in hosts]
 
     def stop(self, seconds: int, verb: str = "stop") -> None:
         """End the command on all hosts: SIGTERM, upon which it saves, and SIGKILL after so many seconds."""
-        script = self._installed_script(verb, str(seconds))
-        self._on_each(lambda node: self._commands.run(self._ssh(node, script), retry=TRANSIENT))
+        self._run(verb, str(seconds))
 
     def tail(self, host: Host, lines: int) -> str:
         """Return the end of the log of one host."""
-        script = self._installed_script("tail", host.run, str(lines))
-        return self._commands.output(self._ssh(host.node, script, host.number), retry=TRANSIENT)
+        tail = self._ssh(host.node, "tail", host.run, str(lines), worker=host.number)
+        return self._commands.output(tail, retry=TRANSIENT)
 
     def log_command(self, run: str, offset: int) -> list[str]:
         """Return the command that prints the log of the first host from a byte on, until the run ends."""
-        script = self._installed_script("follow", run, str(offset))
-        return [*self._ssh(self.nodes[0], script, "0"), "--ssh-flag=-oServerAliveInterval=30"]
+        follow = self._ssh(self.nodes[0], "follow", run, str(offset), worker="0")
+        return [*follow, "--ssh-flag=-oServerAliveInterval=30"]
 
-    def _ssh(self, node: str, script: str, worker: str = "all") -> list[str]:
+    def _run(self, verb: str, *arguments: str) -> None:
+        self._on_each(lambda node: self._commands.run(self._ssh(node, verb, *arguments), retry=TRANSIENT))
+
+    def _ssh(self, node: str, verb: str, *arguments: str, worker: str = "all", before: str = "") -> list[str]:
+        """Return the command that runs ``worker.sh VERB NAME ARGUMENTS...`` on workers of a node."""
+        here = verb in ("install", "start")  # else on machines on which another process may have installed, or none
+        script = f"{self._tree}/launch/worker.sh" if here else f"ttt-launch/{self._job.name}/worker.sh"
+        run = before + shlex.join(["bash", script, verb, self._job.name, *arguments])
+        if not here:
+            none = 'echo "ttt-worker ? - none"' if verb == "status" else "true"
+            run = f"if [ -f {script} ]; then {run}; else {none}; fi"
         program = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, f"--worker={worker}", *self._options]
-        return [*program, f"--command={script}"]
-
-    def _script(self, verb: str, *arguments: str) -> str:
-        return shlex.join(["bash", f"{self._tree}/launch/worker.sh", verb, self._job.name, *arguments])
-
-    def _installed_script(self, verb: str, *arguments: str) -> str:
-        """Return a script for machines on which another process may have installed, or none."""
-        script = f"ttt-launch/{self._job.name}/worker.sh"
-        none = 'echo "ttt-worker ? - none"' if verb == "status" else "true"
-        run = shlex.join(["bash", script, verb, self._job.name, *arguments])
-        return f"if [ -f {script} ]; then {run}; else {none}; fi"
+        return [*program, f"--command={run}"]
 
     def _on_each(self, action: Callable[[str], _Result]) -> list[_Result]:
         if len(self.nodes) == 1 or self._commands.dry_run:
