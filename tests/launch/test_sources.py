@@ -59,7 +59,7 @@ def cases(table: str) -> list[tuple[str, str]]:
 @pytest.fixture
 def launch(monkeypatch, capsys):
     """Return ``launch(target, command, *options)``: the exit status and standard error; nothing is started."""
-    monkeypatch.setattr(Commands, "_start", None)
+    monkeypatch.setattr(Commands, "follow", None)
     monkeypatch.chdir(ROOT)
 
     def dry_run(target: str, command: str, *options: str) -> tuple[int, str]:

@@ -193,7 +193,7 @@ def test_transient_faults_do_not_submit_a_job_twice(target):
     )
     status, _, err = target.launch(meanwhile=[submitted])
     assert status == DONE, err
-    assert len(target.calls(SUBMIT[target.target])) == (3 if target.target == "tpu" else 2)
+    assert len(target.calls(SUBMIT[target.target])) == 2
     assert len(target.started()) == target.processes
 
 

@@ -21,7 +21,6 @@ from ttt_jax.terminal.stopping import INTERRUPTED, RESTART
 
 _DELETING = Retry(TRANSIENT.on + r"|FAILED_PRECONDITION|is not supported when state is", TRANSIENT.but_not, attempts=10)
 _NOT_FOUND = r"NOT_FOUND|was not found|HTTPError 404"
-_ALREADY_EXISTS = r"ALREADY_EXISTS|already exists|HTTPError 409"
 _NO_CAPACITY = r"no more capacity|out of capacity|[Ss]tockout|insufficient capacity|not enough capacity"
 _QUEUED = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 _LOST = ("SUSPENDING", "SUSPENDED", "FAILED")
@@ -110,11 +109,7 @@ class QueuedResource:
         request.append(f"--labels=ttt-launch={self.name},ttt-command={self._target.identity}")
         gcloud, *create = self._gcloud("queued-resources", "create")
         argv = [gcloud, *["alpha"] * options.best_effort, *create, *request, "--async", "--quiet"]
-        try:
-            self._commands.run(argv, retry=TRANSIENT, finish=True)
-        except CommandError as error:
-            if not re.search(_ALREADY_EXISTS, error.printed) or self.find() is None:
-                raise
+        self._commands.run(argv, retry=TRANSIENT, finish=True, done=lambda: self.find() is not None)
 
     def find(self) -> Found | None:
         """Return what is known of it; None where it does not exist.

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import selectors
@@ -10,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,7 +23,6 @@ _HOW_TO_INSTALL = {
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
     "xpk": "pip install xpk",
     "sky": "pip install 'skypilot[gcp]'",
-    "sbatch": "it is part of Slurm; run this on a login node",
     "squeue": "it is part of Slurm; run this on a login node",
     "docker": "https://docs.docker.com/engine/install",
 }
@@ -80,7 +79,6 @@ class Commands:
     def __init__(self, dry_run: bool = False):
         self.dry_run = dry_run
         self._running: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
 
     def note(self, text: str) -> None:
         """Print a line for people: to standard error, or as a comment among the commands of a dry run."""
@@ -96,6 +94,7 @@ class Commands:
         retry: Retry = NEVER,
         finish: bool = False,
         environment: Mapping[str, str] | None = None,
+        done: Callable[[], bool] = lambda: False,
     ) -> str:
         """Run a command that changes something, and return its standard output ("" in a dry run).
 
@@ -104,6 +103,8 @@ class Commands:
           retry: when to run it again.
           finish: let it end before Ctrl-C is raised, because what it does must not be left half done.
           environment: variables beside those of this process.
+          done: asked when it has failed; whether it has done its work all the same, as one may that timed out. Then the
+            output is "".
 
         Raises:
           CommandError: when it fails for good.
@@ -112,16 +113,18 @@ class Commands:
         if self.dry_run:
             print(shlex.join(argv), flush=True)
             return ""
-        wait = FIRST_WAIT
-        for attempt in range(1, retry.attempts + 1):
+        for attempt in itertools.count(1):
             try:
                 return self._once(argv, finish, environment)
             except CommandError as error:
+                if done():
+                    self.note(f"{error}; but it has done its work")
+                    return ""
                 if attempt == retry.attempts or not retry.wants(error.printed):
                     raise
+                wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
                 self.note(f"{error}; again in {wait:.0f} s ({attempt} of {retry.attempts - 1})")
             time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError
 
     def output(self, argv: Sequence[str], *, retry: Retry = NEVER) -> str:
@@ -132,72 +135,50 @@ class Commands:
         return self.run(argv, retry=retry)
 
     @contextlib.contextmanager
-    def follow(self, argv: Sequence[str]) -> Iterator[subprocess.Popen | None]:
-        """Start a command whose standard output is a pipe, and end it with the ``with``; None in a dry run."""
-        if self.dry_run:
-            print(shlex.join(argv), flush=True)
-            yield None
-            return
-        process = self._start(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    def follow(self, argv: Sequence[str], errors: int = subprocess.DEVNULL, **options) -> Iterator[subprocess.Popen]:
+        """Start a command whose output is a pipe; end it with the ``with``, and all that it has started."""
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
         try:
-            yield process
-        finally:
-            self._end(process)
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, but not in a dry run."""
-        if not self.dry_run:
-            time.sleep(seconds)
+            process: subprocess.Popen = subprocess.Popen(list(argv), start_new_session=True, **options)
+        except FileNotFoundError as error:
+            how = _HOW_TO_INSTALL.get(argv[0])
+            raise ConfigError(f"{argv[0]}: is not installed" + (f"; {how}" if how else "")) from error
+        self._running.add(process)
+        with process:
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    _signal(process, signal.SIGTERM)
+                    try:
+                        process.wait(5)
+                    except subprocess.TimeoutExpired:
+                        _signal(process, signal.SIGKILL)
+                self._running.discard(process)
 
     def end_all(self) -> None:
         """End the commands of other threads."""
-        with self._lock:
-            running = list(self._running)
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+        for process in list(self._running):
+            _signal(process, signal.SIGTERM)
 
     def _once(self, argv: Sequence[str], finish: bool, environment: Mapping[str, str] | None) -> str:
         variables = {**os.environ, **environment} if environment else None
-        process = self._start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
-        try:
+        with self.follow(argv, subprocess.PIPE, env=variables) as process:
             try:
                 out, err = process.communicate()
             except KeyboardInterrupt:
                 if finish:
                     process.communicate()
                 raise
-        finally:
-            self._end(process)
         if process.returncode:
             raise CommandError(argv, process.returncode, (out + err).decode(errors="replace"))
         return out.decode(errors="replace")
 
-    def _start(self, argv: Sequence[str], **options) -> subprocess.Popen:
-        try:
-            process = subprocess.Popen(list(argv), start_new_session=True, stdin=subprocess.DEVNULL, **options)
-        except FileNotFoundError as error:
-            how = _HOW_TO_INSTALL.get(argv[0])
-            raise ConfigError(f"{argv[0]}: is not installed" + (f"; {how}" if how else "")) from error
-        with self._lock:
-            self._running.add(process)
-        return process
 
-    def _end(self, process: subprocess.Popen) -> None:
-        """End a command, with all that it has started, if it still runs."""
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-        with self._lock:
-            self._running.discard(process)
+def _signal(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a command and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll: float) -> tuple[int, float]:
@@ -212,7 +193,6 @@ def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll
     """
     decoder, size = codecs.getincrementaldecoder("utf-8")("replace"), 0
     with commands.follow(argv) as process, selectors.DefaultSelector() as selector:
-        assert process is not None
         assert process.stdout is not None
         selector.register(process.stdout, selectors.EVENT_READ)
         heard = asked = time.monotonic()

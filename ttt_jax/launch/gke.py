@@ -91,8 +91,7 @@ workload waits or runs follows that one.
     def submit(self) -> str:
         """Create the workload, in the place of one of the same name that has ended."""
         options, job = self.options, self.job
-        if self._jobset() is not None:
-            self._delete()
+        self.stop(job.name)
         image = options.image or self._build()
         arguments = [
             *("xpk", "workload", "create", f"--workload={job.name}", *self.where),
@@ -133,10 +132,11 @@ workload waits or runs follows that one.
         return [*self._kubectl, "logs", "--follow", f"--container={_CONTAINER}", limit, log]
 
     def stop(self, key: str) -> None:
-        """Delete the workload; its pods save first."""
-        jobset = self._jobset()
-        if jobset is not None and _variable(jobset, _MARK) is not None:
-            self._delete()
+        """Delete the workload, if there is one; its pods save first."""
+        # Never without --workload: xpk would delete all workloads of the cluster.
+        delete = ["xpk", "workload", "delete", f"--workload={key}", *self.where, "--force"]
+        if self._jobset() is not None:
+            self.commands.run(delete, retry=PATIENT, finish=True)
 
     @functools.cached_property
     def _kubectl(self) -> list[str]:
@@ -156,11 +156,6 @@ workload waits or runs follows that one.
     def _get(self, *what: str) -> Any:
         answer = self.commands.output([*self._kubectl, "get", *what, "--output=json"], retry=PATIENT)
         return json.loads(answer) if answer.strip() else None
-
-    def _delete(self) -> None:
-        # Never without --workload: xpk would delete all workloads of the cluster.
-        arguments = ["xpk", "workload", "delete", f"--workload={self.job.name}", *self.where, "--force"]
-        self.commands.run(arguments, retry=PATIENT, finish=True)
 
     @contextlib.contextmanager
     def _variables(self) -> Iterator[str]:

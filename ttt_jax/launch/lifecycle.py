@@ -104,7 +104,7 @@ class Target:
                 state = self._seen
             if self._ended(state) and state.log in ("", complete):
                 break
-            self.commands.wait(self.POLL)
+            time.sleep(self.POLL)
         if state.status is not None:
             return state.status
         self.commands.note(f"{self.job.name}: started again {state.restarts} times, more than --restarts; is ended")
@@ -125,29 +125,16 @@ class Target:
     def _ended(self, state: State) -> bool:
         return state.status is not None or state.restarts > self.options.restarts
 
-    def run_submission(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str | None:
-        """Run a command that submits the job, again after faults that pass.
-
-        Before each repetition it looks for the job, because a command that timed out may have done its work.
-
-        Returns:
-          What the command printed; None where it failed but the job is there.
-        """
-        for attempt in range(1, PATIENT.attempts + 1):
-            try:
-                return self.commands.run(argv, finish=True, environment=environment)
-            except CommandError as error:
-                if self.find() is not None:
-                    self.commands.note(f"{error}; but the job is there")
-                    return None
-                if attempt == PATIENT.attempts or not PATIENT.wants(error.printed):
-                    if len(error.printed.strip().splitlines()) < 2:
-                        raise
-                    self.commands.note(error.printed.rstrip())
-                    raise LaunchError(f"{error}; all that it said is above") from error
-                self.commands.note(f"{error}; again in {self.POLL:.0f} s")
-            self.commands.wait(self.POLL)
-        raise AssertionError
+    def run_submission(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+        """Run a command that submits the job, and return what it printed; "" where it failed but the job is there."""
+        submitted = lambda: self.find() is not None  # noqa: E731
+        try:
+            return self.commands.run(argv, retry=PATIENT, finish=True, environment=environment, done=submitted)
+        except CommandError as error:
+            if len(error.printed.strip().splitlines()) < 2:
+                raise
+            self.commands.note(error.printed.rstrip())
+            raise LaunchError(f"{error}; all that it said is above") from error
 
     def check_ours(self, what: str, identity: str | None) -> None:
         """Raise ConfigError if ``what`` was not submitted by ttt launch (None), or runs another command."""

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import re
 import sys
+import time
 from pathlib import Path
 
 from ttt_jax.errors import ConfigError, LaunchError
@@ -87,7 +88,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
         command = [sys.executable, "-m", "ttt_jax", *job.command]
         # sbatch hands the environment on; on the command line everybody could read it.
         printed = self.run_submission([*arguments, *options.sbatch, *script, *command], job.environment)
-        number = self.find() if printed is None else printed.strip().partition(";")[0]
+        number = printed.strip().partition(";")[0] or self.find()
         if number is None:
             raise LaunchError(f"{job.name}: was submitted, and is not in the queue any more")
         return number
@@ -131,7 +132,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
                 self.commands.run(["scancel", "--signal=TERM", key], retry=PATIENT)
                 self.commands.note(f"{self.job.name}: job {key} saves and ends")
                 for _ in range(round(_GRACE / self.POLL)):
-                    self.commands.wait(self.POLL)
+                    time.sleep(self.POLL)
                     if ended := self.state(key).status is not None:
                         break
         finally:

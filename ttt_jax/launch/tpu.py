@@ -105,8 +105,8 @@ runs shows its log again.
         self._hosts.install(extras(self.job, "tpu"))
         self._hosts.start(run)
         if not self.options.detach:
-            with self.commands.follow(self._hosts.log_command(run, 0)):
-                self.commands.note("until it has ended on all hosts:")
+            self.commands.run(self._hosts.log_command(run, 0))
+            self.commands.note("until it has ended on all hosts:")
             self._hosts.ask()
             if not self.options.keep:
                 self._resource.delete()
@@ -264,7 +264,7 @@ runs shows its log again.
             size, _ = show(self.commands, self._hosts.log_command(run, offset), look, self.options.poll)
             offset += size
             if ended is None and not look():
-                self.commands.wait(self.options.poll)
+                time.sleep(self.options.poll)
         return ended
 
     def _clean_up(self) -> None:
