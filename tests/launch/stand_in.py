@@ -73,6 +73,12 @@ def job(key: str, **changes):
         return dict(jobs.get(key, {}))
 
 
+def forget(key: str):
+    """Return a job that there is no more from now on; None where there was none."""
+    with kept("jobs", {}) as jobs:
+        return jobs.pop(key, None)
+
+
 def submit(key: str, **known) -> None:
     """Put a job into the queue; :func:`runner` of the target runs it."""
     job(key, state="PENDING", attempt=0, processes=[], codes=[], **known)

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from stand_in import HERE, attempts, end, fail, follow, job, kept, options_of, run_all, submit
+from stand_in import HERE, attempts, end, fail, follow, forget, job, options_of, run_all, submit
 
 HOSTS = 2
 # xpk/core/docker_container.py, with a shorter sleep
@@ -48,14 +48,12 @@ def create(options):
     env = [{"name": key, "value": yaml.safe_load(f'"{value}"')} for key, value in variables.items()]
     command = ["bash", "-c", SCRIPT.replace("{command}", options["command"])]
     codes = [42, *range(127, 256), *map(int, options["restart-on-exit-codes"].split(","))]
-    submit(name, env=env, command=command, restarting=codes, most=int(options["max-restarts"]), conditions=[])
+    submit(name, env=env, command=command, restarting=codes, most=int(options["max-restarts"]), conditions=[], pods=[])
     time.sleep((HERE / "slow").exists())
 
 
 def delete(options):
-    with kept("jobs", {}) as jobs:
-        known = jobs.pop(options["workload"], None)
-    if known is None:
+    if (known := forget(options["workload"])) is None:
         return fail("Error from server (NotFound): jobsets.jobset.x-k8s.io not found")
     end(known["processes"], signal.SIGTERM)
     deadline = time.monotonic() + 10
@@ -78,11 +76,13 @@ def runner(arguments):
             variables[variable["name"]] = expanded(variable["value"], variables)
         command = [expanded(word, variables) for word in known["command"]]
         environment = {**os.environ, **variables, "PATH": f"{HERE / 'remote'}:{os.environ['PATH']}"}
-        pods = [f"{name}-slice-job-0-{host}-{attempt}x" for host in range(HOSTS)]
+        pods = [pod(name, attempt, host) for host in range(HOSTS)]
+        job(name, pods=[*known["pods"], *pods])
         each = [(command, {"HOST": str(host)}) for host in range(HOSTS)]
-        codes = run_all(name, each, environment, [HERE / f"{pod}.log" for pod in pods])
+        codes = run_all(name, each, environment, [HERE / f"{pod['metadata']['name']}.log" for pod in pods])
         if not job(name):
             return
+        job(name, pods=[*known["pods"], *(pod(name, attempt, host, code) for host, code in enumerate(codes))])
         if not any(codes):
             ended = ("Completed", "AllJobsCompleted", "jobset completed successfully")
         elif not all(code in known["restarting"] for code in codes if code):
@@ -90,10 +90,9 @@ def runner(arguments):
         elif attempt >= known["most"]:
             ended = ("Failed", "ReachedMaxRestarts", "reached max number of restarts")
         else:
-            job(name, codes=[*known["codes"], codes])
             continue
         condition = dict(zip(("type", "reason", "message"), ended, strict=True))
-        job(name, state="ENDED", codes=[*known["codes"], codes], conditions=[{**condition, "status": "True"}])
+        job(name, state="ENDED", conditions=[{**condition, "status": "True"}])
 
 
 def kubectl(arguments):
@@ -111,7 +110,7 @@ def kubectl(arguments):
     name = names[0] if names else options["selector"].removeprefix("jobset.sigs.k8s.io/jobset-name=")
     known = job(name)
     if kind == "pods":
-        print(json.dumps({"items": pods(name, known) if known else []}))
+        print(json.dumps({"items": known.get("pods", [])}))
     elif known:
         container = {"name": "jax-tpu", "env": known["env"], "command": known["command"]}
         template = {"spec": {"template": {"spec": {"containers": [container]}}}}
@@ -122,20 +121,13 @@ def kubectl(arguments):
     return 0
 
 
-def pods(name, known):
-    """Return the pods of all attempts."""
-    found = []
-    for attempt in range(known["attempt"] + 1 if known["state"] != "PENDING" else 0):
-        for host in range(HOSTS):
-            pod = f"{name}-slice-job-0-{host}-{attempt}x"
-            status = {"phase": "Running"}
-            if attempt < len(known["codes"]):
-                code = known["codes"][attempt][host]
-                states = [{"name": "jax-tpu", "state": {"terminated": {"exitCode": code}}}]
-                status = {"phase": "Failed" if code else "Succeeded", "containerStatuses": states}
-            metadata = {"name": pod, "creationTimestamp": f"2026-01-01T00:00:{attempt:02}Z"}
-            found.append({"metadata": metadata, "status": status})
-    return found
+def pod(name, attempt, host, code=None):
+    """Return a pod that runs, or that has ended with a code."""
+    metadata = {"name": f"{name}-slice-job-0-{host}-{attempt}x", "creationTimestamp": f"2026-01-01T00:00:{attempt:02}Z"}
+    if code is None:
+        return {"metadata": metadata, "status": {"phase": "Running"}}
+    states = [{"name": "jax-tpu", "state": {"terminated": {"exitCode": code}}}]
+    return {"metadata": metadata, "status": {"phase": "Failed" if code else "Succeeded", "containerStatuses": states}}
 
 
 def logs(flag, container, limit, pod):
@@ -147,8 +139,10 @@ def logs(flag, container, limit, pod):
         breaks = (HERE / "break-log").exists() and b"start" in path.read_bytes()
         if breaks:
             (HERE / "break-log").unlink()
-        runs = any(p["metadata"]["name"] == pod and p["status"]["phase"] == "Running" for p in pods(name, job(name)))
-        return breaks or not (runs or (HERE / "endless-log").exists())
+        running = [
+            each["metadata"]["name"] for each in job(name).get("pods", []) if each["status"]["phase"] == "Running"
+        ]
+        return breaks or not (pod in running or (HERE / "endless-log").exists())
 
     follow(path, position, over)
 

@@ -9,7 +9,6 @@ from stand_ins import ROOT
 from ttt_jax import cli
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import job as job_lib
-from ttt_jax.launch import sources
 
 CONFIG = str(ROOT / "configs" / "quickstart.py")
 TRAIN = ("train", "--config", CONFIG, "--workdir", "gs://b/a")
@@ -30,12 +29,6 @@ def test_the_config_is_named_by_its_path_in_the_tree_that_is_sent(monkeypatch):
         assert (job.config.model.mixer, job.config.seed) == ("ttt_mlp", 7)
 
 
-def test_a_config_is_sent_with_those_that_it_imports():
-    job = make("train", "--config", f"{ROOT}/configs/tiny.py:mini_batch", "--workdir", "gs://b/a")
-    assert (job.config.model.ttt.mini_batch, job.config.model.ttt.learned_eta) == (16, False)
-    assert {Path(f"configs/{name}.py") for name in ("tiny", "ablation", "paper")} <= {*sources.files(ROOT)}
-
-
 def test_the_name_belongs_to_the_workdir():
     def name(workdir):
         return job_lib.default_name(workdir, ("train",))
@@ -47,13 +40,6 @@ def test_the_name_belongs_to_the_workdir():
         assert job_lib._checked(text) == text
     assert name("gs://a/lr=1e-3").startswith("ttt-lr-1e-3-")
     assert job_lib.default_name(None, ("bench", "step")).startswith("ttt-bench-")
-
-
-def test_jobs_of_other_commands_have_another_identity():
-    a, b = (make(*TRAIN, f"--config.seed={seed}") for seed in (1, 2))
-    assert a.name == b.name
-    assert a.identity != b.identity
-    assert len(a.identity) == 12
 
 
 def test_an_evaluation_of_several_runs_is_named_after_all_of_them():

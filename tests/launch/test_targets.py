@@ -15,14 +15,19 @@ from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTAR
 SUBMIT = {"slurm": "sbatch", "gke": "create", "sky": "launch", "tpu": "create"}  # a word of the call that submits
 END = {"slurm": "scancel", "gke": "delete", "sky": "cancel", "tpu": "delete"}  # and of the call that ends the job
 slow = pytest.mark.slow
-each_signal = pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, INTERRUPTED), pytest.param(signal.SIGTERM, RESTART, marks=slow)]
-)
 
 
 @pytest.fixture(params=[*(pytest.param(name, marks=slow) for name in ("slurm", "gke", "tpu")), "sky"])
 def target(request, stand_ins):
     return stand_ins(request.param)
+
+
+@pytest.fixture
+def running(target):
+    target.plan("wait")
+    assert target.launch("--detach")[0] == DONE
+    target.wait_until(target.runs)
+    return target
 
 
 def logs(target) -> str:
@@ -49,13 +54,17 @@ def test_a_job_is_submitted_and_followed_and_its_arguments_arrive_as_they_are(ta
     assert not list(target.folder.rglob("pwned"))
 
 
-def test_a_preempted_run_is_started_again_and_ends_well(target):
-    target.plan(75, 143, 0)
-    status, out, err = target.launch("--restarts", "2")
-    assert status == DONE, err
+@pytest.mark.parametrize(
+    ("plan", "restarts", "status", "starts"),
+    [([75, 143, 0], 2, DONE, 3), ([FAILED], 2, FAILED, 1), pytest.param([REFUSED], 2, REFUSED, 1, marks=slow)],
+)
+def test_a_run_is_started_again_after_a_preemption_and_not_after_a_failure(target, plan, restarts, status, starts):
+    target.plan(*plan)
+    found, out, err = target.launch("--restarts", restarts)
+    assert found == status, err
     shown = re.findall("start . of host 0: (.*)", out)
-    assert shown == ["75", "143", "0"] or (target.target == "gke" and shown[-1] == "0")  # the newest pod
-    assert len(target.started()) == 3 * target.processes
+    assert shown == [*map(str, plan)] or (target.target == "gke" and shown[-1] == str(plan[-1]))  # the newest pod
+    assert len(target.started()) == starts * target.processes
     assert len(target.calls(SUBMIT[target.target])) == 1
 
 
@@ -67,33 +76,26 @@ def test_more_preemptions_than_restarts_end_with_75(target):
     assert said.get(target.target, "more than --restarts") in out + err
 
 
-@pytest.mark.parametrize("code", [FAILED, pytest.param(REFUSED, marks=slow)])
-def test_a_failure_is_not_started_again(target, code):
-    target.plan(code)
-    assert target.launch()[0] == code
-    assert len(target.started()) == target.processes
-
-
-@each_signal
-def test_an_interrupt_ends_the_job_which_saves(target, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "waits"),
+    [
+        (signal.SIGINT, INTERRUPTED, False),
+        pytest.param(signal.SIGTERM, RESTART, False, marks=slow),
+        (signal.SIGINT, INTERRUPTED, True),
+    ],
+)
+def test_an_interrupt_ends_the_job_which_saves_if_it_runs(target, number, status, waits):
     target.plan("wait")
-    found, _, err = target.launch(meanwhile=[(target.runs, number)])
+    if waits:  # in the queue; the interrupt comes while xpk creates the workload
+        target.kept("cloud", lives=[["WAITING_FOR_RESOURCES"]])
+        target.has("hold", "slow")
+    is_there = lambda: target.calls(SUBMIT[target.target]) and target.kept("jobs")  # noqa: E731
+    found, _, err = target.launch(meanwhile=[(is_there if waits else target.runs, number)])
     assert found == status, err
-    assert logs(target).count("saved") == (0 if target.target == "sky" else target.processes)
+    assert logs(target).count("saved") == (0 if target.target == "sky" or waits else target.processes)
     assert len(target.calls(END[target.target])) == 1
     assert target.act("--status")[1].startswith("mine: no such job waits or runs")
-    assert len(target.started()) == target.processes  # not started again
-
-
-def test_an_interrupt_takes_a_job_that_waits_out_of_the_queue(target):
-    target.has("hold")
-    target.kept("cloud", lives=[["WAITING_FOR_RESOURCES"]])
-    target.has("slow")  # the interrupt comes while xpk creates the workload
-    waits = lambda: target.calls(SUBMIT[target.target]) and target.kept("jobs", target.kept("resource"))  # noqa: E731
-    assert target.launch(meanwhile=[(waits, signal.SIGINT)])[0] == INTERRUPTED
-    assert len(target.calls(END[target.target])) == 1
-    assert target.started() == []
-    assert target.act("--status")[1].startswith("mine: no such job waits or runs")
+    assert len(target.started()) == (0 if waits else target.processes)  # not started again
 
 
 @slow
@@ -114,10 +116,7 @@ def test_a_second_interrupt_does_not_wait_for_a_command_that_does_not_end(target
 
 
 @slow
-def test_the_same_command_follows_the_job_that_runs(target):
-    target.plan("wait")
-    assert target.launch("--detach")[0] == DONE
-    target.wait_until(target.runs)
+def test_the_same_command_follows_the_job_that_runs(running, target):
     shows = {"slurm": "show", "gke": "logs", "sky": "logs", "tpu": "ssh"}[target.target]
     before = len(target.calls(shows)) + (target.target == "tpu")
     followed = (lambda: len(target.calls(shows)) > before, lambda: target.has("finish"))
@@ -128,9 +127,7 @@ def test_the_same_command_follows_the_job_that_runs(target):
     assert len(target.calls(SUBMIT[target.target])) == 1
 
 
-def test_another_command_of_the_same_name_is_refused_and_left_alone(target):
-    target.plan("wait")
-    target.launch("--detach")
+def test_another_command_of_the_same_name_is_refused_and_left_alone(running, target):
     status, _, err = target.launch(command=["--config.seed=1"])
     assert status == REFUSED
     assert "runs another command; expected another --name" in err
@@ -138,14 +135,11 @@ def test_another_command_of_the_same_name_is_refused_and_left_alone(target):
     assert len(target.calls(SUBMIT[target.target])) == 1
 
 
-def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(target):
-    target.plan("wait")
-    target.launch("--detach")
+def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(running, target):
     marks = [("ttt_jax:", "theirs:"), ("TTT_JAX_COMMAND", "SOMETHING"), ('"mine-', '"theirs-'), ("ttt-launch", "x")]
-    for path in (target.folder / "jobs.json", target.folder / "resource.json"):
-        if path.exists():
-            for ours, theirs in marks:
-                path.write_text(path.read_text().replace(ours, theirs))
+    path = target.folder / "jobs.json"
+    for ours, theirs in marks:
+        path.write_text(path.read_text().replace(ours, theirs))
     status, out, err = target.act("--stop")
     if target.target == "sky":  # its names are not unique
         assert (status, out) == (DONE, "mine: no such job waits or runs\n")
@@ -156,10 +150,7 @@ def test_a_job_that_ttt_launch_did_not_submit_is_left_alone(target):
     assert target.calls(END[target.target]) == []
 
 
-def test_status_and_stop_by_name(target):
-    target.plan("wait")
-    target.launch("--detach")
-    target.wait_until(target.runs)
+def test_status_and_stop_by_name(running, target):
     shown = {"slurm": "job 101, RUNNING, its log is .*/runs/a/slurm/mine-101.log", "gke": "runs, attempt 1"}
     shown |= {"sky": "managed job 1, RUNNING", "tpu": "ACTIVE\n  worker 0 of mine: running\nstart 0 of host 0: wait"}
     status, out, _ = target.act("--status")
@@ -184,11 +175,7 @@ def test_transient_faults_do_not_submit_a_job_twice(target):
         target.fail(call, ("before", passes))
     shows = {"slurm": ["show"], "sky": ["logs"]}.get(target.target, [])
     submitted = (
-        lambda: (
-            len(target.calls(SUBMIT[target.target])) > 1
-            and target.kept("jobs", target.kept("resource"))
-            and target.calls(*shows)
-        ),
+        lambda: len(target.calls(SUBMIT[target.target])) > 1 and target.kept("jobs") and target.calls(*shows),
         (target.folder / "hold").unlink,
     )
     status, _, err = target.launch(meanwhile=[submitted])

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +39,7 @@ def home(cloud, life=1, node="mine", host=0):
 
 def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
     cloud.kept("cloud", hosts=2)
-    status, out, err = cloud.launch("--spot", "--project", "p")
+    status, out, err = cloud.launch("--spot", "--project", "p", "--env", "WANDB_API_KEY=s3cret")
     assert status == 0, err
     assert out == "start 0 of host 0: 0\n"
     assert "mine: ACCEPTED\n" in err
@@ -53,7 +54,11 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
     expected = ["create", "mine", *where, "--node-id=mine", *request, label, "--async", "--quiet"]
     assert create == ["queued-resources", *expected]
     archive = cloud.folder / "cache/ttt_jax/launch/mine.tar.gz"
-    assert scp == ["tpu-vm", "scp", str(archive), "mine:", "--worker=all", *where, "--quiet"]
+    sent = [str(archive), str(archive.with_name("mine.env"))]
+    assert scp == ["tpu-vm", "scp", *sent, "mine:", "--worker=all", *where, "--quiet"]
+    assert not Path(sent[1]).exists()
+    for host in (0, 1):
+        assert (home(cloud, host=host) / "ttt-launch/mine/env").stat().st_mode & 0o777 == 0o600
     for ssh in (install, start):
         assert ssh[:-1] == ["tpu-vm", "ssh", "mine", "--worker=all", *where, "--quiet"]
     assert delete == ["queued-resources", "delete", "mine", *where, "--force", "--quiet"]
@@ -65,14 +70,6 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
     sent = dict(line.split("==") for line in (source / "launch-constraints.txt").read_text().splitlines())
     for name in "jax jaxlib flax optax orbax-checkpoint grain tensorstore ml-collections numpy gcsfs".split():
         assert sent[name] == importlib.metadata.version(name)
-
-
-def test_values_of_env_are_on_the_machines_alone(cloud):
-    assert cloud.launch("--env", "WANDB_API_KEY=s3cret")[0] == 0
-    assert cloud.started()[0]["environment"]["WANDB_API_KEY"] == "s3cret"
-    files = [path for path in cloud.folder.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
-    (kept,) = [path for path in files if path.name != "started.json"]
-    assert (kept.name, kept.stat().st_mode & 0o777) == ("env", 0o600)
 
 
 def test_several_slices(cloud):
@@ -109,7 +106,7 @@ def test_waits_in_the_queue_of_google(cloud, lives, options, status, said, done)
     assert (found, verbs(cloud)) == (status, done)
     assert re.search(said, err)
     assert cloud.calls("delete")
-    assert not (cloud.folder / "resource.json").exists()
+    assert not cloud.kept("jobs")
 
 
 def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(cloud):
@@ -142,43 +139,29 @@ def test_final_faults_end_the_launch(cloud, call, fault, done):
 # ---- Ends
 
 
-def test_a_restart_is_on_the_same_machines(cloud):
-    cloud.plan(75, {"0": 134, "1": 75}, 0)
-    cloud.kept("cloud", hosts=2)
-    status, out, err = cloud.launch()
-    assert (status, verbs(cloud)) == (0, ["create", "scp", "install", "start", "start", "start", "delete"])
-    assert re.findall("start . of host .", out) == [f"start {i} of host 0" for i in range(3)]
-    assert "ended with status 75; restart 1 of 100" in err
-
-
 @pytest.mark.parametrize(
-    ("how", "said"), [("suspend", "the machines are SUSPENDING"), ("preempt", "mine is PREEMPTED")]
+    ("plan", "status", "done", "said"),
+    [
+        ([75, {"0": 134, "1": 75}, 0], 0, [*FRESH[:3], *["start"] * 3, "delete"], "ended with status 75; restart 1 of"),
+        ([{"0": "wait", "1": "suspend"}, 0], 0, FRESH * 2, "mine: the machines are SUSPENDING; restart 1 of 100"),
+        ([{"0": "wait", "1": "preempt"}, 0], 0, FRESH * 2, "mine: mine is PREEMPTED; restart 1 of 100"),
+        ([137], 75, [*FRESH[:3], *["start"] * 3, "delete"], "by SIGKILL; so it ended 3 times in a row in less than"),
+        ([{"0": 134, "1": 2}], 2, [*FRESH[:4], "tail", "delete"], r"worker 1 of mine .* 2\nstart 0 of host 1: 2\n$"),
+        # A machine that was started anew has neither a status nor a supervisor of the command.
+        (["lost", 0], 0, [*FRESH[:4], *FRESH[1:]], "was started anew; restart 1"),
+        (["offline"], 0, FRESH, "cannot be reached, and will be tried again"),
+        (["delete"], 130, FRESH[:-1], "was deleted by somebody else"),
+    ],
 )
-def test_lost_machines_are_replaced(cloud, how, said):
-    cloud.plan({"0": "wait", "1": how}, 0)
-    cloud.kept("cloud", hosts=2)
-    status, _, err = cloud.launch("--spot")
-    assert (status, verbs(cloud)) == (0, FRESH * 2)
-    first, second = cloud.calls("create")
-    assert first == second
-    assert f"mine: {said}; restart 1 of 100" in err
-
-
-def test_six_short_runs_in_a_row_end_the_launch(cloud, monkeypatch):
+def test_the_end_of_a_run_decides_what_is_done(cloud, monkeypatch, plan, status, done, said):
     monkeypatch.setattr(tpu, "MOST_SHORT_RUNS", 3)
-    cloud.plan(137)
-    status, _, err = cloud.launch()
-    assert (status, verbs(cloud).count("start")) == (75, 3)
-    assert "was ended by SIGKILL; so it ended 3 times in a row in less than 180 s each" in err
-
-
-def test_a_failure_is_shown_with_the_log_of_its_host(cloud):
-    cloud.plan({"0": 134, "1": 2})
-    cloud.kept("cloud", hosts=2)
-    status, out, err = cloud.launch()
-    assert (status, verbs(cloud)) == (2, ["create", "scp", "install", "start", "tail", "delete"])
+    monkeypatch.setattr(tpu, "UNREACHABLE_LIMIT", 0)
+    cloud.plan(*plan)
+    cloud.kept("cloud", hosts=1 + any(isinstance(hosts, dict) for hosts in plan))
+    found, out, err = cloud.launch()
+    assert (found, verbs(cloud)) == (status, done)
+    assert re.search(said, err)
     assert "host 1" not in out
-    assert err.endswith("mine: worker 1 of mine ended with status 2\nstart 0 of host 1: 2\n")
 
 
 def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
@@ -187,22 +170,6 @@ def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
     cloud.kept("cloud", hosts=2)
     assert cloud.launch()[0] == 1
     assert verbs(cloud) == ["create", "scp", "install", "start", "end", "delete"]
-
-
-def test_a_rebooted_host_restarts_the_command(cloud):
-    """Check that a command without a status, whose supervisor is gone too, is started again."""
-    cloud.plan("lost", 0)
-    status, _, err = cloud.launch()
-    assert (status, verbs(cloud).count("start")) == (0, 2)
-    assert "was started anew; restart 1" in err
-
-
-def test_the_command_goes_on_while_this_machine_has_no_network(cloud, monkeypatch):
-    monkeypatch.setattr(tpu, "UNREACHABLE_LIMIT", 0)
-    cloud.plan("offline")
-    status, _, err = cloud.launch()
-    assert (status, verbs(cloud)) == (0, FRESH)
-    assert "cannot be reached, and will be tried again" in err
 
 
 def test_machines_that_are_kept_are_used_again(cloud):
@@ -222,13 +189,6 @@ def test_a_job_on_other_machines_is_left_alone(cloud):
     status, _, err = cloud.launch(machines=("--accelerator", "v5litepod-4", "--zone", "us-west4-a"))
     assert (status, verbs(cloud)) == (2, FRESH[:-1])
     assert "runs another command" in err
-
-
-def test_a_job_deleted_by_somebody_else_ends_with_130(cloud):
-    cloud.plan("delete")
-    status, _, err = cloud.launch()
-    assert (status, verbs(cloud)) == (130, FRESH[:-1])
-    assert "was deleted by somebody else" in err
 
 
 # ---- Hosts together, and accelerator types
