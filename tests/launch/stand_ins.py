@@ -35,7 +35,7 @@ PLACES = {"gke": ("--cluster", "c"), "tpu": ("--zone", "us-west4-a")}
 # Of ttt_jax.launch: the waits of real clusters, shortened, and few files to send.
 PATCHES = {
     "commands.FIRST_WAIT": 0.01,
-    "commands.LAST_WORDS": 0.5,
+    "commands.LAST_WORDS": 1.0,
     "lifecycle.Target.POLL": 0.05,
     "sky.Sky.POLL": 0.05,
     "cloud_tpu.FIRST_PAUSE": 0.01,
@@ -131,7 +131,7 @@ class StandIns:
                     self.wait_until(ready)
                     action() if callable(action) else signal.pthread_kill(thread, action)
             except AssertionError:
-                self.end()
+                self.close()
                 raise
 
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -166,10 +166,13 @@ class StandIns:
         """Do ``--status`` or ``--stop``."""
         return self.ttt("launch", self.target, *PLACES.get(self.target, ()), "--name", "mine", action)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """End what a test has left behind."""
         self.has("finish")
         (self.folder / "hold").unlink(missing_ok=True)
-        for pid in self.folder.glob("machines/*/*/*/ttt-launch/*/runs/*/pid"):
+        jobs = (self.kept("jobs") or {}).values()
+        started = [number for job in jobs for key in ("processes", "batch") for number in job.get(key, [])]
+        started += [path.read_text() for path in self.folder.glob("machines/*/*/*/ttt-launch/*/runs/*/pid")]
+        for number in started:
             with contextlib.suppress(ProcessLookupError, ValueError):
-                os.kill(int(pid.read_text()), 9)
+                os.kill(int(number), signal.SIGKILL)

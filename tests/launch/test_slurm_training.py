@@ -1,6 +1,5 @@
-"""Test real runs and sweeps that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
+"""Test a real run that Slurm starts, warns, starts again and ends; only Slurm is a stand-in."""
 
-import json
 import os
 import re
 import signal
@@ -13,24 +12,16 @@ from stand_ins import ROOT
 from ttt_jax.terminal.stopping import INTERRUPTED
 from ttt_jax.training import metrics
 
-pytestmark = pytest.mark.slow
 TINY = """model.width=16 model.num_layers=1 model.num_heads=2 model.mlp_width=16 model.vocab_size=258 data.batch_size=2
     data.sequence_length=32 mesh.data=2 training.duration=1000000steps checkpoint.every=1000000steps log.every=1step"""
 
 
-@pytest.fixture
-def cluster(stand_ins):
+@pytest.mark.slow
+def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(stand_ins):
     cluster = stand_ins("slurm")
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     cluster.environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     cluster.executable, cluster.patience = sys.executable, 240
-    yield cluster
-    for job in (cluster.kept("jobs") or {}).values():  # that a failed test has left behind
-        if job["state"] == "RUNNING":
-            os.killpg(job["batch"][0], signal.SIGKILL)
-
-
-def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(cluster):
     run = cluster.folder / "run"
     values = [f"--config.{value}".replace("step", " step") for value in TINY.split()]
     command = ["train", "--config", ROOT / "configs/quickstart.py", "--workdir", "run", *values]
@@ -57,27 +48,3 @@ def test_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(
     assert log("going on at step ([0-9]+)") == [str(first)]
     assert (run / "checkpoints" / str(second)).is_dir()
     assert log("on 2 x cpu of 2 processes")
-
-
-def test_points_of_a_sweep_are_jobs_that_are_found_done_again(cluster):
-    recipe = str(ROOT / "configs/paper.py") + ":transformer-125m-pile-2k:smoke"
-    sweep = ["--config", recipe, "--grid", "seed=0,1", "--config.training.duration=4 steps", "--workdir", "sweep"]
-    command = [sys.executable, "-m", "ttt_jax", "sweep", *sweep, "--", "launch", "slurm", "--gpus-per-node", "1"]
-
-    def run(command):
-        pipes = {"capture_output": True, "text": True, "timeout": 240}
-        done = subprocess.run(command, cwd=cluster.folder, env=cluster.environment, **pipes)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert run(command) == "sweep: 2 points: 2 done\n"
-    jobs = sorted(re.search("--job-name=(ttt-seed-[01])-", " ".join(call))[1] for call in cluster.calls("sbatch"))
-    assert jobs == ["ttt-seed-0", "ttt-seed-1"]
-    losses = [[record["loss"] for record in metrics.read(cluster.folder / "sweep" / f"seed={i}")] for i in (0, 1)]
-    assert [len(each) for each in losses] == [4, 4]
-    assert losses[0] != losses[1]
-    ranked = json.loads(run([*command[:4], "results", "sweep", "--json"]))
-    by_loss = sorted((last, f"seed={seed}") for seed, (*_, last) in enumerate(losses))
-    assert [(point["loss"], point["point"]) for point in ranked] == by_loss
-    run(command)
-    assert len(cluster.calls("sbatch")) == 2  # nothing was left to do

@@ -73,7 +73,9 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
 
 
 def test_several_slices(cloud):
-    status, _, err = cloud.launch("--slices", "2", machines=("--accelerator", "v5litepod-4", "--zone", "z"))
+    status, _, err = cloud.launch(
+        "--slices", "2", machines=("--accelerator", "v5litepod-4", "--zone", "z", "--poll", "0.1")
+    )
     assert status == 0, err
     (create,) = cloud.calls("create")
     assert {"--node-count=2", "--node-prefix=mine"} <= set(create)

@@ -89,9 +89,9 @@ it, after it has saved. The same command while the job is in the queue or runs f
         # sbatch hands the environment on; on the command line everybody could read it.
         printed = self.run_submission([*arguments, *options.sbatch, *script, *command], job.environment)
         number = printed.strip().partition(";")[0] or self.find()
-        if number is None:
+        if number is None and not self.commands.dry_run:
             raise LaunchError(f"{job.name}: was submitted, and is not in the queue any more")
-        return number
+        return number or "NUMBER"
 
     def state(self, key: str) -> State:
         """Return the state of a job, for some time also after its end; LaunchError if Slurm does not know it."""
@@ -101,11 +101,10 @@ it, after it has saved. The same command while the job is in the queue or runs f
             if "Invalid job id" not in error.printed:
                 raise
             return self._past_state(key)
-        name, code = re.search(r"JobState=(\w+)", shown), re.search(r"ExitCode=(\d+):", shown)
-        log = re.search(r"^ *StdOut=(.*)$", shown, re.MULTILINE)
-        if name is None or code is None:
+        found = re.search(r"JobState=(\w+).*ExitCode=(\d+):(?:.*?^ *StdOut=(.*?) *$)?", shown, re.DOTALL | re.MULTILINE)
+        if found is None:
             raise LaunchError(f"scontrol show job {key}: no JobState and ExitCode in what it printed")
-        return _state(key, name[1], int(code[1]), log[1].strip().replace("%j", key) if log else "")
+        return _state(key, found[1], int(found[2]), (found[3] or "").replace("%j", key))
 
     def _past_state(self, number: str) -> State:
         options = "--allocations --noheader --parsable2 --format=State,ExitCode".split()

@@ -233,12 +233,11 @@ runs shows its log again.
 
         def look() -> bool:
             nonlocal ended, first_end, unreachable
-            now, name, hosts = time.monotonic(), self.job.name, None
+            now, name = time.monotonic(), self.job.name
             try:
                 hosts = self._hosts.ask()
             except CommandError as error:
                 self.commands.note(f"{name}: cannot be reached, and will be tried again: {error}")
-            if hosts is None:
                 try:
                     ended = self._resource.lost(self._hosts.nodes)
                 except CommandError:  # it is this machine that has no network: the command goes on without it
