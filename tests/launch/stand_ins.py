@@ -35,7 +35,7 @@ PLACES = {"gke": ("--cluster", "c"), "tpu": ("--zone", "us-west4-a")}
 # Of ttt_jax.launch: the waits of real clusters, shortened, and few files to send.
 PATCHES = {
     "commands.FIRST_WAIT": 0.01,
-    "commands.LAST_WORDS": 1.0,
+    "commands.LAST_WORDS": 1.5,  # tail looks for a new file once a second
     "lifecycle.Target.POLL": 0.05,
     "sky.Sky.POLL": 0.05,
     "cloud_tpu.FIRST_PAUSE": 0.01,
