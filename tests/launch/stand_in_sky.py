@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -55,11 +54,9 @@ def runner(arguments):
     for _ in attempts(number):
         # As SkyPilot does, whose shell is an interactive one.
         setup, run = (["bash", "-i", str(HERE / f"{number}-{step}")] for step in ("setup", "run"))
-        with log.open("ab") as file:
-            pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
-            if subprocess.call(setup, env=environment, **pipes):
-                job(number, state="FAILED_SETUP")
-                return
+        if any(run_all(number, [(setup, {})], environment, [log])):
+            job(number, state="FAILED_SETUP")
+            return
         ranks = [{"SKYPILOT_NODE_RANK": str(i), "HOST": str(i)} for i in range(nodes)]
         codes = run_all(number, [(run, rank) for rank in ranks], environment, [log] * nodes)
         recovered = task["resources"]["job_recovery"]["recover_on_exit_codes"]

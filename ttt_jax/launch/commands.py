@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from ttt_jax.errors import ConfigError, LaunchError
 
@@ -155,6 +156,22 @@ class Commands:
                     except subprocess.TimeoutExpired:
                         _signal(process, signal.SIGKILL)
                 self._running.discard(process)
+
+    @contextlib.contextmanager
+    def private_file(self, path: Path, lines: Mapping[str, str]) -> Iterator[str]:
+        """Write lines, given by what they are about, to a file that only this user can read, for the ``with``."""
+        if self.dry_run:
+            self.note(f"{path} has a line for each of {', '.join(lines)}; it is not written now")
+            yield str(path)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.writelines(f"{line}\n" for line in lines.values())
+        try:
+            yield str(path)
+        finally:
+            path.unlink()
 
     def end_all(self) -> None:
         """End the commands of other threads."""

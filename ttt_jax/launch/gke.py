@@ -1,13 +1,10 @@
 """Google Kubernetes Engine: TPU slices of a cluster, through xpk, which makes a JobSet of each workload."""
 
 import argparse
-import contextlib
 import functools
 import json
-import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from ttt_jax.launch import sources
 from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
 from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required, the_command
+from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
 
@@ -102,7 +100,11 @@ workload waits or runs follows that one.
         ]
         arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
         arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
-        with self._variables() as file:
+        # A value goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
+        quoted_value = functools.partial(yaml.safe_dump, default_style='"', width=float("inf"))
+        variables = {_MARK: job.identity, **job.environment}
+        lines = {k: f"{k}={quoted_value(v).strip()[1:-1].replace('$', '$$')}" for k, v in variables.items()}
+        with self.commands.private_file(cache_folder() / "launch" / f"{job.name}.env", lines) as file:
             command = f"--command=exec ttt {' '.join(map(quoted, job.command))}"
             self.run_submission([*arguments, f"--env-file={file}", command])
         return job.name
@@ -156,25 +158,6 @@ workload waits or runs follows that one.
     def _get(self, *what: str) -> Any:
         answer = self.commands.output([*self._kubectl, "get", *what, "--output=json"], retry=PATIENT)
         return json.loads(answer) if answer.strip() else None
-
-    @contextlib.contextmanager
-    def _variables(self) -> Iterator[str]:
-        """Write the variables of the container, which may be secrets, to a file for xpk."""
-        variables = {_MARK: self.job.identity, **self.job.environment}
-        if self.commands.dry_run:
-            self.commands.note(f"the file of --env-file has {', '.join(variables)}")
-            yield f"{self.job.name}.env"
-            return
-        descriptor, path = tempfile.mkstemp(prefix="ttt-launch-", suffix=".env")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                for key, value in variables.items():
-                    # It goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
-                    text = yaml.safe_dump(value, default_style='"', width=float("inf")).strip()
-                    file.write(f"{key}={text[1:-1].replace('$', '$$')}\n")
-            yield path
-        finally:
-            Path(path).unlink()
 
     def _build(self) -> str:
         """Build the image of launch/Dockerfile and push it; return its name, whose tag differs between contents."""

@@ -1,12 +1,11 @@
 """Do on all hosts of slices, over ssh, what ``launch/worker.sh`` can: install, start, ask, follow and stop."""
 
-import os
+import contextlib
 import re
 import shlex
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ttt_jax.launch import sources
@@ -76,7 +75,7 @@ class Hosts:
         name, archive = self._job.name, self._folder / f"{self._job.name}.tar.gz"
         constraints = {"launch-constraints.txt": sources.constraints(extras)}
         self._tree = f"ttt-launch/{name}/source-{sources.archive(self._job.checkout, constraints, archive)}"
-        sent = [str(archive), *([str(self._write_environment())] if self._job.environment else [])]
+        sent = [str(archive)]
         unpack = f"mkdir -p {self._tree} && tar -xzf {archive.name} -C {self._tree} && "
         unpack += f"cp --remove-destination {self._tree}/launch/worker.sh ttt-launch/{name}/ && "
 
@@ -86,11 +85,12 @@ class Hosts:
             install = self._ssh(node, "install", sources.PYTHON, ",".join(extras), before=unpack)
             self._commands.run(install, retry=TRANSIENT)
 
-        try:
+        with contextlib.ExitStack() as stack:
+            if variables := self._job.environment:
+                lines = {key: f"export {key}={shlex.quote(value)}" for key, value in variables.items()}
+                path = self._folder / f"{name}.env"
+                sent.append(stack.enter_context(self._commands.private_file(path, lines)))
             self._on_each(install_on)
-        finally:
-            if not self._commands.dry_run:
-                (self._folder / f"{name}.env").unlink(missing_ok=True)
 
     def start(self, run: str) -> None:
         """Start the command on all hosts; it goes on without this process."""
@@ -150,15 +150,3 @@ class Hosts:
             except BaseException:
                 self._commands.end_all()
                 raise
-
-    def _write_environment(self) -> Path:
-        path = self._folder / f"{self._job.name}.env"
-        if self._commands.dry_run:
-            names = ", ".join(self._job.environment)
-            self._commands.note(f"{path} has a line export KEY=VALUE for each of {names}; it is not written now")
-            return path
-        path.unlink(missing_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            for key, value in self._job.environment.items():
-                file.write(f"export {key}={shlex.quote(value)}\n")
-        return path
