@@ -1,14 +1,14 @@
 """Check the output of ``ttt eval compare`` on made-up evaluations."""
 
 import argparse
-import os
-import subprocess
+import io
 import sys
 
 import matplotlib.pyplot as plt
 import pytest
 from saved_runs import run
 
+from ttt_jax import cli
 from ttt_jax.cli import eval
 from ttt_jax.evaluation import evaluations
 from ttt_jax.figures import style
@@ -76,11 +76,10 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path):
             write()
 
 
-def test_names_that_a_terminal_cannot_show_are_spelled_out(tmp_path):
+def test_names_that_a_terminal_cannot_show_are_spelled_out(tmp_path, monkeypatch):
     runs = [str(run(tmp_path / name)) for name in ("\u00fcn\u2603", "b")]
-    code = "import sys; from ttt_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "eval", "compare", *runs]
-    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert ended.stdout.startswith(rb"Loss minus that of \xfcn\u2603 (")
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert cli.main(["eval", "compare", *runs]) == 0
+        assert terminal.buffer.getvalue().startswith(rb"Loss minus that of \xfcn\u2603 (")
     assert style.literal("a\udcff") == r"a\udcff"

@@ -18,11 +18,17 @@ from ttt_jax.training import metrics
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Return the workdir of a run of four steps, which tests must not change."""
+def training(tmp_path_factory):
+    """Return the workdir of a run of four steps, which tests must not change, and what ``ttt train`` printed."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert ttt("train", "--workdir", workdir, *TINY) == 0
-    return workdir
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert ttt("train", "--workdir", workdir, *TINY) == 0
+    return workdir, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(training):
+    return training[0]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def evaluated(trained, tmp_path_factory):
     return workdir, out.getvalue()
 
 
-def test_train_leaves_a_run(trained, capsys):
+def test_train_leaves_a_run(trained):
     assert json.loads((trained / "config.json").read_text())["model"]["width"] == 8
     records = metrics.read(trained)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
@@ -43,17 +49,17 @@ def test_train_leaves_a_run(trained, capsys):
     assert records[0]["loss"] == pytest.approx(math.log(258), abs=0.05)
 
 
-def test_train_reports_its_steps_and_then_that_all_are_done(trained, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    assert ttt("train", "--workdir", workdir, *TINY) == 0
+def test_train_reports_its_steps(training):
+    workdir, out, err = training
     loss = metrics.read(workdir)[-1]["loss"]
-    printed = capsys.readouterr()
-    assert printed.out == f"{workdir}: 4 steps done, loss {loss:.4f}\n"
-    lines = printed.err.splitlines()
+    assert out == f"{workdir}: 4 steps done, loss {loss:.4f}\n"
+    lines = err.splitlines()
     compiling = lines.index("compiling the training step ...")
     assert re.fullmatch(r"compiled in \d+\.\d s", lines[compiling + 1])
     assert lines[-1].startswith(f"step 4/4  loss {loss:.4f}")
 
+
+def test_train_says_that_all_steps_are_done(trained, capsys):
     before = (trained / "metrics.jsonl").read_bytes()
     assert ttt("train", "--workdir", trained, *TINY) == 0
     out = capsys.readouterr().out
@@ -170,9 +176,9 @@ def test_eval_of_missing_things_is_refused(trained, refused, tmp_path):
 
 def test_eval_of_an_earlier_step_is_another_model(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
+    assert ttt("eval", "--workdir", tmp_path / "run", "--context", 48, "--max-windows", 5, "--step", "2,4") == 0
     losses = {}
     for step in (2, 4):
-        assert ttt("eval", "--workdir", tmp_path / "run", "--context", 48, "--max-windows", 5, "--step", step) == 0
         about = json.loads((tmp_path / f"run/eval/validation-48-at-{step}.json").read_text())
         assert about["step"] == step
         losses[step] = about["loss"]
@@ -202,6 +208,7 @@ def test_plot_draws_a_picture(evaluated, tmp_path, capsys):
     assert f"<!-- Transformer, {parameters / 1e3:.2g} k parameters: mean {loss:.3f} -->" in words
 
 
+@pytest.mark.slow
 def test_bench_prints_json(capsys):
     assert ttt("bench", "step", *TINY, "--json", "--repeats", 2, "--warmup", 1) == 0
     out = json.loads(capsys.readouterr().out)

@@ -5,16 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from tiny_run import ttt
 
-from ttt_jax import cli
 from ttt_jax import config as config_lib
-
-
-def ttt(*arguments) -> int:
-    try:
-        return cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:  # argparse
-        return end.code
 
 
 def tiny(mixer):
@@ -31,23 +24,6 @@ def runs(tmp_path_factory, save_run):
     save_run(folder / "learns", tiny("ttt_linear"), (3, 5))
     save_run(folder / "attends", tiny("attention"))
     return folder
-
-
-def test_help_and_refusals_do_not_load_jax(in_one_process):
-    found = in_one_process(
-        ["inspect --help", "inspect", "inspect --workdir x --context 0", "inspect --workdir x --split dev"]
-    )
-    status, out, _ = found["inspect --help"]
-    assert status == 0
-    for text in ("DIR/inspect/SPLIT-T.npz", "--context T,...", "--by-document", "--step STEP", "(default: 64)"):
-        assert text in out
-    for command, message in (
-        ("inspect", "the following arguments are required: --workdir"),
-        ("inspect --workdir x --context 0", "--context: '0': expected integers from 1"),
-        ("inspect --workdir x --split dev", "invalid choice: 'dev'"),
-    ):
-        assert found[command][0] == 2
-        assert message in found[command][2]
 
 
 def test_all_runs_are_checked_before_any_is_read(runs, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""Run ``ttt probe``: help, wrong options, tables, heat maps, and that a second command computes nothing."""
+"""Run ``ttt probe``: tables, heat maps, and that a second command computes nothing."""
 
 import csv
 import json
@@ -7,76 +7,22 @@ import types
 
 import pytest
 from matplotlib import image
+from tiny_run import ttt
 
-from ttt_jax import cli
 from ttt_jax import config as config_lib
 from ttt_jax.cli import probe
 from ttt_jax.storage import json_files
 
-REFUSED = {
-    "probe": "the following arguments are required: needle|task",
-    "probe hay": "invalid choice: 'hay'",
-    "probe needle": "the following arguments are required: --workdir",
-    "probe task": "the following arguments are required: --workdir",
-    "probe needle --workdir nowhere": "nowhere/config.json: not found; expected the workdir of a run",
-    "probe task --workdir nowhere": "nowhere/config.json: not found; expected the workdir of a run",
-    "probe needle --workdir x --task passkey,words": "'words': expected some of passkey, number, uuid",
-    "probe needle --workdir x --context 1m": "'1m': expected integers from 1, such as 2048 or 2k,8k",
-    "probe task --workdir x --items 2,0": "'0': expected integers from 1, such as 2048 or 2k,8k",
-    "probe needle --workdir x --candidates 1": "'1': expected 2 or more",
-    "probe needle --workdir x --depths 0": "'0': expected 1 or more",
-    "probe needle --workdir x stray --config.seed=1": "unexpected argument: --config.seed=1",
-    "probe task --workdir x --seed 1": "unexpected argument: --seed",
-    "probe --workdir=x task": "unexpected argument: --workdir=x",
-}
-
 
 @pytest.fixture(scope="module")
-def printed(in_one_process):
-    return in_one_process(["probe --help", "probe needle --help", "probe task --help", *REFUSED])
-
-
-def test_help(printed):
-    said = {command: printed[f"{command} --help"] for command in ("probe", "probe needle", "probe task")}
-    assert [status for status, *_ in said.values()] == [0, 0, 0]
-    for text in ("ttt probe needle", "ttt probe task"):
-        assert text in said["probe"][1]
-    for text in ("S-NIAH-1", "--context T,...", "--depths N", "--samples N", "--candidates N", "--haystack FILE"):
-        assert text in said["probe needle"][1]
-    for text in ("needle-TASK.json", "--tokenizer FILE", "--plot FILE", "--step N", "--seed N", "RULER"):
-        assert text in said["probe needle"][1]
-    for text in ("associative_recall", "--items N,...", "--context T,...", "--split", "--plot FILE", "TASK.json"):
-        assert text in said["probe task"][1]
-
-
-@pytest.mark.parametrize("command", REFUSED)
-def test_refused_in_one_line(printed, command):
-    status, out, err = printed[command]
-    assert (status, out) == (2, "")
-    assert REFUSED[command] in err.splitlines()[-1]
-    assert "Traceback" not in err
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return the workdir of a tiny run on a task, of two steps."""
-    folder = tmp_path_factory.mktemp("cli")
-    config = folder / "tiny.py"
-    config.write_text(
-        "from ttt_jax import config\n\ndef get_config():\n    c = config.default()\n"
-        "    c.model.update(mixer='attention', width=8, num_layers=1, num_heads=2, mlp_width=8)\n"
-        "    c.data.update(source='associative_recall:2', sequence_length=16, batch_size=4)\n"
-        "    c.training.duration = '2 steps'\n    return c\n"
-    )
-    assert ttt("train", "--config", config, "--workdir", folder / "tiny") == 0
-    return folder / "tiny"
-
-
-def ttt(*arguments) -> int:
-    try:
-        return cli.main([str(argument) for argument in arguments])
-    except SystemExit as end:  # argparse
-        return end.code
+def run(tmp_path_factory, save_run):
+    """Return the workdir of a tiny run on a task, at step 2."""
+    config = config_lib.default()
+    config.model.update(mixer="attention", width=8, num_layers=1, num_heads=2, mlp_width=8)
+    config.data.update(source="associative_recall:2", sequence_length=16, batch_size=4)
+    workdir = tmp_path_factory.mktemp("cli") / "tiny"
+    save_run(workdir, config, (2,), stddev=0.02)
+    return workdir
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tensorstore as ts
+import tiny_run
 import tokenizers
 from tokenizers import models
 
@@ -26,11 +27,7 @@ SIZE = sum(len(text.encode()) for text in TEXTS)
 
 
 def ttt(*arguments) -> int:
-    """Run a command, and return its exit status."""
-    try:
-        return cli.main(["tokenize", *(str(argument) for argument in arguments)])
-    except SystemExit as end:  # raised by argparse
-        return end.code
+    return tiny_run.ttt("tokenize", *arguments)
 
 
 def write(path, texts=TEXTS):
@@ -62,6 +59,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Tokenize in this process, because another takes a third of a second to start."""
+
+    def run(job, units):
+        for split, unit in units:
+            yield unit, tokenize_units.tokenize_unit(job, split, unit)
+
+    monkeypatch.setattr(tokenize_units, "processes", lambda workers: run)
+
+
 def test_a_command_writes_the_dataset_and_reports_it(here, capsys):
     command = "--train a.jsonl --validation v.jsonl --tokenizer byte --output out --workers 1".split()
     assert ttt(*command) == 0
@@ -85,6 +93,7 @@ def test_a_command_writes_the_dataset_and_reports_it(here, capsys):
     assert {path: path.stat().st_mtime_ns for path in (here / "out").rglob("*")} == before
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_options_reach_the_dataset(here, capsys):
     """Use SentencePiece without BOS, another EOS, another key, a folder of files, fractions and a seed."""
     model = io.BytesIO()
@@ -110,6 +119,7 @@ def test_options_reach_the_dataset(here, capsys):
     assert "; bos none; eos 3\n" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_train_bpe_trains_a_tokenizer_once(here, capsys):
     command = ["--train", "a.jsonl", "--train-bpe", 300, "--no-eos", "--output", "out", "--workers", 1]
     assert ttt(*command) == 0
@@ -122,6 +132,7 @@ def test_train_bpe_trains_a_tokenizer_once(here, capsys):
     assert "training" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_skipped_records_are_counted_and_listed(here, capsys):
     command = ["--train", "bad.jsonl", "null.jsonl", "--tokenizer", "byte", "--output", "out", "--on-error", "skip"]
     assert ttt(*command, "--workers", 1) == 0
@@ -129,17 +140,6 @@ def test_skipped_records_are_counted_and_listed(here, capsys):
     problems = [json.loads(line) for line in (here / "out/problems.jsonl").read_text().splitlines()]
     skipped = [(problem["file"], problem["record"]) for problem in problems]
     assert skipped == [(f"{here}/bad.jsonl", 2), (f"{here}/null.jsonl", 1)]
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Tokenize in this process."""
-
-    def run(job, units):
-        for split, unit in units:
-            yield unit, tokenize_units.tokenize_unit(job, split, unit)
-
-    monkeypatch.setattr(tokenize_units, "processes", lambda workers: run)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -270,6 +270,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(("command", "status", "message"), WRONG)
 def test_a_wrong_command_is_one_line(here, capsys, command, status, message):
     assert ttt(*command.format(here=here).split(), *([] if "--workers" in command else ["--workers", 1])) == status
@@ -289,6 +290,7 @@ def test_an_empty_output_is_refused(here, capsys):
     assert capsys.readouterr().err.startswith("ttt tokenize: an empty name of a folder; ")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_another_request_for_the_same_folder_is_refused(here, capsys):
     assert ttt(*GOOD.split(), "--workers", 1) == 0
     capsys.readouterr()
@@ -301,6 +303,7 @@ def test_another_request_for_the_same_folder_is_refused(here, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_a_command_that_wrote_nothing_may_be_followed_by_another(here, capsys):
     command = ["--train", "a.jsonl", "--tokenizer", "byte", "--output", "out", "--workers", 1]
     assert ttt(*command, "--text-key", "body") == 1
