@@ -117,7 +117,8 @@ def main() -> int:
         lines = options.file.read_text().splitlines() if options.file.exists() else []
         return {p["name"]: p for p in map(json.loads, lines)}
 
-    missing = [name for name in [*RECIPES, *VARIANTS] if options.only in name and name not in plans()]
+    planned = plans()
+    missing = [name for name in [*RECIPES, *VARIANTS] if options.only in name and name not in planned]
     succeeded = True
     if options.jobs > 0:
         with ThreadPoolExecutor(options.jobs) as threads:

@@ -1,9 +1,10 @@
 """Check that docstrings are sentences that begin with a verb in the imperative, or for classes also with a noun."""
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,21 +30,34 @@ def says_what_it_is(docstring: str) -> bool:
     return word not in QUESTION_WORDS
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the docstring of a module and of each of its functions and methods."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) and (found := ast.get_docstring(node)):
-            yield getattr(node, "lineno", 1), found
+class Docstring(NamedTuple):
+    """A docstring, and where it is."""
+
+    place: str
+    of_class: bool
+    text: str
+
+
+@functools.cache
+def docstrings(folder: str) -> list[Docstring]:
+    """Return the docstrings of all modules, classes, functions and methods in a folder."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+                text = ast.get_docstring(node)
+                found += [Docstring(place, isinstance(node, ast.ClassDef), text)] if text else []
+    return found
 
 
 @pytest.mark.parametrize("folder", ["ttt_jax", "configs", "scripts", "tests"])
 def test_docstrings_begin_with_a_verb_and_end_as_sentences(folder):
     wrong = []
-    for path in sorted((ROOT / folder).rglob("*.py")):
-        for line, text in docstrings(path):
-            first = text.split("\n\n")[0].rstrip()
-            if not begins_with_a_verb(text) or first[-1] not in ".:!?`":
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {first.splitlines()[0]}")
+    for place, _, text in (each for each in docstrings(folder) if not each.of_class):
+        first = text.split("\n\n")[0].rstrip()
+        if not begins_with_a_verb(text) or first[-1] not in ".:!?`":
+            wrong.append(f"{place}: {first.splitlines()[0]}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -62,9 +76,7 @@ def test_what_counts_as_a_verb(docstring, expected):
 
 
 def test_docstrings_of_classes_say_what_they_are():
-    wrong = []
-    for path in sorted((ROOT / "ttt_jax").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and (text := ast.get_docstring(node)) and not says_what_it_is(text):
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text.splitlines()[0]}")
+    of_classes = [each for each in docstrings("ttt_jax") if each.of_class]
+    wrong = [f"{each.place}: {each.text.splitlines()[0]}" for each in of_classes if not says_what_it_is(each.text)]
+    assert of_classes
     assert not wrong, "\n".join(wrong)

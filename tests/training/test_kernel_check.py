@@ -119,7 +119,8 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, us
     checked = with_checked_kernel(made)
     assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
     assert checked.config is made.config
-    checked.compiled_step()  # with the scan
+    tokens = jax.ShapeDtypeStruct((2, 32), "int32")
+    jax.eval_shape(checked.model.apply, {"params": checked.abstract_state.params}, tokens)  # traces the scan
 
 
 @pytest.mark.parametrize(

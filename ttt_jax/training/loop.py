@@ -195,7 +195,10 @@ def _train(
                 if step % save_every == 0 or step == total or is_best or checkpoints.wants_save(step):
                     lock.check()
                     # A state is saved only once the loss of its step is known to be finite.
-                    reporter.finish() if step == total else reporter.flush()
+                    if step == total:
+                        reporter.finish()
+                    else:
+                        reporter.flush()
                     watchdog.rest()  # slow storage is no stall
                     began = time.monotonic()
                     checkpoints.save(step, state, meta(step))
