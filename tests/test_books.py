@@ -102,6 +102,7 @@ def test_tokenize_train_evaluate_plot(books, tmp_path, here, kind):
     assert (tmp_path / "books.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_config_and_the_data_must_agree(books, tmp_path, here, capsys):
     dataset = tmp_path / "dataset"
     here("tokenize", "--train", books[0], "--tokenizer", "byte", "--output", dataset)

@@ -150,6 +150,7 @@ def test_tables_of_probes_and_of_the_harness(capsys):
         assert rendered(harness._table({name: about})).count(name) >= 2
 
 
+@pytest.mark.slow
 def test_heat_maps(tmp_path):
     panels = [heat_map.Panel(f"{name}\nmore", [name], ["8"], [[0.5]], 0, name) for name in NAMES[:14]]
     heat_map.save([panels], tmp_path / "a.svg", "share")
@@ -179,6 +180,7 @@ def test_commands_to_type_are_quoted(tmp_path):
         assert typed[:4] == ["ttt", "eval", "--workdir", str(tmp_path / name)]
 
 
+@pytest.mark.slow
 def test_evaluations_are_found(named):
     for place in named:
         assert evaluations.read(place, "validation").about["workdir"] == place.name

@@ -109,6 +109,7 @@ def test_eval_writes_three_files_that_agree(evaluated):
     assert str(files[".npz"]) in printed
 
 
+@pytest.mark.slow
 def test_eval_of_several_runs_and_their_comparison(trained, tmp_path, capsys, refused):
     runs = [tmp_path / name for name in ("first", "second")]
     for workdir in runs:
@@ -174,6 +175,7 @@ def test_eval_of_missing_things_is_refused(trained, refused, tmp_path):
     assert not (trained / "eval").exists()
 
 
+@pytest.mark.slow
 def test_eval_of_an_earlier_step_is_another_model(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     assert ttt("eval", "--workdir", tmp_path / "run", "--context", 48, "--max-windows", 5, "--step", "2,4") == 0

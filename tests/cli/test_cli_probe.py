@@ -46,6 +46,7 @@ def test_a_task(run, tmp_path, capsys):
     assert again in out
 
 
+@pytest.mark.slow
 def test_needles(run, tmp_path, capsys):
     """Probe a model that was not trained on text; a vocabulary of bytes is sufficient."""
     book, picture = tmp_path / "book.txt", tmp_path / "map.svg"

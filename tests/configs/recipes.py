@@ -3,6 +3,7 @@
 python tests/configs/recipes.py      # writes tests/configs/recipes.json; review the difference
 """
 
+import functools
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -24,8 +25,12 @@ def names_of(path):
 PAPER, ABLATION, TASKS = (names_of(CONFIGS / name) for name in ("paper.py", "ablation.py", "tasks.py"))
 
 
+@functools.cache
 def get(name, *overrides):
-    """Return the validated config of ``FILE:ARG``, with overrides as on the command line."""
+    """Return the validated config of ``FILE:ARG``, with overrides as on the command line.
+
+    It is made once: callers must not change it.
+    """
     return config_lib.from_arguments(["--config", str(CONFIGS / name), *overrides])
 
 

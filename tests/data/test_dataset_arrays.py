@@ -76,7 +76,7 @@ def test_zeros_are_stored(tmp_path):
     stops=st.sets(st.integers(0, 8)),
     lost=st.integers(0, 200),
 )
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=15)
 def test_a_writer_that_was_stopped_anywhere_writes_the_same_bytes(new_folder, pieces, stops, lost):
     """Check a writer that is stopped after values beyond its last save, which are written again."""
     array = values(sum(pieces))

@@ -51,6 +51,7 @@ LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=9)
 
 @pytest.mark.parametrize("known", [True, False])
 @hypothesis.given(lengths=LENGTHS, piece_length=st.integers(1, 12), batch_size=st.integers(1, 4))
+@hypothesis.settings(max_examples=30)
 def test_every_document_is_read_from_its_beginning_to_its_end(known, lengths, piece_length, batch_size):
     source = a_source(lengths, known)
     found = read(source, sequences.documents(source, 100, 100), piece_length, batch_size)

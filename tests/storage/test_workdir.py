@@ -89,6 +89,7 @@ for bucket in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_bucket_that_cannot_be_written_is_refused_first():
     status = {"there": None, "missing": 404, "not-mine": 403, "nobody": 401}
     with FakeGCS() as gcs:

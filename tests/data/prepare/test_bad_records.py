@@ -167,7 +167,7 @@ def test_parquet_is_read_up_to_the_batch_that_cannot_be_decoded(tmp_path):
     assert records[256].what.startswith("not readable as Parquet: 'utf-8' codec")
 
 
-@pytest.mark.parametrize("bytes_off", [200, 70_000])
+@pytest.mark.parametrize("bytes_off", [pytest.param(200, marks=pytest.mark.slow), 70_000])
 @pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz"])
 def test_a_broken_file_gives_the_same_records_from_any_position(tmp_path, kind, bytes_off):
     """Check any position. How much a decompressor returns before it fails depends on how much is asked for."""

@@ -89,6 +89,7 @@ def test_processes_give_what_this_process_gives(tmp_path, file):
     assert sum(map(len, found)) == sum(len(text.encode()) + 2 for text in TEXTS + TEXTS[:20])
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_work(file):
     before = set(children(os.getpid()))
     parts = [part for _, part in tokenize_units.processes(2)(JOB, units(file))]
@@ -141,6 +142,7 @@ for _ in tokenize_units.processes(2)(Job(tokenizer.byte(), 256, 257), itertools.
 """
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed():
     command = [sys.executable, "-c", PARENT, str(Path(corpus.__file__).parents[2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:

@@ -87,7 +87,7 @@ def test_records_come_in_order_numbered_from_one(tmp_path, name):
     unit_bytes=st.integers(1, 400),
     other=st.integers(1, 400),
 )
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=6)
 def test_reading_resumes_after_any_unit_of_any_size(folder, name, texts, unit_bytes, other):
     """Resume in both of two files."""
     files = [corpus.input_file(folder / f"{i}-{name}", FORMATS[name](texts)) for i in range(2)]

@@ -78,7 +78,14 @@ def encoder_of(folder, made, **options):
 
 
 @pytest.mark.parametrize("make", FAMILIES)
-@pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"normalized": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"lstrip": True, "rstrip": True},
+        *(pytest.param({flag: True}, marks=pytest.mark.slow) for flag in ("single_word", "normalized")),
+    ],
+)
 @pytest.mark.parametrize("special", [True, False])
 def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, special):
     """Check also files that do not call BOS and EOS special, or do not list them."""
@@ -93,7 +100,7 @@ def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, sp
     encode = ours.encoder()
 
     @hypothesis.given(st.lists(st.sampled_from([*CONTROL, "pq", "p", " ", "</", "s>", "<", "pq </s>"])).map("".join))
-    @hypothesis.settings(max_examples=20, deadline=None)
+    @hypothesis.settings(max_examples=10, deadline=None)
     def holds(text):
         assert not {1, 2} & set(encode(text).tolist())
 

@@ -65,6 +65,7 @@ def test_common_words_become_tokens(trained):
     assert sum(len(encode(text)) for text in TEXTS) < 0.6 * size
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_tokenizer(trained, file):
     program = (
         "import sys; from ttt_jax.data.prepare import listing, tokenize_units, tokenizer, train_bpe\n"
@@ -131,6 +132,7 @@ def test_long_words_are_trained_on_in_bounded_parts():
     assert "".join(parts) == f"ab {'x' * 9000} cd"
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_the_library(file, monkeypatch):
     """Replace training by hashing, which does not look at signals either."""
     read = []
@@ -219,6 +221,7 @@ def test_a_damaged_tokenizer_is_reported_and_trained_anew(tmp_path, file, capsys
     assert capsys.readouterr().err.splitlines()[0] == f"{path}: damaged; the tokenizer is trained anew"
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_still_used_after_another_split_was_mended(tmp_path, file, monkeypatch):
     """Mend a validation file, which changes its size, after shards were written."""
     good = corpus.jsonl(["the river"])
@@ -232,7 +235,7 @@ def test_a_tokenizer_is_still_used_after_another_split_was_mended(tmp_path, file
     assert about["splits"]["validation"]["documents"] == 2
 
 
-@pytest.mark.parametrize("content", [None, b"{}"])
+@pytest.mark.parametrize("content", [pytest.param(None, marks=pytest.mark.slow), b"{}"])
 def test_a_lost_or_changed_tokenizer_of_a_finished_dataset_is_an_error(tmp_path, file, content):
     make(tmp_path / "out", [file])
     kept = tmp_path / "out/tokenizer.json"
@@ -242,7 +245,7 @@ def test_a_lost_or_changed_tokenizer_of_a_finished_dataset_is_an_error(tmp_path,
     assert str(caught.value).startswith(f"{kept}: {'is gone' if content is None else 'damaged, or another tokenizer'}")
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_vocabulary_size_is_refused(tmp_path, file, finished):
     """Check a finished and an unfinished dataset, which has shards already."""
     other = corpus.input_file(tmp_path / "v.jsonl", b'{"text": "a"}\n' if finished else b"junk\n", "validation")
@@ -263,6 +266,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkey
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_worker_processes_load_the_tokenizer(tmp_path, file):
     chosen = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
