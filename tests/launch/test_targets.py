@@ -221,8 +221,6 @@ def test_dry_run_prints_what_bash_takes_and_does_nothing(target):
     ("name", "options", "message"),
     [
         ("slurm", ("--gpus-per-node=1", "--setup=no"), "--setup no: no such file"),
-        ("gke", ("--cluster=c",), "--tpu-type, --image: missing"),
-        ("gke", (*OPTIONS["gke"][:4],), "--image: missing"),
         ("gke", (*OPTIONS["gke"][:4], "--image=a;id"), "--image a;id: expected an image"),
         ("gke", (*OPTIONS["gke"], "--zone=$(id)"), "--zone $(id): expected letters"),
         ("gke", (*OPTIONS["gke"][:4], "--build=gcr.io/a:b"), "--build gcr.io/a:b: expected no tag"),

@@ -83,10 +83,7 @@ class Commands:
 
     def note(self, text: str) -> None:
         """Print a line for people: to standard error, or as a comment among the commands of a dry run."""
-        if self.dry_run:
-            print(f"# {text}", flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        print("# " * self.dry_run + text, file=sys.stdout if self.dry_run else sys.stderr, flush=True)
 
     def run(
         self,

@@ -14,7 +14,7 @@ from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import sources
 from ttt_jax.launch.commands import TRANSIENT, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, exit_status, required
 from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, REFUSED, RESTART
@@ -64,7 +64,7 @@ workload waits or runs follows that one.
             _cluster(options),
             (options.tpu_type, "--tpu-type", "one such as v5litepod-256"),
             (options.image or options.build, "--image", "an image, or --build and where to put one"),
-            the_command(job),
+            job=job,
         )
         for option in ("image", "build"):
             image = getattr(options, option)

@@ -86,9 +86,8 @@ class Target:
 
     def follow(self, key: str, from_start: bool) -> int:
         """Show the log until the job has ended, and return its exit status; 75 after more restarts than wanted."""
-        self.commands.note(
-            f"{self.job.name}: {'submitted as' if from_start else 'is there already and followed:'} {key}"
-        )
+        how = "submitted as" if from_start else "is there already and followed:"
+        self.commands.note(f"{self.job.name}: {how} {key}")
         if self.options.detach:
             return DONE
         begin: Begin = "start" if from_start else "end"
@@ -227,17 +226,14 @@ def is_final(code: int) -> bool:
     return code == INTERRUPTED or (0 < code < 128 and code != RESTART)
 
 
-def required(*wanted: tuple[object, str, str]) -> None:
-    """Raise ConfigError with all that is missing; each is a value, its name and what is expected."""
+def required(*wanted: tuple[object, str, str], job: Job | None = None) -> None:
+    """Raise ConfigError with all that is missing: values, with name and what is expected, and the command of a job."""
+    if job is not None:
+        wanted += ((job.command, "a command", "one after --, such as -- train --config FILE --workdir DIR"),)
     missing = [(name, expected) for value, name, expected in wanted if not value]
     if missing:
         names, expected = zip(*missing, strict=True)
         raise ConfigError(f"{', '.join(names)}: missing; expected {'; '.join(expected)}")
-
-
-def the_command(job: Job) -> tuple[object, str, str]:
-    """Return what :func:`required` takes for the command of a job."""
-    return job.command, "a command", "one after --, such as -- train --config FILE --workdir DIR"
 
 
 def check_one_host(job: Job, several: bool) -> None:

@@ -12,7 +12,7 @@ from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch import cloud_tpu, sources
 from ttt_jax.launch.commands import CommandError, Commands, quoted
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, check_one_host, exit_status, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, check_one_host, exit_status, required
 from ttt_jax.storage.workdir import cache_folder
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -64,7 +64,7 @@ The same command while the job waits or runs follows that one.
     @staticmethod
     def check(options: argparse.Namespace, job: Job) -> None:
         kinds = "one, such as tpu-v5litepod-8 or H100:8, or --cpus instead"
-        required((options.accelerator or options.cpus, "--accelerator", kinds), the_command(job))
+        required((options.accelerator or options.cpus, "--accelerator", kinds), job=job)
         if options.accelerator is not None and options.cpus is not None:
             raise ConfigError("--accelerator: expected one, or --cpus instead, not both")
         check_files(job, "the machines are deleted in the end")
@@ -142,13 +142,14 @@ The same command while the job waits or runs follows that one.
         options, job = self.options, self.job
         recovery = {"max_restarts_on_errors": 0, "recover_on_exit_codes": list(_RECOVERED)}
         resources: dict[str, Any] = {"job_recovery": recovery}
-        for key in ("infra", "cpus", "disk_size"):
-            if (value := getattr(options, key)) is not None:
-                resources[key] = value
-        if options.accelerator is not None:
-            resources["accelerators"] = options.accelerator
-        if options.spot:
-            resources["use_spot"] = True
+        keys = {
+            "infra": "infra",
+            "cpus": "cpus",
+            "disk_size": "disk_size",
+            "accelerator": "accelerators",
+            "spot": "use_spot",
+        }
+        resources |= {key: value for option, key in keys.items() if (value := getattr(options, option))}
         several = options.nodes > 1
         if self._platform == "tpu":
             if several:

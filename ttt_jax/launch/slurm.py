@@ -10,7 +10,7 @@ from pathlib import Path
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch.commands import CommandError
 from ttt_jax.launch.job import Job, check_functions
-from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, required, the_command
+from ttt_jax.launch.lifecycle import PATIENT, Begin, State, Target, required
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
@@ -54,7 +54,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
     @staticmethod
     def check(options: argparse.Namespace, job: Job) -> None:
         """Raise ConfigError for what is missing; local paths are right here."""
-        required((options.gpus_per_node, "--gpus-per-node", "how many GPUs each node has"), the_command(job))
+        required((options.gpus_per_node, "--gpus-per-node", "how many GPUs each node has"), job=job)
         check_functions(job)
         if options.setup is not None and not options.setup.is_file():
             raise ConfigError(f"--setup {options.setup}: no such file")
@@ -122,12 +122,12 @@ it, after it has saved. The same command while the job is in the queue or runs f
     def stop(self, key: str) -> None:
         """Ask the job to save and to end; after a while, or by another Ctrl-C, end it without asking."""
         state = self.state(key)
-        stop_file = Path(state.log).with_suffix(".stop") if state.log else None
-        ended = state.status is not None
+        if state.status is not None:
+            return
+        stop_file, ended = Path(state.log).with_suffix(".stop"), False
         try:
-            if ", RUNNING" in state.text and stop_file is not None:
-                with contextlib.suppress(OSError):
-                    stop_file.touch()
+            if ", RUNNING" in state.text:
+                stop_file.touch()
                 self.commands.run(["scancel", "--signal=TERM", key], retry=PATIENT)
                 self.commands.note(f"{self.job.name}: job {key} saves and ends")
                 for _ in range(round(_GRACE / self.POLL)):
@@ -137,9 +137,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
         finally:
             if not ended:
                 self.commands.run(["scancel", key], retry=PATIENT, finish=True)
-            if stop_file is not None:
-                with contextlib.suppress(OSError):
-                    stop_file.unlink()
+            stop_file.unlink(missing_ok=True)
 
 
 def _state(number: str, name: str, code: int, log: str) -> State:

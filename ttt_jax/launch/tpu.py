@@ -16,7 +16,7 @@ from ttt_jax.launch import cloud_tpu
 from ttt_jax.launch.cloud_tpu import GoneError, QueuedResource
 from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, show
 from ttt_jax.launch.job import Job, check_files, extras
-from ttt_jax.launch.lifecycle import State, Target, check_one_host, required, the_command
+from ttt_jax.launch.lifecycle import State, Target, check_one_host, required
 from ttt_jax.launch.tpu_hosts import Host, Hosts, Verdict, verdict
 from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
@@ -77,7 +77,7 @@ runs shows its log again.
     def check(options: argparse.Namespace, job: Job) -> None:
         """Raise ConfigError for whatever would fail there, before anybody waits for a pod."""
         expected = "an accelerator type, such as v5litepod-16"
-        required((options.accelerator, "--accelerator", expected), the_command(job))
+        required((options.accelerator, "--accelerator", expected), job=job)
         accelerator = cloud_tpu.parse(options.accelerator)
         several = accelerator.several_hosts or options.slices > 1
         check_one_host(job, several)

@@ -104,14 +104,12 @@ class Hosts:
         """
         line = re.compile(r"^ttt-worker (\S+) (\S+) (\w+)(?: (\d+) (\d+))? *$", re.MULTILINE)
 
-        def ask(node: str) -> list[Host]:
-            printed = self._commands.output(self._ssh(node, "status"), retry=retry)
-            return [
-                Host(node, number, run, state, int(code) if code else None, int(when or 0))
-                for number, run, state, code, when in line.findall(printed)
-            ]
-
-        return [host for hosts in self._on_each(ask) for host in hosts]
+        printed = self._on_each(lambda node: (node, self._commands.output(self._ssh(node, "status"), retry=retry)))
+        return [
+            Host(node, number, run, state, int(code) if code else None, int(when or 0))
+            for node, text in printed
+            for number, run, state, code, when in line.findall(text)
+        ]
 
     def stop(self, seconds: int, verb: str = "stop") -> None:
         """End the command on all hosts: SIGTERM, upon which it saves, and SIGKILL after so many seconds."""
