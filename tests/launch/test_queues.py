@@ -1,6 +1,11 @@
-"""Test what is special about Slurm, GKE and SkyPilot: their options, logs and states."""
+"""Test what is special about Slurm, GKE and SkyPilot: their options, logs and states, and a real run on Slurm."""
 
 import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,11 @@ from ttt_jax.launch import lifecycle, sky, slurm, sources
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.training import metrics
 
 CONFIG = "configs/quickstart.py"
+TINY = """model.width=16 model.num_layers=1 model.num_heads=2 model.mlp_width=16 model.vocab_size=258 data.batch_size=2
+    data.sequence_length=32 mesh.data=2 training.duration=1000000steps checkpoint.every=1000000steps log.every=1step"""
 
 
 @pytest.mark.parametrize(
@@ -89,6 +97,40 @@ def test_slurm_accounting_knows_how_a_job_ended(stand_ins, monkeypatch, past, co
     for name in ("PATH", "STAND_IN"):
         monkeypatch.setenv(name, cluster.environment[name])
     assert slurm.Slurm(argparse.Namespace(), Job("a", (), ROOT), Commands()).state("7").status == expected
+
+
+@pytest.mark.slow
+def test_slurm_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_ctrl_c(stand_ins):
+    cluster = stand_ins("slurm")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    cluster.environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    cluster.executable, cluster.patience = sys.executable, 240
+    run = cluster.folder / "run"
+    values = [f"--config.{value}".replace("step", " step") for value in TINY.split()]
+    command = ["train", "--config", ROOT / "configs/quickstart.py", "--workdir", "run", *values]
+
+    def log(pattern):
+        text = "".join(path.read_text() for path in (run / "slurm").glob("*.log"))
+        return re.findall(pattern, text, re.DOTALL)
+
+    def goes_on():
+        going_on = log("going on at step ([0-9]+)")
+        return going_on and recorded_after(int(going_on[0]))
+
+    def recorded_after(step):
+        return any(record["step"] > step for record in metrics.read(run))
+
+    def limit():
+        subprocess.run([cluster.folder / "bin" / "limit", "101"], env=cluster.environment, check=True)
+
+    with cluster.meanwhile((lambda: recorded_after(0), limit), (goes_on, signal.SIGINT)):
+        status, _, err = cluster.ttt("launch", "slurm", "--gpus-per-node=2", "--", *command, cwd=cluster.folder)
+    assert status == INTERRUPTED, err
+    first, second = map(int, log("saved at step ([0-9]+) of"))
+    assert 0 < first < second
+    assert log("going on at step ([0-9]+)") == [str(first)]
+    assert (run / "checkpoints" / str(second)).is_dir()
+    assert log("on 2 x cpu of 2 processes")
 
 
 # ---- GKE

@@ -73,17 +73,13 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
 
 
 def test_several_slices(cloud):
-    status, _, err = cloud.launch(
-        "--slices", "2", machines=("--accelerator", "v5litepod-4", "--zone", "z", "--poll", "0.1")
-    )
+    status, _, err = cloud.launch("--slices", "2", "--accelerator", "v5litepod-4")
     assert status == 0, err
     (create,) = cloud.calls("create")
     assert {"--node-count=2", "--node-prefix=mine"} <= set(create)
     assert not any(argument.startswith("--node-id") for argument in create)
-    assert sorted((each["host"], each["argv"]) for each in cloud.started()) == [
-        ("mine-0/0", COMMAND),
-        ("mine-1/0", COMMAND),
-    ]
+    started = sorted((each["host"], each["argv"]) for each in cloud.started())
+    assert started == [("mine-0/0", COMMAND), ("mine-1/0", COMMAND)]
     assert sorted(verbs(cloud)[1:-1]) == sorted(["scp", "install", "start"] * 2)
 
 
@@ -188,7 +184,7 @@ def test_machines_that_are_kept_are_used_again(cloud):
 def test_a_job_on_other_machines_is_left_alone(cloud):
     cloud.plan("wait")
     assert cloud.launch("--detach")[0] == 0
-    status, _, err = cloud.launch(machines=("--accelerator", "v5litepod-4", "--zone", "us-west4-a"))
+    status, _, err = cloud.launch("--accelerator", "v5litepod-4")
     assert (status, verbs(cloud)) == (2, FRESH[:-1])
     assert "runs another command" in err
 
