@@ -21,8 +21,8 @@ def test_files_in_new_folders_are_accepted(tmp_path, monkeypatch):
     ("name", "message"),
     [
         (".", "is a folder; expected a file"),
-        ("file/x.csv", "{}/file is no folder that can be written to; expected one"),
-        ("locked/a/x.csv", "{}/locked is no folder that can be written to; expected one"),
+        ("file/x.csv", "{}/file is not a folder that can be written to; expected one"),
+        ("locked/a/x.csv", "{}/locked is not a folder that can be written to; expected one"),
     ],
 )
 def test_files_that_cannot_be_written_are_refused(tmp_path, monkeypatch, name, message):
@@ -42,4 +42,4 @@ def test_commands_check_files_before_they_compute(tmp_path, capsys):
     for verb, *more in (["eval", "--csv", f"{tmp_path}"], ["inspect"], ["probe needle", "--plot", f"{config}/x.svg"]):
         assert cli.main([*verb.split(), "--workdir", f"{config.parent}", *more]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.endswith(("is a folder; expected a file", "is no folder that can be written to; expected one"))
+        assert line.endswith(("is a folder; expected a file", "is not a folder that can be written to; expected one"))

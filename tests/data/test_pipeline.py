@@ -206,6 +206,22 @@ def test_a_token_outside_the_vocabulary_is_an_error_at_its_batch(worker_processe
     assert read == order.index(7)
 
 
+def test_a_feed_reads_one_batch_ahead():
+    def batches():
+        yield {"x": 1}
+        yield {"x": 2}
+        raise DataError("the third cannot be read")
+
+    feed = pipeline.Feed(batches())
+    assert feed.problem is None
+    assert feed.take() == {"x": 1}
+    assert feed.problem is None
+    assert feed.take() == {"x": 2}  # it knows that there is no third batch
+    assert str(feed.problem) == "the third cannot be read"
+    with pytest.raises(AssertionError):
+        feed.take()
+
+
 def test_a_source_shorter_than_a_window_is_refused():
     empty = TokenSource("some/train", np.zeros(3, np.uint16), vocab_size=10, bos=None)
     with pytest.raises(DataError, match="some/train: 3 tokens do not fill a window of 3 and one more"):

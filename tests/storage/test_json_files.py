@@ -95,8 +95,8 @@ def test_lines_that_are_left_out_are_named(tmp_path, capsys):
         2: "is empty",
         3: "holds NUL bytes only",
         5: "repeats a line before it",
-        6: "is damaged: it is no JSON object",
-        7: "is no record: it has no step",
+        6: "is damaged: it is not a JSON object",
+        7: "is not a record: it has no step",
     }
     json_files.read_lines(path)
     warning = f"{path}, line 2: is empty, and 4 more lines; left out, all other records are used\n"

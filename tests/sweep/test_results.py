@@ -113,7 +113,7 @@ def test_a_point_json_of_something_else_is_passed_over(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     for key, value in {"status": "x", "steps": "3", "state": None, "said": 4, "began": [], "ended": False}.items():
         assert read(**{key: value}) is None
-    assert capsys.readouterr().err == f"{tmp_path}/point.json: is no record of a point of a sweep; passed over\n"
+    assert capsys.readouterr().err == f"{tmp_path}/point.json: is not a record of a point of a sweep; passed over\n"
 
 
 def test_the_newest_of_many_records_are_read(tmp_path):

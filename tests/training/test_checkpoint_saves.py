@@ -146,7 +146,7 @@ def test_a_workdir_without_room_for_a_checkpoint_folder_is_refused(tmp_path, kin
     folder = tmp_path / "checkpoints"
     checkpoint.check_folder(tmp_path)
     folder.write_text("") if kind == "file" else folder.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=f"^--workdir {tmp_path}: {folder} is no folder that can be written to"):
+    with pytest.raises(ConfigError, match=f"^--workdir {tmp_path}: {folder} is not a folder that can be written to"):
         checkpoint.check_folder(tmp_path)
 
 

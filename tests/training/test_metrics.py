@@ -9,6 +9,7 @@ import types
 import pytest
 
 from ttt_jax.config import ConfigError
+from ttt_jax.storage import workdir
 from ttt_jax.training import metrics
 
 
@@ -55,6 +56,15 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, options, extra):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=extra):
         metrics.MetricsWriter(tmp_path, 0, **options)
+
+
+def test_tensorboard_needs_a_local_workdir(tmp_path):
+    metrics.check_destinations(tmp_path, tensorboard=True)
+    metrics.check_destinations(workdir.at("gs://bucket/run"), tensorboard=False)
+    with pytest.raises(
+        ConfigError, match=r"log\.tensorboard=true: needs a local workdir, not gs://bucket/run; expected"
+    ):
+        metrics.check_destinations(workdir.at("gs://bucket/run"), tensorboard=True)
 
 
 def test_a_refusal_by_wandb_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):

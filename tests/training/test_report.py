@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ttt_jax.data.pipeline import Feed
-from ttt_jax.errors import DataError, NonFiniteLossError
+from ttt_jax.errors import NonFiniteLossError
 from ttt_jax.storage import json_files
 from ttt_jax.training import report
 
@@ -123,22 +122,6 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_a_run(clock, values, fatal):
     else:
         with pytest.raises(NonFiniteLossError, match=fatal):
             reporter.flush()
-
-
-def test_a_feed_reads_one_batch_ahead():
-    def batches():
-        yield {"x": 1}
-        yield {"x": 2}
-        raise DataError("the third cannot be read")
-
-    feed = Feed(batches())
-    assert feed.problem is None
-    assert feed.take() == {"x": 1}
-    assert feed.problem is None
-    assert feed.take() == {"x": 2}  # it knows that there is no third batch
-    assert str(feed.problem) == "the third cannot be read"
-    with pytest.raises(AssertionError):
-        feed.take()
 
 
 def test_the_last_step_has_a_record_where_the_interval_does_not_divide_the_run(tmp_path, clock):

@@ -59,4 +59,4 @@ def check_folder(folder: Path, what: str) -> None:
     """Raise ConfigError where a folder cannot be made, or cannot be written to."""
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"{what}: {existing} is no folder that can be written to; expected one")
+        raise ConfigError(f"{what}: {existing} is not a folder that can be written to; expected one")

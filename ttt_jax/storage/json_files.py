@@ -189,7 +189,7 @@ def _record(line: bytes) -> tuple[dict[str, Any] | None, str]:
     except (ValueError, RecursionError):
         return None, "is damaged: it is not JSON"
     if not isinstance(record, dict):
-        return None, "is damaged: it is no JSON object"
+        return None, "is damaged: it is not a JSON object"
     last = _LAST_KEY.search(line)
     matches = last is not None and zlib.crc32(line[: last.start()] + b"}") == int(last[2])
     # A checksum that matches under another key shows that a bit of the key itself has flipped.
@@ -198,7 +198,7 @@ def _record(line: bytes) -> tuple[dict[str, Any] | None, str]:
     record.pop("crc", None)
     step = record.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        return None, "is no record: it has no step"
+        return None, "is not a record: it has no step"
     return {key: math.nan if value is None else value for key, value in record.items()}, ""
 
 

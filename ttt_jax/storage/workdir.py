@@ -58,7 +58,7 @@ def make(workdir: Workdir) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ConfigError(f"--workdir {workdir}: {error.filename} is no folder; expected one") from error
+            raise ConfigError(f"--workdir {workdir}: {error.filename} is not a folder; expected one") from error
         return
     trial = workdir / f".trial-{uuid.uuid4().hex}"
     try:

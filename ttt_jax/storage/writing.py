@@ -35,7 +35,7 @@ def write_atomically(path: Workdir, content: str | bytes) -> None:
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file that the user named, and its folders: as a whole, but in place where it is no regular file.
+    """Write a file that the user named, and its folders: as a whole, but in place where it is not a regular file.
 
     So ``/dev/stdout`` and named pipes may be given, and a link keeps pointing at its file.
     """

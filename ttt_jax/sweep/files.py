@@ -141,7 +141,7 @@ def read_record(workdir: Workdir) -> Record | None:
     has_kinds = all(isinstance(x, kinds[key]) and not isinstance(x, bool) for key, x in found.items())
     if {"state", "steps"} <= found.keys() and has_kinds:
         return Record(**found)
-    json_files.warn_once(f"{workdir / POINT}: is no record of a point of a sweep; passed over")
+    json_files.warn_once(f"{workdir / POINT}: is not a record of a point of a sweep; passed over")
     return None
 
 

@@ -43,7 +43,9 @@ def check_folder(workdir: Workdir) -> None:
     """Raise :class:`ConfigError` where no checkpoint can ever be saved in a local workdir."""
     folder = workdir / "checkpoints"
     if is_local(folder) and os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise ConfigError(f"--workdir {workdir}: {folder} is no folder that can be written to; expected one, or none")
+        raise ConfigError(
+            f"--workdir {workdir}: {folder} is not a folder that can be written to; expected one, or none"
+        )
 
 
 class Checkpoints:
