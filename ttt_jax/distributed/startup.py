@@ -120,39 +120,6 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def _cluster() -> str | None:
-    """Return whether the environment names other processes surely, or perhaps: on a TPU host, by its metadata."""
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
-        return _SURELY
-    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
-        return _SURELY
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return None
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
-        return _SURELY
-    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    if chips and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ:
-        return _PERHAPS
-    return None
-
-
-def _number(variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if text is None:
-        return None
-    if not text.strip().isdecimal():
-        raise ConfigError(f"{variable}={text!r}: expected a whole number")
-    return int(text)
-
-
-def _check(coordinator: str, processes: int, process: int) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(f"--coordinator {coordinator}: expected host:port")
-    if not 0 <= process < processes:
-        raise ConfigError(f"--process {process}: expected a number from 0 to below --processes, {processes}")
-
-
 class Watchdog:
     """A thread that ends the process with status 75 when :meth:`heard` has not been called for too long.
 
@@ -199,3 +166,36 @@ class Watchdog:
                 print(f"\n{self._complaint(passed)}", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(RESTART)
+
+
+def _cluster() -> str | None:
+    """Return whether the environment names other processes surely, or perhaps: on a TPU host, by its metadata."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+        return _SURELY
+    if "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+        return _SURELY
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return _SURELY
+    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if chips and importlib.util.find_spec("libtpu") is not None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        return _PERHAPS
+    return None
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{variable}={text!r}: expected a whole number")
+    return int(text)
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator {coordinator}: expected host:port")
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process {process}: expected a number from 0 to below --processes, {processes}")
