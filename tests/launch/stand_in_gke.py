@@ -13,9 +13,8 @@ from pathlib import Path
 from stand_in import HERE, attempts, end, fail, follow, forget, job, options_of, run_all, submit
 
 HOSTS = 2
-# xpk/core/docker_container.py, with a shorter sleep
+# xpk/core/docker_container.py, with a shorter sleep and without its messages
 SCRIPT = """
-echo XPK Start: $(date);
 _sigterm() (kill -SIGTERM $! 2>/dev/null;);
 trap _sigterm SIGTERM;
 ({command}) & PID=$!;
@@ -23,10 +22,7 @@ while kill -0 $PID 2>/dev/null;
     do sleep 0.1;
 done;
 wait $PID;
-EXIT_CODE=$?;
-echo XPK End: $(date);
-echo EXIT_CODE=$EXIT_CODE;
-exit $EXIT_CODE
+exit $?
 """
 
 

@@ -145,14 +145,16 @@ class StandIns:
         """Return exit status, standard output and standard error of ``ttt ARGUMENTS``, run in this process."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.ExitStack() as stack:
-            for each in (contextlib.chdir(cwd), mock.patch.dict(os.environ, self.environment)):
+            for each in (
+                contextlib.chdir(cwd),
+                mock.patch.dict(os.environ, self.environment),
+                mock.patch("sys.executable", self.executable),
+                *(mock.patch(f"ttt_jax.launch.{name}", value) for name, value in PATCHES.items()),
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
                 stack.enter_context(each)
-            for name, value in PATCHES.items():
-                stack.enter_context(mock.patch(f"ttt_jax.launch.{name}", value))
-            for each in (mock.patch("sys.executable", self.executable), contextlib.redirect_stdout(out)):
-                stack.enter_context(each)
-            with contextlib.redirect_stderr(err):
-                return cli.main([*map(str, arguments)]), out.getvalue(), err.getvalue()
+            return cli.main([*map(str, arguments)]), out.getvalue(), err.getvalue()
 
     def launch(self, *options, machines=None, command=(), workdir=None, meanwhile=()) -> tuple[int, str, str]:
         """Launch a training run, with steps of :meth:`meanwhile`; return what :meth:`ttt` does."""

@@ -18,7 +18,6 @@ from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 from ttt_jax.training import metrics
 
-CONFIG = "configs/quickstart.py"
 TINY = """model.width=16 model.num_layers=1 model.num_heads=2 model.mlp_width=16 model.vocab_size=258 data.batch_size=2
     data.sequence_length=32 mesh.data=2 training.duration=1000000steps checkpoint.every=1000000steps log.every=1step"""
 
@@ -56,7 +55,7 @@ def test_slurm_gets_all_options(stand_ins):
         *("--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"),
         *("--partition=gpu", "--time=8:00:00", "--cpus-per-task=7", "--exclusive"),
         *(str(ROOT / "launch/slurm.sbatch"), prefix, "3", "", cluster.executable, "-m", "ttt_jax", "train"),
-        *("--config", str(ROOT / CONFIG), "--workdir", str(workdir), "--config.data.batch_size=8"),
+        *("--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir), "--config.data.batch_size=8"),
     ]
     assert out.count(": 0\n") == 4
     submitted = cluster.kept("jobs")["101"]["options"]

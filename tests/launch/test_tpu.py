@@ -10,12 +10,11 @@ from ttt_jax.config import ConfigError
 from ttt_jax.launch import cloud_tpu, sources, tpu
 from ttt_jax.launch.tpu_hosts import Host, verdict
 
-slow = pytest.mark.slow
 FRESH = ["create", "scp", "install", "start", "delete"]
 COMMAND = "train --config configs/quickstart.py --workdir gs://bucket/runs/a --config.data.batch_size=8".split()
 
 
-@pytest.fixture(params=[pytest.param("tpu", marks=slow)])
+@pytest.fixture(params=[pytest.param("tpu", marks=pytest.mark.slow)])
 def cloud(stand_ins, request):
     return stand_ins(request.param)
 

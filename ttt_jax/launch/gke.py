@@ -79,9 +79,8 @@ workload waits or runs follows that one.
         jobset, name = self._jobset(), self.job.name
         if jobset is None:
             return None
-        conditions = _conditions(jobset)
         mark = _variable(jobset, _MARK)
-        if mark is None or not conditions.keys() & {"Completed", "Failed"}:
+        if mark is None or not _conditions(jobset).keys() & {"Completed", "Failed"}:
             self.check_ours(f"the workload {name}", mark)
             return name
         return None

@@ -174,9 +174,8 @@ def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not
     for place in places:
         problem, in_bucket = "", place.value.startswith("gs://")
         path = Path(os.path.relpath(place.value, checkout))
-        is_sent = not re.search("://|::", place.value) and any(
-            f.is_relative_to(path) or f.match(str(path)) for f in sent
-        )
+        is_url = re.search("://|::", place.value)
+        is_sent = not is_url and any(file.is_relative_to(path) or file.match(str(path)) for file in sent)
         if place.use != "read":
             if why_not_written and (place.use == "written here" or not in_bucket):
                 expected = "gs://bucket/name" if place.use == "written" else "a command without it"
