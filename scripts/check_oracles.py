@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compare this package with numbers computed by the TTT and LaCT authors' own code.
+"""Compare this package with numbers computed by the TTT and LaCT authors' own code, and by transformers.
 
-    python scripts/check_oracles.py tests/oracles tests/oracles/lact
+    python scripts/check_oracles.py tests/oracles tests/oracles/lact tests/oracles/baselines
 
 Reads every .npz of the oracle format in the given folders, prints one line per file with the largest error of each
 kind, and exits 1 if an error exceeds its tolerance or if there was nothing to compare.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.interop import lact_oracles, oracles
+from ttt_jax.interop import lact_oracles, llama, oracles
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         for path in sorted(folder.glob("*.npz")):
             try:
-                report = oracles.check(path) or lact_oracles.check(path)
+                report = oracles.check(path) or lact_oracles.check(path) or llama.check(path)
             except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
                 print(f"FAIL  {path.name}: {error}", flush=True)
                 failed += 1

@@ -52,6 +52,15 @@ def test_a_config_with_old_keys_keeps_its_meaning(value, tmp_path):
     assert renamed.current(expected(value).to_dict()) == expected(value).to_dict()
 
 
+def test_a_section_whose_keys_have_all_moved_is_gone():
+    before = config_lib.default().to_dict()
+    del before["model"]["attention"]
+    before["model"]["sliding"] = {"window": 77}
+    expected = config_lib.default()
+    expected.model.attention.window = 77
+    assert renamed.current(before) == expected.to_dict()
+
+
 def test_keys_that_did_not_exist_get_their_defaults(tmp_path):
     before = as_before(True)
     del before["model"]["ttt"]["norm_residual"], before["optimizer"]["spike_factor"], before["log"]

@@ -27,6 +27,15 @@ def test_pairs_rotate_like_complex_numbers(theta):
     np.testing.assert_allclose(actual[:, :3], expected[:, :3], rtol=0, atol=1e-5)
 
 
+def test_half_split_pairs_are_interleaved_ones_in_another_order(assert_close):
+    x, g = (jnp.asarray(np.random.default_rng(i).standard_normal(X.shape), jnp.float32) for i in range(2))
+    halves = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])  # of interleaved features
+    actual, pull = jax.vjp(lambda x: rope.rotate(x, POSITIONS, 500.0, "half_split"), x[..., halves])
+    expected, expected_pull = jax.vjp(lambda x: rope.rotate(x, POSITIONS, 500.0), x)
+    assert_close(actual, expected[..., halves], 1e-6)
+    assert_close(pull(g[..., halves])[0], expected_pull(g)[0][..., halves], 1e-6)
+
+
 def test_rows_may_have_different_positions(assert_close):
     positions = np.stack([POSITIONS, POSITIONS[::-1]])
     x = jnp.asarray(X, jnp.float32)

@@ -17,9 +17,10 @@ from ttt_jax.mixers import MIXERS
 ROWS, WIDTH, HEADS = 3, 8, 2
 PIECE = 6  # tokens
 TOKENS = 2 * PIECE
-SECTIONS = {"ttt": {"mini_batch": 4}, "sliding": {"window": 3}}  # a piece holds more than one mini-batch or window
+SECTIONS = {"ttt": {"mini_batch": 4}, "attention": {"window": 3}}  # a piece holds more than one mini-batch or window
 CASES = {
     **{name: (name, {}) for name in MIXERS},
+    **{f"{name}-grouped": (name, {"num_kv_heads": 1, "qk_norm": True}) for name in ("attention", "sliding")},
     **{f"{name}-transformer": (name, {"backbone": "transformer"}) for name in ("ttt_linear", "ttt_mlp")},
     **{f"ttt-{point}": ("ttt", choices) for point, choices in POINTS.items()},
 }

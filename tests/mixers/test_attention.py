@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
+from ttt_jax.errors import ConfigError
 from ttt_jax.layers import rope
 from ttt_jax.layers.context import places
 from ttt_jax.mixers.attention import (
@@ -26,6 +27,7 @@ from ttt_jax.ttt import operations
 def numpy_attention(q, k, v, visible):
     """Return softmax attention to what is visible, [B, T, S]; rows that see nothing are zero."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (x.repeat(q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max()) * visible[:, None]
     return np.einsum("bhts,bshd->bthd", weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300), v)
@@ -37,10 +39,13 @@ def seen(tokens, window=None):
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5])
-@pytest.mark.parametrize(("tokens", "block"), [(11, 4), (8, 4), (3, 4), (17, 1)])
-def test_attention_in_blocks_matches_the_softmax(quick_jit, assert_close, tokens, block, window):
+@pytest.mark.parametrize(
+    ("tokens", "block", "groups"), [(11, 4, 4), (8, 4, 4), (3, 4, 4), (17, 1, 4), (11, 4, 2), (8, 4, 1)]
+)
+def test_attention_in_blocks_matches_the_softmax(quick_jit, assert_close, tokens, block, groups, window):
     """Check numbers of tokens that are no multiple of the block, a multiple, and fewer; and more than 16 blocks."""
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, tokens, 4, 6)).astype(np.float32)
+    k, v = k[:, :, :groups], v[:, :, :groups]
     actual = quick_jit(causal_attention, static_argnames=("window", "block"))(q, k, v, window=window, block=block)
     assert_close(actual, numpy_attention(q, k, v, seen(tokens, window)), 1e-6)
 
@@ -58,13 +63,14 @@ def test_only_keys_within_the_window_are_computed():
     assert operations.products(program.jaxpr) == 2 * (2 * 8) * (2 * 2 + 15 * 2 * 4)
 
 
-@pytest.mark.parametrize(("window", "block"), [(None, 256), (None, 3), (2, 256), (2, 3)])
-def test_kept_and_new_keys_share_one_softmax(quick_jit, assert_close, window, block):
+@pytest.mark.parametrize(("window", "block", "groups"), [(None, 256, 4), (None, 3, 2), (2, 256, 1), (2, 3, 4)])
+def test_kept_and_new_keys_share_one_softmax(quick_jit, assert_close, window, block, groups):
     """Check that queries see the keys of their document up to their own position; padding sees nothing and gives 0."""
     rng = np.random.default_rng(0)
     tokens, slots = 7, 5
-    q, k, v = rng.standard_normal((3, 2, tokens, 3, 6)).astype(np.float32)
-    kept_k, kept_v = 10 * rng.standard_normal((2, 2, slots, 3, 6)).astype(np.float32)
+    q = rng.standard_normal((2, tokens, 4, 6)).astype(np.float32)
+    k, v = rng.standard_normal((2, 2, tokens, groups, 6)).astype(np.float32)
+    kept_k, kept_v = 10 * rng.standard_normal((2, 2, slots, groups, 6)).astype(np.float32)
     # The ring holds positions 3 to 7 of document 0, and in the second row those up to 1.
     kept = Keys(
         kept_k, kept_v, np.array([[5, 6, 7, 3, 4], [0, 1, -3, -2, -1]]), np.array([[0] * 5, [0, 0, -1, -1, -1]])
@@ -103,6 +109,41 @@ def test_layer_attends_with_absolute_positions(random_params, assert_close):
     params = random_params(module, x)
     q, k, v = ((x @ params[name]["kernel"]).reshape(2, 5, 2, 4) for name in ("wq", "wk", "wv"))
     y = numpy_attention(*(rope.rotate(a, jnp.arange(5), 100.0) for a in (q, k)), v, seen(5)).reshape(2, 5, 8)
+    assert_close(module.apply({"params": params}, x)[0], y @ params["wo"]["kernel"])
+
+
+def test_queries_of_a_group_share_its_head_of_values():
+    v = np.broadcast_to(np.float32([1, 2])[:, None], (1, 3, 2, 4))
+    y = causal_attention(np.zeros((1, 3, 4, 4), np.float32), np.zeros_like(v), v)
+    np.testing.assert_array_equal(y[0, :, :, 0], [[1, 1, 2, 2]] * 3)
+
+
+def test_heads_of_keys_divide_the_heads_and_are_divided_by_the_mesh():
+    config = config_lib.default()
+    config.model.update(mixer="sliding*2 + attention", num_heads=6, width=24, num_layers=3)
+    config.model.attention.num_kv_heads = 4
+    with pytest.raises(ConfigError, match=r"^model.attention.num_kv_heads=4: does not divide model.num_heads=6; expe"):
+        config_lib.validate(config)
+    config.model.attention.num_kv_heads = 3
+    config.mesh.tensor = 2
+    with pytest.raises(ConfigError, match=r"^mesh.tensor=2: does not divide the 3 heads of keys of sliding; expected"):
+        config_lib.mesh_shape(config, 2)
+    config.mesh.tensor = 3
+    assert config_lib.mesh_shape(config, 3)["tensor"] == 3
+
+
+def test_normalised_queries_and_keys_have_a_scale_for_each_feature_of_a_head(random_params, assert_close):
+    module = Attention(num_heads=4, dtype=jnp.float32, num_kv_heads=2, qk_norm=True, rope_pairs="half_split")
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
+    params = random_params(module, x)
+    assert params["q_norm"]["scale"].shape == params["k_norm"]["scale"].shape == (4,)
+    q, k, v = ((x @ params[name]["kernel"]).reshape(2, 5, -1, 4) for name in ("wq", "wk", "wv"))
+    normed = (
+        a / np.sqrt((a.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * params[name]["scale"]
+        for a, name in ((q, "q_norm"), (k, "k_norm"))
+    )
+    rotated = (rope.rotate(a.astype(np.float32), jnp.arange(5), 10000.0, "half_split") for a in normed)
+    y = numpy_attention(*rotated, v, seen(5)).reshape(2, 5, 16)
     assert_close(module.apply({"params": params}, x)[0], y @ params["wo"]["kernel"])
 
 
@@ -172,6 +213,8 @@ def test_each_document_may_be_as_long_as_the_cache(random_params, quick_jit, ass
 @pytest.mark.parametrize(("length", "window"), [(1, 4), (4, 4), (5, 4), (11, 4)])
 def test_operations_count_the_keys_that_a_token_sees(length, window):
     c = config_lib.default().model
-    c.sliding.window = window
+    c.attention.window = window
     products = MIXERS["sliding"].operations(c, length) - 8 * c.width**2
+    c.attention.num_kv_heads = c.num_heads // 4
+    assert MIXERS["sliding"].operations(c, length) == pytest.approx(products + (4 + 1) * c.width**2)
     assert products == pytest.approx(4 * c.width * np.mean([min(t, window) for t in range(1, length + 1)]))

@@ -12,11 +12,11 @@ from ttt_jax.config.arguments import split_arguments as split_arguments
 from ttt_jax.config.files import from_dict as from_dict
 from ttt_jax.config.files import from_json as from_json
 from ttt_jax.config.sections import GENERATED as GENERATED
-from ttt_jax.config.sections import mesh_shape as mesh_shape
 from ttt_jax.config.sections import profiled_steps as profiled_steps
 from ttt_jax.config.tree import changes_results as changes_results
 from ttt_jax.config.tree import default as default
 from ttt_jax.config.tree import may_change as may_change
+from ttt_jax.config.tree import mesh_shape as mesh_shape
 from ttt_jax.config.tree import own_functions as own_functions
 from ttt_jax.config.tree import settings as settings
 from ttt_jax.config.tree import steps as steps

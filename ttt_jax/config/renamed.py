@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ttt_jax.config import tree
-from ttt_jax.settings import value_of
 
 # For each old key, a function from its value to the new keys and values that mean the same.
 RENAMED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "model.sliding.window": lambda value: {"model.attention.window": value},
     "model.ttt.norm_residual": lambda value: {
         "model.ttt.output": "residual_norm" if value else "none",
         "model.ttt.bias": value,
@@ -31,8 +31,13 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     for key, meaning in RENAMED.items():
         section, name = _holder(config, key)
         if section is not None and name in section:
-            for new, value in meaning(section.pop(name)).items():
-                section_of_new, name_of_new = _holder(config, new)
+            value_of_old = section.pop(name)
+            if not section:
+                parent, last = _holder(config, key.rpartition(".")[0])
+                assert parent is not None
+                del parent[last]  # a section that had no other key; where it has new ones, they get their defaults
+            for new, value in meaning(value_of_old).items():
+                section_of_new, name_of_new = _holder(config, new, make=True)
                 if section_of_new is not None:
                     section_of_new.setdefault(name_of_new, value)
     return _filled(config, tree.default().to_dict())
@@ -78,11 +83,16 @@ def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _holder(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the section that holds a key, None where JSON of another shape has none, and the key's last part."""
-    section, _, name = key.rpartition(".")
-    try:
-        found = value_of(config, section) if section else config
-    except (KeyError, TypeError):
-        found = None
+def _holder(config: dict[str, Any], key: str, make: bool = False) -> tuple[dict[str, Any] | None, str]:
+    """Return the section that holds a key, None where JSON of another shape has none, and the key's last part.
+
+    Args:
+      make: whether to make sections that do not exist.
+    """
+    *sections, name = key.split(".")
+    found: Any = config
+    for section in sections:
+        if not isinstance(found, dict):
+            break
+        found = found.setdefault(section, {}) if make else found.get(section)
     return (found if isinstance(found, dict) else None), name

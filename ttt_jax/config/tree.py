@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from ttt_jax import import_path
 from ttt_jax import settings as settings_lib
+from ttt_jax.config import sections
 from ttt_jax.config.sections import SECTIONS
 from ttt_jax.errors import ConfigError
 from ttt_jax.settings import Duration, Setting, value_of
@@ -106,6 +107,22 @@ def own_functions(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Return the import paths of the user's own functions, by the keys whose values they are."""
     values = {key: value_of(config, key) for key, each in settings().items() if each.takes_function}
     return {key: value for key, value in values.items() if value is not None and import_path.is_import_path(value)}
+
+
+def mesh_shape(config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """Return the number of devices along each axis of the mesh, with -1 resolved.
+
+    Raises:
+      ConfigError: where the mesh does not fit the number of devices, or heads or batch do not fit the mesh.
+    """
+    shape = sections.mesh_shape(config, devices)
+    for kind in _pattern().kinds(config.model):
+        if (heads := _mixers()[kind.model.mixer].heads(kind.model)) % shape["tensor"]:
+            raise ConfigError(
+                f"mesh.tensor={shape['tensor']}: does not divide the {heads} heads of keys of {kind.text}; "
+                "expected a divisor"
+            )
+    return shape
 
 
 def steps(config: ml_collections.ConfigDict, key: str) -> int:

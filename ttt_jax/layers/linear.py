@@ -48,9 +48,15 @@ class Projection(nn.Module):
         return project(x, kernel, self.axes, self.dtype)
 
 
-def to_heads(x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float, name: str) -> jax.Array:
-    """Project x [B, T, D] to [B, T, H, d] by a submodule ``name`` of the module that calls this."""
-    y = Projection(x.shape[-1], ("embed", "heads"), dtype, init_stddev, name=name)(x)
+def to_heads(
+    x: jax.Array, num_heads: int, dtype: jnp.dtype, init_stddev: float, name: str, features: int | None = None
+) -> jax.Array:
+    """Project x [B, T, D] to [B, T, H, d] by a submodule ``name`` of the module that calls this.
+
+    Args:
+      features: H d; D where it is None.
+    """
+    y = Projection(features or x.shape[-1], ("embed", "heads"), dtype, init_stddev, name=name)(x)
     return y.reshape(*x.shape[:2], num_heads, -1)
 
 

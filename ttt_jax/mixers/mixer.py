@@ -78,6 +78,7 @@ class Mixer:
       section: the name of the section of ``model`` that holds the mixer's own keys; None where it has none.
       settings: the dataclass of the section (:mod:`ttt_jax.settings`).
       check: raises ``ConfigError`` for values that do not go together.
+      heads: returns the number of heads of keys, which the axis ``tensor`` of a mesh has to divide.
       pre_conv: returns whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
       inner_loop: returns the inner loop of a mixer that learns at test time; None for other mixers.
       computed: returns how the mixer is computed on the devices of the present mesh, and why; empty where there is no
@@ -92,6 +93,7 @@ class Mixer:
     section: str | None = None
     settings: type | None = None
     check: Callable[[Model], None] = lambda model: None
+    heads: Callable[[Model], int] = lambda model: model.num_heads
     pre_conv: Callable[[Model], bool] = lambda model: False
     inner_loop: Callable[[Model], InnerLoop] | None = None
     computed: Callable[[Model], str] = lambda model: ""

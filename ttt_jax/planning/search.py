@@ -131,8 +131,10 @@ def guesses(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> list[G
 
 def _choices(config: ml_collections.ConfigDict, devices: int) -> Iterator[Choice]:
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    kinds = pattern.kinds(config.model)
+    heads = {config.model.num_heads, *(MIXERS[kind.model.mixer].heads(kind.model) for kind in kinds)}
     for fsdp in divisors:
-        for tensor in (n for n in divisors if devices // fsdp % n == 0 and config.model.num_heads % n == 0):
+        for tensor in (n for n in divisors if devices // fsdp % n == 0 and all(each % n == 0 for each in heads)):
             rows = devices // tensor
             for accumulation in (2**i for i in range(8)):
                 if config.data.batch_size % (rows * accumulation) == 0:
