@@ -1,4 +1,4 @@
-"""Provide a folder in memory."""
+"""Provide folders in memory."""
 
 import os
 import tempfile
@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
-def memory_path(tmp_path):
-    """Return a folder like ``tmp_path``, in memory where possible.
+@pytest.fixture(scope="module")
+def new_folder():
+    """Return ``new_folder()``, which makes a folder, in memory where possible.
 
     TensorStore waits for the disk at every write, and a run that saves after every unit writes a lot.
     """
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as parent:
+        yield lambda: Path(tempfile.mkdtemp(dir=parent))
+
+
+@pytest.fixture
+def memory_path(new_folder):
+    """Return a folder like ``tmp_path``, in memory where possible."""
+    return new_folder()

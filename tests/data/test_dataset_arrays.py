@@ -17,11 +17,6 @@ from ttt_jax.storage.store import Store
 SHARD, CHUNK = 64, 16
 
 
-@pytest.fixture(scope="module")
-def new_folder(tmp_path_factory):
-    return lambda: tmp_path_factory.mktemp("array")
-
-
 def values(length, dtype="uint16", seed=0):
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, length, dtype, endpoint=True)
 
@@ -76,7 +71,7 @@ def test_zeros_are_stored(tmp_path):
     stops=st.sets(st.integers(0, 8)),
     lost=st.integers(0, 200),
 )
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=25)
 def test_a_writer_that_was_stopped_anywhere_writes_the_same_bytes(new_folder, pieces, stops, lost):
     """Check a writer that is stopped after values beyond its last save, which are written again."""
     array = values(sum(pieces))

@@ -1,20 +1,26 @@
 """Write and read datasets under gs://, with a local stand-in for Google's server (fake_gcs.py).
 
-TensorStore looks for credentials once in a process, so every test runs in processes of its own.
+TensorStore looks for credentials once in a process, so every test reads and writes buckets in processes of its own.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import tensorstore as ts
 from fake_gcs import FakeGCS, files_in, printed
+
+from ttt_jax.data.prepare import listing, tokenize, tokenizer
+from ttt_jax.data.prepare.tokenize_units import Job
+from ttt_jax.storage.store import Store
 
 AUTHORS = Path(__file__).parents[1] / "oracles" / "e2e"
 BOS, EOS = 256, 257
@@ -34,30 +40,32 @@ work = tokenize_units.Job(tokenizer.byte(), 256, 257, validation_fraction=float(
 tokenize.tokenize(listing.find("train", [source]), work, Store(output), here, skip_problems=True,
                   unit_bytes=int(unit), shard=int(shard), chunk=int(chunk), save_seconds=0)
 """
+# Each argument names a folder, an array in it, and the first and the last entry to read.
 READ = """
 import json, sys
 from ttt_jax import errors
 from ttt_jax.data import dataset
 from ttt_jax.storage import store
-try:
-    folder = store.Store(sys.argv[1])
-    found = dataset.open_split(folder, dataset.read_description(folder), "train")
-    arrays = dict(zip(["tokens", "documents"], found))
-    for where in sys.argv[2:]:
-        name, start, stop = where.split(":")
-        values = arrays[name][int(start) : int(stop)]
-        print(json.dumps([name, len(arrays[name]), str(values.dtype), values.tolist()]))
-except errors.DataError as error:
-    print(error)
+for argument in sys.argv[1:]:
+    location, name, start, stop = argument.split(" ")
+    try:
+        folder = store.Store(location)
+        found = dataset.open_split(folder, dataset.read_description(folder), "train")
+        array = dict(zip(["tokens", "documents"], found))[name]
+        print(json.dumps([len(array), str(array.dtype), array[int(start) : int(stop)].tolist()]))
+    except errors.DataError as error:
+        print(error)
 """
+# Each argument names a folder.
 LOAD = """
 import json, sys
 from ttt_jax.data import named_sources
-for split in ("train", "validation"):
-    source = named_sources.load(sys.argv[1], split, vocab_size=1000)
-    windows = [source.window(i, 300) for i in range(source.windows(300))]
-    row = [token for window in windows for token in window["inputs"].tolist()]
-    print(json.dumps([source.name, source.vocab_size, source.bos, len(source.tokens), row, source.fingerprint()]))
+for folder in sys.argv[1:]:
+    for split in ("train", "validation"):
+        source = named_sources.load(folder, split, vocab_size=1000)
+        windows = [source.window(i, 300) for i in range(source.windows(300))]
+        row = [token for window in windows for token in window["inputs"].tolist()]
+        print(json.dumps([source.name, source.vocab_size, source.bos, len(source.tokens), row, source.fingerprint()]))
 """
 
 
@@ -83,9 +91,8 @@ def jsonl(path: Path, texts: list[str], broken: int = 0) -> Path:
 def made(tmp_path_factory):
     """Return a local dataset of several shards, and its tokens."""
     folder, texts = tmp_path_factory.mktemp("made"), documents(220)
-    source = jsonl(folder / "source.jsonl", texts)
-    with FakeGCS() as server:
-        printed(server.start("-c", TOKENIZE, source, folder / "dataset", 0, 1 << 20, SHARD, CHUNK))
+    files, job = listing.find("train", [str(jsonl(folder / "source.jsonl", texts))]), Job(tokenizer.byte(), BOS, EOS)
+    tokenize.tokenize(files, job, Store(folder / "dataset"), corpus.in_this_process, shard=SHARD, chunk=CHUNK)
     tokens = [token for text in texts for token in (BOS, *text.encode(), EOS)]
     assert 2 * SHARD + 900 < len(tokens) < 3 * SHARD
     return folder / "dataset", tokens
@@ -178,10 +185,10 @@ def test_failed_requests_are_sent_again(gcs, tmp_path, made, times):
 
     gcs.fault, gcs.lost = fault, lost
     options = [0, 1 << 20, 4096, 512]
-    reading = gcs.start("-c", READ, "gs://bucket/made", f"tokens:{SHARD}:{SHARD + 5}")
+    reading = gcs.start("-c", READ, f"gs://bucket/made tokens {SHARD} {SHARD + 5}")
     outputs = ["gs://bucket/failed", "gs://bucket/forgotten", tmp_path / "local"]
     writing = [gcs.start("-c", TOKENIZE, source, output, *options) for output in outputs]
-    assert json.loads(printed(reading))[3] == made[1][SHARD : SHARD + 5]
+    assert json.loads(printed(reading))[2] == made[1][SHARD : SHARD + 5]
     assert [printed(process) for process in writing] == [""] * 3
     assert gcs.files("bucket/failed") == gcs.files("bucket/forgotten") == files_in(tmp_path / "local")
     assert asked["upload", "bucket/failed/train/c/1"] == times + 1
@@ -189,59 +196,59 @@ def test_failed_requests_are_sent_again(gcs, tmp_path, made, times):
     assert min(asked[each] for each in forgotten) >= 2
 
 
-def test_forbidden_requests_are_reported_in_one_line(gcs, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "folder", "message"),
+    [
+        ("upload", "unwritable", "cannot lock gs://bucket/unwritable/running.json"),
+        pytest.param("get", "unreadable", "cannot lock gs://bucket/unreadable/running.json", marks=pytest.mark.slow),
+        pytest.param("upload", "some/train/c", "cannot write gs://bucket/some/train", marks=pytest.mark.slow),
+    ],
+)
+def test_forbidden_requests_are_reported_in_one_line(gcs, tmp_path, verb, folder, message):
     source = jsonl(tmp_path / "source.jsonl", documents(30))
-    forbidden = {
-        ("upload", "/unwritable/"): "cannot lock gs://bucket/unwritable/running.json",
-        ("get", "/unreadable/"): "cannot lock gs://bucket/unreadable/running.json",
-        ("upload", "/some/train/c/"): "cannot write gs://bucket/some/train",
-    }
-    gcs.fault = lambda request: 403 if any(request.verb == v and f in request.target for v, f in forbidden) else None
+    gcs.fault = lambda request: 403 if request.verb == verb and f"/{folder}/" in request.target else None
     options = ["--train", source, "--tokenizer", "byte", "--workers", 1]
-    places = [f"gs://bucket/{folder.split('/')[1]}" for _, folder in forbidden]
-    running = [gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", place) for place in places]
-    for process, message in zip(running, forbidden.values(), strict=True):
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (1, "")
-        assert "Traceback" not in err
-        last = err.splitlines()[-1]  # the line before is TensorStore's, which finds no credentials
-        assert last.startswith(f"ttt tokenize: {message}: PERMISSION_DENIED: ")
-        assert "Permission denied" in last
+    process = gcs.start("-m", "ttt_jax", "tokenize", *options, "--output", f"gs://bucket/{folder.split('/')[0]}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]  # the line before is TensorStore's, which finds no credentials
+    assert last.startswith(f"ttt tokenize: {message}: PERMISSION_DENIED: ")
+    assert "Permission denied" in last
 
 
 # ---- Reading
 
 
-@pytest.mark.parametrize(
-    ("start_at", "stop", "chunks"),
-    [
-        (3 * CHUNK + 7, 6 * CHUNK + 1, {0: (3, 6)}),
-        (SHARD, SHARD + 1, {1: (0, 0)}),
-        (2 * SHARD - 100, 2 * SHARD + 900, {1: (15, 15), 2: (0, 0)}),
-    ],
-)
-def test_a_window_is_read_by_byte_ranges(gcs, made, start_at, stop, chunks):
-    """Check that only the index of a shard and the needed chunks are read."""
+def test_windows_are_read_by_byte_ranges(gcs, made):
+    """Check that only the index of a shard and the needed chunks are read, and the values of a whole array."""
     folder, tokens = made
+    windows = {  # tokens, and the first and the last of their chunks in each shard
+        (3 * CHUNK + 7, 6 * CHUNK + 1): {0: (3, 6)},
+        (SHARD, SHARD + 1): {1: (0, 0)},
+        (2 * SHARD - 100, 2 * SHARD + 900): {1: (15, 15), 2: (0, 0)},
+    }
+    arguments = []
+    for number, (start, stop) in enumerate(windows):
+        gcs.put(folder, f"bucket/{number}")
+        arguments.append(f"gs://bucket/{number} tokens {start} {stop}")
     gcs.put(folder, "bucket/made")
-    output = json.loads(printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:{start_at}:{stop}")))
-    assert output == ["tokens", len(tokens), "uint16", tokens[start_at:stop]]
-    expected = []
-    for shard, (first, last) in chunks.items():
-        name = f"bucket/made/train/c/{shard}"
-        index = np.frombuffer(gcs.objects[name][-INDEX:-4], "<u8").reshape(-1, 2)  # offset, size of each chunk
-        expected += [(name, (-INDEX, None)), (name, (int(index[first, 0]), int(index[last].sum())))]
-    assert sorted((each.target, each.byte_range) for each in gcs.of("get") if "/c/" in each.target) == expected
-
-
-def test_reading_returns_what_was_written(gcs, made):
-    gcs.put(made[0], "bucket/made")
-    tokens = made[1]
     starts = [i for i, token in enumerate(tokens) if token == BOS]
-    output = printed(gcs.start("-c", READ, "gs://bucket/made", f"tokens:0:{len(tokens)}", f"documents:0:{len(starts)}"))
-    read_tokens, read_starts = map(json.loads, output.splitlines())
-    assert read_tokens == ["tokens", len(tokens), "uint16", tokens]
-    assert read_starts == ["documents", len(starts), "int64", starts]
+    whole = [f"gs://bucket/made tokens 0 {len(tokens)}", f"gs://bucket/made documents 0 {len(starts)}"]
+    output = [json.loads(line) for line in printed(gcs.start("-c", READ, *arguments, *whole)).splitlines()]
+    assert output == [
+        *([len(tokens), "uint16", tokens[start:stop]] for start, stop in windows),
+        [len(tokens), "uint16", tokens],
+        [len(starts), "int64", starts],
+    ]
+    for number, chunks in enumerate(windows.values()):
+        expected = []
+        for shard, (first, last) in chunks.items():
+            name = f"bucket/{number}/train/c/{shard}"
+            index = np.frombuffer(gcs.objects[name][-INDEX:-4], "<u8").reshape(-1, 2)  # offset, size of each chunk
+            expected += [(name, (-INDEX, None)), (name, (int(index[first, 0]), int(index[last].sum())))]
+        read = [each for each in gcs.of("get", f"bucket/{number}/") if "/c/" in each.target]
+        assert sorted((each.target, each.byte_range) for each in read) == expected
 
 
 def test_lost_and_damaged_files_are_named(gcs, made):
@@ -252,53 +259,51 @@ def test_lost_and_damaged_files_are_named(gcs, made):
     shard = bytearray(gcs.objects["bucket/damaged/train/c/1"])
     shard[100] ^= 1
     gcs.objects["bucket/damaged/train/c/1"] = bytes(shard)
-    running = [gcs.start("-c", READ, f"gs://bucket/{place}", f"tokens:{SHARD + 3}:{SHARD + 9}") for place in places]
-    lost, damaged, cut = map(printed, running)
+    arguments = [f"gs://bucket/{place} tokens {SHARD + 3} {SHARD + 9}" for place in places]
+    lost, damaged, cut = printed(gcs.start("-c", READ, *arguments)).splitlines()
     assert lost.startswith(f"cannot read gs://bucket/lost/train at offset {SHARD + 3}: NOT_FOUND: ")
     assert "gs://bucket/lost/train/c/1 is missing" in lost
     assert damaged.startswith(f"cannot read gs://bucket/damaged/train at offset {SHARD + 3}: DATA_LOSS: ")
     assert "gs://bucket/damaged/train/c/1" in damaged
     assert cut.startswith("cannot read gs://bucket/cut/train: NOT_FOUND: ")
-    assert [output.count("\n") for output in (lost, damaged, cut)] == [1, 1, 1]
 
 
 # ---- Other formats
 
 
-def load_from_both(gcs, folder: Path) -> list[list]:
-    """Return what LOAD prints for a folder in a bucket; check that a local copy gives the same."""
-    gcs.put(folder, "bucket/data")
-    local, cloud = gcs.start("-c", LOAD, folder), gcs.start("-c", LOAD, "gs://bucket/data")
-    output = printed(cloud)
-    assert output == printed(local).replace(str(folder), "gs://bucket/data")
-    return [json.loads(line) for line in output.splitlines()]
-
-
-@pytest.mark.parametrize("layout", ["npy", "npy of a tokenizer", "zarr3", "zarr"])
-def test_other_formats_are_read_as_from_a_folder(gcs, tmp_path, layout):
+def test_other_formats_are_read_as_from_a_folder(gcs, tmp_path):
+    """Check the layouts of the authors' codes, and their own files, each in a folder of its own."""
     draw, tokens = np.random.default_rng(0), {}
-    folder = tmp_path / ("tokenizer_name-toy-val_ratio-0.1" if "tokenizer" in layout else "")
-    folder.mkdir(exist_ok=True)
-    for split, length in (("train", 5000), ("validation", 1300)):
-        tokens[split] = draw.integers(2, 999, length, np.uint32)
-        if layout.startswith("npy"):
-            np.save(folder / f"{split}.npy", tokens[split])
-            continue
-        place = {"driver": "file", "path": str(folder / {"train": "train", "validation": "val"}[split])}
-        spec = {"driver": layout, "kvstore": place, "create": True, "dtype": "uint32"}
-        spec["schema"] = {"domain": {"shape": [length]}, "chunk_layout": {"chunk": {"shape": [700]}}}
-        ts.open(spec).result()[:] = tokens[split]
-    output = load_from_both(gcs, tmp_path)
-    for (name, vocab_size, bos, length, read, _), row in zip(output, tokens.values(), strict=True):
-        assert name.startswith("gs://bucket/data/")
+    for layout in ("npy", "npy-of-a-tokenizer", "zarr3", "zarr"):
+        folder = tmp_path / layout / ("tokenizer_name-toy-val_ratio-0.1" if "tokenizer" in layout else "")
+        folder.mkdir(parents=True)
+        for split, length in (("train", 5000), ("validation", 1300)):
+            tokens[layout, split] = draw.integers(2, 999, length, np.uint32)
+            if layout.startswith("npy"):
+                np.save(folder / f"{split}.npy", tokens[layout, split])
+                continue
+            place = {"driver": "file", "path": str(folder / {"train": "train", "validation": "val"}[split])}
+            spec = {"driver": layout, "kvstore": place, "create": True, "dtype": "uint32"}
+            spec["schema"] = {"domain": {"shape": [length]}, "chunk_layout": {"chunk": {"shape": [700]}}}
+            ts.open(spec).result()[:] = tokens[layout, split]
+    for theirs in ("e2e_zarr", "e2e_zarr_v2"):
+        shutil.copytree(AUTHORS / theirs, tmp_path / theirs)
+    folders = [*dict.fromkeys(layout for layout, _ in tokens), "e2e_zarr", "e2e_zarr_v2"]
+    gcs.put(tmp_path, "bucket/data")
+    local, cloud = (
+        gcs.start("-c", LOAD, *(f"{at}/{each}" for each in folders)) for at in (tmp_path, "gs://bucket/data")
+    )
+    output = printed(cloud)
+    assert output == printed(local).replace(str(tmp_path), "gs://bucket/data")
+
+    found = [json.loads(line) for line in output.splitlines()]
+    for ((layout, _), row), (name, vocab_size, bos, length, read, _) in zip(tokens.items(), found, strict=False):
+        assert name.startswith(f"gs://bucket/data/{layout}/")
         assert (vocab_size, length) == (1000, len(row))
-        assert bos == {"npy": 1, "npy of a tokenizer": None}.get(layout, 128000)
+        assert bos == {"npy": 1, "npy-of-a-tokenizer": None}.get(layout, 128000)
         assert read == row[: (len(row) - 1) // 300 * 300].tolist()
-    if layout.startswith("npy"):  # windows, not whole files
-        assert all(each.byte_range for each in gcs.of("get") if each.target in gcs.objects)
-
-
-@pytest.mark.parametrize("name", ["e2e_zarr", "e2e_zarr_v2"])
-def test_the_authors_zarr_group_is_read_as_from_a_folder(gcs, name):
-    output = load_from_both(gcs, AUTHORS / name)
-    assert [split[0] for split in output] == ["gs://bucket/data/train", "gs://bucket/data/val"]
+    names = [split[0].removeprefix("gs://bucket/data/") for split in found[len(tokens) :]]
+    assert names == ["e2e_zarr/train", "e2e_zarr/val", "e2e_zarr_v2/train", "e2e_zarr_v2/val"]
+    windows = [each for each in gcs.of("get") if each.target in gcs.objects and each.target.endswith(".npy")]
+    assert windows
+    assert all(each.byte_range for each in windows)  # never a whole file

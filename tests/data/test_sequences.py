@@ -68,6 +68,7 @@ def test_every_document_is_read_from_its_beginning_to_its_end(known, lengths, pi
     piece_length=st.integers(1, 12),
     has_bos=st.booleans(),
 )
+@hypothesis.settings(max_examples=50)
 def test_chains_read_documents_one_after_another_and_count_what_documents_count(
     lengths, length, chains, piece_length, has_bos
 ):

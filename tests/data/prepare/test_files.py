@@ -115,7 +115,7 @@ def test_http_urls_are_read(folder):
     (folder / "c.jsonl.zst").write_bytes(b"0123456789")
     handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
             url = f"http://127.0.0.1:{server.server_port}"

@@ -70,7 +70,7 @@ def test_bad_values_are_located_and_the_others_are_read(content, expected, block
 
 
 @hypothesis.given(st.lists(RECORDS, max_size=6), st.sampled_from([None, 2]), st.integers(1, 50))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=30)
 def test_valid_json_is_read_as_the_library_reads_it(values, indent, block):
     assert read(json.dumps(values, indent=indent), block) == values
     assert read(" ".join(json.dumps(value, indent=indent) for value in values), block) == values

@@ -1,15 +1,14 @@
 """Check that no text spells a special token, and that losses are noticed, for every kind of tokenizer."""
 
 import io
+import itertools
 import json
 import re
 
 import corpus
-import hypothesis
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from ttt_jax.data.prepare import records, text_fidelity, tokenize_units
@@ -78,14 +77,7 @@ def encoder_of(folder, made, **options):
 
 
 @pytest.mark.parametrize("make", FAMILIES)
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"lstrip": True, "rstrip": True},
-        *(pytest.param({flag: True}, marks=pytest.mark.slow) for flag in ("single_word", "normalized")),
-    ],
-)
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"normalized": True}])
 @pytest.mark.parametrize("special", [True, False])
 def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, special):
     """Check also files that do not call BOS and EOS special, or do not list them."""
@@ -98,14 +90,9 @@ def test_documents_that_spell_special_tokens_have_none(tmp_path, make, flags, sp
     ours = encoder_of(tmp_path, made)
     assert (ours.bos, ours.eos, ours.unknown) == (1, 2, None if make is byte_level_bpe else 0)
     encode = ours.encoder()
-
-    @hypothesis.given(st.lists(st.sampled_from([*CONTROL, "pq", "p", " ", "</", "s>", "<", "pq </s>"])).map("".join))
-    @hypothesis.settings(max_examples=10, deadline=None)
-    def holds(text):
+    pieces = [*CONTROL, "pq", "p", " ", "</", "s>", "<", "pq </s>"]
+    for text in ("pq </s> p <s></s> <unk> pq", "".join(pieces), *map("".join, itertools.product(pieces, repeat=2))):
         assert not {1, 2} & set(encode(text).tolist())
-
-    holds()
-    assert not {1, 2} & set(encode("pq </s> p <s></s> <unk> pq").tolist())
 
 
 def test_other_text_keeps_its_tokens(tmp_path):
