@@ -102,17 +102,9 @@ def check_command(arguments: list[str], partial: bool) -> None:
     Raises:
       ConfigError: where the command or its config is wrong.
     """
-    message, make = io.StringIO(), cli.parsers
-
-    def lenient():
-        parser, verbs = make()
-        for each in verbs.values():
-            require_nothing(each)
-        return parser, verbs
-
+    message, made = io.StringIO(), parsers(partial)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(message):
-        if partial:
-            patch.setattr(cli, "parsers", lenient)
+        patch.setattr(cli, "parsers", lambda: made)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 options, rest = cli.parse(arguments)
@@ -130,6 +122,15 @@ def check_command(arguments: list[str], partial: bool) -> None:
         check_config(rest, partial)
     if options.command:
         check_command(options.command, partial or options.verb == "sweep")
+
+
+@functools.cache
+def parsers(partial: bool) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parsers of ``ttt``; of partial commands, all options and arguments may be left out."""
+    parser, verbs = cli.parsers()
+    for each in verbs.values() if partial else ():
+        require_nothing(each)
+    return parser, verbs
 
 
 def require_nothing(parser: argparse.ArgumentParser) -> None:

@@ -201,7 +201,8 @@ def test_all_checkpoints_damaged_is_one_error_and_none_is_renamed(workdir):
 
 def test_a_run_whose_checkpoints_are_all_damaged_exits_with_1(tmp_path, capsys):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
-    command = ["train", "--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(tmp_path)]
+    small = ["--config.model.num_layers=1", "--config.model.width=8", "--config.model.num_heads=2"]
+    command = ["train", "--config", f"{ROOT}/configs/quickstart.py:attention", *small, "--workdir", str(tmp_path)]
     assert cli.main(command) == 1
     assert capsys.readouterr().err.startswith(f"ttt train: {tmp_path}/checkpoints: no checkpoint can be restored (5: ")
 

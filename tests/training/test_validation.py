@@ -18,7 +18,13 @@ from ttt_jax.training import loop, metrics, validation
 from ttt_jax.training.checkpoint import Checkpoints
 from ttt_jax.training.step import build_program
 
-EVERY = {"evaluation.every": "6 steps", "evaluation.windows": 5, "checkpoint.keep_last": 9, "log.every": "4 steps"}
+EVERY = {
+    "model.mixer": "attention",
+    "evaluation.every": "6 steps",
+    "evaluation.windows": 5,
+    "checkpoint.keep_last": 9,
+    "log.every": "4 steps",
+}
 
 
 @pytest.fixture(scope="module")
