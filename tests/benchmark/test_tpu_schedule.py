@@ -172,10 +172,16 @@ def test_flags_of_the_user_are_kept(tmp_path, monkeypatch):
         ("ttt_jax.benchmark.inner_loop:build", {"kind": "gru"}, "kind=gru: expected one of linear, mlp"),
     ],
 )
-@pytest.mark.tpu_compiler
-def test_wrong_functions_are_refused(function, settings, message):
+def test_wrong_functions_are_refused(function, settings, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the folder of a file is put into it
     with pytest.raises(ConfigError, match=message):
-        measure(Function(function, settings))
+        compile._function(function, settings, [])
+
+
+@pytest.mark.tpu_compiler
+def test_a_refusal_by_the_process_that_compiles_is_an_error():
+    with pytest.raises(ConfigError, match="kind=gru: expected one of linear, mlp"):
+        measure(Function("ttt_jax.benchmark.inner_loop:build", {"kind": "gru"}))
 
 
 def test_a_topology_without_a_schedule_is_refused():

@@ -20,7 +20,7 @@ def parts(run):
 @pytest.fixture
 def whole(model, data):
     """Return the evaluation that was not stopped."""
-    return evaluate(model, SELECTION, batch_size=1)
+    return evaluate(model, SELECTION)
 
 
 def stop_at(tokens):
@@ -34,12 +34,12 @@ def stop_at(tokens):
 
 
 def test_a_stopped_evaluation_resumes_with_any_batch_size(model, parts, whole):
-    for batch_size, tokens in ((1, 44), (2, 110)):
+    for batch_size, tokens in ((2, 44), (4, 110)):
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, SELECTION, batch_size=batch_size, progress=stop_at(tokens))
     assert {path.suffix for path in parts.iterdir()} == {".npy", ".json"}
     calls = []
-    found = evaluate(model, SELECTION, batch_size=3, progress=lambda *done: calls.append(done))
+    found = evaluate(model, SELECTION, batch_size=2, progress=lambda *done: calls.append(done))
     assert 22 <= calls[0][0] < 154  # starts with some of the losses
     assert not parts.exists()
     np.testing.assert_allclose(found.document_sums, whole.document_sums, rtol=1e-6)
@@ -73,7 +73,7 @@ def test_partial_results_of_another_evaluation_are_not_used(model, earlier_model
 def test_parts_of_earlier_versions_resume(model, data, parts, whole):
     """Resume from parts with NaN at targets that do not count, as earlier versions wrote them."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, SELECTION, batch_size=1, progress=stop_at(44))
+        evaluate(model, SELECTION, batch_size=2, progress=stop_at(44))
     windows = [22 * (i * 16 // 7) for i in range(7)]
     place = 0
     for path in sorted(parts.glob("*.npy")):

@@ -212,7 +212,7 @@ def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_pa
     config = tiny(
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
     )
-    config.model.ttt.update({"update": "momentum + muon + renormalise", "reading": "previous", "base_lr": 0.1})
+    config.model.ttt.update({"update": "momentum + renormalise", "reading": "previous", "base_lr": 0.1})
     model = build_model(config.model)
     params = random_params(model, np.zeros((1, 1), np.int32))
     found = inner_loop.inspect(

@@ -20,7 +20,23 @@ TASKS = {
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory, save_run, quick_jit):
+def shared_scorers():
+    """Let models of one checkpoint share the programs that they compile."""
+    from ttt_jax.interop import harness
+
+    known, make = {}, harness.Scorer
+
+    def scorer(trained, rows):
+        key = trained.workdir, trained.step, rows
+        return known[key] if key in known else known.setdefault(key, make(trained, rows))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "Scorer", scorer)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, save_run, quick_jit, shared_scorers):
     """Return a workdir, and a function for log-likelihoods of all tokens but the first, and the likeliest tokens.
 
     Both results of the function have shape [N - 1].
