@@ -1,12 +1,17 @@
 """Provide a run of random parameters to evaluate, its data, and compiled programs that evaluations share."""
 
+import jax
 import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
 from ttt_jax.data.token_source import TokenSource
+from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import evaluate as evaluate_lib
 from ttt_jax.evaluation import losses, trained
+from ttt_jax.evaluation.trained import Trained
+from ttt_jax.models.language_model import build_model
+from ttt_jax.storage.workdir import at
 
 LENGTHS = (40, 7, 66, 2, 33, 120, 5, 90)  # of documents, BOS included
 
@@ -20,6 +25,21 @@ def run(tmp_path_factory, save_run):
     config.data.update(sequence_length=16, batch_size=4)
     workdir = tmp_path_factory.mktemp("evaluation") / "some-run"
     return workdir, config, save_run(workdir, config, (3, 5))
+
+
+@pytest.fixture(scope="session")
+def with_random_params(random_params):
+    """Return ``with_random_params(config, workdir)``: a model with random parameters, of no checkpoint, step 3."""
+
+    def make(config, workdir):
+        config_lib.validate(config)
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+        model, rules = build_model(config.model), sharding.ShardingRules()
+        params = random_params(model, np.zeros((1, 1), np.int32))
+        place = sharding.batch_sharding(mesh, rules)
+        return Trained(at(workdir), config, model, params, 3, "", mesh, rules, place)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +82,14 @@ def data(read_from, books):
 
 @pytest.fixture(scope="session")
 def shared_programs():
-    """Let evaluations of one model share the programs that they compile."""
+    """Let evaluations of checkpoints of the run share the programs that they compile."""
     readers, make = {}, losses._Reader
 
     def reader(trained, batch_size, capacity):
-        key = id(trained.params), batch_size, capacity, losses.token_nll
+        key = batch_size, capacity, losses.token_nll
         if key not in readers:
             readers[key] = make(trained, batch_size, capacity)
+        readers[key]._trained = trained
         return readers[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -135,12 +135,13 @@ def test_about_holds_model_data_and_means(run, model, data):
 
 
 def test_an_earlier_step(earlier_model, data, nll):
-    found = evaluate(earlier_model, Selection(16, most=2), batch_size=2)
+    found = evaluate(earlier_model, Selection(22, most=5))
     assert found.about["step"] == 3
-    check_equal(found, of_windows(nll, data, 16, 2, step=3), 16)
+    check_equal(found, of_windows(nll, data, 22, 5, step=3), 22)
 
 
-@pytest.mark.parametrize("context", [20, 70])  # training context is 16: pieces end within and behind documents
+# The training context is 16: pieces end within and behind documents.
+@pytest.mark.parametrize("context", [20, pytest.param(70, marks=pytest.mark.slow)])
 def test_documents_are_read_whole(model, data, nll, context):
     """Expect the losses of one forward pass over each document from its BOS: the state is carried over the pieces."""
     found = evaluate(model, Selection(context, by_document=True), batch_size=2)
@@ -151,7 +152,10 @@ def test_documents_are_read_whole(model, data, nll, context):
     assert (found.about["of"], found.about["windows"], found.about["documents"]) == ("documents", 8, 8)
 
 
-@pytest.mark.parametrize(("context", "batch_size"), [pytest.param(200, 1, marks=pytest.mark.slow), (200, 2), (30, 2)])
+LONG = [pytest.param(200, n, marks=pytest.mark.slow) for n in (1, 2)]
+
+
+@pytest.mark.parametrize(("context", "batch_size"), [*LONG, (30, 2)])
 def test_the_state_is_carried_from_document_to_document(model, data, nll, context, batch_size):
     """Expect the losses of one pass over a chain of documents (their first ``context`` tokens), from each BOS on."""
     found = evaluate(model, Selection(context, chains=2), batch_size=batch_size)

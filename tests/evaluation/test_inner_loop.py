@@ -10,12 +10,9 @@ import pytest
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data.token_source import TokenSource
-from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import inner_loop, inspections
-from ttt_jax.evaluation.trained import Trained
 from ttt_jax.mixers import ttt_layer
 from ttt_jax.models.language_model import build_model
-from ttt_jax.storage.workdir import at
 from ttt_jax.ttt import primal, scan
 from ttt_jax.ttt.inner_loop import Parameters, Tokens, initial_state, ttt_linear
 
@@ -38,13 +35,8 @@ def tiny(mixer="ttt_linear", **ttt):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, random_params):
-    config = tiny()
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    model, rules = build_model(config.model), sharding.ShardingRules()
-    params = random_params(model, np.zeros((1, 1), np.int32))
-    place = sharding.batch_sharding(mesh, rules)
-    return Trained(at(tmp_path_factory.mktemp("run")), config, model, params, 5, "", mesh, rules, place)
+def trained(tmp_path_factory, with_random_params):
+    return with_random_params(tiny(), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,6 +174,7 @@ def arrays_of(found):
     return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)[1:]}
 
 
+@pytest.mark.slow
 def test_no_number_depends_on_the_batch_size(trained, of_windows):
     few, many = of_windows, inner_loop.inspect(trained, context=TRAINING, most_windows=3, batch_size=3)
     for name, value in arrays_of(few).items():
@@ -207,12 +200,13 @@ def test_a_model_without_an_inner_loop_is_refused(trained):
         inner_loop.inspect(trained._replace(config=tiny("attention")), context=TRAINING)
 
 
+@pytest.mark.slow
 def test_rates_of_each_weight_matrix_and_no_spread_of_targets(trained, random_params, quick_jit):
     """Inspect an inner loop with rates per matrix and the dot product, in two pieces of one length."""
     config = tiny(
         "ttt", learner="swiglu", output="none", objective="dot_product", rate="softplus", rate_per_matrix=True
     )
-    config.model.ttt.update({"update": "momentum + renormalise", "reading": "previous", "base_lr": 0.1})
+    config.model.ttt.update({"update": "momentum + muon + renormalise", "reading": "previous", "base_lr": 0.1})
     model = build_model(config.model)
     params = random_params(model, np.zeros((1, 1), np.int32))
     found = inner_loop.inspect(

@@ -4,29 +4,25 @@ import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.evaluation import trained
 
 
 @pytest.fixture(scope="session")
-def made_run(tmp_path_factory, save_run):
-    """Return ``made_run(mixer, **data)``: the workdir of a tiny run with one checkpoint, step 3."""
+def made_run(tmp_path_factory, with_random_params):
+    """Return ``made_run(mixer, **data)``: a tiny model with random parameters, of step 3."""
 
     def make(mixer, vocab_size=257, **data):
         config = config_lib.default()
         config.model.update(mixer=mixer, vocab_size=vocab_size, width=8, num_layers=1, num_heads=2, mlp_width=8)
         config.model.ttt.mini_batch = 4
         config.data.update({"sequence_length": 100, "batch_size": 4, **data})
-        config_lib.validate(config)
-        workdir = tmp_path_factory.mktemp("probed") / f"some-{mixer}"
-        save_run(workdir, config, (3,))
-        return workdir
+        return with_random_params(config, tmp_path_factory.mktemp("probed") / f"some-{mixer}")
 
     return make
 
 
 @pytest.fixture(scope="session")
-def runs(made_run):
-    """Return ``runs(mixer)``: a workdir on the embedded corpus; tests may write to its folder ``probe`` only."""
+def loaded(made_run):
+    """Return ``loaded(mixer)``: a run on the embedded corpus; tests may write to its folder ``probe`` only."""
     known = {}
 
     def get(mixer):
@@ -35,19 +31,6 @@ def runs(made_run):
         return known[mixer]
 
     return get
-
-
-@pytest.fixture(scope="session")
-def loaded(runs):
-    """Return ``loaded(mixer)``: the run of ``runs(mixer)``, loaded."""
-    known = {}
-
-    def load(mixer):
-        if mixer not in known:
-            known[mixer] = trained.load(runs(mixer))
-        return known[mixer]
-
-    return load
 
 
 @pytest.fixture(scope="session")

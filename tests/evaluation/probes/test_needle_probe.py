@@ -80,14 +80,15 @@ def test_cells_follow_from_scores(run, text, scored):
     assert {len(example.tokens) for examples in scored for example in examples} == {600}
 
 
-def test_scores_of_the_model_itself(loaded, runs, text):
+@pytest.mark.slow
+def test_scores_of_the_model_itself(loaded, text):
     """Compute one cell with the model, at chance, as its parameters are random."""
     options = {"contexts": [509], "depths": [50.0], "samples": 4, "candidates": 3, "batch_size": 2}
     (cell,) = needle_probe.probe(loaded("ttt_linear"), "passkey", text, **options)
     assert cell["correct"] == 0
     assert -200 < cell["log_likelihood"] < -7 * np.log(10)
     assert abs(cell["advantage"]) < 60
-    assert (runs("ttt_linear") / "probe" / "needle-passkey.csv").exists()
+    assert (loaded("ttt_linear").workdir / "probe" / "needle-passkey.csv").exists()
 
 
 def test_cells_that_are_known_are_not_computed_again(run, text, scored):

@@ -8,7 +8,6 @@ import pytest
 
 from ttt_jax.config import ConfigError
 from ttt_jax.data import synthetic
-from ttt_jax.evaluation import trained
 from ttt_jax.evaluation.probes import task_probe
 
 OPTIONS = {"items": [2], "contexts": [20], "samples": 7}
@@ -16,7 +15,7 @@ OPTIONS = {"items": [2], "contexts": [20], "samples": 7}
 
 @pytest.fixture(scope="module")
 def run(made_run):
-    return trained.load(made_run("ttt_linear", vocab_size=12, source="associative_recall:2", sequence_length=20))
+    return made_run("ttt_linear", vocab_size=12, source="associative_recall:2", sequence_length=20)
 
 
 def test_accuracies_match_logits(run, plain_logits):
