@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ml_collections
 
 from ttt_jax.cli.options import SPLITS, check_file
 from ttt_jax.errors import ConfigError
@@ -96,20 +98,36 @@ def _add_common(parser: argparse.ArgumentParser, samples: int) -> None:
     add("--plot", type=Path, metavar="FILE", help="also draw heat maps: .png, .pdf, .svg")
 
 
-def needle(options: argparse.Namespace) -> int:
-    """Run ``ttt probe needle``."""
+class _Run(NamedTuple):
+    """A run to probe, with a name that tells it apart from the others."""
+
+    workdir: workdir_lib.Workdir
+    name: str
+    config: ml_collections.ConfigDict
+
+
+def _runs(options: argparse.Namespace) -> list[_Run]:
+    """Return the runs to probe. Raise ConfigError for one without a config, and where --plot cannot be written."""
     workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
     configs = [run_config.load(workdir) for workdir in workdirs]
+    if options.plot:
+        from ttt_jax.figures import style
+
+        style.check_output(options.plot, option="--plot")
+        check_file(options.plot, "--plot")
+    return list(map(_Run, workdirs, workdir_lib.names(workdirs), configs))
+
+
+def needle(options: argparse.Namespace) -> int:
+    """Run ``ttt probe needle``."""
+    runs = _runs(options)
     from ttt_jax.evaluation.probes import cells as cells_lib
     from ttt_jax.evaluation.probes import needle_probe, prompt
     from ttt_jax.evaluation.probes.needle import TASKS
-    from ttt_jax.figures import heat_map, style
+    from ttt_jax.figures import heat_map
 
-    if options.plot:
-        style.check_output(options.plot, option="--plot")
-        check_file(options.plot, "--plot")
     chosen = {"tokenizer": options.tokenizer, "haystack": options.haystack, "split": options.split}
-    prepared = [prompt.texts_of_run(config, options.task, **chosen) for config in configs]
+    prepared = [prompt.texts_of_run(run.config, options.task, **chosen) for run in runs]
     n = options.depths
     panels: dict[str, list[heat_map.Panel]] = {task: [] for task in options.task}
     asked: dict[str, Any] = {
@@ -117,8 +135,8 @@ def needle(options: argparse.Namespace) -> int:
         "depths": [100 * i / (n - 1) for i in range(n)] if n > 1 else [50.0],
         **{name: getattr(options, name) for name in ("samples", "candidates", "seed")},
     }
-    for workdir, run_name, text in zip(workdirs, workdir_lib.names(workdirs), prepared, strict=True):
-        trained = _load(workdir, options.step)
+    for run, text in zip(runs, prepared, strict=True):
+        trained = _load(run.workdir, options.step)
         length = trained.config.data.sequence_length
         total = sum(needle_probe.tokens_to_read(trained, task, text, **asked) for task in options.task)
         with closing(_Progress(trained.name, total)) as line:
@@ -132,17 +150,17 @@ def needle(options: argparse.Namespace) -> int:
                     scored=line.add,
                     **asked,
                 )
-                title = f"{run_name}: {_in_words(trained)}; {task} ({TASKS[task].name})"
+                title = f"{run.name}: {_in_words(trained)}; {task} ({TASKS[task].name})"
                 caption = (
                     f"depth by context: share right (share likelier than {options.candidates - 1} other answers); "
                     f"{options.samples} samples, {text.haystacks[task].name}"
                 )
                 cells_lib.show(cells, title, "depth", _percent, ("accuracy", "ranked_first"), caption)
-                panel = heat_map.panel(cells, f"{run_name}: {task}", "depth", _percent, options.show, length)
+                panel = heat_map.panel(cells, f"{run.name}: {task}", "depth", _percent, options.show, length)
                 panels[task].append(panel)
     if options.plot:
         words = {"accuracy": "share right", "ranked_first": f"share ranked first of {options.candidates}"}
-        rows = list(panels.values()) if len(workdirs) > 1 else [[panel for line in panels.values() for panel in line]]
+        rows = list(panels.values()) if len(runs) > 1 else [[panel for line in panels.values() for panel in line]]
         heat_map.save(rows, options.plot, words[options.show])
         print(options.plot)
     return DONE
@@ -150,23 +168,19 @@ def needle(options: argparse.Namespace) -> int:
 
 def task(options: argparse.Namespace) -> int:
     """Run ``ttt probe task``."""
-    workdirs = [workdir_lib.at(workdir) for workdir in options.workdir]
-    configs = [run_config.load(workdir) for workdir in workdirs]
+    runs = _runs(options)
     from ttt_jax.data.synthetic import TASKS
     from ttt_jax.evaluation.probes import cells as cells_lib
     from ttt_jax.evaluation.probes import task_probe
-    from ttt_jax.figures import heat_map, style
+    from ttt_jax.figures import heat_map
 
-    if options.plot:
-        style.check_output(options.plot, option="--plot")
-        check_file(options.plot, "--plot")
-    for config in configs:  # raises for a run without a task before any is loaded
-        task_probe.task_of(config)
+    for run in runs:  # raises for a run without a task before any is loaded
+        task_probe.task_of(run.config)
     panels = []
-    for workdir, run_name, config in zip(workdirs, workdir_lib.names(workdirs), configs, strict=True):
-        (name, items), length = task_probe.task_of(config), config.data.sequence_length
+    for run in runs:
+        (name, items), length = task_probe.task_of(run.config), run.config.data.sequence_length
         numbers, contexts = options.items or [items], options.context or [length, 2 * length, 4 * length]
-        with _loaded(workdir, options.step, len(numbers) * len(contexts)) as (trained, progress):
+        with _loaded(run.workdir, options.step, len(numbers) * len(contexts)) as (trained, progress):
             cells = task_probe.probe(
                 trained,
                 items=numbers,
@@ -177,10 +191,10 @@ def task(options: argparse.Namespace) -> int:
                 progress=progress,
             )
             of = TASKS[name].items
-            title = f"{run_name}: {_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
+            title = f"{run.name}: {_in_words(trained)}; {name}, trained on {items} {of} in {length} tokens"
             caption = f"{of} by context: share of answers right (of sequences all right); {options.samples} sequences"
             cells_lib.show(cells, title, "items", str, ("accuracy", "whole"), caption)
-            panel = heat_map.panel(cells, f"{run_name}: {name}", "items", str, "accuracy", length)
+            panel = heat_map.panel(cells, f"{run.name}: {name}", "items", str, "accuracy", length)
             panels.append(panel._replace(row_title=of))
     if options.plot:
         heat_map.save([panels], options.plot, "share of answers right")
