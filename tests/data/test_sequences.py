@@ -125,6 +125,8 @@ def test_documents_spread_over_the_split():
 def test_documents_without_anything_to_predict_are_left_out():
     source = a_source([1, 7, 3, 1, 9])
     assert sequences.documents(source, 100, 100) == [(Span(1, 7, 6),), (Span(8, 10, 2),), (Span(12, 20, 8),)]
+    empty = a_source([1, 1])
+    assert sequences.documents(empty, 100, 100) == sequences.chains(empty, 100, 100, 3) == []
 
 
 def test_a_source_that_knows_no_documents_is_refused():

@@ -79,7 +79,7 @@ def chains(source: TokenSource, length: int, most: int, chains: int) -> list[tup
     """
     found = _whole(source, length, most)
     chains = min(chains, len(found))
-    cuts = [i * len(found) // chains for i in range(chains + 1)]
+    cuts = [i * len(found) // max(chains, 1) for i in range(chains + 1)]
     return [tuple(found[first:last]) for first, last in itertools.pairwise(cuts)]
 
 
