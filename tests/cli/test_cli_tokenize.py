@@ -319,23 +319,23 @@ def test_a_command_that_wrote_nothing_may_be_followed_by_another(here, capsys):
 
 
 @pytest.mark.slow
-def test_a_command_stopped_by_ctrl_c_continues_when_run_again(here):
+def test_a_command_that_was_stopped_continues_when_run_again(here):
     """Interrupt the workers, too, also while they start; check that only one line is printed."""
     write(here / "long.jsonl", TEXTS * 1000)  # seconds of work even on a fast machine
     command = [sys.executable, "-m", "ttt_jax", "tokenize", "--train", "long.jsonl", "--tokenizer", "byte"]
     command += ["--output", "out", "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for pause in (0.0, 0.05, 0.2):
+    for pause, stop, status in ((0.0, signal.SIGINT, 130), (0.05, signal.SIGINT, 130), (0.2, signal.SIGTERM, 75)):
         process = subprocess.Popen(command, env=environment, **pipes, start_new_session=True)
         while not children(process.pid):
             assert process.poll() is None
             time.sleep(0.005)
         time.sleep(pause)
-        os.killpg(process.pid, signal.SIGINT)
+        (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
         out, err = process.communicate(timeout=60)
-        message = "ttt tokenize: stopped by SIGINT; the same command goes on here\n"
-        assert (process.returncode, out, err) == (130, "", message)
+        message = f"ttt tokenize: stopped by {stop.name}; the same command goes on here\n"
+        assert (process.returncode, out, err) == (status, "", message)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(stored(here / "out/train")) == 1000 * (SIZE + 2 * len(TEXTS))

@@ -12,7 +12,7 @@ from ttt_jax import extras
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir_lock import WorkdirLock
 from ttt_jax.terminal.console import StatusLine, counted, duration, positive
-from ttt_jax.terminal.stopping import StopSignals
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART, StopSignals
 
 if TYPE_CHECKING:
     from ttt_jax.data.prepare.files import InputFile
@@ -96,9 +96,9 @@ def run(options: argparse.Namespace) -> int:
     if description is None:
         received = received or signal.SIGTERM
         print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
-        return 128 + received
+        return INTERRUPTED if received == signal.SIGINT else RESTART
     _print_summary(description, options.output, output.path(PROBLEMS))
-    return 0
+    return DONE
 
 
 def _print_summary(description: dict[str, Any], output: str, problems: str) -> None:
