@@ -209,10 +209,10 @@ def test_the_difference_and_its_error_follow_from_differences_of_documents():
     assert found.standard_error == pytest.approx(error, rel=1e-6)
     assert found.low < found.mean < found.high
     assert found.standard_error < 0.02 * float(statistics.estimate(A.document_sums.sum(1), counts).standard_error)
-    for k, (first, last) in enumerate(zip(found.bin_first, found.bin_last, strict=True)):
+    for k, (first, last) in enumerate(zip(A.bin_first, A.bin_last, strict=True)):
         where = counted[:, first - 1 : last]
         expected = DIFFERENCE[:, first - 1 : last][where].mean()
-        assert found.bin_loss[k] == pytest.approx(expected, abs=1e-9)
+        assert found.bins.mean[k] == pytest.approx(expected, abs=1e-9)
     assert evaluations.paired_difference(B, A).mean == pytest.approx(-mean, rel=1e-9)
 
 

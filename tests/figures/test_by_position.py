@@ -191,11 +191,11 @@ def test_differences_are_paired(evaluated, drawn):
     assert [line.get_color() for line in differences] == colors_of_others
     found = [evaluations.read(workdir, "validation") for workdir in runs]
     for each, line, band in zip(found, differences, below.collections, strict=False):
-        expected = evaluations.paired_difference(each, found[2])
-        np.testing.assert_allclose(line.get_ydata(), expected.bin_loss, rtol=1e-12)
+        expected = evaluations.paired_difference(each, found[2]).bins
+        np.testing.assert_allclose(line.get_ydata(), expected.mean, rtol=1e-12)
         top, bottom = band.get_paths()[0].vertices[:, 1].max(), band.get_paths()[0].vertices[:, 1].min()
-        assert top == pytest.approx(np.nanmax(expected.bin_high))
-        assert bottom == pytest.approx(np.nanmin(expected.bin_low))
+        assert top == pytest.approx(np.nanmax(expected.high))
+        assert bottom == pytest.approx(np.nanmin(expected.low))
     assert below.get_title() == "difference to Transformer, 1.2 M parameters; paired, 95 % intervals"
     assert below.get_xlim() == drawn[0].axes[0].get_xlim()
     assert below.get_xlabel() == "token index in the sequence (log scale)"

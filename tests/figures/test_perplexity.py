@@ -142,6 +142,12 @@ def test_table_1_is_recognised_by_the_config():
     assert math.isclose(published.training_flops(found[0]), 2.1e18, rel_tol=0.2)
 
 
+def check_texts(path, times):
+    """Check how often texts are in an SVG figure."""
+    said = words(path)
+    assert {text: said.count(text) for text in times} == times
+
+
 def perplexity(kind, size, context):
     return 12 - 3 * size + kind - context / 100
 
@@ -203,16 +209,17 @@ def test_context_a_line_for_each_model(grid, drawn):
 
 def test_context_texts(grid, tmp_path):
     perplexity_by_context([str(grid)], [tmp_path / "a.svg"])
-    said = words(tmp_path / "a.svg")
-    for text, times in {
-        "Perplexity by context, books/validation": 1,
-        "context, tokens (log scale)": 2,
-        "perplexity (log scale)": 2,
-        "30 M parameters": 1,
-        "64": 2,
-        "256": 2,
-    }.items():
-        assert said.count(text) == times
+    check_texts(
+        tmp_path / "a.svg",
+        {
+            "Perplexity by context, books/validation": 1,
+            "context, tokens (log scale)": 2,
+            "perplexity (log scale)": 2,
+            "30 M parameters": 1,
+            "64": 2,
+            "256": 2,
+        },
+    )
 
 
 def test_context_needs_several(grid, tmp_path):
@@ -247,17 +254,18 @@ def test_mini_batch_texts(tmp_path):
     for b in (8, 16):
         run(tmp_path / f"run{b}", context=2048, model__ttt__mini_batch=b, seconds=[0.1])
     by_mini_batch([str(tmp_path)], [tmp_path / "a.svg"], published=True)
-    said = words(tmp_path / "a.svg")
-    for text, times in {
-        "Mini-batch size, books/validation, 2k tokens": 1,
-        "mini-batch size b of the inner loop, tokens (log scale)": 2,
-        "perplexity (log scale)": 1,
-        "seconds per training step (median)": 1,
-        f"paper: {LINEAR}, 125M, Pile": 1,
-        "8": 2,
-        "16": 2,
-    }.items():
-        assert said.count(text) == times, text
+    check_texts(
+        tmp_path / "a.svg",
+        {
+            "Mini-batch size, books/validation, 2k tokens": 1,
+            "mini-batch size b of the inner loop, tokens (log scale)": 2,
+            "perplexity (log scale)": 1,
+            "seconds per training step (median)": 1,
+            f"paper: {LINEAR}, 125M, Pile": 1,
+            "8": 2,
+            "16": 2,
+        },
+    )
 
 
 def test_mini_batch_published_point(tmp_path, drawn):

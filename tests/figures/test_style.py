@@ -52,25 +52,14 @@ def test_lines_of_one_model_are_told_apart():
     assert found[3] == style.of_model("Mamba")
 
 
-@pytest.mark.parametrize(
-    ("function", "number", "text"),
-    [
-        (style.tokens, 512, "512"),
-        (style.tokens, 1024, "1k"),
-        (style.tokens, 32768, "32k"),
-        (style.tokens, 1500, "1500"),
-        (style.millions, 3_210, "3.2 k"),
-        (style.millions, 32_100, "32 k"),
-        (style.millions, 99_600, "0.1 M"),
-        (style.millions, 568_000, "0.57 M"),
-        (style.millions, 9_960_000, "10 M"),
-        (style.millions, 124_600_000, "125 M"),
-        (style.millions, 999_900_000, "1 B"),
-        (style.millions, 1_310_000_000, "1.3 B"),
-    ],
-)
-def test_formats_of_numbers(function, number, text):
-    assert function(number) == text
+TOKENS = {512: "512", 1024: "1k", 32768: "32k", 1500: "1500"}
+PARAMETERS = {3_210: "3.2 k", 32_100: "32 k", 99_600: "0.1 M", 568_000: "0.57 M", 9_960_000: "10 M"}
+PARAMETERS |= {124_600_000: "125 M", 999_900_000: "1 B", 1_310_000_000: "1.3 B"}
+
+
+def test_formats_of_numbers():
+    assert {number: style.tokens(number) for number in TOKENS} == TOKENS
+    assert {number: style.millions(number) for number in PARAMETERS} == PARAMETERS
 
 
 @pytest.mark.parametrize(

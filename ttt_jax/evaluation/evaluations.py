@@ -171,20 +171,14 @@ class Difference(NamedTuple):
 
     Attributes:
       mean, standard_error, low, high: over all tokens; ``low`` and ``high`` bound 95 %.
-      bin_first, bin_last: [K], positions from 1.
-      bin_loss, bin_standard_error, bin_low, bin_high: [K].
+      bins: the same by bin, [K].
     """
 
     mean: float
     standard_error: float
     low: float
     high: float
-    bin_first: np.ndarray
-    bin_last: np.ndarray
-    bin_loss: np.ndarray
-    bin_standard_error: np.ndarray
-    bin_low: np.ndarray
-    bin_high: np.ndarray
+    bins: statistics.Estimate
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
@@ -196,9 +190,8 @@ def paired_difference(a: Evaluation, b: Evaluation) -> Difference:
     check_paired(a, b)
     with np.errstate(invalid="ignore"):  # infinity - infinity
         sums, counts = a.document_sums - b.document_sums, a.document_counts
-    whole, bins = statistics.estimate(sums.sum(1), counts.sum(1)), statistics.estimate(sums, counts)
-    mean, error, low, high, _ = map(float, whole)
-    return Difference(mean, error, low, high, a.bin_first, a.bin_last, *bins[:4])
+    mean, error, low, high, _ = map(float, statistics.estimate(sums.sum(1), counts.sum(1)))
+    return Difference(mean, error, low, high, statistics.estimate(sums, counts))
 
 
 def check_paired(a: Evaluation, b: Evaluation) -> None:

@@ -148,10 +148,10 @@ def _draw_differences(axes: Axes, reference: Evaluation, found: Sequence[Evaluat
     for each, (color, line, marker) in zip(found, styles, strict=True):
         if each.about == reference.about:
             continue
-        difference = evaluations.paired_difference(each, reference)
+        bins = evaluations.paired_difference(each, reference).bins
         at = _middles(each)
-        axes.plot(at, difference.bin_loss, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
-        axes.fill_between(at, difference.bin_low, difference.bin_high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(at, bins.mean, color=color, linestyle=line, marker=marker, markersize=4, linewidth=1.2)
+        axes.fill_between(at, bins.low, bins.high, color=color, alpha=0.15, linewidth=0)
     axes.set_ylabel("difference in loss\n(nats per token)")
     axes.set_title(style.literal(f"difference to {_names([reference])[0]}; paired, 95 % intervals"), fontsize=10)
 
