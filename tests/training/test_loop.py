@@ -130,9 +130,7 @@ def test_a_bad_batch_stops_the_run_after_saving(tmp_path, monkeypatch, tiny_conf
     good, bad, place, losses = bad_data
     config = tiny_config({**SIX, "data.worker_processes": worker_processes})
     monkeypatch.setattr(named_sources, "from_config", lambda config, split: bad)
-    with pytest.raises(
-        DataError, match=f"some/train: token 999 at offset {place}; .*; the run stands at step 3, saved"
-    ):
+    with pytest.raises(DataError, match=f"some/train: token 999 at offset {place}; .*; the run is saved at step 3"):
         loop.train(config, tmp_path)
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.latest_step() == 3

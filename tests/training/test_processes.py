@@ -145,7 +145,7 @@ def test_a_stalled_step_is_reported_and_ended(tmp_path, start_processes):
     assert "ttt train: process 0 of 2 on " in err
     last = metrics.read(workdir)[-1]["step"]
     assert f"has been in step {last + 1} for 4 s" in err
-    assert "s without an end; stopped, to be started again (training.stall_limit sets the limit)" in err
+    assert "s; stopped, and to be started again (training.stall_limit sets the limit)" in err
     assert "loop.py" in err  # the traceback shows where it hung
 
 
@@ -165,6 +165,6 @@ def test_a_batch_that_one_process_cannot_read_stops_all_at_one_step(tmp_path, st
 
     processes = start_processes(tmp_path / "run", 2, {**FOREVER, "data.source": folder})
     printed = finish(*processes, status=FAILED, seconds=120)
-    assert printed.count("the run stands at step 6, saved, and goes on once that can be read") == 2
+    assert printed.count("the run is saved at step 6: run the same command once this is mended") == 2
     assert f"token 999 at offset {place}" in printed
     assert final_state(tmp_path / "run")[0] == 6

@@ -214,7 +214,7 @@ def _train(
                 lock.check()
             if step < total and agreed_to_stop() == _NO_DATA:
                 problem = feed.problem or "a process cannot read its next batch (it says which)"
-                raise DataError(f"{problem}; the run stands at step {step}, saved, and goes on once that can be read")
+                raise DataError(f"{problem}; the run is saved at step {step}: run the same command once this is mended")
         except NonFiniteLossError as error:
             checkpoints.wait()
             raise NonFiniteLossError(_advice(error, checkpoints)) from error
@@ -238,7 +238,7 @@ def _train(
 def _stalled(step: int, seconds: float) -> str:
     return (
         f"ttt train: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} has been in step "
-        f"{step} for {seconds:.0f} s without an end; stopped, to be started again (training.stall_limit sets the limit)"
+        f"{step} for {seconds:.0f} s; stopped, and to be started again (training.stall_limit sets the limit)"
     )
 
 

@@ -4,8 +4,8 @@
 Where ``config.json`` is gone or damaged, the copy is used. A ``config.json`` with other settings is refused, unless it
 was edited on purpose: then it has no hash.
 
-A run goes on with the same config, data and source of its learner. A learner of the user's own is found before it is
-imported, and the hash of its source is kept with the run.
+A run may only go on with the same config, data and source of its learner. A learner of the user's own is found before
+it is imported, and the hash of its source is kept with the run.
 
 JAX is imported only where processes agree, so that commands that read configs answer wrong arguments at once.
 """
@@ -199,7 +199,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
             f"a new workdir, or the values that are there{origin}"
         )
     if run.problem:
-        json_files.warn_once(f"{run.problem}; the config that {run.origin.parent.parent} holds is this one, going on")
+        json_files.warn_once(f"{run.problem}; {run.origin.parent.parent} holds the same config; going on")
     return learner_has_changed(run.config, accept_changed_learner)
 
 
