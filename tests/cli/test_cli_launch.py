@@ -26,7 +26,7 @@ def nothing_is_started(monkeypatch):
     def start(*arguments, **options):
         raise AssertionError("a command was started")
 
-    monkeypatch.setattr(Commands, "_start", start)
+    monkeypatch.setattr(Commands, "follow", start)
 
 
 def test_help(capsys):
