@@ -6,7 +6,7 @@ XLA's own counts take the body of a loop once; here it counts as often as it run
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ def elements(shape: str) -> list[str]:
     return found
 
 
-_ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ON_DEVICE = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BETWEEN_SLICES = "between slices"  # any collective over the data center network: TPU programs do not tell which
-KINDS = (*_ON_DEVICE, BETWEEN_SLICES)
+KINDS = (*ON_DEVICE, BETWEEN_SLICES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,27 @@ def collectives(text: str) -> list[Collective]:
     return list(_walk(computations, entry, devices, 1, (), set(), ""))
 
 
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind that a chip takes part in in a run of the program."""
+
+    count: int
+    bytes: int  # sizes of the whole arrays
+    sent: float  # bytes that the chip sends to others
+
+
+def by_kind(found: Sequence[Collective]) -> dict[str, Traffic]:
+    """Sum the collectives of each kind, each as often as it is executed."""
+    kinds = {}
+    for kind in KINDS:
+        some = [c for c in found if c.kind == kind]
+        if some:
+            kinds[kind] = Traffic(
+                sum(c.times for c in some), sum(c.times * c.bytes for c in some), sum(c.times * c.sent for c in some)
+            )
+    return kinds
+
+
 def _walk(
     computations: Computations,
     name: str,
@@ -217,7 +238,7 @@ def _walk(
         if kind == "send" and "megascale" in instruction.rest:
             size = array_bytes(elements(instruction.shape)[0])
             yield Collective(BETWEEN_SLICES, size, 2, times, loops, name, op_name)
-        elif kind in _ON_DEVICE:
+        elif kind in ON_DEVICE:
             if "chain_id=" in instruction.rest:
                 channel = instruction.attribute(r"channel_id=(\d+)")
                 if channel in started:

@@ -103,15 +103,6 @@ class CompilerError(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """All collectives of one kind that a chip takes part in during a step."""
-
-    count: int
-    bytes: int  # sizes of the whole arrays
-    sent: float  # bytes that the chip sends to others
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """The plan of a config on a topology; numbers are per step where not said otherwise.
 
@@ -133,7 +124,7 @@ class Plan:
     memory: Memory  # per chip
     available: int | None  # bytes of a chip that a program may use; None where unknown
     fits: bool | None
-    collectives: dict[str, Traffic]
+    collectives: dict[str, hlo.Traffic]
     step_time: estimate.StepTime | None
 
     @property
@@ -207,21 +198,9 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         memory=used,
         available=available,
         fits=None if available is None else not isinstance(compiled, TooLarge),
-        collectives=by_kind(found),
+        collectives=hlo.by_kind(found),
         step_time=step_time,
     )
-
-
-def by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Traffic]:
-    """Sum the collectives of each kind, each as often as it is executed."""
-    kinds = {}
-    for kind in hlo.KINDS:
-        some = [c for c in collectives if c.kind == kind]
-        if some:
-            kinds[kind] = Traffic(
-                sum(c.times for c in some), sum(c.times * c.bytes for c in some), sum(c.times * c.sent for c in some)
-            )
-    return kinds
 
 
 def _compile(run: Program) -> jax.stages.Compiled | TooLarge:

@@ -153,9 +153,8 @@ def _guess(config: ml_collections.ConfigDict, choice: Choice, chip) -> Guess:
     shards, d = choice.fsdp * choice.tensor, m.width
     kinds = pattern.kinds(m)
     parameters = m.vocab_size * d + sum(kind.blocks * _parameters(kind.model, length) for kind in kinds)
-    tokens = (
-        data.batch_size / (choice.data * choice.fsdp * choice.accumulation) * length
-    )  # of a micro-batch on one chip
+    sequences = data.batch_size / (choice.data * choice.fsdp * choice.accumulation)  # of a micro-batch on one chip
+    tokens = sequences * length
     itemsize = 2 if m.dtype == "bfloat16" else 4
     inside = [(kind.blocks, _inside_block(kind.model, length, itemsize, choice.tensor)) for kind in kinds]
     kept = d * itemsize

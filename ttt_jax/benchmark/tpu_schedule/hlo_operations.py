@@ -12,7 +12,6 @@ _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _VIEWS = ("bitcast", "reshape", "copy", "convert", "transpose")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +147,7 @@ def _scoped(instruction: Instruction) -> int:
 
 
 def _is_collective(opcode: str) -> bool:
-    return opcode.removesuffix("-start").removesuffix("-done") in _COLLECTIVES
+    return opcode.removesuffix("-start").removesuffix("-done") in hlo.ON_DEVICE
 
 
 def _allocates(instruction: Instruction) -> bool:

@@ -1,5 +1,6 @@
 """Print schedules as text and as JSON, with the time of each part of a training step."""
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
+from ttt_jax.planning import hlo
 from ttt_jax.terminal import console as console_lib
 
 _UNITS = {
@@ -87,7 +89,7 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "without_schedule": s.without_schedule,
         "unmatched_schedules": s.unmatched,
         "loops": [{"op_name": name, "trips": trips} for name, trips in s.loops],
-        "collectives": _collectives(s),
+        "collectives": {kind: dataclasses.asdict(found) for kind, found in hlo.by_kind(s.collectives).items()},
         "operations": [_operation(o) for o in s.operations if o.seconds],
     }
 
@@ -173,20 +175,9 @@ def _remarks(s: Schedule) -> list[str]:
         lines.append(f"not counted, without a schedule: {_some(s.without_schedule)}")
     if s.unmatched:
         lines.append(f"not counted, schedules of no operation of the program: {_some(s.unmatched)}")
-    for kind, found in _collectives(s).items():
-        lines.append(f"not timed: {found['count']} {kind} of {_size(found['bytes'])}, {_size(found['sent'])} to others")
+    for kind, found in hlo.by_kind(s.collectives).items():
+        lines.append(f"not timed: {found.count} {kind} of {_size(found.bytes)}, {_size(found.sent)} to others")
     return lines
-
-
-def _collectives(s: Schedule) -> dict[str, dict[str, float]]:
-    """Return by kind of collective: executions, bytes of the whole arrays, and bytes that a chip sends."""
-    kinds: dict[str, dict[str, float]] = {}
-    for c in s.collectives:
-        found = kinds.setdefault(c.kind, {"count": 0, "bytes": 0, "sent": 0.0})
-        found["count"] += c.times
-        found["bytes"] += c.times * c.bytes
-        found["sent"] += c.times * c.sent
-    return kinds
 
 
 def _operation(o: Scheduled) -> dict[str, Any]:
