@@ -19,6 +19,6 @@ def new_folder():
 
 
 @pytest.fixture
-def memory_path(new_folder):
-    """Return a folder like ``tmp_path``, in memory where possible."""
+def tmp_path(new_folder):
+    """Return a new folder, as pytest's fixture of this name does, in memory where possible."""
     return new_folder()

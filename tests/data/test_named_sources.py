@@ -13,7 +13,7 @@ import tokenizers
 from ttt_jax import config as config_lib
 from ttt_jax.config import ConfigError
 from ttt_jax.data import named_sources
-from ttt_jax.data.prepare import listing, tokenize, tokenize_units, tokenizer
+from ttt_jax.data.prepare import listing, tokenize, tokenizer
 from ttt_jax.data.prepare.tokenize_units import Job
 from ttt_jax.errors import DataError
 from ttt_jax.storage import json_files
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     job = Job(tokenizer.byte(), 256, 257)
     found = listing.find("train", [str(path)])
-    tokenize.tokenize(found, job, Store(folder / "dataset"), tokenize_units.processes(1), shard=16, chunk=4)
+    tokenize.tokenize(found, job, Store(folder / "dataset"), corpus.in_this_process, shard=16, chunk=4)
     tokens = [token for text in TEXTS for token in (256, *text.encode(), 257)]
     return folder / "dataset", np.array(tokens)
 

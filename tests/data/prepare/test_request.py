@@ -38,23 +38,23 @@ def refused(folder, files, **options):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_content_of_the_same_name_and_size_is_refused(memory_path, finished):
+def test_other_content_of_the_same_name_and_size_is_refused(tmp_path, finished):
     """Change the second of three files; the dataset holds all of them, or the first two."""
-    files = [corpus.input_file(memory_path / f"{i}.jsonl", corpus.jsonl(TEXTS)) for i in range(3)]
+    files = [corpus.input_file(tmp_path / f"{i}.jsonl", corpus.jsonl(TEXTS)) for i in range(3)]
     if finished:
-        run(memory_path / "out", files)
+        run(tmp_path / "out", files)
     else:
-        run_a_part(memory_path / "out", files, 42)
-        assert json.loads((memory_path / "out/_unfinished/state.json").read_text())["position"]["file"] == 2
-    corpus.input_file(memory_path / "1.jsonl", corpus.jsonl(OTHER))
-    message = refused(memory_path / "out", files)
+        run_a_part(tmp_path / "out", files, 42)
+        assert json.loads((tmp_path / "out/_unfinished/state.json").read_text())["position"]["file"] == 2
+    corpus.input_file(tmp_path / "1.jsonl", corpus.jsonl(OTHER))
+    message = refused(tmp_path / "out", files)
     assert message.startswith(
-        f"--output {memory_path}/out: holds tokens of another {files[1].location}, of the same name and size (sha256:"
+        f"--output {tmp_path}/out: holds tokens of another {files[1].location}, of the same name and size (sha256:"
     )
     assert message.endswith(" here); expected the same content, or a new folder")
     assert "\n" not in message
-    corpus.input_file(memory_path / "1.jsonl", corpus.jsonl(TEXTS))
-    about = run(memory_path / "out", files)
+    corpus.input_file(tmp_path / "1.jsonl", corpus.jsonl(TEXTS))
+    about = run(tmp_path / "out", files)
     assert [content.partition(":")[0] for content in about["contents"]] == 3 * ["sha256"]
 
 
@@ -74,9 +74,9 @@ def test_files_that_changed_after_the_dataset_was_finished_are_refused(tmp_path)
     assert refused(tmp_path / "two", [grown]).endswith(f"(file 2: --train b.txt there, none here){end}")
 
 
-def test_a_file_that_grows_while_it_is_read_stops_the_run_until_the_next_command(memory_path):
+def test_a_file_that_grows_while_it_is_read_stops_the_run_until_the_next_command(tmp_path):
     """Check that text after the part that was hashed is not written under that hash."""
-    path = memory_path / "a.jsonl"
+    path = tmp_path / "a.jsonl"
     old = corpus.input_file(path, corpus.jsonl(TEXTS))
 
     def grow(job, units):
@@ -87,27 +87,27 @@ def test_a_file_that_grows_while_it_is_read_stops_the_run_until_the_next_command
 
     options = {"shard": 64, "chunk": 64, "unit_bytes": 100, "save_seconds": -1}
     with pytest.raises(DataError) as caught:
-        tokenize([old], JOB, Store(memory_path / "out"), grow, **options)
+        tokenize([old], JOB, Store(tmp_path / "out"), grow, **options)
     sizes = f"{old.size:,} bytes, now {path.stat().st_size:,}"
     advice = "the same command goes on, once the file is complete"
     assert str(caught.value) == f"{path}: has changed while it was read ({sizes}); {advice}"
     new = InputFile("train", str(path), path.stat().st_size)
-    assert run(memory_path / "out", [new])["splits"]["train"]["documents"] == len(TEXTS) + 1
-    run(memory_path / "whole", [new])
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "whole")
+    assert run(tmp_path / "out", [new])["splits"]["train"]["documents"] == len(TEXTS) + 1
+    run(tmp_path / "whole", [new])
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "whole")
 
 
-def test_a_dataset_without_digests_is_recognised_by_name_and_size(memory_path):
-    files = [corpus.input_file(memory_path / "a.jsonl", corpus.jsonl(TEXTS))]
-    about = run(memory_path / "out", files)
-    path = memory_path / "out/dataset.json"
+def test_a_dataset_without_digests_is_recognised_by_name_and_size(tmp_path):
+    files = [corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl(TEXTS))]
+    about = run(tmp_path / "out", files)
+    path = tmp_path / "out/dataset.json"
     del about["contents"]
     path.write_text(json.dumps(about))
-    assert run(memory_path / "out", files) == about
+    assert run(tmp_path / "out", files) == about
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
-def test_a_file_that_changed_before_the_saved_position_is_refused(memory_path, name):
+def test_a_file_that_changed_before_the_saved_position_is_refused(tmp_path, name):
     """Check also that the file may be mended after that position, and that the size of units does not matter."""
 
     def content(texts):
@@ -115,17 +115,17 @@ def test_a_file_that_changed_before_the_saved_position_is_refused(memory_path, n
         return gzip.compress(whole, mtime=0) if name.endswith("gz") else whole
 
     def file(texts):
-        return [corpus.input_file(memory_path / name, content(texts))]
+        return [corpus.input_file(tmp_path / name, content(texts))]
 
     mended = [*TEXTS[:15], *OTHER[15:]]
-    run(memory_path / "expected", file(mended))
-    run_a_part(memory_path / "out", file(TEXTS), 5)
-    records = json.loads((memory_path / "out/_unfinished/state.json").read_text())["position"]["records"]
+    run(tmp_path / "expected", file(mended))
+    run_a_part(tmp_path / "out", file(TEXTS), 5)
+    records = json.loads((tmp_path / "out/_unfinished/state.json").read_text())["position"]["records"]
     assert 4 < records < 15
     (changed,) = file([*TEXTS[:3], OTHER[3], *TEXTS[4:]])
-    assert refused(memory_path / "out", [changed]) == (
+    assert refused(tmp_path / "out", [changed]) == (
         f"{changed.location}: has changed before record {records + 1}, up to which its tokens are in "
-        f"{memory_path}/out; expected the same records up to there, or a new folder"
+        f"{tmp_path}/out; expected the same records up to there, or a new folder"
     )
-    run(memory_path / "out", file(mended), unit_bytes=333)
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+    run(tmp_path / "out", file(mended), unit_bytes=333)
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")

@@ -147,7 +147,9 @@ def test_a_split_without_documents_is_an_empty_array(tmp_path):
 def test_progress_is_reported_up_to_the_totals(tmp_path, files):
     seen = []
     make(
-        tmp_path / "out", files, progress=lambda now: seen.append((now.read, now.documents, now.tokens, now.text_bytes))
+        tmp_path / "out",
+        files,
+        progress=lambda now: seen.append((now.read, now.documents, now.tokens, now.text_bytes)),
     )
     assert seen == sorted(seen)
     assert len(seen) > 10

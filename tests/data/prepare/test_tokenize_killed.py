@@ -65,8 +65,8 @@ def saves(output):
 
 
 @pytest.mark.slow
-def test_a_run_killed_many_times_ends_with_the_bytes_of_an_undisturbed_run(memory_path, folder):
-    rng, output, begun = random.Random(0), memory_path / "out", []
+def test_a_run_killed_many_times_ends_with_the_bytes_of_an_undisturbed_run(tmp_path, folder):
+    rng, output, begun = random.Random(0), tmp_path / "out", []
     while True:
         process = start(output, folder)
         before = saves(output)
@@ -82,7 +82,7 @@ def test_a_run_killed_many_times_ends_with_the_bytes_of_an_undisturbed_run(memor
         assert process.returncode == -signal.SIGKILL
     assert len(begun) > 4  # runs
     assert begun == sorted(set(begun)), "every run went on where the one before it was"
-    undisturbed = memory_path / "undisturbed"
+    undisturbed = tmp_path / "undisturbed"
     finish(start(undisturbed, folder))
     assert corpus.contents(output) == corpus.contents(undisturbed)
     check_problems(corpus.contents(output))
@@ -115,21 +115,21 @@ cp -r "$1/out" "$4"
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_clear_line_and_the_run_continues_with_more_space(memory_path, folder, mount_namespace):
+def test_a_full_disk_is_one_clear_line_and_the_run_continues_with_more_space(tmp_path, folder, mount_namespace):
     """Run on a disk of 128 kB, which grows."""
-    (memory_path / "disk").mkdir()
-    places = [str(memory_path / "disk"), str(folder), PROGRAM, str(memory_path / "copy")]
+    (tmp_path / "disk").mkdir()
+    places = [str(tmp_path / "disk"), str(folder), PROGRAM, str(tmp_path / "copy")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [*mount_namespace, "sh", "-c", SMALL_DISK, "sh", *places]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     message, left, *others = done.stderr.splitlines()
-    assert message.startswith(f"ttt tokenize: cannot write {memory_path}/disk/out/")
+    assert message.startswith(f"ttt tokenize: cannot write {tmp_path}/disk/out/")
     assert "No space left on device" in message
     assert message.endswith("; free some space and run the same command again")
     assert "_unfinished" in left
     assert "dataset.json" not in left
     assert others == []
 
-    finish(start(memory_path / "expected", folder, fraction=0))
-    assert corpus.contents(memory_path / "copy") == corpus.contents(memory_path / "expected")
+    finish(start(tmp_path / "expected", folder, fraction=0))
+    assert corpus.contents(tmp_path / "copy") == corpus.contents(tmp_path / "expected")

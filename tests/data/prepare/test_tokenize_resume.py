@@ -56,22 +56,22 @@ class Dying(Store):
 
 
 @pytest.fixture
-def with_bad_lines(memory_path):
+def with_bad_lines(tmp_path):
     """Return a file of 24 documents and bad lines, a file that is cut short, and a validation file."""
     lines = corpus.jsonl(GOOD).splitlines(keepends=True)
     for number, line in BAD_LINES.items():
         lines.insert(number - 1, line)
     broken = corpus.frames(corpus.jsonl(GOOD[:6]), 200)
     return [
-        corpus.input_file(memory_path / "a.jsonl", b"".join(lines)),
-        corpus.input_file(memory_path / "b.jsonl.zst", broken[: len(broken) * 2 // 3]),
-        corpus.input_file(memory_path / "c.jsonl", corpus.jsonl(GOOD[:3]), "validation"),
+        corpus.input_file(tmp_path / "a.jsonl", b"".join(lines)),
+        corpus.input_file(tmp_path / "b.jsonl.zst", broken[: len(broken) * 2 // 3]),
+        corpus.input_file(tmp_path / "c.jsonl", corpus.jsonl(GOOD[:3]), "validation"),
     ]
 
 
 @pytest.fixture
-def good(memory_path):
-    return [corpus.input_file(memory_path / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
+def good(tmp_path):
+    return [corpus.input_file(tmp_path / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
 
 
 def run(folder, files, job=JOB, store=Store, **options):
@@ -97,9 +97,9 @@ def states(folder):
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_problems_are_listed_with_file_and_record(memory_path, with_bad_lines):
-    about = run(memory_path / "out", with_bad_lines, skip_problems=True)
-    lines = [json.loads(line) for line in (memory_path / "out/problems.jsonl").read_text().splitlines()]
+def test_problems_are_listed_with_file_and_record(tmp_path, with_bad_lines):
+    about = run(tmp_path / "out", with_bad_lines, skip_problems=True)
+    lines = [json.loads(line) for line in (tmp_path / "out/problems.jsonl").read_text().splitlines()]
     assert about["skipped_records"] == len(lines) == 5
     found = [(line["file"], line["record"]) for line in lines[:4]]
     assert found == [(with_bad_lines[0].location, number) for number in BAD_LINES]
@@ -112,102 +112,102 @@ def test_problems_are_listed_with_file_and_record(memory_path, with_bad_lines):
 
 
 @pytest.mark.slow
-def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(memory_path, with_bad_lines):
+def test_a_run_that_dies_at_any_moment_ends_with_the_same_bytes(tmp_path, with_bad_lines):
     """Run with problems, which must be listed once each."""
-    run(memory_path / "expected", with_bad_lines, skip_problems=True, unit_bytes=600)
-    expected = corpus.contents(memory_path / "expected")
+    run(tmp_path / "expected", with_bad_lines, skip_problems=True, unit_bytes=600)
+    expected = corpus.contents(tmp_path / "expected")
     for steps in itertools.count():
-        ended = run_until(memory_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=2500)
-        run(memory_path / "out", with_bad_lines, skip_problems=True, save_seconds=99)
-        assert corpus.contents(memory_path / "out") == expected, steps
-        shutil.rmtree(memory_path / "out")
+        ended = run_until(tmp_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=2500)
+        run(tmp_path / "out", with_bad_lines, skip_problems=True, save_seconds=99)
+        assert corpus.contents(tmp_path / "out") == expected, steps
+        shutil.rmtree(tmp_path / "out")
         if ended:
             break
     assert steps > 40
 
 
 @pytest.mark.parametrize("steps", [15, 23])
-def test_a_run_that_dies_many_times_still_ends(memory_path, with_bad_lines, steps):
-    run(memory_path / "expected", with_bad_lines, skip_problems=True)
+def test_a_run_that_dies_many_times_still_ends(tmp_path, with_bad_lines, steps):
+    run(tmp_path / "expected", with_bad_lines, skip_problems=True)
     for _died in range(60):
-        if run_until(memory_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=400):
+        if run_until(tmp_path / "out", with_bad_lines, steps, skip_problems=True, unit_bytes=400):
             break
     assert _died > 3
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
 
 
-def test_files_of_a_killed_write_are_ignored(memory_path, with_bad_lines):
+def test_files_of_a_killed_write_are_ignored(tmp_path, with_bad_lines):
     """Leave files NAME.__lock, as a kill does before TensorStore renames them."""
-    run(memory_path / "expected", with_bad_lines, skip_problems=True)
-    assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
-    unfinished = memory_path / "out/_unfinished"
+    run(tmp_path / "expected", with_bad_lines, skip_problems=True)
+    assert not run_until(tmp_path / "out", with_bad_lines, 30, skip_problems=True)
+    unfinished = tmp_path / "out/_unfinished"
     assert list((unfinished / "problems").iterdir())
     for name in ("problems/99", "problems/2", "state.json", "9/train"):
         (unfinished / f"{name}.__lock").parent.mkdir(exist_ok=True)
         (unfinished / f"{name}.__lock").write_bytes(b"half")
-    run(memory_path / "out", with_bad_lines, skip_problems=True)
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+    run(tmp_path / "out", with_bad_lines, skip_problems=True)
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
 
 
-def test_a_run_stopped_by_a_bad_record_continues_once_it_is_mended(memory_path, with_bad_lines):
+def test_a_run_stopped_by_a_bad_record_continues_once_it_is_mended(tmp_path, with_bad_lines):
     """Mend one bad record after another, the last in a second file."""
     lines, broken, _ = with_bad_lines
-    content = (memory_path / "a.jsonl").read_bytes()
+    content = (tmp_path / "a.jsonl").read_bytes()
     for number, bad in BAD_LINES.items():
-        message = refused(DataError, memory_path / "out", with_bad_lines)
+        message = refused(DataError, tmp_path / "out", with_bad_lines)
         assert message.startswith(f"{lines.location}, record {number}: ")
         assert message.endswith("either way the same command goes on from here")
-        assert not (memory_path / "out/dataset.json").exists()
+        assert not (tmp_path / "out/dataset.json").exists()
         content = content.replace(bad, json.dumps({"text": f"mended {number}"}).encode() + b"\n")
-        with_bad_lines[0] = corpus.input_file(memory_path / "a.jsonl", content)
-    assert refused(DataError, memory_path / "out", with_bad_lines).startswith(f"{broken.location}, record ")
-    with_bad_lines[1] = corpus.input_file(memory_path / "b.jsonl.zst", corpus.frames(corpus.jsonl(GOOD[:6]), 200))
-    about = run(memory_path / "out", with_bad_lines)
+        with_bad_lines[0] = corpus.input_file(tmp_path / "a.jsonl", content)
+    assert refused(DataError, tmp_path / "out", with_bad_lines).startswith(f"{broken.location}, record ")
+    with_bad_lines[1] = corpus.input_file(tmp_path / "b.jsonl.zst", corpus.frames(corpus.jsonl(GOOD[:6]), 200))
+    about = run(tmp_path / "out", with_bad_lines)
     assert about["skipped_records"] == 0
     assert about["splits"]["train"]["documents"] == 24 + 4 + 6
 
-    run(memory_path / "expected", with_bad_lines)
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+    run(tmp_path / "expected", with_bad_lines)
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
 
 
-def test_a_run_stopped_by_a_bad_record_continues_with_skip_problems(memory_path, with_bad_lines):
-    refused(DataError, memory_path / "out", with_bad_lines)
-    run(memory_path / "out", with_bad_lines, skip_problems=True)
-    run(memory_path / "expected", with_bad_lines, skip_problems=True)
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
+def test_a_run_stopped_by_a_bad_record_continues_with_skip_problems(tmp_path, with_bad_lines):
+    refused(DataError, tmp_path / "out", with_bad_lines)
+    run(tmp_path / "out", with_bad_lines, skip_problems=True)
+    run(tmp_path / "expected", with_bad_lines, skip_problems=True)
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
 
 
-def test_a_run_that_stops_at_a_bad_record_has_saved_all_before_it(memory_path, with_bad_lines):
+def test_a_run_that_stops_at_a_bad_record_has_saved_all_before_it(tmp_path, with_bad_lines):
     """Use a unit per line, such that the two lines before the bad one are saved."""
-    refused(DataError, memory_path / "out", with_bad_lines, unit_bytes=1, save_seconds=99)
-    state = json.loads((memory_path / "out/_unfinished/state.json").read_text())
+    refused(DataError, tmp_path / "out", with_bad_lines, unit_bytes=1, save_seconds=99)
+    state = json.loads((tmp_path / "out/_unfinished/state.json").read_text())
     offset = sum(map(len, corpus.jsonl(GOOD[:2]).splitlines(keepends=True)))
     assert state["position"] == {"file": 0, "offset": offset, "records": 2, "found": True}
 
 
-def test_several_bad_records_of_a_unit_are_counted(memory_path, with_bad_lines):
-    message = refused(DataError, memory_path / "out", with_bad_lines, unit_bytes=1 << 20)
+def test_several_bad_records_of_a_unit_are_counted(tmp_path, with_bad_lines):
+    message = refused(DataError, tmp_path / "out", with_bad_lines, unit_bytes=1 << 20)
     assert "record 3: not JSON" in message
     assert "(and 3 more near it)" in message
 
 
-def test_a_finished_dataset_is_left_alone(memory_path, good):
-    about = run(memory_path / "out", good)
-    before = states(memory_path / "out")
-    assert run(memory_path / "out", good, unit_bytes=7, save_seconds=0) == about
-    assert states(memory_path / "out") == before
+def test_a_finished_dataset_is_left_alone(tmp_path, good):
+    about = run(tmp_path / "out", good)
+    before = states(tmp_path / "out")
+    assert run(tmp_path / "out", good, unit_bytes=7, save_seconds=0) == about
+    assert states(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "train/c/0", "_unfinished.txt", ".hidden"])
-def test_a_folder_that_holds_something_else_is_left_alone(memory_path, good, name):
-    path = memory_path / "out" / name
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, good, name):
+    path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    before = states(memory_path / "out")
-    message = refused(ConfigError, memory_path / "out", good)
-    assert message == f"--output {memory_path}/out: holds {name}; expected a new or empty folder"
-    assert states(memory_path / "out") == before
-    assert {p.name for p in (memory_path / "out").iterdir()} == {name.split("/")[0]}
+    before = states(tmp_path / "out")
+    message = refused(ConfigError, tmp_path / "out", good)
+    assert message == f"--output {tmp_path}/out: holds {name}; expected a new or empty folder"
+    assert states(tmp_path / "out") == before
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {name.split("/")[0]}
 
 
 OTHERS = [
@@ -221,8 +221,8 @@ OTHERS = [
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize(("change", "what"), OTHERS)
-def test_another_request_is_refused_with_what_differs(memory_path, good, finished, change, what):
-    folder = memory_path / "out"
+def test_another_request_is_refused_with_what_differs(tmp_path, good, finished, change, what):
+    folder = tmp_path / "out"
     assert run_until(folder, good, 999 if finished else 15) == finished
     before = states(folder)
     message = refused(ConfigError, folder, good, **change)
@@ -232,12 +232,12 @@ def test_another_request_is_refused_with_what_differs(memory_path, good, finishe
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_other_files_are_another_request(memory_path, good, finished):
-    folder = memory_path / "out"
+def test_other_files_are_another_request(tmp_path, good, finished):
+    folder = tmp_path / "out"
     assert run_until(folder, good, 999 if finished else 20) == finished
     before = states(folder)
-    third = corpus.input_file(memory_path / "third.jsonl", b'{"text": "a"}\n')
-    longer = corpus.input_file(memory_path / "0.jsonl", b'{"text": "a"}\n')
+    third = corpus.input_file(tmp_path / "third.jsonl", b'{"text": "a"}\n')
+    longer = corpus.input_file(tmp_path / "0.jsonl", b'{"text": "a"}\n')
     for files, what in (
         (good[::-1], "file 1: --train 0.jsonl of "),
         (good[:1], f"file 2: --train 1.jsonl{'' if finished else f' of {good[1].size:,} bytes'} there, none here"),
@@ -252,26 +252,26 @@ def test_other_files_are_another_request(memory_path, good, finished):
     assert states(folder) == before
 
 
-def test_a_dataset_and_its_files_may_move(memory_path, good):
-    run(memory_path / "out", good)
-    (memory_path / "elsewhere").mkdir()
-    moved = [corpus.input_file(memory_path / "elsewhere" / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
-    shutil.move(memory_path / "out", memory_path / "new")
-    before = states(memory_path / "new")
-    run(memory_path / "new", moved)
-    assert states(memory_path / "new") == before
+def test_a_dataset_and_its_files_may_move(tmp_path, good):
+    run(tmp_path / "out", good)
+    (tmp_path / "elsewhere").mkdir()
+    moved = [corpus.input_file(tmp_path / "elsewhere" / f"{i}.jsonl", corpus.jsonl(GOOD[i::2])) for i in range(2)]
+    shutil.move(tmp_path / "out", tmp_path / "new")
+    before = states(tmp_path / "new")
+    run(tmp_path / "new", moved)
+    assert states(tmp_path / "new") == before
 
 
-def test_lost_tokens_of_an_unfinished_run_are_an_error(memory_path, good):
-    assert not run_until(memory_path / "out", good, 20)
-    (path,) = (memory_path / "out/_unfinished").rglob("train")
+def test_lost_tokens_of_an_unfinished_run_are_an_error(tmp_path, good):
+    assert not run_until(tmp_path / "out", good, 20)
+    (path,) = (tmp_path / "out/_unfinished").rglob("train")
     path.unlink()
-    assert refused(DataError, memory_path / "out", good) == f"{path}: is gone; delete {memory_path}/out and begin anew"
+    assert refused(DataError, tmp_path / "out", good) == f"{path}: is gone; delete {tmp_path}/out and begin anew"
 
 
-def test_lost_problems_of_an_unfinished_run_are_an_error(memory_path, with_bad_lines):
-    assert not run_until(memory_path / "out", with_bad_lines, 30, skip_problems=True)
-    path = min((memory_path / "out/_unfinished/problems").iterdir())
+def test_lost_problems_of_an_unfinished_run_are_an_error(tmp_path, with_bad_lines):
+    assert not run_until(tmp_path / "out", with_bad_lines, 30, skip_problems=True)
+    path = min((tmp_path / "out/_unfinished/problems").iterdir())
     path.unlink()
-    message = refused(DataError, memory_path / "out", with_bad_lines, skip_problems=True)
-    assert message == f"{path}: is gone; delete {memory_path}/out and begin anew"
+    message = refused(DataError, tmp_path / "out", with_bad_lines, skip_problems=True)
+    assert message == f"{path}: is gone; delete {tmp_path}/out and begin anew"

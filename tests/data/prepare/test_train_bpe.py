@@ -170,112 +170,112 @@ def never(*arguments, **options):
     raise AssertionError("trained again")
 
 
-def test_a_saved_tokenizer_is_not_trained_again(memory_path, file, monkeypatch):
-    make(memory_path / "expected", [file])
-    kept = train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB)  # a run killed before tokenizing
+def test_a_saved_tokenizer_is_not_trained_again(tmp_path, file, monkeypatch):
+    make(tmp_path / "expected", [file])
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)  # a run killed before tokenizing
     monkeypatch.setattr(train_bpe, "train", never)
-    assert train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB) == kept
-    make(memory_path / "out", [file])
-    assert corpus.contents(memory_path / "out") == corpus.contents(memory_path / "expected")
-    assert (memory_path / "out/tokenizer.json").read_bytes() == kept.content
-    make(memory_path / "out", [file])  # finished already
-    assert json.loads((memory_path / "out/dataset.json").read_text())["tokenizer"]["trained"] == {"vocab_size": 300}
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
+    make(tmp_path / "out", [file])
+    assert corpus.contents(tmp_path / "out") == corpus.contents(tmp_path / "expected")
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == kept.content
+    make(tmp_path / "out", [file])  # finished already
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["tokenizer"]["trained"] == {"vocab_size": 300}
 
 
-def test_a_half_saved_tokenizer_is_trained_again(memory_path, file):
-    kept = train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB)
-    for path in (memory_path / "out/_unfinished").iterdir():
+def test_a_half_saved_tokenizer_is_trained_again(tmp_path, file):
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
+    for path in (tmp_path / "out/_unfinished").iterdir():
         whole = path.read_bytes()
         path.unlink()
-        assert train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB) == kept
+        assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
         assert path.read_bytes() == whole
 
 
-def test_a_tokenizer_of_other_text_of_the_same_size_is_not_used(memory_path):
+def test_a_tokenizer_of_other_text_of_the_same_size_is_not_used(tmp_path):
     for text in ("ab " * 99, "cd " * 99):
-        file = corpus.input_file(memory_path / "a.jsonl", corpus.jsonl([text]))
+        file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text]))
         expected = train_bpe.train([file], 300, JOB)
-        assert train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB).content == expected
+        assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB).content == expected
 
 
-def test_a_tokenizer_saved_without_digests_is_still_used(memory_path, file, monkeypatch):
-    kept = train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB)
-    path = memory_path / "out/_unfinished/tokenizer-made-for.json"
+def test_a_tokenizer_saved_without_digests_is_still_used(tmp_path, file, monkeypatch):
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
+    path = tmp_path / "out/_unfinished/tokenizer-made-for.json"
     made_for = json_files.read_object(path)
     del made_for["tokenizer_sha256"]
     assert made_for.pop("contents") == [f"sha256:{hashlib.sha256(Path(file.location).read_bytes()).hexdigest()}"]
     path.write_text(json.dumps(made_for))
     monkeypatch.setattr(train_bpe, "train", never)
-    assert train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB) == kept
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
 
 
-def test_a_damaged_tokenizer_is_reported_and_trained_anew(memory_path, file, capsys):
-    kept = train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB)
-    path = memory_path / "out/_unfinished/tokenizer.json"
+def test_a_damaged_tokenizer_is_reported_and_trained_anew(tmp_path, file, capsys):
+    kept = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
+    path = tmp_path / "out/_unfinished/tokenizer.json"
     path.write_bytes(kept.content.replace(b'"</s>"', b'"</t>"', 1))
     capsys.readouterr()
-    assert train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB) == kept
+    assert train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB) == kept
     assert capsys.readouterr().err.splitlines()[0] == f"{path}: damaged; the tokenizer is trained anew"
 
 
-def test_a_tokenizer_is_still_used_after_another_split_was_mended(memory_path, file, monkeypatch):
+def test_a_tokenizer_is_still_used_after_another_split_was_mended(tmp_path, file, monkeypatch):
     """Mend a validation file, which changes its size, after shards were written."""
     good = corpus.jsonl(["the river"])
-    validation = corpus.input_file(memory_path / "v.jsonl", good + b"junk\n", "validation")
+    validation = corpus.input_file(tmp_path / "v.jsonl", good + b"junk\n", "validation")
     with pytest.raises(DataError, match=r"v.jsonl, record 2: not JSON"):
-        make(memory_path / "out", [file, validation])
-    assert (memory_path / "out/train/c/0").exists()
-    validation = corpus.input_file(memory_path / "v.jsonl", good + good, "validation")
+        make(tmp_path / "out", [file, validation])
+    assert (tmp_path / "out/train/c/0").exists()
+    validation = corpus.input_file(tmp_path / "v.jsonl", good + good, "validation")
     monkeypatch.setattr(train_bpe, "train", never)
-    about = make(memory_path / "out", [file, validation])
+    about = make(tmp_path / "out", [file, validation])
     assert about["splits"]["validation"]["documents"] == 2
 
 
 @pytest.mark.parametrize("content", [None, b"{}"])
-def test_a_lost_or_changed_tokenizer_of_a_finished_dataset_is_an_error(memory_path, file, content):
-    make(memory_path / "out", [file])
-    kept = memory_path / "out/tokenizer.json"
+def test_a_lost_or_changed_tokenizer_of_a_finished_dataset_is_an_error(tmp_path, file, content):
+    make(tmp_path / "out", [file])
+    kept = tmp_path / "out/tokenizer.json"
     kept.unlink() if content is None else kept.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        make(memory_path / "out", [file])
+        make(tmp_path / "out", [file])
     assert str(caught.value).startswith(f"{kept}: {'is gone' if content is None else 'damaged, or another tokenizer'}")
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_another_vocabulary_size_is_refused(memory_path, file, finished):
+def test_another_vocabulary_size_is_refused(tmp_path, file, finished):
     """Check a finished and an unfinished dataset, which has shards already."""
-    other = corpus.input_file(memory_path / "v.jsonl", b'{"text": "a"}\n' if finished else b"junk\n", "validation")
+    other = corpus.input_file(tmp_path / "v.jsonl", b'{"text": "a"}\n' if finished else b"junk\n", "validation")
     with contextlib.nullcontext() if finished else pytest.raises(DataError, match=r"v.jsonl, record 1: not JSON"):
-        make(memory_path / "out", [file, other])
-    before = corpus.contents(memory_path / "out")
+        make(tmp_path / "out", [file, other])
+    before = corpus.contents(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"^--output .*: holds ") as caught:
-        make(memory_path / "out", [file, other], vocab_size=310)
+        make(tmp_path / "out", [file, other], vocab_size=310)
     assert "\n" not in str(caught.value)
-    assert corpus.contents(memory_path / "out") == before
+    assert corpus.contents(tmp_path / "out") == before
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(memory_path, file, monkeypatch):
-    (memory_path / "notes.txt").write_text("mine")
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, file, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.setattr(train_bpe, "train", never)
     with pytest.raises(ConfigError, match=r"holds .*; expected a new or empty folder$"):
-        make(memory_path, [file])
-    assert (memory_path / "notes.txt").read_text() == "mine"
+        make(tmp_path, [file])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
-def test_worker_processes_load_the_tokenizer(memory_path, file):
-    chosen = train_bpe.load_or_train(Store(memory_path / "out"), [file], 300, JOB)
+def test_worker_processes_load_the_tokenizer(tmp_path, file):
+    chosen = train_bpe.load_or_train(Store(tmp_path / "out"), [file], 300, JOB)
     job, options = Job(chosen, 0, 1), {"shard": 512, "chunk": 64, "unit_bytes": 500}
-    tokenize([file], job, Store(memory_path / "out"), tokenize_units.processes(1), **options)
+    tokenize([file], job, Store(tmp_path / "out"), tokenize_units.processes(1), **options)
     library = tokenizers.Tokenizer.from_buffer(chosen.content)
     library.encode_special_tokens = True
     expected = [token for text in TEXTS for token in (0, *library.encode(text, add_special_tokens=False).ids, 1)]
-    assert corpus.stored(memory_path / "out/train").tolist() == expected
+    assert corpus.stored(tmp_path / "out/train").tolist() == expected
 
 
-def test_a_fixed_text_gives_a_fixed_tokenizer(memory_path):
+def test_a_fixed_text_gives_a_fixed_tokenizer(tmp_path):
     """Guard against other tokens in a dataset that is made again, with text of all kinds that training tells apart."""
     text = "The river bent twice; the river bends 1024 times. straße Ωmega 水は流れる \U0001f989 don't\r\n\tx=1;"
-    file = corpus.input_file(memory_path / "a.jsonl", corpus.jsonl([text, text.upper(), "", "the the the"]))
+    file = corpus.input_file(tmp_path / "a.jsonl", corpus.jsonl([text, text.upper(), "", "the the the"]))
     trained = train_bpe.train([file], 280, JOB)
     assert hashlib.sha256(trained).hexdigest() == "ca159a5f7d63a341a008fefb0b4321397ab0cd33a77ba994ca192a04ac375d74"
