@@ -133,10 +133,11 @@ workload waits or runs follows that one.
         return [*self._kubectl, "logs", "--follow", f"--container={_CONTAINER}", limit, log]
 
     def stop(self, key: str) -> None:
-        """Delete the workload, if there is one; its pods save first."""
+        """Delete the workload, if there is one of ttt launch; its pods save first."""
         # Never without --workload: xpk would delete all workloads of the cluster.
         delete = ["xpk", "workload", "delete", f"--workload={key}", *self.where, "--force"]
-        if self._jobset() is not None:
+        jobset = self._jobset()
+        if jobset is not None and _variable(jobset, _MARK) is not None:
             self.commands.run(delete, retry=PATIENT, finish=True)
 
     @functools.cached_property
