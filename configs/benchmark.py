@@ -2,7 +2,7 @@
 
     ttt bench step --config configs/benchmark.py:ttt_linear
 
-ARG is the mixer: ttt_linear (default), ttt_mlp, attention or linear_attention.
+ARG is model.mixer: ttt_linear (default), another mixer such as ttt_mlp or attention, or a pattern of mixers.
 
 Hardware: two CPU cores, 1.1 GiB (ttt_mlp 1.7, attention 1.5), float32; a few steps, 2 to 3 s each: docs/benchmarks.md.
 """

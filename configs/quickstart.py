@@ -2,7 +2,7 @@
 
     ttt train --config configs/quickstart.py:ttt_linear --workdir runs/quickstart/ttt_linear
 
-ARG is the mixer: ttt_linear (default), ttt_mlp, ttt, attention or linear_attention.
+ARG is model.mixer: ttt_linear (default), another mixer such as ttt_mlp or attention, or a pattern of mixers.
 
 At this size, one window a step learns more from fewer tokens than four: 250 steps of one window reach the losses of 140
 steps of four windows, or lower ones, with less than half of the tokens.

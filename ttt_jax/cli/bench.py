@@ -14,6 +14,7 @@ from ttt_jax import finite
 from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
 from ttt_jax.terminal.console import not_negative, positive
+from ttt_jax.terminal.stopping import DONE, FAILED
 
 if TYPE_CHECKING:
     from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
@@ -61,7 +62,7 @@ def step(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     measurement = step.measure(config, repeats=options.repeats, warmup=options.warmup)
     print(json.dumps(finite.for_json(measurement.as_dict())[0], indent=2) if options.json else measurement)
-    return 0
+    return DONE
 
 
 def add_tpu_schedule_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +121,7 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(report.comparison(measured))
     elif measured:
         print(report.text(measured[""], options.top))
-    return 1 if failed else 0
+    return FAILED if failed else DONE
 
 
 def target_of(options: argparse.Namespace, rest: list[str], variant: str) -> "Function | Step":

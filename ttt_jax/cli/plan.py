@@ -11,6 +11,7 @@ from ttt_jax import finite
 from ttt_jax.cli.options import CONFIG_USAGE
 from ttt_jax.errors import ConfigError
 from ttt_jax.terminal.console import positive
+from ttt_jax.terminal.stopping import DONE, FAILED
 
 DESCRIPTION = """\
 Compiles the training step of a config for chips that need not be present, with their own compiler. Prints the memory
@@ -65,9 +66,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         plan = plan_lib.plan(config, str(topology), devices)
     except plan_lib.CompilerError as error:
         print(f"ttt plan: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     print(_json(report.as_dict(plan, options.price)) if options.json else report.text(plan, options.price))
-    return 1 if plan.fits is False else 0
+    return FAILED if plan.fits is False else DONE
 
 
 def _search(options: argparse.Namespace, config, topology: str, devices: list) -> int:
@@ -96,7 +97,7 @@ def _search(options: argparse.Namespace, config, topology: str, devices: list) -
     else:
         choice, plan = best
         print(f"\nbest:\n  {choice.overrides()}\n\n{report.text(plan, options.price)}")
-    return 1 if best is None else 0
+    return FAILED if best is None else DONE
 
 
 def _json(numbers: dict[str, Any]) -> str:

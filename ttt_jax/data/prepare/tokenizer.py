@@ -1,6 +1,6 @@
 """Load tokenizers: bytes, a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``.
 
-Text is text: a document that spells a special token gets the tokens of its characters, not the special token.
+A document that spells a special token gets the tokens of its characters, never the special token.
 """
 
 import array
