@@ -1,9 +1,21 @@
-"""Catch figures that have no file to be written to."""
+"""Catch figures that have no file to be written to, and write made-up runs quickly."""
+
+import os
 
 import matplotlib.pyplot as plt
 import pytest
 
+from ttt_jax.evaluation import statistics
 from ttt_jax.figures import style
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_files():
+    """Take few samples of the bootstrap, and leave it to the system when files are written to the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_REPETITIONS", 20)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ KINDS = {
 
 @pytest.fixture
 def figure(drawn):
-    """Return ``figure(draw, places, ...)``: the figure, rendered as for a file."""
+    """Return ``figure(draw, places, ...)``: the figure, laid out as for a file."""
 
     def draw(function, places, **options):
         function([str(place) for place in places], [], **options)
-        drawn[-1].canvas.draw()
+        drawn[-1].draw_without_rendering()
         return drawn[-1]
 
     return draw
