@@ -3,8 +3,8 @@
 JAX finds a program again by a key that differs between the CPU processes of one run, and lets process 0 alone keep
 what it compiled, so that the others compile at each start. Here all of them find and keep programs alike.
 
-JAX has no option for that, so this is the only file of the tests that uses ``jax._src``. It was tested with jax 0.10.2;
-0.11.0 and 0.12.0 have the same functions, whose ``_cache_write`` is not given host callbacks.
+JAX has no option for that, so this is the only file of the tests that uses ``jax._src``. It was tested with jax 0.10.2
+and 0.12.0, whose ``_cache_write`` is not given host callbacks.
 """
 
 import sys
