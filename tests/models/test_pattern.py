@@ -104,7 +104,7 @@ def test_operations_are_the_sum_over_blocks():
         ("ttt_linear(kernel=scan)", "ttt_linear(kernel=scan): unknown key; expected one of backbone, mini_batch, "),
         ("ttt(learner=a:b)", "expected the name of a function of this package; yours is set by model.ttt.learner"),
         ("ttt_linear(update=muon)", "model.ttt.update='muon': is fixed for model.mixer=ttt_linear"),
-        ("attention(window=3)", "attention(window=3): unknown key; expected one of channel, norms, "),
+        ("attention(window=3)", "attention(window=3): unknown key; expected one of num_kv_heads, qk_norm, "),
         ("attention(channel=relu)", "model.channel='relu': expected none, or one or more of swiglu joined by +"),
         ("attention(norms=post)", "model.norms='post': expected one of pre, pre_post"),
         ("attention(pre_conv=3)", "attention(pre_conv=3): expected true or false"),

@@ -317,6 +317,7 @@ _FULL = Mixer(
 MIXERS = {
     "attention": dataclasses.replace(
         _FULL,
+        unused=("window",),
         styles={
             "Transformer": Style("#000000", "-.", "^"),
             "Transformer, fine-tuned": Style("#7A7A7A", (0, (6, 1, 1, 1, 1, 1)), "v"),

@@ -77,6 +77,7 @@ class Mixer:
       styles: the styles of lines, by label.
       section: the name of the section of ``model`` that holds the mixer's own keys; None where it has none.
       settings: the dataclass of the section (:mod:`ttt_jax.settings`).
+      unused: the keys of the section that this mixer does not read, but another one with the same section does.
       check: raises ``ConfigError`` for values that do not go together.
       heads: returns the number of heads of keys, which the axis ``tensor`` of a mesh has to divide.
       pre_conv: returns whether blocks have a convolution before the mixer where ``model.pre_conv`` is unset.
@@ -92,6 +93,7 @@ class Mixer:
     styles: Mapping[str, Style] = dataclasses.field(default_factory=dict)
     section: str | None = None
     settings: type | None = None
+    unused: tuple[str, ...] = ()
     check: Callable[[Model], None] = lambda model: None
     heads: Callable[[Model], int] = lambda model: model.num_heads
     pre_conv: Callable[[Model], bool] = lambda model: False

@@ -159,8 +159,9 @@ def _model_of_entry(model: ml_collections.ConfigDict, name: str, changes: str) -
     """Return the section ``model`` for the blocks of one entry: with one mixer, and the entry's own values."""
     found = ml_collections.ConfigDict(model.to_dict())
     found.mixer = name
-    section, declared = MIXERS[name].section, MIXERS[name].settings
-    of_section = {each.name: each for each in settings.settings_of(declared)} if declared else {}
+    section, declared, unused = MIXERS[name].section, MIXERS[name].settings, MIXERS[name].unused
+    declares = settings.settings_of(declared) if declared else ()
+    of_section = {each.name: each for each in declares if each.name not in unused}
     for assignment in _assignments(changes):
         key, _, text = (part.strip() for part in assignment.partition("="))
         where = f"model.mixer={model.mixer!r}: {name}({assignment})"
