@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
+from ttt_jax.layers.blocked_attention import causal_attention
 from ttt_jax.layers.conv import convolve
 from ttt_jax.layers.linear import project
 from ttt_jax.mixers import MIXERS
-from ttt_jax.mixers.attention import causal_attention
 from ttt_jax.training.step import build_program
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import scan

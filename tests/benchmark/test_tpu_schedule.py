@@ -170,6 +170,7 @@ def test_flags_of_the_user_are_kept(tmp_path, monkeypatch):
             r"unexpected keyword argument 'turn'; expected settings of kernel\(turns: int = 8",
         ),
         ("ttt_jax.benchmark.inner_loop:build", {"kind": "gru"}, "kind=gru: expected one of linear, mlp"),
+        ("ttt_jax.benchmark.attention:build", {"path": "flash"}, "path=flash: expected xla or splash"),
     ],
 )
 def test_wrong_functions_are_refused(function, settings, message, monkeypatch):

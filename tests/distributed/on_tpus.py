@@ -21,7 +21,10 @@ from ttt_jax.training.step import build_program  # noqa: E402
 
 def collectives(mixer, shape, kernel):
     config = config_lib.default()
-    config.model.ttt.kernel = kernel
+    if mixer == "attention":
+        config.model.attention.kernel = kernel
+    else:
+        config.model.ttt.kernel = kernel
     config.model.update(mixer=mixer, vocab_size=512, width=256, num_heads=4, num_layers=3, mlp_width=512, remat="block")
     config.model.dtype = "bfloat16"
     config.data.update(sequence_length=128, batch_size=8)
@@ -30,7 +33,7 @@ def collectives(mixer, shape, kernel):
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8), topology_lib.devices(topology))
     text = build_program(config, mesh).compiled_step().as_text()
     return {
-        "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text),
+        "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text) + re.findall(r"%(splash_\w+)\S* = ", text),
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }

@@ -130,6 +130,7 @@ def test_nothing_is_sent_inside_the_inner_loop(on_meshes, mixer, mesh):
         ("ttt_linear", "1x8x1", "scan"),
         ("ttt_mlp", "1x8x1", "auto"),
         ("attention", "1x8x1", "auto"),
+        ("attention", "2x2x2", "splash"),
     ],
 )
 def test_tpus_send_nothing_in_the_inner_loop_and_scatter_gradients(mixer, mesh, kernel):
@@ -139,7 +140,10 @@ def test_tpus_send_nothing_in_the_inner_loop_and_scatter_gradients(mixer, mesh, 
     # Forwards, again for remat, and backwards.
     fused = kernel == "auto" and mixer != "attention"
     forward, backward = (f"{mixer}_{way}" for way in ("forward", "backward"))
-    assert sorted(found["kernels"]) == ([backward, forward, forward] if fused else [])
+    expected = [backward, forward, forward] if fused else []
+    if kernel == "splash":  # whose forward kernel runs once
+        expected = ["splash_mha_dkv_no_residuals", "splash_mha_fwd_residuals"]
+    assert sorted(found["kernels"]) == expected
     assert found["inner_loops"] == (0 if fused or mixer == "attention" else 3)
     assert not any("_inner_loop" in loop for stack in loops for loop in stack)
 

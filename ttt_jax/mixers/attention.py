@@ -9,8 +9,7 @@ Shapes: B batch, T tokens, S slots of the state, D width, H heads, G heads of ke
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,15 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from ttt_jax.distributed.sharding import device_kind, locally
 from ttt_jax.errors import ConfigError
+from ttt_jax.kernels import splash
 from ttt_jax.layers import rope
+from ttt_jax.layers.blocked_attention import NO_DOCUMENT, Keys, causal_attention, document_attention
 from ttt_jax.layers.context import Places, gather_valid, places
 from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.layers.norm import RMSNorm
-from ttt_jax.mixers.mixer import PLAIN, Context, Memory, Mixer, Model, Style, head_options
+from ttt_jax.mixers.mixer import KEPT, PLAIN, Context, Memory, Mixer, Model, Style, head_options
 from ttt_jax.settings import setting
-
-_NO_DOCUMENT = -1  # the document of keys that no query sees
 
 
 class AttentionState(NamedTuple):
@@ -46,6 +46,8 @@ class Attention(nn.Module):
       num_kv_heads: G, a divisor of H; None: H.
       qk_norm: whether queries and keys are normalised before they are rotated, with a scale per feature of a head.
       rope_pairs: which features are rotated together (:mod:`ttt_jax.layers.rope`).
+      kernel: how whole sequences are computed: ``xla`` (:mod:`ttt_jax.layers.blocked_attention`), ``splash``
+        (:mod:`ttt_jax.kernels.splash`), or what is faster on the device.
     """
 
     num_heads: int
@@ -57,6 +59,7 @@ class Attention(nn.Module):
     qk_norm: bool = False
     rope_pairs: str = "interleaved"
     norm_epsilon: float = 1e-6
+    kernel: str = "auto"
 
     @nn.compact
     def __call__(
@@ -74,11 +77,11 @@ class Attention(nn.Module):
         k = self._rotated("k_norm", self._heads("wk", x, self._groups), positions)  # [B, T, G, d]
         v = self._heads("wv", x, self._groups)
         if placed is None:
-            y = causal_attention(q, k, v, self.window)
+            y = self._causal(q, k, v)
         else:
             document = placed.document
             if context.valid is not None:
-                document = jnp.where(context.valid, document, _NO_DOCUMENT)
+                document = jnp.where(context.valid, document, NO_DOCUMENT)
             piece = Keys(k, v, placed.position, document)
             y = document_attention(q, piece, None if state is None else _kept(state), self.window)
             state = None if state is None else _written(state, piece, placed)
@@ -105,121 +108,19 @@ class Attention(nn.Module):
         features = heads * (x.shape[-1] // self.num_heads)
         return to_heads(x, heads, self.dtype, self.init_stddev, name, features)
 
+    def _causal(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attend within whole sequences of one document."""
+        # Parameters may be drawn on other devices than those of the mesh.
+        if self.is_initializing() or not _by_splash(self.kernel, q.shape[1], q.shape[-1], q.dtype):
+            return causal_attention(q, k, v, self.window)
+        heads = P("batch", None, "num_heads", None)
+        attend = partial(splash.causal_attention, window=self.window, name=KEPT)
+        return locally(attend, (heads, heads, heads), heads)(q, k, v)
+
     def _rotated(self, norm: str, x: jax.Array, positions: jax.Array) -> jax.Array:
         if self.qk_norm:
             x = RMSNorm(self.dtype, self.norm_epsilon, name=norm)(x)
         return rope.rotate(x, positions, self.rope_theta, self.rope_pairs)
-
-
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, block: int = 256
-) -> jax.Array:
-    """Return softmax attention of each token to itself and earlier ones, [B, T, H, d].
-
-    Queries are taken in blocks, each against the keys that its queries see, so that the half of the logits that
-    causality hides is not computed, and the other half is never all in memory. On a CPU this takes 0.4 of the time of
-    ``jax.nn.dot_product_attention``. Logits and softmax are float32.
-
-    Args:
-      q: [B, T, H, d].
-      k, v: [B, T, G, d], where G divides H.
-      window: the number of tokens that a token sees, including itself; None: all.
-      block: queries per block; more where there would be more than 16 blocks.
-    """
-    queries = _Queries(q, k.shape[2])
-    k, v = (x.swapaxes(1, 2) for x in (k, v))  # [B, G, T, d]
-
-    def attend(first: int, start: int, end: int) -> jax.Array:
-        logits = queries.logits(start, end, k[:, :, first:end].swapaxes(-1, -2))
-        visible = jnp.arange(first, end) <= jnp.arange(start, end)[:, None]
-        if window is not None:
-            visible &= jnp.arange(first, end) > jnp.arange(start, end)[:, None] - window
-        weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf))
-        return queries.weighted(weights, v[:, :, first:end])
-
-    return queries.joined([attend(*each) for each in _blocks(q.shape[1], window, block)])
-
-
-class _Queries:
-    """Queries [B, T, H, d] in G groups, whose products with keys are one matrix product for each group.
-
-    The queries of a block of t tokens are R t rows of a matrix, [B, G, R t, d].
-    """
-
-    def __init__(self, q: jax.Array, groups: int):
-        batch, tokens, heads, width = q.shape
-        self._q = q.swapaxes(1, 2).reshape(batch, groups, heads // groups, tokens, width)  # [B, G, R, T, d]
-
-    def logits(self, start: int, end: int, keys: jax.Array) -> jax.Array:
-        """Return the logits of a block of tokens for keys [B, G, d, S], [B, G, R, t, S], float32."""
-        q = self._q[:, :, :, start:end]
-        rows = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        product = jnp.matmul(rows, keys, preferred_element_type=jnp.float32)
-        return q.shape[-1] ** -0.5 * product.reshape(*q.shape[:-1], -1)
-
-    def weighted(self, weights: jax.Array, values: jax.Array) -> jax.Array:
-        """Return the sums of values [B, G, S, d] with weights [B, G, R, t, S], as [B, G, R, t, d]."""
-        rows = weights.astype(self._q.dtype).reshape(*weights.shape[:2], -1, weights.shape[-1])
-        return (rows @ values).reshape(*weights.shape[:-1], -1)
-
-    def joined(self, blocks: Sequence[jax.Array]) -> jax.Array:
-        """Return the outputs of all blocks, [B, T, H, d]."""
-        y = jnp.concatenate(blocks, axis=3)
-        return y.reshape(y.shape[0], -1, *y.shape[3:]).swapaxes(1, 2)
-
-
-class Keys(NamedTuple):
-    """Keys and values with their positions and documents; keys without a document are not seen."""
-
-    keys: jax.Array  # [B, S, G, d]
-    values: jax.Array  # [B, S, G, d]
-    position: jax.Array  # [B, S]
-    document: jax.Array  # [B, S]
-
-
-def document_attention(
-    q: jax.Array, piece: Keys, kept: Keys | None = None, window: int | None = None, block: int = 256
-) -> jax.Array:
-    """Return softmax attention of queries [B, T, H, d] to the keys that they see of their document, [B, T, H, d].
-
-    The queries have the positions and documents of the keys of their piece; without a document a query sees nothing,
-    and y is 0 there. Keys kept from earlier pieces are seen beside those of the piece, under one softmax and without
-    copying either. Blocks and dtypes are those of :func:`causal_attention`. With a window, padding must be behind all
-    other tokens.
-    """
-    queries = _Queries(q, piece.keys.shape[2])
-
-    def attend(first: int, start: int, end: int) -> jax.Array:
-        position, document = (x[:, start:end, None] for x in (piece.position, piece.document))
-        groups = [jax.tree.map(lambda x: x[:, first:end], piece)]
-        groups += [] if kept is None else [kept]
-        logits = []
-        for group in groups:
-            back = position - group.position[:, None]  # [B, t, S]
-            seen = (document == group.document[:, None]) & (back >= 0)
-            seen = seen if window is None else seen & (back < window)
-            found = queries.logits(start, end, group.keys.transpose(0, 2, 3, 1))
-            logits.append(jnp.where(seen[:, None, None], found, jnp.finfo(jnp.float32).min))
-        weights = zip(_softmax(logits), groups, strict=True)
-        y = sum(queries.weighted(w, group.values.swapaxes(1, 2)) for w, group in weights)
-        return jnp.where((document != _NO_DOCUMENT)[:, None, None], y, 0)
-
-    return queries.joined([attend(*each) for each in _blocks(q.shape[1], window, block)])
-
-
-def _softmax(logits: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the softmax over the last axes of all groups together, without concatenating them."""
-    largest = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
-    powers = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in logits]
-    total = sum(x.sum(-1, keepdims=True) for x in powers)
-    return [x / total for x in powers]
-
-
-def _blocks(tokens: int, window: int | None, block: int) -> list[tuple[int, int, int]]:
-    """Return, for each block of queries, the first key that one of them sees, and the start and end of the block."""
-    block = max(block, -(-tokens // 16))  # at most 16 blocks, to bound compile time
-    starts = range(0, tokens, block)
-    return [(0 if window is None else max(0, s + 1 - window), s, min(s + block, tokens)) for s in starts]
 
 
 def _kept(state: AttentionState) -> Keys:
@@ -227,7 +128,7 @@ def _kept(state: AttentionState) -> Keys:
     slots = state.keys.shape[1]
     last = state.position[:, None] - 1
     position = last - (last - jnp.arange(slots)) % slots
-    return Keys(state.keys, state.values, position, jnp.where(position >= 0, 0, _NO_DOCUMENT))
+    return Keys(state.keys, state.values, position, jnp.where(position >= 0, 0, NO_DOCUMENT))
 
 
 def _written(state: AttentionState, piece: Keys, placed: Places) -> AttentionState:
@@ -254,6 +155,12 @@ class Settings:
     qk_norm: bool = setting(
         False, "normalise queries and keys before they are rotated, with a scale per feature of a head"
     )
+    kernel: str = setting(
+        "auto",
+        "how whole sequences are computed: by XLA, by the splash kernel of TPUs, or by what is faster",
+        among=splash.KERNELS,
+        changes_results=False,
+    )
     rope_pairs: str = setting(
         "interleaved", "features that are rotated together: 2j and 2j + 1, or j and j + d/2", among=rope.PAIRS
     )
@@ -268,6 +175,7 @@ def _module(model: Model, window: int | None = None) -> Callable[..., nn.Module]
         qk_norm=model.attention.qk_norm,
         rope_pairs=model.attention.rope_pairs,
         norm_epsilon=model.norm_epsilon,
+        kernel=model.attention.kernel,
     )
 
 
@@ -278,6 +186,35 @@ def _check(model: Model) -> None:
             f"model.attention.num_kv_heads={groups}: does not divide model.num_heads={model.num_heads}; "
             "expected a divisor"
         )
+
+
+def _by_splash(kernel: str, tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
+    """Return whether the devices of the present mesh compute sequences by splash attention.
+
+    Raises:
+      ConfigError: where the kernel is asked for and cannot be used.
+    """
+    try:
+        return splash.choose(kernel, tokens, head_dim, dtype, device_kind())
+    except ValueError as error:
+        raise ConfigError(f"model.attention.kernel={kernel}: {error}; expected auto or xla") from error
+
+
+def _computed(model: Model) -> str:
+    """Return how sequences are computed on the devices of the present mesh; empty where there is no choice.
+
+    Raises:
+      ConfigError: for a kernel that does not exist for this model.
+    """
+    kernel, dtype, head_dim = model.attention.kernel, jnp.dtype(model.dtype), model.width // model.num_heads
+    _by_splash(kernel, splash.FROM_TOKENS, head_dim, dtype)
+    if not device_kind().startswith("TPU"):
+        return ""
+    if kernel != "auto":
+        return f"attention by {kernel}"
+    if reason := splash.unsupported(head_dim, dtype):
+        return f"attention by XLA: {reason}"
+    return f"attention by splash from {splash.FROM_TOKENS} tokens on, where it is faster, below by XLA"
 
 
 def _groups(model: Model) -> int:
@@ -296,12 +233,19 @@ def _operations(model: Model, seen: float) -> float:
     return (2 + 2 * shared) * 2 * model.width**2 + 2 * 2 * model.width * seen
 
 
-def _memory(model: Model, seen: float) -> Memory:
-    """Count the softmax over the tokens that a token sees: logits in float32, weights in the compute dtype."""
+def _memory(model: Model, length: int, window: int | None = None) -> Memory:
+    """Count the softmax over the tokens that a token sees: logits in float32, weights in the compute dtype.
+
+    Splash attention keeps the logarithm of its denominator instead. Estimates are for TPUs.
+    """
+    kernel, dtype = model.attention.kernel, jnp.dtype(model.dtype)
+    of_head = (4 + dtype.itemsize) * _seen(length, window)
+    if splash.unsupported(model.width // model.num_heads, dtype) is None:
+        of_head = 4 if kernel == "splash" or (kernel == "auto" and length >= splash.FROM_TOKENS) else of_head
     left_out = round(
         2 * (1 - _groups(model) / model.num_heads) * model.width**2
     )  # of the projections to keys and values
-    return Memory(-left_out, 14, (4 + jnp.dtype(model.dtype).itemsize) * seen)
+    return Memory(-left_out, 14, of_head)
 
 
 _FULL = Mixer(
@@ -312,7 +256,8 @@ _FULL = Mixer(
     settings=Settings,
     check=_check,
     heads=_groups,
-    memory=lambda model, length: _memory(model, _seen(length)),
+    computed=_computed,
+    memory=_memory,
 )
 MIXERS = {
     "attention": dataclasses.replace(
@@ -329,6 +274,6 @@ MIXERS = {
         operations=lambda model, length: _operations(model, _seen(length, model.attention.window)),
         label=lambda model: "Sliding-window Transformer",
         styles={"Sliding-window Transformer": Style("#332288", (0, (8, 1, 2, 1)), "<")},
-        memory=lambda model, length: _memory(model, _seen(length, model.attention.window)),
+        memory=lambda model, length: _memory(model, length, model.attention.window),
     ),
 }

@@ -29,6 +29,7 @@ from ttt_jax.layers.context import PLAIN as PLAIN
 from ttt_jax.layers.context import Context as Context
 from ttt_jax.ttt.inner_loop import InnerLoop
 
+KEPT = "kept"  # the name of arrays that rematerialisation keeps, because to compute them again costs a kernel
 Model: TypeAlias = ml_collections.ConfigDict  # the section ``model`` of a config, with one mixer
 
 

@@ -22,7 +22,7 @@ from ttt_jax.distributed.sharding import constrain
 from ttt_jax.layers import conv as conv_lib
 from ttt_jax.layers.mlp import SwiGLU
 from ttt_jax.layers.norm import RMSNorm
-from ttt_jax.mixers.mixer import PLAIN, Context
+from ttt_jax.mixers.mixer import KEPT, PLAIN, Context
 
 LAYERS = "layers"  # the name of the only run of a model of equal blocks
 CHANNELS = ("swiglu",)  # the parts of model.channel, which is "none" without any
@@ -194,7 +194,8 @@ class _Pattern(nn.Module):
 
 
 def _read_run(run: Run, name: str, remat: bool, h: jax.Array, state: Any, context: Context) -> tuple[jax.Array, Any]:
-    body = nn.remat(_call, prevent_cse=False) if remat else _call
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+    body = nn.remat(_call, prevent_cse=False, policy=keep) if remat else _call
     return _scan(body, run.blocks)(run.make_block(name=name), h, state, context)
 
 
