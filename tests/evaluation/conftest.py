@@ -80,13 +80,13 @@ def data(read_from, books):
     return read_from(books)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_programs():
-    """Let evaluations of checkpoints of the run share the programs that they compile."""
+    """Let evaluations of one model share the programs that they compile."""
     readers, make = {}, losses._Reader
 
     def reader(trained, batch_size, capacity):
-        key = batch_size, capacity, losses.token_nll
+        key = str(trained.config.model), trained.mesh, batch_size, capacity, losses.token_nll
         if key not in readers:
             readers[key] = make(trained, batch_size, capacity)
         readers[key]._trained = trained
