@@ -43,6 +43,10 @@ def test_heads_of_keys_divide_the_heads_and_are_divided_by_the_mesh():
 def test_a_kernel_that_the_device_lacks_is_refused():
     model = config_lib.default().model
     model.attention.kernel = "splash"
+    with pytest.raises(ConfigError, match=r"^model.attention.kernel=splash: the dtype is float32, and the products"):
+        MIXERS["attention"].check(model)
+    model.dtype = "bfloat16"
+    MIXERS["attention"].check(model)
     with pytest.raises(
         ConfigError, match=r"^model.attention.kernel=splash: there is none for cpu; expected auto or xla$"
     ):

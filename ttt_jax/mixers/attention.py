@@ -186,6 +186,13 @@ def _check(model: Model) -> None:
             f"model.attention.num_kv_heads={groups}: does not divide model.num_heads={model.num_heads}; "
             "expected a divisor"
         )
+    if model.attention.kernel == "splash" and (reason := splash.unsupported(*_head(model))):
+        raise ConfigError(f"model.attention.kernel=splash: {reason}; expected auto or xla")
+
+
+def _head(model: Model) -> tuple[int, jnp.dtype]:
+    """Return the width and the dtype of a head."""
+    return model.width // model.num_heads, jnp.dtype(model.dtype)
 
 
 def _by_splash(kernel: str, tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
@@ -206,13 +213,13 @@ def _computed(model: Model) -> str:
     Raises:
       ConfigError: for a kernel that does not exist for this model.
     """
-    kernel, dtype, head_dim = model.attention.kernel, jnp.dtype(model.dtype), model.width // model.num_heads
-    _by_splash(kernel, splash.FROM_TOKENS, head_dim, dtype)
+    kernel = model.attention.kernel
+    _by_splash(kernel, splash.FROM_TOKENS, *_head(model))
     if not device_kind().startswith("TPU"):
         return ""
     if kernel != "auto":
         return f"attention by {kernel}"
-    if reason := splash.unsupported(head_dim, dtype):
+    if reason := splash.unsupported(*_head(model)):
         return f"attention by XLA: {reason}"
     return f"attention by splash from {splash.FROM_TOKENS} tokens on, where it is faster, below by XLA"
 
@@ -238,13 +245,10 @@ def _memory(model: Model, length: int, window: int | None = None) -> Memory:
 
     Splash attention keeps the logarithm of its denominator instead. Estimates are for TPUs.
     """
-    kernel, dtype = model.attention.kernel, jnp.dtype(model.dtype)
-    of_head = (4 + dtype.itemsize) * _seen(length, window)
-    if splash.unsupported(model.width // model.num_heads, dtype) is None:
-        of_head = 4 if kernel == "splash" or (kernel == "auto" and length >= splash.FROM_TOKENS) else of_head
-    left_out = round(
-        2 * (1 - _groups(model) / model.num_heads) * model.width**2
-    )  # of the projections to keys and values
+    by_splash = splash.choose(model.attention.kernel, length, *_head(model), "TPU")
+    of_head = 4 if by_splash else (4 + jnp.dtype(model.dtype).itemsize) * _seen(length, window)
+    shared = _groups(model) / model.num_heads
+    left_out = round(2 * (1 - shared) * model.width**2)  # parameters of the projections to keys and values
     return Memory(-left_out, 14, of_head)
 
 
