@@ -32,8 +32,8 @@ def test_each_changes_a_few_lines_of_one_file():
 @pytest.mark.slow
 def test_they_work_by_their_config_names(tmp_path):
     """Check that the tests of registered choices, run in the copy, find the new names and pass."""
-    parts = "ttt_jax configs tests/ttt tests/mixers tests/configs tests/conftest.py tests/inner_loops.py pyproject.toml"
-    for name in parts.split():
+    parts = ["ttt_jax", "configs", "pyproject.toml", "tests/ttt", "tests/mixers", "tests/configs"]
+    for name in [*parts, *(f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py"))]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, tmp_path / name)

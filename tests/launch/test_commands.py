@@ -77,3 +77,13 @@ def test_a_word_survives_yaml_kubernetes_and_bash(words):
     script = re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[0] == "$$" else {"HOME": "pwned"}.get(m[1], m[0]), command)
     printed = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
     assert printed == b"\n" + "".join(f"{word}\0" for word in words or [""]).encode()
+
+
+def test_the_log_of_an_ended_job_has_longer_to_begin_than_to_go_on(monkeypatch, capfd):
+    monkeypatch.setattr(commands_lib, "LAST_WORDS", 0.1)
+    late = ["sh", "-c", "sleep 0.4; echo first; sleep 60; echo too late"]
+    size, _ = commands_lib.show(Commands(), late, over=lambda: True, poll=0.01)
+    assert size == len("first\n")
+    assert capfd.readouterr().out == "first\n"
+    monkeypatch.setattr(commands_lib, "FIRST_WORDS", 0.1)
+    assert commands_lib.show(Commands(), late, over=lambda: True, poll=0.01)[0] == 0

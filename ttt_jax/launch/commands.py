@@ -19,6 +19,7 @@ from ttt_jax.errors import ConfigError, LaunchError
 
 FIRST_WAIT, LONGEST_WAIT = 5.0, 120.0  # seconds before the second attempt; each further wait is twice as long
 LAST_WORDS = 5.0  # seconds in which a log may show what is left when its job has ended
+FIRST_WORDS = 30.0  # the same where nothing came yet: a connection takes a while, and the job may have ended at once
 _HOW_TO_INSTALL = {
     "gcloud": "https://cloud.google.com/sdk/docs/install",
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
@@ -199,8 +200,9 @@ def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll
     """Copy the standard output of a command to that of this process until the command ends.
 
     Args:
-      over: asked every ``poll`` seconds; once it is true the command has ``LAST_WORDS`` seconds and is then ended, for
-        a command that reads the log of a dead machine may never end by itself.
+      over: asked every ``poll`` seconds; once it is true the command is ended when nothing comes for ``LAST_WORDS``
+        seconds, or ``FIRST_WORDS`` if nothing has come at all, for a command that reads the log of a dead machine may
+        never end by itself.
 
     Returns:
       How many bytes came, and when the last did (time.monotonic).
@@ -210,8 +212,8 @@ def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll
         assert process.stdout is not None
         selector.register(process.stdout, selectors.EVENT_READ)
         heard = asked = time.monotonic()
-        until = None
-        while until is None or time.monotonic() < until:
+        ended = None
+        while ended is None or time.monotonic() - max(ended, heard) < (LAST_WORDS if size else FIRST_WORDS):
             if selector.select(min(poll, LAST_WORDS)):
                 new = os.read(process.stdout.fileno(), 65536)
                 if not new:
@@ -219,10 +221,9 @@ def show(commands: Commands, argv: Sequence[str], over: Callable[[], bool], poll
                 heard, size = time.monotonic(), size + len(new)
                 sys.stdout.write(decoder.decode(new))
                 sys.stdout.flush()
-            if until is None and time.monotonic() - asked >= poll:
-                if over():
-                    until = time.monotonic() + LAST_WORDS
-                asked = time.monotonic()
+            if ended is None and time.monotonic() - asked >= poll:
+                is_over, asked = over(), time.monotonic()
+                ended = asked if is_over else None
         return size, heard
 
 
