@@ -68,6 +68,7 @@ def test_tables_of_sweeps(tmp_path):
         assert any(f" {value} " in line and f"because of {value}" in line for line in states.splitlines())
 
 
+@pytest.mark.slow
 def test_figures_of_sweeps(tmp_path):
     found = swept(tmp_path)
     sweep_metric.against(found, "the_pile[$a$]-loss", tmp_path / "ticks.svg", x="data.source")

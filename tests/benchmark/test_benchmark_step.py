@@ -30,6 +30,7 @@ def measurement(config):
     return step.measure(config, repeats=3, warmup=1)
 
 
+@pytest.mark.slow
 def test_parameters_tokens_and_operations(measurement):
     block = 4 * WIDTH**2 + 3 * WIDTH * MLP_WIDTH  # attention, feed-forward
     assert measurement.parameters == VOCAB * WIDTH + LAYERS * (block + 2 * WIDTH) + WIDTH

@@ -282,7 +282,7 @@ def test_evaluation_reads_distinct_windows_at_even_distances(windows, most, batc
 
 @pytest.mark.parametrize(
     "windows",
-    slow_but((1, 2, 3, 17, 257, 65537), [1, 2, 3, 5, 17, 257, 4097, 65535, 65536, 65537, 65538]),
+    slow_but((1, 2, 3, 17, 257), [1, 2, 3, 5, 17, 257, 4097, 65535, 65536, 65537, 65538]),
 )
 def test_an_epoch_reads_every_window_once(windows):
     """Check also 2^16 + 1 windows, for which grain's shuffle reads one twice."""

@@ -1,6 +1,7 @@
 """Compare the evaluation of a run with its logits, for all batch sizes and pieces, and check what it refuses."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -19,6 +20,7 @@ from ttt_jax.models import counts
 from ttt_jax.models.language_model import build_model
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PADDED = 512  # tokens of all forward passes, so that there is one to compile
 
 
@@ -80,7 +82,7 @@ def of_windows(nll, source, context, windows, step=5):
     return found
 
 
-@pytest.mark.parametrize(("batch_size", "piece_length"), [(2, None), (3, 7), (None, None)])
+@pytest.mark.parametrize(("batch_size", "piece_length"), [slow(2, None), (3, 7), slow(None, None)])
 def test_losses_of_windows_are_those_of_logits_for_any_batch_and_piece(model, data, nll, batch_size, piece_length):
     """Read a context that is longer than that of training, and ends within a mini-batch."""
     calls = []

@@ -33,6 +33,7 @@ def stop_at(tokens):
     return progress
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_resumes_with_any_batch_size(model, parts, whole):
     for batch_size, tokens in ((2, 44), (4, 110)):
         with pytest.raises(KeyboardInterrupt):

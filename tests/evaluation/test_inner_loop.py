@@ -163,6 +163,7 @@ def test_windows_match_the_primal_form(trained, expected, of_windows):
     assert (found.about["windows"], found.about["tokens"], found.about["of"]) == (3, 42, "windows")
 
 
+@pytest.mark.slow
 def test_documents_in_pieces_match_the_primal_form(trained, expected):
     """Read documents with more tokens than the context, with a batch that is not full; pieces carry W."""
     found = inner_loop.inspect(trained, context=CONTEXT, by_document=True, batch_size=2)

@@ -62,6 +62,7 @@ def test_smoothing_keeps_constants_and_the_first_points():
 # ---- Figures
 
 
+@pytest.mark.slow
 def test_a_figure_of_three_models(evaluated, tmp_path):
     runs = [
         evaluated("a", LINEAR, loss=1.0),

@@ -18,7 +18,7 @@ from ttt_jax.interop import harness
 from ttt_jax.interop.harness import prefix_token_of
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_likelihoods_and_greedy_answers(run, batch_size):
     """Check answers that greedy decoding produces, shorter and longer than the training context, at two batch sizes."""
     workdir, log_likelihoods = run
@@ -41,6 +41,7 @@ def test_likelihoods_and_greedy_answers(run, batch_size):
     np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_whole_documents_and_windows(run, model):
     """Check that each token sees everything before it, or with a limit the harness's windows."""
     workdir, log_likelihoods = run
@@ -160,6 +161,7 @@ def test_scores_that_are_not_finite_are_errors(run, model, monkeypatch, value):
         model.loglikelihood_rolling(instances("loglikelihood_rolling", ("No",)), disable_tqdm=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "bos", "expected"),
     [

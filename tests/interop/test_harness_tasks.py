@@ -76,6 +76,7 @@ def test_results_of_other_options_are_kept_beside_one_another(tmp_path):
     assert harness_tasks.save(tmp_path, "a_b", about) == f"{tmp_path / 'a_b-11.json'}{note}"
 
 
+@pytest.mark.slow
 def test_wrong_options_and_tasks_are_refused(run, tasks, model, tmp_path):
     workdir = str(run[0])
     for options, message in (

@@ -36,8 +36,7 @@ def test_no_file_is_missing():
     assert len(FILES) == 7
 
 
-QUICK = ("op_sgd", "op_prenorm_momentum")  # two variants that compile quickly
-CASES = [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * (f.stem not in QUICK)) for f in FILES]
+CASES = [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * (f.stem != "op_sgd")) for f in FILES]
 
 
 @pytest.mark.parametrize("path", CASES)

@@ -1,5 +1,7 @@
 """Test the parts of the fused kernels of TTT-MLP."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from ttt_jax.kernels.layout import Layout
 from ttt_jax.kernels.ops import Numerics, stack_heads
 from ttt_jax.ttt import learner as learner_lib
 from ttt_jax.ttt import learners
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("head_dim", [64, 20, 128])
@@ -41,7 +45,7 @@ def test_products_equal_those_of_each_head_alone(head_dim):
         np.testing.assert_array_equal(mlp_layout.unstack_swapped(layout, stacked), compact)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (2, 20), (2, 96)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), slow(2, 20), slow(2, 96)])
 def test_unpacked_weights_are_the_weights_packed(heads, head_dim):
     learner, layout = learners.mlp(head_dim), Layout(heads, head_dim, 16)
     hidden = mlp.hidden((head_dim, 4 * head_dim, head_dim))

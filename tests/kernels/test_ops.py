@@ -1,5 +1,7 @@
 """Test derivatives that are written out in kernels against autodiff of the plain form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from ttt_jax.kernels.ops import Numerics, head_mean
 from ttt_jax.ttt import learners
 
 LAYOUTS = [Layout(2, 64, 16), Layout(1, 96, 16), Layout(1, 128, 16)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def numerics(layout):
@@ -77,7 +80,7 @@ def test_loss_gradient_and_its_derivative_equal_autodiff(layout, quick_jit, asse
     assert_close(in_chain, found[0])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], *map(slow, LAYOUTS[1:])])
 def test_normalise_and_its_derivative_equal_autodiff(layout, assert_close):
     x, dx = drawn(layout, 6, 6)
     expected, vjp = jax.vjp(lambda x: plain(layout, lambda z: normalise(z)[0], x), x)
@@ -85,7 +88,7 @@ def test_normalise_and_its_derivative_equal_autodiff(layout, assert_close):
     assert_close((actual, actual_vjp(dx)), (expected, vjp(dx)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("layout", [LAYOUTS[0], slow(LAYOUTS[1])])
 def test_known_chain_and_its_derivative_equal_those_of_the_solved_chain(layout, quick_jit, assert_close):
     s, length = layout.pack, layout.group_tokens
     z0, h, s2, d_steps = drawn(layout, length, length, 1, s * length)

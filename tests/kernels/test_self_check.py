@@ -85,9 +85,9 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("kernel", "wrong"),
     [
-        (right, set()),
+        slow(right, set()),
         (outputs_shifted, {"outputs", "outputs of inference"}),
-        (gradient_of_k_scaled, {"gradient of k"}),
+        slow(gradient_of_k_scaled, {"gradient of k"}),
         slow(second_block_shifted, {"outputs", "outputs of inference"}),
         slow(one_output_not_finite, {"outputs", "outputs of inference"}),
         slow(last_step_left_out, {f"sum of steps 0 {x}{y}" for x in ("weight", "bias") for y in ("", " of inference")}),
@@ -130,6 +130,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_kernels_pass_by_a_margin(device, family):
     """Check for half of the tolerance in bfloat16 and a tenth in float32, so that no right kernel is reported."""

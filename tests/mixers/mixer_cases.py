@@ -29,7 +29,9 @@ del CASES["ttt"]  # the same as ttt_linear
 
 # Cases whose gradients take seconds to compile, and that differ from faster ones only in parts that other tests check:
 # tests/ttt/test_scan_rows.py checks padding and documents for all inner loops, these tests the layer around them.
+# sliding-grouped has all parts of attention.
 SLOW = {"ttt_linear-transformer", "ttt_mlp", "ttt_mlp-transformer", "ttt-lact", "ttt-decay"}
+SLOW |= {"attention-grouped", "sliding"}
 mostly_fast = pytest.mark.parametrize(
     "case",
     [

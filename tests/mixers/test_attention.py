@@ -94,6 +94,7 @@ def test_decode_matches_prefill_around_the_window(window_of_four, assert_close, 
     assert_close(np.concatenate(found, 1), whole, 1e-5)
 
 
+@pytest.mark.slow
 def test_no_slot_of_a_ring_is_written_twice():
     """Check that the content of the ring does not depend on the order of writing.
 

@@ -165,6 +165,7 @@ def test_sequences_with_padding_and_documents_match_each_document_alone(alone, r
     assert_same(read(case, MASKS[masks]), alone(case, MASKS[masks]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", Masks._fields)
 @pytest.mark.parametrize("pieces", [False, True])
 @one_that_learns

@@ -43,6 +43,7 @@ def test_each_document_has_its_own_sums(quick_jit, assert_close, begins):
     assert_close(found, numpy_linear_attention(*(x.astype(np.float64) for x in (q, k, v, sums)), begins), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_theorem_1_in_a_whole_model(random_params, quick_jit, assert_close, dtype):
     """Compare with TTT-Linear in the Transformer backbone: the same parameters, outputs and gradients.

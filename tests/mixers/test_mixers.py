@@ -85,7 +85,7 @@ def test_a_state_names_its_axes(case):
     jax.tree.map(check, axes, state, shapes(2 * ROWS, TOKENS), shapes(ROWS, 2 * TOKENS))
 
 
-@every_mixer
+@every_mixer_but_slow_ones
 def test_only_mixers_that_learn_have_statistics(params_of, case):
     def run():
         return mixer(case).apply({"params": params_of(case)}, X, None, Context(*MASKS["any, 0"]), mutable="statistics")

@@ -221,6 +221,7 @@ def test_target_spread_without_a_residual_is_that_of_the_values(random_params, q
     assert found.keys() - statistics(objective=dot_product)[1].keys() == {"target_spread"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [True, False])
 def test_rates_and_the_norm_of_w0_are_recorded(random_params, quick_jit, assert_close, learned):
     """Compare a read from the start with two pieces, of which the first ends within a mini-batch."""

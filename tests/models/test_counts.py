@@ -20,7 +20,7 @@ MODELS = [
     *("ttt_linear-mamba", "ttt_linear-transformer", "ttt_mlp-mamba", "ttt_mlp-transformer"),
     *("ttt-mamba-lact", "ttt-transformer-decay"),
 ]
-FAST = ["attention", "ttt_mlp-mamba"]  # whose backward passes the fast tests count
+FAST = ["attention", "ttt_mlp-mamba"]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 T, VOCAB, WIDTH, HEADS, MLP_WIDTH, B = 24, 40, 32, 4, 48, 8  # T: three mini-batches
 
@@ -74,7 +74,7 @@ def not_needed(model):
 
 
 @pytest.mark.parametrize("layers", [slow(1), 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in MODELS])
 def test_every_matrix_product_is_counted(name, layers):
     model = model_config(name, num_layers=layers)
     function, params, tokens = forward(model)
@@ -95,6 +95,7 @@ def test_a_step_is_three_forward_passes(name):
     assert counts.flops_per_step(model, T, 5) == 5 * traced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["attention", "ttt_linear-mamba", slow("ttt_mlp-mamba"), slow("ttt-transformer-decay")]
 )

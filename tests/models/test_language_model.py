@@ -60,6 +60,7 @@ def test_pieces_cut_inside_mini_batches_match_the_whole_sequence(draw, quick_jit
     assert_close(np.concatenate(logits, axis=1), whole, 1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_documents_reach_all_parts_of_a_block(draw, quick_jit, assert_close):
     """Compare two documents in a row, and one behind padding, in two pieces, with each document alone.
 
@@ -158,6 +159,7 @@ def test_size_of_the_program_does_not_grow_with_depth(name):
     assert program_size(8) <= 1.05 * program_size(2)
 
 
+@pytest.mark.slow
 def test_remat_of_blocks_does_not_change_gradients(draw, quick_jit, assert_close):
     params = draw(build("attention"), TOKENS)
 

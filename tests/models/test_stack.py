@@ -38,6 +38,7 @@ def blocks_of(c):
     return [language_model._block(kind)() for kind in kinds], [kind.mixer for kind in kinds]
 
 
+@pytest.mark.slow
 def test_a_model_matches_its_blocks_one_after_the_other(hybrid, quick_jit, assert_close):
     """Compare the outputs of all blocks, and the statistics of inner loops."""
     c, model, params = hybrid
@@ -100,6 +101,7 @@ def test_equal_kinds_spelled_differently_match_the_uniform_model(random_params, 
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_depth():
     def equations(jaxpr):
         return sum(1 + sum(map(equations, jaxprs_in_params(each.params))) for each in jaxpr.eqns)
@@ -112,6 +114,7 @@ def test_the_program_does_not_grow_with_depth():
     assert count(8) == count(48) > 100
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_residual_stream(random_params, quick_jit):
     """Check that nothing is added at padding, so that nothing there can become infinite."""
     model = language_model.build_model(config(HYBRID, 3).model)

@@ -106,6 +106,7 @@ def test_a_signal_lets_points_save_and_the_same_command_goes_on(sweep, folder, n
     assert sweep.starts(3) == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(sweep, folder):
     process = sweep.start_hanging(1, action="hang hard")
     process.send_signal(signal.SIGINT)

@@ -110,6 +110,7 @@ def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kerne
     assert len(calls) > calls_of_check
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, use_kernel):
     def refused(*arguments, **options):
         raise NotImplementedError("no such operation")

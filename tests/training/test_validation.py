@@ -46,6 +46,7 @@ def test_losses_equal_those_of_ttt_eval(run):
     assert validated[24][validation.LOSS] < validated[6][validation.LOSS] - 0.05
 
 
+@pytest.mark.slow
 def test_each_loss_is_in_the_record_of_its_step(run):
     """Check also steps that are no multiple of log.every; the other records have no losses."""
     records = metrics.read(run)

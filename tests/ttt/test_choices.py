@@ -33,13 +33,12 @@ LINEAR = [*(name for name, member in MEMBERS.items() if member.linear), "decay=0
 UPDATES = ["sgd", *pairs(LINEAR), *pairs([name for name in MEMBERS if name not in LINEAR])]
 NAMES = [list(names) for names in (LEARNERS, OBJECTIVES, TOKEN_RATES, POSITION_RATES, UPDATES)]
 # Compiling takes most of the time, so each program tests a name of every registry, or the first where no more are left.
-# The last is slow: test_update.py checks renormalise_before_use in another way.
 CHOICES = [[names[i if i < len(names) else 0] for names in NAMES] for i in range(max(map(len, NAMES)))]
 
 
 @pytest.mark.parametrize(
     "choices",
-    [pytest.param(c, id="-".join(c), marks=[pytest.mark.slow] * (c[-1] == "renormalise_before_use")) for c in CHOICES],
+    [pytest.param(c, id="-".join(c), marks=[pytest.mark.slow] * (c is not CHOICES[0])) for c in CHOICES],
 )
 def test_registered_choices_equal_the_primal_form(make_case, quick_jit, choices):
     """Compare outputs, final state, and gradients with respect to all parameters, tokens, logits of rates and gates.

@@ -68,8 +68,6 @@ LOOPS = {
 QUICK = [
     "linear without bias, decay",
     "swiglu, dot product, rates per matrix, decay, two momenta",
-    "swiglu, previous, decay",
-    "a user's own, momentum",
 ]
 
 

@@ -268,6 +268,7 @@ def not_finite(dense, x):
     return jnp.log(dense(x, x.shape[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("f", [keeps_the_rules, ResidualNorm(keeps_the_rules), ResidualNorm(MLP(3))])
 def test_learners_that_keep_the_rules_pass(f):
     learner_lib.check(Learner(f, 4))

@@ -142,6 +142,7 @@ def test_a_start_without_a_state_can_be_continued(make_case, run_scan, assert_cl
     assert_same_reading(assert_close, actual, whole)
 
 
+@pytest.mark.slow
 def test_remat_group_and_unroll_change_nothing(make_case, run_scan, quick_jit, assert_close):
     """Read three mini-batches with a group that does not divide them, and one larger than all of them."""
     case = make_case(1, 6, 2)

@@ -52,7 +52,7 @@ PADDING = {
 @pytest.mark.parametrize(
     ("given_state", "padding"),
     [
-        (True, "some"),
+        pytest.param(True, "some", marks=pytest.mark.slow),
         (False, "none"),
         pytest.param(True, "none", marks=pytest.mark.slow),
         pytest.param(False, "some", marks=pytest.mark.slow),

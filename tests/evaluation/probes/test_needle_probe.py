@@ -220,6 +220,7 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_scores_are_those_of_plain_logits(mixer, scorers, plain_logits):
     """Score candidates of several lengths, so that prompts end at several positions, and a batch that is not full."""
