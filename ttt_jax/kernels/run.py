@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels import calls, linear, mlp
 from ttt_jax.kernels import layout as layout_lib
 from ttt_jax.kernels import restarts as restarts_lib
+from ttt_jax.kernels.derivatives import differentiable_once
 from ttt_jax.kernels.forward_backward import Inputs, Program
 from ttt_jax.kernels.layout import Layout, Norm, Tokens
 from ttt_jax.kernels.ops import Numerics
@@ -30,6 +31,7 @@ KERNELS = ("auto", "pallas", "scan")
 
 # Mini-batches between two stored states, and per iteration of the scan: the fastest measured, see docs/kernels.md.
 _ON_TPUS, _ELSEWHERE = 4, 1
+_ONCE = "the fused kernel of the inner loop has no second derivative; use model.ttt.kernel=scan"
 _SMALL = ("TPU v2", "TPU v3", "TPU v4")  # chips with 16 MiB of fast memory, where kernels take up to 50 MiB
 
 
@@ -160,7 +162,7 @@ def run(
         flags = restarts_lib.flags_by_block(layout, restarts, q.shape[1] // layout.block_tokens)
         any_restarts = restarts.any(1)[:, None, None, None]
         start = jax.tree.map(lambda w0, w: jnp.where(any_restarts, w0, w), first, start)  # what the end came from
-    z, end = _run(how, inputs, flags)
+    z, end = differentiable_once(_run(how, differentiable_once(inputs, _ONCE), flags), _ONCE)
     return layout_lib.unpack_tokens(layout, z, length), kernel.unpack(layout, end, start)
 
 

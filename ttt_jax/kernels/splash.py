@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 
+from ttt_jax.kernels.derivatives import differentiable_once
+
 KERNELS = ("auto", "xla", "splash")
+_ONCE = "splash attention has no second derivative; use model.attention.kernel=xla"
 _BLOCKS = (1024, 512, 256, 128)  # tokens; the largest is the fastest by the schedule of a v5e
 _MOST_PADDING = 1 / 8  # of the tokens
 
@@ -65,6 +68,9 @@ def causal_attention(
       window: the number of tokens that a token sees, including itself; None: all.
       name: a name for what the backward pass needs of the forward kernel, by which rematerialisation may keep it.
       interpret: whether to run the kernel without a TPU.
+
+    Raises:
+      NotImplementedError: where the gradient is differentiated again.
     """
     tokens, heads = q.shape[1:3]
     block, padded = _block(tokens)
@@ -83,13 +89,14 @@ def causal_attention(
         residual_checkpoint_name=name,
         interpret=interpret,
     )
+    q, k, v = differentiable_once((q, k, v), _ONCE)
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
     def laid_out(x: jax.Array) -> jax.Array:
         """Return x as [B, heads, padded, d]; no token sees the padding, which is behind all tokens."""
         return jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    y = jax.vmap(kernel)(laid_out(scaled), laid_out(k), laid_out(v))
+    y = differentiable_once(jax.vmap(kernel)(laid_out(scaled), laid_out(k), laid_out(v)), _ONCE)
     return y.swapaxes(1, 2)[:, :tokens]
 
 
