@@ -28,6 +28,7 @@ else
     shellcheck scripts/*.sh scripts/reproduce/*.sh launch/*.sh launch/*.sbatch .ci/run
     if command -v hadolint >/dev/null; then hadolint launch/Dockerfile; fi # its wheel is for Linux on x86_64
 fi
+unset PYTHONDONTWRITEBYTECODE # or the package and the tests are compiled again in each of many processes
 export OPENBLAS_NUM_THREADS=1 # the tests share the cores already, and threads that wait for work take a part of them
 SECONDS=0
 python -m pytest -n 2 --dist worksteal --durations 20 "$@"
