@@ -117,5 +117,5 @@ def _parsed(recipe, variant):
     if variant not in ("", "smoke"):
         raise ConfigError(f"paper.py:{recipe}:{variant}: expected :smoke, or nothing, after the recipe")
     if parts[0] == "transformer_finetune" and CONTEXTS[parts[3]] < 4096:
-        raise ConfigError(f"paper.py:{recipe}: goes on from a model of 2k; expected a context of 4k, 8k, 16k or 32k")
+        raise ConfigError(f"paper.py:{recipe}: continues from a model of 2k; expected a context of 4k, 8k, 16k or 32k")
     return parts

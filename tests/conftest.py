@@ -80,7 +80,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that take minutes: in the end, one process would go on with one of them alone."""
+    """Begin with the tests that take minutes: in the end, one process would continue with one of them alone."""
     items.sort(key=lambda item: not item.name.startswith(_MINUTES))
 
 

@@ -195,7 +195,7 @@ def test_a_killed_sweep_goes_on_where_its_run_saved(tmp_path):
     log = (folder / "seed=1/output.log").read_text()
     saved = re.search(r"stopped by SIGTERM; saved at step (\d+) of 400", log)
     assert saved is not None
-    assert f"going on at step {saved[1]}" in log
+    assert f"continuing at step {saved[1]}" in log
     assert [each["step"] for each in metrics.read(folder / "seed=1")] == list(range(1, 401))
 
 

@@ -334,7 +334,7 @@ def test_a_command_that_was_stopped_continues_when_run_again(here):
         time.sleep(pause)
         (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
         out, err = process.communicate(timeout=60)
-        message = f"ttt tokenize: stopped by {stop.name}; the same command goes on here\n"
+        message = f"ttt tokenize: stopped by {stop.name}; the same command continues here\n"
         assert (process.returncode, out, err) == (status, "", message)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

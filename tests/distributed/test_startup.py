@@ -71,7 +71,7 @@ def test_a_tpu_host_without_metadata_continues_alone(on_tpu_host, capsys):
     assert startup._cluster() == "perhaps"
     on_tpu_host.setattr(startup.jax.distributed, "initialize", fails)
     startup.start()
-    assert "found no other processes (RuntimeError: no metadata here); going on alone" in capsys.readouterr().err
+    assert "found no other processes (RuntimeError: no metadata here); continuing alone" in capsys.readouterr().err
     on_tpu_host.setenv("TPU_SKIP_MDS_QUERY", "1")
     assert startup._cluster() is None
 

@@ -113,7 +113,7 @@ def test_slurm_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_c
         return re.findall(pattern, text, re.DOTALL)
 
     def goes_on():
-        going_on = log("going on at step ([0-9]+)")
+        going_on = log("continuing at step ([0-9]+)")
         return going_on and recorded_after(int(going_on[0]))
 
     def recorded_after(step):
@@ -127,7 +127,7 @@ def test_slurm_training_is_saved_before_the_time_limit_goes_on_and_is_saved_by_c
     assert status == INTERRUPTED, err
     first, second = map(int, log("saved at step ([0-9]+) of"))
     assert 0 < first < second
-    assert log("going on at step ([0-9]+)") == [str(first)]
+    assert log("continuing at step ([0-9]+)") == [str(first)]
     assert (run / "checkpoints" / str(second)).is_dir()
     assert log("on 2 x cpu of 2 processes")
 

@@ -202,7 +202,7 @@ def test_a_read_only_folder_is_used_without_a_lock(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(os, "open", open_file)
     with WorkdirLock(tmp_path, "ttt train") as lock:
         lock.check()
-    message = f"ttt train: {tmp_path}: cannot be written to (Read-only file system); goes on without a lock\n"
+    message = f"ttt train: {tmp_path}: cannot be written to (Read-only file system); continues without a lock\n"
     assert capsys.readouterr().err == message
 
 

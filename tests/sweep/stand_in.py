@@ -1,7 +1,7 @@
 """Stand in for ``ttt``: write down how it was called, and do what STAND_IN says of the point.
 
 STAND_IN is JSON: a point's action at each of its starts, an exit status by default 0; "hang" until SIGTERM or SIGINT,
-as ``ttt train`` does; "hang hard", which goes on even so; or "steps": train 40 steps, with higher losses for higher
+as ``ttt train`` does; "hang hard", which continues even so; or "steps": train 40 steps, with higher losses for higher
 seeds, slowly at the first start of those.
 """
 
@@ -35,7 +35,7 @@ if isinstance(action, str):
     signal.signal(signal.SIGINT, stop)
 if action == "steps":
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    print("going on at", done, flush=True)
+    print("continuing at", done, flush=True)
     seed = int(workdir.name.removeprefix("seed="))
     for step in range(done + 1, 41):
         with metrics.open("a") as file:

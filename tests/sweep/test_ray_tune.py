@@ -23,9 +23,9 @@ def test_bad_points_are_stopped_early_and_saved(folder, sweep):
     assert out == f"{folder}: 3 points: 1 done, 2 stopped early\n"
     assert "seed=1: to be stopped early, loss 5.9 at step 10\n" in err
     assert "Traceback" not in err
-    assert lines(0, "output.log") == ["going on at 0"]
+    assert lines(0, "output.log") == ["continuing at 0"]
     for seed in (1, 2):
-        assert lines(seed, "output.log") == ["going on at 0", "stopped by SIGTERM"]
+        assert lines(seed, "output.log") == ["continuing at 0", "stopped by SIGTERM"]
         assert 10 <= len(lines(seed, "metrics.jsonl")) < 40
         assert files.read_record(folder / f"seed={seed}").state == "stopped early"
 
@@ -34,7 +34,7 @@ def test_bad_points_are_stopped_early_and_saved(folder, sweep):
     assert before == {path: path.read_bytes() for path in folder.glob("*/*")}
 
     saved = len(lines(1, "metrics.jsonl"))
-    assert run()[0] == f"{folder}: 3 points: 3 done\n"  # elsewhere, and without comparisons: what was stopped goes on
-    assert lines(0, "output.log") == ["going on at 0"]
-    assert lines(1, "output.log")[-1] == f"going on at {saved}"
+    assert run()[0] == f"{folder}: 3 points: 3 done\n"  # elsewhere, and without comparisons: what was stopped continues
+    assert lines(0, "output.log") == ["continuing at 0"]
+    assert lines(1, "output.log")[-1] == f"continuing at {saved}"
     assert {each.state for each in status.of_sweep(folder)} == {"done"}

@@ -96,7 +96,7 @@ def check_passed_over(workdir, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(str(workdir))]
     (line,) = lines
     assert line.startswith(f"{damaged} is damaged (")
-    assert line.endswith(f"kept as damaged-3; going on with {workdir}/checkpoints/2")
+    assert line.endswith(f"kept as damaged-3; continuing with {workdir}/checkpoints/2")
     assert names(workdir) == ["2", "damaged-3"]
     aside = workdir / "checkpoints" / "damaged-3"
     assert {path.relative_to(aside): path.read_bytes() for path in aside.rglob("*") if path.is_file()} == before

@@ -111,7 +111,7 @@ def test_damage_found_by_one_process_is_damage_for_both(workdir, with_checksums)
     assert names(workdir) == ["2", "3", "damaged-3"]
     (line,) = errors[0]
     assert line.startswith(f"{workdir}/checkpoints/3 is damaged (")
-    assert line.endswith(f"kept as damaged-3; going on with {workdir}/checkpoints/2")
+    assert line.endswith(f"kept as damaged-3; continuing with {workdir}/checkpoints/2")
     assert ("(process 1)" in line) or with_checksums
     assert errors[1] == []
 

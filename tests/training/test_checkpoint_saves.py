@@ -1,4 +1,4 @@
-"""Test that saves that fail are tried again, and what happens when they go on failing."""
+"""Test that saves that fail are tried again, and what happens when they keep failing."""
 
 import errno
 import json

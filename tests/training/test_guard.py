@@ -98,7 +98,7 @@ def test_a_step_that_is_left_out_changes_counts_only():
     assert after.params == before.params
     moments = [(a.mu["w"], a.nu["w"]) for a in (before.opt_state[0], after.opt_state[0])]
     assert moments[0] == moments[1]
-    assert after.opt_state[0].count == before.opt_state[0].count + 1  # the schedule goes on
+    assert after.opt_state[0].count == before.opt_state[0].count + 1  # the schedule continues
     state, metrics = step(state, batch(1.0))
     assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
     assert state.params["w"] != after.params["w"]

@@ -77,7 +77,7 @@ def test_a_run_in_a_bucket_can_be_killed_resumed_and_evaluated(tmp_path, local, 
         gcs.fault = fail
         printed = finish(start_training(url, {"profile.steps": "20:21"}, environment=gcs.environment()))
         assert failures == []
-        assert "going on at step 12" in printed
+        assert "continuing at step 12" in printed
         assert "24 steps done" in printed
         assert "Traceback" not in printed
         assert curves(records(gcs)) == expected

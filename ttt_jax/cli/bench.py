@@ -111,7 +111,7 @@ def tpu_schedule(options: argparse.Namespace, rest: Sequence[str]) -> int:
         keep = options.keep / str(number) if options.keep and options.compare else options.keep
         try:
             measured[variant] = measure(target, options.topology, keep)
-        except ScheduleError as error:  # go on with the other variants
+        except ScheduleError as error:  # continue with the other variants
             failed[variant] = str(error)
             print(f"ttt bench tpu-schedule: {target}: {error}", file=sys.stderr)
     if options.json:

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grace", type=positive, metavar="STEPS", help="that each point takes at least (default: 10%% of its run)"
     )
     ray.add_argument(
-        "--reduction", type=float, default=3.0, metavar="R", help="the best of R go on, then to R times as many steps"
+        "--reduction", type=float, default=3.0, metavar="R", help="of R points the best continues, to R times the steps"
     )
 
 
@@ -206,7 +206,7 @@ def _summary(directory: Workdir, wanted, received: signal.Signals | None) -> int
         if each.state == files.FAILED:
             print(f"  {each.point.name}: {each.note}")
     if received is not None:
-        print("to go on: the same command")
+        print("to continue: the same command")
         return {signal.SIGTERM: RESTART, signal.SIGINT: INTERRUPTED}[received]
     return DONE if all(each.state in (files.DONE, files.STOPPED_EARLY) for each in standings) else FAILED
 

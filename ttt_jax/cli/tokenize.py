@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         description, received = _tokenize(options, inputs, output, lock)
     if description is None:
         received = received or signal.SIGTERM
-        print(f"ttt tokenize: stopped by {received.name}; the same command goes on here", file=sys.stderr)
+        print(f"ttt tokenize: stopped by {received.name}; the same command continues here", file=sys.stderr)
         return INTERRUPTED if received == signal.SIGINT else RESTART
     _print_summary(description, options.output, output.path(PROBLEMS))
     return DONE

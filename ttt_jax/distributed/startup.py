@@ -74,7 +74,7 @@ def start(
             jax.distributed.initialize(coordinator, processes, process, initialization_timeout=_FOREVER)
         except Exception as error:
             if missing and cluster == _PERHAPS:
-                print(f"found no other processes ({describe(error)}); going on alone", file=sys.stderr, flush=True)
+                print(f"found no other processes ({describe(error)}); continuing alone", file=sys.stderr, flush=True)
             else:
                 raise ConfigError(f"{who} cannot join the others at {where}: {describe(error)}") from error
         jax.devices()  # on a pod this waits for the others too

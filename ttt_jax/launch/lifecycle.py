@@ -170,7 +170,7 @@ def run(target: Target) -> int:
                     key = key or target.find()  # the interrupt may have come while the job was submitted
                     if key is not None:
                         target.stop(key)
-                        commands.note(f"{name}: is ended; the same command goes on with it")
+                        commands.note(f"{name}: is ended; the same command continues with it")
                 except KeyboardInterrupt:
                     target.leave()
             return RESTART if received else INTERRUPTED

@@ -18,7 +18,7 @@ from ttt_jax.terminal.console import positive
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
 
 _FOLDER = "~/ttt-launch"  # on the machines
-# Statuses after which the same command goes on: that of ttt, abort (of JAX, when another process is lost) and SIGTERM.
+# Statuses after which the same command continues: that of ttt, abort (JAX, when another process is lost) and SIGTERM.
 _RECOVERED = (RESTART, 134, 143)
 _NO_JOBS = "No in-progress managed jobs"  # what sky says before there has ever been one
 _ENDED = {

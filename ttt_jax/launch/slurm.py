@@ -44,7 +44,7 @@ it, after it has saved. The same command while the job is in the queue or runs f
         add("--gpus-per-node", type=positive, metavar="G", help="and as many processes")
         for name in ("partition", "account", "qos", "constraint"):
             add(f"--{name}", help="as of sbatch")
-        add("--time", metavar="LIMIT", help="as of sbatch, such as 8:00:00 or 2-0; the job goes on after it")
+        add("--time", metavar="LIMIT", help="as of sbatch, such as 8:00:00 or 2-0; the job continues after it")
         add("--cpus-per-task", type=positive, metavar="C", help="CPU cores for each process")
         add("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as --sbatch=--exclusive")
         add("--setup", type=Path, metavar="FILE", help="a file that bash sources first, such as one with module load")

@@ -38,8 +38,8 @@ Run a command of ttt on all hosts of a slice of Cloud TPU, or of several: ask fo
 for them, install this source tree with the versions of this machine, run the command detached, show the log of the
 first host, and delete the slices when it has ended, has failed, or by Ctrl-C (which saves first).
 
-A preempted slice is asked for anew, and the command goes on from its workdir. The same command run again while the job
-runs shows its log again.
+A preempted slice is asked for anew, and the command continues from its workdir. The same command run again while the
+job runs shows its log again.
 """
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
@@ -240,7 +240,7 @@ runs shows its log again.
                 self.commands.note(f"{name}: cannot be reached, and will be tried again: {error}")
                 try:
                     ended = self._resource.lost(self._hosts.nodes)
-                except CommandError:  # it is this machine that has no network: the command goes on without it
+                except CommandError:  # it is this machine that has no network: the command continues without it
                     unreachable = None
                     return False
                 unreachable = unreachable or now

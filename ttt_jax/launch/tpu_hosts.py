@@ -93,7 +93,7 @@ class Hosts:
             self._on_each(install_on)
 
     def start(self, run: str) -> None:
-        """Start the command on all hosts; it goes on without this process."""
+        """Start the command on all hosts; it continues without this process."""
         self._run("start", run, *self._job.command)
 
     def ask(self, retry: Retry = NEVER) -> list[Host]:

@@ -58,7 +58,7 @@ class LocalLock:
             except OSError as error:
                 if error.errno not in _NO_WRITING or self._path.exists():
                     raise
-                self._say(f"cannot be written to ({error.strerror}); goes on without a lock")
+                self._say(f"cannot be written to ({error.strerror}); continues without a lock")
                 return None
             try:
                 holder = self._take(file, record, dead)

@@ -38,8 +38,8 @@ class Measured(NamedTuple):
 class Early(NamedTuple):
     """The rule to stop points early: asynchronous successive halving (ASHA, https://arxiv.org/abs/1810.05934).
 
-    At each rung, ``grace * factor^k`` steps, a point goes on if it is among the best ``1 / factor`` of those that have
-    come there so far.
+    At each rung, ``grace * factor^k`` steps, a point continues if it is among the best ``1 / factor`` of those
+    that have come there so far.
     """
 
     metric: str

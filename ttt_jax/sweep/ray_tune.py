@@ -29,7 +29,7 @@ except ImportError as error:
 
 _POLL = 0.5  # seconds
 _POLLS = 6  # before a trial reports even without news, so that the scheduler can stop it
-_NODE_FAILURES = 10  # of a trial: it goes on elsewhere
+_NODE_FAILURES = 10  # of a trial: it continues elsewhere
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # metrics.jsonl has all that they would write
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -82,7 +82,7 @@ def run(
             ).fit()
             return stop.received
     except (ray.exceptions.RayError, tune.TuneError) as error:
-        raise DataError(f"--engine ray: {ray_cluster.last_line(error)}; the same command goes on") from error
+        raise DataError(f"--engine ray: {ray_cluster.last_line(error)}; the same command continues") from error
     finally:
         ray.shutdown()
 

@@ -267,7 +267,7 @@ class Checkpoints:
         self._writer.close()
         aside = folder.name if self._read_only else self._exchange.on_first(rename)
         agreement.print_once(
-            f"{folder} is damaged ({problem}), kept as {aside}; going on with {self.directory / str(used)}"
+            f"{folder} is damaged ({problem}), kept as {aside}; continuing with {self.directory / str(used)}"
         )
 
 

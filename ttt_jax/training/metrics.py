@@ -155,7 +155,7 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """End a trace that is still going on."""
+        """End a trace that is still running."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False

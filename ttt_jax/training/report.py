@@ -198,7 +198,7 @@ def describe(config: ml_collections.ConfigDict, run: Program, *, start: int, ori
         f"{pattern.describe(config.model)}, {parameters / 1e6:.1f} M parameters, {total} steps of {tokens:,} tokens on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
-        + (f"; going on at step {start}" if start else "")
+        + (f"; continuing at step {start}" if start else "")
         + (f"; with the parameters of {origin}" if origin else "")
     )
     agreement.print_once(f"parameters: {counts.parameters_in_words(run.abstract_state.params)}")

@@ -1,11 +1,11 @@
-"""Read and write the config of a run, and check whether the run may go on with a config.
+"""Read and write the config of a run, and check whether the run may continue with a config.
 
 ``config.json`` is checked against the copy in the newest checkpoint, which says what its numbers were computed with.
 Where ``config.json`` is gone or damaged, the copy is used. A ``config.json`` with other settings is refused, unless it
 was edited on purpose: then it has no hash.
 
-A run may only go on with the same config, data and source of its learner. A learner of the user's own is found before
-it is imported, and the hash of its source is kept with the run.
+A run may only continue with the same config, data and source of its learner. A learner of the user's own is found
+before it is imported, and the hash of its source is kept with the run.
 
 JAX is imported only where processes agree, so that commands that read configs answer wrong arguments at once.
 """
@@ -152,7 +152,7 @@ def _newest_saved(workdir: Workdir) -> RunConfig | None:
 LEARNER = "model.ttt.learner"
 
 
-# ---- Whether a run may go on
+# ---- Whether a run may continue
 
 
 def check_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_changed_learner: bool) -> None:
@@ -199,7 +199,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Workdir, accept_c
             f"a new workdir, or the values that are there{origin}"
         )
     if run.problem:
-        json_files.warn_once(f"{run.problem}; {run.origin.parent.parent} holds the same config; going on")
+        json_files.warn_once(f"{run.problem}; {run.origin.parent.parent} holds the same config; continuing")
     return learner_has_changed(run.config, accept_changed_learner)
 
 

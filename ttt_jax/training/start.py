@@ -131,7 +131,7 @@ def load_parameters(config: ml_collections.ConfigDict, abstract_params: Any) -> 
             try:
                 return checkpoints.restore_params(chosen, abstract_params), f"{source}, step {chosen}"
             except CheckpointError:
-                # A training that goes on in the other workdir removes its older checkpoints.
+                # A training that continues in the other workdir removes its older checkpoints.
                 steps = checkpoints.all_steps()
                 if step is not None or not steps or chosen in steps:
                     raise

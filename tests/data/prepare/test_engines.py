@@ -115,7 +115,7 @@ def test_a_killed_worker_is_one_clear_line(file):
     killer.join()
     assert len(spawned) == 1
     assert str(caught.value).startswith(
-        "a worker process was killed, perhaps because memory ran out; the same command goes"
+        "a worker process was killed, perhaps because memory ran out; the same command continues"
     )
     assert "\n" not in str(caught.value)
 

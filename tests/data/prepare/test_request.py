@@ -89,7 +89,7 @@ def test_a_file_that_grows_while_it_is_read_stops_the_run_until_the_next_command
     with pytest.raises(DataError) as caught:
         tokenize([old], JOB, Store(tmp_path / "out"), grow, **options)
     sizes = f"{old.size:,} bytes, now {path.stat().st_size:,}"
-    advice = "the same command goes on, once the file is complete"
+    advice = "the same command continues, once the file is complete"
     assert str(caught.value) == f"{path}: has changed while it was read ({sizes}); {advice}"
     new = InputFile("train", str(path), path.stat().st_size)
     assert run(tmp_path / "out", [new])["splits"]["train"]["documents"] == len(TEXTS) + 1

@@ -81,7 +81,7 @@ def test_a_run_killed_many_times_ends_with_the_bytes_of_an_undisturbed_run(tmp_p
             break
         assert process.returncode == -signal.SIGKILL
     assert len(begun) > 4  # runs
-    assert begun == sorted(set(begun)), "every run went on where the one before it was"
+    assert begun == sorted(set(begun)), "every run continued where the one before it was"
     undisturbed = tmp_path / "undisturbed"
     finish(start(undisturbed, folder))
     assert corpus.contents(output) == corpus.contents(undisturbed)

@@ -156,7 +156,7 @@ def test_a_run_stopped_by_a_bad_record_continues_once_it_is_mended(tmp_path, wit
     for number, bad in BAD_LINES.items():
         message = refused(DataError, tmp_path / "out", with_bad_lines)
         assert message.startswith(f"{lines.location}, record {number}: ")
-        assert message.endswith("either way the same command goes on from here")
+        assert message.endswith("either way the same command continues from here")
         assert not (tmp_path / "out/dataset.json").exists()
         content = content.replace(bad, json.dumps({"text": f"mended {number}"}).encode() + b"\n")
         with_bad_lines[0] = corpus.input_file(tmp_path / "a.jsonl", content)

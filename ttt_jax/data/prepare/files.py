@@ -99,7 +99,7 @@ def check_unchanged(file: InputFile) -> None:
     if isinstance(fs, LocalFileSystem) and (size := os.stat(path).st_size) != file.size:
         raise DataError(
             f"{file.location}: has changed while it was read ({counted(file.size, 'byte')}, now {size:,}); the same "
-            "command goes on, once the file is complete"
+            "command continues, once the file is complete"
         )
 
 

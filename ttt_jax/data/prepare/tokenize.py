@@ -291,7 +291,7 @@ def _located(file: InputFile, problems: list[records.Problem]) -> str:
     more = f" (and {len(problems) - 1} more near it)" if len(problems) > 1 else ""
     return (
         f"{file.location}, record {problems[0].record}: {problems[0].what}{more}. Mend it, or leave such records out "
-        "with --on-error skip; either way the same command goes on from here"
+        "with --on-error skip; either way the same command continues from here"
     )
 
 

@@ -173,8 +173,8 @@ def processes(workers: int) -> Engine:
                 yield from _in_order(units, submit, lambda future: future.result(), workers)
             except BrokenProcessPool as error:
                 raise DataError(
-                    "a worker process was killed, perhaps because memory ran out; the same command goes on from here, "
-                    "and fewer --workers need less memory"
+                    "a worker process was killed, perhaps because memory ran out; the same command continues from "
+                    "here, and fewer --workers need less memory"
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -205,7 +205,7 @@ def ray(address: str) -> Engine:
             yield from _in_order(units, lambda split, unit: remote.remote(reference, split, unit), ray.get, cpus)
         except ray.exceptions.RayError as error:
             reason = ray_cluster.last_line(error)
-            raise DataError(f"--engine ray: {reason}; the same command goes on from here") from error
+            raise DataError(f"--engine ray: {reason}; the same command continues from here") from error
         finally:
             ray.shutdown()
 
