@@ -1,4 +1,4 @@
-"""Check that backward passes that are written out can be differentiated again, by plain functions and autodiff.
+"""Check that backward passes that are written out, and attention, can be differentiated again, by plain functions.
 
 End-to-end training differentiates through the gradient steps of the model. A backward pass that hides a dependence
 would give second derivatives that are silently too small.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.layers import conv, linear, mlp, rope
+from ttt_jax.layers import blocked_attention, conv, linear, mlp, rope
 
 POSITIONS = np.array([0, 3, 7])
 TOKENS = np.array([[1, 4, 1], [0, 0, 2]])
@@ -28,6 +28,14 @@ def convolved(x, kernel, since=None):
     width, tokens = len(kernel), x.shape[1] - len(kernel) + 1
     seen = np.ones((2, tokens, width)) if since is None else since[..., None] >= np.arange(width)[::-1]
     return sum(kernel[j] * x[:, j : j + tokens] * seen[..., j : j + 1] for j in range(width))
+
+
+def attended(q, k, v):
+    """Attend to the last three tokens by a softmax of all logits at once; two heads share their keys."""
+    back = np.arange(8)[:, None] - np.arange(8)
+    logits = jnp.einsum("bthd,bsd->bhts", q, k[:, :, 0]) / 2
+    weights = jax.nn.softmax(jnp.where((back >= 0) & (back < 3), logits, -jnp.inf))
+    return jnp.einsum("bhts,bsd->bthd", weights, v[:, :, 0])
 
 
 CASES = {
@@ -49,6 +57,11 @@ CASES = {
         lambda x, kernel: conv.convolve(x, kernel, SINCE),
         lambda x, kernel: convolved(x, kernel, SINCE),
         [(2, 6, 4), (3, 4)],
+    ),
+    "attend": (
+        lambda q, k, v: blocked_attention.causal_attention(q, k, v, window=3, block=4),
+        attended,
+        [(1, 8, 2, 4), (1, 8, 1, 4), (1, 8, 1, 4)],
     ),
 }
 
