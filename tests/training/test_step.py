@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ttt_jax.distributed import sharding
@@ -22,6 +23,36 @@ def test_loss_is_the_mean_over_rows_of_masked_means():
     ours = token_nll(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
     np.testing.assert_allclose(ours, nll, rtol=1e-5)
     np.testing.assert_allclose(mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
+
+
+class _Bigrams:
+    """A model whose logits are a row of a table."""
+
+    def apply(self, variables, tokens, state, context):
+        return variables["params"][tokens], state
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("valid", [(1, 7, 0, 8), (0, 0, 0, 0), (0, 8, 8, 0)])
+def test_masked_targets_have_no_part_in_the_gradient(accumulation, valid):
+    """Compare one step with NumPy where micro-batches have few valid targets or none."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((5, 5)).astype(np.float32)
+    inputs, targets = rng.integers(0, 5, (2, 4, 8))
+    mask = (np.arange(8) >= 8 - np.array(valid)[:, None]).astype(np.float32)
+    schedule = lambda step: 1.0  # noqa: E731
+    step = jax.jit(train_step(_Bigrams(), optax.sgd(1.0), schedule, schedule, accumulation))
+    state, metrics = step(
+        initial_state(jnp.asarray(table), optax.sgd(1.0)), {"inputs": inputs, "targets": targets, "mask": mask}
+    )
+
+    p = np.exp(table.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    weights = mask / np.maximum(mask.sum(-1, keepdims=True), 1) / 4
+    expected = np.zeros((5, 5))
+    np.add.at(expected, inputs, weights[..., None] * (p[inputs] - np.eye(5)[targets]))
+    np.testing.assert_allclose(metrics["loss"], -(weights * np.log(p[inputs, targets])).sum(), rtol=1e-6)
+    np.testing.assert_allclose(table - np.asarray(state.params), expected, atol=1e-6)
 
 
 def test_learning_rate_schedule_follows_its_formula():
