@@ -84,14 +84,21 @@ def get_config(arg: str = "ttt_linear-125m-pile-2k"):
         c.training.duration = f"{steps // 5} steps"
         c.training.start_from = f"runs/transformer-{size}-{dataset}-2k"
 
-    # ---- Chips. A batch of long rows has few of them; then chips share a row, each with some of the heads. Parameters
-    # are split in 16 parts, one line of chips, by fsdp where rows are short and by tensor where they are long; those of
-    # the 125m fit on one chip. Plans for other meshes are in docs/benchmarks.md.
-    heads = c.model.num_heads
-    c.mesh.tensor = min(max(1, CHIPS // c.data.batch_size), heads & -heads)  # a power of two that divides the heads
-    c.mesh.fsdp = 1 if size == "125m" else 16 // c.mesh.tensor
+    # ---- Chips. Plans for other meshes are in docs/benchmarks.md.
+    split(c, c.model.num_heads)
     c.model.remat = "none" if CONTEXTS[context] <= 2048 and size in ("125m", "350m") else "block"
     return smoke(c) if variant else c
+
+
+def split(c, heads):
+    """Split rows and parameters over the chips; ``heads`` is the number of heads that chips may share.
+
+    A batch of long rows has few of them; then chips share a row, each with some of the heads. Parameters are split in
+    16 parts, one line of chips, by fsdp where rows are short and by tensor where they are long; those of the 125m fit
+    on one chip.
+    """
+    c.mesh.tensor = min(max(1, CHIPS // c.data.batch_size), heads & -heads)  # a power of two that divides the heads
+    c.mesh.fsdp = 1 if c.model.width == SIZES["125m"][1] else 16 // c.mesh.tensor
 
 
 def smoke(c):

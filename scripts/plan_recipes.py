@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plan the recipes of configs/paper.py on TPU v5e, and print the plans as the tables of the documentation.
+"""Plan the recipes of configs/paper.py and attention.py on TPU v5e, and print the tables of the documentation.
 
     python scripts/plan_recipes.py plans.jsonl                     # all recipes, two at a time
     python scripts/plan_recipes.py plans.jsonl --only 1.3b-pile-2k # recipes whose names contain this
@@ -18,7 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOPOLOGIES = {"125m-pile-16k": "v5e:8x16", "125m-pile-32k": "v5e:8x8"}  # 12 heads: see configs/paper.py
+TOPOLOGIES = {  # few heads split a row in few parts: see configs/paper.py and attention.py
+    "gqa-1.3b-pile-32k": "v5e:8x16",
+    "125m-pile-16k": "v5e:8x16",
+    "125m-pile-32k": "v5e:8x8",
+}
 MIXERS = {"ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP", "transformer": "Transformer"}
 SIZES = ("125m", "350m", "760m", "1.3b")
 CONTEXTS = ("2k", "8k", "32k")
@@ -41,14 +45,18 @@ VARIANTS = [
     "ttt_linear-125m-pile-2k model.ttt.mini_batch=1",
     "ttt_linear-125m-pile-2k model.ttt.mini_batch=1 model.ttt.remat_group=16",
     "ttt_linear-125m-pile-2k model.ttt.mini_batch=2048",
+    "attention.py:sliding-1.3b-pile-32k",
+    "attention.py:hybrid-1.3b-pile-32k",
+    "attention.py:hybrid_gqa-1.3b-pile-32k",
 ]
 
 
 def command(name: str) -> list[str]:
-    """Return the command that plans a recipe; the name may set further keys."""
+    """Return the command that plans a recipe; the name may begin with another file, and set further keys."""
     recipe, *overrides = name.split(" ")
+    file = recipe if recipe.startswith("attention.py:") else f"paper.py:{recipe}"
     topology = next((where for what, where in TOPOLOGIES.items() if what in recipe), "v5e:16x16")
-    config = ["--config", f"configs/paper.py:{recipe}", *(f"--config.{override}" for override in overrides)]
+    config = ["--config", f"configs/{file}", *(f"--config.{override}" for override in overrides)]
     return [sys.executable, "-m", "ttt_jax", "plan", *config, "--topology", topology, "--json"]
 
 

@@ -22,7 +22,9 @@ def names_of(path):
         return names
 
 
-PAPER, ABLATION, TASKS = (names_of(CONFIGS / name) for name in ("paper.py", "ablation.py", "tasks.py"))
+PAPER, ABLATION, TASKS, ATTENTION = (
+    names_of(CONFIGS / name) for name in ("paper.py", "ablation.py", "tasks.py", "attention.py")
+)
 
 
 @functools.cache
@@ -45,6 +47,18 @@ def paper_recipes() -> list[str]:
     ]
 
 
+def attention_recipes() -> list[str]:
+    """Return the recipes of attention.py that are not those of paper.py, for two contexts."""
+    mixers = [f"{mixer}{shared}" for mixer in ATTENTION["MIXERS"] for shared in ("", "_gqa")]
+    return [
+        f"{mixer}-{size}-{rest}"
+        for mixer in mixers
+        if mixer not in PAPER["MIXERS"]
+        for size in PAPER["SIZES"]
+        for rest in ("books-8k", "pile-32k")
+    ]
+
+
 def all_recipes(mixers: Collection[str] = MIXERS) -> list[str]:
     return [
         *(f"quickstart.py:{mixer}" for mixer in mixers),
@@ -52,6 +66,8 @@ def all_recipes(mixers: Collection[str] = MIXERS) -> list[str]:
         *(f"books.py:{mixer}{tokens}" for mixer in mixers for tokens in ("", ",bpe")),
         *(f"paper.py:{recipe}" for recipe in paper_recipes()),
         *(f"paper.py:{mixer}-125m-books-8k:smoke" for mixer in PAPER["MIXERS"]),
+        *(f"attention.py:{recipe}" for recipe in attention_recipes()),
+        *(f"attention.py:{recipe}:smoke" for recipe in attention_recipes() if recipe.endswith("125m-books-8k")),
         *(f"tasks.py:{task},{mixer}" for task in TASKS["_TASKS"] for mixer in TASKS["_MIXERS"]),
         *(f"tiny.py:{recipe}" for recipe in paper_recipes() if recipe.endswith(("pile-2k", "books-32k"))),
         *(f"tiny.py:{rung}" for rung in ABLATION["RUNGS"]),

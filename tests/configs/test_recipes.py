@@ -132,8 +132,9 @@ def count_by_hand(c):
     """Return the sum of embedding, final norm, and for each block two norms, SwiGLU and a mixer."""
     d, heads, kind, ttt = c.model.width, c.model.num_heads, c.model.mixer, c.model.ttt
     head_dim = d // heads
-    block = 2 * d + 3 * d * c.model.mlp_width + 4 * d * d  # q, k (or, with convolutions, the gate), v, o
-    if kind not in ("attention", "sliding"):
+    block = 2 * d + 3 * d * c.model.mlp_width + 2 * d * d  # q and o
+    block += 2 * d * head_dim * (c.model.attention.num_kv_heads or heads)  # k (or, with convolutions, the gate) and v
+    if kind not in ("attention", "sliding", "sliding*5 + attention"):
         block += 2 * d  # post_norm
     if kind.startswith("ttt"):
         if ttt.learned_eta:
@@ -225,19 +226,26 @@ def run(argument, workdir, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["ttt_linear", "ttt_linear_t", "ttt_mlp", "ttt_mlp_t"])
-def test_smoke_variants_of_ttt_learn(mixer, tmp_path):
-    """Train a few steps of each TTT mixer in each of its backbones."""
-    losses = run(f"paper.py:{mixer}-1.3b-books-2k:smoke", tmp_path)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(f"paper.py:{mixer}-1.3b-books-2k" for mixer in ("ttt_linear", "ttt_linear_t", "ttt_mlp", "ttt_mlp_t")),
+        *(f"attention.py:{mixer}-1.3b-books-32k" for mixer in ("sliding", "hybrid_gqa")),
+    ],
+)
+def test_smoke_variants_learn(recipe, tmp_path):
+    """Train a few steps of each TTT mixer in each of its backbones, and of attention with windows."""
+    losses = run(f"{recipe}:smoke", tmp_path)
     assert losses[0] == pytest.approx(np.log(258), abs=0.15)
     assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.slow
-def test_smoke_variants_of_the_transformer_and_its_finetuning_learn(tmp_path):
-    first = run("paper.py:transformer-125m-books-2k:smoke", tmp_path / "first")
+@pytest.mark.parametrize(("file", "shared"), [("paper.py", ""), ("attention.py", "_gqa")])
+def test_smoke_variants_of_the_transformer_and_its_finetuning_learn(file, shared, tmp_path):
+    first = run(f"{file}:transformer{shared}-125m-books-2k:smoke", tmp_path / "first")
     start = f"--config.training.start_from={tmp_path / 'first'}"
-    second = run("paper.py:transformer_finetune-125m-books-8k:smoke", tmp_path / "second", start)
+    second = run(f"{file}:transformer_finetune{shared}-125m-books-8k:smoke", tmp_path / "second", start)
     assert first[0] == pytest.approx(np.log(258), abs=0.15)
     assert first[-1] < first[0] - 0.5
     assert second[0] == pytest.approx(

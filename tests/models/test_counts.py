@@ -95,6 +95,16 @@ def test_a_step_is_three_forward_passes(name):
     assert counts.flops_per_step(model, T, 5) == 5 * traced
 
 
+def test_windows_and_shared_heads_are_counted():
+    """Check the products of three blocks, two of which have a window; four heads share two of keys."""
+    model = model_config("sliding*2 + attention", num_layers=3)
+    model.attention.update(window=5, num_kv_heads=2)
+    function, params, tokens = forward(model)
+    traced = products(jax.make_jaxpr(function)(params, tokens).jaxpr)
+    seen = 2 * (1 + 2 + 3 + 4 + 20 * 5) + T * (T + 1) / 2  # by all tokens, in all blocks; a program computes all logits
+    assert counts.flops_per_token(model, T) * T == traced - 2 * 2 * WIDTH * (3 * T * T - seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["attention", "ttt_linear-mamba", slow("ttt_mlp-mamba"), slow("ttt-transformer-decay")]

@@ -31,6 +31,16 @@ def test_work_of_a_transformer():
     assert step_time(config("attention", remat="block")).compute == pytest.approx(4 * DENSE * T * B / 1e12)
 
 
+def test_work_of_windows_and_shared_heads():
+    """Check two blocks with a window of 8 and one without; two heads share one of keys."""
+    c = config("sliding*2 + attention")
+    c.model.attention.update(window=8, num_kv_heads=1)
+    of_window = (8 * 9 / 2 + (T - 8) * 8) / T
+    seen = 4 * D * (2 * of_window + (T + 1) / 2)
+    dense = 3 * (6 * D * D + 6 * D * MLP) + seen + 2 * D * V
+    assert step_time(c).compute == pytest.approx(3 * dense * T * B / (2 * 1e12 * 0.5))
+
+
 def test_each_turn_of_the_inner_loop_takes_a_least_time():
     """Check the 12 turns of two mini-batches, three layers, forward and backward, on a chip that computes at once."""
     fast = dataclasses.replace(CHIP, peak_flops=1e30)

@@ -65,6 +65,33 @@ def test_memory_of_an_inner_loop_counts_w0_and_what_its_update_remembers(config)
         assert of_w0[choice] - of_less[choice] == pytest.approx((3 * 16 * w0 + kept) * more)
 
 
+def test_windows_and_shared_heads_change_choices_and_memory(config):
+    """Check that tensor divides the heads of keys, and that memory counts the tokens that a token sees."""
+    config.model.attention.kernel = "xla"
+    chips = devices(8)
+
+    def memory(mixer, **settings):
+        config.model.mixer = mixer
+        config.model.attention.update(settings)
+        found = {guess.choice: guess.memory for guess in search.guesses(config, chips)}
+        return {choice: bytes for choice, bytes in found.items() if choice.remat == "none"}
+
+    full = memory("attention")
+    windows = memory("sliding + attention", window=16)
+    shared = memory("sliding + attention", num_kv_heads=2)
+    assert full.keys() == windows.keys()
+    assert {choice.tensor for choice in full} == {1, 2, 4}
+    assert {choice.tensor for choice in shared} == {1, 2}
+    hidden = 48 * 49 / 2  # of the 64 tokens, summed over all tokens: the first 48 keys, less and less
+    for choice, of_full in full.items():
+        sequences = 8 / choice.data / choice.fsdp / choice.accumulation
+        logits = 8 * 4 / choice.tensor * sequences * hidden  # of four heads, with their softmax, in float32
+        assert of_full - windows[choice] == pytest.approx(logits)
+        if choice in shared:
+            of_keys = 2 * 64 * 64  # parameters of half of the projections to keys and values, in two blocks
+            assert windows[choice] - shared[choice] == pytest.approx(16 * of_keys / choice.fsdp / choice.tensor)
+
+
 def test_choices_that_seem_to_fit_come_first(config):
     """Check 3 G parameters in 16 GB: at 16 bytes each, at least 4 chips share them."""
     config.model.update(width=8192, num_heads=4, num_layers=4, mlp_width=16384)
