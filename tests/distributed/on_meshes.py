@@ -1,12 +1,15 @@
 """Train a tiny model on meshes of one and of eight CPU devices, in one process, and print JSON.
 
 This needs eight devices, so it is a program that test_sharding.py starts. Its arguments are a mixer, the meshes of
-eight devices, and ``kernel`` for fused kernels, interpreted, on the mesh and the scan without.
+eight devices, and ``kernel`` for fused kernels, interpreted, on the mesh and none of them without.
 """
 
+import contextlib
+import functools
 import json
 import os
 import sys
+import unittest.mock
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -15,6 +18,7 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
+from ttt_jax.kernels import splash
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.planning import hlo
 from ttt_jax.training.step import build_program
@@ -35,8 +39,12 @@ def tiny(mixer, kernel=None):
     config.optimizer.update(peak_lr=0.004, end_lr=0.004, warmup="1 step", weight_decay=0.01)
     config.training.duration = "20 steps"
     if kernel:  # interpreted, it is slow: fewer and larger steps
-        config.model.num_layers = 1
-        config.model.ttt.update(kernel=kernel, mini_batch=8)
+        if "attention" in mixer:
+            config.model.attention.update(window=5, num_kv_heads=2)
+            config.model.remat = "block"
+        else:
+            config.model.num_layers = 1
+            config.model.ttt.update(kernel=kernel, mini_batch=8)
         config.data.update(sequence_length=16, batch_size=4)
         config.optimizer.update(peak_lr=0.01, end_lr=0.01)
         config.training.duration = "8 steps"
@@ -50,7 +58,8 @@ def train(mixer, shape, kernel=None):
     devices = jax.devices() if shape != ONE else jax.devices()[:1]
     mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, shape, strict=True)), devices)
     run = build_program(config, mesh)
-    state, step = run.initial_state(), run.compiled_step()
+    with _splash() if kernel == "splash" else contextlib.nullcontext():
+        state, step = run.initial_state(), run.compiled_step()
     parts, specs, metrics = _parts(state), _specs(state), []
     for i in range(config_lib.steps(config, "training.duration")):
         size = (config.data.batch_size, config.data.sequence_length + 1)
@@ -75,6 +84,12 @@ def train(mixer, shape, kernel=None):
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
+
+
+def _splash():
+    """Have attention computed by the splash kernel for any heads, interpreted."""
+    interpreted = functools.partial(splash.causal_attention, interpret=True)
+    return unittest.mock.patch.multiple(splash, choose=lambda *_: True, causal_attention=interpreted)
 
 
 def _statistics(run, params, tokens):
@@ -126,7 +141,8 @@ if __name__ == "__main__":
     mixer, meshes, *kernel = sys.argv[1:]
     shapes = [tuple(map(int, mesh.split("x"))) for mesh in meshes.split(",")]
     if kernel:
-        found = {ONE: train(mixer, ONE, "scan"), **{shape: train(mixer, shape, "pallas") for shape in shapes}}
+        without, fused = ("xla", "splash") if "attention" in mixer else ("scan", "pallas")
+        found = {ONE: train(mixer, ONE, without), **{shape: train(mixer, shape, fused) for shape in shapes}}
     else:
         found = {shape: train(mixer, shape) for shape in (ONE, *shapes)}
     print(json.dumps({"x".join(map(str, shape)): x for shape, x in found.items()}))

@@ -81,9 +81,10 @@ def test_padding_documents_and_states_are_the_same_on_a_mesh(on_meshes, mixer):
 
 
 @pytest.mark.slow
-def test_fused_kernels_on_a_mesh_match_the_scan_without():
-    """Check kernels that compute on each device for its own sequences and heads."""
-    found = run("on_meshes.py", "ttt_linear", "2x2x2", "kernel")
+@pytest.mark.parametrize("mixer", ["ttt_linear", "sliding + attention"])
+def test_fused_kernels_on_a_mesh_match_the_plain_form_without(mixer):
+    """Check kernels that compute on each device for its own sequences and heads; four heads share two of keys."""
+    found = run("on_meshes.py", mixer, "2x2x2", "kernel")
     one, split = found["1x1x1"], found["2x2x2"]
     assert one["loss"][0] - one["loss"][-1] > 0.2
     np.testing.assert_allclose(split["loss"], one["loss"], rtol=2e-6)
