@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 
 def known():
@@ -55,6 +57,56 @@ def kernel(turns: int = 8, first: bool = True):
         out_shape=[f32((128 * turns, 256)), f32((256, 256))],
     )
     return run, (f32((128 * turns, 256)), f32((256, 256)))
+
+
+def masked(computed: int = 4, turns: int = 16, dtype: str = "int32", static: bool = True):
+    """Build a Pallas kernel that computes in the last ``computed`` of its turns only, by a mask in scalar memory.
+
+    The mask is a constant where it is static, else an argument.
+    """
+
+    def body(mask, x, w, out):
+        @pl.when(mask[pl.program_id(0)].astype(jnp.int32) > 0)
+        def _():
+            out[...] = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
+
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    run = pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(turns,),
+            in_specs=[pl.BlockSpec((128, 256), lambda i, _: (i, 0)), pl.BlockSpec((256, 256), lambda i, _: (0, 0))],
+            out_specs=pl.BlockSpec((128, 256), lambda i, _: (i, 0)),
+        ),
+        out_shape=f32((128 * turns, 256)),
+        name="masked",
+    )
+    mask = (np.arange(turns) >= turns - computed).astype(dtype)
+    arguments = (f32((128 * turns, 256)), f32((256, 256)))
+    if static:
+        return functools.partial(run, mask), arguments
+    return run, (jax.ShapeDtypeStruct(mask.shape, mask.dtype), *arguments)
+
+
+def layers(chips: int = 1, depth: int = 6, tokens: int = 4096, width: int = 2048):
+    """Build the gradient of a scanned stack of dense layers; tokens and rows of weights are split over the chips."""
+
+    def loss(w, x):
+        def layer(x, w):
+            return jnp.dot(x, w.astype(jnp.bfloat16)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, w)[0].astype(jnp.float32) ** 2)
+
+    def shaped(shape, dtype, *spec):
+        if chips == 1:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        mesh = jax.sharding.AbstractMesh((chips,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    w = shaped((depth, width, width), jnp.float32, None, "fsdp")
+    return jax.grad(loss, argnums=(0, 1)), (w, shaped((tokens, width), jnp.bfloat16, "fsdp"))
 
 
 def broken():

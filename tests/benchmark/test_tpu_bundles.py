@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import bundles
+from ttt_jax.benchmark.tpu_schedule import bundles, scalar_run
 from ttt_jax.benchmark.tpu_schedule import listing as listing_lib
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 
@@ -124,6 +124,51 @@ def test_unknown_branches_are_counted_and_reported():
         *["  : > {}"] * 4,
     )
     assert (found.cycles, found.uncertain, found.unknown_loops) == (17, 3, 1)
+    assert found.regions == (bundles.Region(cycles=3, passes=1, reached=1, known=False),)
+
+
+# A kernel with 4 turns, which copies its first operand, bytes of 8 bits, to scalar memory when it begins. A turn goes
+# through the region in bundles 13 to 15 where the byte of the turn is positive.
+MASKED = (
+    "  :  { %s9_s0 = inlined_call_operand.hbm [shape: s8[4], index: 0, kind: input, shape index: {}] /* operand 0 */ }",
+    "  :  { %s1_s1 = sshll.u32 %s9_s0, 4  ;;  %s2_s1 = int_to_ptr.hbm [resolvable:$true] %s1_s1 }",
+    "  :  { %s3_s2 = smov.u32 [#allocation3]  ;;  %s4_s3 = smov.u32 0 }",
+    "  :  { %12 = dma.hbm_to_smem /*hbm=*/%s2_s1, /*size_in_granules=*/16, /*smem=*/%s3_s2, /*flag=*/[#allocation1] }",
+    "LB: > { %s5_s4 = sphi %s4_s3, %s13_s4 }",
+    "  : > { %s6_s5 = sld [smem:[#allocation3 + %s5_s4]] }",
+    "  : > { %s7_s5 = sshll.u32 %s6_s5, 24 }",
+    "  : > { %p8_p0 = scmp.le.s32.totalorder %s7_s5, 0 }",
+    "  : > { %11 = sbr.rel (%p8_p0) target bundleno = 16 (0x10), region = 1 }",
+    *["  : > {}"] * 4,
+    *["  : > { %14 = vtrace 1 }"] * 3,
+    "PF: > { %s13_s4 = sadd.s32 1, %s5_s4 }",
+    "  : > { %p14_p1 = scmp.ge.s32.totalorder %s13_s4, 4 }",
+    "  : > { %15 = sbr.rel (!%p14_p1) target bundleno = 4 (0x4), region = 2 }",
+    *["  : > {}"] * 4,
+)
+
+
+@pytest.mark.parametrize(
+    ("constants", "passes", "known"),
+    [
+        ({}, 4, False),
+        ({1: (1, 0, 0, 1)}, 4, False),  # another operand
+        ({0: (1, 0, 0, 1)}, 2, True),
+        ({0: (0x0100, 0xFF, 1, 0)}, 1, True),  # only the lowest byte counts, and has a sign
+        ({0: (1, 0)}, 3, False),  # nothing is known of the last two turns
+    ],
+)
+def test_regions_that_a_constant_skips(constants, passes, known):
+    found = bundles.counts(listing(*MASKED), utilization(len(MASKED)), constants)
+    assert found.regions == (bundles.Region(cycles=3, passes=passes, reached=4, known=known),)
+    assert (found.cycles, found.raw_cycles) == (4 + 4 * 16 + 3 * passes, 4 + 4 * 16 + 3 * 4)
+    assert found.uncertain == (0 if known else 3 * passes)
+
+
+def test_memory_into_which_a_kernel_stores_is_unknown():
+    stores = [text.replace("vtrace 1", "sst [smem:[#allocation3]] %s5_s4") for text in MASKED]
+    found = bundles.counts(listing(*stores), utilization(len(stores)), {0: (1, 0, 0, 1)})
+    assert [(region.passes, region.known) for region in found.regions] == [(4, False)]
 
 
 def test_an_unconditional_branch():
@@ -150,7 +195,7 @@ def test_unknown_forms_are_errors(text, rows, message):
 
 
 def test_a_schedule_that_does_not_end_is_an_error(monkeypatch):
-    monkeypatch.setattr(bundles, "_MOST_SEGMENTS", 100)
+    monkeypatch.setattr(scalar_run, "_MOST_SEGMENTS", 100)
     with pytest.raises(ScheduleError, match="does not end within 100 runs"):
         counted("LB: > { %1 = sbr.rel target bundleno = 0 (0x0), region = 1 }", *["  : > {}"] * 4)
 

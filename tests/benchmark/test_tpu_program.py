@@ -2,7 +2,7 @@
 
 import pytest
 
-from ttt_jax.benchmark.tpu_schedule import hlo_operations, report
+from ttt_jax.benchmark.tpu_schedule import hlo_operations, parts
 from ttt_jax.planning import hlo
 
 TEXT = """\
@@ -60,13 +60,16 @@ metadata={op_name="jit(step)/other"}, backend_config={"used_scoped_memory_config
   %fusion.3 = (f32[100,16,64]{2,1,0:T(8,128)}, f32[16]{0:T(128)}) fusion(%x, %fusion.1, %i), kind=kLoop, \
 calls=%updates, metadata={op_name="jit(step)/while/body/update"}
   %y = f32[100,16,64]{2,1,0:T(8,128)} get-tuple-element(%fusion.3), index=0
-  ROOT %t.2 = (s32[], f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) tuple(%i, %y, %w)
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)S(6)} add(%i, %two)
+  ROOT %t.2 = (s32[], f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) tuple(%next, %y, %w)
 }
 
 %condition (s.2: (s32[], f32[100,16,64], bf16[512,256])) -> pred[] {
   %s.2 = (s32[]{:T(128)}, f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) parameter(0)
-  %limit = s32[]{:T(128)} constant(100)
-  ROOT %lt = pred[]{:T(512)} compare(%limit, %limit), direction=LT
+  %i.2 = s32[]{:T(128)} get-tuple-element(%s.2), index=0
+  %limit = s32[]{:T(128)} constant(200)
+  ROOT %lt = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
 }
 
 ENTRY %main (a: f32[100,16,64], b: bf16[512,256]) -> f32[16,100] {
@@ -75,7 +78,8 @@ ENTRY %main (a: f32[100,16,64], b: bf16[512,256]) -> f32[16,100] {
   %copy-start = (bf16[512,256]{1,0:T(8,128)(2,1)S(1)}, bf16[512,256]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b.2)
   %copy-done = bf16[512,256]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
   %buffer = f32[16,100]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
-  %t.3 = (s32[], f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) tuple(%a, %a, %b.2)
+  %begin = s32[]{:T(128)} constant(0)
+  %t.3 = (s32[], f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) tuple(%begin, %a, %b.2)
   %while = (s32[], f32[100,16,64]{2,1,0:T(8,128)}, bf16[512,256]{1,0:T(8,128)(2,1)}) while(%t.3), \
 condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
   %z = f32[100,16,64]{2,1,0:T(8,128)} get-tuple-element(%while), index=1
@@ -99,8 +103,8 @@ def operations(found):
 
 def test_executions_of_operations(found, operations):
     assert {name: o.times for name, o in operations.items()} == {
-        "copy-start": 1, "copy-done": 1, "buffer": 1, "fusion.1": 100, "fusion.2": 100, "fusion.3": 100, "slice": 1,
-        "copy": 1,
+        "copy-start": 1, "copy-done": 1, "buffer": 1, "fusion.1": 100, "fusion.2": 100, "fusion.3": 100, "next": 100,
+        "slice": 1, "copy": 1,
     }  # fmt: skip
     assert found.loops == [("jit(step)/while", 100)]
     assert found.conditionals == 0
@@ -150,7 +154,7 @@ def test_vector_memory_of_an_operation(operations):
 
 
 def test_a_loop_with_an_unknown_trip_count():
-    found = hlo_operations.read(TEXT.replace("constant(100)", "add(%s.2, %s.2)"))
+    found = hlo_operations.read(TEXT.replace("constant(200)", "add(%s.2, %s.2)"))
     assert found.loops == [("jit(step)/while", None)]
     assert next(o.times for o in found.operations if o.name == "fusion.1") == 1
     known = TEXT.replace("body=%body,", 'body=%body, backend_config={"known_trip_count":{"n":"7"}},')
@@ -191,7 +195,82 @@ def test_parts_of_a_step():
         "jit(step)/add": "optimizer",
         "": "of unknown origin",
     }
-    assert {name: report.part_of(name) for name in names} == names
+    assert {name: parts.part_of(name) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("op_name", "found"),
+    [
+        ("jit(step)/jvp(LanguageModel)/while/body/closed_call/layers._call/layers/mlp/up/dot_general",
+         ("forward", "layers/mlp/up/dot_general")),
+        ("jit(step)/transpose(jvp(LanguageModel))/while/body/closed_call/checkpoint/rematted_computation/layers._call/"
+         "layers/mixer/mixer._qkv/wq/dot_general", ("again", "layers/mixer/wq/dot_general")),
+        ("jit(step)/transpose(jvp(LanguageModel))/while/body/closed_call/checkpoint/layers._call/layers/mixer/"
+         "mixer._inner_loop/shard_map/ttt_linear_backward/pallas_call",
+         ("backward", "layers/mixer/_inner_loop/ttt_linear_backward")),
+        ("jit(step)/jvp(LanguageModel)/while/body/closed_call/layers._read/layers/mixer/mixer._inner_loop/shard_map/mul",
+         ("forward", "layers/mixer/_inner_loop/mul")),
+        ("jit(step)/transpose(jvp(LanguageModel))/while/body/jit(dynamic_index_in_dim)/dynamic_slice",
+         ("backward", "dynamic_index_in_dim/dynamic_slice")),
+        ("jit(f)/jvp(vmap(sparse))/jit(_attention)/fwd/fwd/pallas_call", ("forward", "sparse/_attention/fwd")),
+        ("jit(step)/add", ("", "add")),
+        ("k", ("", "k")),
+        ("", ("", "")),
+    ],
+)  # fmt: skip
+def test_place_of_an_operation_in_the_model(op_name, found):
+    assert (parts.pass_of(op_name), parts.place_of(op_name)) == found
+
+
+MASKED = """\
+HloModule m, is_scheduled=true
+
+%body (s: (s32[], s8[1,2,3], f32[8,128])) -> (s32[], s8[1,2,3], f32[8,128]) {
+  %s = (s32[]{:T(128)}, s8[1,2,3]{2,1,0:T(4,128)(4,1)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %mask = s8[1,2,3]{2,1,0:T(4,128)(4,1)} get-tuple-element(%s), index=1
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%s), index=2
+  %start = (s8[1,2,3]{2,1,0:T(4,128)(4,1)S(1)}, s8[1,2,3]{2,1,0:T(4,128)(4,1)}, u32[]{:S(2)}) copy-start(%mask)
+  %done = s8[1,2,3]{2,1,0:T(4,128)(4,1)S(1)} copy-done(%start)
+  %kernel = f32[8,128]{1,0:T(8,128)} custom-call(%done, %x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"block": 1024
+}}, metadata={op_name="jit(f)/attention/pallas_call"}
+  ROOT %t = (s32[]{:T(128)}, s8[1,2,3], f32[8,128]{1,0:T(8,128)}) tuple(%i, %mask, %kernel)
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %constant = s8[1,2,3]{2,1,0:T(4,128)(4,1)} constant({ { { 1, 0, 2 }, { -1, 3, 0 } } })
+  %t.2 = (s32[]{:T(128)}, s8[1,2,3], f32[8,128]{1,0:T(8,128)}) tuple(%zero, %constant, %a)
+  %while = (s32[]{:T(128)}, s8[1,2,3], f32[8,128]{1,0:T(8,128)}) while(%t.2), condition=%none, body=%body
+  ROOT %r = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while), index=2
+}
+"""
+
+
+def test_constant_operands_of_a_kernel():
+    """Check a mask that is carried through a loop: two rows in the bytes of a word, padded to 128 words."""
+    (kernel,) = (o for o in hlo_operations.read(MASKED).operations if o.name == "kernel")
+    assert kernel.op_name == "jit(f)/attention/pallas_call"  # behind an attribute with line breaks
+    ((operand, words),) = kernel.constants
+    assert (operand, words[:4], len(words)) == (0, (0xFF01, 0x0300, 0x0002, 0), 128)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        MASKED.replace("tuple(%i, %mask, %kernel)", "tuple(%i, %done, %kernel)"),  # copied, in another memory
+        MASKED.replace("tuple(%i, %mask, %kernel)", "tuple(%i, %kernel, %kernel)"),
+        MASKED.replace("{ { { 1, 0, 2 }, { -1, 3, 0 } } }", "{...}"),
+        MASKED.replace("= s8[1,2,3]{2,1,0:T(4,128)(4,1)} constant(", "= s8[1,2,3]{2,1,0:T(4,128)(4,1)} negate("),
+    ],
+)
+def test_operands_that_are_no_constants(changed):
+    (kernel,) = (o for o in hlo_operations.read(changed).operations if o.name == "kernel")
+    assert changed != MASKED
+    assert kernel.constants == ()
 
 
 def test_a_collective_inside_a_fusion():

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ttt_jax import config as config_lib
-from ttt_jax.benchmark import inner_loop
 from ttt_jax.benchmark.tpu_schedule import compile, report
 from ttt_jax.benchmark.tpu_schedule.compile import Function, Step
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
@@ -22,7 +19,9 @@ from ttt_jax.config import ConfigError
 pytestmark = pytest.mark.usefixtures("for_libtpu")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-KNOWN, KERNEL, BROKEN = (f"{HERE / 'scheduled.py'}:{name}" for name in ("known", "kernel", "broken"))
+KNOWN, KERNEL, MASKED, LAYERS, BROKEN = (
+    f"{HERE / 'scheduled.py'}:{name}" for name in ("known", "kernel", "masked", "layers", "broken")
+)
 COPIED = 2 * 16384 * 4096 * 2  # bytes, read and written
 
 
@@ -129,6 +128,72 @@ def test_the_first_turn_of_a_kernel_counts_once():
     assert cycles[24, False] / cycles[4, False] == pytest.approx(6, rel=0.25)
 
 
+def regions(schedule) -> list[tuple[str, int, int, bool]]:
+    return [(o.name.partition(".")[0], r.passes, r.reached, r.known) for o, r in schedule.regions]
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_turns_that_a_constant_mask_skips_do_not_count():
+    """Check 16 turns, of which a mask that is a constant of the program computes 4 or 12."""
+    few, many, argument = (
+        measure(Function(MASKED, settings))
+        for settings in ({"computed": 4, "dtype": "int8"}, {"computed": 12, "dtype": "int8"}, {"static": False})
+    )
+    assert [regions(each) for each in (few, many, argument)] == [
+        [("masked", 4, 16, True)],
+        [("masked", 12, 16, True)],
+        [("masked", 16, 16, False)],
+    ]
+    turn = few.regions[0][1].cycles
+    assert turn > 200  # 128 rows times 256 x 256, of which each matrix unit takes its quarter in 128 cycles and more
+    assert many.cycles - few.cycles == 8 * turn
+    assert few.raw_cycles == many.raw_cycles == few.cycles + 12 * turn
+    assert (few.uncertain_cycles, many.uncertain_cycles) == (0, 0)
+    assert argument.uncertain_cycles == 16 * argument.regions[0][1].cycles
+    assert (argument.raw_cycles, argument.raw_seconds) == (argument.cycles, argument.seconds)
+    assert f"by a constant of the program: masked.1: 12 of 16 passes of {turn} cycles" in report.text(few)
+    assert f"masked.1: 16 passes of {argument.regions[0][1].cycles} cycles" in report.text(argument)
+    assert [r["known"] for r in report.as_dict(few)["regions"]] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_splash_attention_counts_the_blocks_that_it_computes():
+    """Check 12 heads of 2048 tokens in blocks of 1024, of which 3 of 4 are computed, forward and backward."""
+    schedule = measure(Function("ttt_jax.benchmark.attention:build", {"path": "splash"}))
+    assert sorted(regions(schedule)) == [
+        ("splash_mha_dkv_no_residuals", 12 * 3, 12 * 4, True),
+        ("splash_mha_fwd_residuals", 12 * 3, 12 * 4, True),
+    ]
+    skipped = sum(12 * region.cycles for _, region in schedule.regions)
+    assert schedule.raw_cycles - schedule.cycles == skipped
+    assert schedule.seconds < 0.85 * schedule.raw_seconds
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(("chips", "topology"), [(1, "v5e:1x1"), (4, "v5e:2x2"), (8, "v5e:2x4")])
+def test_products_of_scanned_layers_take_the_time_of_their_operations(chips, topology):
+    """Check 6 layers with 3 products of 2048^3 on each chip: forward, and backward by inputs and weights.
+
+    Eight chips exchange parts of the weights beside the products, in loops whose counter advances by 2.
+    """
+    schedule = measure(Function(LAYERS, {"chips": chips, "tokens": 2048 * chips}), topology)
+    products = [o for o in schedule.operations if o.utilization("MATMUL") > 0.5]
+    used = sum(o.operation.times * o.counts.slots["MATMUL"] for o in products) / 4
+    assert used == pytest.approx(6 * 3 * 2048**3 / (4 * 128 * 128), rel=0.01)
+    assert sum(o.cycles for o in products) == pytest.approx(used, rel=0.1)
+    assert sorted(trips for _, trips in schedule.loops) == [2, 2] * (chips == 8) + [6, 6]
+    assert schedule.unknown_loops == 0
+
+
+def test_a_function_for_another_number_of_chips_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ConfigError, match=r"--topology: has 1 chips; .*:layers expects 4"):
+        compile._function(LAYERS, {"chips": 4}, jax.devices()[:1])
+
+
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 def test_schedules_of_other_chips():
@@ -163,7 +228,7 @@ def test_flags_of_the_user_are_kept(tmp_path, monkeypatch):
     [
         ("no_such_module:build", {}, "No module named 'no_such_module'; expected MODULE:NAME or FILE.py:NAME"),
         ("no/such.py:build", {}, "no such file; expected MODULE:NAME or FILE.py:NAME"),
-        (KNOWN + "s", {}, "no such function; .*scheduled.py has known, kernel, broken$"),
+        (KNOWN + "s", {}, "no such function; .*scheduled.py has known, kernel, masked, layers, broken$"),
         (
             KERNEL,
             {"turn": 1},
@@ -230,45 +295,6 @@ def test_a_training_step():
     trips = sorted(trips for name, trips in schedule.loops if "_inner_loop" in name)
     assert set(trips) == {128 // 16}
     assert max(o.operation.times for o in schedule.operations) == 3 * 128 // 16
-
-
-SMALL = {"heads": 2, "head_dim": 4, "tokens": 16, "batch": 2, "mini_batch": 4, "remat_group": 2}
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_the_baseline_computes_the_same_as_the_scan(kind, assert_close, quick_jit):
-    found = []
-    for path in ("official", "scan"):
-        run, shapes = inner_loop.build(kind=kind, path=path, dtype="f32", **SMALL)
-        rng = np.random.default_rng(0)
-        arguments = jax.tree.map(lambda s, rng=rng: jnp.asarray(0.3 * rng.standard_normal(s.shape), s.dtype), shapes)
-        found.append(quick_jit(run)(*arguments))
-    assert found[0].shape == (2, 16, 2 * 4)
-    assert_close(*found)
-
-
-def test_any_registered_learner_is_scanned():
-    run, arguments = inner_loop.build(kind="swiglu", **SMALL)
-    assert len(arguments[5]) == 3  # matrices of W0
-    assert jax.eval_shape(run, *arguments).shape == (2, 16, 2 * 4)
-    for path, message in (
-        ("official", "official: has no swiglu; expected kind=linear or mlp"),
-        ("pallas", "pallas: no kernel"),
-    ):
-        with pytest.raises(ConfigError, match=f"path={message}"):
-            inner_loop.build(kind="swiglu", path=path, **SMALL)
-    with pytest.raises(ConfigError, match="restarts=true: expected path=pallas, not path=scan"):
-        inner_loop.build(kind="swiglu", restarts=True, **SMALL)
-
-
-@pytest.mark.parametrize("path", ["official", "scan"])
-def test_backward_gives_gradients_of_everything(path):
-    run, (gradient, *arguments) = inner_loop.build(kind="mlp", path=path, backward=True, **SMALL)
-    z, gradients = jax.eval_shape(run, gradient, *arguments)
-    assert (z.shape, z.dtype) == (gradient.shape, gradient.dtype) == ((2, 16, 8), jnp.bfloat16)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), gradients) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), tuple(arguments)
-    )
 
 
 @pytest.mark.tpu_compiler

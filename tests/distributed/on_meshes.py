@@ -20,7 +20,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.kernels import splash
 from ttt_jax.mixers.mixer import Context
-from ttt_jax.planning import hlo
+from ttt_jax.planning import collectives
 from ttt_jax.training.step import build_program
 
 # Choices of mixer ttt with rates per matrix, two gates, and a state of W and the momentum.
@@ -81,7 +81,7 @@ def train(mixer, shape, kernel=None):
         "parts_after": _parts(state),
         "specs": specs,
         "batch_part": batch["inputs"].addressable_shards[0].data.shape,
-        "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
+        "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in collectives.read(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
 

@@ -15,7 +15,7 @@ topology_lib.prepare(topology)
 
 from ttt_jax import config as config_lib  # noqa: E402
 from ttt_jax.distributed import sharding  # noqa: E402
-from ttt_jax.planning import hlo  # noqa: E402
+from ttt_jax.planning import collectives as collectives_lib  # noqa: E402
 from ttt_jax.training.step import build_program  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def collectives(mixer, shape, kernel):
     text = build_program(config, mesh).compiled_step().as_text()
     return {
         "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text) + re.findall(r"%(splash_\w+)\S* = ", text),
-        "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in hlo.collectives(text)],
+        "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in collectives_lib.read(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }
 

@@ -14,7 +14,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.distributed.chips import Chip, of_device
 from ttt_jax.models import counts, pattern
-from ttt_jax.planning import estimate, hlo
+from ttt_jax.planning import collectives, estimate
 from ttt_jax.training.step import Program, build_program
 
 
@@ -124,7 +124,7 @@ class Plan:
     memory: Memory  # per chip
     available: int | None  # bytes of a chip that a program may use; None where unknown
     fits: bool | None
-    collectives: dict[str, hlo.Traffic]
+    collectives: dict[str, collectives.Traffic]
     step_time: estimate.StepTime | None
 
     @property
@@ -171,15 +171,15 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
     if isinstance(compiled, TooLarge):
         used, available, found = memory_of_too_large(run, compiled), compiled.available, []
     else:
-        used, found = memory_of_compiled(run, compiled), hlo.collectives(compiled.as_text() or "")
+        used, found = memory_of_compiled(run, compiled), collectives.read(compiled.as_text() or "")
         if chip is not None:
             step_time = estimate.step_time(
                 config,
                 chip,
                 len(devices),
                 memory_per_chip=used.total,
-                sent_per_chip=sum(c.times * c.sent for c in found if c.kind != hlo.BETWEEN_SLICES),
-                sent_between_slices=sum(c.times * c.sent for c in found if c.kind == hlo.BETWEEN_SLICES),
+                sent_per_chip=sum(c.times * c.sent for c in found if c.kind != collectives.BETWEEN_SLICES),
+                sent_between_slices=sum(c.times * c.sent for c in found if c.kind == collectives.BETWEEN_SLICES),
                 collectives=sum(c.times for c in found),
             )
     return Plan(
@@ -198,7 +198,7 @@ def plan(config: ml_collections.ConfigDict, topology: str, devices: Sequence[Any
         memory=used,
         available=available,
         fits=None if available is None else not isinstance(compiled, TooLarge),
-        collectives=hlo.by_kind(found),
+        collectives=collectives.by_kind(found),
         step_time=step_time,
     )
 

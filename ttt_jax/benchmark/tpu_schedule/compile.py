@@ -37,7 +37,8 @@ class Function:
 
     Attributes:
       name: ``MODULE:NAME``, where MODULE is an importable module or a Python file. ``NAME(**settings)`` returns the
-        function and a tuple of its arguments, trees of ``jax.ShapeDtypeStruct``.
+        function and a tuple of its arguments, trees of ``jax.ShapeDtypeStruct``. It runs on one chip, or on all chips
+        of the topology where arguments are sharded over a ``jax.sharding.AbstractMesh`` of as many devices.
       settings: keyword arguments of NAME: int, float, bool or str.
     """
 
@@ -143,12 +144,23 @@ def main(folder: Path) -> None:
             "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
             "temporaries": analysis.temp_size_in_bytes,
         }
-        (folder / _PROGRAM).write_text(compiled.as_text())
+        (folder / _PROGRAM).write_text(_text(compiled))
     except ConfigError as error:
         answer = {"refused": str(error)}
     except Exception as error:
         answer = {"failed": f"{type(error).__name__}: {_first_line(error)}"}
     (folder / _COMPILED).write_text(json.dumps(answer))
+
+
+def _text(compiled) -> str:
+    """Return the optimized HLO with the values of all constants, of which ``as_text`` leaves out all but the smallest.
+
+    JAX has no public name for the options of printing; they are in the module of what is printed.
+    """
+    (module,) = compiled.runtime_executable().hlo_modules()
+    options = sys.modules[type(module).__module__].HloPrintOptions()
+    options.print_large_constants = True
+    return module.to_string(options)
 
 
 def _step(values: dict[str, Any], devices: list):
@@ -164,8 +176,9 @@ def _step(values: dict[str, Any], devices: list):
 
 
 def _function(name: str, settings: dict[str, Any], devices: list):
-    """Compile the function for the first of the devices."""
+    """Compile the function for the first of the devices, or for all of them where its arguments are sharded."""
     import jax
+    import numpy as np
 
     build = _named(name)
     try:
@@ -174,9 +187,17 @@ def _function(name: str, settings: dict[str, Any], devices: list):
         known = f"{name.rpartition(':')[2]}{inspect.signature(build)}"
         raise ConfigError(f"--function {name}: {error}; expected settings of {known}") from error
     function, arguments = build(**settings)
-    on_device = jax.sharding.SingleDeviceSharding(devices[0])
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), arguments)
-    return jax.jit(function).lower(*arguments).compile()
+
+    def placed(x):
+        if x.sharding is None:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+        mesh = x.sharding.mesh
+        if mesh.size != len(devices):
+            raise ConfigError(f"--topology: has {len(devices)} chips; {name} expects {mesh.size}")
+        mesh = jax.sharding.Mesh(np.reshape(devices, mesh.axis_sizes), mesh.axis_names, mesh.axis_types)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, x.sharding.spec))
+
+    return jax.jit(function).lower(*jax.tree.map(placed, arguments)).compile()
 
 
 def _named(name: str):

@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ttt_jax.planning import hlo
+from ttt_jax.planning.collectives import ON_DEVICE
+from ttt_jax.planning.constants import Constants
 from ttt_jax.planning.hlo import Computations, Instruction
+from ttt_jax.planning.loops import trip_count
 
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id")
 _VIEWS = ("bitcast", "reshape", "copy", "convert", "transpose")
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is the update
+
+
+Words = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Operation:
       signature: what it computes, with shapes and layouts. The compiler makes one schedule for operations with equal
         signatures and names it after one of them.
       vmem_bytes: vector memory that it reserves while it runs.
+      constants: the words of operands of a kernel that are constants of the program, with the number of the operand.
     """
 
     name: str
@@ -39,6 +46,7 @@ class Operation:
     op_name: str
     signature: str
     vmem_bytes: int
+    constants: Words = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,7 @@ def read(text: str) -> Program:
       text: ``compiled.as_text()``.
     """
     computations, entry = hlo.parse(text)
+    constants = Constants(computations)
     program = Program([], [], 0)
     conditionals = 0
 
@@ -72,7 +81,7 @@ def read(text: str) -> Program:
         for instruction in computations[name]:
             op_name = instruction.op_name or names.near(instruction.name) or caller
             if instruction.opcode == "while":
-                trips = hlo.trip_count(instruction, computations)
+                trips = trip_count(instruction, name, constants)
                 program.loops.append((op_name, trips))
                 body = instruction.attribute(r"body=%?([\w.$-]+)")
                 yield from walk(body, times * (1 if trips is None else trips), op_name)
@@ -93,10 +102,19 @@ def read(text: str) -> Program:
                     op_name,
                     signature,
                     _scoped(instruction),
+                    _constants(constants, name, instruction),
                 )
 
     program.operations.extend(walk(entry, 1, ""))
     return dataclasses.replace(program, conditionals=conditionals)
+
+
+def _constants(constants: Constants, computation: str, instruction: Instruction) -> Words:
+    """Return the constants among the operands of a kernel, and which operands they are."""
+    if 'custom_call_target="tpu_custom_call"' not in instruction.rest:
+        return ()
+    words = [constants.words(computation, operand) for operand in instruction.operands]
+    return tuple((number, found) for number, found in enumerate(words) if found is not None)
 
 
 class _Names:
@@ -147,7 +165,7 @@ def _scoped(instruction: Instruction) -> int:
 
 
 def _is_collective(opcode: str) -> bool:
-    return opcode.removesuffix("-start").removesuffix("-done") in hlo.ON_DEVICE
+    return opcode.removesuffix("-start").removesuffix("-done") in ON_DEVICE
 
 
 def _allocates(instruction: Instruction) -> bool:

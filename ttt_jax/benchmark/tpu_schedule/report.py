@@ -1,16 +1,18 @@
-"""Print schedules as text and as JSON, with the time of each part of a training step."""
+"""Print schedules as text and as JSON."""
 
 import dataclasses
 import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from ttt_jax.benchmark.tpu_schedule.bundles import Region
+from ttt_jax.benchmark.tpu_schedule.hlo_operations import Operation
+from ttt_jax.benchmark.tpu_schedule.parts import INNER_LOOP, pass_of, place_of, seconds_of_parts
 from ttt_jax.benchmark.tpu_schedule.schedule import Schedule, Scheduled
-from ttt_jax.planning import hlo
+from ttt_jax.planning import collectives
 from ttt_jax.terminal import console as console_lib
 
 _UNITS = {
@@ -42,6 +44,7 @@ def text(schedule: Schedule, top: int = 15) -> str:
     lines = [
         ("program", f"{s.target}, on {s.topology}; compiled in {s.compiled.seconds:.0f} s"),
         ("estimate", f"{_us(s.seconds)} us, at {chip.clock / 1e9:.2f} GHz and {chip.hbm_bandwidth / 1e9:,.0f} GB/s"),
+        *([("raw", f"{_us(s.raw_seconds)} us, if nothing is skipped")] if s.raw_seconds != s.seconds else []),
         (
             "computing",
             f"{_us(s.compute_seconds)} us: {s.cycles:,} cycles, {s.control_cycles:,} of them between operations",
@@ -70,9 +73,11 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "topology": s.topology,
         "clock_hz": s.chip.clock,
         "seconds": s.seconds,
+        "raw_seconds": s.raw_seconds,
         "compute_seconds": s.compute_seconds,
         "memory_seconds": s.memory_seconds,
         "cycles": s.cycles,
+        "raw_cycles": s.raw_cycles,
         "control_cycles": s.control_cycles,
         "hbm_bytes": s.hbm_bytes,
         "utilization": {unit: s.utilization(unit) for unit in s.units},
@@ -83,13 +88,17 @@ def as_dict(schedule: Schedule) -> dict[str, Any]:
         "output_bytes": s.compiled.outputs,
         "temporary_bytes": s.compiled.temporaries,
         "compile_seconds": s.compiled.seconds,
+        "regions": [
+            {"operation": o.name, "op_name": o.op_name, "times": o.times, **dataclasses.asdict(region)}
+            for o, region in s.regions
+        ],
         "uncertain_cycles": s.uncertain_cycles,
         "unknown_loops": s.unknown_loops,
         "conditionals": s.conditionals,
         "without_schedule": s.without_schedule,
         "unmatched_schedules": s.unmatched,
         "loops": [{"op_name": name, "trips": trips} for name, trips in s.loops],
-        "collectives": {kind: dataclasses.asdict(found) for kind, found in hlo.by_kind(s.collectives).items()},
+        "collectives": {kind: dataclasses.asdict(found) for kind, found in collectives.by_kind(s.collectives).items()},
         "operations": [_operation(o) for o in s.operations if o.seconds],
     }
 
@@ -139,15 +148,8 @@ def _units(s: Schedule) -> list[tuple[str, str]]:
 
 
 def _operations(operations: Sequence[Scheduled], top: int, total: float) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for title in ("us", "share", "bound by", "times", "cycles", "HBM bytes", "MXU"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
-    table.add_column("of", overflow="ellipsis", no_wrap=True)
-    for o in sorted(operations, key=lambda o: -o.seconds)[:top]:
-        if not o.seconds:
-            break
-        table.add_row(
+    rows = [
+        (
             _us(o.seconds),
             f"{o.seconds / total:.1%}",
             "HBM" if o.memory_seconds > o.compute_seconds else "compute",
@@ -155,9 +157,22 @@ def _operations(operations: Sequence[Scheduled], top: int, total: float) -> Tabl
             f"{o.counts.cycles:,}" if o.counts else "-",
             _size(o.operation.hbm_bytes),
             f"{o.utilization('MATMUL'):.0%}",
+            pass_of(o.operation.op_name),
+            place_of(o.operation.op_name),
             o.operation.name,
-            "/".join(o.operation.op_name.split("/")[-3:]),
         )
+        for o in sorted(operations, key=lambda o: -o.seconds)[:top]
+        if o.seconds
+    ]
+    table = Table(box=None, pad_edge=False)
+    titles = ("us", "share", "bound by", "times", "cycles", "HBM bytes", "MXU", "pass", "of", "operation")
+    for number, title in enumerate(titles):
+        widest = max(map(len, (title, *(row[number] for row in rows))))
+        least = {"of": 0, "operation": min(widest, 30)}.get(title, widest)
+        side: Literal["left", "right"] = "left" if title in ("pass", "of", "operation") else "right"
+        table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis", min_width=least)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -166,18 +181,33 @@ def _remarks(s: Schedule) -> list[str]:
     lines = []
     if s.unknown_loops:
         lines.append(f"counted as one turn, their trips are not known: {s.unknown_loops} loops")
+    skipped = [each for each in s.regions if each[1].known and each[1].passes < each[1].reached]
+    lines += [f"skipped, by a constant of the program: {each}" for each in _largest(skipped)]
     if s.uncertain_cycles:
         share = s.uncertain_cycles / s.cycles
-        lines.append(f"counted, but a branch may skip them: {s.uncertain_cycles:,} cycles ({share:.1%})")
+        lines.append(f"counted, but a branch may skip them: {s.uncertain_cycles:,} cycles ({share:.1%}), of these")
+        lines += [f"    {each}" for each in _largest([each for each in s.regions if not each[1].known])]
     if s.conditionals:
         lines.append(f"counted with all of their branches: {s.conditionals} conditionals")
     if s.without_schedule:
         lines.append(f"not counted, without a schedule: {_some(s.without_schedule)}")
     if s.unmatched:
         lines.append(f"not counted, schedules of no operation of the program: {_some(s.unmatched)}")
-    for kind, found in hlo.by_kind(s.collectives).items():
+    for kind, found in collectives.by_kind(s.collectives).items():
         lines.append(f"not timed: {found.count} {kind} of {_size(found.bytes)}, {_size(found.sent)} to others")
     return lines
+
+
+def _largest(regions: Sequence[tuple[Operation, Region]], most: int = 4) -> list[str]:
+    """Describe the regions that take most cycles if nothing is skipped."""
+    largest = sorted(regions, key=lambda each: -each[0].times * each[1].cycles * each[1].reached)[:most]
+    return [
+        f"{o.name}: "
+        + (f"{r.reached - r.passes} of {r.reached}" if r.known else f"{r.passes}")
+        + f" passes of {r.cycles:,} cycles"
+        + f", in each of {o.times} runs" * (o.times > 1)
+        for o, r in largest
+    ]
 
 
 def _operation(o: Scheduled) -> dict[str, Any]:
@@ -185,6 +215,8 @@ def _operation(o: Scheduled) -> dict[str, Any]:
         "name": o.operation.name,
         "opcode": o.operation.opcode,
         "op_name": o.operation.op_name,
+        "place": place_of(o.operation.op_name),
+        "pass": pass_of(o.operation.op_name),
         "times": o.operation.times,
         "cycles": o.cycles,
         "hbm_bytes": o.hbm_bytes,
@@ -222,36 +254,3 @@ def _console() -> Console:
 def _text(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-
-
-INNER_LOOP, MIXER, FEED_FORWARD = "inner loop", "rest of the mixer", "feed-forward"
-BLOCK, ENDS, OPTIMIZER, UNKNOWN = "rest of the blocks", "embedding, head, loss", "optimizer", "of unknown origin"
-PARTS = (INNER_LOOP, MIXER, FEED_FORWARD, BLOCK, ENDS, OPTIMIZER, UNKNOWN)
-
-
-def part_of(op_name: str) -> str:
-    """Return the part of a training step, one of :data:`PARTS`, to which an operation belongs."""
-    for pattern, part in (
-        ("_inner_loop", INNER_LOOP),
-        ("/mixer", MIXER),
-        ("/mlp", FEED_FORWARD),
-        ("/layers", BLOCK),
-        (r"\(LanguageModel\)+/while", BLOCK),  # slices of what is stacked over layers
-        (r"\(LanguageModel\)", ENDS),
-        (r"jvp\(", ENDS),  # the loss
-        (r"jit\(step\)", OPTIMIZER),
-    ):
-        if re.search(pattern, op_name):
-            return part
-    return UNKNOWN
-
-
-def seconds_of_parts(operations: Iterable[Scheduled]) -> dict[str, float]:
-    """Return the time of each part of a training step that takes any; nothing for other programs."""
-    operations = list(operations)
-    if not any("(LanguageModel)" in o.operation.op_name for o in operations):
-        return {}
-    total = dict.fromkeys(PARTS, 0.0)
-    for o in operations:
-        total[part_of(o.operation.op_name)] += o.seconds
-    return {part: time for part, time in total.items() if time}

@@ -16,11 +16,12 @@ from ttt_jax.benchmark.tpu_schedule import bundles, compile, hlo_operations
 from ttt_jax.benchmark.tpu_schedule import listing as listing_lib
 from ttt_jax.benchmark.tpu_schedule.bundles import Counts
 from ttt_jax.benchmark.tpu_schedule.compile import Compiled, Function, Step
-from ttt_jax.benchmark.tpu_schedule.hlo_operations import Operation
+from ttt_jax.benchmark.tpu_schedule.hlo_operations import Operation, Words
 from ttt_jax.benchmark.tpu_schedule.listing import ScheduleError
 from ttt_jax.distributed.chips import CHIPS
 from ttt_jax.errors import ConfigError
-from ttt_jax.planning import hlo, topology
+from ttt_jax.planning import collectives, topology
+from ttt_jax.planning.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,17 @@ class Scheduled:
         """Return the larger of both times; bytes that move beside other operations take no time of their own."""
         return self.compute_seconds if self.operation.asynchronous else max(self.compute_seconds, self.memory_seconds)
 
+    @property
+    def raw_cycles(self) -> int:
+        """Return the cycles of all executions, if branches on values in memory skip nothing."""
+        return self.control_cycles + (self.operation.times * self.counts.raw_cycles if self.counts else 0)
+
+    @property
+    def raw_seconds(self) -> float:
+        """Return the estimated time, if branches on values in memory skip nothing."""
+        raw = self.raw_cycles / self.chip.clock
+        return raw if self.operation.asynchronous else max(raw, self.memory_seconds)
+
     def utilization(self, unit: str) -> float:
         """Return the share of cycles, times units, in which a unit of a kind is used."""
         if self.counts is None or not self.counts.cycles or not self.counts.capacity.get(unit):
@@ -123,7 +135,7 @@ class Schedule:
     other_cycles: int
     loops: list[tuple[str, int | None]]
     conditionals: int
-    collectives: list[hlo.Collective]
+    collectives: list[Collective]
     without_schedule: list[str]
     unmatched: list[str]
 
@@ -162,6 +174,17 @@ class Schedule:
         one_by_one = sum(o.seconds for o in self.operations) + self.other_cycles / self.chip.clock
         return max(one_by_one, self.memory_seconds)
 
+    @cached_property
+    def raw_seconds(self) -> float:
+        """Return the estimated time, if branches on values in memory skip nothing."""
+        one_by_one = sum(o.raw_seconds for o in self.operations) + self.other_cycles / self.chip.clock
+        return max(one_by_one, self.memory_seconds)
+
+    @property
+    def raw_cycles(self) -> int:
+        """Return the cycles of the program, if branches on values in memory skip nothing."""
+        return sum(o.raw_cycles for o in self.operations) + self.other_cycles
+
     def utilization(self, unit: str) -> float:
         """Return the share of all cycles, times units, in which a unit of a kind (``MATMUL``, ``XLU``, ...) is used."""
         counted = [o for o in self.operations if o.counts]
@@ -183,6 +206,11 @@ class Schedule:
     def vmem_bytes(self) -> int:
         """Return the most vector memory that an operation reserves, without what stays there between operations."""
         return max((o.operation.vmem_bytes for o in self.operations), default=0)
+
+    @property
+    def regions(self) -> list[tuple[Operation, bundles.Region]]:
+        """Return the regions that branches on values in memory may skip, each with its operation."""
+        return [(o.operation, region) for o in self.operations if o.counts for region in o.counts.regions]
 
     @property
     def uncertain_cycles(self) -> int:
@@ -227,15 +255,18 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
     program = hlo_operations.read(compiled.text)
     listing = files["TLP"][0].read_text(errors="replace")
     calls = set(listing_lib.called(listing))
-    counted = {name: _counts(name, *pair) for name, pair in files.items() if name != "TLP"}
-    by_signature = {o.signature: counted[o.name] for o in program.operations if o.name in counted}
+    names = [name for name in files if name != "TLP"]
+    counted: dict[tuple[str, Words], Counts] = {(name, ()): _counts(name, *files[name]) for name in names}
+    by_signature = {o.signature: o.name for o in program.operations if o.name in files}
     times = {o.name: o.times for o in program.operations}
     around = listing_lib.cycles(listing, times)
     operations = []
     for o in program.operations:
-        counts = None if o.asynchronous else counted.get(o.name, by_signature.get(o.signature))
-        operations.append(Scheduled(o, counts, around.pop(o.name, 0), chip))
-    ends = sum(counts.cycles for name, counts in counted.items() if name.startswith("<late-"))
+        key = (o.name if o.name in files else by_signature.get(o.signature, ""), o.constants)
+        if key[0] and key not in counted:
+            counted[key] = _counts(key[0], *files[key[0]], o.constants)
+        operations.append(Scheduled(o, None if o.asynchronous else counted.get(key), around.pop(o.name, 0), chip))
+    ends = sum(counted[name, ()].cycles for name in names if name.startswith("<late-"))
     return Schedule(
         target=target,
         topology=topology_name,
@@ -245,19 +276,20 @@ def read(target: str, topology_name: str, compiled: Compiled, dump: Path) -> Sch
         other_cycles=ends + sum(around.values()),
         loops=program.loops,
         conditionals=program.conditionals,
-        collectives=hlo.collectives(compiled.text),
+        collectives=collectives.read(compiled.text),
         without_schedule=[
             o.operation.name
             for o in operations
             if o.counts is None and o.operation.name in calls and not o.operation.asynchronous
         ],
-        unmatched=[name for name in counted if name not in times and not name.startswith("<late-")],
+        unmatched=[name for name in names if name not in times and not name.startswith("<late-")],
     )
 
 
-def _counts(name: str, listing: Path, utilization: Path) -> Counts:
+def _counts(name: str, listing: Path, utilization: Path, constants: Words = ()) -> Counts:
     try:
-        return bundles.counts(listing.read_text(errors="replace"), utilization.read_text(errors="replace"))
+        listed, used = (path.read_text(errors="replace") for path in (listing, utilization))
+        return bundles.counts(listed, used, dict(constants))
     except ScheduleError as error:
         raise ScheduleError(f"the schedule of {name}: {error}") from error
 

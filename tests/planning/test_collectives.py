@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.planning import hlo
+from ttt_jax.planning import collectives
 
 PROGRAMS = Path(__file__).with_name("programs.py")
 
@@ -21,12 +21,12 @@ def programs(tmp_path_factory):
 
 
 def counted(text):
-    return [(c.kind, c.bytes, c.group, c.times, len(c.loops)) for c in hlo.collectives(text)]
+    return [(c.kind, c.bytes, c.group, c.times, len(c.loops)) for c in collectives.read(text)]
 
 
 def test_a_sum_in_a_scan_counts_once_per_turn(programs):
     """Check 64 float32 over 8 devices: 8 each, 32 bytes, summed over 4 devices, 7 times."""
-    (sum_,) = hlo.collectives(programs["scan"])
+    (sum_,) = collectives.read(programs["scan"])
     assert (sum_.kind, sum_.bytes, sum_.group, sum_.times) == ("all-reduce", 32, 4, 7)
     assert sum_.sent == 2 * 32 * 3 / 4
     assert len(sum_.loops) == 1
@@ -47,7 +47,7 @@ def test_every_kind_of_collective_is_counted(programs):
         ("collective-permute", 32, 8, 1, 0),
         ("reduce-scatter", 64, 2, 1, 0),
     ]
-    sent = {c.kind: c.sent for c in hlo.collectives(programs["kinds"])}
+    sent = {c.kind: c.sent for c in collectives.read(programs["kinds"])}
     assert sent == {"all-gather": 32, "all-to-all": 24, "collective-permute": 32, "reduce-scatter": 32}
 
 
@@ -80,20 +80,29 @@ metadata={op_name="jit(step)/wq"}
 }
 
 %condition (p: (s32[], bf16[8,64])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[8,64]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   %limit = s32[]{:T(128)} constant(16)
-  ROOT %lt = pred[]{:T(512)} compare(%limit, %limit), direction=LT
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
 }
 
 %body (p: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %p = (s32[]{:T(128)}, bf16[8,64]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
   %f = bf16[8,256]{1,0} fusion(%p), kind=kCustom, calls=%goes_on
   %r = (f32[3]{0}, /*index=1*/u32[]{:S(2)}) all-reduce-start(%f), channel_id=7, \
 replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, to_apply=%sum
   %done = f32[3]{0} all-reduce-done(%r)
+  ROOT %t = (s32[]{:T(128)}, bf16[8,64]{1,0}) tuple(%next, %f)
 }
 
 ENTRY %main (p: bf16[8,64]) -> bf16[8,64] {
   %async-collective-start = (bf16[8,64]{1,0}, bf16[8,256]{1,0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, calls=%start
-  %while.1 = (s32[]{:T(128)}, bf16[8,64]{1,0}) while(%p), condition=%condition, body=%body, \
+  %zero = s32[]{:T(128)} constant(0)
+  %begin = (s32[]{:T(128)}, bf16[8,64]{1,0}) tuple(%zero, %p)
+  %while.1 = (s32[]{:T(128)}, bf16[8,64]{1,0}) while(%begin), condition=%condition, body=%body, \
 metadata={op_name="jit(step)/mixer/while"}
   %async-collective-done = bf16[8,256]{1,0} fusion(%while.1), kind=kCustom, calls=%goes_on
   %fusion.9 = (bf16[2,256]{1,0}, bf16[1]{0}) fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, \
@@ -110,7 +119,7 @@ def test_text_of_tpu_programs():
     A chain of fusions is one gather, also where a loop runs beside it; a sum with slices is a reduce-scatter; trip
     counts come from conditions; starts list operands before results.
     """
-    found = hlo.collectives(TPU)
+    found = collectives.read(TPU)
     assert [(c.kind, c.bytes, c.group, c.times, c.op_name) for c in found] == [
         ("all-gather", 8 * 256 * 2, 4, 1, "jit(step)/wq"),
         ("all-reduce", 3 * 4 + 4, 2, 16, "jit(step)/mixer/while"),
