@@ -12,7 +12,7 @@ import pytest
 import yaml
 from stand_ins import OPTIONS, ROOT
 
-from ttt_jax.launch import lifecycle, sky, slurm, sources
+from ttt_jax.launch import sky, slurm, sources
 from ttt_jax.launch.commands import Commands
 from ttt_jax.launch.job import Job
 from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
@@ -20,21 +20,6 @@ from ttt_jax.training import metrics
 
 TINY = """model.width=16 model.num_layers=1 model.num_heads=2 model.mlp_width=16 model.vocab_size=258 data.batch_size=2
     data.sequence_length=32 mesh.data=2 training.duration=1000000steps checkpoint.every=1000000steps log.every=1step"""
-
-
-@pytest.mark.parametrize(
-    ("codes", "status"),
-    [
-        ([0, 0], DONE),
-        ([0, 137, 1], FAILED),
-        ([75, 137, 2], REFUSED),
-        ([75, 130], INTERRUPTED),
-        ([137, 75], RESTART),
-        ([127], FAILED),
-    ],
-)
-def test_exit_status_of_several_processes(codes, status):
-    assert lifecycle.exit_status(codes) == status
 
 
 # ---- Slurm
@@ -266,7 +251,10 @@ def test_sky_without_any_job(stand_ins):
     ("state", "reason", "expected"),
     [
         ("FAILED", "Job exited with exit codes [0, 137, 1] (user program failure). See 2", FAILED),
-        ("FAILED", "Job exited with exit code 137", RESTART),
+        ("FAILED", "Job exited with exit codes [75, 137, 2]", REFUSED),
+        ("FAILED", "Job exited with exit codes [75, 130]", INTERRUPTED),
+        ("FAILED", "Job exited with exit codes [137, 75]", RESTART),
+        ("FAILED", "Job exited with exit code 127", 127),
         ("FAILED", "Job failed (FAILED). To see the details, run: sky jobs logs --controller 75", FAILED),
         ("FAILED_PRECHECKS", "no such accelerator", REFUSED),
         ("FAILED_NO_RESOURCE", "", RESTART),

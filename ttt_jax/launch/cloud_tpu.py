@@ -109,7 +109,7 @@ class QueuedResource:
         request.append(f"--labels=ttt-launch={self.name},ttt-command={self._target.identity}")
         gcloud, *create = self._gcloud("queued-resources", "create")
         argv = [gcloud, *["alpha"] * options.best_effort, *create, *request, "--async", "--quiet"]
-        self._commands.run(argv, retry=TRANSIENT, finish=True, done=lambda: self.find() is not None)
+        self._commands.run(argv, retry=TRANSIENT, finish=True, done=self.find)
 
     def find(self) -> Found | None:
         """Return what is known of it; None where it does not exist.
@@ -144,8 +144,8 @@ class QueuedResource:
         name, options, note = self.name, self._target.options, self._commands.note
         began, pause, shown, new = time.monotonic(), FIRST_PAUSE, "", False
         with console.literal(stderr=True).status("") as line:
-            while True:
-                found = self.find()
+            while (found := self.find()) is None or found.state != "ACTIVE":
+                waited = time.monotonic() - began
                 if found is None:
                     if new:
                         raise GoneError(f"{name}: was deleted by somebody else", INTERRUPTED)
@@ -154,9 +154,6 @@ class QueuedResource:
                     self.create()
                     new = True
                     continue
-                if found.state == "ACTIVE":
-                    return found.nodes, new
-                waited = time.monotonic() - began
                 line.update(Text(f"{name}: {found.state}, {console.duration(waited)}"))
                 if found.state != shown:
                     note(f"{name}: {found.state}")
@@ -174,6 +171,7 @@ class QueuedResource:
                     note(f"{name}: {found.error or 'was lost at once'}; asks anew in {pause:.0f} s")
                     time.sleep(pause)
                     pause, new = min(2 * pause, LONGEST_PAUSE), False
+            return found.nodes, new
 
     def lost(self, nodes: Sequence[str]) -> str | None:
         """Return why the slices cannot be used any more; None where they exist as far as Google knows.

@@ -93,7 +93,7 @@ class Commands:
         retry: Retry = NEVER,
         finish: bool = False,
         environment: Mapping[str, str] | None = None,
-        done: Callable[[], bool] = lambda: False,
+        done: Callable[[], object] = lambda: None,
     ) -> str:
         """Run a command that changes something, and return its standard output ("" in a dry run).
 
@@ -102,8 +102,8 @@ class Commands:
           retry: when to run it again.
           finish: let it end before Ctrl-C is raised, because what it does must not be left half done.
           environment: variables beside those of this process.
-          done: asked when it has failed; whether it has done its work all the same, as one may that timed out. Then the
-            output is "".
+          done: asked when it has failed; what is true if it has done its work all the same, as one may that timed out.
+            Then the output is "".
 
         Raises:
           CommandError: when it fails for good.

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 from ttt_jax.errors import ConfigError, LaunchError
 from ttt_jax.launch.commands import TRANSIENT, CommandError, Commands, show
 from ttt_jax.launch.job import Job
-from ttt_jax.terminal.stopping import DONE, FAILED, INTERRUPTED, REFUSED, RESTART
+from ttt_jax.terminal.stopping import DONE, INTERRUPTED, RESTART
 
 # Where to begin a log: at its start, near its end, or with what may have been missed in so many seconds.
 Begin = Literal["start", "end"] | float
@@ -126,9 +126,8 @@ class Target:
 
     def run_submission(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
         """Run a command that submits the job, and return what it printed; "" where it failed but the job is there."""
-        submitted = lambda: self.find() is not None  # noqa: E731
         try:
-            return self.commands.run(argv, retry=PATIENT, finish=True, environment=environment, done=submitted)
+            return self.commands.run(argv, retry=PATIENT, finish=True, environment=environment, done=self.find)
         except CommandError as error:
             if len(error.printed.strip().splitlines()) < 2:
                 raise
@@ -213,11 +212,8 @@ def exit_status(codes: Collection[int]) -> int:
     A code that says that the run cannot go on counts more than 75 and signals, which the loss of a process does to the
     others.
     """
-    for final in (FAILED, REFUSED, INTERRUPTED):
-        if final in codes:
-            return final
-    if any(map(is_final, codes)):
-        return FAILED
+    if final := [code for code in codes if is_final(code)]:
+        return min(final)
     return RESTART if any(codes) else DONE
 
 

@@ -54,18 +54,19 @@ The same command while the job waits or runs follows that one.
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument_group("machines").add_argument
-        add("--accelerator", metavar="NAME[:N]", help="of each node, in SkyPilot's terms: tpu-v5litepod-8, H100:8, ...")
+        kinds = "of each node, in SkyPilot's terms: tpu-v5litepod-8, H100:8, ..."
+        add("--accelerator", dest="accelerators", metavar="NAME[:N]", help=kinds)
         add("--cpus", metavar="N", help="instead: machines without accelerators, such as 32+")
         add("--nodes", type=positive, default=1, metavar="N", help="with GPUs (default: 1)")
         add("--infra", metavar="CLOUD[/REGION[/ZONE]]", help="where (default: where it is cheapest)")
-        add("--spot", action="store_true", help="cheaper, and may be preempted")
+        add("--spot", dest="use_spot", action="store_true", help="cheaper, and may be preempted")
         add("--disk-size", type=positive, metavar="GB", help="(default: that of SkyPilot)")
 
     @staticmethod
     def check(options: argparse.Namespace, job: Job) -> None:
         kinds = "one, such as tpu-v5litepod-8 or H100:8, or --cpus instead"
-        required((options.accelerator or options.cpus, "--accelerator", kinds), job=job)
-        if options.accelerator is not None and options.cpus is not None:
+        required((options.accelerators or options.cpus, "--accelerator", kinds), job=job)
+        if options.accelerators is not None and options.cpus is not None:
             raise ConfigError("--accelerator: expected one, or --cpus instead, not both")
         check_files(job, "the machines are deleted in the end")
 
@@ -133,28 +134,22 @@ The same command while the job waits or runs follows that one.
 
     @property
     def _platform(self) -> str | None:
-        if self.options.accelerator is None:
+        if self.options.accelerators is None:
             return None
-        return "tpu" if self.options.accelerator.startswith("tpu-") else "cuda"
+        return "tpu" if self.options.accelerators.startswith("tpu-") else "cuda"
 
     def _task(self, packed: Path) -> dict[str, Any]:
         """Return the task, as SkyPilot reads it from YAML."""
         options, job = self.options, self.job
         recovery = {"max_restarts_on_errors": 0, "recover_on_exit_codes": list(_RECOVERED)}
         resources: dict[str, Any] = {"job_recovery": recovery}
-        keys = {
-            "infra": "infra",
-            "cpus": "cpus",
-            "disk_size": "disk_size",
-            "accelerator": "accelerators",
-            "spot": "use_spot",
-        }
-        resources |= {key: value for option, key in keys.items() if (value := getattr(options, option))}
+        keys = ("infra", "cpus", "disk_size", "accelerators", "use_spot")
+        resources |= {key: value for key in keys if (value := getattr(options, key))}
         several = options.nodes > 1
         if self._platform == "tpu":
             if several:
                 raise ConfigError("--nodes: of GPUs only; expected a larger slice, such as tpu-v5litepod-16")
-            accelerator = cloud_tpu.parse(options.accelerator.removeprefix("tpu-").removesuffix(":1"))
+            accelerator = cloud_tpu.parse(options.accelerators.removeprefix("tpu-").removesuffix(":1"))
             several = accelerator.several_hosts
             if not re.match("k8s|kubernetes", options.infra or ""):
                 resources["accelerator_args"] = {"runtime_version": accelerator.runtime_version}

@@ -71,7 +71,7 @@ job runs shows its log again.
         add = parser.add_argument_group("running").add_argument
         add("--keep", action="store_true", help="leave the machines when the command has ended")
         add("--timeout", type=_duration, metavar="TIME", help="give up when they do not come within 90m, 12h, 2d, ...")
-        add("--poll", type=_seconds, default=30.0, metavar="S", help="seconds between looks at them (default: 30)")
+        add("--poll", type=_duration, default=30.0, metavar="TIME", help="between looks at them (default: 30s)")
 
     @staticmethod
     def check(options: argparse.Namespace, job: Job) -> None:
@@ -92,7 +92,11 @@ job runs shows its log again.
                 )
 
     def find(self) -> str | None:
-        return None if self._resource.find() is None else self.job.name
+        found = self._resource.find()
+        if found is None:
+            return None
+        self._found, self._hosts, self._running = found, Hosts(self, found.nodes), found.state == "ACTIVE"
+        return self.job.name
 
     def submit(self) -> str:
         """Leave the request to :meth:`follow`; print all commands in a dry run."""
@@ -113,14 +117,11 @@ job runs shows its log again.
         return self.job.name
 
     def state(self, key: str) -> State:
-        found = self._resource.find()
-        if found is None or found.state != "ACTIVE":
-            return State(found.state if found else "is deleted")
-        hosts = Hosts(self, found.nodes)
-        workers = hosts.ask()
-        lines = [found.state, *(f"  {w}: {w.state if w.status is None else w.ending}" for w in workers)]
+        lines = [self._found.state]
+        workers = self._hosts.ask() if self._running else []
+        lines += [f"  {worker}: {worker.state if worker.status is None else worker.ending}" for worker in workers]
         if workers and workers[0].state != "none":
-            lines.append(hosts.tail(workers[0], LAST_LINES).rstrip())
+            lines.append(self._hosts.tail(workers[0], LAST_LINES).rstrip())
         return State("\n".join(lines))
 
     def follow(self, key: str, from_start: bool) -> int:
@@ -141,9 +142,6 @@ job runs shows its log again.
 
     def stop(self, key: str) -> None:
         """Have the command save, and delete the machines."""
-        if self.options.action and (found := self._resource.find()) is not None:
-            self._running = found.state == "ACTIVE"
-            self._hosts = Hosts(self, found.nodes)
         what = "stops the command, which saves" if self._running else "stops"
         what += "" if self.options.keep else ", and deletes the machines"
         self.commands.note(f"{self.job.name}: {what}; Ctrl-C again leaves at once, and leaves them")
@@ -304,18 +302,8 @@ def _new_run() -> str:
     return f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, 3600 at most")
-    return seconds
-
-
 def _duration(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90m, 12h or 2d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90m, 12h or 2d, or seconds")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

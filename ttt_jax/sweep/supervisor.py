@@ -27,11 +27,7 @@ def main() -> None:
     received: list[int] = []  # passed on below, as there may be no process yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        process = subprocess.Popen(command, close_fds=False, preexec_fn=_stop_with_parent)  # keeps the folder's lock
-    except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
-        sys.exit(127)  # as of a shell
+    process = subprocess.Popen(command, close_fds=False, preexec_fn=_stop_with_parent)  # keeps the folder's lock
     watched, asked = [pipe], False
     while process.poll() is None:
         if select.select(watched, [], [], _POLL)[0]:
