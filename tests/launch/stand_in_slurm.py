@@ -1,7 +1,6 @@
 """Stand for Slurm on one machine, enough to run launch/slurm.sbatch for real.
 
-Signals go where Slurm lets them go: those before the time limit, and of ``scancel --signal``, to the processes of the
-step and not to the batch shell.
+Signals of ``scancel --signal`` go to the processes of the step, and not to the batch shell.
 """
 
 import os
@@ -94,10 +93,3 @@ def scancel(arguments):
         job(number, state="CANCELLED")
         end(known["processes"], signal.SIGKILL)
         end(known.get("batch", []), signal.SIGTERM)
-
-
-def limit(arguments):
-    """Do what Slurm does before the time limit; not a program of Slurm."""
-    known = job(arguments[0])
-    batch, _, name = known["options"]["signal"].partition("@")[0].rpartition(":")
-    end(known["batch" if batch else "processes"], signal.Signals[f"SIG{name}"])

@@ -16,11 +16,12 @@ from unittest import mock
 
 from ttt_jax import cli
 from ttt_jax.launch import sources
+from ttt_jax.terminal.stopping import DONE
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = 'it\'s "$(touch pwned)" $(TTT_JAX_COMMAND) $$ `id`; !! \\ $HOME * {x,y} &\nsecond line é😀\x7f'
 PROGRAMS = {  # on this machine, and on others
-    "slurm": ("sbatch squeue scontrol sacct scancel srun limit", "python"),
+    "slurm": ("sbatch squeue scontrol sacct scancel srun", "python"),
     "gke": ("xpk kubectl docker", "ttt"),
     "sky": ("sky", "ttt uv"),
     "tpu": ("gcloud", "ttt uv curl"),
@@ -156,13 +157,15 @@ class StandIns:
                 stack.enter_context(each)
             return cli.main([*map(str, arguments)]), out.getvalue(), err.getvalue()
 
-    def launch(self, *options, machines=None, command=(), workdir=None, meanwhile=()) -> tuple[int, str, str]:
-        """Launch a training run, with steps of :meth:`meanwhile`; return what :meth:`ttt` does."""
+    def launch(self, *options, machines=None, command=(), workdir=None, meanwhile=(), ends=DONE) -> tuple[str, str]:
+        """Launch a training run, with steps of :meth:`meanwhile`, which ends with a status; return what it prints."""
         train = ("train", "--config", ROOT / "configs/quickstart.py", "--workdir", workdir or self.workdir)
         machines = OPTIONS[self.target] if machines is None else machines
         arguments = ("launch", self.target, "--name", "mine", *machines, *options, "--", *train)
         with self.meanwhile(*meanwhile):
-            return self.ttt(*arguments, "--config.data.batch_size=8", *command, cwd=self.folder)
+            status, out, err = self.ttt(*arguments, "--config.data.batch_size=8", *command, cwd=self.folder)
+        assert status == ends, err
+        return out, err
 
     def act(self, action: str) -> tuple[int, str, str]:
         """Do ``--status`` or ``--stop``."""

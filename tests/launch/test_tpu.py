@@ -5,22 +5,18 @@ import re
 import pytest
 
 from ttt_jax.config import ConfigError
-from ttt_jax.launch import cloud_tpu, sources, tpu
+from ttt_jax.launch import cloud_tpu, sources
 from ttt_jax.launch.tpu_hosts import Host, verdict
+from ttt_jax.terminal.stopping import FAILED, REFUSED
 
 FRESH = ["create", "scp", "install", "start", "delete"]
 COMMAND = "train --config configs/quickstart.py --workdir gs://bucket/runs/a --config.data.batch_size=8".split()
 
 
-@pytest.fixture(params=[pytest.param("tpu", marks=pytest.mark.slow)])
-def cloud(stand_ins, request):
-    return stand_ins(request.param)
-
-
-def verbs(cloud) -> list[str]:
+def verbs(tpu) -> list[str]:
     """Return what was done, in a word each; what only looks is left out."""
     words = []
-    for call in cloud.calls():
+    for call in tpu.calls():
         verb = call[call.index("tpus") + 2]
         if verb == "ssh":
             script = next(argument for argument in call if argument.startswith("--command="))
@@ -30,18 +26,18 @@ def verbs(cloud) -> list[str]:
     return words
 
 
-def home(cloud, life=1, node="mine", host=0):
-    return cloud.folder / "machines" / str(life) / node / str(host)
+def home(tpu, life=1, node="mine", host=0):
+    return tpu.folder / "machines" / str(life) / node / str(host)
 
 
-def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
-    cloud.kept("cloud", hosts=2)
-    status, out, err = cloud.launch("--spot", "--project", "p", "--env", "WANDB_API_KEY=s3cret")
-    assert (status, out) == (0, "start 0 of host 0: 0\n"), err
+def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(tpu):
+    tpu.kept("cloud", hosts=2)
+    out, err = tpu.launch("--spot", "--project", "p", "--env", "WANDB_API_KEY=s3cret")
+    assert out == "start 0 of host 0: 0\n"
     assert "mine: ACCEPTED\n" in err
-    assert verbs(cloud) == FRESH
-    calls = [re.sub("=[0-9a-f]{12}-", "=ID-", " ".join(call[3:])) for call in cloud.calls()]
-    where, cache = "--zone=us-west4-a --project=p", cloud.folder / "cache/ttt_jax/launch"
+    assert verbs(tpu) == FRESH
+    calls = [re.sub("=[0-9a-f]{12}-", "=ID-", " ".join(call[3:])) for call in tpu.calls()]
+    where, cache = "--zone=us-west4-a --project=p", tpu.folder / "cache/ttt_jax/launch"
     request = "--accelerator-type=v5litepod-8 --runtime-version=v2-alpha-tpuv5-lite --spot"
     labels = "--labels=ttt-launch=mine,ttt-command=ID-1-v5litepod-8"
     assert f"queued-resources create mine {where} --node-id=mine {request} {labels} --async --quiet" in calls
@@ -51,24 +47,23 @@ def test_gcloud_gets_all_options_and_hosts_the_versions_of_this_machine(cloud):
     assert calls[-1] == f"queued-resources delete mine {where} --force --quiet"
     assert not (cache / "mine.env").exists()
     for host in (0, 1):
-        assert (home(cloud, host=host) / "ttt-launch/mine/env").stat().st_mode & 0o777 == 0o600
-    assert [(each["host"], each["argv"]) for each in cloud.started()] == [("mine/0", COMMAND), ("mine/1", COMMAND)]
-    (source,) = (home(cloud) / "ttt-launch/mine").glob("source-*")
-    venv, packages = cloud.uv()[:2]
+        assert (home(tpu, host=host) / "ttt-launch/mine/env").stat().st_mode & 0o777 == 0o600
+    assert [(each["host"], each["argv"]) for each in tpu.started()] == [("mine/0", COMMAND), ("mine/1", COMMAND)]
+    (source,) = (home(tpu) / "ttt-launch/mine").glob("source-*")
+    venv, packages = tpu.uv()[:2]
     assert venv[:-1] == ["venv", "--quiet", "--allow-existing", "--python", sources.PYTHON]
     assert packages[-1] == f"{source}[tpu,gcs]"
     assert (source / "launch-constraints.txt").read_text() == sources.constraints(("tpu", "gcs"))
 
 
-def test_several_slices(cloud):
-    status, _, err = cloud.launch("--slices", "2", "--accelerator", "v5litepod-4")
-    assert status == 0, err
-    (create,) = cloud.calls("create")
+def test_several_slices(tpu):
+    tpu.launch("--slices", "2", "--accelerator", "v5litepod-4")
+    (create,) = tpu.calls("create")
     assert {"--node-count=2", "--node-prefix=mine"} <= set(create)
     assert not any(argument.startswith("--node-id") for argument in create)
-    started = sorted((each["host"], each["argv"]) for each in cloud.started())
+    started = sorted((each["host"], each["argv"]) for each in tpu.started())
     assert started == [("mine-0/0", COMMAND), ("mine-1/0", COMMAND)]
-    assert sorted(verbs(cloud)[1:-1]) == sorted(["scp", "install", "start"] * 2)
+    assert sorted(verbs(tpu)[1:-1]) == sorted(["scp", "install", "start"] * 2)
 
 
 # ---- The queue
@@ -86,23 +81,22 @@ FULL = ["ACCEPTED", 'FAILED:There is no more capacity in the zone "us-west4-a"']
         ([["ACTIVE", "SUSPENDED"], ["ACTIVE"]], (), 0, "restart 1", ["create", "scp", "delete", *FRESH]),
     ],
 )
-def test_waits_in_the_queue_of_google(cloud, lives, options, status, said, done):
-    cloud.kept("cloud", lives=lives)
-    found, _, err = cloud.launch(*options)
-    assert (found, verbs(cloud)) == (status, done)
+def test_waits_in_the_queue_of_google(tpu, lives, options, status, said, done):
+    tpu.kept("cloud", lives=lives)
+    _, err = tpu.launch(*options, ends=status)
+    assert verbs(tpu) == done
     assert re.search(said, err)
-    assert cloud.calls("delete")
-    assert not cloud.kept("jobs")
+    assert tpu.calls("delete")
+    assert not tpu.kept("jobs")
 
 
-def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(cloud):
+def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(tpu):
     refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
-    cloud.fail("gcloud scp", ("before", ""), ("before", f"{refused}\nERROR: (gcloud) exited with return code [255]."))
-    cloud.fail("gcloud ssh", ("before", refused))
-    cloud.fail("gcloud delete", ("before", "FAILED_PRECONDITION: is not supported when state is PROVISIONING"))
-    status, _, err = cloud.launch()
-    assert status == 0
-    assert verbs(cloud) == ["create", "scp", "install", "install", "start", "delete", "delete"]
+    tpu.fail("gcloud scp", ("before", ""), ("before", f"{refused}\nERROR: (gcloud) exited with return code [255]."))
+    tpu.fail("gcloud ssh", ("before", refused))
+    tpu.fail("gcloud delete", ("before", "FAILED_PRECONDITION: is not supported when state is PROVISIONING"))
+    _, err = tpu.launch()
+    assert verbs(tpu) == ["create", "scp", "install", "install", "start", "delete", "delete"]
     assert "Connection refused; again in 0 s (1 of 5)" in err
 
 
@@ -115,10 +109,10 @@ def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_
         ("scp", "ERROR: Connection reset by peer", ["create", *["scp"] * 6, "delete"]),
     ],
 )
-def test_final_faults_end_the_launch(cloud, call, fault, done):
-    cloud.fail(f"gcloud {call}", *[("before", fault)] * 9)
-    status, _, err = cloud.launch()
-    assert (status, verbs(cloud)) == (1, done)
+def test_final_faults_end_the_launch(tpu, call, fault, done):
+    tpu.fail(f"gcloud {call}", *[("before", fault)] * 9)
+    _, err = tpu.launch(ends=FAILED)
+    assert verbs(tpu) == done
     assert fault in err.splitlines()[-1]
 
 
@@ -139,41 +133,41 @@ def test_final_faults_end_the_launch(cloud, call, fault, done):
         (["delete"], 130, FRESH[:-1], "was deleted by somebody else"),
     ],
 )
-def test_the_end_of_a_run_decides_what_is_done(cloud, monkeypatch, plan, status, done, said):
-    monkeypatch.setattr(tpu, "MOST_SHORT_RUNS", 3)
-    monkeypatch.setattr(tpu, "UNREACHABLE_LIMIT", 0)
-    cloud.plan(*plan)
-    cloud.kept("cloud", hosts=1 + any(isinstance(hosts, dict) for hosts in plan))
-    found, out, err = cloud.launch()
-    assert (found, verbs(cloud)) == (status, done)
+def test_the_end_of_a_run_decides_what_is_done(tpu, monkeypatch, plan, status, done, said):
+    monkeypatch.setattr("ttt_jax.launch.tpu.MOST_SHORT_RUNS", 3)
+    monkeypatch.setattr("ttt_jax.launch.tpu.UNREACHABLE_LIMIT", 0)
+    tpu.plan(*plan)
+    tpu.kept("cloud", hosts=1 + any(isinstance(hosts, dict) for hosts in plan))
+    out, err = tpu.launch(ends=status)
+    assert verbs(tpu) == done
     assert re.search(said, err)
     assert "host 1" not in out
 
 
-def test_hosts_that_do_not_end_are_ended(cloud, monkeypatch):
-    monkeypatch.setattr(tpu, "OTHERS_LIMIT", 0.2)
-    cloud.plan({"0": 1, "1": "wait"})
-    cloud.kept("cloud", hosts=2)
-    assert cloud.launch()[0] == 1
-    assert verbs(cloud) == ["create", "scp", "install", "start", "end", "delete"]
+def test_hosts_that_do_not_end_are_ended(tpu, monkeypatch):
+    monkeypatch.setattr("ttt_jax.launch.tpu.OTHERS_LIMIT", 0.2)
+    tpu.plan({"0": 1, "1": "wait"})
+    tpu.kept("cloud", hosts=2)
+    tpu.launch(ends=FAILED)
+    assert verbs(tpu) == ["create", "scp", "install", "start", "end", "delete"]
 
 
-def test_machines_that_are_kept_are_used_again(cloud):
-    status, _, err = cloud.launch("--keep")
-    assert (status, verbs(cloud)) == (0, FRESH[:-1])
+def test_machines_that_are_kept_are_used_again(tpu):
+    _, err = tpu.launch("--keep")
+    assert verbs(tpu) == FRESH[:-1]
     assert "gcloud compute tpus queued-resources delete mine --zone=us-west4-a --force --quiet" in err
-    cloud.fail("gcloud describe", ("before", "ERROR: NOT_FOUND: not there yet"), ("before", "ERROR: NOT_FOUND"))
-    cloud.fail("gcloud create", ("before", "HTTPError 504: deadline"))  # it was created, though gcloud lost the answer
-    assert cloud.launch()[0] == 0
-    assert verbs(cloud) == [*FRESH[:-1], *FRESH]
-    assert len(cloud.uv()) == 2  # of the first time: nothing has changed
+    tpu.fail("gcloud describe", ("before", "ERROR: NOT_FOUND: not there yet"), ("before", "ERROR: NOT_FOUND"))
+    tpu.fail("gcloud create", ("before", "HTTPError 504: deadline"))  # it was created, though gcloud lost the answer
+    tpu.launch()
+    assert verbs(tpu) == [*FRESH[:-1], *FRESH]
+    assert len(tpu.uv()) == 2  # of the first time: nothing has changed
 
 
-def test_a_job_on_other_machines_is_left_alone(cloud):
-    cloud.plan("wait")
-    assert cloud.launch("--detach")[0] == 0
-    status, _, err = cloud.launch("--accelerator", "v5litepod-4")
-    assert (status, verbs(cloud)) == (2, FRESH[:-1])
+def test_a_job_on_other_machines_is_left_alone(tpu):
+    tpu.plan("wait")
+    tpu.launch("--detach")
+    _, err = tpu.launch("--accelerator", "v5litepod-4", ends=REFUSED)
+    assert verbs(tpu) == FRESH[:-1]
     assert "runs another command" in err
 
 
