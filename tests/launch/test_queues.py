@@ -35,7 +35,7 @@ def test_slurm_gets_all_options(slurm):
     assert sbatch[3].startswith("--comment=ttt_jax:")
     assert sbatch[:3] + sbatch[4:] == [
         *("sbatch", "--parsable", "--job-name=mine", f"--output={prefix.replace('%', '%%')}-%j.log"),
-        *("--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2"),
+        *("--ntasks-per-node=2", "--nodes=2", "--gpus-per-node=2"),
         *("--partition=gpu", "--time=8:00:00", "--cpus-per-task=7", "--exclusive"),
         *(str(ROOT / "launch/slurm.sbatch"), prefix, "3", "", slurm.executable, "-m", "ttt_jax", "train"),
         *("--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir), "--config.data.batch_size=8"),

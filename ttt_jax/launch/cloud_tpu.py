@@ -103,9 +103,8 @@ class QueuedResource:
         request = [f"--node-id={self.name}"] if options.slices == 1 else several
         request.append(f"--accelerator-type={accelerator.name}")
         request.append(f"--runtime-version={options.runtime_version or accelerator.runtime_version}")
-        for name in ("spot", "best-effort", "reserved", "network", "subnetwork", "service-account", "internal-ips"):
-            if value := getattr(options, name.replace("-", "_")):
-                request.append(f"--{name}" if value is True else f"--{name}={value}")
+        request += self._target.given("spot", "best-effort", "reserved")
+        request += self._target.given("network", "subnetwork", "service-account", "internal-ips")
         request.append(f"--labels=ttt-launch={self.name},ttt-command={self._target.identity}")
         gcloud, *create = self._gcloud("queued-resources", "create")
         argv = [gcloud, *["alpha"] * options.best_effort, *create, *request, "--async", "--quiet"]

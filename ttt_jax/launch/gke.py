@@ -79,7 +79,7 @@ workload waits or runs follows that one.
         jobset, name = self._jobset(), self.job.name
         if jobset is None:
             return None
-        mark = _variable(jobset, _MARK)
+        mark = _identity(jobset)
         if mark is None or not _conditions(jobset).keys() & {"Completed", "Failed"}:
             self.check_ours(f"the workload {name}", mark)
             return name
@@ -96,9 +96,8 @@ workload waits or runs follows that one.
             # xpk starts all pods again for statuses from 127, which are kills, and for these.
             *(f"--max-restarts={options.restarts}", f"--restart-on-exit-codes={RESTART}"),
             f"--termination-grace-period-seconds={_GRACE}",
+            *self.given("spot", "on-demand", "priority", "reservation"),
         ]
-        arguments += [f"--{name}" for name in ("spot", "on-demand") if getattr(options, name.replace("-", "_"))]
-        arguments += [f"--{name}={value}" for name in ("priority", "reservation") if (value := getattr(options, name))]
         # A value goes between the double quotes of YAML, where Kubernetes replaces $(NAME), and $$ by $.
         quoted_value = functools.partial(yaml.safe_dump, default_style='"', width=float("inf"))
         variables = {_MARK: job.identity, **job.environment}
@@ -137,7 +136,7 @@ workload waits or runs follows that one.
         # Never without --workload: xpk would delete all workloads of the cluster.
         delete = ["xpk", "workload", "delete", f"--workload={key}", *self.where, "--force"]
         jobset = self._jobset()
-        if jobset is not None and _variable(jobset, _MARK) is not None:
+        if jobset is not None and _identity(jobset) is not None:
             self.commands.run(delete, retry=PATIENT, finish=True)
 
     @functools.cached_property
@@ -195,12 +194,11 @@ def _conditions(jobset: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {each["type"]: each for each in jobset.get("status", {}).get("conditions", []) if each["status"] == "True"}
 
 
-def _variable(jobset: dict[str, Any], name: str) -> str | None:
-    """Return the value of a variable of the containers."""
-    templates = [each["template"]["spec"]["template"] for each in jobset["spec"]["replicatedJobs"]]
-    containers = [container for template in templates for container in template["spec"]["containers"]]
-    found = (each.get("value") for c in containers for each in c.get("env", []) if each["name"] == name)
-    return next(found, None)
+def _identity(jobset: dict[str, Any]) -> str | None:
+    """Return the identity of the command of a workload; None for one that ttt launch did not create."""
+    template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    variables = [variable for container in template["spec"]["containers"] for variable in container.get("env", [])]
+    return next((variable.get("value") for variable in variables if variable["name"] == _MARK), None)
 
 
 def _status(kind: str, reason: str | None, pods: list[dict[str, Any]]) -> int:

@@ -47,8 +47,7 @@ class Target:
 
     def __init__(self, options: argparse.Namespace, job: Job, commands: Commands):
         self.options, self.job, self.commands, self._seen = options, job, commands, State("")
-        names = [name for name in ("cluster", "zone", "project") if getattr(options, name, None)]
-        self.where = [f"--{name}={getattr(options, name)}" for name in names]
+        self.where = self.given("cluster", "zone", "project")
         self.identity = job.identity  # kept with the job, to tell commands apart
 
     @staticmethod
@@ -83,6 +82,11 @@ class Target:
 
     def leave(self) -> None:
         """Say what is left when a second Ctrl-C has interrupted :meth:`stop`."""
+
+    def given(self, *names: str) -> list[str]:
+        """Return options with the same names in the target's program; those that are not given are left out."""
+        values = {name: getattr(self.options, name.replace("-", "_"), None) for name in names}
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value]
 
     def follow(self, key: str, from_start: bool) -> int:
         """Show the log until the job has ended, and return its exit status; 75 after more restarts than wanted."""
@@ -136,13 +140,12 @@ class Target:
 
     def check_ours(self, what: str, identity: str | None) -> None:
         """Raise ConfigError if ``what`` was not submitted by ttt launch (None), or runs another command."""
-        name = self.job.name
         if identity is None:
             raise ConfigError(
                 f"{what} is there already, and not of ttt launch; it is left alone; expected another --name"
             )
         if self.job.command and identity != self.identity:
-            stop = shlex.join(["ttt", "launch", self.options.target, *self.where, "--name", name, "--stop"])
+            stop = shlex.join(["ttt", "launch", self.options.target, *self.where, "--name", self.job.name, "--stop"])
             raise ConfigError(f"{what} runs another command; expected another --name, or first: {stop}")
 
 

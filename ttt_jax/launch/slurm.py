@@ -77,12 +77,9 @@ it, after it has saved. The same command while the job is in the queue or runs f
         prefix = str(folder / job.name)
         arguments = [
             *("sbatch", "--parsable", f"--job-name={job.name}", f"--comment={_MARK}{job.identity}"),
-            *(f"--output={prefix.replace('%', '%%')}-%j.log", f"--nodes={options.nodes}"),
-            *(f"--gpus-per-node={options.gpus_per_node}", f"--ntasks-per-node={options.gpus_per_node}"),
+            *(f"--output={prefix.replace('%', '%%')}-%j.log", f"--ntasks-per-node={options.gpus_per_node}"),
+            *self.given("nodes", "gpus-per-node", "partition", "account", "qos", "constraint", "time", "cpus-per-task"),
         ]
-        for name in ("partition", "account", "qos", "constraint", "time", "cpus_per_task"):
-            if (value := getattr(options, name)) is not None:
-                arguments.append(f"--{name.replace('_', '-')}={value}")
         setup = "" if options.setup is None else str(options.setup.resolve())
         script = [str(job.checkout / "launch" / "slurm.sbatch"), prefix, str(options.restarts), setup]
         command = [sys.executable, "-m", "ttt_jax", *job.command]

@@ -71,14 +71,13 @@ def of_records(records: Sequence[dict[str, Any]], metric: str) -> Measured:
     """Return the metric of a run with these records."""
     if not records:
         return Measured(None, 0)
-    step = records[-1]["step"]
-    if metric not in _SPEEDS:
-        known = numbers([record for record in records if record["step"] > step * (1 - _LAST)], metric)
-        return Measured(finite.mean(known) if known else None, step)
-    known = numbers(records, metric)
-    if not all(map(math.isfinite, known)):
-        return Measured(math.nan, step)
-    return Measured(statistics.median(known) if known else None, step)
+    step, is_speed = records[-1]["step"], metric in _SPEEDS
+    known = numbers((each for each in records if is_speed or each["step"] > step * (1 - _LAST)), metric)
+    if not known:
+        return Measured(None, step)
+    if is_speed and all(map(math.isfinite, known)):
+        return Measured(statistics.median(known), step)
+    return Measured(finite.mean(known), step)  # NaN or infinite where one of them is
 
 
 def numbers(records: Iterable[dict[str, Any]], name: str) -> list[float]:

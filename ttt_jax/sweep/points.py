@@ -3,7 +3,6 @@
 What is swept is text, which is matched and never run: a list of values, ranges (``_RANGES``) and quoted text.
 """
 
-import collections
 import functools
 import hashlib
 import itertools
@@ -230,23 +229,17 @@ def recipe_label(recipe: str) -> str:
     return Path(file).stem + colon + argument
 
 
+@functools.cache
 def short_key(key: str) -> str:
     """Return the shortest end of a key that no other key ends in: ``peak_lr``, but ``log.every``."""
-    return _short_keys().get(key, key)
+    keys = config_lib.settings()
+    ends = [key.split(".", dots)[-1] for dots in range(key.count("."), -1, -1)] if key in keys else []
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
 
 
 def value_text(value: Value) -> str:
     """Return a value as ``--config.KEY=`` takes it: equal values have equal texts."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@functools.cache
-def _short_keys() -> dict[str, str]:
-    ends = {
-        key: list(itertools.accumulate(key.split(".")[::-1], lambda a, b: f"{b}.{a}")) for key in config_lib.settings()
-    }
-    counts = collections.Counter(itertools.chain.from_iterable(ends.values()))
-    return {key: next(end for end in several if counts[end] == 1) for key, several in ends.items()}
 
 
 def _spelled(value: Value) -> str:
