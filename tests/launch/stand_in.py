@@ -81,7 +81,7 @@ def forget(key: str):
 
 def submit(key: str, **known) -> None:
     """Put a job into the queue; :func:`runner` of the target runs it."""
-    job(key, state="PENDING", attempt=0, processes=[], codes=[], **known)
+    job(key, state="PENDING", attempt=0, processes=[], **known)
     subprocess.Popen([str(HERE / "bin" / "runner"), key], start_new_session=True, **QUIET)
 
 
@@ -103,13 +103,14 @@ def attempts(key: str):
         yield attempt
 
 
-def run_all(key: str, commands, environment, logs) -> list[int]:
-    """Run the processes of an attempt together, each with its own variables; return their exit codes."""
+def run_all(key: str, command, variables, logs) -> list[int]:
+    """Run the processes of an attempt together, each with its variables and log; return their exit codes."""
     started = []
-    for (command, variables), log in zip(commands, logs, strict=True):
+    for own, log in zip(variables, logs, strict=True):
+        environment = {**os.environ, "PATH": f"{HERE / 'remote'}:{os.environ['PATH']}", **own}
         with open(log, "ab") as file:
             pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
-            started.append(subprocess.Popen(command, env={**environment, **variables}, **pipes))
+            started.append(subprocess.Popen(command, env=environment, **pipes))
     job(key, processes=[process.pid for process in started])
     return [code if code >= 0 else 128 - code for code in [process.wait() for process in started]]
 

@@ -4,7 +4,6 @@ $STAND_IN/break-log breaks a log off once, endless-log never ends one. The scrip
 on the way are those of xpk 1.16 and Kubernetes.
 """
 
-import os
 import re
 import signal
 import time
@@ -71,11 +70,10 @@ def runner(arguments):
         for variable in known["env"]:
             variables[variable["name"]] = expanded(variable["value"], variables)
         command = [expanded(word, variables) for word in known["command"]]
-        environment = {**os.environ, **variables, "PATH": f"{HERE / 'remote'}:{os.environ['PATH']}"}
         pods = [pod(name, attempt, host) for host in range(HOSTS)]
         job(name, pods=[*known["pods"], *pods])
-        each = [(command, {"HOST": str(host)}) for host in range(HOSTS)]
-        codes = run_all(name, each, environment, [HERE / f"{pod['metadata']['name']}.log" for pod in pods])
+        each = [{**variables, "HOST": str(host)} for host in range(HOSTS)]
+        codes = run_all(name, command, each, [HERE / f"{pod['metadata']['name']}.log" for pod in pods])
         if not job(name):
             return
         job(name, pods=[*known["pods"], *(pod(name, attempt, host, code) for host, code in enumerate(codes))])

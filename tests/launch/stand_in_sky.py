@@ -45,20 +45,18 @@ def runner(arguments):
     (number,) = arguments
     known = job(number)
     task, nodes, log = known["task"], known["task"]["num_nodes"], HERE / f"{number}.log"
-    path = f"{HERE / 'remote'}:{os.environ['PATH']}"
-    environment = {**os.environ, **known["secrets"], "HOME": str(HOME), "PATH": path}
-    environment |= {"SKYPILOT_NUM_NODES": str(nodes)}
-    environment["SKYPILOT_NODE_IPS"] = "\n".join(f"10.0.0.{i + 1}" for i in range(nodes))
+    variables = {**known["secrets"], "HOME": str(HOME), "SKYPILOT_NUM_NODES": str(nodes)}
+    variables["SKYPILOT_NODE_IPS"] = "\n".join(f"10.0.0.{i + 1}" for i in range(nodes))
+    ranks = [{**variables, "SKYPILOT_NODE_RANK": str(i), "HOST": str(i)} for i in range(nodes)]
     for step in ("setup", "run"):
         (HERE / f"{number}-{step}").write_text(task[step] + "\n")
     for _ in attempts(number):
         # As SkyPilot does, whose shell is an interactive one.
         setup, run = (["bash", "-i", str(HERE / f"{number}-{step}")] for step in ("setup", "run"))
-        if any(run_all(number, [(setup, {})], environment, [log])):
+        if any(run_all(number, setup, [variables], [log])):
             job(number, state="FAILED_SETUP")
             return
-        ranks = [{"SKYPILOT_NODE_RANK": str(i), "HOST": str(i)} for i in range(nodes)]
-        codes = run_all(number, [(run, rank) for rank in ranks], environment, [log] * nodes)
+        codes = run_all(number, run, ranks, [log] * nodes)
         recovered = task["resources"]["job_recovery"]["recover_on_exit_codes"]
         if job(number)["state"] == "CANCELLED" or set(codes) & set(recovered):
             continue

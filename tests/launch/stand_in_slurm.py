@@ -34,12 +34,12 @@ def runner(arguments):
     for attempt in attempts(number):
         known = job(number, requeue=False)
         tasks = int(known["options"]["nodes"]) * int(known["options"]["ntasks-per-node"])
-        environment = {**os.environ, "SLURM_JOB_ID": number, "STAND_IN_TASKS": str(tasks)}
+        variables = {"SLURM_JOB_ID": number, "STAND_IN_TASKS": str(tasks)}
         if attempt:
-            environment["SLURM_RESTART_COUNT"] = str(attempt)
+            variables["SLURM_RESTART_COUNT"] = str(attempt)
         if known["options"].get("open-mode") != "append":
             Path(known["log"]).write_text("")
-        (code,) = run_all(number, [(known["command"], {})], environment, [known["log"]])
+        (code,) = run_all(number, known["command"], [variables], [known["log"]])
         known = job(number)
         if known["state"] == "RUNNING" and not known["requeue"]:
             job(number, state="FAILED" if code else "COMPLETED", code=code)
@@ -49,11 +49,11 @@ def srun(arguments):
     number, tasks = os.environ["SLURM_JOB_ID"], int(os.environ["STAND_IN_TASKS"])
     options, command = split(arguments)
     assert options["kill-on-bad-exit"] == "0"
-    variables = {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
-    ids = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "HOST": str(i)} for i in range(tasks)]
+    shared = {"SLURM_NTASKS": str(tasks), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    each = [{**shared, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "HOST": str(i)} for i in range(tasks)]
     known = job(number)
     job(number, batch=known["processes"])
-    return max(run_all(number, [(command, each) for each in ids], {**os.environ, **variables}, [known["log"]] * tasks))
+    return max(run_all(number, command, each, [known["log"]] * tasks))
 
 
 def squeue(arguments):

@@ -135,12 +135,10 @@ class StandIns:
                 self.close()
                 raise
 
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         with ThreadPoolExecutor() as pool:
             taken = pool.submit(take)
             yield
             taken.result()
-        signal.signal(signal.SIGINT, before)
 
     def ttt(self, *arguments, cwd: Path = ROOT) -> tuple[int, str, str]:
         """Return exit status, standard output and standard error of ``ttt ARGUMENTS``, run in this process."""
