@@ -44,7 +44,7 @@ PATCHES = {
     "sources.files": lambda checkout: tuple(map(Path, FILES)),
     "sources.constraints": functools.cache(sources.constraints),  # which takes a third of a second
 }
-FILES = "configs/quickstart.py setup.py launch/Dockerfile launch/install.sh launch/sky.sh launch/worker.sh".split()
+FILES = "configs/quickstart.py setup.py launch/Dockerfile launch/install.sh launch/worker.sh".split()
 
 
 class StandIns:

@@ -184,7 +184,7 @@ def test_sky_gets_all_options_and_installs_the_versions_of_this_machine(sky):
     source = sky.folder / "home/ttt-launch/source"
     (started,) = sky.started()
     assert started["cwd"] == str(source)
-    assert (source / "launch/sky.sh").read_text() == (ROOT / "launch/sky.sh").read_text()
+    assert (source / "launch/install.sh").read_text() == (ROOT / "launch/install.sh").read_text()
     venv, install = sky.uv()
     assert venv == ["venv", "--quiet", "--allow-existing", "--python", sources.PYTHON, f"{source.parent}/venv"]
     assert install[-2:] == ["--editable", f"{source}[tpu,gcs]"]

@@ -112,7 +112,7 @@ def test_machines_that_are_kept_may_be_written_to_but_not_read_from(launch):
 def test_variables_that_name_local_files_are_refused(launch, monkeypatch, tmp_path):
     key = tmp_path / "key.json"
     key.touch()
-    monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
+    monkeypatch.setenv("KUBECONFIG", str(key))
     for given in (f"GOOGLE_APPLICATION_CREDENTIALS={key}", f"MINE={key}", f"MINE=file://{key}", "KUBECONFIG"):
         _, message = launch("sky", TRAIN, "--env", given)
         assert message.startswith(f"--env {given.partition('=')[0]}: names a file of this machine")

@@ -7,7 +7,7 @@ import pytest
 from ttt_jax.config import ConfigError
 from ttt_jax.launch import cloud_tpu, sources
 from ttt_jax.launch.tpu_hosts import Host, verdict
-from ttt_jax.terminal.stopping import FAILED, REFUSED
+from ttt_jax.terminal.stopping import FAILED
 
 FRESH = ["create", "scp", "install", "start", "delete"]
 COMMAND = "train --config configs/quickstart.py --workdir gs://bucket/runs/a --config.data.batch_size=8".split()
@@ -90,16 +90,6 @@ def test_waits_in_the_queue_of_google(tpu, lives, options, status, said, done):
     assert not tpu.kept("jobs")
 
 
-def test_ssh_that_is_not_up_yet_and_deletion_that_is_not_possible_yet_are_tried_again(tpu):
-    refused = "ssh: connect to host 1.2.3.4 port 22: Connection refused"
-    tpu.fail("gcloud scp", ("before", ""), ("before", f"{refused}\nERROR: (gcloud) exited with return code [255]."))
-    tpu.fail("gcloud ssh", ("before", refused))
-    tpu.fail("gcloud delete", ("before", "FAILED_PRECONDITION: is not supported when state is PROVISIONING"))
-    _, err = tpu.launch()
-    assert verbs(tpu) == ["create", "scp", "install", "install", "start", "delete", "delete"]
-    assert "Connection refused; again in 0 s (1 of 5)" in err
-
-
 @pytest.mark.parametrize(
     ("call", "fault", "done"),
     [
@@ -161,14 +151,6 @@ def test_machines_that_are_kept_are_used_again(tpu):
     tpu.launch()
     assert verbs(tpu) == [*FRESH[:-1], *FRESH]
     assert len(tpu.uv()) == 2  # of the first time: nothing has changed
-
-
-def test_a_job_on_other_machines_is_left_alone(tpu):
-    tpu.plan("wait")
-    tpu.launch("--detach")
-    _, err = tpu.launch("--accelerator", "v5litepod-4", ends=REFUSED)
-    assert verbs(tpu) == FRESH[:-1]
-    assert "runs another command" in err
 
 
 # ---- Hosts together, and accelerator types

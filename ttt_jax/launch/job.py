@@ -33,7 +33,6 @@ class Job:
       workdir: ``--workdir`` of the command, or ``--output``, if it has one.
       config: what ``--config`` and its overrides make, for commands that have one.
       environment: variables that the command needs there. Values may be secrets: print none.
-      copied: names of the variables whose values are taken from here.
       places: files and folders that the command and its config name.
     """
 
@@ -43,7 +42,6 @@ class Job:
     workdir: str | None = None
     config: ml_collections.ConfigDict | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    copied: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
 
     @property
@@ -87,16 +85,8 @@ def make(
     places = sources.find(options, config)
     if needs_config and sends_sources:
         command = config_lib.replace_files(command, lambda path: _path_in(root, path))
-    return Job(
-        default_name(workdir, command) if name is None else _checked(name),
-        tuple(command),
-        root,
-        workdir,
-        config,
-        _variables(environment),
-        tuple(key for key in environment if "=" not in key),
-        places,
-    )
+    name = default_name(workdir, command) if name is None else _checked(name)
+    return Job(name, tuple(command), root, workdir, config, _variables(environment), places)
 
 
 def checkout() -> Path:
@@ -129,7 +119,7 @@ def check_files(job: Job, written: str | None) -> None:
       written: why it may not write to the disks of the machines either; None where it may.
     """
     sent = sources.files(job.checkout)
-    sources.check_variables(job.copied, job.environment)
+    sources.check_variables(job.environment)
     sources.check(job.places, job.checkout, sent, written)
     for key, path in check_functions(job).items():
         import_path.check_sent(path, key, job.checkout, sent)

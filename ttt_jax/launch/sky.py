@@ -71,7 +71,7 @@ The same command while the job waits or runs follows that one.
         check_files(job, "the machines are deleted in the end")
 
     def find(self) -> str | None:
-        for record in self._queue("--skip-finished"):
+        for record in self._queue():
             match = re.fullmatch(rf"{self.job.name}-([0-9a-f]{{12}})", record["job_name"] or "")
             if match and record["status"] not in _ENDED:
                 self.check_ours(f"the managed job {record['job_id']} of the name {self.job.name}", match[1])
@@ -117,9 +117,9 @@ The same command while the job waits or runs follows that one.
         """Cancel the job."""
         self.commands.run(["sky", "jobs", "cancel", "--yes", key], retry=PATIENT, finish=True)
 
-    def _queue(self, *options: str) -> list[dict[str, Any]]:
+    def _queue(self) -> list[dict[str, Any]]:
         """Return the managed jobs of this user."""
-        question = ["sky", "jobs", "queue", "--all", "--verbose", *options, "--output=json"]
+        question = ["sky", "jobs", "queue", "--all", "--verbose", "--output=json"]
         try:
             answer = self.commands.output(question, retry=PATIENT)
         except CommandError as error:
@@ -157,14 +157,18 @@ The same command while the job waits or runs follows that one.
         source, there = f"{_FOLDER}/source", f"{_FOLDER}/source.tar.gz"
         unpack = f"rm -rf {source} && mkdir -p {source} && tar -xzf {there} -C {source}"
         install = f"{source}/launch/install.sh {_FOLDER}/venv {sources.PYTHON} {','.join(extras(job, self._platform))}"
-        command = " ".join(map(quoted, job.command))
+        run = [f"cd {source}", 'export PATH="$HOME/ttt-launch/venv/bin:$PATH" PYTHONUNBUFFERED=1']
+        if options.nodes > 1:  # they meet at the first one; hosts of a TPU slice find each other
+            run.append('export JAX_COORDINATOR_ADDRESS="$(head -n1 <<<"$SKYPILOT_NODE_IPS"):8476"')
+            run.append('export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"')
+        run.append(f"exec ttt {' '.join(map(quoted, job.command))}")  # in the place of this shell: it gets the signals
         return {
             "name": self._name,
             "resources": resources,
             "num_nodes": options.nodes,
             "file_mounts": {there: str(packed)},
             "setup": f"{unpack} && bash {install}",
-            "run": f"exec bash {source}/launch/sky.sh {self._platform or 'cpu'} {command}",
+            "run": "\n".join(run),
         }
 
 

@@ -195,14 +195,14 @@ def check(places: Sequence[Place], checkout: Path, sent: Sequence[Path], why_not
             raise ConfigError(f"{place.shown}: {problem}")
 
 
-def check_variables(copied: Sequence[str], variables: Mapping[str, str]) -> None:
-    """Raise ConfigError where variables, of which some are copied from here, name local files; show no values."""
+def check_variables(variables: Mapping[str, str]) -> None:
+    """Raise ConfigError where variables name local files; show no values."""
     not_shared = tuple(f"{folder.rstrip('/')}/" for folder in (os.path.expanduser("~"), tempfile.gettempdir()))
     for key, value in variables.items():
         path = os.path.abspath(os.path.expanduser(value))
         is_own = value.startswith(("/", "~")) and os.path.isfile(path) and path.startswith(not_shared)
         exists = any(os.path.exists(os.path.expanduser(part)) for part in value.split(os.pathsep))
-        is_known = key in _FILE_VARIABLES and (key in copied or exists)
+        is_known = key in _FILE_VARIABLES and exists
         if value and (is_own or is_known or re.match("(?i)(file|local)://", value)):
             raise ConfigError(
                 f"--env {key}: names a file of this machine, which is not sent; expected a value that means the same "
