@@ -1,9 +1,7 @@
 """Test how programs of others are run, repeated and printed, and words for their shells."""
 
-import json
 import re
 import subprocess
-import sys
 import time
 
 import pytest
@@ -14,8 +12,6 @@ from hypothesis import strategies as st
 from ttt_jax.launch import commands as commands_lib
 from ttt_jax.launch.commands import CommandError, Commands, Retry, quoted
 
-NASTY = ["a b", "c'd\"e", "$(exit 3)", ";", "\n", "ü", "", "*"]
-ARGV = [sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))"]
 WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=20)
 
 
@@ -46,24 +42,6 @@ def test_a_final_fault_is_raised_at_once(flaky, tmp_path, retry):
     assert (tmp_path / "n").read_text() == "1\n"
 
 
-def test_no_shell_reads_the_arguments(capfd):
-    assert json.loads(Commands().run([*ARGV, *NASTY])) == NASTY
-    dry = Commands(dry_run=True)
-    assert dry.run([*ARGV, *NASTY]) == ""
-    dry.output(["nothing", "that exists"])
-    printed = capfd.readouterr().out
-    by_hand = subprocess.run(["bash", "-e"], input=printed, capture_output=True, text=True, check=True).stdout
-    assert json.loads(by_hand) == NASTY
-
-
-def test_a_command_that_is_followed_ends_with_the_block():
-    began = time.monotonic()
-    with Commands().follow(["sh", "-c", "echo first; sleep 60"]) as process:
-        assert process.stdout.readline() == b"first\n"
-    assert process.returncode == -15
-    assert time.monotonic() - began < 5
-
-
 @given(WORDS)
 @example(
     ["$(HOME)", "$$(HOME)", "it's", "a\nb", "\\n", "é\t", "{}", '"', "#", "$'x'", "-n", "", " ", "\x7f\x1b", "`id`"]
@@ -80,6 +58,7 @@ def test_a_word_survives_yaml_kubernetes_and_bash(words):
 
 
 def test_the_log_of_an_ended_job_has_longer_to_begin_than_to_go_on(monkeypatch, capfd):
+    began = time.monotonic()
     monkeypatch.setattr(commands_lib, "LAST_WORDS", 0.1)
     late = ["sh", "-c", "sleep 0.4; echo first; sleep 60; echo too late"]
     size, _ = commands_lib.show(Commands(), late, over=lambda: True, poll=0.01)
@@ -87,3 +66,4 @@ def test_the_log_of_an_ended_job_has_longer_to_begin_than_to_go_on(monkeypatch, 
     assert capfd.readouterr().out == "first\n"
     monkeypatch.setattr(commands_lib, "FIRST_WORDS", 0.1)
     assert commands_lib.show(Commands(), late, over=lambda: True, poll=0.01)[0] == 0
+    assert time.monotonic() - began < 30  # the command was ended, too

@@ -52,12 +52,10 @@ def test_an_evaluation_of_several_runs_is_named_after_all_of_them():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ((*TRAIN, "--config.model.num_heads=5"), "model.num_heads=5"),
         ((*TRAIN, "--config.optimizer.peak=5"), "did you mean optimizer."),
         (("launch", "tpu", "--", "train"), "ttt launch: runs here"),
         (("plot", "loss-by-position", "runs/a"), "ttt plot: runs here"),
         (("sweep", "status", "gs://b/s"), "ttt sweep status: runs here"),
-        ((), "--name: missing"),
     ],
 )
 def test_commands_that_cannot_run_are_refused(command, message):

@@ -1,6 +1,5 @@
 """Test points, what is swept, names, and the file of a sweep."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -200,14 +199,6 @@ def test_texts_of_numbers_can_be_read_back(value):
 
 POINT, OTHER = (Point(f"seed={seed}", LINEAR, {"seed": seed}, 7) for seed in (0, 1))
 SWEEP = Sweep({"training.duration": "7"}, [POINT])
-
-
-def test_a_sweep_can_be_read_back(tmp_path):
-    assert files.find_sweep(tmp_path / "nothing") is None
-    files.write_sweep(tmp_path, SWEEP)
-    assert files.find_sweep(tmp_path) == SWEEP
-    assert json.loads((tmp_path / "sweep.json").read_text())["version"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
 @pytest.mark.parametrize(
