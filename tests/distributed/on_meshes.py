@@ -1,7 +1,8 @@
 """Train a tiny model on meshes of one and of eight CPU devices, in one process, and print JSON.
 
 This needs eight devices, so it is a program that test_sharding.py starts. Its arguments are a mixer, the meshes of
-eight devices, and ``kernel`` for fused kernels, interpreted, on the mesh and none of them without.
+eight devices, and one of: ``kernel`` for fused kernels, interpreted, on the mesh and none of them without; ``chunks``
+for a loss in chunks on the mesh and at once without.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from ttt_jax.distributed import sharding
 from ttt_jax.kernels import splash
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.planning import collectives
+from ttt_jax.training import loss
 from ttt_jax.training.step import build_program
 
 # Choices of mixer ttt with rates per matrix, two gates, and a state of W and the momentum.
@@ -138,11 +140,15 @@ def _specs(state):
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    mixer, meshes, *kernel = sys.argv[1:]
+    mixer, meshes, *options = sys.argv[1:]
     shapes = [tuple(map(int, mesh.split("x"))) for mesh in meshes.split(",")]
-    if kernel:
+    if options == ["kernel"]:
         without, fused = ("xla", "splash") if "attention" in mixer else ("scan", "pallas")
         found = {ONE: train(mixer, ONE, without), **{shape: train(mixer, shape, fused) for shape in shapes}}
+    elif options == ["chunks"]:
+        found = {ONE: train(mixer, ONE)}
+        loss.MOST_LOGITS, loss._CHUNK_LOGITS = 0, 3 * 16  # of the 16 tokens of a row or two
+        found |= {shape: train(mixer, shape) for shape in shapes}
     else:
         found = {shape: train(mixer, shape) for shape in (ONE, *shapes)}
     print(json.dumps({"x".join(map(str, shape)): x for shape, x in found.items()}))

@@ -81,6 +81,18 @@ def test_padding_documents_and_states_are_the_same_on_a_mesh(on_meshes, mixer):
 
 
 @pytest.mark.slow
+def test_a_loss_in_chunks_is_the_same_on_meshes_and_sums_gradients_once():
+    """Compare with the loss at once on one device; 2x2x2 splits the batch, the width and the vocabulary."""
+    found = run("on_meshes.py", "attention", "2x2x2,8x1x1", "chunks")
+    for mesh in ("2x2x2", "8x1x1"):
+        np.testing.assert_allclose(found[mesh]["loss"], found["1x1x1"]["loss"], rtol=2e-6)
+        np.testing.assert_allclose(found[mesh]["grad_norm"], found["1x1x1"]["grad_norm"], rtol=1e-5)
+    loops = [loops for *_, loops, _ in found["8x1x1"]["collectives"] if loops]
+    assert loops  # those of the layers, and none of the chunks
+    assert not [loop for loop in loops if any("shard_map" in name for name in loop)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["ttt_linear", "sliding + attention"])
 def test_fused_kernels_on_a_mesh_match_the_plain_form_without(mixer):
     """Check kernels that compute on each device for its own sequences and heads; four heads share two of keys."""

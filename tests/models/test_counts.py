@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from ttt_jax import config as config_lib
 from ttt_jax.models import counts
 from ttt_jax.models.language_model import build_model
-from ttt_jax.training.step import token_nll
+from ttt_jax.training.loss import token_nll
 
 MODELS = [
     *("attention", "linear_attention"),

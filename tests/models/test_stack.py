@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 from ttt_jax import config as config_lib
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models import language_model, pattern, stack
-from ttt_jax.training.step import token_nll
+from ttt_jax.training.loss import token_nll
 
 VOCAB, TOKENS = 11, np.random.default_rng(0).integers(0, 11, (2, 10))
 # Seven blocks: the pattern twice, and one block of a third repetition.

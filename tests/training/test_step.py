@@ -1,4 +1,4 @@
-"""Test the loss, the schedules and the optimizer step against NumPy and against one another."""
+"""Test the schedules and the optimizer step against NumPy and against one another."""
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +10,17 @@ from ttt_jax.distributed import sharding
 from ttt_jax.mixers import ttt_loop
 from ttt_jax.mixers.ttt_layer import warmup_scale
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training.step import build_program, initial_state, mean_over_rows, token_nll, train_step
-
-
-def test_loss_is_the_mean_over_rows_of_masked_means():
-    rng = np.random.default_rng(0)
-    logits, targets = rng.normal(size=(3, 5, 7)), rng.integers(0, 7, (3, 5))
-    mask = np.array([[1, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], np.float64)
-    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    nll = -np.log(np.take_along_axis(probabilities, targets[..., None], -1))[..., 0]
-    expected = ((nll * mask)[0].sum() / 4 + nll[1, 0] + 0.0) / 3
-    ours = token_nll(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
-    np.testing.assert_allclose(ours, nll, rtol=1e-5)
-    np.testing.assert_allclose(mean_over_rows(ours, jnp.asarray(mask)), expected, rtol=1e-6)
+from ttt_jax.training.loss import mean_over_rows, token_nll
+from ttt_jax.training.step import build_program, initial_state, train_step
 
 
 class _Bigrams:
     """A model whose logits are a row of a table."""
 
-    def apply(self, variables, tokens, state, context):
-        return variables["params"][tokens], state
+    dtype = jnp.dtype("float32")
+
+    def apply(self, variables, tokens, state, context, read_out):
+        return read_out(jax.nn.one_hot(tokens, 5), variables["params"]), state
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])

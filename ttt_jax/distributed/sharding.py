@@ -6,6 +6,7 @@ program for a mesh is traced within :func:`on_mesh`; without a mesh these functi
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -219,8 +220,34 @@ def sum_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.psum(x, tuple(axis for axis in rows if axis not in spec))
 
 
+def sum_over(x: jax.Array, axis: str) -> jax.Array:
+    """Return, within :func:`locally`, the sum of ``x`` over the devices that split an axis."""
+    return jax.lax.psum(x, _split(axis)) if _split(axis) else x
+
+
+def max_over(x: jax.Array, axis: str) -> jax.Array:
+    """Return, within :func:`locally`, the maximum of ``x`` over the devices that split an axis."""
+    return jax.lax.pmax(x, _split(axis)) if _split(axis) else x
+
+
+def part_of(axis: str) -> jax.Array | int:
+    """Return, within :func:`locally`, which part of an axis this device has."""
+    return jax.lax.axis_index(_split(axis)) if _split(axis) else 0
+
+
+def parts_of(axis: str) -> int:
+    """Return in how many parts the devices split an axis."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in _split(axis))
+
+
 def _on_mesh() -> bool:
     return jax.sharding.get_abstract_mesh().size > 1
+
+
+def _split(axis: str) -> tuple[str, ...]:
+    """Return the mesh axes of more than one device that split an axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in _mesh_axes(axis) if mesh.shape[name] > 1) if _on_mesh() else ()
 
 
 def _mesh_axes(*axes: str) -> tuple[str, ...]:

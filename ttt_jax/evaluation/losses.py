@@ -21,7 +21,7 @@ from ttt_jax.data.sequences import Sequences
 from ttt_jax.data.token_source import TokenSource
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation.trained import Trained
-from ttt_jax.training.step import token_nll
+from ttt_jax.training.loss import token_nll
 
 
 def of_sequences(

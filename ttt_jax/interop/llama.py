@@ -17,7 +17,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.interop.oracles import Oracle, Report, largest, load, worst
 from ttt_jax.interop.parameter_names import Entry, Names
 from ttt_jax.models.language_model import build_model
-from ttt_jax.training.step import token_nll
+from ttt_jax.training.loss import token_nll
 
 # Largest error allowed, by kind of number: absolute, but for gradients relative to the largest entry of each tensor.
 TOLERANCE = {"logits": 5e-5, "nll": 5e-5, "loss": 3e-6, "grad": 1e-4}

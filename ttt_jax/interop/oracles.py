@@ -22,7 +22,8 @@ from ttt_jax.interop import official_jax
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models.language_model import LanguageModel, build_model
 from ttt_jax.training import optimizer as optimizer_lib
-from ttt_jax.training.step import initial_state, mean_over_rows, token_nll, train_step
+from ttt_jax.training.loss import mean_over_rows, token_nll
+from ttt_jax.training.step import initial_state, train_step
 
 Oracle = Mapping[str, Any]  # name to array
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.distributed.sharding import constrain, gathered, locally, sum_over_rows
 
 EMBEDDING_AXES = ("vocab", "embed")
+HEAD_AXES = ("embed", "vocab")
 
 
 def parameter(

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, D width, L blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ttt_jax.layers.linear import EMBEDDING_AXES, lookup, parameter, project
+from ttt_jax.layers.linear import EMBEDDING_AXES, HEAD_AXES, lookup, parameter, project
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import PLAIN, Context
@@ -39,13 +39,21 @@ class LanguageModel(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, state: Any = None, context: Context = PLAIN) -> tuple[jax.Array, Any]:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        state: Any = None,
+        context: Context = PLAIN,
+        read_out: Callable[[jax.Array, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Any]:
         """Return logits [B, T, V], float32, and the state after the tokens.
 
         Args:
           tokens: [B, T], integers below V.
           state: None to read whole sequences; else the state after the previous piece, or :meth:`initial_state`.
           context: padding, beginnings of documents, and other inputs of mixers.
+          read_out: what to return in place of logits: a function of the last hidden states [B, T, D] and the head
+            [D, V], float32.
         """
         normal = nn.initializers.normal(self.init_stddev)
         embedding = parameter(self, "embedding", normal, (self.vocab_size, self.width), EMBEDDING_AXES)
@@ -57,8 +65,10 @@ class LanguageModel(nn.Module):
         if self.tie_embeddings:
             head = embedding.T
         else:
-            head = parameter(self, "head", normal, (self.width, self.vocab_size), EMBEDDING_AXES[::-1])
-        return project(h, head, EMBEDDING_AXES[::-1], self.dtype, jnp.float32), state
+            head = parameter(self, "head", normal, (self.width, self.vocab_size), HEAD_AXES)
+        if read_out is None:
+            return project(h, head, HEAD_AXES, self.dtype, jnp.float32), state
+        return read_out(h, head), state
 
     def initial_state(self, batch: int, length: int) -> Any:
         """Return the state before the first token of ``batch`` sequences of at most ``length`` tokens."""

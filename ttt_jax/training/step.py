@@ -1,4 +1,4 @@
-"""Define the loss, one optimizer step, and the program of a run: the step compiled for a config and a mesh.
+"""Define one optimizer step, and the program of a run: the step compiled for a config and a mesh.
 
 A fused kernel is compared with the scan before a program is compiled with it.
 
@@ -24,6 +24,7 @@ from ttt_jax.kernels import self_check
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models import language_model, pattern
 from ttt_jax.models.language_model import LanguageModel
+from ttt_jax.training import loss as loss_lib
 from ttt_jax.training import optimizer as optimizer_lib
 from ttt_jax.training.optimizer import Schedule
 
@@ -32,7 +33,7 @@ _CHECK_LIMIT = 900.0  # seconds in which the slowest process must have checked i
 Metrics = dict[str, jax.Array]
 
 
-# ---- Loss
+# ---- Step
 
 
 class Batch(TypedDict):
@@ -41,26 +42,6 @@ class Batch(TypedDict):
     inputs: Any  # [B, T] integers
     targets: Any  # [B, T] integers: the inputs one token later
     mask: Any  # [B, T] 1 where the target counts, 0 where it is BOS or padding
-
-
-def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the negative log-likelihood of each target in nats, [B, T], float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-
-
-def mean_over_rows(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return the mean over rows of the masked mean of each row.
-
-    Rows are not weighted by their numbers of tokens, and a row that is fully masked counts as 0.
-
-    Args:
-      values, mask: [B, T].
-    """
-    mask = mask.astype(jnp.float32)
-    return ((values * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1e-10)).mean()
-
-
-# ---- Step
 
 
 class TrainState(NamedTuple):
@@ -91,8 +72,8 @@ def train_step(
     """
 
     def loss_fn(params, batch, warmup):
-        logits, _ = model.apply({"params": params}, batch["inputs"], None, Context(inner_lr_warmup=warmup))
-        return mean_over_rows(token_nll(logits, batch["targets"]), batch["mask"])
+        read_out = partial(loss_lib.of_hidden_states, targets=batch["targets"], mask=batch["mask"], dtype=model.dtype)
+        return model.apply({"params": params}, batch["inputs"], None, Context(inner_lr_warmup=warmup), read_out)[0]
 
     def loss_and_gradient(params, batch, warmup):
         if accumulation == 1:

@@ -22,7 +22,8 @@ from ttt_jax.distributed.agreement import Exchange
 from ttt_jax.errors import ConfigError
 from ttt_jax.storage.workdir import Workdir, explained
 from ttt_jax.training import metrics
-from ttt_jax.training.step import Program, token_nll
+from ttt_jax.training.loss import token_nll
+from ttt_jax.training.step import Program
 
 LOSS = "validation_loss"  # in metrics.jsonl: mean over tokens, nats
 
