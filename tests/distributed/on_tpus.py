@@ -33,7 +33,8 @@ def collectives(mixer, shape, kernel):
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, 8), topology_lib.devices(topology))
     text = build_program(config, mesh).compiled_step().as_text()
     return {
-        "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text) + re.findall(r"%(splash_\w+)\S* = ", text),
+        "kernels": re.findall(r" custom-call\(.*?/(ttt_\w+?)\W*/", text)
+        + re.findall(r"%\w*?(splash_[a-z]+(?:_[a-z]+)*)\S* = ", text),
         "collectives": [[c.kind, c.bytes, c.times, c.loops, c.op_name] for c in collectives_lib.read(text)],
         "inner_loops": sum("_inner_loop" in line for line in text.splitlines() if " while(" in line),
     }

@@ -55,6 +55,22 @@ def test_masks_and_gradients_match_brute_force(assert_close, tokens, window, gro
     assert_close(*together, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "groups", "window"), [(192, 1, None), pytest.param(300, 2, 20, marks=pytest.mark.slow)]
+)
+def test_tokens_see_their_own_document(assert_close, tokens, groups, window):
+    """Check documents that begin within a block, one of a single token, and rows with other documents."""
+    *qkv, g = (np.concatenate([x, x[:, ::-1]]) for x in inputs(tokens, groups=groups))
+    begins = np.zeros((2, tokens), int)
+    begins[0, [50, 51, 130]] = begins[1, [128]] = 1
+    documents = begins.cumsum(1)
+    visible = seen(tokens, window) & (documents[:, :, None] == documents[:, None])
+    attend = functools.partial(splash.causal_attention, window=window, documents=documents, interpret=True)
+    y, pull = jax.vjp(attend, *qkv)
+    assert_close(y, numpy_attention(*qkv, visible), 1e-5)
+    assert_close(pull(g), numpy_gradients(*qkv, visible, g), 2e-5)
+
+
 def errors(actual, rows, q, k, v, window):
     """Return the largest error of each of some rows, as a part of the row's largest entry in float64."""
     q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))

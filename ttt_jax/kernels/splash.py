@@ -1,14 +1,21 @@
-"""Attend causally by splash attention, the fused kernel for TPUs that comes with JAX.
+"""Attend causally by splash attention, fused kernels for TPUs.
 
-Blocks of logits stay in fast memory, forwards and backwards, and blocks that no query of a block sees are skipped.
+Blocks of logits stay in fast memory, forwards and backwards, and blocks that no query of a block sees are skipped. The
+forward kernel is the one that comes with JAX. The backward kernel of JAX stores a gradient of all queries for every
+block of keys, and adds them up outside; that of :mod:`ttt_jax.kernels.splash_backward` does not.
 
 Shapes: B batch, T tokens, H heads, G heads of keys and values, d head width.
 """
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 
+from ttt_jax.kernels import splash_backward
 from ttt_jax.kernels.derivatives import differentiable_once
 
 KERNELS = ("auto", "xla", "splash")
@@ -56,6 +63,7 @@ def causal_attention(
     k: jax.Array,
     v: jax.Array,
     window: int | None = None,
+    documents: jax.Array | None = None,
     *,
     name: str | None = None,
     interpret: bool = False,
@@ -66,29 +74,15 @@ def causal_attention(
       q: [B, T, H, d].
       k, v: [B, T, G, d], where G divides H.
       window: the number of tokens that a token sees, including itself; None: all.
+      documents: int [B, T]; a token sees tokens of its own document only. None: all are of one.
       name: a name for what the backward pass needs of the forward kernel, by which rematerialisation may keep it.
-      interpret: whether to run the kernel without a TPU.
+      interpret: whether to run the kernels without a TPU.
 
     Raises:
       NotImplementedError: where the gradient is differentiated again.
     """
-    tokens, heads = q.shape[1:3]
+    tokens = q.shape[1]
     block, padded = _block(tokens)
-    shape = (padded, padded)
-    # The window of the library counts the tokens before the token itself.
-    mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), 0)
-    kernel = library.make_splash_mha_single_device(
-        library.MultiHeadMask([mask] * heads),
-        block_sizes=library.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            use_fused_bwd_kernel=True,
-        ),
-        residual_checkpoint_name=name,
-        interpret=interpret,
-    )
     q, k, v = differentiable_once((q, k, v), _ONCE)
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
@@ -96,8 +90,63 @@ def causal_attention(
         """Return x as [B, heads, padded, d]; no token sees the padding, which is behind all tokens."""
         return jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    y = differentiable_once(jax.vmap(kernel)(laid_out(scaled), laid_out(k), laid_out(v)), _ONCE)
+    if documents is not None:
+        documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), (0, padded - tokens)))
+    run = _Run(window, block, name, interpret)
+    y = differentiable_once(_attend(laid_out(scaled), laid_out(k), laid_out(v), documents, run), _ONCE)
     return y.swapaxes(1, 2)[:, :tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """The options of the kernels; ``block`` is the number of tokens of a block."""
+
+    window: int | None
+    block: int
+    name: str | None
+    interpret: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, run: _Run) -> jax.Array:
+    """Return the output [B, H, T, d] of scaled queries [B, H, T, d] with keys and values [B, G, T, d]."""
+    return _by_library(q, k, v, documents, run, save_residuals=False)
+
+
+def _forward(q, k, v, documents, run):
+    y, (logsumexp,) = _by_library(q, k, v, documents, run, save_residuals=True)
+    if run.name is not None:
+        y, logsumexp = (checkpoint_name(x, run.name) for x in (y, logsumexp))
+    return y, (q, k, v, documents, y, logsumexp)
+
+
+def _backward(run, kept, dy):
+    q, k, v, documents, y, logsumexp = kept
+    found = splash_backward.gradients(
+        q, k, v, y, logsumexp, dy, documents, window=run.window, block=run.block, interpret=run.interpret
+    )
+    return *found, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _by_library(q, k, v, documents, run, *, save_residuals):
+    """Call the forward kernel, which also returns the logsumexp [B, H, T] with ``save_residuals``."""
+    heads, tokens = q.shape[1:3]
+    shape = (tokens, tokens)
+    # The window of the library counts the tokens before the token itself.
+    mask = library.CausalMask(shape) if run.window is None else library.LocalMask(shape, (run.window - 1, 0), 0)
+    block, part = run.block, min(run.block, 512)
+    kernel = library.make_splash_mha_single_device(
+        library.MultiHeadMask([mask] * heads),
+        block_sizes=library.BlockSizes(block_q=block, block_kv=block, block_kv_compute=part),
+        save_residuals=save_residuals,
+        interpret=run.interpret,
+    )
+    if documents is None:
+        return jax.vmap(kernel)(q, k, v)
+    return jax.vmap(kernel)(q, k, v, library.SegmentIds(documents, documents))
 
 
 def _block(tokens: int) -> tuple[int, int]:
