@@ -304,6 +304,6 @@ def _new_run() -> str:
 
 def _duration(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if match is None:
+    if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90m, 12h or 2d, or seconds")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
