@@ -226,7 +226,7 @@ def test_sky_without_any_job(sky):
 @pytest.mark.parametrize(
     ("state", "reason", "expected"),
     [
-        ("FAILED", "Job exited with exit codes [0, 137, 1] (user program failure). See 2", FAILED),
+        ("FAILED", "Job exited with exit codes [0, 2, 137, 1] (user program failure). See 2", FAILED),
         ("FAILED", "Job exited with exit codes [75, 137, 2]", REFUSED),
         ("FAILED", "Job exited with exit codes [75, 130]", INTERRUPTED),
         ("FAILED", "Job exited with exit codes [137, 75]", RESTART),

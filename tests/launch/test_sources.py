@@ -112,8 +112,8 @@ def test_machines_that_are_kept_may_be_written_to_but_not_read_from(launch):
 def test_variables_that_name_local_files_are_refused(launch, monkeypatch, tmp_path):
     key = tmp_path / "key.json"
     key.touch()
-    monkeypatch.setenv("KUBECONFIG", str(key))
-    for given in (f"GOOGLE_APPLICATION_CREDENTIALS={key}", f"MINE={key}", f"MINE=file://{key}", "KUBECONFIG"):
+    monkeypatch.setenv("CLOUDSDK_CONFIG", "/etc")
+    for given in (f"GOOGLE_APPLICATION_CREDENTIALS={key}", f"MINE={key}", f"MINE=file://{key}", "CLOUDSDK_CONFIG"):
         _, message = launch("sky", TRAIN, "--env", given)
         assert message.startswith(f"--env {given.partition('=')[0]}: names a file of this machine")
         assert str(key) not in message
