@@ -60,9 +60,7 @@ def test_slurm_sources_a_setup_file(slurm):
 @pytest.mark.parametrize(
     ("past", "code", "expected"),
     [
-        ("COMPLETED", 0, DONE),
         ("FAILED", 2, REFUSED),
-        ("FAILED", 1, FAILED),
         ("FAILED", 127, FAILED),
         ("TIMEOUT", 0, RESTART),
         ("CANCELLED by 1000", 0, INTERRUPTED),

@@ -6,9 +6,7 @@
 
 import contextlib
 import dataclasses
-import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,8 +114,6 @@ class Record:
     starts: int = 0  # processes of this command: one, and one more for each restart
     began: int | float = dataclasses.field(default_factory=time.time)  # seconds since 1970
     ended: int | float | None = None
-    host: str = dataclasses.field(default_factory=socket.gethostname)  # where its process is started
-    pid: int = dataclasses.field(default_factory=os.getpid)  # of the command, or the trial, that starts it
 
     def is_final(self, steps: int, *, stopping_early: bool = False) -> bool:
         """Return whether nothing is left to do of a run of so many steps."""
