@@ -93,7 +93,7 @@ def test_a_signal_lets_points_save_and_the_same_command_goes_on(sweep, folder, n
     os.killpg(process.pid, number)  # as a terminal does it
     out, _ = process.communicate(timeout=20)
     assert process.returncode == exit_status
-    assert out == f"{folder}: 3 points: 2 stopped, 1 waiting\nto go on: the same command\n"
+    assert out == f"{folder}: 3 points: 2 stopped, 1 waiting\nto continue: the same command\n"
     for seed in range(2):
         assert (folder / f"seed={seed}/output.log").read_text() == f"stopped by {number.name}\n"
         assert not is_alive(sweep.calls(f"seed={seed}")[0]["pid"])
