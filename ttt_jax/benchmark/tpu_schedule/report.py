@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -158,22 +158,29 @@ def _operations(operations: Sequence[Scheduled], top: int, total: float) -> Tabl
             _size(o.operation.hbm_bytes),
             f"{o.utilization('MATMUL'):.0%}",
             pass_of(o.operation.op_name),
-            place_of(o.operation.op_name),
-            o.operation.name,
+            _shortened(place_of(o.operation.op_name), 56),
+            _shortened(o.operation.name, 30),
         )
         for o in sorted(operations, key=lambda o: -o.seconds)[:top]
         if o.seconds
     ]
     table = Table(box=None, pad_edge=False)
-    titles = ("us", "share", "bound by", "times", "cycles", "HBM bytes", "MXU", "pass", "of", "operation")
-    for number, title in enumerate(titles):
-        widest = max(map(len, (title, *(row[number] for row in rows))))
-        least = {"of": 0, "operation": min(widest, 30)}.get(title, widest)
-        side: Literal["left", "right"] = "left" if title in ("pass", "of", "operation") else "right"
-        table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis", min_width=least)
+    for title in ("us", "share", "bound by", "times", "cycles", "HBM bytes", "MXU"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("pass", "of", "operation"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _shortened(text: str, most: int) -> str:
+    """Leave out what is inside of a long path, and the end of a long name."""
+    first, _, last = text.rpartition("/")
+    while first and len(text) > most:
+        first = first.rpartition("/")[0]
+        text = "/".join(filter(None, (first, "...", last)))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _remarks(s: Schedule) -> list[str]:
