@@ -215,7 +215,7 @@ def test_temporary_files_are_removed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "short"),
-    [("a/bb/cc", "a/bb/cc"), ("a/bb/ccc/dddd", ".../dddd"), ("a/b/c/d/e/f", "a/b/.../f"), ("abcdefghijkl", "abcdef...")],
+    [("a/bb/cc", "a/bb/cc"), ("a/bb/ccc/dddd", ".../dddd"), ("a/b/c/d/e/f", "a/b/.../f"), ("abcdefghij", "abcdef...")],
 )
 def test_long_names_are_shortened(text, short):
     assert report._shortened(text, 9) == short
