@@ -133,6 +133,10 @@ def test_the_choice_of_the_kernel():
     assert not splash.choose("auto", long, 64, bfloat16, "cpu")
     assert not splash.choose("auto", long, 64, jnp.dtype(jnp.float32), "TPU v5 lite")
     assert not splash.choose("xla", long, 64, bfloat16, "TPU v5 lite")
+    assert not splash.choose("auto", splash.MOST_TOKENS + 1, 64, bfloat16, "TPU v5 lite")
+    assert splash.choose("auto", splash.MOST_TOKENS + 1, 64, bfloat16, "TPU v5 lite", 4096)
+    with pytest.raises(ValueError, match=r"^tokens see up to 65537 tokens, and the kernel takes 65536$"):
+        splash.choose("splash", splash.MOST_TOKENS + 1, 64, bfloat16, "TPU v5 lite")
     with pytest.raises(ValueError, match=r"^there is none for cpu$"):
         splash.choose("splash", long, 64, bfloat16, "cpu")
 

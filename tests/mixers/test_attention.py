@@ -10,9 +10,11 @@ from float64_attention import numpy_attention, seen
 
 from ttt_jax import config as config_lib
 from ttt_jax.errors import ConfigError
+from ttt_jax.kernels import splash
 from ttt_jax.layers import rope
 from ttt_jax.layers.blocked_attention import Keys
 from ttt_jax.layers.context import places
+from ttt_jax.mixers import attention
 from ttt_jax.mixers.attention import MIXERS, Attention, AttentionState, _written
 from ttt_jax.mixers.mixer import Context
 
@@ -55,6 +57,52 @@ def test_a_kernel_that_the_device_lacks_is_refused():
     params = jax.eval_shape(module.init, jax.random.key(0), x)
     with pytest.raises(ConfigError, match=r"^model.attention.kernel=splash: there is none for cpu"):
         jax.eval_shape(module.apply, params, x)
+
+
+def test_the_log_says_which_kernel_and_why(monkeypatch):
+    model = config_lib.default().model
+    model.dtype = "bfloat16"
+
+    def said(device, **keys):
+        monkeypatch.setattr(attention, "device_kind", lambda: device)
+        model.attention.update(keys)
+        return MIXERS["attention"].computed(model)
+
+    assert said("cpu") == ""
+    assert said("TPU v5 lite") == "attention by splash from 2048 tokens on, where it is faster, below by XLA"
+    assert said("NVIDIA H200") == "attention by XLA; model.attention.kernel=cudnn may be faster on GPUs"
+    assert said("TPU v5 lite", kernel="xla") == "attention by xla, as model.attention.kernel says"
+    with pytest.raises(ConfigError, match=r"^model.attention.kernel=cudnn: it is used on .*, and not on TPU v5 lite"):
+        said("TPU v5 lite", kernel="cudnn")
+    model.dtype = "float32"
+    assert said("NVIDIA H200", kernel="auto").startswith("attention by XLA: the dtype is float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 4])
+def test_documents_and_padding_by_splash_are_as_in_blocks(monkeypatch, random_params, quick_jit, assert_close, window):
+    """Check outputs and gradients, and that padding gives and takes none whatever its output is multiplied by."""
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, 2, 24, 8)).astype(np.float32)
+    valid, reset = rng.random((2, 2, 24)) < np.array([0.7, 0.2])[:, None, None]
+    valid[1, :5] = False  # a row that begins with padding
+    module = Attention(num_heads=2, dtype=jnp.float32, window=window, num_kv_heads=1)
+    params = {"params": random_params(module, x)}
+
+    def found():
+        def both(params, x):
+            y, pull = jax.vjp(lambda *inputs: module.apply(*inputs, context=Context(valid, reset))[0], params, x)
+            return y, *pull(g)
+
+        return quick_jit(both)(params, x)
+
+    expected = found()
+    monkeypatch.setattr(splash, "choose", lambda *_: True)
+    monkeypatch.setattr(splash, "causal_attention", functools.partial(splash.causal_attention, interpret=True))
+    y, of_params, of_x = found()
+    assert_close((y, of_params, of_x), expected, 1e-5)
+    assert not y[~valid].any()
+    assert not of_x[~valid].any()
 
 
 def test_normalised_queries_and_keys_have_a_scale_for_each_feature_of_a_head(random_params, assert_close):

@@ -18,29 +18,31 @@ from jax.experimental.pallas.ops.tpu import splash_attention as library
 from ttt_jax.kernels import splash_backward
 from ttt_jax.kernels.derivatives import differentiable_once
 
-KERNELS = ("auto", "xla", "splash")
 _ONCE = "splash attention has no second derivative; use model.attention.kernel=xla"
 _BLOCKS = (1024, 512, 256, 128)  # tokens; the largest is the fastest by the schedule of a v5e
 _MOST_PADDING = 1 / 8  # of the tokens
 
+# By the schedule of a v5e, training steps of models with 12 and 32 heads of 64 features are faster by splash from here
+# on, with and without a window: docs/attention.md has the times.
+FROM_TOKENS = 2048
+MOST_TOKENS = 65_536  # that a token sees; the sums of the gradients of so many queries fit into fast memory
 
-# By the schedule of a v5e for 12 heads of 64 features, forward and backward: at 2k tokens attention in blocks by XLA
-# takes 277 us, since its logits stay in fast memory, and splash 467; at 8k it is 19.4 and 5.1 ms.
-FROM_TOKENS = 8192
 
-
-def choose(kernel: str, tokens: int, head_dim: int, dtype: jnp.dtype, device: str) -> bool:
-    """Return whether attention is computed by the kernel.
+def choose(kernel: str, tokens: int, head_dim: int, dtype: jnp.dtype, device: str, window: int | None = None) -> bool:
+    """Return whether attention is computed by the kernels.
 
     Args:
-      kernel: one of :data:`KERNELS`.
+      kernel: ``auto``, ``splash``, or another one.
       tokens: T.
       device: the kind of device, as JAX names it.
+      window: the number of tokens that a token sees; None: all.
 
     Raises:
       ValueError: where ``splash`` is asked for, and cannot be used.
     """
     reason = unsupported(head_dim, dtype) if device.startswith("TPU") else f"there is none for {device}"
+    if reason is None and min(tokens, window or tokens) > MOST_TOKENS:
+        reason = f"tokens see up to {min(tokens, window or tokens)} tokens, and the kernel takes {MOST_TOKENS}"
     if kernel == "splash" and reason is not None:
         raise ValueError(reason)
     if kernel != "auto" or reason is not None:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_jax.distributed.sharding import device_kind, locally
 from ttt_jax.errors import ConfigError
-from ttt_jax.kernels import splash
+from ttt_jax.kernels import cudnn, splash
 from ttt_jax.layers import rope
 from ttt_jax.layers.blocked_attention import NO_DOCUMENT, Keys, causal_attention, document_attention
 from ttt_jax.layers.context import Places, gather_valid, places
@@ -28,6 +28,9 @@ from ttt_jax.layers.linear import Projection, to_heads
 from ttt_jax.layers.norm import RMSNorm
 from ttt_jax.mixers.mixer import KEPT, PLAIN, Context, Memory, Mixer, Model, Style, head_options
 from ttt_jax.settings import setting
+
+KERNELS = ("auto", "xla", "splash", "cudnn")
+_HEADS, _ROWS = P("batch", None, "num_heads", None), P("batch", None)
 
 
 class AttentionState(NamedTuple):
@@ -47,7 +50,8 @@ class Attention(nn.Module):
       qk_norm: whether queries and keys are normalised before they are rotated, with a scale per feature of a head.
       rope_pairs: which features are rotated together (:mod:`ttt_jax.layers.rope`).
       kernel: how whole sequences are computed: ``xla`` (:mod:`ttt_jax.layers.blocked_attention`), ``splash``
-        (:mod:`ttt_jax.kernels.splash`), or what is faster on the device.
+        (:mod:`ttt_jax.kernels.splash`), ``cudnn`` (:mod:`ttt_jax.kernels.cudnn`), or ``auto``, the faster of the first
+        two on the device.
     """
 
     num_heads: int
@@ -83,7 +87,11 @@ class Attention(nn.Module):
             if context.valid is not None:
                 document = jnp.where(context.valid, document, NO_DOCUMENT)
             piece = Keys(k, v, placed.position, document)
-            y = document_attention(q, piece, None if state is None else _kept(state), self.window)
+            if state is None and self._kernel(q) == "splash":
+                # Padding sees padding, so that every row of the softmax has a key; its output is 0 all the same.
+                y = self._by_splash(q, k, v, document)
+            else:
+                y = document_attention(q, piece, None if state is None else _kept(state), self.window)
             state = None if state is None else _written(state, piece, placed)
         y = Projection(width, ("heads", "embed"), self.dtype, self.init_stddev, name="wo")(y.reshape(x.shape))
         return y if gathered is None else gathered.back(y), state
@@ -110,12 +118,24 @@ class Attention(nn.Module):
 
     def _causal(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attend within whole sequences of one document."""
-        # Parameters may be drawn on other devices than those of the mesh.
-        if self.is_initializing() or not _by_splash(self.kernel, q.shape[1], q.shape[-1], q.dtype):
-            return causal_attention(q, k, v, self.window)
-        heads = P("batch", None, "num_heads", None)
+        kernel = self._kernel(q)
+        if kernel == "splash":
+            return self._by_splash(q, k, v)
+        if kernel == "cudnn":
+            return locally(partial(cudnn.causal_attention, window=self.window), (_HEADS,) * 3, _HEADS)(q, k, v)
+        return causal_attention(q, k, v, self.window)
+
+    def _by_splash(self, q: jax.Array, k: jax.Array, v: jax.Array, document: jax.Array | None = None) -> jax.Array:
         attend = partial(splash.causal_attention, window=self.window, name=KEPT)
-        return locally(attend, (heads, heads, heads), heads)(q, k, v)
+        if document is None:
+            return locally(lambda *qkv: attend(*qkv), (_HEADS,) * 3, _HEADS)(q, k, v)
+        attend_within = locally(lambda q, k, v, d: attend(q, k, v, documents=d), (*(_HEADS,) * 3, _ROWS), _HEADS)
+        return jnp.where((document != NO_DOCUMENT)[..., None, None], attend_within(q, k, v, document), 0)
+
+    def _kernel(self, q: jax.Array) -> str:
+        if self.is_initializing():  # parameters may be drawn on other devices than those of the mesh
+            return "xla"
+        return _chosen(self.kernel, q.shape[1], (q.shape[-1], q.dtype), self.window, device_kind())
 
     def _rotated(self, norm: str, x: jax.Array, positions: jax.Array) -> jax.Array:
         if self.qk_norm:
@@ -157,8 +177,8 @@ class Settings:
     )
     kernel: str = setting(
         "auto",
-        "how whole sequences are computed: by XLA, by the splash kernel of TPUs, or by what is faster",
-        among=splash.KERNELS,
+        "how whole sequences are computed: by XLA, by splash on TPUs, by cuDNN on NVIDIA GPUs, or by XLA or splash",
+        among=KERNELS,
         changes_results=False,
     )
     rope_pairs: str = setting(
@@ -186,8 +206,9 @@ def _check(model: Model) -> None:
             f"model.attention.num_kv_heads={groups}: does not divide model.num_heads={model.num_heads}; "
             "expected a divisor"
         )
-    if model.attention.kernel == "splash" and (reason := splash.unsupported(*_head(model))):
-        raise ConfigError(f"model.attention.kernel=splash: {reason}; expected auto or xla")
+    refuses = {"splash": splash.unsupported, "cudnn": cudnn.unsupported}.get(model.attention.kernel)
+    if refuses and (reason := refuses(*_head(model))):
+        raise ConfigError(f"model.attention.kernel={model.attention.kernel}: {reason}; expected auto or xla")
 
 
 def _head(model: Model) -> tuple[int, jnp.dtype]:
@@ -195,14 +216,16 @@ def _head(model: Model) -> tuple[int, jnp.dtype]:
     return model.width // model.num_heads, jnp.dtype(model.dtype)
 
 
-def _by_splash(kernel: str, tokens: int, head_dim: int, dtype: jnp.dtype) -> bool:
-    """Return whether the devices of the present mesh compute sequences by splash attention.
+def _chosen(kernel: str, tokens: int, head: tuple[int, jnp.dtype], window: int | None, device: str) -> str:
+    """Return the kernel, one of :data:`KERNELS` but ``auto``, by which a kind of device attends.
 
     Raises:
       ConfigError: where the kernel is asked for and cannot be used.
     """
     try:
-        return splash.choose(kernel, tokens, head_dim, dtype, device_kind())
+        if splash.choose(kernel, tokens, *head, device, window):
+            return "splash"
+        return "cudnn" if cudnn.choose(kernel, *head, device) else "xla"
     except ValueError as error:
         raise ConfigError(f"model.attention.kernel={kernel}: {error}; expected auto or xla") from error
 
@@ -213,15 +236,18 @@ def _computed(model: Model) -> str:
     Raises:
       ConfigError: for a kernel that does not exist for this model.
     """
-    kernel = model.attention.kernel
-    _by_splash(kernel, splash.FROM_TOKENS, *_head(model))
-    if not device_kind().startswith("TPU"):
+    kernel, device = model.attention.kernel, device_kind()
+    chosen = _chosen(kernel, splash.FROM_TOKENS, _head(model), None, device)
+    if device == "cpu":
         return ""
     if kernel != "auto":
-        return f"attention by {kernel}"
-    if reason := splash.unsupported(*_head(model)):
-        return f"attention by XLA: {reason}"
-    return f"attention by splash from {splash.FROM_TOKENS} tokens on, where it is faster, below by XLA"
+        return f"attention by {kernel}, as model.attention.kernel says"
+    if chosen == "splash":
+        return f"attention by splash from {splash.FROM_TOKENS} tokens on, where it is faster, below by XLA"
+    if device.startswith("TPU"):
+        return f"attention by XLA: {splash.unsupported(*_head(model))}"
+    reason = cudnn.unsupported(*_head(model))
+    return "attention by XLA" + (f": {reason}" if reason else "; model.attention.kernel=cudnn may be faster on GPUs")
 
 
 def _groups(model: Model) -> int:
@@ -245,7 +271,7 @@ def _memory(model: Model, length: int, window: int | None = None) -> Memory:
 
     Splash attention keeps the logarithm of its denominator instead. Estimates are for TPUs.
     """
-    by_splash = splash.choose(model.attention.kernel, length, *_head(model), "TPU")
+    by_splash = _chosen(model.attention.kernel, length, _head(model), window, "TPU") == "splash"
     of_head = 4 if by_splash else (4 + jnp.dtype(model.dtype).itemsize) * _seen(length, window)
     shared = _groups(model) / model.num_heads
     left_out = round(2 * (1 - shared) * model.width**2)  # parameters of the projections to keys and values
