@@ -115,12 +115,12 @@ def test_heads_that_are_not_divided_by_those_of_keys_are_refused():
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, (128, 128)), (130, (128, 256)), (1000, (1024, 1024))])
 def test_blocks_leave_little_padding(tokens, expected):
-    assert splash._block(tokens) == expected
+    assert splash.blocks(tokens) == expected
 
 
 @pytest.mark.parametrize("tokens", [640, 2048, 2049, 5000, 32768])
 def test_padding_is_an_eighth_at_most(tokens):
-    block, padded = splash._block(tokens)
+    block, padded = splash.blocks(tokens)
     assert padded % block == 0
     assert tokens <= padded <= tokens * 9 / 8
 

@@ -10,14 +10,15 @@ from ttt_jax import config as config_lib
 from ttt_jax.benchmark import step
 from ttt_jax.distributed import sharding
 from ttt_jax.evaluation import trained
-from ttt_jax.kernels import run, self_check
+from ttt_jax.kernels import run, self_check, splash_check
 from ttt_jax.kernels.self_check import Family
 from ttt_jax.terminal.stopping import DONE
 from ttt_jax.training import loop, metrics
-from ttt_jax.training.step import build_program, kernels_to_check, with_checked_kernel
+from ttt_jax.training.step import build_program, kernels_to_check, with_checked_kernels
 from ttt_jax.ttt.inner_loop import ttt_linear, ttt_mlp
 
 RUN = {"model.ttt.kernel": "pallas", "data.sequence_length": 32, "training.duration": "2 steps"}
+ATTENTION = {"model.mixer": "attention", "model.dtype": "bfloat16", "model.width": 128}
 WRONG = "WARNING: the fused kernel of the inner loop is wrong on cpu: it differs from the scan by "
 
 
@@ -99,11 +100,11 @@ def test_without_the_check_a_wrong_kernel_is_used(tmp_path, capsys, tiny_config,
 def test_a_kernel_that_is_right_is_used_and_checked_once(capsys, make, use_kernel):
     calls = use_kernel(kernel_by_scan.right)
     made = make()
-    assert with_checked_kernel(made) is made
+    assert with_checked_kernels(made) is made
     calls_of_check = len(calls)
     assert calls_of_check > 0
-    assert "fused kernel checked against the scan in " in capsys.readouterr().err
-    assert with_checked_kernel(made) is made
+    assert "the fused kernel of the inner loop was checked against the scan in " in capsys.readouterr().err
+    assert with_checked_kernels(made) is made
     assert len(calls) == calls_of_check
     assert not capsys.readouterr().err
     made.compiled_step()
@@ -117,7 +118,7 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, us
 
     use_kernel(refused)
     made = make()
-    checked = with_checked_kernel(made)
+    checked = with_checked_kernels(made)
     assert "it does not run, NotImplementedError: no such operation. The scan is used" in capsys.readouterr().err
     assert checked.config is made.config
     tokens = jax.ShapeDtypeStruct((2, 32), "int32")
@@ -141,14 +142,22 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_the_scan(capsys, make, us
         ({}, "cpu", []),
         ({"model.ttt.kernel": "pallas"}, "cpu", []),
         ({"model.ttt.kernel": "pallas"}, "NVIDIA H200", []),
-        ({"model.mixer": "attention"}, "TPU v5 lite", []),
+        ({"model.mixer": "attention"}, "TPU v5 lite", []),  # float32
+        ({**ATTENTION, "model.attention.num_kv_heads": 1}, "TPU v5 lite", [splash_check.Family(2, 64, False)]),
+        ({**ATTENTION, "model.attention.kernel": "xla"}, "TPU v5 lite", []),
+        (ATTENTION, "cpu", []),
+        (
+            {**ATTENTION, "model.mixer": "sliding + attention", "model.num_layers": 2},
+            "TPU v5 lite",
+            [splash_check.Family(1, 64, True), splash_check.Family(1, 64, False)],
+        ),
     ],
 )
 def test_kernels_that_a_run_would_use_are_checked(tiny_config, changes, device, expected):
     config = tiny_config(changes)
     devices = SimpleNamespace(flat=[SimpleNamespace(device_kind=device)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": config.mesh.tensor})
-    assert kernels_to_check(config.model, mesh) == expected
+    assert [check.family for check in kernels_to_check(config.model, mesh)] == expected
 
 
 @pytest.mark.slow

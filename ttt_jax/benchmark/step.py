@@ -15,7 +15,7 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.distributed import sharding
 from ttt_jax.models import counts, pattern
-from ttt_jax.training.step import Program, build_program, with_checked_kernel
+from ttt_jax.training.step import Program, build_program, with_checked_kernels
 
 _MATMUL_SIZE = 2048
 
@@ -83,7 +83,7 @@ def measure(config: ml_collections.ConfigDict, *, repeats: int = 7, warmup: int 
       ConfigError: where the config does not fit the devices.
     """
     mesh = sharding.make_mesh(config_lib.mesh_shape(config, jax.device_count()))
-    run = with_checked_kernel(build_program(config, mesh))
+    run = with_checked_kernels(build_program(config, mesh))
     start = time.perf_counter()
     step = run.compiled_step()
     compile_time = time.perf_counter() - start

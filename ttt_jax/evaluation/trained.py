@@ -17,7 +17,7 @@ from ttt_jax.storage import checksums
 from ttt_jax.storage import workdir as workdir_lib
 from ttt_jax.training import run_config, validation
 from ttt_jax.training.checkpoint import Checkpoints
-from ttt_jax.training.step import build_program, with_checked_kernel
+from ttt_jax.training.step import build_program, with_checked_kernels
 
 
 class Trained(NamedTuple):
@@ -162,7 +162,7 @@ def _load(workdir: workdir_lib.Workdir, step: int, fsdp: int, tensor: int) -> Tr
     checkpoints = Checkpoints(workdir, read_only=True)
     params = checkpoints.restore_params(step, run.abstract_state.params)
     checkpoints.close()
-    run = with_checked_kernel(run)
+    run = with_checked_kernels(run)
     return Trained(workdir, config, run.model, params, step, fingerprint, run.mesh, run.rules, run.batch_sharding)
 
 

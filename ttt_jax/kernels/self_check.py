@@ -84,6 +84,26 @@ class Report(NamedTuple):
         return f"{self.errors[worst]:.1e} of the largest entry of the {worst}{also} ({self.tolerance:.0e} is allowed)"
 
 
+class Check(NamedTuple):
+    """A comparison of a kernel with a plain form, to be made before the kernel is used.
+
+    Attributes:
+      family: the problems that are covered.
+      report: a function of the family and a device that compares once per process.
+      kernel, plain: the two in words.
+      key, instead: the key of the section ``model``, and its value with which the plain form is used.
+      otherwise: says how to leave the check out.
+    """
+
+    family: Any
+    report: "functools._lru_cache_wrapper[Report]"
+    kernel: str
+    plain: str
+    key: tuple[str, str]
+    instead: str
+    otherwise: str
+
+
 class Arguments(NamedTuple):
     """The arrays that the inner loop is computed from; gradients are compared with respect to all of them."""
 
@@ -107,6 +127,19 @@ def of_family(family: Family, device: jax.Device) -> Report:
     return compare(family.loop, kernel, arguments, device)
 
 
+def of_inner_loop(family: Family) -> Check:
+    """Return the check of the kernel of a family of inner loops."""
+    return Check(
+        family,
+        of_family,
+        "the fused kernel of the inner loop",
+        "the scan",
+        ("ttt", "kernel"),
+        "scan",
+        "model.ttt.kernel=scan leaves the check out, model.ttt.kernel_check=false uses the kernel as it is",
+    )
+
+
 def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.Device) -> Report:
     """Compute a problem by a kernel and by the scan on a device, and compare all results and gradients.
 
@@ -119,8 +152,8 @@ def compare(loop: InnerLoop, kernel: Kernel, arguments: Arguments, device: jax.D
     with ThreadPoolExecutor(len(functions)) as pool:  # nearly all of the time is compiling
         compiled = list(pool.map(lambda function: jax.jit(function).lower(*inputs).compile(), functions.values()))
     by_scan, by_kernel, inference = (jax.device_get(program(*inputs)) for program in compiled)
-    errors = _errors(by_kernel, by_scan)
-    for name, error in _errors(inference, {key: by_scan[key] for key in inference}).items():
+    errors = differences(by_kernel, by_scan)
+    for name, error in differences(inference, {key: by_scan[key] for key in inference}).items():
         errors[f"{name} of inference"] = error
     return Report(errors, TOLERANCES[dtype.name], time.monotonic() - began)
 
@@ -232,7 +265,7 @@ def _with_precision(precision: str, function: Callable) -> Callable:
     return traced
 
 
-def _errors(found: Any, expected: Any) -> dict[str, float]:
+def differences(found: Any, expected: Any) -> dict[str, float]:
     """Return the largest difference over the largest entry of each array, by its name."""
 
     def error(x: np.ndarray, y: np.ndarray) -> float:

@@ -83,7 +83,7 @@ def causal_attention(
       NotImplementedError: where the gradient is differentiated again.
     """
     tokens = q.shape[1]
-    block, padded = _block(tokens)
+    size, padded = blocks(tokens)
     q, k, v = differentiable_once((q, k, v), _ONCE)
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
@@ -93,7 +93,7 @@ def causal_attention(
 
     if documents is not None:
         documents = jnp.pad(documents.astype(jnp.int32), ((0, 0), (0, padded - tokens)))
-    run = _Run(window, block, name, interpret)
+    run = _Run(window, size, name, interpret)
     y = differentiable_once(_attend(laid_out(scaled), laid_out(k), laid_out(v), documents, run), _ONCE)
     return y.swapaxes(1, 2)[:, :tokens]
 
@@ -150,10 +150,10 @@ def _by_library(q, k, v, documents, run, *, save_residuals):
     return jax.vmap(kernel)(q, k, v, library.SegmentIds(documents, documents))
 
 
-def _block(tokens: int) -> tuple[int, int]:
+def blocks(tokens: int) -> tuple[int, int]:
     """Return the tokens of a block, and of all blocks together."""
-    for block in _BLOCKS:
-        padded = -(-tokens // block) * block
+    for size in _BLOCKS:
+        padded = -(-tokens // size) * size
         if padded - tokens <= _MOST_PADDING * tokens:
             break
-    return block, padded
+    return size, padded

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_jax.distributed.sharding import device_kind, locally
 from ttt_jax.errors import ConfigError
-from ttt_jax.kernels import cudnn, splash
+from ttt_jax.kernels import cudnn, splash, splash_check
 from ttt_jax.layers import rope
 from ttt_jax.layers.blocked_attention import NO_DOCUMENT, Keys, causal_attention, document_attention
 from ttt_jax.layers.context import Places, gather_valid, places
@@ -250,6 +250,13 @@ def _computed(model: Model) -> str:
     return "attention by XLA" + (f": {reason}" if reason else "; model.attention.kernel=cudnn may be faster on GPUs")
 
 
+def _kernel_check(model: Model, device: str, windowed: bool = False) -> splash_check.Check | None:
+    if _chosen(model.attention.kernel, splash.FROM_TOKENS, _head(model), None, device) != "splash":
+        return None
+    share = model.num_heads // _groups(model)
+    return splash_check.of_attention(splash_check.Family(share, _head(model)[0], windowed))
+
+
 def _groups(model: Model) -> int:
     return model.attention.num_kv_heads or model.num_heads
 
@@ -287,6 +294,7 @@ _FULL = Mixer(
     check=_check,
     heads=_groups,
     computed=_computed,
+    kernel_check=lambda model, sharing, device: _kernel_check(model, device),
     memory=_memory,
 )
 MIXERS = {
@@ -304,6 +312,7 @@ MIXERS = {
         operations=lambda model, length: _operations(model, _seen(length, model.attention.window)),
         label=lambda model: "Sliding-window Transformer",
         styles={"Sliding-window Transformer": Style("#332288", (0, (8, 1, 2, 1)), "<")},
+        kernel_check=lambda model, sharing, device: _kernel_check(model, device, windowed=True),
         memory=lambda model, length: _memory(model, length, model.attention.window),
     ),
 }

@@ -25,6 +25,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from ttt_jax.kernels.self_check import Check
 from ttt_jax.layers.context import PLAIN as PLAIN
 from ttt_jax.layers.context import Context as Context
 from ttt_jax.ttt.inner_loop import InnerLoop
@@ -85,6 +86,8 @@ class Mixer:
       inner_loop: returns the inner loop of a mixer that learns at test time; None for other mixers.
       computed: returns how the mixer is computed on the devices of the present mesh, and why; empty where there is no
         choice.
+      kernel_check: returns the check of the kernel that a device of the given kind uses, where the given number of
+        devices share the heads; None where it uses none, or is not to be checked.
       memory: returns an estimate of the memory for sequences of the given number of tokens.
     """
 
@@ -100,6 +103,7 @@ class Mixer:
     pre_conv: Callable[[Model], bool] = lambda model: False
     inner_loop: Callable[[Model], InnerLoop] | None = None
     computed: Callable[[Model], str] = lambda model: ""
+    kernel_check: Callable[[Model, int, str], Check | None] = lambda model, sharing, device: None
     memory: Callable[[Model, int], Memory] = lambda model, length: Memory()
 
     @property

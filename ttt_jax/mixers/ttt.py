@@ -17,6 +17,7 @@ from ttt_jax import import_path
 from ttt_jax.distributed.sharding import device_kind
 from ttt_jax.errors import ConfigError
 from ttt_jax.kernels import run as kernels
+from ttt_jax.kernels import self_check
 from ttt_jax.mixers.mixer import Memory, Mixer, Model, Style, head_options
 from ttt_jax.mixers.ttt_layer import TTT as TTT
 from ttt_jax.mixers.ttt_loop import (
@@ -221,6 +222,14 @@ def _computed(model: Model) -> str:
         raise ConfigError(f"model.ttt.kernel={model.ttt.kernel}: {error}; expected auto or scan") from error
 
 
+def _kernel_check(model: Model, sharing: int, device: str) -> self_check.Check | None:
+    found, ttt = loop(model), model.ttt
+    if not ttt.kernel_check or kernels.choose(ttt.kernel, found, ttt.mini_batch, device).kernel is None:
+        return None
+    heads = model.num_heads // sharing
+    return self_check.of_inner_loop(self_check.Family(found, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
+
+
 def _label(model: Model) -> str:
     backbone = f"{model.ttt.backbone.capitalize()} backbone"
     if model.mixer in FIXED_LEARNERS:
@@ -255,6 +264,7 @@ _OPEN = Mixer(
     pre_conv=lambda model: model.ttt.backbone == "mamba",
     inner_loop=loop,
     computed=_computed,
+    kernel_check=_kernel_check,
     memory=_memory,
 )
 MIXERS = {

@@ -25,7 +25,7 @@ from ttt_jax.terminal.stopping import StopSignals
 from ttt_jax.training import checkpoint, report, run_config, validation
 from ttt_jax.training import start as start_lib
 from ttt_jax.training.metrics import Profile
-from ttt_jax.training.step import with_checked_kernel
+from ttt_jax.training.step import with_checked_kernels
 
 # Reasons to stop, beside the numbers of signals; processes agree on the largest.
 _NO_DATA = 1  # the next batch cannot be read
@@ -129,7 +129,7 @@ def _train(
         try:
             # ---- Compile
             began = time.monotonic()
-            run = with_checked_kernel(run)
+            run = with_checked_kernels(run)
             if output:
                 output.bar.compiling()
             if restored is None:

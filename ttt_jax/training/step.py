@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ttt_jax.distributed import agreement, sharding
 from ttt_jax.distributed.agreement import Exchange, describe
 from ttt_jax.kernels import run as kernels
-from ttt_jax.kernels import self_check
+from ttt_jax.kernels.self_check import Check
+from ttt_jax.mixers import MIXERS
 from ttt_jax.mixers.mixer import Context
 from ttt_jax.models import language_model, pattern
 from ttt_jax.models.language_model import LanguageModel
@@ -211,63 +212,69 @@ def _drawn_state(model: LanguageModel, optimizer: optax.GradientTransformation, 
     return initial_state(params, optimizer)
 
 
-# ---- Check of the fused kernel
+# ---- Check of fused kernels
 
 
-def with_checked_kernel(run: Program) -> Program:
-    """Return a program whose inner loop has been checked on its devices, some of which belong to this process.
+def with_checked_kernels(run: Program) -> Program:
+    """Return a program whose kernels have been checked on its devices, some of which belong to this process.
 
-    Each process has the fused kernels of :func:`kernels_to_check` compared with the scan on one of its devices, once
-    for all programs of the same shapes (:mod:`ttt_jax.kernels.self_check`). If one is wrong on any process, all
-    processes print a line on standard error that names the array that differs most, and get a program that uses the
-    scan. Its ``config`` is not changed.
+    Each process has the kernels of :func:`kernels_to_check` compared with plain forms on one of its devices, once for
+    all programs of the same shapes (:mod:`ttt_jax.kernels.self_check`). If one is wrong on any process, all processes
+    print a line on standard error that names the array that differs most, and get a program that uses the plain form.
+    Its ``config`` is not changed.
 
     All processes make this call alike.
     """
-    families = kernels_to_check(run.config.model, run.mesh)
-    if not families:
-        return run
-    device = next(device for device in run.mesh.devices.flat if device.process_index == jax.process_index())
-    known = self_check.of_family.cache_info().misses
-    wrong = "; ".join(filter(None, (_problem(family, device) for family in families)))
-    problem = Exchange("kernel check").first_problem(wrong, _CHECK_LIMIT)
-    if problem is None:
-        if self_check.of_family.cache_info().misses > known:
-            for report in (self_check.of_family(family, device) for family in families):
-                agreement.print_once(
-                    f"fused kernel checked against the scan in {report.seconds:.1f} s: differs by {report}"
-                )
-        return run
-    agreement.print_once(
-        f"WARNING: the fused kernel of the inner loop is wrong on {device.device_kind}: {problem}. The scan is used "
-        "instead, which is several times slower; please report this. model.ttt.kernel=scan leaves the check out, "
-        "model.ttt.kernel_check=false uses the kernel as it is"
-    )
+    by_key: dict[tuple[str, str], list[Check]] = {}
+    for check in kernels_to_check(run.config.model, run.mesh):
+        by_key.setdefault(check.key, []).append(check)
     config = run.config.copy_and_resolve_references()
-    config.model.ttt.kernel = "scan"
+    for (section, key), checks in by_key.items():
+        if _is_wrong(checks, run.mesh):
+            config.model[section][key] = checks[0].instead
+    if config.model == run.config.model:
+        return run
     return build_program(config, run.mesh)._replace(config=run.config)
 
 
-def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[self_check.Family]:
-    """Return the fused kernels of a model on a mesh that are to be checked, one for each kind of block that uses one.
+def kernels_to_check(model: ml_collections.ConfigDict, mesh: Mesh) -> list[Check]:
+    """Return the checks of the kernels of a model on a mesh, one for each kind of block that uses one.
 
-    There are none where kernels are interpreted, or where ``model.ttt.kernel_check`` is false.
+    There are none where kernels are interpreted, or where a config leaves the check out.
     """
-    device, heads = mesh.devices.flat[0].device_kind, model.num_heads // mesh.shape["tensor"]
-    if not model.ttt.kernel_check or kernels.interpreted(device):
+    device, sharing = mesh.devices.flat[0].device_kind, mesh.shape["tensor"]
+    if kernels.interpreted(device):
         return []
-    families = []
-    for kind in pattern.learning_kinds(model):
-        loop, ttt = pattern.inner_loop(kind.model), kind.model.ttt
-        if kernels.choose(ttt.kernel, loop, ttt.mini_batch, device).kernel is not None:
-            families.append(self_check.Family(loop, ttt.mini_batch, heads, model.dtype, ttt.remat_group))
-    return list(dict.fromkeys(families))
+    found = [MIXERS[kind.model.mixer].kernel_check(kind.model, sharing, device) for kind in pattern.kinds(model)]
+    return list(dict.fromkeys(check for check in found if check is not None))
 
 
-def _problem(kernel: self_check.Family, device: jax.Device) -> str:
-    """Return what is wrong with the kernel; an empty text where nothing is."""
+def _is_wrong(checks: list[Check], mesh: Mesh) -> bool:
+    """Return whether one of the checks finds a kernel wrong on any process, and say so."""
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+    kernel, plain, report = checks[0].kernel, checks[0].plain, checks[0].report
+    known = report.cache_info().misses
+    wrong = "; ".join(filter(None, (_problem(check, device) for check in checks)))
+    problem = Exchange(f"check of {kernel}").first_problem(wrong, _CHECK_LIMIT)
+    if problem is None:
+        if report.cache_info().misses > known:
+            for check in checks:
+                found = report(check.family, device)
+                agreement.print_once(
+                    f"{kernel} was checked against {plain} in {found.seconds:.1f} s: differs by {found}"
+                )
+        return False
+    agreement.print_once(
+        f"WARNING: {kernel} is wrong on {device.device_kind}: {problem}. {plain.capitalize()} is used instead, which "
+        f"is slower; please report this. {checks[0].otherwise}"
+    )
+    return True
+
+
+def _problem(check: Check, device: jax.Device) -> str:
+    """Return what is wrong with a kernel; an empty text where nothing is."""
     try:
-        report = self_check.of_family(kernel, device)
+        report = check.report(check.family, device)
     except Exception as error:  # whatever the compiler or the device raises
         return f"it does not run, {describe(error)}"
-    return f"it differs from the scan by {report}" if report.wrong else ""
+    return f"it differs from {check.plain} by {report}" if report.wrong else ""
